@@ -1,0 +1,1 @@
+"""Figures about a network that is passed in: sizes and costs."""

@@ -1,0 +1,107 @@
+"""Processes of one run: who am I, start together, add up, agree.
+
+Works alike in one process, in several on CPU (gloo) and on GPUs (NCCL), over one machine or many:
+`paddle.distributed.launch` starts the processes and tells each its rank in the environment.
+"""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import paddle
+import paddle.distributed as dist
+
+# Gradients travel in pieces of about this many bytes: large enough to be efficient, small enough
+# that the copy that a piece needs does not count beside the model.
+BUCKET_BYTES = 64 * 2 ** 20
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank()
+
+
+def world_size() -> int:
+    """How many processes this run has."""
+    return dist.get_world_size()
+
+
+def is_launched() -> bool:
+    """Whether `paddle.distributed.launch` started this process."""
+    return 'PADDLE_TRAINERS_NUM' in os.environ
+
+
+def init() -> None:
+    """Choose this process's device and connect the processes, where there are several."""
+    on_gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
+    paddle.set_device('gpu' if on_gpu else 'cpu')
+    if world_size() > 1:
+        dist.init_parallel_env()
+
+
+def on_gpu() -> bool:
+    """Whether this process computes on a GPU."""
+    return paddle.device.get_device().startswith('gpu')
+
+
+def visible_devices() -> int:
+    """GPUs that this process may use; 0 on a machine without."""
+    return paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
+
+
+def launch(script: str, arguments: list[str], *, processes: int, log_dir: str) -> int:
+    """Run `script` in several processes of this machine, one per GPU or all on CPU.
+
+    Returns:
+        The launcher's exit status: 0, or that of the first process that failed.
+    """
+    environment = dict(os.environ)
+    if not visible_devices():
+        environment['PADDLE_DISTRI_BACKEND'] = 'gloo'
+    command = [sys.executable, '-m', 'paddle.distributed.launch', '--log_level', 'WARNING',
+               '--nproc_per_node', str(processes), '--log_dir', log_dir, script, *arguments]
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def sum_over_ranks(values: np.ndarray) -> np.ndarray:
+    """The sum of each rank's float64 `values` (any one shape), the same on every rank."""
+    values = np.asarray(values, dtype='float64')
+    if world_size() == 1:
+        return values
+    total = paddle.to_tensor(values)
+    dist.all_reduce(total)
+    return total.numpy()
+
+
+@paddle.no_grad()
+def average_over_ranks(tensors: list[paddle.Tensor]) -> None:
+    """Replace each tensor, in place, by its mean over the ranks. The lists must be alike."""
+    if world_size() == 1:
+        return
+    for bucket in _buckets(tensors):
+        flat = paddle.concat([tensor.reshape([-1]) for tensor in bucket])
+        dist.all_reduce(flat)
+        flat = flat / world_size()
+        pieces = paddle.split(flat, [tensor.size for tensor in bucket])
+        for tensor, piece in zip(bucket, pieces):
+            paddle.assign(piece.reshape(tensor.shape), output=tensor)
+
+
+def _buckets(tensors: list[paddle.Tensor]):
+    """Runs of tensors of one dtype, of about BUCKET_BYTES each."""
+    bucket, size = [], 0
+    for tensor in tensors:
+        tensor_bytes = tensor.size * tensor.element_size()
+        if bucket and (tensor.dtype != bucket[0].dtype or size + tensor_bytes > BUCKET_BYTES):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor_bytes
+    if bucket:
+        yield bucket
+
+
+def random_seed(*numbers: int) -> int:
+    """A 31-bit seed that depends on all of `numbers` (each >= 0) and on their order."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1

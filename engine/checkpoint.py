@@ -1,0 +1,180 @@
+"""Checkpoints of a training run: one safetensors file each, which says what it is.
+
+Tensors are `model.*`, `model_ema.*` (where an average is kept) and `optimizer.*`, under native
+parameter names; the file's metadata holds, as JSON, the schema version, the configuration and how
+far the run had come. No pickle: reading one cannot run code.
+
+    RUN/checkpoints/epoch_0010_step_00012510.safetensors    and others
+    RUN/last, RUN/best                                      links to two of them
+
+A checkpoint is written under another name and renamed when it is whole, so a file that has its
+name is a whole one.
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from errors import InputError
+from zoo.convert import METADATA_KEY
+from zoo.readers import is_safetensors, read_checkpoint, read_safetensors_metadata
+
+SCHEMA_VERSION = 1
+PARTS = ('model', 'model_ema', 'optimizer')
+FOLDER = 'checkpoints'
+NAME = re.compile(r'epoch_(\d+)_step_(\d+)\.safetensors')
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        epoch: epochs done.
+        batch: forward passes done in the epoch after those.
+        step: optimizer steps done in all.
+        best_top1_percent: best accuracy so far, of the weights or of their average.
+        epoch_sums: loss times images, and images, of the epoch under way.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    best_top1_percent: float = -1.0
+    epoch_sums: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory: arrays by parameter name, and what the metadata says."""
+
+    config: str  # YAML
+    progress: Progress
+    model: dict[str, np.ndarray]
+    model_ema: dict[str, np.ndarray] = field(default_factory=dict)
+    optimizer: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def save_checkpoint(path: str, checkpoint: Checkpoint) -> None:
+    """Write `checkpoint` to `path`, as `write_tensors` does."""
+    tensors = {}
+    for part in PARTS:
+        for name, value in getattr(checkpoint, part).items():
+            tensors[f'{part}.{name}'] = np.ascontiguousarray(value).reshape(value.shape)
+    metadata = {'schema_version': SCHEMA_VERSION, 'config': checkpoint.config,
+                'progress': asdict(checkpoint.progress)}
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    write_tensors(path, tensors, {METADATA_KEY: json.dumps(metadata)})
+
+
+def write_tensors(path: str, tensors: dict[str, np.ndarray],
+                  metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file such that `path` is the old one, or none, until the new is whole."""
+    unfinished = f'{path}.unfinished'
+    try:
+        save_file(tensors, unfinished, metadata=metadata)
+        with open(unfinished, 'rb') as file:
+            os.fsync(file.fileno())
+        os.chmod(unfinished, 0o644)  # safetensors keeps files to their owner
+        os.replace(unfinished, path)
+    finally:
+        if os.path.exists(unfinished):
+            os.unlink(unfinished)
+
+
+def load_checkpoint(path: str) -> Checkpoint:
+    """Read a checkpoint file of `save_checkpoint`.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        InputError: something else, or a damaged or newer file.
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f'no checkpoint {path} to resume from')
+    tensors = read_checkpoint(path)
+    metadata = read_safetensors_metadata(path) if is_safetensors(path) else {}
+    if METADATA_KEY not in metadata:
+        raise InputError(f'{path} is no training checkpoint of this program, which alone can be '
+                         'resumed; -pretrained starts a new run from weights')
+    metadata = json.loads(metadata[METADATA_KEY])
+    if metadata['schema_version'] != SCHEMA_VERSION:
+        raise InputError(f'{path} has schema version {metadata["schema_version"]}; this program '
+                         f'reads version {SCHEMA_VERSION}')
+    parts = {part: {} for part in PARTS}
+    for key, value in tensors.items():
+        part, name = key.split('.', 1)
+        parts[part][name] = value
+    progress = metadata['progress']
+    progress['epoch_sums'] = tuple(progress['epoch_sums'])
+    return Checkpoint(metadata['config'], Progress(**progress), **parts)
+
+
+def resume_file(path: str) -> str:
+    """The checkpoint that MODEL.RESUME means: a file, or a run folder, which stands for its `last`."""
+    return os.path.join(path, 'last') if os.path.isdir(path) else path
+
+
+def checkpoint_path(run_folder: str, progress: Progress) -> str:
+    """Where the checkpoint of this moment belongs."""
+    return os.path.join(run_folder, FOLDER,
+                        f'epoch_{progress.epoch:04d}_step_{progress.step:08d}.safetensors')
+
+
+def run_folder_of(path: str) -> str | None:
+    """The run folder that a checkpoint, a link to one, or the folder itself belongs to, if any."""
+    folder = os.path.dirname(os.path.realpath(path))
+    for candidate in (path, os.path.dirname(path), os.path.dirname(folder)):
+        if os.path.isfile(os.path.join(candidate, 'config.yaml')):
+            return candidate
+    return None
+
+
+def run_config_file(path: str) -> str:
+    """The configuration that a checkpoint in its run folder was trained with.
+
+    Raises:
+        InputError: the checkpoint does not lie in a run folder.
+    """
+    folder = run_folder_of(path)
+    if folder is None:
+        if not os.path.exists(path):
+            raise FileNotFoundError(f'no checkpoint {path}')
+        raise InputError(f'{path} does not lie in a run folder with a config.yaml; name its '
+                         'configuration by -cfg')
+    return os.path.join(folder, 'config.yaml')
+
+
+def checkpoints(run_folder: str) -> list[str]:
+    """All checkpoints of a run, the oldest first."""
+    folder = os.path.join(run_folder, FOLDER)
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    steps = {name: tuple(map(int, match.groups())) for name in names
+             if (match := NAME.fullmatch(name))}
+    return [os.path.join(folder, name) for name in sorted(steps, key=steps.get)]
+
+
+def point_to(run_folder: str, name: str, path: str) -> None:
+    """Make RUN/`name` stand for the checkpoint `path`, in one instant."""
+    link = os.path.join(run_folder, name)
+    unfinished = f'{link}.unfinished'
+    if os.path.lexists(unfinished):
+        os.unlink(unfinished)
+    try:
+        os.symlink(os.path.relpath(path, run_folder), unfinished)
+    except OSError:  # a file system without links
+        shutil.copyfile(path, unfinished)
+    os.replace(unfinished, link)
+
+
+def remove_superseded(run_folder: str, *, keep_every: int) -> None:
+    """Delete checkpoints that are neither `last` nor `best` nor at a multiple of epochs."""
+    wanted = {os.path.realpath(os.path.join(run_folder, name)) for name in ('last', 'best')}
+    for path in checkpoints(run_folder):
+        epoch = int(NAME.fullmatch(os.path.basename(path)).group(1))
+        if os.path.realpath(path) not in wanted and epoch % keep_every:
+            os.unlink(path)

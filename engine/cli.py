@@ -1,0 +1,131 @@
+"""The command line of both mains: PaddleViT's flags, each with a --double-dash twin.
+
+    python main_multi_gpu.py -cfg=./configs/replknet_31b.yaml -data_path=/dataset/imagenet \\
+        -batch_size=256 -eval -pretrained=./replknet_31b.pdparams -amp
+"""
+
+import argparse
+import os
+import sys
+import time
+
+from config import get_config, update_config
+from datasets import get_dataset
+from distributed import is_launched, launch, visible_devices
+from engine.checkpoint import run_config_file, run_folder_of
+from engine.run import run
+from engine.run_log import check_run_folder
+from engine.train import DivergedError
+from errors import InputError
+
+
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    """The flags. A flag that is not given leaves the configuration's value."""
+    parser = argparse.ArgumentParser(
+        prog=prog, allow_abbrev=False, usage=f'{prog} -cfg=FILE [FLAGS] [-opts KEY VALUE ...]',
+        description='Train or evaluate RepLKNet.',
+        epilog=f'example: python {prog} -cfg=./configs/replknet_31b.yaml '
+               '-data_path=/dataset/imagenet -batch_size=256 -eval '
+               '-pretrained=./replknet_31b.pdparams -amp')
+
+    def flag(group, name, help_text, **options):
+        group.add_argument(f'-{name}', f'--{name}', help=help_text, **options)
+
+    flag(parser, 'cfg', 'YAML file of configs/; not needed for a checkpoint in its run folder',
+         metavar='FILE')
+    flag(parser, 'opts', 'any other keys, e.g. -opts TRAIN.BASE_LR 1e-3 SEED 1', nargs='+',
+         metavar='KEY VALUE')
+
+    data = parser.add_argument_group('data')
+    flag(data, 'dataset', 'kind of data set: imagenet2012, list files', metavar='NAME')
+    flag(data, 'data_path', 'folder of train_list.txt and val_list.txt', metavar='DIR')
+    flag(data, 'batch_size', 'images per process, in training and in evaluation', metavar='N')
+    flag(data, 'batch_size_eval', 'images per process in evaluation', metavar='N')
+    flag(data, 'image_size', 'side of the network input, pixels', metavar='N')
+
+    what = parser.add_argument_group('what to do')
+    flag(what, 'eval', 'evaluate -pretrained and stop', action='store_true')
+    flag(what, 'pretrained', 'weights to evaluate, or to start training from', metavar='FILE')
+    flag(what, 'resume', 'checkpoint, or run folder, to go on from', metavar='PATH')
+    flag(what, 'last_epoch', 'epochs that -pretrained weights have behind them', metavar='N')
+    flag(what, 'output', 'run folder; default output/NAME-train-TIME', metavar='DIR')
+
+    how = parser.add_argument_group('how')
+    flag(how, 'accum_iter', 'forward passes per optimizer step', metavar='N')
+    flag(how, 'amp', 'automatic mixed precision', action='store_true')
+    return parser
+
+
+def main(argv: list[str] | None = None, *, script: str, multi: bool) -> int:
+    """Run a command line.
+
+    Args:
+        argv: the arguments; None for those of this process.
+        script: the file that was started, which the launcher starts again in each process.
+        multi: use every visible device, and offer -nproc.
+
+    Returns:
+        Exit status: 0, 2 for bad input, 1 for a run that failed.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = build_parser(os.path.basename(script))
+    if multi:
+        parser.add_argument('-nproc', '--nproc', type=int, default=None, metavar='N',
+                            help='processes; default one per visible GPU, or one on CPU')
+    args = parser.parse_args(argv)
+    try:
+        if args.cfg is None:
+            checkpoint = args.resume or args.pretrained
+            if checkpoint is None:
+                raise InputError('no configuration; give one by -cfg, e.g. '
+                                 '-cfg=configs/replknet_31b.yaml')
+            args.cfg = run_config_file(checkpoint)
+        config = update_config(get_config(args.cfg), args)
+        if config.SAVE is None:
+            args.output = default_run_folder(config)
+            config = update_config(config, args)
+        processes = process_count(args.nproc) if multi else 1
+        if processes > 1 and not is_launched():
+            check_inputs(config)
+            return launch(script, [*argv, f'-output={config.SAVE}'], processes=processes,
+                          log_dir=os.path.join(config.SAVE, 'workers'))
+        run(config)
+    except (InputError, OSError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    except DivergedError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 1
+    return 0
+
+
+def default_run_folder(config) -> str:
+    """The run folder of MODEL.RESUME, or output/NAME-train-TIME, or output/NAME-eval-TIME."""
+    if config.MODEL.RESUME is not None:
+        folder = run_folder_of(config.MODEL.RESUME)
+        if folder is not None:
+            return folder
+    kind = 'eval' if config.EVAL else 'train'
+    return os.path.join('output',
+                        f'{config.MODEL.NAME}-{kind}-{time.strftime("%Y%m%d-%H%M%S")}')
+
+
+def process_count(requested: int | None) -> int:
+    """How many processes to run on this machine."""
+    devices = visible_devices()
+    if requested is None:
+        return max(devices, 1)
+    if requested < 1 or 0 < devices < requested:
+        allowed = f'1 to {devices}, the visible GPUs' if devices else 'at least 1'
+        raise InputError(f'-nproc is {requested}; allowed: {allowed}')
+    return requested
+
+
+def check_inputs(config) -> None:
+    """Find the usual mistakes once, before they become the same message from every process."""
+    for path in (config.MODEL.PRETRAINED, config.MODEL.RESUME):
+        if path is not None and not os.path.exists(path):
+            raise FileNotFoundError(f'no checkpoint {path}')
+    for is_train in ([False] if config.EVAL else [True, False]):
+        get_dataset(config, is_train)
+    check_run_folder(config.SAVE, resumes=config.MODEL.RESUME is not None)

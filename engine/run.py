@@ -1,0 +1,275 @@
+"""One run, from a frozen configuration to its results: the only place that builds and wires parts.
+
+Values derived from the configuration (learning rate, number of steps) live here and in the log;
+the configuration itself stays as given.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import paddle
+
+import distributed
+from datasets import get_dataloader, get_dataset
+from engine.checkpoint import (Checkpoint, Progress, checkpoint_path, load_checkpoint, point_to,
+                               remove_superseded, resume_file, save_checkpoint)
+from engine.evaluate import evaluate
+from engine.metrics import Metrics
+from engine.run_log import RunLog, config_text
+from engine.train import Step, train_epoch
+from errors import InputError
+from losses import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from optim.ema import ModelEma
+from optim.optimizer import build_optimizer, load_optimizer_state, optimizer_state
+from optim.schedule import base_learning_rate, get_lr
+from replknet import RepLKNet, build_replknet
+from transforms import build_mixup
+from zoo.convert import load_pretrained
+
+logger = logging.getLogger(__name__)
+
+
+def run(config) -> Metrics:
+    """Train or evaluate as `config` says, in this process and those launched beside it.
+
+    Args:
+        config: of config.py, with SAVE, the run folder, set.
+
+    Returns:
+        The last evaluation's metrics.
+
+    Raises:
+        InputError, FileNotFoundError: what the configuration names cannot be used.
+        DivergedError: the loss became infinite or no number.
+    """
+    distributed.init()
+    paddle.seed(distributed.random_seed(config.SEED))
+    log = RunLog(is_main=distributed.rank() == 0)
+    logger.info('%s, %d process(es) on %s, Paddle %s, run folder %s', config.MODEL.NAME,
+                distributed.world_size(), paddle.device.get_device(), paddle.__version__,
+                config.SAVE)
+    if config.AMP and not distributed.on_gpu():
+        logger.warning('-amp has no effect on CPU: computing in float32')
+    return run_evaluation(config, log) if config.EVAL else Training(config, log).run()
+
+
+def run_evaluation(config, log: RunLog) -> Metrics:
+    """Evaluate MODEL.PRETRAINED on the validation list."""
+    loader = build_loader(config, is_train=False)
+    model = build_network(config)
+    if config.MODEL.PRETRAINED is None:
+        logger.warning('no -pretrained weights: evaluating a freshly initialized network')
+    else:
+        load_pretrained(model, config.MODEL.PRETRAINED)
+    log.open(config.SAVE, config, resumes=False)
+    start = time.perf_counter()
+    metrics = evaluate(model=model, loader=loader, autocast=partial(autocast, config),
+                       progress=log.bar)
+    seconds = time.perf_counter() - start
+    log.write_metrics({'epoch': 0, **metrics.record('val'), 'val_seconds': round(seconds, 3)})
+    logger.info('%d images in %.1f s, %.1f images/s', metrics.images, seconds,
+                metrics.images / seconds)
+    logger.info('%s', metrics)
+    return metrics
+
+
+class Training:
+    """The parts of one training run, wired together, and its epochs."""
+
+    def __init__(self, config, log: RunLog):
+        self.config = config
+        self.log = log
+        resumed = resumed_checkpoint(config)
+        self.train_loader = build_loader(config, is_train=True)
+        self.val_loader = build_loader(config, is_train=False)
+        self.steps_per_epoch = -(-len(self.train_loader.batch_sampler) // config.TRAIN.ACCUM_ITER)
+        self.mixup = build_mixup(config)
+        self.criterion = (SoftTargetCrossEntropy() if self.mixup is not None
+                          else LabelSmoothingCrossEntropy(config.TRAIN.SMOOTHING))
+
+        self.model = build_network(config)
+        if resumed is not None:
+            load_pretrained(self.model, resume_file(config.MODEL.RESUME))
+        elif config.MODEL.PRETRAINED is not None:
+            load_pretrained(self.model, config.MODEL.PRETRAINED)
+        self.learning_rate = self.build_schedule()
+        self.optimizer = build_optimizer(config, self.model, lr=self.learning_rate(0))
+        self.ema = None
+        if config.TRAIN.MODEL_EMA:
+            self.ema = ModelEma(self.model, decay=config.TRAIN.MODEL_EMA_DECAY)
+        self.scaler = None
+        if config.AMP and distributed.on_gpu():
+            self.scaler = paddle.amp.GradScaler()
+
+        self.progress = Progress(epoch=config.TRAIN.LAST_EPOCH,
+                                 step=config.TRAIN.LAST_EPOCH * self.steps_per_epoch)
+        if resumed is not None:
+            self.progress = resumed.progress
+            load_optimizer_state(self.optimizer, self.model, resumed.optimizer)
+            if self.ema is not None:
+                self.ema.load_state(resumed.model_ema)
+
+    def build_schedule(self) -> Callable[[int], float]:
+        """The learning rate of each optimizer step of the run."""
+        train = self.config.TRAIN
+        global_batch = (self.config.DATA.BATCH_SIZE * train.ACCUM_ITER * distributed.world_size())
+        peak = base_learning_rate(train.BASE_LR, global_batch, train.LINEAR_SCALED_LR)
+        logger.info('%d training and %d validation images; global batch %d = %d x %d accumulated '
+                    'x %d process(es); %d steps an epoch; peak learning rate %.4g',
+                    len(self.train_loader.dataset), len(self.val_loader.dataset), global_batch,
+                    self.config.DATA.BATCH_SIZE, train.ACCUM_ITER, distributed.world_size(),
+                    self.steps_per_epoch, peak)
+        return partial(get_lr, base_lr=peak, min_lr=train.END_LR,
+                       warmup_start_lr=train.WARMUP_START_LR,
+                       warmup_steps=train.WARMUP_EPOCHS * self.steps_per_epoch,
+                       total_steps=train.NUM_EPOCHS * self.steps_per_epoch)
+
+    def run(self) -> Metrics:
+        """Train the remaining epochs, evaluating and saving as configured."""
+        config, log = self.config, self.log
+        log.open(config.SAVE, config, resumes=config.MODEL.RESUME is not None)
+        log.forget_metrics_after(self.progress.epoch)
+        if self.progress.step:
+            logger.info('going on after epoch %d, step %d', self.progress.epoch,
+                        self.progress.step)
+        metrics = None
+        while self.progress.epoch < config.TRAIN.NUM_EPOCHS:
+            record = self.train_one_epoch()
+            epoch = self.progress.epoch
+            is_last = epoch == config.TRAIN.NUM_EPOCHS
+            is_best = False
+            if epoch % config.VALIDATE_FREQ == 0 or is_last:
+                metrics, is_best = self.validate(record)
+            log.write_metrics(record)
+            self.save(is_best=is_best)
+        return metrics
+
+    def train_one_epoch(self) -> dict:
+        """Train through the epoch under way; returns its part of metrics.jsonl."""
+        config, start = self.config, self.progress
+        loss_sum, images = start.epoch_sums
+        started, waited, images_here = time.perf_counter(), 0.0, 0
+        total = len(self.train_loader.batch_sampler)
+        with self.log.bar(total=total, initial=start.batch,
+                          desc=f'epoch {start.epoch + 1}/{config.TRAIN.NUM_EPOCHS}') as bar:
+            steps = train_epoch(
+                model=self.model, loader=self.train_loader, criterion=self.criterion,
+                mixup=self.mixup, optimizer=self.optimizer, ema=self.ema,
+                learning_rate=self.learning_rate, accum_iter=config.TRAIN.ACCUM_ITER,
+                seed=config.SEED, epoch=start.epoch, first_batch=start.batch,
+                first_step=start.step, autocast=partial(autocast, config), scaler=self.scaler)
+            for step in steps:
+                loss_sum += step.loss * step.images
+                images += step.images
+                images_here += step.images
+                waited += step.data_seconds
+                self.progress = replace(self.progress, batch=step.batch,
+                                        step=self.progress.step + 1,
+                                        epoch_sums=(loss_sum, images))
+                seconds = time.perf_counter() - started
+                bar.update(step.batch - bar.n)
+                self.report(bar, step, images_here / seconds, waited / seconds)
+        seconds = time.perf_counter() - started
+        self.progress = replace(self.progress, epoch=start.epoch + 1, batch=0,
+                                epoch_sums=(0.0, 0.0))
+        return {'epoch': self.progress.epoch, 'step': self.progress.step,
+                'learning_rate': step.lr, 'train_loss': loss_sum / images,
+                'train_seconds': round(seconds, 3),
+                'train_images_per_second': round(images_here / seconds, 3)}
+
+    def report(self, bar, step: Step, images_per_second: float, wait_share: float) -> None:
+        """Show one step on the bar or, every REPORT_FREQ forward passes, in a line."""
+        batches = len(self.train_loader.batch_sampler)
+        if not bar.disable:
+            bar.set_postfix_str(f'loss {step.loss:.4f}, lr {step.lr:.3g}, '
+                                f'{images_per_second:.1f} images/s, data wait {wait_share:.0%}')
+        elif step.batch % self.config.REPORT_FREQ < self.config.TRAIN.ACCUM_ITER \
+                or step.batch == batches:
+            logger.info('epoch %d/%d, batch %d/%d, loss %.4f, lr %.3g, %.1f images/s, '
+                        'data wait %.0f %%', self.progress.epoch + 1,
+                        self.config.TRAIN.NUM_EPOCHS, step.batch, batches, step.loss, step.lr,
+                        images_per_second, 100 * wait_share)
+
+    def validate(self, record: dict) -> tuple[Metrics, bool]:
+        """Evaluate the weights and their average; adds to `record`.
+
+        Returns:
+            The better of the two metrics, and whether it is the best of the run.
+        """
+        loop = partial(evaluate, model=self.model, loader=self.val_loader,
+                       autocast=partial(autocast, self.config), progress=self.log.bar)
+        results = {'val': loop()}
+        if self.ema is not None:
+            with self.ema.applied_to(self.model):
+                results['val_ema'] = loop()
+        for name, metrics in results.items():
+            record.update(metrics.record(name))
+            logger.info('epoch %d, %s: %s', self.progress.epoch,
+                        'average of weights' if name == 'val_ema' else 'weights', metrics)
+        best = max(results.values(), key=lambda metrics: metrics.top1_percent)
+        is_best = best.top1_percent > self.progress.best_top1_percent
+        if is_best:
+            self.progress = replace(self.progress, best_top1_percent=best.top1_percent)
+        return best, is_best
+
+    def save(self, *, is_best: bool) -> None:
+        """Write a checkpoint of this moment and drop those that it makes needless."""
+        if distributed.rank() != 0:
+            return
+        folder = self.config.SAVE
+        path = checkpoint_path(folder, self.progress)
+        save_checkpoint(path, Checkpoint(
+            config=config_text(self.config), progress=self.progress,
+            model={name: value.numpy() for name, value in self.model.state_dict().items()},
+            model_ema={} if self.ema is None else self.ema.state(),
+            optimizer=optimizer_state(self.optimizer, self.model)))
+        point_to(folder, 'last', path)
+        if is_best:
+            point_to(folder, 'best', path)
+        remove_superseded(folder, keep_every=self.config.SAVE_FREQ)
+
+
+def build_loader(config, *, is_train: bool) -> paddle.io.DataLoader:
+    """This process's loader of the training or the validation set."""
+    return get_dataloader(config, get_dataset(config, is_train), is_train,
+                          rank=distributed.rank(), world_size=distributed.world_size())
+
+
+def build_network(config) -> RepLKNet:
+    """The network on this process's device, with synchronized BN where that applies."""
+    several_gpus = distributed.on_gpu() and distributed.world_size() > 1
+    sync_bn = config.MODEL.SYNC_BN and several_gpus and not config.EVAL
+    if config.MODEL.SYNC_BN and distributed.world_size() > 1 and not several_gpus:
+        logger.warning('MODEL.SYNC_BN needs GPUs: each process normalizes by its own batches, '
+                       'and running statistics are averaged over the processes')
+    return build_replknet(config, sync_bn=sync_bn)
+
+
+def autocast(config):
+    """The context that the network runs in: mixed precision where asked for and possible."""
+    if config.AMP and distributed.on_gpu():
+        return paddle.amp.auto_cast()
+    return contextlib.nullcontext()
+
+
+def resumed_checkpoint(config) -> Checkpoint | None:
+    """The checkpoint of MODEL.RESUME, if any, after a look at whether it can go on here."""
+    if config.MODEL.RESUME is None:
+        return None
+    path = resume_file(config.MODEL.RESUME)
+    checkpoint = load_checkpoint(path)
+    epoch = checkpoint.progress.epoch
+    if config.TRAIN.LAST_EPOCH not in (0, epoch):
+        raise InputError(f'-last_epoch {config.TRAIN.LAST_EPOCH} contradicts {path}, which ends '
+                         f'with epoch {epoch}; leave -last_epoch out')
+    if epoch >= config.TRAIN.NUM_EPOCHS:
+        raise InputError(f'{path} has all of the {config.TRAIN.NUM_EPOCHS} epochs of '
+                         'TRAIN.NUM_EPOCHS; nothing is left to train')
+    if config.TRAIN.MODEL_EMA != bool(checkpoint.model_ema):
+        raise InputError(f'{path} was trained with TRAIN.MODEL_EMA {bool(checkpoint.model_ema)}; '
+                         f'got {config.TRAIN.MODEL_EMA}')
+    return checkpoint

@@ -1,0 +1,107 @@
+"""The run folder and what a run tells: console, log.txt, metrics.jsonl, config.yaml.
+
+Rank 0 speaks for all. On a terminal a progress bar shows the batches; elsewhere plain lines do,
+so that log files stay readable.
+"""
+
+import json
+import logging
+import logging.handlers
+import os
+import sys
+
+from tqdm import tqdm
+
+from engine.checkpoint import checkpoints
+from errors import InputError
+
+
+def check_run_folder(folder: str, *, resumes: bool) -> None:
+    """Make the run folder, if it is not there.
+
+    Raises:
+        InputError: it cannot be written, or holds another run, which this one would spoil.
+    """
+    if not resumes and checkpoints(folder):
+        raise InputError(f'{folder} holds the checkpoints of another run; -resume {folder} goes '
+                         'on with it, another -output starts afresh')
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, 'log.txt'), 'a', encoding='utf-8'):
+            pass
+    except OSError as error:
+        raise InputError(f'cannot write the run folder {folder}: {error.strerror}; '
+                         'give another one by -output') from None
+
+
+def config_text(config) -> str:
+    """YAML of all that defines a run, without what holds for one start of it alone."""
+    config = config.clone()
+    config.defrost()
+    config.SAVE = None
+    config.MODEL.RESUME = None
+    return config.dump()
+
+
+class RunLog:
+    """Writes one run's folder and console; silent on ranks other than 0.
+
+    Nothing is written to disk before `open`: a run whose input is wrong leaves nothing behind.
+    """
+
+    def __init__(self, *, is_main: bool):
+        self.folder = None
+        self.is_main = is_main
+        self.on_terminal = is_main and sys.stdout.isatty()
+        self.early = logging.handlers.MemoryHandler(capacity=10 ** 6, flushOnClose=False)
+        console = logging.StreamHandler(sys.stdout)
+        console.setFormatter(logging.Formatter('%(message)s'))
+        root = logging.getLogger()
+        root.setLevel(logging.INFO if is_main else logging.ERROR)
+        root.handlers[:] = [console, self.early]
+
+    def open(self, folder: str, config, *, resumes: bool) -> None:
+        """Make the run folder: log.txt, and config.yaml, which can stand for `-cfg`.
+
+        Raises:
+            InputError: as `check_run_folder`.
+        """
+        root = logging.getLogger()
+        root.removeHandler(self.early)
+        if not self.is_main:
+            return
+        check_run_folder(folder, resumes=resumes)
+        self.folder = folder
+        file = logging.FileHandler(os.path.join(folder, 'log.txt'), encoding='utf-8')
+        file.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
+        root.addHandler(file)
+        self.early.setTarget(file)
+        self.early.flush()
+        with open(os.path.join(folder, 'config.yaml'), 'w', encoding='utf-8') as file:
+            file.write(config_text(config))
+
+    def write_metrics(self, record: dict) -> None:
+        """Append one object to metrics.jsonl."""
+        if self.is_main:
+            with open(self._metrics_file(), 'a', encoding='utf-8') as file:
+                file.write(json.dumps(record) + '\n')
+
+    def forget_metrics_after(self, epoch: int) -> None:
+        """Drop the records of epochs that a resumed run will go through again."""
+        if not self.is_main or not os.path.exists(self._metrics_file()):
+            return
+        with open(self._metrics_file(), encoding='utf-8') as file:
+            lines = [line for line in file if line.endswith('\n')  # not cut short by a crash
+                     and json.loads(line)['epoch'] <= epoch]
+        unfinished = self._metrics_file() + '.unfinished'
+        with open(unfinished, 'w', encoding='utf-8') as file:
+            file.writelines(lines)
+        os.replace(unfinished, self._metrics_file())
+
+    def _metrics_file(self) -> str:
+        return os.path.join(self.folder, 'metrics.jsonl')
+
+    def bar(self, batches=None, **options) -> tqdm:
+        """tqdm's progress bar over batches; invisible where there is no terminal."""
+        return tqdm(batches, unit='batch', leave=False, dynamic_ncols=True,
+                    disable=not self.on_terminal, **options)

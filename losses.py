@@ -1,0 +1,62 @@
+"""Classification losses: cross entropy against smoothed labels, and against soft targets.
+
+Both average over the batch, and both compute in float32 with AMP switched off, whatever the
+logits' type: half precision is too coarse for the logarithm of 1000 small probabilities.
+"""
+
+import paddle
+from paddle import nn
+from paddle.nn import functional as F
+
+
+class LabelSmoothingCrossEntropy(nn.Layer):
+    """Cross entropy against the label with `1 - smoothing` and all classes sharing `smoothing`.
+
+    The label's class has its share of the smoothing too: its target is
+    1 - smoothing + smoothing / C (arXiv 1512.00567, section 7). 0 is plain cross entropy.
+
+    Args:
+        smoothing: in [0, 1).
+
+    Raises:
+        ValueError: smoothing out of range.
+    """
+
+    def __init__(self, smoothing: float = 0.1):
+        super().__init__()
+        if not 0.0 <= smoothing < 1.0:
+            raise ValueError(f'smoothing must lie in [0, 1); got {smoothing}')
+        self.smoothing = smoothing
+
+    def forward(self, logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
+        """Logits (N, C) of any float type and integer labels (N,) -> scalar, float32.
+
+        Raises:
+            ValueError: other shapes.
+        """
+        if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+            raise ValueError(f'expected logits (N, C) and labels (N,); '
+                             f'got {logits.shape} and {labels.shape}')
+        with paddle.amp.auto_cast(enable=False):
+            log_probs = F.log_softmax(logits.astype('float32'), axis=-1)
+            of_label = paddle.take_along_axis(log_probs, labels.unsqueeze(1), axis=1)  # (N, 1)
+            loss = -((1.0 - self.smoothing) * of_label.mean() + self.smoothing * log_probs.mean())
+        return loss
+
+
+class SoftTargetCrossEntropy(nn.Layer):
+    """Cross entropy against a distribution over the classes, as mixup and cutmix produce."""
+
+    def forward(self, logits: paddle.Tensor, targets: paddle.Tensor) -> paddle.Tensor:
+        """Logits and targets (N, C) of any float types -> scalar, float32.
+
+        Raises:
+            ValueError: other shapes.
+        """
+        if logits.ndim != 2 or targets.shape != logits.shape:
+            raise ValueError(f'expected logits and targets of one shape (N, C); '
+                             f'got {logits.shape} and {targets.shape}')
+        with paddle.amp.auto_cast(enable=False):
+            log_probs = F.log_softmax(logits.astype('float32'), axis=-1)
+            loss = -(targets.astype('float32') * log_probs).sum(axis=-1).mean()
+        return loss

@@ -1,0 +1,53 @@
+"""Learning rate per optimizer step: linear warm-up, then a cosine down to the minimum.
+
+The schedule of the official training code (ConvNeXt's step array, used by Swin and BEiT too) as
+a pure function, so that a resumed run needs nothing but the step number.
+"""
+
+import math
+
+
+def get_lr(step: int, *, base_lr: float, min_lr: float, warmup_start_lr: float,
+           warmup_steps: int, total_steps: int) -> float:
+    """Learning rate of one optimizer step.
+
+    Warm-up rises on a straight line through steps 0 (`warmup_start_lr`) and `warmup_steps - 1`
+    (`base_lr`). The cosine starts at `base_lr` again, on step `warmup_steps`, so the peak lasts
+    two steps. It would meet `min_lr` at step `total_steps`, one after the last: the run's last
+    step is still a little above the minimum, as in the official code.
+
+    Args:
+        step: 0 for the first optimizer step; at most `total_steps`.
+        base_lr: the peak.
+        min_lr: the limit of the cosine.
+        warmup_start_lr: rate of step 0 when there is a warm-up.
+        warmup_steps: number of warm-up steps, at most `total_steps`; 0 for none. A warm-up of
+            one step stays at `warmup_start_lr`.
+        total_steps: number of optimizer steps of the whole run, warm-up included.
+
+    Raises:
+        ValueError: step or warmup_steps outside [0, total_steps].
+    """
+    if not (0 <= step <= total_steps and 0 <= warmup_steps <= total_steps):
+        raise ValueError(f'step and warmup_steps must lie in [0, total_steps={total_steps}]; '
+                         f'got step={step}, warmup_steps={warmup_steps}')
+    if step < warmup_steps:
+        return warmup_start_lr + (base_lr - warmup_start_lr) * step / max(warmup_steps - 1, 1)
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)  # 0 at the peak, to 1
+    return min_lr + 0.5 * (base_lr - min_lr) * (1.0 + math.cos(math.pi * progress))
+
+
+def base_learning_rate(base_lr: float, global_batch: int,
+                       linear_scaled_lr: int | None = None) -> float:
+    """The peak that a configured rate means.
+
+    Args:
+        base_lr: rate as configured.
+        global_batch: images per optimizer step: all devices and accumulated batches together.
+        linear_scaled_lr: None where `base_lr` is absolute, as the official recipes' are; else
+            the batch that it was written for (PaddleViT's rule, which scales the peak alone
+            and leaves the start of the warm-up and the minimum as they are).
+    """
+    if linear_scaled_lr is None:
+        return base_lr
+    return base_lr * global_batch / linear_scaled_lr

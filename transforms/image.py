@@ -1,0 +1,51 @@
+"""What the evaluation and the training pipeline share: RGB conversion and normalization.
+
+Everything geometric and photometric happens on 8-bit images; `normalize` is the last step
+and stands alone, so that a loader may ship 8-bit batches and do this step on the device.
+"""
+
+import numpy as np
+from PIL import Image
+
+from errors import InputError
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return `image` in mode RGB; an RGB image is returned as it is, not copied.
+
+    Grey is repeated over the channels, CMYK converted by Pillow's formula without a colour
+    profile, a palette looked up, and alpha dropped (not blended). The EXIF orientation is
+    ignored: the published accuracies were measured without it.
+
+    Raises:
+        InputError: a mode with more than 8 bits per channel, or one that Pillow does not
+            convert to RGB.
+    """
+    if image.mode == 'RGB':
+        return image
+    # Pillow would clip these at 255, which turns an ordinary 16-bit photograph white.
+    if image.mode in ('I', 'F') or image.mode.startswith('I;16'):
+        raise InputError(f'image mode {image.mode!r} has more than 8 bits per channel; '
+                         'scale it to 8 bits first')
+    image.load()  # outside of the try: a damaged file must not be reported as a wrong mode
+    try:
+        return image.convert('RGB')
+    except ValueError as error:
+        raise InputError(f'image mode {image.mode!r} cannot be converted to RGB') from error
+
+
+def normalize(pixels: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """Scale to [0, 1], subtract `mean`, divide by `std`, and put the channels first.
+
+    Args:
+        pixels: (H, W, 3) uint8.
+        mean, std: (3,) per channel, in units of the [0, 1] scale.
+
+    Returns:
+        (3, H, W) float32, contiguous; bit for bit what the same three steps give in float32.
+    """
+    channels = np.empty((3, *pixels.shape[:2]), np.float32)
+    np.divide(pixels.transpose(2, 0, 1), np.float32(255), out=channels)
+    channels -= np.asarray(mean, np.float32).reshape(3, 1, 1)
+    channels /= np.asarray(std, np.float32).reshape(3, 1, 1)
+    return channels
