@@ -3,7 +3,8 @@
 import argparse
 import sys
 
-from config import get_config
+from config import get_config, update_config
+from engine.checkpoint import run_config_file
 from errors import InputError
 from zoo.convert import LAYOUTS, WEIGHTS, convert_file
 
@@ -17,8 +18,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument('source', metavar='SRC',
                         help='.pth, .pdparams or .safetensors file, in any known layout')
     parser.add_argument('destination', metavar='DST', help='.safetensors or .pdparams file')
-    parser.add_argument('-cfg', '--cfg', required=True, metavar='FILE',
-                        help='YAML file of the network')
+    parser.add_argument('-cfg', '--cfg', metavar='FILE', default=argparse.SUPPRESS,
+                        help='YAML file of the network; not needed for a checkpoint in its run '
+                             'folder')
+    parser.add_argument('-opts', '--opts', nargs='+', metavar='KEY VALUE',
+                        default=argparse.SUPPRESS, help='other keys')
     parser.add_argument('-to', '--to', choices=LAYOUTS, default='native',
                         help='whose parameter names to write')
     parser.add_argument('-weights', '--weights', choices=WEIGHTS, default='model',
@@ -29,8 +33,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
-        count = convert_file(args.source, args.destination, get_config(args.cfg),
-                             weights=args.weights, layout=args.to)
+        cfg_file = getattr(args, 'cfg', None) or run_config_file(args.source)
+        config = update_config(get_config(cfg_file), args)
+        count = convert_file(args.source, args.destination, config, weights=args.weights,
+                             layout=args.to)
     except (InputError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2

@@ -5,10 +5,10 @@ needs none of the first three): `python tests/transforms/goldens/make_goldens.py
 
 - `timm_operations.npz`: a small image, and what each operation makes of it at several
   magnitudes, with timm's random sign forced both ways.
-- `timm_draws.json`: crops, erased boxes, mixup draws and policies that timm arrives at when
-  each of its random draws is answered by one numpy generator of a stated seed, and its
-  AutoAugment table. timm draws a sign only for the operations that use one, and no chance for operations that are certain;
-  here both are drawn always, so the replay draws and discards them.
+- `timm_draws.json`: timm's AutoAugment table, and the crops, erased boxes, mixup draws and
+  operations that it arrives at when each of its random draws is answered by one numpy generator
+  of a stated seed. timm draws a sign only for the operations that use one, and no chance for
+  operations that are certain; we draw both always, so the replay draws and discards them.
 - `timm_samples.npz`: whole training samples of the official recipe at 24 pixels (erasing more
   often than it), replayed likewise; the name of each array is PHOTOGRAPH, a space and the seed.
 """
@@ -31,9 +31,8 @@ MADE_BY = f'timm {timm.__version__}, Pillow {PIL.__version__}'
 FILL = (124, 116, 104)
 HPARAMS = {'img_mean': FILL, 'interpolation': Image.Resampling.BICUBIC}
 MAGNITUDES = (0.0, 4.0, 9.3, 10.0)
-OPERATIONS = sorted(
-    {*auto_augment._RAND_TRANSFORMS, *auto_augment._RAND_INCREASING_TRANSFORMS, 'PosterizeOriginal'}
-)
+OPERATIONS = sorted({*auto_augment._RAND_TRANSFORMS, *auto_augment._RAND_INCREASING_TRANSFORMS,
+                     'PosterizeOriginal'})
 DIRECTED = ('Rotate', 'Shear', 'Translate', 'ColorI', 'ContrastI', 'BrightnessI', 'SharpnessI')
 
 
