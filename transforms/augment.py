@@ -10,7 +10,7 @@ timm draws bilinear or bicubic resampling at random unless told otherwise. The o
 recipe tells it bicubic, and so it is here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ Color = tuple[int, int, int]
 Drawn = tuple[str, float, int]  # operation, magnitude, and the sign it takes if it has a direction
 
 
-def fill_color(mean) -> Color:
+def fill_color(mean: Sequence[float]) -> Color:
     """The 8-bit colour, from the [0, 1] mean, for pixels that come from outside the image."""
     return tuple(min(255, round(255 * float(channel))) for channel in mean)
 

@@ -11,6 +11,7 @@ truncated, and crop offsets are rounded half to even.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -20,7 +21,7 @@ from transforms.image import normalize, to_rgb
 
 MODES = ('short_crop', 'warp')
 
-# A 1 x 60000 strip brought to 256 pixels across would need 11 GiB.
+# A 1 x 60000 strip brought to 256 pixels across would need 15 GiB.
 MAX_RESIZED_PIXELS = 1 << 26
 
 
@@ -49,13 +50,14 @@ class EvalTransform:
         crop_pct: in `short_crop`, the share of the resized short side that the crop keeps;
             without effect in `warp`.
         mode: one of `MODES`.
-        mean, std: three floats each, per RGB channel, in units of the [0, 1] scale.
+        mean, std: three each, per RGB channel, in units of the [0, 1] scale.
 
     Raises:
         InputError: an argument outside its legal values.
     """
 
-    def __init__(self, *, image_size: int, crop_pct: float, mode: str, mean, std):
+    def __init__(self, *, image_size: int, crop_pct: float, mode: str, mean: Sequence[float],
+                 std: Sequence[float]):
         if mode not in MODES:
             raise InputError(f"resize mode {mode!r}: must be one of {', '.join(MODES)}")
         if image_size < 1:

@@ -57,8 +57,8 @@ class Mixup:
     Args:
         mixup_alpha: lam ~ Beta(alpha, alpha); 0 switches mixup off.
         cutmix_alpha: the same for CutMix.
-        cutmix_minmax: (least, most) share of each side of the CutMix box, instead of a size
-            from `cutmix_alpha`, which then only has to be above 0 or is taken as 1; or None.
+        cutmix_minmax: (least, most) share of the image's sides for those of the CutMix box;
+            switches CutMix on and takes the place of `cutmix_alpha`. None: not used.
         prob: chance that a batch is mixed at all.
         switch_prob: chance of CutMix where both are on.
         label_smoothing: share of the label spread evenly over all classes, [0, 1).

@@ -6,7 +6,7 @@ passed with the image, so a sample depends on nothing but the seed of that gener
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageEnhance
@@ -78,7 +78,7 @@ class TrainTransform:
         photometric: called with (RGB image, generator), returns an RGB image of the same
             size; or None.
         erasing: applied last, to the normalized image; or None.
-        mean, std: three floats each, per RGB channel, in units of the [0, 1] scale.
+        mean, std: three each, per RGB channel, in units of the [0, 1] scale.
 
     Raises:
         InputError: an argument outside its legal values.
@@ -86,7 +86,8 @@ class TrainTransform:
 
     def __init__(self, *, image_size: int, crop_scale: tuple[float, float],
                  crop_ratio: tuple[float, float], hflip_prob: float,
-                 photometric: Callable | None, erasing: RandomErasing | None, mean, std):
+                 photometric: Callable | None, erasing: RandomErasing | None,
+                 mean: Sequence[float], std: Sequence[float]):
         if image_size < 1:
             raise InputError(f'image_size {image_size}: must be at least 1')
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:

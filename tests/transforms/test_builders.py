@@ -107,5 +107,5 @@ def test_minmax_alone_switches_cutmix_on():
 
 
 def test_other_mixup_modes_are_refused():
-    with pytest.raises(InputError, match="TRAIN.MIXUP_MODE 'elem': must be 'batch'"):
+    with pytest.raises(InputError, match=r"TRAIN\.MIXUP_MODE 'elem': must be 'batch'"):
         build_mixup(config('TRAIN.MIXUP_MODE', 'elem'))
