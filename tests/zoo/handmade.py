@@ -86,18 +86,18 @@ def pickled(value) -> bytes:
 STORAGES = {'f4': 'FloatStorage', 'f2': 'HalfStorage', 'i8': 'LongStorage', 'u2': 'BFloat16Storage'}
 
 
-def tensor(array: np.ndarray, key: str, **changes) -> Call:
-    """A tensor as PyTorch pickles it, over the storage `key`; `changes` replace its parts.
+def tensor(array: np.ndarray, storage: str, **changes) -> Call:
+    """A tensor as PyTorch pickles it, over the given storage; `changes` replace its parts.
 
     An array of u2 stands for bfloat16's bits.
     """
     strides = tuple(step // array.itemsize for step in array.strides)
     parts = {
-        'kind': Name('torch', STORAGES[array.dtype.str[1:]]), 'key': key, 'numel': array.size,
+        'kind': Name('torch', STORAGES[array.dtype.str[1:]]), 'key': storage, 'numel': array.size,
         'offset': 0, 'size': array.shape, 'stride': strides, 'tail': (), **changes,
     }
-    storage = ('storage', parts['kind'], parts['key'], 'cpu', parts['numel'], *parts['tail'])
-    arguments = (Reference(storage), parts['offset'], parts['size'], parts['stride'], False,
+    reference = ('storage', parts['kind'], parts['key'], 'cpu', parts['numel'], *parts['tail'])
+    arguments = (Reference(reference), parts['offset'], parts['size'], parts['stride'], False,
                  Call(Name('collections', 'OrderedDict'), ()))
     return Call(Name('torch._utils', '_rebuild_tensor_v2'), arguments)
 
