@@ -124,8 +124,13 @@ _KEYS: dict[str, tuple[Any, Rule]] = {
 
     'MODEL.TYPE': ('RepLKNet', choice('RepLKNet')),
     'MODEL.NAME': ('replknet_31b', text()),  # for logs and the default run folder
-    'MODEL.RESUME': (None, optional(text())),  # checkpoint to continue training from
+    'MODEL.RESUME': (None, optional(text())),  # checkpoint or run folder to go on from; auto: the
+    # newest whole checkpoint of SAVE, or a fresh start where there is none
     'MODEL.PRETRAINED': (None, optional(text())),  # weights to evaluate or to start training from
+    'MODEL.PRETRAINED_WEIGHTS': ('model', choice('model', 'model_ema')),  # (+) which of those that a
+    # training checkpoint holds: the weights, or their moving average
+    'MODEL.DROP_HEAD': (False, boolean()),  # (+) start with a fresh head where PRETRAINED has other
+    # classes
     'MODEL.NUM_CLASSES': (1000, integer(1)),
     'MODEL.DROPPATH': (0.5, number(0, 0.999)),  # stochastic depth of the last block
     'MODEL.LARGE_KERNEL_SIZES': ([31, 29, 27, 13], several(integer(1), 4)),  # odd, per stage
@@ -182,12 +187,20 @@ _KEYS: dict[str, tuple[Any, Rule]] = {
     'TRAIN.RANDOM_ERASE_SPLIT': (False, boolean()),
 
     'SAVE': (None, optional(text())),  # run folder; None: output/<name>-<train|eval>-<time>
-    'SAVE_FREQ': (10, integer(1)),  # epochs between kept checkpoints; the last is always there
+    'SAVE_FREQ': (10, integer(1)),  # epochs between checkpoints that are never deleted
+    'SAVE_KEEP': (2, integer(1)),  # (+) newest checkpoints to keep besides; one is written every epoch
+    'SAVE_STEPS': (None, optional(integer(1))),  # (+) optimizer steps between further checkpoints
+    'SAVE_MINUTES': (None, optional(number(0))),  # (+) minutes between further checkpoints
     'REPORT_FREQ': (20, integer(1)),  # forward passes between log lines
     'VALIDATE_FREQ': (1, integer(1)),  # epochs between evaluations; the last is always evaluated
+    'LOG.METRICS_JSONL': (True, boolean()),  # (+) one object per epoch in metrics.jsonl
+    'LOG.VISUALDL': (False, boolean()),  # (+) the same as VisualDL scalars
     'SEED': (42, integer(0, 2 ** 31 - 1)),
     'EVAL': (False, boolean()),  # evaluate and stop
     'AMP': (False, boolean()),  # automatic mixed precision, on GPU
+    'AMP_LEVEL': ('O1', choice('O1', 'O2')),  # (+) O1: half precision where it is safe; O2: the
+    # weights too, with float32 masters and gradients
+    'AMP_DTYPE': ('float16', choice('float16', 'bfloat16')),  # (+) float16 scales the loss
 }
 
 
@@ -306,6 +319,8 @@ def _contradictions(values: dict[str, Any]):
     if values['MODEL.RESUME'] is not None and values['EVAL']:
         yield ('MODEL.RESUME goes with training, EVAL does not; allowed: MODEL.PRETRAINED names '
                'the weights to evaluate')
+    if values['MODEL.RESUME'] == 'auto' and values['SAVE'] is None:
+        yield 'MODEL.RESUME is auto; allowed with a run folder to look in, SAVE (-output)'
     if values['EVAL'] and stages is not None:
         yield 'MODEL.OUT_INDICES makes a backbone without a head; allowed with EVAL: None'
 

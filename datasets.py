@@ -252,4 +252,14 @@ def get_dataloader(config, dataset: ListDataset, is_train: bool, *, rank: int = 
                               rank=rank, world_size=world_size)
     workers = config.DATA.NUM_WORKERS
     return paddle.io.DataLoader(dataset, batch_sampler=batches, num_workers=workers,
-                                persistent_workers=workers > 0)
+                                persistent_workers=workers > 0,
+                                worker_init_fn=leave_signals_to_the_parent)
+
+
+def leave_signals_to_the_parent(_worker_id: int) -> None:
+    """Make a worker a process group of its own.
+
+    Ctrl-C and Paddle's launcher signal the whole group of a training process, which then needs its
+    workers until it has saved.
+    """
+    os.setpgid(0, 0)

@@ -5,6 +5,7 @@ Works alike in one process, in several on CPU (gloo) and on GPUs (NCCL), over on
 """
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -50,18 +51,45 @@ def visible_devices() -> int:
     return paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
 
 
-def launch(script: str, arguments: list[str], *, processes: int, log_dir: str) -> int:
+def launch(script: str, arguments: list[str], *, processes: int, log_dir: str, nodes: int = 1,
+           master: str | None = None) -> int:
     """Run `script` in several processes of this machine, one per GPU or all on CPU.
 
+    Args:
+        processes: how many on this machine.
+        log_dir: where each process's output goes; rank 0's is shown as well.
+        nodes: machines that take part; each starts its own launcher.
+        master: HOST:PORT of one of them, where there are several.
+
     Returns:
-        The launcher's exit status: 0, or that of the first process that failed.
+        Exit status: 0, that of the first process that failed, or 128 + the number of a SIGTERM or
+        SIGINT that this process received and handed on.
     """
     environment = dict(os.environ)
     if not visible_devices():
         environment['PADDLE_DISTRI_BACKEND'] = 'gloo'
     command = [sys.executable, '-m', 'paddle.distributed.launch', '--log_level', 'WARNING',
-               '--nproc_per_node', str(processes), '--log_dir', log_dir, script, *arguments]
-    return subprocess.run(command, env=environment, check=False).returncode
+               '--nproc_per_node', str(processes), '--log_dir', log_dir]
+    if nodes > 1:
+        command += ['--nnodes', str(nodes), '--master', master]
+    # A session of its own: Ctrl-C reaches it once, from here, and not its processes as well.
+    launcher = subprocess.Popen([*command, script, *arguments], env=environment,
+                                start_new_session=True)
+    received = []
+
+    def hand_on(number, _):
+        received.append(number)
+        launcher.send_signal(number)
+
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        status = launcher.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        return 128 + received[0]
+    return status if status >= 0 else 128 - status
 
 
 def sum_over_ranks(values: np.ndarray) -> np.ndarray:

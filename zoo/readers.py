@@ -113,9 +113,8 @@ def _read_any(file: MappedFile) -> Any:
     if head.startswith(b'PK\x03\x04'):
         return _read_torch_zip(file)
     if head[:1] == op.PROTO and head[1:2] in (b'\x02', b'\x03', b'\x04', b'\x05'):
-        # PyTorch's magic number comes as a pickle of its own.
-        is_torch = head.startswith(b'\x80\x02\x8a\x0a' + _TORCH_MAGIC)
-        return _read_torch_legacy(file) if is_torch else _read_paddle(file)
+        # PyTorch's magic number comes first, as a pickle of its own.
+        return _read_torch_legacy(file) if _TORCH_MAGIC in head else _read_paddle(file)
     for start, what in _KNOWN_STRANGERS.items():
         if head.lstrip().startswith(start):
             raise InputError(f'is not a checkpoint but {what}')
@@ -188,14 +187,15 @@ def _named_tensor(file: MappedFile, items=()) -> object:
     return tuple(items)
 
 
-def _dense_tensor(file: MappedFile, expression, variables) -> np.ndarray:
+def _dense_tensor(file: MappedFile, *arguments) -> np.ndarray:
     """`eval('data', {'data': array})`: how Paddle pickles a DenseTensor. Nothing else passes."""
-    if expression != 'data' or type(variables) is not dict or list(variables) != ['data']:
-        raise InputError(
-            f"asks for 'builtins.eval' of {expression!r:.80}, which would run code that the file "
-            "chose. Nothing was run; do not load this file with anything else either"
-        )
-    return variables['data']
+    match arguments:
+        case 'data', {'data': np.ndarray() as array, **others} if not others:
+            return array
+    raise InputError(
+        "asks for Python's 'eval', which would run code that the file chose. Nothing was run; do "
+        'not load this file with another program either'
+    )
 
 
 _PADDLE_GLOBALS = PLAIN_GLOBALS | table(

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from handmade import (
+    TORCH_MAGIC,
     Call,
     Made,
     Name,
@@ -48,8 +49,8 @@ def file(tmp_path):
 
 @pytest.fixture
 def refused(file):
-    """Asserts that bytes are refused with the file's name and the given words; gives the message."""
-    def check(data: bytes, *words: str) -> str:
+    """Asserts that bytes are refused in one message, which names the file and has given words."""
+    def check(data: bytes, *words: str) -> None:
         path = file(data)
         with pytest.raises(InputError) as caught:
             read_checkpoint(path)
@@ -57,7 +58,6 @@ def refused(file):
         assert message.startswith(f'{path}: ')
         for word in words:
             assert word in message
-        return message
     return check
 
 
@@ -148,7 +148,8 @@ def test_views_of_one_torch_storage(file):
     content = {
         'transposed': tensor(base.T, '0'),
         'column': tensor(base[:, 2], '0', numel=24, offset=2),
-        'parameter': Call(Name('torch._utils', '_rebuild_parameter'), (tensor(base, '0'), True, {})),
+        'parameter': Call(Name('torch._utils', '_rebuild_parameter'),
+                          (tensor(base, '0'), True, {})),
         'empty': tensor(base[:0], '0', numel=24),
         'scalar': tensor(base[0, 0], '0', numel=24, stride=()),
     }
@@ -165,6 +166,13 @@ def test_part_of_a_legacy_storage(file):
     content = {'part': tensor(base[:3], '0', numel=10, tail=(('0_4', 4, 3),))}
     found = read_checkpoint(file(torch_legacy(content, {'0': base})))
     np.testing.assert_array_equal(found['part'], base[4:7])
+
+
+@pytest.mark.parametrize('protocol', [2, 3, 4, 5])
+def test_legacy_file_in_every_pickle_protocol(protocol, file):
+    data = every_format()['torch legacy'].removeprefix(pickled(TORCH_MAGIC))
+    found = read_checkpoint(file(pickle.dumps(TORCH_MAGIC, protocol=protocol) + data))
+    np.testing.assert_array_equal(found['model']['a'], expected()['a'])
 
 
 def test_torch_constants_are_text(file):
@@ -320,11 +328,14 @@ def test_safetensors_with_overlaps_gaps_or_a_tail(refused):
     refused((2**20).to_bytes(8, 'little') + b'{' + b'[' * 2**20)
 
 
+EMPTY_ARRAY = Call(Name('numpy.core.multiarray', '_reconstruct'),
+                   (Name('numpy', 'ndarray'), (0,), b'b'))
+
+
 def array_of(dtype, shape, data, state=(3, '<', None, None, None, -1, -1, 0)):
     """A numpy array as it is pickled: first made, then filled."""
-    made = Call(Name('numpy.core.multiarray', '_reconstruct'), (Name('numpy', 'ndarray'), (0,), b'b'))
     kind = Raw(encode(Call(Name('numpy', 'dtype'), (dtype, False, True))) + encode(state) + b'b')
-    return Raw(encode(made) + encode((1, shape, kind, False, data)) + b'b')
+    return Raw(encode(EMPTY_ARRAY) + encode((1, shape, kind, False, data)) + b'b')
 
 
 def test_numpy_array_made_by_hand_is_read(file):
@@ -347,9 +358,8 @@ def test_numpy_types_and_shapes_that_are_not_plain_numbers(array, refused):
 
 
 def test_numpy_array_that_never_gets_content(refused):
-    made = Call(Name('numpy.core.multiarray', '_reconstruct'), (Name('numpy', 'ndarray'), (0,), b'b'))
-    refused(pickled({'x': made}), 'before its content')
-    refused(pickled([made, made]), 'before its content')
+    refused(pickled({'x': EMPTY_ARRAY}), 'before its content')
+    refused(pickled([EMPTY_ARRAY, EMPTY_ARRAY]), 'before its content')
 
 
 def nested_tuples(depth: int) -> bytes:
@@ -423,7 +433,8 @@ print(resident('VmHWM') - before)
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='reads peak memory from /proc')
-@pytest.mark.parametrize('kind', ['torch zip', 'torch legacy', 'paddle 2', 'paddle 4', 'safetensors'])
+@pytest.mark.parametrize('kind', [
+    'torch zip', 'torch legacy', 'paddle 2', 'paddle 4', 'safetensors'])
 def test_peak_memory_is_at_most_1_3_times_the_file(kind, file):
     rng = np.random.default_rng(0)
     arrays = {str(i): rng.standard_normal(2**19).astype('f4') for i in range(32)}  # 64 MiB
