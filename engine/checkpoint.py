@@ -20,12 +20,11 @@ import zlib
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from errors import InputError
 from zoo.convert import METADATA_KEY
 from zoo.readers import is_safetensors, read_checkpoint, read_safetensors_metadata
+from zoo.writers import write_safetensors
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +76,11 @@ class Checkpoint:
 
 
 def save_checkpoint(path: str, checkpoint: Checkpoint) -> None:
-    """Write `checkpoint` to `path`, as `write_tensors` does."""
+    """Write `checkpoint` such that `path` is the old file, or none, until the new one is whole.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     tensors = {}
     for part in PARTS:
         for name, value in getattr(checkpoint, part).items():
@@ -86,27 +89,14 @@ def save_checkpoint(path: str, checkpoint: Checkpoint) -> None:
                 'progress': asdict(checkpoint.progress), 'scaler': checkpoint.scaler,
                 'crc32': checksum(tensors)}
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    write_tensors(path, tensors, {METADATA_KEY: json.dumps(metadata)})
-
-
-def write_tensors(path: str, tensors: dict[str, np.ndarray],
-                  metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file such that `path` is the old one, or none, until the new is whole."""
-    unfinished = f'{path}.unfinished'
     try:
-        save_file(tensors, unfinished, metadata=metadata)
-        with open(unfinished, 'rb') as file:
-            os.fsync(file.fileno())
-        os.chmod(unfinished, 0o644)  # safetensors keeps files to their owner
-        os.replace(unfinished, path)
-    except (SafetensorError, OSError) as error:  # a full disk, mostly
-        free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
-        raise OSError(f'cannot write {path}: {error}; {free / 2 ** 20:.0f} MiB are free there, '
-                      f'{sum(t.nbytes for t in tensors.values()) / 2 ** 20:.0f} are needed. '
-                      'Files written before are as they were') from None
-    finally:
-        if os.path.exists(unfinished):
-            os.unlink(unfinished)
+        write_safetensors(path, tensors, {METADATA_KEY: json.dumps(metadata)})
+    except OSError as error:  # a full disk, mostly
+        free = shutil.disk_usage(os.path.dirname(path)).free
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        raise OSError(f'cannot write {path}: {error.strerror}; {size / 2 ** 20:.0f} MiB are needed '
+                      f'and {free / 2 ** 20:.0f} MiB free there. Checkpoints written before are '
+                      'as they were') from None
 
 
 def load_checkpoint(path: str) -> Checkpoint:

@@ -1,11 +1,12 @@
 """List files and images as people really have them, and the samples, batches and loaders."""
 
+import multiprocessing
 import os
 import random
 from io import BytesIO
+from queue import Empty
 
 import numpy as np
-import paddle
 import pytest
 from conftest import flags, make_data
 from PIL import Image, features
@@ -137,7 +138,7 @@ def test_a_list_names_an_image_as_often_as_it_does(tmp_path):
         (b"a.jpg -1", "label -1 is outside [0, 10)"),
         (b"a.jpg 10", "label 10 is outside [0, 10); MODEL.NUM_CLASSES"),
         (b"a.jpg 99999999999999999999999", "outside [0, 10)"),
-        (b"a.jpg " + b"9" * 5000, "label"),
+        pytest.param(b"a.jpg " + b"9" * 5000, "label", id="5000 digits"),
         (b"../a.jpg 3", "'../a.jpg 3'"),
         (b"x/../a.jpg 3", "inside the data folder"),
         (b"x/.. 3", "inside the data folder"),
@@ -371,21 +372,38 @@ def test_damaged_images_give_a_sample_or_a_sample_error(tmp_path, form):
     assert failures
 
 
-@pytest.mark.parametrize("line", [b"missing image.jpg", b"half.jpg", b"deep.png", b"caf\xe9.jpg"])
-def test_the_message_through_worker_processes_is_the_same_line(tmp_path, line):
+def iterate(config, queue):
+    """Put what a validation loader gives into `queue`: the number of batches, or its exception."""
+    try:
+        queue.put(len(batches(get_dataloader(config, get_dataset(config, False), False))))
+    except BaseException as error:
+        queue.put((type(error).__name__, isinstance(error, InputError), str(error)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("line", [b"missing image.jpg", b"half.jpg", b"caf\xe9.jpg"])
+def test_a_loader_raises_the_samples_own_error(tmp_path, tiny_config_file, line, workers):
+    """In a process of its own, for a loader that never answers must not stop the tests."""
     broken(tmp_path)
-    data = one_image_set(tmp_path, line, evaluation)
-    with pytest.raises(SampleError) as caught:
-        data[0, 1]
-    for workers in (0, 1):
-        loader = paddle.io.DataLoader(
-            data, batch_sampler=EvalBatches(2, 1, rank=0, world_size=1), num_workers=workers
-        )
-        with pytest.raises(SampleError) as again:
-            for _ in loader:
-                pass
-        assert str(again.value) == str(caught.value)
-        assert len(str(again.value).splitlines()) == 1
+    write_image(tmp_path / "fine.png")
+    (tmp_path / "val_list.txt").write_bytes(b"fine.png 0\n" * 9 + line + b" 1\n")
+    opts = ["DATA.NUM_WORKERS", str(workers)]
+    config = tiny(tiny_config_file, tmp_path, batch_size_eval=2, opts=opts)
+    with pytest.raises(SampleError) as direct:
+        get_dataset(config, False)[0, 9]
+    fork = multiprocessing.get_context("fork")
+    queue = fork.Queue()
+    process = fork.Process(target=iterate, args=(config, queue))
+    process.start()
+    try:
+        got = queue.get(timeout=15)
+    except Empty:
+        pytest.fail("the loader hangs")
+    finally:
+        process.kill()
+        process.join()
+    assert got == ("SampleError", True, str(direct.value))
+    assert len(got[2].splitlines()) == 1 and "val_list.txt, line 10: " in got[2]
 
 
 # ---- samples
