@@ -94,7 +94,7 @@ def save_checkpoint(path: str, checkpoint: Checkpoint) -> None:
     except OSError as error:  # a full disk, mostly
         free = shutil.disk_usage(os.path.dirname(path)).free
         size = sum(tensor.nbytes for tensor in tensors.values())
-        raise OSError(f'cannot write {path}: {error.strerror}; {size / 2 ** 20:.0f} MiB are needed '
+        raise OSError(f'cannot write {path}: {error.strerror}; {size / 2 ** 20:.1f} MiB are needed '
                       f'and {free / 2 ** 20:.0f} MiB free there. Checkpoints written before are '
                       'as they were') from None
 
