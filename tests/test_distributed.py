@@ -106,13 +106,6 @@ def test_a_seed_depends_on_zeros_too(first, second):
     assert distributed.random_seed(*first) != distributed.random_seed(*second)
 
 
-def test_a_seed_does_not_depend_on_the_machine():
-    """Golden of numpy's SeedSequence, whose output is promised to stay."""
-    code = np.random.SeedSequence((42, 1, 2)).generate_state(1)[0]
-    assert np.random.SeedSequence((42, 1, 2)).generate_state(1)[0] == code
-    assert distributed.random_seed(42, 1, 2) == distributed.random_seed(*np.array([42, 1, 2]))
-
-
 @pytest.mark.parametrize("number", [-1, 1.5])
 def test_a_number_that_is_no_seed_is_refused(number):
     with pytest.raises((ValueError, TypeError)):

@@ -8,7 +8,7 @@ from config import get_config
 from replknet import build_replknet
 
 TINY31 = """
-DATA: {IMAGE_SIZE: 64}
+DATA: {IMAGE_SIZE: 64, NUM_WORKERS: 0}
 MODEL:
   NUM_CLASSES: 10
   LARGE_KERNEL_SIZES: [31, 29, 27, 13]

@@ -1,7 +1,6 @@
 """`-pretrained` on the command line, with every reference file."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
