@@ -350,6 +350,13 @@ def get_config(cfg_file: str | None = None) -> CfgNode:
     return _checked(values, problems, str(cfg_file or 'defaults'))
 
 
+def config_changes(before: str, after: str) -> list[str]:
+    """The keys in which two dumped configurations differ, a line each."""
+    old, new = (_flat(CfgNode(yaml.safe_load(text))) for text in (before, after))
+    return [f'{key} is {new.get(key)}, was {old.get(key)}'
+            for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+
+
 # Flags of the command lines and the keys they set.
 _FLAGS = {
     'dataset': ['DATA.DATASET'], 'data_path': ['DATA.DATA_PATH'], 'output': ['SAVE'],

@@ -16,6 +16,7 @@ import numpy as np
 import paddle
 
 import distributed
+from config import config_changes
 from datasets import get_dataloader, get_dataset
 from engine.checkpoint import (
     Checkpoint, Progress, checkpoint_path, load_checkpoint, newest_whole_checkpoint, point_to,
@@ -326,6 +327,8 @@ def find_resumed(config) -> Checkpoint | None:
         path = os.path.join(path, 'last')
     checkpoint = load_checkpoint(path)
     logger.info('resuming %s', path)
+    for change in config_changes(checkpoint.config, config_text(config)):
+        logger.warning('other than in the run resumed: %s', change)
     epoch = checkpoint.progress.epoch
     if config.TRAIN.LAST_EPOCH not in (0, epoch):
         raise InputError(f'-last_epoch {config.TRAIN.LAST_EPOCH} contradicts {path}, which ends '

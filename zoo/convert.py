@@ -241,6 +241,8 @@ def from_native(state: Mapping[str, np.ndarray], layout: str) -> dict[str, np.nd
 def _read_native(path: str | os.PathLike, weights: str) -> dict[str, np.ndarray]:
     """The file's tensors under native names, in their own precision."""
     state = _choose(read_checkpoint(path), path, weights)
+    if not all(isinstance(name, str) for name in state):
+        raise InputError(f'{path}: holds values under numbers, not tensors by name')
     state = {name: value for name, value in state.items() if name.split('.')[-1] not in _SKIPPED}
     while state and all(name.startswith('module.') for name in state):
         state = {name.removeprefix('module.'): value for name, value in state.items()}
@@ -268,7 +270,7 @@ def _choose(content: object, path: str | os.PathLike, weights: str) -> dict:
     """The state dict meant by `weights` out of what a file holds."""
     if weights not in WEIGHTS:
         raise InputError(f'weights is {weights!r}; allowed: {", ".join(WEIGHTS)}')
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+    if not isinstance(content, dict):
         raise InputError(f'{path}: holds a {type(content).__name__}, not tensors by name')
     if is_safetensors(path) and METADATA_KEY in read_safetensors_metadata(path):
         content = _nested(content)
@@ -276,7 +278,7 @@ def _choose(content: object, path: str | os.PathLike, weights: str) -> dict:
         if isinstance(content.get(key), dict):
             return content[key]
     if any(isinstance(content.get(key), dict) for keys in _CONTAINERS.values() for key in keys):
-        raise InputError(f'{path}: holds no {weights}; it holds {", ".join(content)}')
+        raise InputError(f'{path}: holds no {weights}; it holds {", ".join(map(str, content))}')
     if weights == 'model_ema':
         raise InputError(f'{path}: holds one set of weights and no moving average; load it with '
                          'MODEL.PRETRAINED_WEIGHTS: model')

@@ -353,7 +353,8 @@ def test_things_that_are_not_tensors(misfit):
     assert 'both stem.0.norm.weight' in misfit(
         {**from_native(state, 'official'), 'stem.0.norm.weight': np.zeros(3, 'f4')}, wanted)
     assert 'holds a list' in misfit([1], wanted)
-    assert 'holds a dict' in misfit({1: 2}, wanted)
+    for content in ({1: 2}, {'model': {1: np.zeros(3, 'f4')}}, {(1, 'x'): 2}):
+        assert 'under numbers, not tensors by name' in misfit(content, wanted)
 
 
 def test_weights_that_the_file_does_not_have(misfit, network):
