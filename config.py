@@ -236,17 +236,30 @@ def _set(values: dict[str, Any], key: str, value: Any, source: str, problems: li
     rule = _KEYS[key][1]
     try:
         values[key] = rule.read(value)
-    except (ValueError, TypeError):
-        problems.append(f'{source}: {key} is {value!r}; allowed: {rule.allowed}')
+    except (ValueError, TypeError, OverflowError):
+        shown = repr(value)
+        shown = shown if len(shown) <= 200 else f'{shown[:200]}...'
+        problems.append(f'{source}: {key} is {shown}; allowed: {rule.allowed}')
 
 
 def _nearest(key: str) -> str:
     by_upper = {known.upper(): known for known in _KEYS}
-    near = difflib.get_close_matches(key.upper(), by_upper, n=1, cutoff=0.6)
-    if not near:  # the right name under the wrong section
-        leaf = key.upper().rsplit('.', 1)[-1]
-        near = [upper for upper in by_upper if upper.rsplit('.', 1)[-1] == leaf][:1]
+    leaf = key.upper().rsplit('.', 1)[-1]  # the right name under the wrong section?
+    near = ([upper for upper in by_upper if upper.rsplit('.', 1)[-1] == leaf]
+            or difflib.get_close_matches(key.upper(), by_upper, n=1, cutoff=0.6))
     return f'; did you mean {by_upper[near[0]]}?' if near else ''
+
+
+class _ConfigLoader(yaml.SafeLoader):
+    """YAML's safe loader, which builds no objects; refuses a key that is given twice."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f'{key} is given twice', node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _merge_file(values: dict[str, Any], path: str, problems: list[str],
@@ -256,11 +269,11 @@ def _merge_file(values: dict[str, Any], path: str, problems: list[str],
         raise InputError(f'{path}: BASE leads back to this file')
     try:
         with open(path, encoding='utf-8') as file:
-            tree = yaml.safe_load(file)
+            tree = yaml.load(file, Loader=_ConfigLoader)
     except FileNotFoundError:
         by = f' (a BASE of {chain[-1]})' if chain else ''
         raise FileNotFoundError(f'no config file {path}{by}{_configs_hint(path)}') from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: e.g. 2024-02-30
         raise InputError(f'{path} is not valid YAML: {" ".join(str(error).split())}') from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
@@ -268,25 +281,31 @@ def _merge_file(values: dict[str, Any], path: str, problems: list[str],
                          f'got {type(tree).__name__}')
 
     bases = tree.pop('BASE', None) or []
-    for base in [bases] if isinstance(bases, str) else bases:
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        problems.append(f'{path}: BASE is {bases!r}; allowed: file names relative to this file')
+        bases = []
+    for base in bases:
         if base:
-            _merge_file(values, os.path.join(os.path.dirname(path), str(base)), problems,
+            _merge_file(values, os.path.join(os.path.dirname(path), base), problems,
                         chain + (os.path.realpath(path),))
     for key, value in _leaves(tree, path, problems):
         _set(values, key, value, path, problems)
 
 
 def _leaves(tree: dict, path: str, problems: list[str], prefix: str = ''):
+    """The keys and values of `tree`; what stands in the place of a section is a problem."""
     sections = {key.rsplit('.', n)[0] for key in _KEYS for n in range(1, key.count('.') + 1)}
     for key, value in tree.items():
         name = f'{prefix}{key}'
-        if isinstance(value, dict):
+        # A misspelled section is gone into as well, for suggestions; no deeper than there are any.
+        misspelled = name not in _KEYS and value and name.count('.') < 2
+        if isinstance(value, dict) and (name in sections or misspelled):
             yield from _leaves(value, path, problems, name + '.')
-        elif name in sections:
-            if value is not None:  # an empty section is fine
-                problems.append(f'{path}: {name} is {value!r}; allowed: a section with keys')
-        else:
+        elif name not in sections:
             yield name, value
+        elif value is not None:  # an empty section is fine
+            problems.append(f'{path}: {name} is {value!r}; allowed: a section with keys')
 
 
 def _configs_hint(path: str) -> str:
@@ -304,6 +323,10 @@ def _contradictions(values: dict[str, Any]):
     if small is not None and (small % 2 == 0 or small > min(sizes)):
         yield (f'MODEL.SMALL_KERNEL is {small}; allowed: odd, at most the smallest of '
                f'MODEL.LARGE_KERNEL_SIZES ({min(sizes)}), or None')
+    for key in ('MODEL.DW_RATIO', 'MODEL.FFN_RATIO'):
+        if int(min(values['MODEL.CHANNELS']) * values[key]) < 1:
+            yield (f'{key} is {values[key]}; allowed: at least one channel in each stage of '
+                   f'MODEL.CHANNELS ({values["MODEL.CHANNELS"]})')
     stages = values['MODEL.OUT_INDICES']
     if stages is not None and (not stages or len(set(stages)) < len(stages)):
         yield f'MODEL.OUT_INDICES is {stages}; allowed: distinct stages from 0 to 3, or None'

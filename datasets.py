@@ -8,8 +8,11 @@ named by (epoch, index), and all that is random in one depends on nothing but th
 name: neither the number of workers nor a restart changes what the network sees.
 """
 
+import ctypes
 import functools
 import os
+import re
+import signal
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -64,14 +67,19 @@ class ListDataset(paddle.io.Dataset):
         return os.fsdecode(self._paths[start:self._ends[index]])
 
     def __getitem__(self, sample: tuple[int, int]) -> tuple[np.ndarray, np.int64]:
-        """The image (3, H, W) and label of sample (epoch, index)."""
+        """The image (3, H, W) and label of sample (epoch, index).
+
+        Raises:
+            SampleError: it cannot be read; the message has the list's line.
+        """
         epoch, index = sample
         path = self.path(index)
         try:
             with Image.open(self._resolve(path)) as image:
                 pixels = self.transform(image, np.random.default_rng((self.seed, epoch, index)))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            # Pillow's errors for broken files; SyntaxError is what its PNG reader raises.
+        except (OSError, ValueError, RuntimeError, SyntaxError,
+                Image.DecompressionBombError) as error:
+            # What Pillow's readers raise for broken files: PNG's SyntaxError, AVIF's RuntimeError.
             reason = 'no such file' if isinstance(error, FileNotFoundError) else str(error)
             raise SampleError(f'{self.list_file}, line {self._lines[index]}: cannot read image '
                               f'{path}: {reason}') from None
@@ -88,14 +96,7 @@ class ListDataset(paddle.io.Dataset):
 
 
 class SampleError(InputError):
-    """An image that cannot be read.
-
-    A loader raises it anew with the worker's traceback as its text: only the last line, the
-    message itself, is kept.
-    """
-
-    def __init__(self, message: str):
-        super().__init__(message.strip().splitlines()[-1].removeprefix('datasets.SampleError: '))
+    """An image that cannot be read."""
 
 
 @functools.lru_cache(maxsize=65536)  # ImageNet-22K has 21,841 folders
@@ -150,21 +151,25 @@ def read_list(list_file: str, num_classes: int):
 
 def _parse_line(line: bytes, num_classes: int) -> tuple[bytes, int, str | None]:
     """Path, label, and what is wrong with the line, if anything."""
-    shown = line.decode('utf-8', 'replace').strip()[:200]
+    shown = _shortened(line.strip())
     parts = line.strip().rsplit(None, 1)
     if len(parts) < 2:
         return b'', 0, f'expected a path and a label, got {shown!r}'
-    path, text = parts
-    try:
-        label = int(text)
-    except ValueError:
-        return b'', 0, f'no label after the path: {shown!r} ends with {text.decode("utf-8", "replace")!r}'
-    if not 0 <= label < num_classes:
-        return b'', 0, (f'label {label} is outside [0, {num_classes}); '
+    path, label = parts
+    if not re.fullmatch(rb'-?[0-9]+', label):
+        return b'', 0, f'no label after the path: {shown!r} ends with {_shortened(label)!r}'
+    if len(label) > 18 or not 0 <= int(label) < num_classes:
+        return b'', 0, (f'label {_shortened(label)} is outside [0, {num_classes}); '
                         'MODEL.NUM_CLASSES sets the number of classes')
     if b'\0' in path or path.startswith(b'/') or b'..' in path.split(b'/'):
         return b'', 0, f'path {shown!r} must be relative and stay inside the data folder'
-    return path, label, None
+    return path, int(label), None
+
+
+def _shortened(text: bytes) -> str:
+    """The beginning and end of `text`, for a message."""
+    text = text.decode('utf-8', 'replace')
+    return text if len(text) <= 120 else f'{text[:80]}...{text[-30:]}'
 
 
 class TrainBatches(paddle.io.Sampler):
@@ -230,8 +235,79 @@ def get_dataset(config, is_train: bool) -> ListDataset:
                        num_classes=config.MODEL.NUM_CLASSES, seed=config.SEED)
 
 
+class Loader:
+    """Batches of a data set by worker processes, in the order of `batch_sampler`.
+
+    Over Paddle's loader, which at an image that cannot be read waits for ever, without workers, or
+    raises SystemError: here that image's SampleError is raised, in this process.
+
+    Args:
+        batch_sampler: lists of the names of samples.
+        workers: processes, which live as long as the loader; 0 loads in this process.
+    """
+
+    def __init__(self, dataset: ListDataset, batch_sampler, *, workers: int):
+        self.dataset = dataset
+        self.batch_sampler = batch_sampler
+        # Without shared memory, workers make no Paddle tensors: making one has been seen to wait
+        # for a lock of Paddle's that another thread of the parent held when the worker was forked.
+        self._batches = paddle.io.DataLoader(
+            _ErrorsAsSamples(dataset), batch_sampler=batch_sampler, collate_fn=_collate,
+            num_workers=workers, persistent_workers=workers > 0, use_shared_memory=False,
+            worker_init_fn=_set_up_worker)
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[list[paddle.Tensor]]:
+        """Images (N, 3, H, W) and labels (N,)."""
+        for batch in self._batches:
+            if len(batch) == 1:
+                raise SampleError(os.fsdecode(batch[0].numpy().tobytes()))
+            yield batch
+
+
+class _ErrorsAsSamples(paddle.io.Dataset):
+    """The samples of a data set, with the SampleError in place of one that cannot be read."""
+
+    def __init__(self, dataset: ListDataset):
+        super().__init__()
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, sample: tuple[int, int]):
+        try:
+            return self.dataset[sample]
+        except SampleError as error:
+            return error
+
+
+def _collate(samples: list) -> list[np.ndarray]:
+    """Images and labels of a batch; or, alone, the text of its first error."""
+    for sample in samples:
+        if isinstance(sample, SampleError):
+            return [np.frombuffer(os.fsencode(str(sample)), dtype='uint8').copy()]
+    images, labels = zip(*samples)
+    return [np.stack(images), np.stack(labels)]
+
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
+
+
+def _set_up_worker(_worker_id: int) -> None:
+    """Let a worker live just as long as its parent.
+
+    Ctrl-C and Paddle's launcher signal the whole group of a training process, which then needs its
+    workers until it has saved: each leaves that group. And it dies with a parent that was killed.
+    """
+    os.setpgid(0, 0)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def get_dataloader(config, dataset: ListDataset, is_train: bool, *, rank: int = 0,
-                   world_size: int = 1) -> paddle.io.DataLoader:
+                   world_size: int = 1) -> Loader:
     """Batches (images (N, 3, H, W) float32, labels (N,) int64) of one rank.
 
     The loader's `batch_sampler` is a `TrainBatches` or an `EvalBatches`.
@@ -250,16 +326,4 @@ def get_dataloader(config, dataset: ListDataset, is_train: bool, *, rank: int = 
     else:
         batches = EvalBatches(len(dataset), config.DATA.BATCH_SIZE_EVAL or config.DATA.BATCH_SIZE,
                               rank=rank, world_size=world_size)
-    workers = config.DATA.NUM_WORKERS
-    return paddle.io.DataLoader(dataset, batch_sampler=batches, num_workers=workers,
-                                persistent_workers=workers > 0,
-                                worker_init_fn=leave_signals_to_the_parent)
-
-
-def leave_signals_to_the_parent(_worker_id: int) -> None:
-    """Make a worker a process group of its own.
-
-    Ctrl-C and Paddle's launcher signal the whole group of a training process, which then needs its
-    workers until it has saved.
-    """
-    os.setpgid(0, 0)
+    return Loader(dataset, batches, workers=config.DATA.NUM_WORKERS)

@@ -4,6 +4,7 @@ Works alike in one process, in several on CPU (gloo) and on GPUs (NCCL), over on
 `paddle.distributed.launch` starts the processes and tells each its rank in the environment.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,6 +17,8 @@ import paddle.distributed as dist
 # Gradients travel in pieces of about this many bytes: large enough to be efficient, small enough
 # that the copy that a piece needs does not count beside the model.
 BUCKET_BYTES = 64 * 2 ** 20
+
+STATUS_FILE = 'status'  # in the log folder of launched processes
 
 
 def rank() -> int:
@@ -65,6 +68,9 @@ def launch(script: str, arguments: list[str], *, processes: int, log_dir: str, n
         Exit status: 0, that of the first process that failed, or 128 + the number of a SIGTERM or
         SIGINT that this process received and handed on.
     """
+    status_file = os.path.join(log_dir, STATUS_FILE)
+    if os.path.exists(status_file):
+        os.unlink(status_file)
     environment = dict(os.environ)
     if not visible_devices():
         environment['PADDLE_DISTRI_BACKEND'] = 'gloo'
@@ -89,7 +95,22 @@ def launch(script: str, arguments: list[str], *, processes: int, log_dir: str, n
             signal.signal(number, handler)
     if received:
         return 128 + received[0]
+    if status and os.path.exists(status_file):
+        with open(status_file, encoding='ascii') as file:
+            return int(file.read())
     return status if status >= 0 else 128 - status
+
+
+def leave_status(status: int) -> None:
+    """Tell `launch` the exit status of this process, if it is the first of its run to fail.
+
+    Paddle's launcher ends the others and may then report theirs.
+    """
+    folder = os.environ.get('PADDLE_LOG_DIR')
+    if status and is_launched() and folder is not None:
+        with contextlib.suppress(OSError), \
+                open(os.path.join(folder, STATUS_FILE), 'x', encoding='ascii') as file:
+            file.write(str(status))
 
 
 def sum_over_ranks(values: np.ndarray) -> np.ndarray:
@@ -132,4 +153,5 @@ def _buckets(tensors: list[paddle.Tensor]):
 
 def random_seed(*numbers: int) -> int:
     """A 31-bit seed that depends on all of `numbers` (each >= 0) and on their order."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1
+    # With their count in front: alone, numpy takes (7,) and (7, 0) for the same.
+    return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1)[0]) >> 1

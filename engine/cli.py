@@ -12,7 +12,7 @@ import time
 
 from config import get_config, update_config
 from datasets import get_dataset
-from distributed import is_launched, launch, visible_devices
+from distributed import is_launched, launch, leave_status, visible_devices
 from engine.checkpoint import run_config_file, run_folder_of
 from engine.run import run
 from engine.run_log import check_run_folder
@@ -79,21 +79,18 @@ def main(argv: list[str] | None = None, *, script: str, multi: bool) -> int:
         parser.add_argument('-nproc', '--nproc', type=int, default=None, metavar='N',
                             help='processes on this machine; default one per visible GPU, or one '
                                  'on CPU')
-    args = parser.parse_args(argv)
+    status = run_command_line(parser.parse_args(argv), argv, script=script, multi=multi)
+    leave_status(status)
+    return status
+
+
+def run_command_line(args, argv: list[str], *, script: str, multi: bool) -> int:
+    """Do what the flags say; the exit status of `main`."""
     try:
-        if args.cfg is None:
-            checkpoint = args.output if args.resume == 'auto' else args.resume or args.pretrained
-            if checkpoint is None:
-                raise InputError('no configuration; give one by -cfg, e.g. '
-                                 '-cfg=configs/replknet_31b.yaml')
-            args.cfg = run_config_file(checkpoint)
-        config = update_config(get_config(args.cfg), args)
+        config = read_config(args)
         if args.print_config:
             print(config.dump(), end='')
             return 0
-        if config.SAVE is None:
-            args.output = default_run_folder(config)
-            config = update_config(config, args)
         if multi and not is_launched():
             nodes, master, processes = places(args.nproc)
             if nodes * processes > 1:
@@ -112,6 +109,21 @@ def main(argv: list[str] | None = None, *, script: str, multi: bool) -> int:
         print(stop, file=sys.stderr)
         return 128 + stop.number
     return 0
+
+
+def read_config(args):
+    """The configuration that the flags amount to, with a run folder."""
+    if args.cfg is None:
+        checkpoint = args.output if args.resume == 'auto' else args.resume or args.pretrained
+        if checkpoint is None:
+            raise InputError('no configuration; give one by -cfg, e.g. '
+                             '-cfg=configs/replknet_31b.yaml')
+        args.cfg = run_config_file(checkpoint)
+    config = update_config(get_config(args.cfg), args)
+    if config.SAVE is None:
+        args.output = default_run_folder(config)
+        config = update_config(config, args)
+    return config
 
 
 def default_run_folder(config) -> str:

@@ -4,12 +4,13 @@ from collections.abc import Callable
 
 import paddle
 
+from datasets import Loader
 from engine.metrics import Metrics, MetricSums
 from engine.precision import Precision
 
 
 @paddle.no_grad()
-def evaluate(*, model: paddle.nn.Layer, loader: paddle.io.DataLoader, precision: Precision,
+def evaluate(*, model: paddle.nn.Layer, loader: Loader, precision: Precision,
              progress: Callable) -> Metrics:
     """Metrics of `model` over the loaders of all processes.
 

@@ -17,7 +17,7 @@ import paddle
 
 import distributed
 from config import config_changes
-from datasets import get_dataloader, get_dataset
+from datasets import Loader, get_dataloader, get_dataset
 from engine.checkpoint import (
     Checkpoint, Progress, checkpoint_path, load_checkpoint, newest_whole_checkpoint, point_to,
     remove_superseded, save_checkpoint)
@@ -286,7 +286,7 @@ def float32_weights(model: paddle.nn.Layer, optimizer) -> dict[str, np.ndarray]:
     return {name: tensor.astype('float32').numpy() for name, tensor in tensors.items()}
 
 
-def build_loader(config, *, is_train: bool) -> paddle.io.DataLoader:
+def build_loader(config, *, is_train: bool) -> Loader:
     """This process's loader of the training or the validation set."""
     return get_dataloader(config, get_dataset(config, is_train), is_train,
                           rank=distributed.rank(), world_size=distributed.world_size())

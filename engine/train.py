@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import paddle
 
+from datasets import Loader
 from distributed import average_over_ranks, random_seed, rank, sum_over_ranks, world_size
 from engine.precision import LossScaleError, Precision
 from optim.ema import ModelEma
@@ -36,7 +37,7 @@ class Step:
     data_seconds: float
 
 
-def train_epoch(*, model: paddle.nn.Layer, loader: paddle.io.DataLoader, mixup: Callable | None,
+def train_epoch(*, model: paddle.nn.Layer, loader: Loader, mixup: Callable | None,
                 criterion: Callable, precision: Precision,
                 optimizer: paddle.optimizer.Optimizer, learning_rate: Callable[[int], float],
                 ema: ModelEma | None, accum_iter: int, seed: int, epoch: int,

@@ -400,6 +400,7 @@ def test_a_loader_raises_the_samples_own_error(tmp_path, tiny_config_file, line,
     except Empty:
         pytest.fail("the loader hangs")
     finally:
+        process.join(timeout=5)  # its workers end with it, but not where it is killed
         process.kill()
         process.join()
     assert got == ("SampleError", True, str(direct.value))

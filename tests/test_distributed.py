@@ -184,7 +184,10 @@ def test_processes_add_up_and_agree(tmp_path, processes, monkeypatch):
 def test_the_status_of_a_failing_worker_comes_through(tmp_path, status, failing):
     script = f"""
 import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from distributed import leave_status
 if os.environ["PADDLE_TRAINER_ID"] == "{failing}":
+    leave_status({status})
     sys.exit({status})
 time.sleep(60)
 """
