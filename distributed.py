@@ -71,7 +71,8 @@ def launch(script: str, arguments: list[str], *, processes: int, log_dir: str, n
     status_file = os.path.join(log_dir, STATUS_FILE)
     if os.path.exists(status_file):
         os.unlink(status_file)
-    environment = dict(os.environ)
+    quiet = {'PYTHONWARNINGS': 'ignore:No ccache found', 'GLOG_minloglevel': '1'}  # Paddle's own
+    environment = {**quiet, **os.environ}
     if not visible_devices():
         environment['PADDLE_DISTRI_BACKEND'] = 'gloo'
     command = [sys.executable, '-m', 'paddle.distributed.launch', '--log_level', 'WARNING',
