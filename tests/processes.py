@@ -6,22 +6,24 @@ fork can be signalled and killed like any other process, and so can its loader w
 """
 
 import contextlib
+import functools
+import json
 import multiprocessing
 import os
-import signal
+import re
 import socket
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 from conftest import ROOT
 
-from zoo.readers import read_checkpoint, read_safetensors_metadata
+from engine.checkpoint import checkpoints, load_checkpoint
 
 CONTEXT = multiprocessing.get_context("forkserver")
 
 
+@functools.cache
 def start_server() -> None:
     """Import everything once, in a process that every run is forked from."""
     CONTEXT.set_forkserver_preload(["engine.cli"])
@@ -45,6 +47,7 @@ class Run:
     """
 
     def __init__(self, arguments, *, output: Path, target=None, environment=None):
+        start_server()
         self.output = output
         self.process = CONTEXT.Process(
             target=_child,
@@ -81,7 +84,9 @@ def _child(arguments, output, target, environment):
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     os.environ.update(environment, OMP_NUM_THREADS="1")
     os.chdir(ROOT)
-    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a process of its own
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # of loader workers, as in a process of its own
     sys.exit((target or main_status)(arguments))
 
 
@@ -142,3 +147,40 @@ def wait_for(condition, *, timeout: float = 60, every: float = 0.002):
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(every)
     return value
+
+
+# ---- what is asked of run folders
+
+TIMES = ("train_seconds", "train_images_per_second", "val_seconds")
+
+
+def metrics(run_folder) -> list[dict]:
+    with open(run_folder / "metrics.jsonl") as file:
+        records = [json.loads(line) for line in file]
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in records]
+
+
+def assert_same_end(got, wanted, *, records=True) -> None:
+    """Weights, average, optimizer state, progress and metrics of two runs, bit for bit."""
+    left, right = (load_checkpoint(str(folder / "last")) for folder in (got, wanted))
+    assert left.progress == right.progress
+    assert left.scaler == right.scaler
+    for part in ("model", "model_ema", "optimizer"):
+        ours, theirs = getattr(left, part), getattr(right, part)
+        assert ours.keys() == theirs.keys() and ours
+        wrong = [name for name in ours if ours[name].tobytes() != theirs[name].tobytes()]
+        assert not wrong, f"{part}: {len(wrong)} of {len(ours)} differ, e.g. {wrong[:3]}"
+    if records:
+        assert metrics(got) == metrics(wanted)
+
+
+def step_of(run_folder) -> int:
+    """The last optimizer step that a run says it has done."""
+    try:
+        return int((run_folder / "step").read_text() or 0)
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+def whole_steps(run_folder) -> list[int]:
+    return [int(re.search(r"step_(\d+)", path)[1]) for path in checkpoints(str(run_folder))]

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,7 +123,7 @@ def test_other_programs_can_read_it(tmp_path):
 @pytest.mark.parametrize("moment", ["write", "fsync", "replace"])
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, moment):
     path = save_at(tmp_path, 1, 5)
-    before = open(path, "rb").read()
+    before = Path(path).read_bytes()
 
     def fail(*_):
         raise OSError(28, "No space left on device")
@@ -138,7 +139,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     monkeypatch.undo()
     assert path in str(caught.value)
     assert "MiB are needed" in str(caught.value) and "MiB free" in str(caught.value)
-    assert open(path, "rb").read() == before
+    assert Path(path).read_bytes() == before
     assert names(os.path.dirname(path)) == [os.path.basename(path)]
 
 
@@ -165,7 +166,7 @@ def refusing_writes(real):
 
 def test_an_interrupt_in_mid_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = save_at(tmp_path, 1, 5)
-    before = open(path, "rb").read()
+    before = Path(path).read_bytes()
 
     def interrupt(_):
         raise KeyboardInterrupt
@@ -173,7 +174,7 @@ def test_an_interrupt_in_mid_write_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(path, example(seed=9))
-    assert open(path, "rb").read() == before
+    assert Path(path).read_bytes() == before
     assert names(os.path.dirname(path)) == [os.path.basename(path)]
 
 
@@ -193,7 +194,7 @@ except OSError as error:
 
 def test_a_disk_that_really_takes_no_more_leaves_the_old_file(tmp_path):
     path = save_at(tmp_path, 1, 5)
-    before = open(path, "rb").read()
+    before = Path(path).read_bytes()
     done = subprocess.run(
         [sys.executable, "-c", LIMITED.format(root=str(ROOT), path=path)],
         text=True,
@@ -204,7 +205,7 @@ def test_a_disk_that_really_takes_no_more_leaves_the_old_file(tmp_path):
     message = done.stderr.strip().splitlines()[-1]
     assert message.startswith(f"cannot write {path}: File too large; 3.8 MiB are needed and ")
     assert "Checkpoints written before are as they were" in message
-    assert open(path, "rb").read() == before
+    assert Path(path).read_bytes() == before
     assert names(os.path.dirname(path)) == [os.path.basename(path)]
 
 
@@ -229,10 +230,10 @@ def test_nothing_there():
 @pytest.mark.parametrize("where", [0.0, 0.25, 0.5, 0.999])
 def test_a_flipped_bit_in_a_tensor_is_found(tmp_path, where):
     path = save_at(tmp_path, 1, 5)
-    content = bytearray(open(path, "rb").read())
+    content = bytearray(Path(path).read_bytes())
     start = header_length(content)
     content[start + int(where * (len(content) - start))] ^= 1
-    open(path, "wb").write(content)
+    Path(path).write_bytes(content)
     with pytest.raises(InputError, match="is damaged"):
         load_checkpoint(path)
 
@@ -240,9 +241,9 @@ def test_a_flipped_bit_in_a_tensor_is_found(tmp_path, where):
 @pytest.mark.parametrize("keep", [0, 1, 7, 8, 9, 100, 0.1, 0.5, 0.9, -100, -1])
 def test_a_truncated_file_is_refused(tmp_path, keep):
     path = save_at(tmp_path, 1, 5)
-    content = open(path, "rb").read()
+    content = Path(path).read_bytes()
     keep = int(keep * len(content)) if isinstance(keep, float) else keep
-    open(path, "wb").write(content[:keep])
+    Path(path).write_bytes(content[:keep])
     with pytest.raises(InputError, match="a.safetensors|epoch_0001_step_00000005.safetensors"):
         load_checkpoint(path)
 
@@ -250,20 +251,20 @@ def test_a_truncated_file_is_refused(tmp_path, keep):
 def test_a_file_of_zeros_is_refused(tmp_path):
     """What a power cut can leave behind where a file system writes data after names."""
     path = save_at(tmp_path, 1, 5)
-    open(path, "wb").write(bytes(os.path.getsize(path)))
+    Path(path).write_bytes(bytes(os.path.getsize(path)))
     with pytest.raises(InputError):
         load_checkpoint(path)
 
 
 def test_no_flipped_byte_of_the_header_gives_another_checkpoint_or_a_traceback(tmp_path):
     path = save_at(tmp_path, 1, 5)
-    content = open(path, "rb").read()
+    content = Path(path).read_bytes()
     wanted = load_checkpoint(path)
     wrong = []
     for position in range(header_length(content)):
         damaged = bytearray(content)
         damaged[position] ^= 2
-        open(path, "wb").write(damaged)
+        Path(path).write_bytes(damaged)
         try:
             got = load_checkpoint(path)
         except InputError:
@@ -279,13 +280,13 @@ def test_no_flipped_byte_of_the_header_gives_another_checkpoint_or_a_traceback(t
 
 
 def rewrite_metadata(path, change) -> None:
-    content = open(path, "rb").read()
+    content = Path(path).read_bytes()
     start = header_length(content)
     header = json.loads(content[8:start])
     change(header)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    open(path, "wb").write(len(text).to_bytes(8, "little") + text + content[start:])
+    Path(path).write_bytes(len(text).to_bytes(8, "little") + text + content[start:])
 
 
 def test_a_newer_schema_is_named(tmp_path):
@@ -345,10 +346,10 @@ def test_newest_is_by_epoch_and_step_not_by_text_or_time(tmp_path):
 def test_damaged_checkpoints_are_passed_over_with_a_warning_each(tmp_path, caplog, damaged):
     paths = [save_at(tmp_path, 1, step) for step in (5, 6, 7)]
     for number, path in enumerate(paths[-damaged:]):
-        content = open(path, "rb").read()
+        content = Path(path).read_bytes()
         half = len(content) // 2
         cut = [content[:half], content[:-1] + bytes([content[-1] ^ 255]), b""][number]
-        open(path, "wb").write(cut)
+        Path(path).write_bytes(cut)
     with caplog.at_level(logging.WARNING):
         newest = newest_whole_checkpoint(str(tmp_path))
     assert newest == (paths[2 - damaged] if damaged < 3 else None)
@@ -445,7 +446,7 @@ def test_best_stays(tmp_path, monkeypatch, links):
 def test_unfinished_files_go_and_whole_ones_stay(tmp_path):
     path = save_at(tmp_path, 1, 5)
     unfinished = f"{path}.4711.unfinished"
-    open(unfinished, "wb").write(b"half a checkpoint")
+    Path(unfinished).write_bytes(b"half a checkpoint")
     remove_superseded(str(tmp_path), keep_every=100, keep_newest=1)
     assert names(tmp_path / "checkpoints") == [os.path.basename(path)]
 

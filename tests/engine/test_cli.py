@@ -12,6 +12,7 @@ from conftest import FIXTURES, ROOT, make_data
 
 from config import get_config
 from engine.cli import main
+from replknet import RepLKNet
 from zoo.writers import write_safetensors
 
 RECIPES = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
@@ -204,17 +205,19 @@ def test_missing_checkpoint_without_a_config(refused, tmp_path, flag):
 
 def test_checkpoint_of_another_architecture_lists_names(refused, tiny, tmp_path):
     path = tmp_path / "other.safetensors"
-    state = {
-        "stem.0.conv.weight": np.zeros((5, 3, 3, 3), "float32"),
-        "head.weight": np.zeros((10, 4), "float32"),
-        "layer4.weight": np.zeros(3, "float32"),
-    }
+    wider = RepLKNet(
+        large_kernel_sizes=[7, 7, 5, 5], layers=[1, 1, 1, 1], channels=[5, 6, 8, 10], num_classes=4
+    )
+    state = {name: value.numpy() for name, value in wider.state_dict().items()}
+    del state["head.bias"]
+    state["stages.3.blocks.7.pw_conv_1.conv.weight"] = np.zeros((2, 2, 1, 1), "float32")
     write_safetensors(path, state, {})
     message = refused(*tiny, f"-pretrained={path}", "-eval")
     assert str(path) in message
-    assert "stem.0.conv.weight" in message and "5, 3, 3, 3" in message  # another shape
-    assert "layer4.weight" in message  # unexpected
-    assert "head.bias" in message or "stem.0.norm.weight" in message  # missing
+    assert "channels [5, 6, 8, 10]" in message and "channels [4, 6, 8, 10]" in message
+    assert "transitions.0.0.conv.weight: file (6, 5, 1, 1), network (6, 4, 1, 1)" in message
+    assert "stages.3.blocks.7.pw_conv_1.conv.weight" in message  # unexpected
+    assert "head.bias" in message  # missing
     assert len(message) < 5000
     assert not (tmp_path / "run").exists()
 

@@ -103,18 +103,18 @@ def sgd(model) -> Recorder:
 
 def train(model, loader, optimizer, **options):
     """All steps of an epoch; keyword arguments override what is simple."""
-    simple = dict(
-        mixup=None,
-        criterion=LabelSmoothingCrossEntropy(0.1),
-        precision=Precision(),
-        learning_rate=lambda step: 0.1 / (step + 1),
-        ema=None,
-        accum_iter=1,
-        seed=0,
-        epoch=0,
-        first_batch=0,
-        first_step=0,
-    )
+    simple = {
+        "mixup": None,
+        "criterion": LabelSmoothingCrossEntropy(0.1),
+        "precision": Precision(),
+        "learning_rate": lambda step: 0.1 / (step + 1),
+        "ema": None,
+        "accum_iter": 1,
+        "seed": 0,
+        "epoch": 0,
+        "first_batch": 0,
+        "first_step": 0,
+    }
     return list(
         train_epoch(model=model, loader=loader, optimizer=optimizer, **{**simple, **options})
     )
@@ -432,9 +432,7 @@ def test_draws_depend_on_the_place_in_the_run_alone():
     assert_identical(states[-1], states_disturbed[-1])
     assert all(np.array_equal(a, b) for a, b in zip(seen, seen_disturbed))
 
-    seen_resumed, states_resumed = draws(
-        first_batch=2, first_step=1, start=states[0], disturb=True
-    )
+    seen_resumed, states_resumed = draws(first_batch=2, first_step=1, start=states[0], disturb=True)
     assert_identical(states[-1], states_resumed[-1])
     assert len(seen_resumed) == 3
     assert all(np.array_equal(a, b) for a, b in zip(seen[2:], seen_resumed))
