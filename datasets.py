@@ -13,6 +13,7 @@ import functools
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -22,10 +23,12 @@ from PIL import Image
 from errors import InputError
 from transforms import build_eval_transform, build_train_transform
 
-LAYOUT = ('-data_path takes a folder with train_list.txt and val_list.txt, whose lines are the path of '
-          'an image below that folder, a space and the number of its class, e.g. '
-          '"train/n01440764/n01440764_10026.JPEG 0"')
-LIST_FILES = {True: 'train_list.txt', False: 'val_list.txt'}
+LAYOUT = (
+    "-data_path takes a folder with train_list.txt and val_list.txt, whose lines are the path of "
+    "an image below that folder, a space and the number of its class, e.g. "
+    '"train/n01440764/n01440764_10026.JPEG 0"'
+)
+LIST_FILES = {True: "train_list.txt", False: "val_list.txt"}
 
 
 class ListDataset(paddle.io.Dataset):
@@ -43,13 +46,14 @@ class ListDataset(paddle.io.Dataset):
         InputError: a line that cannot be right; the message has the file and the line number.
     """
 
-    def __init__(self, list_file: str, root: str, transform: Callable, *, num_classes: int,
-                 seed: int = 0):
+    def __init__(
+        self, list_file: str, root: str, transform: Callable, *, num_classes: int, seed: int = 0
+    ):
         super().__init__()
         if not os.path.isdir(root):
-            raise FileNotFoundError(f'no data folder {root}; {LAYOUT}')
+            raise FileNotFoundError(f"no data folder {root}; {LAYOUT}")
         if not os.path.isfile(list_file):
-            raise FileNotFoundError(f'no list file {list_file}; {LAYOUT}')
+            raise FileNotFoundError(f"no list file {list_file}; {LAYOUT}")
         self.list_file = list_file
         self.root = root
         self.transform = transform
@@ -64,7 +68,7 @@ class ListDataset(paddle.io.Dataset):
     def path(self, index: int) -> str:
         """The path of image `index`, relative to the data folder."""
         start = self._ends[index - 1] if index else 0
-        return os.fsdecode(self._paths[start:self._ends[index]])
+        return os.fsdecode(self._paths[start : self._ends[index]])
 
     def __getitem__(self, sample: tuple[int, int]) -> tuple[np.ndarray, np.int64]:
         """The image (3, H, W) and label of sample (epoch, index).
@@ -77,12 +81,18 @@ class ListDataset(paddle.io.Dataset):
         try:
             with Image.open(self._resolve(path)) as image:
                 pixels = self.transform(image, np.random.default_rng((self.seed, epoch, index)))
-        except (OSError, ValueError, RuntimeError, SyntaxError,
-                Image.DecompressionBombError) as error:
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+            SyntaxError,
+            Image.DecompressionBombError,
+        ) as error:
             # What Pillow's readers raise for broken files: PNG's SyntaxError, AVIF's RuntimeError.
-            reason = 'no such file' if isinstance(error, FileNotFoundError) else str(error)
-            raise SampleError(f'{self.list_file}, line {self._lines[index]}: cannot read image '
-                              f'{path}: {reason}') from None
+            reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
+            raise SampleError(
+                f"{self.list_file}, line {self._lines[index]}: cannot read image {path}: {reason}"
+            ) from None
         return pixels, self.labels[index]
 
     def _resolve(self, path: str) -> str:
@@ -109,7 +119,7 @@ def _real_folder(root: str, folder: str) -> str:
 def _check_inside(real: str, root: str) -> None:
     real_root = os.path.realpath(root)
     if os.path.commonpath([real, real_root]) != real_root:
-        raise ValueError(f'it leads to {real}, outside the data folder')
+        raise ValueError(f"it leads to {real}, outside the data folder")
 
 
 def read_list(list_file: str, num_classes: int):
@@ -124,15 +134,15 @@ def read_list(list_file: str, num_classes: int):
     """
     paths, ends, lines, labels, problems = [], [], [], [], []
     end = 0
-    with open(list_file, 'rb') as file:
+    with open(list_file, "rb") as file:
         for number, line in enumerate(file, start=1):
             if number == 1:
-                line = line.removeprefix(b'\xef\xbb\xbf')
+                line = line.removeprefix(b"\xef\xbb\xbf")
             if not line.strip():
                 continue
             path, label, problem = _parse_line(line, num_classes)
             if problem:
-                problems.append(f'{list_file}, line {number}: {problem}')
+                problems.append(f"{list_file}, line {number}: {problem}")
                 if len(problems) == 10:
                     break
                 continue
@@ -142,11 +152,15 @@ def read_list(list_file: str, num_classes: int):
             lines.append(number)
             labels.append(label)
     if problems:
-        raise InputError('\n'.join(problems))
+        raise InputError("\n".join(problems))
     if not paths:
-        raise InputError(f'{list_file} lists no image')
-    return (b''.join(paths), np.array(ends, dtype='int64'), np.array(lines, dtype='int64'),
-            np.array(labels, dtype='int64'))
+        raise InputError(f"{list_file} lists no image")
+    return (
+        b"".join(paths),
+        np.array(ends, dtype="int64"),
+        np.array(lines, dtype="int64"),
+        np.array(labels, dtype="int64"),
+    )
 
 
 def _parse_line(line: bytes, num_classes: int) -> tuple[bytes, int, str | None]:
@@ -154,22 +168,28 @@ def _parse_line(line: bytes, num_classes: int) -> tuple[bytes, int, str | None]:
     shown = _shortened(line.strip())
     parts = line.strip().rsplit(None, 1)
     if len(parts) < 2:
-        return b'', 0, f'expected a path and a label, got {shown!r}'
+        return b"", 0, f"expected a path and a label, got {shown!r}"
     path, label = parts
-    if not re.fullmatch(rb'-?[0-9]+', label):
-        return b'', 0, f'no label after the path: {shown!r} ends with {_shortened(label)!r}'
+    if not re.fullmatch(rb"-?[0-9]+", label):
+        return b"", 0, f"no label after the path: {shown!r} ends with {_shortened(label)!r}"
     if len(label) > 18 or not 0 <= int(label) < num_classes:
-        return b'', 0, (f'label {_shortened(label)} is outside [0, {num_classes}); '
-                        'MODEL.NUM_CLASSES sets the number of classes')
-    if b'\0' in path or path.startswith(b'/') or b'..' in path.split(b'/'):
-        return b'', 0, f'path {shown!r} must be relative and stay inside the data folder'
+        return (
+            b"",
+            0,
+            (
+                f"label {_shortened(label)} is outside [0, {num_classes}); "
+                "MODEL.NUM_CLASSES sets the number of classes"
+            ),
+        )
+    if b"\0" in path or path.startswith(b"/") or b".." in path.split(b"/"):
+        return b"", 0, f"path {shown!r} must be relative and stay inside the data folder"
     return path, int(label), None
 
 
 def _shortened(text: bytes) -> str:
     """The beginning and end of `text`, for a message."""
-    text = text.decode('utf-8', 'replace')
-    return text if len(text) <= 120 else f'{text[:80]}...{text[-30:]}'
+    text = text.decode("utf-8", "replace")
+    return text if len(text) <= 120 else f"{text[:80]}...{text[-30:]}"
 
 
 class TrainBatches(paddle.io.Sampler):
@@ -203,7 +223,7 @@ class TrainBatches(paddle.io.Sampler):
         step = self.batch_size * self.world_size
         for batch in range(self.first_batch, len(self)):
             start = batch * step + self.rank * self.batch_size
-            yield [(self.epoch, int(index)) for index in order[start:start + self.batch_size]]
+            yield [(self.epoch, int(index)) for index in order[start : start + self.batch_size]]
 
 
 class EvalBatches(paddle.io.Sampler):
@@ -218,7 +238,7 @@ class EvalBatches(paddle.io.Sampler):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for start in range(0, len(self.indices), self.batch_size):
-            yield [(0, index) for index in self.indices[start:start + self.batch_size]]
+            yield [(0, index) for index in self.indices[start : start + self.batch_size]]
 
 
 def get_dataset(config, is_train: bool) -> ListDataset:
@@ -230,9 +250,15 @@ def get_dataset(config, is_train: bool) -> ListDataset:
 
         def transform(image, _):
             return evaluate(image)
+
     root = config.DATA.DATA_PATH
-    return ListDataset(os.path.join(root, LIST_FILES[is_train]), root, transform,
-                       num_classes=config.MODEL.NUM_CLASSES, seed=config.SEED)
+    return ListDataset(
+        os.path.join(root, LIST_FILES[is_train]),
+        root,
+        transform,
+        num_classes=config.MODEL.NUM_CLASSES,
+        seed=config.SEED,
+    )
 
 
 class Loader:
@@ -252,9 +278,14 @@ class Loader:
         # Without shared memory, workers make no Paddle tensors: making one has been seen to wait
         # for a lock of Paddle's that another thread of the parent held when the worker was forked.
         self._batches = paddle.io.DataLoader(
-            _ErrorsAsSamples(dataset), batch_sampler=batch_sampler, collate_fn=_collate,
-            num_workers=workers, persistent_workers=workers > 0, use_shared_memory=False,
-            worker_init_fn=_set_up_worker)
+            _ErrorsAsSamples(dataset),
+            batch_sampler=batch_sampler,
+            collate_fn=_collate,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            use_shared_memory=False,
+            worker_init_fn=_set_up_worker,
+        )
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
@@ -288,7 +319,7 @@ def _collate(samples: list) -> list[np.ndarray]:
     """Images and labels of a batch; or, alone, the text of its first error."""
     for sample in samples:
         if isinstance(sample, SampleError):
-            return [np.frombuffer(os.fsencode(str(sample)), dtype='uint8').copy()]
+            return [np.frombuffer(os.fsencode(str(sample)), dtype="uint8").copy()]
     images, labels = zip(*samples)
     return [np.stack(images), np.stack(labels)]
 
@@ -303,11 +334,13 @@ def _set_up_worker(_worker_id: int) -> None:
     workers until it has saved: each leaves that group. And it dies with a parent that was killed.
     """
     os.setpgid(0, 0)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def get_dataloader(config, dataset: ListDataset, is_train: bool, *, rank: int = 0,
-                   world_size: int = 1) -> Loader:
+def get_dataloader(
+    config, dataset: ListDataset, is_train: bool, *, rank: int = 0, world_size: int = 1
+) -> Loader:
     """Batches (images (N, 3, H, W) float32, labels (N,) int64) of one rank.
 
     The loader's `batch_sampler` is a `TrainBatches` or an `EvalBatches`.
@@ -316,14 +349,20 @@ def get_dataloader(config, dataset: ListDataset, is_train: bool, *, rank: int = 
         InputError: fewer training images than one batch of all ranks.
     """
     if is_train:
-        batches = TrainBatches(len(dataset), config.DATA.BATCH_SIZE, rank=rank,
-                               world_size=world_size, seed=config.SEED)
+        batches = TrainBatches(
+            len(dataset), config.DATA.BATCH_SIZE, rank=rank, world_size=world_size, seed=config.SEED
+        )
         if len(batches) == 0:
             raise InputError(
-                f'{dataset.list_file} lists {len(dataset)} images, fewer than one batch '
-                f'(DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} x {world_size} processes); '
-                'give a smaller -batch_size')
+                f"{dataset.list_file} lists {len(dataset)} images, fewer than one batch "
+                f"(DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} x {world_size} processes); "
+                "give a smaller -batch_size"
+            )
     else:
-        batches = EvalBatches(len(dataset), config.DATA.BATCH_SIZE_EVAL or config.DATA.BATCH_SIZE,
-                              rank=rank, world_size=world_size)
+        batches = EvalBatches(
+            len(dataset),
+            config.DATA.BATCH_SIZE_EVAL or config.DATA.BATCH_SIZE,
+            rank=rank,
+            world_size=world_size,
+        )
     return Loader(dataset, batches, workers=config.DATA.NUM_WORKERS)

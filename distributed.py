@@ -16,9 +16,9 @@ import paddle.distributed as dist
 
 # Gradients travel in pieces of about this many bytes: large enough to be efficient, small enough
 # that the copy that a piece needs does not count beside the model.
-BUCKET_BYTES = 64 * 2 ** 20
+BUCKET_BYTES = 64 * 2**20
 
-STATUS_FILE = 'status'  # in the log folder of launched processes
+STATUS_FILE = "status"  # in the log folder of launched processes
 
 
 def rank() -> int:
@@ -33,20 +33,19 @@ def world_size() -> int:
 
 def is_launched() -> bool:
     """Whether `paddle.distributed.launch` started this process."""
-    return 'PADDLE_TRAINERS_NUM' in os.environ
+    return "PADDLE_TRAINERS_NUM" in os.environ
 
 
 def init() -> None:
     """Choose this process's device and connect the processes, where there are several."""
-    on_gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
-    paddle.set_device('gpu' if on_gpu else 'cpu')
+    paddle.set_device("gpu" if visible_devices() else "cpu")
     if world_size() > 1:
         dist.init_parallel_env()
 
 
 def on_gpu() -> bool:
     """Whether this process computes on a GPU."""
-    return paddle.device.get_device().startswith('gpu')
+    return paddle.device.get_device().startswith("gpu")
 
 
 def visible_devices() -> int:
@@ -54,8 +53,15 @@ def visible_devices() -> int:
     return paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
 
 
-def launch(script: str, arguments: list[str], *, processes: int, log_dir: str, nodes: int = 1,
-           master: str | None = None) -> int:
+def launch(
+    script: str,
+    arguments: list[str],
+    *,
+    processes: int,
+    log_dir: str,
+    nodes: int = 1,
+    master: str | None = None,
+) -> int:
     """Run `script` in several processes of this machine, one per GPU or all on CPU.
 
     Args:
@@ -71,17 +77,27 @@ def launch(script: str, arguments: list[str], *, processes: int, log_dir: str, n
     status_file = os.path.join(log_dir, STATUS_FILE)
     if os.path.exists(status_file):
         os.unlink(status_file)
-    quiet = {'PYTHONWARNINGS': 'ignore:No ccache found', 'GLOG_minloglevel': '1'}  # Paddle's own
+    quiet = {"PYTHONWARNINGS": "ignore:No ccache found", "GLOG_minloglevel": "1"}  # Paddle's own
     environment = {**quiet, **os.environ}
     if not visible_devices():
-        environment['PADDLE_DISTRI_BACKEND'] = 'gloo'
-    command = [sys.executable, '-m', 'paddle.distributed.launch', '--log_level', 'WARNING',
-               '--nproc_per_node', str(processes), '--log_dir', log_dir]
+        environment["PADDLE_DISTRI_BACKEND"] = "gloo"
+    command = [
+        sys.executable,
+        "-m",
+        "paddle.distributed.launch",
+        "--log_level",
+        "WARNING",
+        "--nproc_per_node",
+        str(processes),
+        "--log_dir",
+        log_dir,
+    ]
     if nodes > 1:
-        command += ['--nnodes', str(nodes), '--master', master]
+        command += ["--nnodes", str(nodes), "--master", master]
     # A session of its own: Ctrl-C reaches it once, from here, and not its processes as well.
-    launcher = subprocess.Popen([*command, script, *arguments], env=environment,
-                                start_new_session=True)
+    launcher = subprocess.Popen(
+        [*command, script, *arguments], env=environment, start_new_session=True
+    )
     received = []
 
     def hand_on(number, _):
@@ -94,29 +110,48 @@ def launch(script: str, arguments: list[str], *, processes: int, log_dir: str, n
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if received:
+    left = None
+    if os.path.exists(status_file):
+        with open(status_file, encoding="utf-8") as file:
+            number, _, message = file.read().partition("\n")
+        left = int(number) if number else None
+        if message:
+            print(message, file=sys.stderr)
+    if received and left not in (1, 2):
         return 128 + received[0]
-    if status and os.path.exists(status_file):
-        with open(status_file, encoding='ascii') as file:
-            return int(file.read())
+    if status and left is not None:
+        return left
     return status if status >= 0 else 128 - status
 
 
-def leave_status(status: int) -> None:
+def leave_status(status: int, message: str = "") -> None:
     """Tell `launch` the exit status of this process, if it is the first of its run to fail.
 
     Paddle's launcher ends the others and may then report theirs.
+
+    Args:
+        message: for the console, which shows what rank 0 writes and no other process.
     """
-    folder = os.environ.get('PADDLE_LOG_DIR')
+    folder = os.environ.get("PADDLE_LOG_DIR")
     if status and is_launched() and folder is not None:
-        with contextlib.suppress(OSError), \
-                open(os.path.join(folder, STATUS_FILE), 'x', encoding='ascii') as file:
-            file.write(str(status))
+        with (
+            contextlib.suppress(OSError),
+            open(os.path.join(folder, STATUS_FILE), "x", encoding="utf-8") as file,
+        ):
+            file.write(f"{status}\n{message if rank() else ''}")
+
+
+def another_failed() -> bool:
+    """Whether another process of this run has left a status."""
+    folder = os.environ.get("PADDLE_LOG_DIR")
+    return (
+        is_launched() and folder is not None and os.path.exists(os.path.join(folder, STATUS_FILE))
+    )
 
 
 def sum_over_ranks(values: np.ndarray) -> np.ndarray:
     """The sum of each rank's float64 `values` (any one shape), the same on every rank."""
-    values = np.asarray(values, dtype='float64')
+    values = np.asarray(values, dtype="float64")
     if world_size() == 1:
         return values
     total = paddle.to_tensor(values)

@@ -25,7 +25,7 @@ class LabelSmoothingCrossEntropy(nn.Layer):
     def __init__(self, smoothing: float = 0.1):
         super().__init__()
         if not 0.0 <= smoothing < 1.0:
-            raise ValueError(f'smoothing must lie in [0, 1); got {smoothing}')
+            raise ValueError(f"smoothing must lie in [0, 1); got {smoothing}")
         self.smoothing = smoothing
 
     def forward(self, logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
@@ -35,10 +35,11 @@ class LabelSmoothingCrossEntropy(nn.Layer):
             ValueError: other shapes.
         """
         if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-            raise ValueError(f'expected logits (N, C) and labels (N,); '
-                             f'got {logits.shape} and {labels.shape}')
+            raise ValueError(
+                f"expected logits (N, C) and labels (N,); got {logits.shape} and {labels.shape}"
+            )
         with paddle.amp.auto_cast(enable=False):
-            log_probs = F.log_softmax(logits.astype('float32'), axis=-1)
+            log_probs = F.log_softmax(logits.astype("float32"), axis=-1)
             of_label = paddle.take_along_axis(log_probs, labels.unsqueeze(1), axis=1)  # (N, 1)
             loss = -((1.0 - self.smoothing) * of_label.mean() + self.smoothing * log_probs.mean())
         return loss
@@ -54,9 +55,11 @@ class SoftTargetCrossEntropy(nn.Layer):
             ValueError: other shapes.
         """
         if logits.ndim != 2 or targets.shape != logits.shape:
-            raise ValueError(f'expected logits and targets of one shape (N, C); '
-                             f'got {logits.shape} and {targets.shape}')
+            raise ValueError(
+                f"expected logits and targets of one shape (N, C); "
+                f"got {logits.shape} and {targets.shape}"
+            )
         with paddle.amp.auto_cast(enable=False):
-            log_probs = F.log_softmax(logits.astype('float32'), axis=-1)
-            loss = -(targets.astype('float32') * log_probs).sum(axis=-1).mean()
+            log_probs = F.log_softmax(logits.astype("float32"), axis=-1)
+            loss = -(targets.astype("float32") * log_probs).sum(axis=-1).mean()
         return loss

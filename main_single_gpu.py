@@ -10,5 +10,5 @@ import sys
 
 from engine.cli import main
 
-if __name__ == '__main__':
+if __name__ == "__main__":
     sys.exit(main(script=__file__, multi=False))

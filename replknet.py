@@ -27,20 +27,43 @@ def uniform(fan_in: int) -> paddle.ParamAttr:
     return paddle.ParamAttr(initializer=nn.initializer.Uniform(-bound, bound))
 
 
-def conv2d(in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1,
-           groups: int = 1, bias: bool = False) -> nn.Conv2D:
+def conv2d(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int,
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    bias: bool = False,
+) -> nn.Conv2D:
     """A convolution with "same" padding; a depthwise one where groups equals the channels."""
-    fan_in = in_channels // groups * kernel_size ** 2
-    return nn.Conv2D(in_channels, out_channels, kernel_size, stride=stride,
-                     padding=kernel_size // 2, groups=groups, weight_attr=uniform(fan_in),
-                     bias_attr=uniform(fan_in) if bias else False)
+    fan_in = in_channels // groups * kernel_size**2
+    return nn.Conv2D(
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=stride,
+        padding=kernel_size // 2,
+        groups=groups,
+        weight_attr=uniform(fan_in),
+        bias_attr=uniform(fan_in) if bias else False,
+    )
 
 
 class ConvNorm(nn.Layer):
     """Convolution and batch normalization, then ReLU where `relu` is set."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *,
-                 stride: int = 1, groups: int = 1, relu: bool = False, norm_layer=nn.BatchNorm2D):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        relu: bool = False,
+        norm_layer=nn.BatchNorm2D,
+    ):
         super().__init__()
         self.conv = conv2d(in_channels, out_channels, kernel_size, stride=stride, groups=groups)
         self.norm = norm_layer(out_channels)
@@ -62,7 +85,7 @@ class DropPath(nn.Layer):
         if self.rate == 0.0 or not self.training:
             return x
         keep = 1.0 - self.rate
-        mask = paddle.bernoulli(paddle.full([x.shape[0], 1, 1, 1], keep, dtype='float32'))
+        mask = paddle.bernoulli(paddle.full([x.shape[0], 1, 1, 1], keep, dtype="float32"))
         return x * (mask / keep).astype(x.dtype)
 
 
@@ -73,35 +96,45 @@ class ReparamLargeKernelConv(nn.Layer):
     (RepLKNet-XL); one biased convolution after `merge_kernel`, or when built `merged`.
     """
 
-    def __init__(self, channels: int, kernel_size: int, small_kernel: int | None, *,
-                 merged: bool = False, norm_layer=nn.BatchNorm2D):
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        small_kernel: int | None,
+        *,
+        merged: bool = False,
+        norm_layer=nn.BatchNorm2D,
+    ):
         super().__init__()
         if merged:
-            self.large_kernel_reparam = conv2d(channels, channels, kernel_size, groups=channels,
-                                               bias=True)
+            self.large_kernel_reparam = conv2d(
+                channels, channels, kernel_size, groups=channels, bias=True
+            )
             return
-        self.large_kernel_origin = ConvNorm(channels, channels, kernel_size, groups=channels,
-                                            norm_layer=norm_layer)
+        self.large_kernel_origin = ConvNorm(
+            channels, channels, kernel_size, groups=channels, norm_layer=norm_layer
+        )
         if small_kernel is not None:
-            self.small_kernel_conv = ConvNorm(channels, channels, small_kernel, groups=channels,
-                                              norm_layer=norm_layer)
+            self.small_kernel_conv = ConvNorm(
+                channels, channels, small_kernel, groups=channels, norm_layer=norm_layer
+            )
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        if hasattr(self, 'large_kernel_reparam'):
+        if hasattr(self, "large_kernel_reparam"):
             return self.large_kernel_reparam(x)
         out = self.large_kernel_origin(x)
-        if hasattr(self, 'small_kernel_conv'):
+        if hasattr(self, "small_kernel_conv"):
             out = out + self.small_kernel_conv(x)
         return out
 
     @paddle.no_grad()
     def merge_kernel(self) -> None:
         """Replace the branches by the one convolution that computes their sum in evaluation."""
-        if hasattr(self, 'large_kernel_reparam'):
+        if hasattr(self, "large_kernel_reparam"):
             return
         weight, bias = fuse_conv_norm(self.large_kernel_origin)
         large = weight.shape[-1]
-        if hasattr(self, 'small_kernel_conv'):
+        if hasattr(self, "small_kernel_conv"):
             small_weight, small_bias = fuse_conv_norm(self.small_kernel_conv)
             margin = (large - small_weight.shape[-1]) // 2
             weight = weight + F.pad(small_weight, [margin] * 4)
@@ -118,24 +151,34 @@ class ReparamLargeKernelConv(nn.Layer):
 def fuse_conv_norm(layer: ConvNorm) -> tuple[paddle.Tensor, paddle.Tensor]:
     """Weight and bias, in float64, of the convolution that equals `layer` in evaluation mode."""
     norm = layer.norm
-    mean, variance, gamma, beta = (t.astype('float64') for t in (
-        norm._mean, norm._variance, norm.weight, norm.bias))
+    mean, variance, gamma, beta = (
+        t.astype("float64") for t in (norm._mean, norm._variance, norm.weight, norm.bias)
+    )
     scale = gamma / paddle.sqrt(variance + norm._epsilon)
-    weight = layer.conv.weight.astype('float64') * scale.reshape([-1, 1, 1, 1])
+    weight = layer.conv.weight.astype("float64") * scale.reshape([-1, 1, 1, 1])
     return weight, beta - mean * scale
 
 
 class RepLKBlock(nn.Layer):
     """x + DropPath(1x1 conv -> large depthwise conv -> 1x1 conv) of the normalized x."""
 
-    def __init__(self, channels: int, dw_channels: int, kernel_size: int,
-                 small_kernel: int | None, *, drop_path: float, merged: bool = False,
-                 norm_layer=nn.BatchNorm2D):
+    def __init__(
+        self,
+        channels: int,
+        dw_channels: int,
+        kernel_size: int,
+        small_kernel: int | None,
+        *,
+        drop_path: float,
+        merged: bool = False,
+        norm_layer=nn.BatchNorm2D,
+    ):
         super().__init__()
         self.pre_large_kernel_bn = norm_layer(channels)
         self.pw_conv_1 = ConvNorm(channels, dw_channels, 1, relu=True, norm_layer=norm_layer)
-        self.large_kernel = ReparamLargeKernelConv(dw_channels, kernel_size, small_kernel,
-                                                   merged=merged, norm_layer=norm_layer)
+        self.large_kernel = ReparamLargeKernelConv(
+            dw_channels, kernel_size, small_kernel, merged=merged, norm_layer=norm_layer
+        )
         self.pw_conv_2 = ConvNorm(dw_channels, channels, 1, norm_layer=norm_layer)
         self.drop_path = DropPath(drop_path)
 
@@ -148,8 +191,9 @@ class RepLKBlock(nn.Layer):
 class ConvFFN(nn.Layer):
     """x + DropPath(1x1 conv -> GELU -> 1x1 conv) of the normalized x."""
 
-    def __init__(self, channels: int, hidden_channels: int, *, drop_path: float,
-                 norm_layer=nn.BatchNorm2D):
+    def __init__(
+        self, channels: int, hidden_channels: int, *, drop_path: float, norm_layer=nn.BatchNorm2D
+    ):
         super().__init__()
         self.pre_ffn_bn = norm_layer(channels)
         self.pw_conv_1 = ConvNorm(channels, hidden_channels, 1, norm_layer=norm_layer)
@@ -164,19 +208,40 @@ class ConvFFN(nn.Layer):
 class RepLKNetStage(nn.Layer):
     """RepLK blocks and ConvFFNs in turn; `norm` is for stage maps alone, not for the next stage."""
 
-    def __init__(self, channels: int, kernel_size: int, small_kernel: int | None, *,
-                 drop_paths: list[float], dw_ratio: float, ffn_ratio: float, merged: bool = False,
-                 norm_inter_features: bool = False, recompute: bool = False,
-                 norm_layer=nn.BatchNorm2D):
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        small_kernel: int | None,
+        *,
+        drop_paths: list[float],
+        dw_ratio: float,
+        ffn_ratio: float,
+        merged: bool = False,
+        norm_inter_features: bool = False,
+        recompute: bool = False,
+        norm_layer=nn.BatchNorm2D,
+    ):
         super().__init__()
         self.recompute = recompute
         self.blocks = nn.LayerList()
         for drop_path in drop_paths:
-            self.blocks.append(RepLKBlock(
-                channels, int(channels * dw_ratio), kernel_size, small_kernel,
-                drop_path=drop_path, merged=merged, norm_layer=norm_layer))
-            self.blocks.append(ConvFFN(channels, int(channels * ffn_ratio), drop_path=drop_path,
-                                       norm_layer=norm_layer))
+            self.blocks.append(
+                RepLKBlock(
+                    channels,
+                    int(channels * dw_ratio),
+                    kernel_size,
+                    small_kernel,
+                    drop_path=drop_path,
+                    merged=merged,
+                    norm_layer=norm_layer,
+                )
+            )
+            self.blocks.append(
+                ConvFFN(
+                    channels, int(channels * ffn_ratio), drop_path=drop_path, norm_layer=norm_layer
+                )
+            )
         self.norm = norm_layer(channels) if norm_inter_features else nn.Identity()
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
@@ -202,7 +267,7 @@ def recompute_block(block: nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
         runs += 1
         if runs == 1:
             return block(inputs)
-        norms = [layer for layer in block.sublayers() if hasattr(layer, '_momentum')]
+        norms = [layer for layer in block.sublayers() if hasattr(layer, "_momentum")]
         momenta = [norm._momentum for norm in norms]
         try:
             for norm in norms:
@@ -239,12 +304,24 @@ class RepLKNet(nn.Layer):
         ValueError: a size that no network can be built from.
     """
 
-    def __init__(self, *, large_kernel_sizes: list[int], layers: list[int], channels: list[int],
-                 drop_path_rate: float = 0.0, small_kernel: int | None = 5, dw_ratio: float = 1.0,
-                 ffn_ratio: float = 4.0, in_channels: int = 3, num_classes: int = 1000,
-                 out_indices: list[int] | None = None, small_kernel_merged: bool = False,
-                 norm_inter_features: bool = False, sync_bn: bool = False,
-                 recompute: bool = False):
+    def __init__(
+        self,
+        *,
+        large_kernel_sizes: list[int],
+        layers: list[int],
+        channels: list[int],
+        drop_path_rate: float = 0.0,
+        small_kernel: int | None = 5,
+        dw_ratio: float = 1.0,
+        ffn_ratio: float = 4.0,
+        in_channels: int = 3,
+        num_classes: int = 1000,
+        out_indices: list[int] | None = None,
+        small_kernel_merged: bool = False,
+        norm_inter_features: bool = False,
+        sync_bn: bool = False,
+        recompute: bool = False,
+    ):
         super().__init__()
         check_sizes(large_kernel_sizes, layers, channels, small_kernel, out_indices)
         self.out_indices = None if out_indices is None else tuple(out_indices)
@@ -252,12 +329,14 @@ class RepLKNet(nn.Layer):
 
         # (N, 3, H, W) -> (N, C0, H/4, W/4)
         stem = channels[0]
-        self.stem = nn.LayerList([
-            ConvNorm(in_channels, stem, 3, stride=2, relu=True, norm_layer=norm_layer),
-            ConvNorm(stem, stem, 3, groups=stem, relu=True, norm_layer=norm_layer),
-            ConvNorm(stem, stem, 1, relu=True, norm_layer=norm_layer),
-            ConvNorm(stem, stem, 3, stride=2, groups=stem, relu=True, norm_layer=norm_layer),
-        ])
+        self.stem = nn.LayerList(
+            [
+                ConvNorm(in_channels, stem, 3, stride=2, relu=True, norm_layer=norm_layer),
+                ConvNorm(stem, stem, 3, groups=stem, relu=True, norm_layer=norm_layer),
+                ConvNorm(stem, stem, 1, relu=True, norm_layer=norm_layer),
+                ConvNorm(stem, stem, 3, stride=2, groups=stem, relu=True, norm_layer=norm_layer),
+            ]
+        )
 
         depth = sum(layers)
         rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
@@ -265,24 +344,46 @@ class RepLKNet(nn.Layer):
         self.transitions = nn.LayerList()
         for i, width in enumerate(channels):
             first = sum(layers[:i])
-            self.stages.append(RepLKNetStage(
-                width, large_kernel_sizes[i], small_kernel,
-                drop_paths=rates[first:first + layers[i]], dw_ratio=dw_ratio,
-                ffn_ratio=ffn_ratio, merged=small_kernel_merged,
-                norm_inter_features=norm_inter_features, recompute=recompute,
-                norm_layer=norm_layer))
+            self.stages.append(
+                RepLKNetStage(
+                    width,
+                    large_kernel_sizes[i],
+                    small_kernel,
+                    drop_paths=rates[first : first + layers[i]],
+                    dw_ratio=dw_ratio,
+                    ffn_ratio=ffn_ratio,
+                    merged=small_kernel_merged,
+                    norm_inter_features=norm_inter_features,
+                    recompute=recompute,
+                    norm_layer=norm_layer,
+                )
+            )
             if i + 1 < NUM_STAGES:
                 # (N, C, H, W) -> (N, C', H/2, W/2)
                 wider = channels[i + 1]
-                self.transitions.append(nn.Sequential(
-                    ConvNorm(width, wider, 1, relu=True, norm_layer=norm_layer),
-                    ConvNorm(wider, wider, 3, stride=2, groups=wider, relu=True,
-                             norm_layer=norm_layer)))
+                self.transitions.append(
+                    nn.Sequential(
+                        ConvNorm(width, wider, 1, relu=True, norm_layer=norm_layer),
+                        ConvNorm(
+                            wider,
+                            wider,
+                            3,
+                            stride=2,
+                            groups=wider,
+                            relu=True,
+                            norm_layer=norm_layer,
+                        ),
+                    )
+                )
 
         if self.out_indices is None:
             self.norm = norm_layer(channels[-1])
-            self.head = nn.Linear(channels[-1], num_classes, weight_attr=uniform(channels[-1]),
-                                  bias_attr=uniform(channels[-1]))
+            self.head = nn.Linear(
+                channels[-1],
+                num_classes,
+                weight_attr=uniform(channels[-1]),
+                bias_attr=uniform(channels[-1]),
+            )
 
     def forward_stages(self, x: paddle.Tensor) -> list[paddle.Tensor]:
         """Each stage's map: strides 4, 8, 16 and 32 of the images (N, 3, H, W)."""
@@ -329,23 +430,32 @@ class RepLKNet(nn.Layer):
 
 def check_sizes(large_kernel_sizes, layers, channels, small_kernel, out_indices) -> None:
     """Raise ValueError for sizes that no RepLKNet can have."""
-    sizes = {'large_kernel_sizes': large_kernel_sizes, 'layers': layers, 'channels': channels}
+    sizes = {"large_kernel_sizes": large_kernel_sizes, "layers": layers, "channels": channels}
     for name, values in sizes.items():
         if len(values) != NUM_STAGES or any(v < 1 for v in values):
-            raise ValueError(f'{name} must be {NUM_STAGES} positive numbers, one for each stage; '
-                             f'got {list(values)}')
+            raise ValueError(
+                f"{name} must be {NUM_STAGES} positive numbers, one for each stage; "
+                f"got {list(values)}"
+            )
     even = [k for k in large_kernel_sizes if k % 2 == 0]
     if even:
-        raise ValueError(f'large_kernel_sizes must be odd, to keep the map size; got {even}')
+        raise ValueError(f"large_kernel_sizes must be odd, to keep the map size; got {even}")
     if small_kernel is not None and (
-            small_kernel % 2 == 0 or not 1 <= small_kernel <= min(large_kernel_sizes)):
-        raise ValueError(f'small_kernel must be None, or odd and at most the smallest large kernel '
-                         f'({min(large_kernel_sizes)}); got {small_kernel}')
+        small_kernel % 2 == 0 or not 1 <= small_kernel <= min(large_kernel_sizes)
+    ):
+        raise ValueError(
+            f"small_kernel must be None, or odd and at most the smallest large kernel "
+            f"({min(large_kernel_sizes)}); got {small_kernel}"
+        )
     if out_indices is not None and (
-            not out_indices or len(set(out_indices)) < len(out_indices)
-            or not all(0 <= i < NUM_STAGES for i in out_indices)):
-        raise ValueError(f'out_indices must be None or distinct stages out of '
-                         f'{list(range(NUM_STAGES))}; got {list(out_indices)}')
+        not out_indices
+        or len(set(out_indices)) < len(out_indices)
+        or not all(0 <= i < NUM_STAGES for i in out_indices)
+    ):
+        raise ValueError(
+            f"out_indices must be None or distinct stages out of "
+            f"{list(range(NUM_STAGES))}; got {list(out_indices)}"
+        )
 
 
 def build_replknet(config, *, sync_bn: bool = False) -> RepLKNet:
@@ -358,10 +468,18 @@ def build_replknet(config, *, sync_bn: bool = False) -> RepLKNet:
     """
     model = config.MODEL
     return RepLKNet(
-        large_kernel_sizes=model.LARGE_KERNEL_SIZES, layers=model.LAYERS, channels=model.CHANNELS,
-        drop_path_rate=model.DROPPATH, small_kernel=model.SMALL_KERNEL, dw_ratio=model.DW_RATIO,
-        ffn_ratio=model.FFN_RATIO, in_channels=config.DATA.IMAGE_CHANNELS,
-        num_classes=model.NUM_CLASSES, out_indices=model.OUT_INDICES,
+        large_kernel_sizes=model.LARGE_KERNEL_SIZES,
+        layers=model.LAYERS,
+        channels=model.CHANNELS,
+        drop_path_rate=model.DROPPATH,
+        small_kernel=model.SMALL_KERNEL,
+        dw_ratio=model.DW_RATIO,
+        ffn_ratio=model.FFN_RATIO,
+        in_channels=config.DATA.IMAGE_CHANNELS,
+        num_classes=model.NUM_CLASSES,
+        out_indices=model.OUT_INDICES,
         small_kernel_merged=model.SMALL_KERNEL_MERGED,
-        norm_inter_features=model.NORM_INTER_FEATURES, sync_bn=sync_bn,
-        recompute=model.RECOMPUTE)
+        norm_inter_features=model.NORM_INTER_FEATURES,
+        sync_bn=sync_bn,
+        recompute=model.RECOMPUTE,
+    )

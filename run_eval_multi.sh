@@ -8,8 +8,7 @@
 # PYTHON names the Python to use; by default that of .venv, if setup_env.sh made one.
 set -eu
 cd "$(dirname "$0")"
-[ -n "${PYTHON:-}" ] || PYTHON=.venv/bin/python
-[ -x "$PYTHON" ] || PYTHON=$(command -v "$PYTHON" || echo python3)
+PYTHON=$(PYTHON=${PYTHON:-} sh ./setup_env.sh --find) || exit 2
 exec "$PYTHON" main_multi_gpu.py \
     -cfg=./configs/replknet_31b.yaml \
     -dataset=imagenet2012 \

@@ -15,8 +15,7 @@
 # PYTHON names the Python to use; by default that of .venv, if setup_env.sh made one.
 set -eu
 cd "$(dirname "$0")"
-[ -n "${PYTHON:-}" ] || PYTHON=.venv/bin/python
-[ -x "$PYTHON" ] || PYTHON=$(command -v "$PYTHON" || echo python3)
+PYTHON=$(PYTHON=${PYTHON:-} sh ./setup_env.sh --find) || exit 2
 
 set -- -cfg=./configs/replknet_31b.yaml -dataset=imagenet2012 -data_path=/dataset/imagenet \
     -amp "$@"
@@ -30,13 +29,32 @@ esac
 [ "$restarts" -gt 0 ] || exec "$PYTHON" main_multi_gpu.py "$@"
 
 run= # the run folder: restarts have to know it
+resumed=
 previous=
 for flag in "$@"; do
-    case $flag in -output=* | --output=*) run=${flag#*=} ;; esac
-    case $previous in -output | --output) run=$flag ;; esac
+    case $flag in
+        -output=* | --output=*) run=${flag#*=} ;;
+        -resume=* | --resume=*) resumed=${flag#*=} ;;
+    esac
+    case $previous in
+        -output | --output) run=$flag ;;
+        -resume | --resume) resumed=$flag ;;
+        -opts | --opts) break ;; # the rest are keys and values
+    esac
     previous=$flag
 done
-if [ -z "$run" ]; then
+if [ -z "$run" ] && [ -n "$resumed" ]; then
+    if [ ! -d "$resumed" ]; then
+        echo "error: with MAX_RESTARTS, -resume=$resumed needs the run folder as -output" >&2
+        exit 2
+    fi
+    run=$resumed
+    set -- "$@" -output="$run"
+elif [ -z "$run" ]; then
+    if [ "${NNODES:-1}" -gt 1 ]; then
+        echo "error: with MAX_RESTARTS and several machines, name the run folder by -output" >&2
+        exit 2
+    fi
     run=output/train-$(date +%Y%m%d-%H%M%S)
     set -- "$@" -output="$run"
 fi
@@ -51,8 +69,9 @@ trap '[ -z "$child" ] || kill -TERM "$child"' TERM
 trap '[ -z "$child" ] || kill -INT "$child"' INT
 done_restarts=0
 failed_at=none
+auto=
 while :; do
-    "$PYTHON" main_multi_gpu.py "$@" &
+    "$PYTHON" main_multi_gpu.py "$@" $auto &
     child=$!
     status=0
     wait "$child" || status=$?
@@ -62,7 +81,8 @@ while :; do
     done
     case $status in 0 | 2 | 130 | 143) exit "$status" ;; esac
 
-    step=$(tr -d ' ' < "$run/step" 2>/dev/null || echo none)
+    step=none
+    [ ! -f "$run/step" ] || step=$(tr -d ' ' < "$run/step")
     if [ "$done_restarts" -gt 0 ] && [ "$step" = "$failed_at" ]; then
         say "failed with status $status at step $step for the second time; not restarting"
         exit "$status"
@@ -73,6 +93,7 @@ while :; do
     fi
     failed_at=$step
     done_restarts=$((done_restarts + 1))
-    [ "$done_restarts" -gt 1 ] || set -- "$@" -resume=auto
+    # Before the first checkpoint, the start is what is to be repeated.
+    [ ! -e "$run/last" ] || auto=-resume=auto
     say "failed with status $status at step $step; restart $done_restarts of $restarts"
 done

@@ -4,6 +4,7 @@
 #   sh setup_env.sh [REQUIREMENTS ...]      .venv with Paddle for this machine, and more files' worth
 #   PYTHON=python3 sh setup_env.sh          an environment of yours that has Paddle: only checked
 #   VENV=DIR sh setup_env.sh                another folder than .venv
+#   sh setup_env.sh --find                  make nothing: an environment that is there, or an error
 #
 # Does nothing where the environment is up to date with the requirements files.
 set -eu
@@ -16,14 +17,33 @@ fail() {
 
 if [ -n "${PYTHON:-}" ]; then
     command -v "$PYTHON" >/dev/null 2>&1 || fail "PYTHON=$PYTHON is no program"
-    "$PYTHON" -c 'import paddle, yacs, yaml, numpy, PIL, tqdm' >&2 ||
-        fail "PYTHON=$PYTHON lacks a package named above; pip install -r requirements-common.txt" \
-             "yacs numpy pillow there, or unset PYTHON to have an environment made"
+    if [ "${1:-}" = --find ]; then
+        command -v "$PYTHON"
+        exit 0
+    fi
+    modules='paddle, yacs, yaml, numpy, PIL, tqdm'
+    case "$*" in *demo*) modules="$modules, sklearn" ;; esac
+    case "$*" in *test*) modules="$modules, sklearn, pytest, xdist, ruff, importlinter" ;; esac
+    "$PYTHON" -c "import $modules" >&2 ||
+        fail "PYTHON=$PYTHON lacks the package named above; install there what" \
+            "requirements-common.txt and ${*:-requirements-cpu.txt} list, or unset PYTHON to have" \
+            "an environment made"
     command -v "$PYTHON"
     exit 0
 fi
 
-venv=${VENV:-.venv}
+venv=${VENV:-$PWD/.venv}
+if [ "${1:-}" = --find ]; then
+    if [ -x "$venv/bin/python" ]; then
+        echo "$venv/bin/python"
+    elif python3 -c 'import paddle, yacs' >/dev/null 2>&1; then
+        command -v python3
+    else
+        fail "no environment in $venv, and python3 has no Paddle; run sh setup_env.sh first, or" \
+            "set PYTHON to a Python that has it"
+    fi
+    exit 0
+fi
 if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
     paddle=requirements.txt
 else
@@ -57,4 +77,7 @@ sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1; then
         fail "pip could not install $* into $venv; its message is above"
     echo "$wanted" > "$venv/installed"
 fi
-echo "$PWD/$venv/bin/python"
+case $venv in
+    /*) echo "$venv/bin/python" ;;
+    *) echo "$PWD/$venv/bin/python" ;;
+esac

@@ -37,8 +37,11 @@ def count_macs(model: nn.Layer, image_size: int, channels: int = 3) -> int:
 @contextlib.contextmanager
 def _counting_convolutions(model: nn.Layer, macs: list[int]) -> Iterator[None]:
     """Within, convolutions give zeros and note their cost, as linear layers do."""
-    layers = [layer for layer in model.sublayers(include_self=True)
-              if isinstance(layer, (nn.Conv2D, nn.Linear))]
+    layers = [
+        layer
+        for layer in model.sublayers(include_self=True)
+        if isinstance(layer, (nn.Conv2D, nn.Linear))
+    ]
     for layer in layers:
         layer.forward = _costing(layer, macs)
     try:
@@ -51,11 +54,14 @@ def _counting_convolutions(model: nn.Layer, macs: list[int]) -> Iterator[None]:
 def _costing(layer: nn.Layer, macs: list[int]):
     def convolution(x):
         if not isinstance(layer._padding, int) or set(layer._dilation) != {1}:
-            raise ValueError(f'{layer}: only convolutions with one padding and no dilation are '
-                             'counted')
+            raise ValueError(
+                f"{layer}: only convolutions with one padding and no dilation are counted"
+            )
         out_channels, _, *kernel = layer.weight.shape
-        rows, columns = ((size + 2 * layer._padding - extent) // stride + 1
-                         for size, extent, stride in zip(x.shape[2:], kernel, layer._stride))
+        rows, columns = (
+            (size + 2 * layer._padding - extent) // stride + 1
+            for size, extent, stride in zip(x.shape[2:], kernel, layer._stride)
+        )
         macs.append(x.shape[0] * layer.weight.size * rows * columns)
         return paddle.zeros([x.shape[0], out_channels, rows, columns])
 

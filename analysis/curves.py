@@ -40,7 +40,7 @@ def plot_metrics(run_folders: list[str], target: str) -> None:
     """Draw loss and accuracy over epochs, one colour a run, and write them to `target`.
 
     Raises:
-        InputError: matplotlib is missing, or what `read_metrics` says.
+        InputError: matplotlib is missing, `target` is no picture, or what `read_metrics` says.
     """
     try:
         from matplotlib.figure import Figure
@@ -63,4 +63,7 @@ def plot_metrics(run_folders: list[str], target: str) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize="small")
-    figure.savefig(target, dpi=120)
+    try:
+        figure.savefig(target, dpi=120)
+    except ValueError as error:  # a suffix that stands for no kind of picture
+        raise InputError(f"cannot write {target}: {error}") from None

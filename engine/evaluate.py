@@ -10,8 +10,9 @@ from engine.precision import Precision
 
 
 @paddle.no_grad()
-def evaluate(*, model: paddle.nn.Layer, loader: Loader, precision: Precision,
-             progress: Callable) -> Metrics:
+def evaluate(
+    *, model: paddle.nn.Layer, loader: Loader, precision: Precision, progress: Callable
+) -> Metrics:
     """Metrics of `model` over the loaders of all processes.
 
     Args:
@@ -22,7 +23,7 @@ def evaluate(*, model: paddle.nn.Layer, loader: Loader, precision: Precision,
     """
     model.eval()
     sums = MetricSums()
-    for images, labels in progress(loader, desc='evaluation'):
+    for images, labels in progress(loader, desc="evaluation"):
         with precision.autocast():
             logits = model(images)
         sums.add(logits, labels)

@@ -18,9 +18,7 @@ class Batches(list):
     def __init__(self, batches: list):
         super().__init__(batches)
         size = batches[0][0].shape[0]
-        self.batch_sampler = TrainBatches(
-            len(batches) * size, size, rank=0, world_size=1, seed=0
-        )
+        self.batch_sampler = TrainBatches(len(batches) * size, size, rank=0, world_size=1, seed=0)
 
 
 def time_train_loop(config, *, steps: int, rounds: int) -> dict[str, list[float]]:
@@ -37,11 +35,15 @@ def time_train_loop(config, *, steps: int, rounds: int) -> dict[str, list[float]
     """
     rng = np.random.default_rng(config.SEED)
     shape = (config.DATA.BATCH_SIZE, 3, config.DATA.IMAGE_SIZE, config.DATA.IMAGE_SIZE)
-    loader = Batches([
-        (paddle.to_tensor(rng.normal(size=shape).astype("float32")),
-         paddle.to_tensor(rng.integers(0, config.MODEL.NUM_CLASSES, shape[0])))
-        for _ in range(steps)
-    ])
+    loader = Batches(
+        [
+            (
+                paddle.to_tensor(rng.normal(size=shape).astype("float32")),
+                paddle.to_tensor(rng.integers(0, config.MODEL.NUM_CLASSES, shape[0])),
+            )
+            for _ in range(steps)
+        ]
+    )
     criterion = LabelSmoothingCrossEntropy(config.TRAIN.SMOOTHING)
 
     def parts():
@@ -55,9 +57,19 @@ def time_train_loop(config, *, steps: int, rounds: int) -> dict[str, list[float]
 
     def loop():
         for _ in train_epoch(
-            model=loop_model, loader=loader, mixup=None, criterion=criterion,
-            precision=Precision(), optimizer=loop_optimizer, learning_rate=lambda step: 1e-4,
-            ema=None, accum_iter=1, seed=0, epoch=0, first_batch=0, first_step=0,
+            model=loop_model,
+            loader=loader,
+            mixup=None,
+            criterion=criterion,
+            precision=Precision(),
+            optimizer=loop_optimizer,
+            learning_rate=lambda step: 1e-4,
+            ema=None,
+            accum_iter=1,
+            seed=0,
+            epoch=0,
+            first_batch=0,
+            first_step=0,
         ):
             pass
 

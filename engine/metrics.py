@@ -34,28 +34,37 @@ class Metrics:
 
     def record(self, prefix: str) -> dict[str, float]:
         """What metrics.jsonl says, each key beginning with `prefix`."""
-        return {f'{prefix}_top1_percent': self.top1_percent,
-                f'{prefix}_top5_percent': self.top5_percent, f'{prefix}_loss': self.loss}
+        return {
+            f"{prefix}_top1_percent": self.top1_percent,
+            f"{prefix}_top5_percent": self.top5_percent,
+            f"{prefix}_loss": self.loss,
+        }
 
     def __str__(self) -> str:
-        return (f'top-1 {self.top1_percent:.2f} % ({self.top1}/{self.images}), '
-                f'top-5 {self.top5_percent:.2f} % ({self.top5}/{self.images}), '
-                f'loss {self.loss:.6f}')
+        return (
+            f"top-1 {self.top1_percent:.2f} % ({self.top1}/{self.images}), "
+            f"top-5 {self.top5_percent:.2f} % ({self.top5}/{self.images}), "
+            f"loss {self.loss:.6f}"
+        )
 
 
 class MetricSums:
     """Sums over the batches of one process; `total` adds up the processes."""
 
     def __init__(self):
-        self.values = np.zeros(4, dtype='float64')  # images, top-1, top-5, loss
+        self.values = np.zeros(4, dtype="float64")  # images, top-1, top-5, loss
 
     def add(self, logits: paddle.Tensor, labels: paddle.Tensor) -> None:
         """Count a batch: logits (N, classes), labels (N,) int64."""
-        logits = logits.astype('float32')
+        logits = logits.astype("float32")
         ranks = label_ranks(logits, labels).numpy()
-        losses = F.cross_entropy(logits, labels, reduction='none').numpy()
-        self.values += [len(ranks), (ranks < 1).sum(), (ranks < 5).sum(),
-                        losses.sum(dtype='float64')]
+        losses = F.cross_entropy(logits, labels, reduction="none").numpy()
+        self.values += [
+            len(ranks),
+            (ranks < 1).sum(),
+            (ranks < 5).sum(),
+            losses.sum(dtype="float64"),
+        ]
 
     def total(self) -> Metrics:
         """The metrics over all processes."""
@@ -73,4 +82,4 @@ def label_ranks(logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
     classes = paddle.arange(logits.shape[1]).unsqueeze(0)
     before = paddle.logical_not(logits <= label_logits)
     tied = paddle.logical_and(logits == label_logits, classes < labels.unsqueeze(1))
-    return paddle.logical_or(before, tied).astype('int64').sum(axis=1)
+    return paddle.logical_or(before, tied).astype("int64").sum(axis=1)

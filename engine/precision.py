@@ -23,24 +23,36 @@ class Precision:
         dtype: 'float16', whose loss is scaled, or 'bfloat16'.
     """
 
-    def __init__(self, *, enabled: bool = False, level: str = 'O1', dtype: str = 'float16'):
+    def __init__(self, *, enabled: bool = False, level: str = "O1", dtype: str = "float16"):
         self.enabled = enabled and distributed.on_gpu()
         self.level = level
         self.dtype = dtype
         self.scaler = None
-        if self.enabled and dtype == 'float16':
+        if self.enabled and dtype == "float16":
             self.scaler = paddle.amp.GradScaler()
 
     @property
     def half_weights(self) -> bool:
         """Whether the optimizer keeps float32 masters of half-precision weights."""
-        return self.enabled and self.level == 'O2'
+        return self.enabled and self.level == "O2"
 
-    def prepare(self, model: nn.Layer, optimizer: paddle.optimizer.Optimizer) -> None:
-        """Turn the weights of `model` into half precision, in place, where the level says so."""
-        if self.half_weights:
-            paddle.amp.decorate(models=model, optimizers=optimizer, level='O2', dtype=self.dtype,
-                                master_weight=True, master_grad=True)
+    def prepare(self, model: nn.Layer, optimizer: paddle.optimizer.Optimizer | None = None) -> None:
+        """Turn the weights of `model` into half precision, in place, where the level says so.
+
+        Args:
+            optimizer: of a model that is to be trained: keeps float32 masters and gradients.
+        """
+        if self.half_weights and optimizer is None:
+            paddle.amp.decorate(models=model, level="O2", dtype=self.dtype)
+        elif self.half_weights:
+            paddle.amp.decorate(
+                models=model,
+                optimizers=optimizer,
+                level="O2",
+                dtype=self.dtype,
+                master_weight=True,
+                master_grad=True,
+            )
 
     def autocast(self):
         """The context of a forward pass."""
@@ -64,20 +76,20 @@ class Precision:
         self.scaler.update()
         scale = self.loss_scale()
         if scale < LOSS_SCALE_FLOOR:
-            raise LossScaleError(f'the loss scale fell to {scale:g}, below {LOSS_SCALE_FLOOR:g}')
+            raise LossScaleError(f"the loss scale fell to {scale:g}, below {LOSS_SCALE_FLOOR:g}")
 
     def loss_scale(self) -> float:
         """What the loss is multiplied by."""
-        return float(self.scaler.state_dict()['scale'][0])
+        return float(self.scaler.state_dict()["scale"][0])
 
     def state(self) -> dict[str, float]:
         """What a resumed run needs; empty without a scaler."""
         if self.scaler is None:
             return {}
         state = self.scaler.state_dict()
-        return {**state, 'scale': self.loss_scale()}
+        return {**state, "scale": self.loss_scale()}
 
     def load_state(self, state: dict[str, float]) -> None:
         """Go on from `state()`; one without a scale leaves a fresh one."""
         if self.scaler is not None and state:
-            self.scaler.load_state_dict({**state, 'scale': [state['scale']]})
+            self.scaler.load_state_dict({**state, "scale": [state["scale"]]})

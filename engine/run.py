@@ -19,8 +19,17 @@ import distributed
 from config import config_changes
 from datasets import Loader, get_dataloader, get_dataset
 from engine.checkpoint import (
-    Checkpoint, Progress, checkpoint_path, load_checkpoint, newest_whole_checkpoint, point_to,
-    remove_superseded, save_checkpoint)
+    FOLDER,
+    Checkpoint,
+    Progress,
+    checkpoint_path,
+    load_checkpoint,
+    newest_whole_checkpoint,
+    point_to,
+    remove_superseded,
+    save_checkpoint,
+    set_aside_later,
+)
 from engine.evaluate import evaluate
 from engine.metrics import Metrics
 from engine.precision import Precision
@@ -30,8 +39,7 @@ from engine.train import Step, train_epoch
 from errors import InputError
 from losses import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from optim.ema import ModelEma
-from optim.optimizer import (
-    build_optimizer, load_optimizer_state, master_weights, optimizer_state)
+from optim.optimizer import build_optimizer, load_optimizer_state, master_weights, optimizer_state
 from optim.schedule import base_learning_rate, get_lr
 from replknet import RepLKNet, build_replknet
 from transforms import build_mixup
@@ -57,11 +65,21 @@ def run(config) -> Metrics:
     distributed.init()
     paddle.seed(distributed.random_seed(config.SEED))
     log = RunLog(is_main=distributed.rank() == 0)
-    logger.info('%s, %d process(es) on %s, Paddle %s, run folder %s', config.MODEL.NAME,
-                distributed.world_size(), paddle.device.get_device(), paddle.__version__,
-                config.SAVE)
+    logger.info(
+        "%s, %d process(es) on %s, Paddle %s, run folder %s",
+        config.MODEL.NAME,
+        distributed.world_size(),
+        paddle.device.get_device(),
+        paddle.__version__,
+        config.SAVE,
+    )
+    if config.MODEL.OUT_INDICES is not None:
+        raise InputError(
+            f"MODEL.OUT_INDICES is {config.MODEL.OUT_INDICES}, which makes a backbone "
+            "without a head; training and evaluation need it to be None"
+        )
     if config.AMP and not distributed.on_gpu():
-        logger.warning('-amp has no effect on CPU: computing in float32')
+        logger.warning("-amp has no effect on CPU: computing in float32")
     return run_evaluation(config, log) if config.EVAL else Training(config, log).run()
 
 
@@ -70,18 +88,20 @@ def run_evaluation(config, log: RunLog) -> Metrics:
     loader = build_loader(config, is_train=False)
     model = build_network(config)
     if config.MODEL.PRETRAINED is None:
-        logger.warning('no -pretrained weights: evaluating a freshly initialized network')
+        logger.warning("no -pretrained weights: evaluating a freshly initialized network")
     else:
         load_weights(model, config)
-    log.open(config.SAVE, config, resumes=False)
+    precision = build_precision(config)
+    precision.prepare(model)
+    log.open(config.SAVE, config)
     start = time.perf_counter()
-    metrics = evaluate(model=model, loader=loader, precision=build_precision(config),
-                       progress=log.bar)
+    metrics = evaluate(model=model, loader=loader, precision=precision, progress=log.bar)
     seconds = time.perf_counter() - start
-    log.write_metrics({'epoch': 0, **metrics.record('val'), 'val_seconds': round(seconds, 3)})
-    logger.info('%d images in %.1f s, %.1f images/s', metrics.images, seconds,
-                metrics.images / seconds)
-    logger.info('%s', metrics)
+    log.write_metrics({"epoch": 0, **metrics.record("val"), "val_seconds": round(seconds, 3)})
+    logger.info(
+        "%d images in %.1f s, %.1f images/s", metrics.images, seconds, metrics.images / seconds
+    )
+    logger.info("%s", metrics)
     return metrics
 
 
@@ -97,8 +117,11 @@ class Training:
         self.batches = len(self.train_loader.batch_sampler)  # an epoch's, on each process
         self.steps_per_epoch = -(-self.batches // config.TRAIN.ACCUM_ITER)
         self.mixup = build_mixup(config)
-        self.criterion = (SoftTargetCrossEntropy() if self.mixup is not None
-                          else LabelSmoothingCrossEntropy(config.TRAIN.SMOOTHING))
+        self.criterion = (
+            SoftTargetCrossEntropy()
+            if self.mixup is not None
+            else LabelSmoothingCrossEntropy(config.TRAIN.SMOOTHING)
+        )
 
         self.model = build_network(config)
         if resumed is not None:
@@ -107,15 +130,24 @@ class Training:
             load_weights(self.model, config)
         self.learning_rate = self.build_schedule()
         self.precision = build_precision(config)
-        self.optimizer = build_optimizer(config, self.model, lr=self.learning_rate(0),
-                                         multi_precision=self.precision.half_weights)
+        self.optimizer = build_optimizer(
+            config,
+            self.model,
+            lr=self.learning_rate(0),
+            multi_precision=self.precision.half_weights,
+        )
         self.ema = None
         if config.TRAIN.MODEL_EMA:
             self.ema = ModelEma(self.model, decay=config.TRAIN.MODEL_EMA_DECAY)
         self.precision.prepare(self.model, self.optimizer)
 
-        self.progress = Progress(epoch=config.TRAIN.LAST_EPOCH, batches=self.batches,
-                                 step=config.TRAIN.LAST_EPOCH * self.steps_per_epoch)
+        self.progress = Progress(
+            epoch=config.TRAIN.LAST_EPOCH,
+            batches=self.batches,
+            batch_size=config.DATA.BATCH_SIZE * distributed.world_size(),
+            accum_iter=config.TRAIN.ACCUM_ITER,
+            step=config.TRAIN.LAST_EPOCH * self.steps_per_epoch,
+        )
         if resumed is not None:
             self.restore(resumed)
         self.saved_at = time.monotonic()
@@ -125,26 +157,45 @@ class Training:
         train = self.config.TRAIN
         global_batch = self.config.DATA.BATCH_SIZE * train.ACCUM_ITER * distributed.world_size()
         peak = base_learning_rate(train.BASE_LR, global_batch, train.LINEAR_SCALED_LR)
-        logger.info('%d training and %d validation images; global batch %d = %d x %d accumulated '
-                    'x %d process(es); %d steps an epoch; peak learning rate %.4g',
-                    len(self.train_loader.dataset), len(self.val_loader.dataset), global_batch,
-                    self.config.DATA.BATCH_SIZE, train.ACCUM_ITER, distributed.world_size(),
-                    self.steps_per_epoch, peak)
-        return partial(get_lr, base_lr=peak, min_lr=train.END_LR,
-                       warmup_start_lr=train.WARMUP_START_LR,
-                       warmup_steps=train.WARMUP_EPOCHS * self.steps_per_epoch,
-                       total_steps=train.NUM_EPOCHS * self.steps_per_epoch)
+        logger.info(
+            "%d training and %d validation images; global batch %d = %d x %d accumulated "
+            "x %d process(es); %d steps an epoch; peak learning rate %.4g",
+            len(self.train_loader.dataset),
+            len(self.val_loader.dataset),
+            global_batch,
+            self.config.DATA.BATCH_SIZE,
+            train.ACCUM_ITER,
+            distributed.world_size(),
+            self.steps_per_epoch,
+            peak,
+        )
+        return partial(
+            get_lr,
+            base_lr=peak,
+            min_lr=train.END_LR,
+            warmup_start_lr=train.WARMUP_START_LR,
+            warmup_steps=train.WARMUP_EPOCHS * self.steps_per_epoch,
+            total_steps=train.NUM_EPOCHS * self.steps_per_epoch,
+        )
 
     def restore(self, resumed: Checkpoint) -> None:
         """Take over everything but the weights from a checkpoint."""
-        self.progress = resumed.progress
-        if self.progress.batch and self.progress.batches != self.batches:
+        here = {
+            name: getattr(self.progress, name) for name in ("batches", "batch_size", "accum_iter")
+        }
+        there = {name: getattr(resumed.progress, name) for name in here}
+        self.progress = replace(resumed.progress, **here)
+        if resumed.progress.batch == 0:
+            self.progress = replace(self.progress, step=self.progress.epoch * self.steps_per_epoch)
+        elif here != there:
             raise InputError(
-                f'{resumed.path} stopped after {self.progress.batch} of '
-                f'{self.progress.batches} batches of an epoch, which has {self.batches} here; '
-                'resume it with the same data, batch size and number of processes, or resume a '
-                'checkpoint from the end of an epoch')
-        self.progress = replace(self.progress, batches=self.batches)
+                f"{resumed.path} stopped after {resumed.progress.batch} of {there['batches']} "
+                f"batches of an epoch, which has {here['batches']} here (images of all processes "
+                f"in one: {there['batch_size']}, here {here['batch_size']}; accumulated: "
+                f"{there['accum_iter']}, here {here['accum_iter']}); resume it with the same data, "
+                "batch size, accumulation and number of processes, or resume a checkpoint from the "
+                "end of an epoch"
+            )
         load_optimizer_state(self.optimizer, self.model, resumed.optimizer)
         self.precision.load_state(resumed.scaler)
         if self.ema is not None:
@@ -153,11 +204,17 @@ class Training:
     def run(self) -> Metrics:
         """Train the remaining epochs, evaluating and saving as configured."""
         config, log = self.config, self.log
-        log.open(config.SAVE, config, resumes=config.MODEL.RESUME is not None)
+        log.open(config.SAVE, config, resume=config.MODEL.RESUME)
         log.forget_metrics_after(self.progress.epoch)
-        if self.progress.step:
-            logger.info('going on after epoch %d, step %d', self.progress.epoch,
-                        self.progress.step)
+        if distributed.rank() == 0:
+            set_aside_later(config.SAVE, self.progress)
+            best = os.path.join(config.SAVE, FOLDER, self.progress.best_checkpoint)
+            if os.path.isfile(best):  # a crash may have come between the file and its link
+                point_to(config.SAVE, "best", best)
+        if self.progress.epoch >= config.TRAIN.NUM_EPOCHS:
+            logger.info("all %d epochs of TRAIN.NUM_EPOCHS are done", config.TRAIN.NUM_EPOCHS)
+        elif self.progress.step:
+            logger.info("going on after epoch %d, step %d", self.progress.epoch, self.progress.step)
         metrics = None
         with StopSignals() as signals:
             while self.progress.epoch < config.TRAIN.NUM_EPOCHS:
@@ -175,19 +232,34 @@ class Training:
         """Train through the epoch under way; returns its part of metrics.jsonl."""
         config, start = self.config, self.progress
         started, waited, images_here = time.perf_counter(), 0.0, 0
-        with self.log.bar(total=self.batches, initial=start.batch,
-                          desc=f'epoch {start.epoch + 1}/{config.TRAIN.NUM_EPOCHS}') as bar:
+        with self.log.bar(
+            total=self.batches,
+            initial=start.batch,
+            desc=f"epoch {start.epoch + 1}/{config.TRAIN.NUM_EPOCHS}",
+        ) as bar:
             steps = train_epoch(
-                model=self.model, loader=self.train_loader, mixup=self.mixup,
-                criterion=self.criterion, precision=self.precision, optimizer=self.optimizer,
-                learning_rate=self.learning_rate, ema=self.ema,
-                accum_iter=config.TRAIN.ACCUM_ITER, seed=config.SEED, epoch=start.epoch,
-                first_batch=start.batch, first_step=start.step)
+                model=self.model,
+                loader=self.train_loader,
+                mixup=self.mixup,
+                criterion=self.criterion,
+                precision=self.precision,
+                optimizer=self.optimizer,
+                learning_rate=self.learning_rate,
+                ema=self.ema,
+                accum_iter=config.TRAIN.ACCUM_ITER,
+                seed=config.SEED,
+                epoch=start.epoch,
+                first_batch=start.batch,
+                first_step=start.step,
+            )
             for step in steps if start.batch < self.batches else ():
                 loss_sum, images = self.progress.epoch_sums
                 self.progress = replace(
-                    self.progress, batch=step.batch, step=self.progress.step + 1,
-                    epoch_sums=(loss_sum + step.loss * step.images, images + step.images))
+                    self.progress,
+                    batch=step.batch,
+                    step=self.progress.step + 1,
+                    epoch_sums=(loss_sum + step.loss * step.images, images + step.images),
+                )
                 images_here += step.images
                 waited += step.data_seconds
                 seconds = time.perf_counter() - started
@@ -198,25 +270,41 @@ class Training:
                     self.stop_if_asked(signals, save=True)
         loss_sum, images = self.progress.epoch_sums
         seconds = time.perf_counter() - started
-        self.progress = replace(self.progress, epoch=start.epoch + 1, batch=0,
-                                epoch_sums=(0.0, 0.0))
-        return {'epoch': self.progress.epoch, 'step': self.progress.step,
-                'learning_rate': self.learning_rate(self.progress.step - 1),
-                'train_loss': loss_sum / images, 'train_seconds': round(seconds, 3),
-                'train_images_per_second': round(images_here / seconds, 3)}
+        self.progress = replace(
+            self.progress, epoch=start.epoch + 1, batch=0, epoch_sums=(0.0, 0.0)
+        )
+        return {
+            "epoch": self.progress.epoch,
+            "step": self.progress.step,
+            "learning_rate": self.learning_rate(self.progress.step - 1),
+            "train_loss": loss_sum / images,
+            "train_seconds": round(seconds, 3),
+            "train_images_per_second": round(images_here / seconds, 3),
+        }
 
     def report(self, bar, step: Step, images_per_second: float, wait_share: float) -> None:
         """Show one step on the bar or, every REPORT_FREQ forward passes, in a line."""
         if not bar.disable:
             bar.update(step.batch - bar.n)
-            bar.set_postfix_str(f'loss {step.loss:.4f}, lr {step.lr:.3g}, '
-                                f'{images_per_second:.1f} images/s, data wait {wait_share:.0%}')
-        elif step.batch % self.config.REPORT_FREQ < self.config.TRAIN.ACCUM_ITER \
-                or step.batch == self.batches:
-            logger.info('epoch %d/%d, batch %d/%d, loss %.4f, lr %.3g, %.1f images/s, '
-                        'data wait %.0f %%', self.progress.epoch + 1,
-                        self.config.TRAIN.NUM_EPOCHS, step.batch, self.batches, step.loss,
-                        step.lr, images_per_second, 100 * wait_share)
+            bar.set_postfix_str(
+                f"loss {step.loss:.4f}, lr {step.lr:.3g}, "
+                f"{images_per_second:.1f} images/s, data wait {wait_share:.0%}"
+            )
+        elif (
+            step.batch % self.config.REPORT_FREQ < self.config.TRAIN.ACCUM_ITER
+            or step.batch == self.batches
+        ):
+            logger.info(
+                "epoch %d/%d, batch %d/%d, loss %.4f, lr %.3g, %.1f images/s, data wait %.0f %%",
+                self.progress.epoch + 1,
+                self.config.TRAIN.NUM_EPOCHS,
+                step.batch,
+                self.batches,
+                step.loss,
+                step.lr,
+                images_per_second,
+                100 * wait_share,
+            )
 
     def validate(self, record: dict) -> tuple[Metrics, bool]:
         """Evaluate the weights and their average; adds to `record`.
@@ -224,16 +312,25 @@ class Training:
         Returns:
             The better of the two metrics, and whether it is the best of the run.
         """
-        loop = partial(evaluate, model=self.model, loader=self.val_loader,
-                       precision=self.precision, progress=self.log.bar)
-        results = {'val': loop()}
+        loop = partial(
+            evaluate,
+            model=self.model,
+            loader=self.val_loader,
+            precision=self.precision,
+            progress=self.log.bar,
+        )
+        results = {"val": loop()}
         if self.ema is not None:
             with self.ema.applied_to(self.model):
-                results['val_ema'] = loop()
+                results["val_ema"] = loop()
         for name, metrics in results.items():
             record.update(metrics.record(name))
-            logger.info('epoch %d, %s: %s', self.progress.epoch,
-                        'average of weights' if name == 'val_ema' else 'weights', metrics)
+            logger.info(
+                "epoch %d, %s: %s",
+                self.progress.epoch,
+                "average of weights" if name == "val_ema" else "weights",
+                metrics,
+            )
         best = max(results.values(), key=lambda metrics: metrics.top1_percent)
         is_best = best.top1_percent > self.progress.best_top1_percent
         if is_best:
@@ -244,21 +341,29 @@ class Training:
         """Save in mid-epoch, every SAVE_STEPS steps or SAVE_MINUTES."""
         steps, minutes = self.config.SAVE_STEPS, self.config.SAVE_MINUTES
         if (steps is not None and self.progress.step % steps == 0) or (
-                minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes):
+            minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
+        ):
             self.save()
 
     def stop_if_asked(self, signals: StopSignals, *, save: bool = False) -> None:
         """Raise Stopped, on all processes, if any of them has had a signal."""
-        asked = distributed.sum_over_ranks([signals.received == signal.SIGINT,
-                                            signals.received == signal.SIGTERM])
+        asked = distributed.sum_over_ranks(
+            [signals.received == signal.SIGINT, signals.received == signal.SIGTERM]
+        )
         if not asked.any():
             return
         if save:
             self.save()
         distributed.sum_over_ranks([0])  # whoever exits first ends the others: rank 0 must be done
         number = signal.SIGINT if asked[0] else signal.SIGTERM
-        raise Stopped(number, f'stopped by {number.name} after epoch {self.progress.epoch}, step '
-                              f'{self.progress.step}; -resume={self.config.SAVE} goes on')
+        logger.info(
+            "stopped by %s after epoch %d, step %d; -resume=%s goes on",
+            number.name,
+            self.progress.epoch,
+            self.progress.step,
+            self.config.SAVE,
+        )
+        raise Stopped(number)
 
     def save(self, *, is_best: bool = False) -> None:
         """Write a checkpoint of this moment and drop those that it makes needless."""
@@ -267,29 +372,42 @@ class Training:
             return
         folder = self.config.SAVE
         path = checkpoint_path(folder, self.progress)
-        save_checkpoint(path, Checkpoint(
-            config=config_text(self.config), progress=self.progress,
-            model=float32_weights(self.model, self.optimizer),
-            model_ema={} if self.ema is None else self.ema.state(),
-            optimizer=optimizer_state(self.optimizer, self.model),
-            scaler=self.precision.state()))
-        point_to(folder, 'last', path)
         if is_best:
-            point_to(folder, 'best', path)
-        remove_superseded(folder, keep_every=self.config.SAVE_FREQ,
-                          keep_newest=self.config.SAVE_KEEP)
+            self.progress = replace(self.progress, best_checkpoint=os.path.basename(path))
+        save_checkpoint(
+            path,
+            Checkpoint(
+                config=config_text(self.config),
+                progress=self.progress,
+                model=float32_weights(self.model, self.optimizer),
+                model_ema={} if self.ema is None else self.ema.state(),
+                optimizer=optimizer_state(self.optimizer, self.model),
+                scaler=self.precision.state(),
+            ),
+        )
+        point_to(folder, "last", path)
+        if is_best:
+            point_to(folder, "best", path)
+        remove_superseded(
+            folder, keep_every=self.config.SAVE_FREQ, keep_newest=self.config.SAVE_KEEP
+        )
 
 
 def float32_weights(model: paddle.nn.Layer, optimizer) -> dict[str, np.ndarray]:
     """All of a model's tensors; of half-precision weights, the masters that they are rounded from."""
     tensors = {**model.state_dict(), **master_weights(optimizer, model)}
-    return {name: tensor.astype('float32').numpy() for name, tensor in tensors.items()}
+    return {name: tensor.astype("float32").numpy() for name, tensor in tensors.items()}
 
 
 def build_loader(config, *, is_train: bool) -> Loader:
     """This process's loader of the training or the validation set."""
-    return get_dataloader(config, get_dataset(config, is_train), is_train,
-                          rank=distributed.rank(), world_size=distributed.world_size())
+    return get_dataloader(
+        config,
+        get_dataset(config, is_train),
+        is_train,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
 
 
 def build_network(config) -> RepLKNet:
@@ -297,8 +415,10 @@ def build_network(config) -> RepLKNet:
     several_gpus = distributed.on_gpu() and distributed.world_size() > 1
     sync_bn = config.MODEL.SYNC_BN and several_gpus and not config.EVAL
     if config.MODEL.SYNC_BN and distributed.world_size() > 1 and not several_gpus:
-        logger.warning('MODEL.SYNC_BN needs GPUs: each process normalizes by its own batches, '
-                       'and running statistics are averaged over the processes')
+        logger.warning(
+            "MODEL.SYNC_BN needs GPUs: each process normalizes by its own batches, "
+            "and running statistics are averaged over the processes"
+        )
     return build_replknet(config, sync_bn=sync_bn)
 
 
@@ -309,8 +429,12 @@ def build_precision(config) -> Precision:
 
 def load_weights(model: RepLKNet, config) -> None:
     """Put MODEL.PRETRAINED into the network."""
-    load_pretrained(model, config.MODEL.PRETRAINED, weights=config.MODEL.PRETRAINED_WEIGHTS,
-                    drop_head=config.MODEL.DROP_HEAD)
+    load_pretrained(
+        model,
+        config.MODEL.PRETRAINED,
+        weights=config.MODEL.PRETRAINED_WEIGHTS,
+        drop_head=config.MODEL.DROP_HEAD,
+    )
 
 
 def find_resumed(config) -> Checkpoint | None:
@@ -318,22 +442,26 @@ def find_resumed(config) -> Checkpoint | None:
     path = config.MODEL.RESUME
     if path is None:
         return None
-    if path == 'auto':
+    if path == "auto":
         path = newest_whole_checkpoint(config.SAVE)
         if path is None:
-            logger.info('-resume auto: no checkpoint in %s, starting afresh', config.SAVE)
+            logger.info("-resume auto: no checkpoint in %s, starting afresh", config.SAVE)
             return None
     elif os.path.isdir(path):
-        path = os.path.join(path, 'last')
+        path = os.path.join(path, "last")
     checkpoint = load_checkpoint(path)
-    logger.info('resuming %s', path)
+    logger.info("resuming %s", path)
     for change in config_changes(checkpoint.config, config_text(config)):
-        logger.warning('other than in the run resumed: %s', change)
+        logger.warning("other than in the run resumed: %s", change)
     epoch = checkpoint.progress.epoch
-    if config.TRAIN.LAST_EPOCH not in (0, epoch):
-        raise InputError(f'-last_epoch {config.TRAIN.LAST_EPOCH} contradicts {path}, which ends '
-                         f'with epoch {epoch}; leave -last_epoch out')
+    if config.TRAIN.LAST_EPOCH > epoch:
+        raise InputError(
+            f"-last_epoch {config.TRAIN.LAST_EPOCH} contradicts {path}, which has "
+            f"{epoch} epochs behind it; leave -last_epoch out"
+        )
     if config.TRAIN.MODEL_EMA != bool(checkpoint.model_ema):
-        raise InputError(f'{path} was trained with TRAIN.MODEL_EMA {bool(checkpoint.model_ema)}; '
-                         f'got {config.TRAIN.MODEL_EMA}')
+        raise InputError(
+            f"{path} was trained with TRAIN.MODEL_EMA {bool(checkpoint.model_ema)}; "
+            f"got {config.TRAIN.MODEL_EMA}"
+        )
     return checkpoint

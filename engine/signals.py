@@ -1,21 +1,27 @@
 """Being asked to stop: SIGTERM from a scheduler, SIGINT from a keyboard."""
 
 import signal
+import time
+
+SAME_CTRL_C_SECONDS = 2.0
 
 
 class StopSignals:
     """Within this context, the first SIGTERM or SIGINT is noted in `received`, not acted upon.
 
-    A second SIGINT interrupts as usual. A second SIGTERM does not: Paddle's launcher sends several
-    to a process that is still there after a moment.
+    A SIGINT some time later interrupts as usual; at once it is the same Ctrl-C, which a terminal
+    sends to a script and to what it started. A second SIGTERM never does: Paddle's launcher sends
+    several to a process that is still there after a moment.
     """
 
     def __init__(self):
         self.received: int | None = None
+        self.received_at = 0.0
 
-    def __enter__(self) -> 'StopSignals':
-        self.before = {number: signal.signal(number, self.note)
-                       for number in (signal.SIGTERM, signal.SIGINT)}
+    def __enter__(self) -> "StopSignals":
+        self.before = {
+            number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)
+        }
         return self
 
     def __exit__(self, *_) -> None:
@@ -23,14 +29,15 @@ class StopSignals:
             signal.signal(number, handler)
 
     def note(self, number: int, _) -> None:
-        if self.received is not None and number == signal.SIGINT:
+        if self.received is None:
+            self.received, self.received_at = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self.received_at > SAME_CTRL_C_SECONDS:
             raise KeyboardInterrupt
-        self.received = self.received or number
 
 
 class Stopped(Exception):
     """The run was asked to stop, and has saved. `number` is the signal's."""
 
-    def __init__(self, number: int, message: str):
-        super().__init__(message)
+    def __init__(self, number: int):
+        super().__init__(f"stopped by signal {number}")
         self.number = number

@@ -37,11 +37,22 @@ class Step:
     data_seconds: float
 
 
-def train_epoch(*, model: paddle.nn.Layer, loader: Loader, mixup: Callable | None,
-                criterion: Callable, precision: Precision,
-                optimizer: paddle.optimizer.Optimizer, learning_rate: Callable[[int], float],
-                ema: ModelEma | None, accum_iter: int, seed: int, epoch: int,
-                first_batch: int, first_step: int) -> Iterator[Step]:
+def train_epoch(
+    *,
+    model: paddle.nn.Layer,
+    loader: Loader,
+    mixup: Callable | None,
+    criterion: Callable,
+    precision: Precision,
+    optimizer: paddle.optimizer.Optimizer,
+    learning_rate: Callable[[int], float],
+    ema: ModelEma | None,
+    accum_iter: int,
+    seed: int,
+    epoch: int,
+    first_batch: int,
+    first_step: int,
+) -> Iterator[Step]:
     """Train through one epoch; yields after every optimizer step, when all is consistent.
 
     After a step, weights, averages, statistics and optimizer state are the same on all processes.
@@ -80,34 +91,39 @@ def train_epoch(*, model: paddle.nn.Layer, loader: Loader, mixup: Callable | Non
             loss = criterion(model(images), labels)
         group_start = batch // accum_iter * accum_iter
         precision.backward(loss / min(accum_iter, total - group_start))
-        loss_sum = loss_sum + loss.detach().astype('float64') * images.shape[0]
+        loss_sum = loss_sum + loss.detach().astype("float64") * images.shape[0]
         images_done += images.shape[0]
 
         if (batch + 1) % accum_iter == 0 or batch + 1 == total:
             # All processes learn of a broken loss in the same place, before it does harm.
             all_loss, all_images = sum_over_ranks(np.array([float(loss_sum), images_done]))
             lr = learning_rate(step)
-            here = f'epoch {epoch + 1}, step {step}, loss {all_loss / all_images:g}, ' \
-                   f'learning rate {lr:.3g}'
+            here = (
+                f"epoch {epoch + 1}, step {step}, loss {all_loss / all_images:g}, "
+                f"learning rate {lr:.3g}"
+            )
             if not np.isfinite(all_loss):
-                raise DivergedError(f'{here}: the loss is no number any more. {ADVICE}')
+                raise DivergedError(f"{here}: the loss is no number any more. {ADVICE}")
             average_over_ranks([p.grad for p in parameters if p.grad is not None])
             optimizer.set_lr(lr)
             try:
                 precision.step(optimizer)
             except LossScaleError as error:
-                raise DivergedError(f'{here}: {error}. {ADVICE}') from None
+                raise DivergedError(f"{here}: {error}. {ADVICE}") from None
             optimizer.clear_grad()
             if world_size() > 1:
                 average_over_ranks(statistics)
             if ema is not None:
-                ema.update(model, master_weights(optimizer, model)
-                           if precision.half_weights else None)
+                ema.update(
+                    model, master_weights(optimizer, model) if precision.half_weights else None
+                )
             step += 1
             yield Step(batch + 1, all_loss / all_images, int(all_images), lr, data_seconds)
             loss_sum, images_done, data_seconds = 0.0, 0, 0.0
         waiting_since = time.perf_counter()
 
 
-ADVICE = ('A lower TRAIN.BASE_LR, more TRAIN.WARMUP_EPOCHS, TRAIN.GRAD_CLIP or AMP_DTYPE bfloat16 '
-          'may help; -resume goes on from a checkpoint')
+ADVICE = (
+    "A lower TRAIN.BASE_LR, more TRAIN.WARMUP_EPOCHS, TRAIN.GRAD_CLIP or AMP_DTYPE bfloat16 "
+    "may help; -resume goes on from a checkpoint"
+)

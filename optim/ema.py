@@ -32,10 +32,11 @@ class ModelEma:
     @paddle.no_grad()
     def __init__(self, model: nn.Layer, *, decay: float):
         if not 0.0 <= decay < 1.0:
-            raise ValueError(f'decay must lie in [0, 1); got {decay}')
-        self.average = {name: tensor.clone().astype('float32')
-                        for name, tensor in named_tensors(model).items()}
-        self.new_weight = paddle.full([], 1.0 - decay, dtype='float32')
+            raise ValueError(f"decay must lie in [0, 1); got {decay}")
+        self.average = {
+            name: tensor.clone().astype("float32") for name, tensor in named_tensors(model).items()
+        }
+        self.new_weight = paddle.full([], 1.0 - decay, dtype="float32")
 
     @paddle.no_grad()
     def update(self, model: nn.Layer, masters: dict[str, paddle.Tensor] | None = None) -> None:
@@ -53,7 +54,7 @@ class ModelEma:
         for name, tensor in self._tensors(model).items():
             tensor = masters.get(name, tensor)
             if tensor.dtype != paddle.float32:
-                tensor = tensor.astype('float32')
+                tensor = tensor.astype("float32")
             self.average[name].lerp_(tensor, self.new_weight)
 
     @contextlib.contextmanager
@@ -85,18 +86,24 @@ class ModelEma:
         Raises:
             InputError: names that are missing, unknown or of another shape; nothing is loaded.
         """
-        check_fits(state, {name: tensor.shape for name, tensor in self.average.items()},
-                   'the average of the weights')
-        overwrite(self.average, {name: paddle.to_tensor(state[name], dtype='float32')
-                                 for name in self.average})
+        check_fits(
+            state,
+            {name: tensor.shape for name, tensor in self.average.items()},
+            "the average of the weights",
+        )
+        overwrite(
+            self.average,
+            {name: paddle.to_tensor(state[name], dtype="float32") for name in self.average},
+        )
 
     def _tensors(self, model: nn.Layer) -> dict[str, paddle.Tensor]:
         """The live tensors of `model`, once it is known to have the averaged names."""
         tensors = named_tensors(model)
         if tensors.keys() != self.average.keys():
             odd = sorted(tensors.keys() ^ self.average.keys())
-            raise ValueError(f'the model is not the one averaged so far; names in only one of '
-                             f'them: {odd}')
+            raise ValueError(
+                f"the model is not the one averaged so far; names in only one of them: {odd}"
+            )
         return tensors
 
 

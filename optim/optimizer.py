@@ -22,12 +22,15 @@ from optim.parameter_groups import parameter_groups
 from optim.state import check_fits
 
 # Paddle's names for AdamW's tensors; a master of a half-precision parameter has its own name.
-TENSOR_NAME = re.compile(r'(?P<param>.+?)(_fp32_master_\d+)?'
-                         r'_(?P<kind>moment1|moment2|beta1_pow|beta2_pow)(_acc)?_\d+')
+TENSOR_NAME = re.compile(
+    r"(?P<param>.+?)(_fp32_master_\d+)?"
+    r"_(?P<kind>moment1|moment2|beta1_pow|beta2_pow)(_acc)?_\d+"
+)
 
 
-def build_optimizer(config, model: nn.Layer, *, lr: float,
-                    multi_precision: bool = False) -> paddle.optimizer.AdamW:
+def build_optimizer(
+    config, model: nn.Layer, *, lr: float, multi_precision: bool = False
+) -> paddle.optimizer.AdamW:
     """AdamW over the trainable parameters of `model`, driven by `optimizer.set_lr(lr)`.
 
     Each parameter learns at the rate last set times its layer-decay factor; the decay is
@@ -47,25 +50,33 @@ def build_optimizer(config, model: nn.Layer, *, lr: float,
         ValueError: a trainable parameter that no layer group covers.
     """
     train = config.TRAIN
-    if train.OPTIMIZER.NAME != 'AdamW':
+    if train.OPTIMIZER.NAME != "AdamW":
         raise InputError(f"TRAIN.OPTIMIZER.NAME must be 'AdamW'; got {train.OPTIMIZER.NAME!r}")
-    groups = parameter_groups(model, weight_decay=train.WEIGHT_DECAY,
-                              layer_decay=train.LAYER_DECAY, layers=config.MODEL.LAYERS)
+    groups = parameter_groups(
+        model,
+        weight_decay=train.WEIGHT_DECAY,
+        layer_decay=train.LAYER_DECAY,
+        layers=config.MODEL.LAYERS,
+    )
     decaying = set()
     for group in groups:
         for param in group.params:
-            param.optimize_attr['learning_rate'] = group.lr_scale
+            param.optimize_attr["learning_rate"] = group.lr_scale
             if group.weight_decay:
                 decaying.add(param.name)
     return paddle.optimizer.AdamW(
         learning_rate=float(lr),
         parameters=[param for group in groups for param in group.params],
-        beta1=train.OPTIMIZER.BETAS[0], beta2=train.OPTIMIZER.BETAS[1],
+        beta1=train.OPTIMIZER.BETAS[0],
+        beta2=train.OPTIMIZER.BETAS[1],
         epsilon=train.OPTIMIZER.EPS,
-        weight_decay=float(train.WEIGHT_DECAY), apply_decay_param_fun=decaying.__contains__,
-        grad_clip=(None if train.GRAD_CLIP is None
-                   else nn.ClipGradByGlobalNorm(float(train.GRAD_CLIP))),
-        multi_precision=multi_precision)
+        weight_decay=float(train.WEIGHT_DECAY),
+        apply_decay_param_fun=decaying.__contains__,
+        grad_clip=(
+            None if train.GRAD_CLIP is None else nn.ClipGradByGlobalNorm(float(train.GRAD_CLIP))
+        ),
+        multi_precision=multi_precision,
+    )
 
 
 def trainable_parameters(model: nn.Layer) -> dict[str, paddle.Tensor]:
@@ -73,15 +84,19 @@ def trainable_parameters(model: nn.Layer) -> dict[str, paddle.Tensor]:
     return {name: param for name, param in model.named_parameters() if not param.stop_gradient}
 
 
-def master_weights(optimizer: paddle.optimizer.Optimizer,
-                   model: nn.Layer) -> dict[str, paddle.Tensor]:
+def master_weights(
+    optimizer: paddle.optimizer.Optimizer, model: nn.Layer
+) -> dict[str, paddle.Tensor]:
     """The optimizer's live float32 masters, by structured parameter name.
 
     Empty unless `multi_precision` met half-precision parameters, and before the first step.
     """
-    masters = optimizer.state_dict().get('master_weights', {})
-    return {name: masters[param.name] for name, param in trainable_parameters(model).items()
-            if param.name in masters}
+    masters = optimizer.state_dict().get("master_weights", {})
+    return {
+        name: masters[param.name]
+        for name, param in trainable_parameters(model).items()
+        if param.name in masters
+    }
 
 
 def optimizer_state(optimizer: paddle.optimizer.AdamW, model: nn.Layer) -> dict[str, np.ndarray]:
@@ -98,8 +113,9 @@ def optimizer_state(optimizer: paddle.optimizer.AdamW, model: nn.Layer) -> dict[
     return state
 
 
-def load_optimizer_state(optimizer: paddle.optimizer.AdamW, model: nn.Layer,
-                         state: dict[str, np.ndarray]) -> None:
+def load_optimizer_state(
+    optimizer: paddle.optimizer.AdamW, model: nn.Layer, state: dict[str, np.ndarray]
+) -> None:
     """Continue from `optimizer_state` of this or another process, bit for bit.
 
     The model's own weights are not touched; gradients not yet applied are dropped.
@@ -108,11 +124,11 @@ def load_optimizer_state(optimizer: paddle.optimizer.AdamW, model: nn.Layer,
         InputError: names that are missing, unknown or of another shape; nothing is loaded.
     """
     expected = initial_state(optimizer, model)
-    check_fits(state, {key: value.shape for key, value in expected.items()}, 'the optimizer state')
+    check_fits(state, {key: value.shape for key, value in expected.items()}, "the optimizer state")
     if live_state(optimizer, model).keys() != expected.keys():
         create_tensors(optimizer, model)
     for key, tensor in live_state(optimizer, model).items():
-        tensor.copy_(paddle.to_tensor(state[key], dtype='float32'), True)
+        tensor.copy_(paddle.to_tensor(state[key], dtype="float32"), True)
 
 
 def create_tensors(optimizer: paddle.optimizer.AdamW, model: nn.Layer) -> None:
@@ -134,12 +150,12 @@ def initial_state(optimizer: paddle.optimizer.AdamW, model: nn.Layer) -> dict[st
     """`optimizer_state` of an optimizer that has not taken a step."""
     state = {}
     for name, param in trainable_parameters(model).items():
-        state[f'{name}.moment1'] = np.zeros(param.shape, 'float32')
-        state[f'{name}.moment2'] = np.zeros(param.shape, 'float32')
-        state[f'{name}.beta1_pow'] = np.full(1, optimizer._beta1, 'float32')
-        state[f'{name}.beta2_pow'] = np.full(1, optimizer._beta2, 'float32')
+        state[f"{name}.moment1"] = np.zeros(param.shape, "float32")
+        state[f"{name}.moment2"] = np.zeros(param.shape, "float32")
+        state[f"{name}.beta1_pow"] = np.full(1, optimizer._beta1, "float32")
+        state[f"{name}.beta2_pow"] = np.full(1, optimizer._beta2, "float32")
         if optimizer._multi_precision and param.dtype in (paddle.float16, paddle.bfloat16):
-            state[f'{name}.master'] = param.astype('float32').numpy()
+            state[f"{name}.master"] = param.astype("float32").numpy()
     return state
 
 
@@ -148,9 +164,9 @@ def live_state(optimizer: paddle.optimizer.AdamW, model: nn.Layer) -> dict[str, 
     structured = {param.name: name for name, param in trainable_parameters(model).items()}
     state = {}
     for key, tensor in optimizer.state_dict().items():
-        if key != 'master_weights':
+        if key != "master_weights":
             match = TENSOR_NAME.fullmatch(key)
-            state[f'{structured[match["param"]]}.{match["kind"]}'] = tensor
+            state[f"{structured[match['param']]}.{match['kind']}"] = tensor
     for name, master in master_weights(optimizer, model).items():
-        state[f'{name}.master'] = master
+        state[f"{name}.master"] = master
     return state

@@ -59,30 +59,33 @@ def layer_id(name: str, layers: Sequence[int]) -> int:
         ValueError: a name that belongs to no part of a RepLKNet with these layers.
     """
     last = num_layer_groups(layers) - 1
-    match name.split('.'):
-        case ['stem', *_]:
+    match name.split("."):
+        case ["stem", *_]:
             return 0
-        case ['stages', '0' | '1' as stage, *_] | ['transitions', '0' | '1' as stage, *_]:
+        case ["stages", "0" | "1" as stage, *_] | ["transitions", "0" | "1" as stage, *_]:
             return 1 + int(stage)
-        case ['stages', '2', 'blocks', block, *_] if int(block) < 2 * layers[2]:
+        case ["stages", "2", "blocks", block, *_] if int(block) < 2 * layers[2]:
             return 3 + int(block) // STAGE2_BLOCKS_PER_GROUP
-        case ['stages', '2', 'norm', *_] | ['transitions', '2', *_]:
+        case ["stages", "2", "norm", *_] | ["transitions", "2", *_]:
             return last - 2
-        case ['stages', '3', *_]:
+        case ["stages", "3", *_]:
             return last - 1
-        case ['norm' | 'head', *_]:
+        case ["norm" | "head", *_]:
             return last
-    raise ValueError(f'parameter {name!r} has no layer group in a RepLKNet with layers '
-                     f'{list(layers)}; give it one in layer_id()')
+    raise ValueError(
+        f"parameter {name!r} has no layer group in a RepLKNet with layers "
+        f"{list(layers)}; give it one in layer_id()"
+    )
 
 
 def decays(name: str, param: paddle.Tensor) -> bool:
     """Whether weight decay applies: to all but biases and 1-D parameters."""
-    return param.ndim > 1 and not name.endswith('.bias')
+    return param.ndim > 1 and not name.endswith(".bias")
 
 
-def parameter_groups(model: nn.Layer, *, weight_decay: float, layer_decay: float | None = None,
-                     layers: Sequence[int]) -> list[ParameterGroup]:
+def parameter_groups(
+    model: nn.Layer, *, weight_decay: float, layer_decay: float | None = None, layers: Sequence[int]
+) -> list[ParameterGroup]:
     """The trainable parameters of `model`, each in exactly one group.
 
     Frozen parameters are left out; so are batch norm's running statistics, which Paddle lists
@@ -112,7 +115,8 @@ def parameter_groups(model: nn.Layer, *, weight_decay: float, layer_decay: float
             groups[key] = ParameterGroup(
                 layer_id=index,
                 lr_scale=1.0 if layer_decay is None else layer_decay ** (count - 1 - index),
-                weight_decay=0.0 if exempt else weight_decay)
+                weight_decay=0.0 if exempt else weight_decay,
+            )
         groups[key].names.append(name)
         groups[key].params.append(param)
     return [groups[key] for key in sorted(groups)]

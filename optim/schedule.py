@@ -7,8 +7,15 @@ a pure function, so that a resumed run needs nothing but the step number.
 import math
 
 
-def get_lr(step: int, *, base_lr: float, min_lr: float, warmup_start_lr: float,
-           warmup_steps: int, total_steps: int) -> float:
+def get_lr(
+    step: int,
+    *,
+    base_lr: float,
+    min_lr: float,
+    warmup_start_lr: float,
+    warmup_steps: int,
+    total_steps: int,
+) -> float:
     """Learning rate of one optimizer step.
 
     Warm-up rises on a straight line through steps 0 (`warmup_start_lr`) and `warmup_steps - 1`
@@ -29,16 +36,19 @@ def get_lr(step: int, *, base_lr: float, min_lr: float, warmup_start_lr: float,
         ValueError: step or warmup_steps outside [0, total_steps].
     """
     if not (0 <= step <= total_steps and 0 <= warmup_steps <= total_steps):
-        raise ValueError(f'step and warmup_steps must lie in [0, total_steps={total_steps}]; '
-                         f'got step={step}, warmup_steps={warmup_steps}')
+        raise ValueError(
+            f"step and warmup_steps must lie in [0, total_steps={total_steps}]; "
+            f"got step={step}, warmup_steps={warmup_steps}"
+        )
     if step < warmup_steps:
         return warmup_start_lr + (base_lr - warmup_start_lr) * step / max(warmup_steps - 1, 1)
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)  # 0 at the peak, to 1
     return min_lr + 0.5 * (base_lr - min_lr) * (1.0 + math.cos(math.pi * progress))
 
 
-def base_learning_rate(base_lr: float, global_batch: int,
-                       linear_scaled_lr: int | None = None) -> float:
+def base_learning_rate(
+    base_lr: float, global_batch: int, linear_scaled_lr: int | None = None
+) -> float:
     """The peak that a configured rate means.
 
     Args:

@@ -14,7 +14,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-FIXTURES = Path(__file__).resolve().parent / 'fixtures'
+FIXTURES = Path(__file__).resolve().parent / "fixtures"
 
 TINY = """
 DATA:
@@ -38,18 +38,18 @@ SAVE_FREQ: 2
 """
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope="session")
 def tiny_config_file(tmp_path_factory):
     """A network of 11,000 parameters with all of the recipe's augmentation on."""
-    path = tmp_path_factory.mktemp('configs') / 'tiny.yaml'
+    path = tmp_path_factory.mktemp("configs") / "tiny.yaml"
     path.write_text(TINY)
     return path
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
     """40 training and 101 validation photographs of noise, each class brighter than the one before."""
-    folder = tmp_path_factory.mktemp('data')
+    folder = tmp_path_factory.mktemp("data")
     make_data(folder, train=40, val=101)
     return folder
 
@@ -57,26 +57,33 @@ def tiny_data(tmp_path_factory):
 def make_data(folder: Path, *, train: int, val: int, classes: int = 4) -> None:
     """Write a data set in list files: one folder a class, JPEGs of assorted sizes."""
     rng = np.random.default_rng(0)
-    for split, count in (('train', train), ('val', val)):
+    for split, count in (("train", train), ("val", val)):
         lines = []
         for i in range(count):
             label = i % classes
-            path = f'{split}/class {label}/{i:04d}.jpg'
+            path = f"{split}/class {label}/{i:04d}.jpg"
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             size = (int(rng.integers(30, 60)), int(rng.integers(30, 60)), 3)
             pixels = rng.integers(0, 80, size) + 50 * label
-            Image.fromarray(pixels.astype('uint8')).save(folder / path)
-            lines.append(f'{path} {label}\n')
-        (folder / f'{split}_list.txt').write_text(''.join(lines))
+            Image.fromarray(pixels.astype("uint8")).save(folder / path)
+            lines.append(f"{path} {label}\n")
+        (folder / f"{split}_list.txt").write_text("".join(lines))
 
 
 @pytest.fixture
 def run_main():
     """Runs a main in a process of its own, on one thread; returns the finished process."""
-    def run(*arguments, script='main_multi_gpu.py', timeout=300):
+
+    def run(*arguments, script="main_multi_gpu.py", timeout=300):
         return subprocess.run(
-            [sys.executable, str(ROOT / script), *map(str, arguments)], cwd=ROOT, text=True,
-            capture_output=True, timeout=timeout, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+            [sys.executable, str(ROOT / script), *map(str, arguments)],
+            cwd=ROOT,
+            text=True,
+            capture_output=True,
+            timeout=timeout,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
     return run
 
 

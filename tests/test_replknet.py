@@ -22,88 +22,94 @@ MODEL:
   CHANNELS: [8, 16, 24, 32]
 """
 REFERENCES = {
-    'tiny31': REFERENCE_CONFIG + '  LARGE_KERNEL_SIZES: [31, 29, 27, 13]\n',
-    'tinyxl': REFERENCE_CONFIG + """\
+    "tiny31": REFERENCE_CONFIG + "  LARGE_KERNEL_SIZES: [31, 29, 27, 13]\n",
+    "tinyxl": REFERENCE_CONFIG
+    + """\
   LARGE_KERNEL_SIZES: [27, 27, 27, 13]
   SMALL_KERNEL: None
   DW_RATIO: 1.5
 """,
 }
-SIZES = {'large_kernel_sizes': [7, 7, 5, 5], 'layers': [1, 1, 2, 1], 'channels': [4, 8, 8, 12]}
+SIZES = {"large_kernel_sizes": [7, 7, 5, 5], "layers": [1, 1, 2, 1], "channels": [4, 8, 8, 12]}
 
 
-def reference(name, tmp_path, extra=''):
+def reference(name, tmp_path, extra=""):
     """The network of a fixture with its weights, in evaluation mode, and what is expected of it."""
-    path = tmp_path / f'{name}.yaml'
+    path = tmp_path / f"{name}.yaml"
     path.write_text(REFERENCES[name] + extra)
     model = build_replknet(get_config(path))
-    model.set_state_dict(paddle.load(str(FIXTURES / f'{name}_paddlevit.pdparams')))
+    model.set_state_dict(paddle.load(str(FIXTURES / f"{name}_paddlevit.pdparams")))
     model.eval()
-    expected = np.load(FIXTURES / f'{name}_expected.npz')
-    return model, paddle.to_tensor(expected['images']), expected
+    expected = np.load(FIXTURES / f"{name}_expected.npz")
+    return model, paddle.to_tensor(expected["images"]), expected
 
 
 def randomize_statistics(model, seed=0):
     """Give every batch norm statistics and factors far from its fresh 0 and 1."""
     rng = np.random.default_rng(seed)
     for name, tensor in model.state_dict().items():
-        if name.endswith('._mean') or name.endswith('.bias'):
-            tensor.set_value(rng.normal(0, 0.3, tensor.shape).astype('float32'))
-        elif name.endswith('._variance') or '.norm.weight' in name or '_bn.weight' in name:
-            tensor.set_value(rng.uniform(0.5, 1.5, tensor.shape).astype('float32'))
+        if name.endswith("._mean") or name.endswith(".bias"):
+            tensor.set_value(rng.normal(0, 0.3, tensor.shape).astype("float32"))
+        elif name.endswith("._variance") or ".norm.weight" in name or "_bn.weight" in name:
+            tensor.set_value(rng.uniform(0.5, 1.5, tensor.shape).astype("float32"))
 
 
 @paddle.no_grad()
 def test_readme_snippet_gives_the_reference_logits(tmp_path):
-    (tmp_path / 'tiny31.yaml').write_text(REFERENCES['tiny31'])
+    (tmp_path / "tiny31.yaml").write_text(REFERENCES["tiny31"])
     snippet = f"""
 import numpy as np
 import paddle
 from config import get_config
 from replknet import build_replknet
 # config files in ./configs/
-config = get_config({str(tmp_path / 'tiny31.yaml')!r})
+config = get_config({str(tmp_path / "tiny31.yaml")!r})
 # build model
 model = build_replknet(config)
 # load pretrained weights
-model_state_dict = paddle.load({str(FIXTURES / 'tiny31_paddlevit.pdparams')!r})
+model_state_dict = paddle.load({str(FIXTURES / "tiny31_paddlevit.pdparams")!r})
 model.set_state_dict(model_state_dict)
 model.eval()
-expected = np.load({str(FIXTURES / 'tiny31_expected.npz')!r})
+expected = np.load({str(FIXTURES / "tiny31_expected.npz")!r})
 logits = model(paddle.to_tensor(expected['images']))
 assert np.abs(logits.numpy() - expected['logits']).max() < 1e-4
 """
-    done = subprocess.run([sys.executable, '-c', snippet], cwd=ROOT, text=True,
-                          capture_output=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    done = subprocess.run(
+        [sys.executable, "-c", snippet],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize('name', REFERENCES)
+@pytest.mark.parametrize("name", REFERENCES)
 def test_logits_and_every_stage_map_equal_the_reference(name, tmp_path):
     model, images, expected = reference(name, tmp_path)
     with paddle.no_grad():
         logits, maps = model(images), model.extract_feat(images)
-    np.testing.assert_allclose(logits.numpy(), expected['logits'], atol=1e-4)
+    np.testing.assert_allclose(logits.numpy(), expected["logits"], atol=1e-4)
     assert isinstance(maps, tuple) and len(maps) == 4
     for i, stage_map in enumerate(maps):
-        np.testing.assert_allclose(stage_map.numpy(), expected[f'stage{i}'], atol=1e-4)
+        np.testing.assert_allclose(stage_map.numpy(), expected[f"stage{i}"], atol=1e-4)
 
 
-@pytest.mark.parametrize('indices', [[0], [3], [1, 2], [0, 1, 2, 3], [3, 0]])
-@pytest.mark.parametrize('name', REFERENCES)
+@pytest.mark.parametrize("indices", [[0], [3], [1, 2], [0, 1, 2, 3], [3, 0]])
+@pytest.mark.parametrize("name", REFERENCES)
 def test_out_indices_give_the_listed_stages_in_order(name, indices, tmp_path):
-    model, images, expected = reference(name, tmp_path, f'  OUT_INDICES: {indices}\n')
+    model, images, expected = reference(name, tmp_path, f"  OUT_INDICES: {indices}\n")
     with paddle.no_grad():
         maps = model(images)
     assert len(maps) == len(indices)
     for index, stage_map in zip(indices, maps):
-        np.testing.assert_allclose(stage_map.numpy(), expected[f'stage{index}'], atol=1e-4)
+        np.testing.assert_allclose(stage_map.numpy(), expected[f"stage{index}"], atol=1e-4)
 
 
 def test_backbone_has_no_head_and_its_maps_their_own_norms():
     model = RepLKNet(**SIZES, out_indices=[0, 2], norm_inter_features=True)
     names = set(model.state_dict())
-    assert not {name for name in names if name.startswith(('head.', 'norm.'))}
+    assert not {name for name in names if name.startswith(("head.", "norm."))}
     model.eval()
     randomize_statistics(model)
     norm = model.stages[2].norm
@@ -114,7 +120,7 @@ def test_backbone_has_no_head_and_its_maps_their_own_norms():
         assert not np.allclose(normalized.numpy(), plain.numpy())
 
 
-@pytest.mark.parametrize('small_kernel, dw_ratio', [(5, 1.0), (3, 1.5), (None, 1.5)])
+@pytest.mark.parametrize("small_kernel, dw_ratio", [(5, 1.0), (3, 1.5), (None, 1.5)])
 def test_merging_keeps_logits_and_a_second_merge_changes_nothing(small_kernel, dw_ratio):
     model = RepLKNet(**SIZES, small_kernel=small_kernel, dw_ratio=dw_ratio, num_classes=10)
     randomize_statistics(model)
@@ -130,7 +136,7 @@ def test_merging_keeps_logits_and_a_second_merge_changes_nothing(small_kernel, d
     again = model.state_dict()
     assert state.keys() == again.keys()
     assert all(np.array_equal(value, again[name].numpy()) for name, value in state.items())
-    assert not [name for name in state if 'small_kernel_conv' in name or 'origin' in name]
+    assert not [name for name in state if "small_kernel_conv" in name or "origin" in name]
 
 
 def test_merged_convolution_is_the_same_kind_of_layer_with_integer_geometry():
@@ -158,7 +164,7 @@ def test_merged_weights_load_into_a_network_built_merged():
         assert np.array_equal(built(images).numpy(), model(images).numpy())
 
 
-@pytest.mark.parametrize('height, width', [(224, 224), (97, 61), (32, 32)])
+@pytest.mark.parametrize("height, width", [(224, 224), (97, 61), (32, 32)])
 def test_maps_have_strides_4_to_32(height, width):
     model = RepLKNet(**SIZES)
     model.eval()
@@ -166,25 +172,34 @@ def test_maps_have_strides_4_to_32(height, width):
         maps = model.extract_feat(paddle.zeros([1, 3, height, width]))
     for i, stage_map in enumerate(maps):
         stride = 2 ** (i + 2)
-        assert stage_map.shape == [1, SIZES['channels'][i], -(-height // stride),
-                                   -(-width // stride)]
+        assert stage_map.shape == [
+            1,
+            SIZES["channels"][i],
+            -(-height // stride),
+            -(-width // stride),
+        ]
 
 
 def test_initial_weights_are_uniform_in_the_range_of_the_fan_in():
-    model = RepLKNet(large_kernel_sizes=[31, 29, 27, 13], layers=[1, 1, 1, 1],
-                     channels=[32, 64, 64, 64])
-    for layer, fan_in in ((model.stem[0].conv, 27), (model.stages[1].blocks[1].pw_conv_2.conv, 256),
-                          (model.stages[0].blocks[0].large_kernel.large_kernel_origin.conv, 961)):
-        weight, bound = layer.weight.numpy(), fan_in ** -0.5
+    model = RepLKNet(
+        large_kernel_sizes=[31, 29, 27, 13], layers=[1, 1, 1, 1], channels=[32, 64, 64, 64]
+    )
+    for layer, fan_in in (
+        (model.stem[0].conv, 27),
+        (model.stages[1].blocks[1].pw_conv_2.conv, 256),
+        (model.stages[0].blocks[0].large_kernel.large_kernel_origin.conv, 961),
+    ):
+        weight, bound = layer.weight.numpy(), fan_in**-0.5
         assert 0.97 * bound < np.abs(weight).max() <= bound
-        assert weight.std() == pytest.approx(bound / 3 ** 0.5, rel=0.05)
+        assert weight.std() == pytest.approx(bound / 3**0.5, rel=0.05)
 
 
 def test_training_from_scratch_fits_a_batch():
     paddle.seed(0)
     model = RepLKNet(**SIZES, num_classes=8)
-    optimizer = paddle.optimizer.AdamW(1e-2, parameters=[
-        p for p in model.parameters() if not p.stop_gradient])
+    optimizer = paddle.optimizer.AdamW(
+        1e-2, parameters=[p for p in model.parameters() if not p.stop_gradient]
+    )
     images, labels = paddle.randn([8, 3, 32, 32]), paddle.arange(8)
     losses = []
     for _ in range(60):
@@ -198,8 +213,12 @@ def test_training_from_scratch_fits_a_batch():
 
 
 def test_stochastic_depth_grows_linearly_and_both_blocks_of_a_pair_share_it():
-    model = RepLKNet(large_kernel_sizes=[7, 7, 5, 5], layers=[2, 1, 1, 1], channels=[4, 4, 4, 4],
-                     drop_path_rate=0.4)
+    model = RepLKNet(
+        large_kernel_sizes=[7, 7, 5, 5],
+        layers=[2, 1, 1, 1],
+        channels=[4, 4, 4, 4],
+        drop_path_rate=0.4,
+    )
     rates = [block.drop_path.rate for stage in model.stages for block in stage.blocks]
     np.testing.assert_allclose(rates, np.repeat([0, 0.1, 0.2, 0.3, 0.4], 2))
 
@@ -220,13 +239,15 @@ def test_recompute_gives_the_same_gradients_and_statistics():
     for recompute in (False, True):
         paddle.seed(3)
         model = RepLKNet(**SIZES, recompute=recompute, drop_path_rate=0.5)
-        images = paddle.to_tensor(np.random.default_rng(0).normal(size=(4, 3, 32, 32)), 'float32')
+        images = paddle.to_tensor(np.random.default_rng(0).normal(size=(4, 3, 32, 32)), "float32")
         paddle.seed(4)
         model(images).square().sum().backward()
-        gradients = {name: p.grad.numpy() for name, p in model.named_parameters()
-                     if not p.stop_gradient}
-        statistics = {name: value.numpy() for name, value in model.state_dict().items()
-                      if value.stop_gradient}
+        gradients = {
+            name: p.grad.numpy() for name, p in model.named_parameters() if not p.stop_gradient
+        }
+        statistics = {
+            name: value.numpy() for name, value in model.state_dict().items() if value.stop_gradient
+        }
         results.append((gradients, statistics))
     for plain, recomputed in zip(*results):
         assert plain.keys() == recomputed.keys()
@@ -234,16 +255,19 @@ def test_recompute_gives_the_same_gradients_and_statistics():
             assert np.array_equal(plain[name], recomputed[name]), name
 
 
-@pytest.mark.parametrize('wrong, message', [
-    ({'large_kernel_sizes': [30, 29, 27, 13]}, r'odd.*\[30\]'),
-    ({'large_kernel_sizes': [31, 29, 27]}, 'large_kernel_sizes must be 4'),
-    ({'channels': [8, 0, 8, 8]}, 'channels must be 4 positive'),
-    ({'small_kernel': 4}, 'small_kernel.*got 4'),
-    ({'small_kernel': 9}, r'at most the smallest large kernel \(5\)'),
-    ({'out_indices': [4]}, r'got \[4\]'),
-    ({'out_indices': []}, r'got \[\]'),
-    ({'out_indices': [1, 1]}, r'got \[1, 1\]'),
-])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"large_kernel_sizes": [30, 29, 27, 13]}, r"odd.*\[30\]"),
+        ({"large_kernel_sizes": [31, 29, 27]}, "large_kernel_sizes must be 4"),
+        ({"channels": [8, 0, 8, 8]}, "channels must be 4 positive"),
+        ({"small_kernel": 4}, "small_kernel.*got 4"),
+        ({"small_kernel": 9}, r"at most the smallest large kernel \(5\)"),
+        ({"out_indices": [4]}, r"got \[4\]"),
+        ({"out_indices": []}, r"got \[\]"),
+        ({"out_indices": [1, 1]}, r"got \[1, 1\]"),
+    ],
+)
 def test_impossible_sizes_are_refused_by_name(wrong, message):
     with pytest.raises(ValueError, match=message):
         RepLKNet(**{**SIZES, **wrong})

@@ -35,7 +35,9 @@ def test_training_without_data_describes_the_layout(tmp_path):
 
 
 def test_flags_after_the_script_win_over_its_own():
-    done = sh("run_eval_multi.sh", "-batch_size=7", "-cfg=configs/replknet_xl.yaml", "--print_config")
+    done = sh(
+        "run_eval_multi.sh", "-batch_size=7", "-cfg=configs/replknet_xl.yaml", "--print_config"
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert "  BATCH_SIZE: 7" in lines and "  NAME: replknet_xl" in lines
@@ -60,7 +62,7 @@ def test_setup_says_what_an_environment_without_paddle_lacks(tmp_path):
     python.chmod(0o755)
     done = sh("setup_env.sh", PYTHON=str(python))
     assert done.returncode == 2
-    assert "No module named 'paddle'" in done.stderr and "lacks a package" in done.stderr
+    assert "No module named 'paddle'" in done.stderr and "lacks the package" in done.stderr
 
 
 def test_setup_refuses_a_python_that_is_not_there():

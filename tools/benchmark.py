@@ -12,6 +12,8 @@ from errors import InputError
 def train_loop(args) -> None:
     """Print what the training loop adds to forward, backward and optimizer step."""
     config = update_config(get_config(args.cfg), args)
+    if min(args.steps, args.rounds) < 1:
+        raise InputError(f"--steps {args.steps} --rounds {args.rounds}; allowed: integers >= 1")
     seconds = time_train_loop(config, steps=args.steps, rounds=args.rounds)
     print(describe_machine())
     print(f"{config.MODEL.NAME}, batch {config.DATA.BATCH_SIZE}, {args.steps} steps a run")

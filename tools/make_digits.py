@@ -20,35 +20,38 @@ def make_digits(folder: str) -> None:
     from sklearn.datasets import load_digits  # of the demo alone, not of requirements.txt
 
     digits = load_digits()
-    lists = {'train': [], 'val': []}
+    lists = {"train": [], "val": []}
     for i, (scan, label) in enumerate(zip(digits.images, digits.target)):
-        split = 'val' if i % 5 == 0 else 'train'
-        path = os.path.join(split, str(label), f'{i:04d}.png')
+        split = "val" if i % 5 == 0 else "train"
+        path = os.path.join(split, str(label), f"{i:04d}.png")
         os.makedirs(os.path.join(folder, split, str(label)), exist_ok=True)
-        grey = np.round(scan * (255 / 16)).astype('uint8')  # scans count 0 to 16
+        grey = np.round(scan * (255 / 16)).astype("uint8")  # scans count 0 to 16
         Image.fromarray(grey).save(os.path.join(folder, path))
-        lists[split].append(f'{path} {label}\n')
+        lists[split].append(f"{path} {label}\n")
     for split, lines in lists.items():
-        with open(os.path.join(folder, f'{split}_list.txt'), 'w', encoding='utf-8') as file:
+        with open(os.path.join(folder, f"{split}_list.txt"), "w", encoding="utf-8") as file:
             file.writelines(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog='python -m tools.make_digits', description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog='example: python -m tools.make_digits data/digits')
-    parser.add_argument('folder', help='where to write')
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.make_digits",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python -m tools.make_digits data/digits",
+    )
+    parser.add_argument("folder", help="where to write")
     args = parser.parse_args(argv)
     try:
         make_digits(args.folder)
     except ImportError as error:
-        print(f'error: {error}; pip install -r requirements-demo.txt', file=sys.stderr)
+        print(f"error: {error}; pip install -r requirements-demo.txt", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f'error: {error}', file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-if __name__ == '__main__':
+if __name__ == "__main__":
     sys.exit(main())

@@ -11,27 +11,29 @@ from replknet import build_replknet
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog='python -m tools.model_info', description=__doc__,
-        epilog='example: python -m tools.model_info -cfg configs/replknet_xl.yaml')
-    parser.add_argument('-cfg', '--cfg', required=True, metavar='FILE', help='YAML file')
-    parser.add_argument('-opts', '--opts', nargs='+', metavar='KEY VALUE', help='other keys')
+        prog="python -m tools.model_info",
+        description=__doc__,
+        epilog="example: python -m tools.model_info -cfg configs/replknet_xl.yaml",
+    )
+    parser.add_argument("-cfg", "--cfg", required=True, metavar="FILE", help="YAML file")
+    parser.add_argument("-opts", "--opts", nargs="+", metavar="KEY VALUE", help="other keys")
     args = parser.parse_args(argv)
     try:
         config = update_config(get_config(args.cfg), args)
     except (InputError, OSError) as error:
-        print(f'error: {error}', file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     size = config.DATA.IMAGE_SIZE
     model = build_replknet(config)
-    print(f'{config.MODEL.NAME}: {size}x{size}, {config.MODEL.NUM_CLASSES} classes')
-    print(f'{"form":8}{"parameters":>16}{"multiply-adds":>20}')
-    forms = [] if config.MODEL.SMALL_KERNEL_MERGED else ['train']
-    for form in [*forms, 'merged']:
-        if form == 'merged':
+    print(f"{config.MODEL.NAME}: {size}x{size}, {config.MODEL.NUM_CLASSES} classes")
+    print(f"{'form':8}{'parameters':>16}{'multiply-adds':>20}")
+    forms = [] if config.MODEL.SMALL_KERNEL_MERGED else ["train"]
+    for form in [*forms, "merged"]:
+        if form == "merged":
             model.structural_reparam()
-        print(f'{form:8}{count_parameters(model):16,}{count_macs(model, size):20,}', flush=True)
+        print(f"{form:8}{count_parameters(model):16,}{count_macs(model, size):20,}", flush=True)
     return 0
 
 
-if __name__ == '__main__':
+if __name__ == "__main__":
     sys.exit(main())

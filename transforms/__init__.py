@@ -36,9 +36,11 @@ def build_train_transform(config) -> TrainTransform:
     """
     train = config.TRAIN
     if train.RANDOM_ERASE_SPLIT:
-        raise InputError(f'TRAIN.RANDOM_ERASE_SPLIT {train.RANDOM_ERASE_SPLIT}: must be False; it '
-                         'spares the clean copies of an augmentation that makes some, and none '
-                         'here does')
+        raise InputError(
+            f"TRAIN.RANDOM_ERASE_SPLIT {train.RANDOM_ERASE_SPLIT}: must be False; it "
+            "spares the clean copies of an augmentation that makes some, and none "
+            "here does"
+        )
     fill = fill_color(config.DATA.IMAGENET_MEAN)
     photometric = None
     if train.RAND_AUGMENT:
@@ -82,7 +84,7 @@ def build_mixup(config) -> Mixup | None:
     mixes = train.MIXUP_ALPHA > 0 or train.CUTMIX_ALPHA > 0 or train.CUTMIX_MINMAX is not None
     if not mixes or train.MIXUP_PROB == 0:
         return None
-    if train.MIXUP_MODE != 'batch':
+    if train.MIXUP_MODE != "batch":
         raise InputError(f"TRAIN.MIXUP_MODE {train.MIXUP_MODE!r}: must be 'batch'")
     return Mixup(
         mixup_alpha=train.MIXUP_ALPHA,

@@ -31,8 +31,9 @@ def fill_color(mean: Sequence[float]) -> Color:
 
 def _affine(image: Image.Image, matrix: tuple, fill: Color) -> Image.Image:
     # matrix maps an output position to the input position it takes its colour from
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC,
-                           fillcolor=fill)
+    return image.transform(
+        image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=fill
+    )
 
 
 def auto_contrast(image, _, fill):
@@ -122,28 +123,28 @@ class Operation(NamedTuple):
 
 
 OPERATIONS = {
-    'AutoContrast': Operation(auto_contrast, _no_argument),
-    'Equalize': Operation(equalize, _no_argument),
-    'Invert': Operation(invert, _no_argument),
-    'Rotate': Operation(rotate, _up_to(30.0)),  # degrees
-    'Posterize': Operation(posterize, lambda level, sign: int(level * 4)),  # bits kept
-    'PosterizeIncreasing': Operation(posterize, lambda level, sign: 4 - int(level * 4)),
-    'PosterizeOriginal': Operation(posterize, lambda level, sign: 4 + int(level * 4)),
-    'Solarize': Operation(solarize, lambda level, sign: int(level * 256)),  # inverted from here
-    'SolarizeIncreasing': Operation(solarize, lambda level, sign: 256 - int(level * 256)),
-    'SolarizeAdd': Operation(solarize_add, lambda level, sign: int(level * 110)),
-    'Color': Operation(color, _enhance),
-    'ColorIncreasing': Operation(color, _enhance_increasing),
-    'Contrast': Operation(contrast, _enhance),
-    'ContrastIncreasing': Operation(contrast, _enhance_increasing),
-    'Brightness': Operation(brightness, _enhance),
-    'BrightnessIncreasing': Operation(brightness, _enhance_increasing),
-    'Sharpness': Operation(sharpness, _enhance),
-    'SharpnessIncreasing': Operation(sharpness, _enhance_increasing),
-    'ShearX': Operation(shear_x, _up_to(0.3)),  # pixels per pixel
-    'ShearY': Operation(shear_y, _up_to(0.3)),
-    'TranslateXRel': Operation(translate_x, _up_to(0.45)),  # of the side
-    'TranslateYRel': Operation(translate_y, _up_to(0.45)),
+    "AutoContrast": Operation(auto_contrast, _no_argument),
+    "Equalize": Operation(equalize, _no_argument),
+    "Invert": Operation(invert, _no_argument),
+    "Rotate": Operation(rotate, _up_to(30.0)),  # degrees
+    "Posterize": Operation(posterize, lambda level, sign: int(level * 4)),  # bits kept
+    "PosterizeIncreasing": Operation(posterize, lambda level, sign: 4 - int(level * 4)),
+    "PosterizeOriginal": Operation(posterize, lambda level, sign: 4 + int(level * 4)),
+    "Solarize": Operation(solarize, lambda level, sign: int(level * 256)),  # inverted from here
+    "SolarizeIncreasing": Operation(solarize, lambda level, sign: 256 - int(level * 256)),
+    "SolarizeAdd": Operation(solarize_add, lambda level, sign: int(level * 110)),
+    "Color": Operation(color, _enhance),
+    "ColorIncreasing": Operation(color, _enhance_increasing),
+    "Contrast": Operation(contrast, _enhance),
+    "ContrastIncreasing": Operation(contrast, _enhance_increasing),
+    "Brightness": Operation(brightness, _enhance),
+    "BrightnessIncreasing": Operation(brightness, _enhance_increasing),
+    "Sharpness": Operation(sharpness, _enhance),
+    "SharpnessIncreasing": Operation(sharpness, _enhance_increasing),
+    "ShearX": Operation(shear_x, _up_to(0.3)),  # pixels per pixel
+    "ShearY": Operation(shear_y, _up_to(0.3)),
+    "TranslateXRel": Operation(translate_x, _up_to(0.45)),  # of the side
+    "TranslateYRel": Operation(translate_y, _up_to(0.45)),
 }
 
 RAND_AUGMENT = (
@@ -153,37 +154,37 @@ RAND_AUGMENT = (
 )  # fmt: skip
 
 RAND_AUGMENT_INCREASING = tuple(
-    f'{name}Increasing' if f'{name}Increasing' in OPERATIONS else name for name in RAND_AUGMENT
+    f"{name}Increasing" if f"{name}Increasing" in OPERATIONS else name for name in RAND_AUGMENT
 )
 
 # Sub-policies of (operation, chance, magnitude): table 9 of the AutoAugment paper, ImageNet.
 # Five of them occur twice there too.
 AUTO_AUGMENT = (
-    (('PosterizeOriginal', 0.4, 8), ('Rotate', 0.6, 9)),
-    (('Solarize', 0.6, 5), ('AutoContrast', 0.6, 5)),
-    (('Equalize', 0.8, 8), ('Equalize', 0.6, 3)),
-    (('PosterizeOriginal', 0.6, 7), ('PosterizeOriginal', 0.6, 6)),
-    (('Equalize', 0.4, 7), ('Solarize', 0.2, 4)),
-    (('Equalize', 0.4, 4), ('Rotate', 0.8, 8)),
-    (('Solarize', 0.6, 3), ('Equalize', 0.6, 7)),
-    (('PosterizeOriginal', 0.8, 5), ('Equalize', 1.0, 2)),
-    (('Rotate', 0.2, 3), ('Solarize', 0.6, 8)),
-    (('Equalize', 0.6, 8), ('PosterizeOriginal', 0.4, 6)),
-    (('Rotate', 0.8, 8), ('Color', 0.4, 0)),
-    (('Rotate', 0.4, 9), ('Equalize', 0.6, 2)),
-    (('Equalize', 0.0, 7), ('Equalize', 0.8, 8)),
-    (('Invert', 0.6, 4), ('Equalize', 1.0, 8)),
-    (('Color', 0.6, 4), ('Contrast', 1.0, 8)),
-    (('Rotate', 0.8, 8), ('Color', 1.0, 2)),
-    (('Color', 0.8, 8), ('Solarize', 0.8, 7)),
-    (('Sharpness', 0.4, 7), ('Invert', 0.6, 8)),
-    (('ShearX', 0.6, 5), ('Equalize', 1.0, 9)),
-    (('Color', 0.4, 0), ('Equalize', 0.6, 3)),
-    (('Equalize', 0.4, 7), ('Solarize', 0.2, 4)),
-    (('Solarize', 0.6, 5), ('AutoContrast', 0.6, 5)),
-    (('Invert', 0.6, 4), ('Equalize', 1.0, 8)),
-    (('Color', 0.6, 4), ('Contrast', 1.0, 8)),
-    (('Equalize', 0.8, 8), ('Equalize', 0.6, 3)),
+    (("PosterizeOriginal", 0.4, 8), ("Rotate", 0.6, 9)),
+    (("Solarize", 0.6, 5), ("AutoContrast", 0.6, 5)),
+    (("Equalize", 0.8, 8), ("Equalize", 0.6, 3)),
+    (("PosterizeOriginal", 0.6, 7), ("PosterizeOriginal", 0.6, 6)),
+    (("Equalize", 0.4, 7), ("Solarize", 0.2, 4)),
+    (("Equalize", 0.4, 4), ("Rotate", 0.8, 8)),
+    (("Solarize", 0.6, 3), ("Equalize", 0.6, 7)),
+    (("PosterizeOriginal", 0.8, 5), ("Equalize", 1.0, 2)),
+    (("Rotate", 0.2, 3), ("Solarize", 0.6, 8)),
+    (("Equalize", 0.6, 8), ("PosterizeOriginal", 0.4, 6)),
+    (("Rotate", 0.8, 8), ("Color", 0.4, 0)),
+    (("Rotate", 0.4, 9), ("Equalize", 0.6, 2)),
+    (("Equalize", 0.0, 7), ("Equalize", 0.8, 8)),
+    (("Invert", 0.6, 4), ("Equalize", 1.0, 8)),
+    (("Color", 0.6, 4), ("Contrast", 1.0, 8)),
+    (("Rotate", 0.8, 8), ("Color", 1.0, 2)),
+    (("Color", 0.8, 8), ("Solarize", 0.8, 7)),
+    (("Sharpness", 0.4, 7), ("Invert", 0.6, 8)),
+    (("ShearX", 0.6, 5), ("Equalize", 1.0, 9)),
+    (("Color", 0.4, 0), ("Equalize", 0.6, 3)),
+    (("Equalize", 0.4, 7), ("Solarize", 0.2, 4)),
+    (("Solarize", 0.6, 5), ("AutoContrast", 0.6, 5)),
+    (("Invert", 0.6, 4), ("Equalize", 1.0, 8)),
+    (("Color", 0.6, 4), ("Contrast", 1.0, 8)),
+    (("Equalize", 0.8, 8), ("Equalize", 0.6, 3)),
 )
 
 
@@ -220,14 +221,15 @@ class RandAugment:
 
     prob = 0.5
 
-    def __init__(self, *, layers: int, magnitude: float, magnitude_std: float, increasing: bool,
-                 fill: Color):
+    def __init__(
+        self, *, layers: int, magnitude: float, magnitude_std: float, increasing: bool, fill: Color
+    ):
         if layers < 0:
-            raise InputError(f'RandAugment layers {layers}: must not be negative')
+            raise InputError(f"RandAugment layers {layers}: must not be negative")
         if not 0 <= magnitude <= MAX_MAGNITUDE:
-            raise InputError(f'RandAugment magnitude {magnitude}: must be in [0, 10]')
-        if not 0 <= magnitude_std < float('inf'):
-            raise InputError(f'RandAugment magnitude std {magnitude_std}: must not be negative')
+            raise InputError(f"RandAugment magnitude {magnitude}: must be in [0, 10]")
+        if not 0 <= magnitude_std < float("inf"):
+            raise InputError(f"RandAugment magnitude std {magnitude_std}: must not be negative")
         self.layers = layers
         self.magnitude = magnitude
         self.magnitude_std = magnitude_std

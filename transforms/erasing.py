@@ -10,7 +10,7 @@ import numpy as np
 
 from errors import InputError
 
-MODES = ('pixel', 'rand', 'const')
+MODES = ("pixel", "rand", "const")
 
 MIN_AREA, MAX_AREA = 0.02, 1 / 3  # of the image, shared out when several boxes are erased
 MIN_ASPECT, MAX_ASPECT = 0.3, 1 / 0.3  # height / width
@@ -35,9 +35,9 @@ class RandomErasing:
         if mode not in MODES:
             raise InputError(f"random erasing mode {mode!r}: must be one of {', '.join(MODES)}")
         if not 0 <= prob <= 1:
-            raise InputError(f'random erasing probability {prob}: must be in [0, 1]')
+            raise InputError(f"random erasing probability {prob}: must be in [0, 1]")
         if max_count < 1:
-            raise InputError(f'random erasing count {max_count}: must be at least 1')
+            raise InputError(f"random erasing count {max_count}: must be at least 1")
         self.prob = prob
         self.mode = mode
         self.max_count = max_count
@@ -70,9 +70,9 @@ class RandomErasing:
     def fill(self, image: np.ndarray, box: tuple, rng: np.random.Generator) -> None:
         """Overwrite one box of `image`, (3, H, W) float32, in place."""
         top, left, bottom, right = box
-        if self.mode == 'pixel':
+        if self.mode == "pixel":
             value = rng.standard_normal((3, bottom - top, right - left), np.float32)
-        elif self.mode == 'rand':
+        elif self.mode == "rand":
             value = rng.standard_normal((3, 1, 1), np.float32)
         else:
             value = 0.0

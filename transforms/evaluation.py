@@ -19,7 +19,7 @@ from PIL import Image
 from errors import InputError
 from transforms.image import normalize, to_rgb
 
-MODES = ('short_crop', 'warp')
+MODES = ("short_crop", "warp")
 
 # A 1 x 60000 strip brought to 256 pixels across would need 15 GiB.
 MAX_RESIZED_PIXELS = 1 << 26
@@ -56,17 +56,24 @@ class EvalTransform:
         InputError: an argument outside its legal values.
     """
 
-    def __init__(self, *, image_size: int, crop_pct: float, mode: str, mean: Sequence[float],
-                 std: Sequence[float]):
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        crop_pct: float,
+        mode: str,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ):
         if mode not in MODES:
             raise InputError(f"resize mode {mode!r}: must be one of {', '.join(MODES)}")
         if image_size < 1:
-            raise InputError(f'image_size {image_size}: must be at least 1')
-        if mode == 'short_crop' and not crop_pct > 0:
-            raise InputError(f'crop_pct {crop_pct}: must be above 0')
+            raise InputError(f"image_size {image_size}: must be at least 1")
+        if mode == "short_crop" and not crop_pct > 0:
+            raise InputError(f"crop_pct {crop_pct}: must be above 0")
         self.image_size = image_size
         self.mode = mode
-        self.short_side = math.floor(image_size / crop_pct) if mode == 'short_crop' else None
+        self.short_side = math.floor(image_size / crop_pct) if mode == "short_crop" else None
         self.mean = np.asarray(mean, np.float32)
         self.std = np.asarray(std, np.float32)
 
@@ -82,7 +89,7 @@ class EvalTransform:
                 form would hold more than `MAX_RESIZED_PIXELS`.
         """
         image = to_rgb(image)
-        if self.mode == 'warp':
+        if self.mode == "warp":
             return np.array(self._resize(image, (self.image_size, self.image_size)))
         size = short_side_size(*image.size, self.short_side)
         return np.array(center_crop(self._resize(image, size), self.image_size))
@@ -90,6 +97,8 @@ class EvalTransform:
     @staticmethod
     def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
         if size[0] * size[1] > MAX_RESIZED_PIXELS:
-            raise InputError(f'image of {image.width} x {image.height} pixels is too elongated: '
-                             f'resized to {size[0]} x {size[1]} it exceeds {MAX_RESIZED_PIXELS}')
+            raise InputError(
+                f"image of {image.width} x {image.height} pixels is too elongated: "
+                f"resized to {size[0]} x {size[1]} it exceeds {MAX_RESIZED_PIXELS}"
+            )
         return image.resize(size, Image.Resampling.BICUBIC)

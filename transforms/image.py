@@ -21,17 +21,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
         InputError: a mode with more than 8 bits per channel, or one that Pillow does not
             convert to RGB.
     """
-    if image.mode == 'RGB':
+    if image.mode == "RGB":
         return image
     # Pillow would clip these at 255, which turns an ordinary 16-bit photograph white.
-    if image.mode in ('I', 'F') or image.mode.startswith('I;16'):
-        raise InputError(f'image mode {image.mode!r} has more than 8 bits per channel; '
-                         'scale it to 8 bits first')
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        raise InputError(
+            f"image mode {image.mode!r} has more than 8 bits per channel; scale it to 8 bits first"
+        )
     image.load()  # outside of the try: a damaged file must not be reported as a wrong mode
     try:
-        return image.convert('RGB')
+        return image.convert("RGB")
     except ValueError as error:
-        raise InputError(f'image mode {image.mode!r} cannot be converted to RGB') from error
+        raise InputError(f"image mode {image.mode!r} cannot be converted to RGB") from error
 
 
 def normalize(pixels: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:

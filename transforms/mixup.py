@@ -36,8 +36,9 @@ def cutmix_box(height: int, width: int, lam: float, rng: np.random.Generator) ->
     return max(top, 0), max(left, 0), min(top + box_height, height), min(left + box_width, width)
 
 
-def cutmix_box_minmax(height: int, width: int, minmax: tuple[float, float],
-                      rng: np.random.Generator) -> Box:
+def cutmix_box_minmax(
+    height: int, width: int, minmax: tuple[float, float], rng: np.random.Generator
+) -> Box:
     """A box inside the image whose sides are uniform shares of the image's, in `minmax`."""
     least, most = minmax
 
@@ -68,21 +69,31 @@ class Mixup:
         InputError: an argument outside its legal values, or both ways of mixing off.
     """
 
-    def __init__(self, *, mixup_alpha: float, cutmix_alpha: float,
-                 cutmix_minmax: tuple[float, float] | None, prob: float, switch_prob: float,
-                 label_smoothing: float, num_classes: int):
+    def __init__(
+        self,
+        *,
+        mixup_alpha: float,
+        cutmix_alpha: float,
+        cutmix_minmax: tuple[float, float] | None,
+        prob: float,
+        switch_prob: float,
+        label_smoothing: float,
+        num_classes: int,
+    ):
         if cutmix_minmax is not None:
             if not 0 <= cutmix_minmax[0] <= cutmix_minmax[1] <= 1:
-                raise InputError(f'cutmix min-max {cutmix_minmax}: must be 0 <= least <= most <= 1')
+                raise InputError(f"cutmix min-max {cutmix_minmax}: must be 0 <= least <= most <= 1")
             cutmix_alpha = 1.0
         if min(mixup_alpha, cutmix_alpha) < 0 or max(mixup_alpha, cutmix_alpha) == 0:
-            raise InputError(f'mixup alpha {mixup_alpha}, cutmix alpha {cutmix_alpha}: '
-                             'neither may be negative, and one must be above 0')
-        for name, value in (('prob', prob), ('switch_prob', switch_prob)):
+            raise InputError(
+                f"mixup alpha {mixup_alpha}, cutmix alpha {cutmix_alpha}: "
+                "neither may be negative, and one must be above 0"
+            )
+        for name, value in (("prob", prob), ("switch_prob", switch_prob)):
             if not 0 <= value <= 1:
-                raise InputError(f'mixup {name} {value}: must be in [0, 1]')
+                raise InputError(f"mixup {name} {value}: must be in [0, 1]")
         if not 0 <= label_smoothing < 1:
-            raise InputError(f'label smoothing {label_smoothing}: must be in [0, 1)')
+            raise InputError(f"label smoothing {label_smoothing}: must be in [0, 1)")
         self.mixup_alpha = mixup_alpha
         self.cutmix_alpha = cutmix_alpha
         self.cutmix_minmax = cutmix_minmax
@@ -91,8 +102,9 @@ class Mixup:
         self.label_smoothing = label_smoothing
         self.num_classes = num_classes
 
-    def __call__(self, images: paddle.Tensor, labels: paddle.Tensor,
-                 rng: np.random.Generator) -> tuple[paddle.Tensor, paddle.Tensor]:
+    def __call__(
+        self, images: paddle.Tensor, labels: paddle.Tensor, rng: np.random.Generator
+    ) -> tuple[paddle.Tensor, paddle.Tensor]:
         """Mix one batch on the device it is on.
 
         Args:
@@ -104,8 +116,9 @@ class Mixup:
             Images (N, C, H, W) of the same type, and soft targets (N, num_classes) float32.
         """
         mix = self.draw(*images.shape[-2:], rng)
-        targets = mix_labels(labels, mix.lam, num_classes=self.num_classes,
-                             label_smoothing=self.label_smoothing)
+        targets = mix_labels(
+            labels, mix.lam, num_classes=self.num_classes, label_smoothing=self.label_smoothing
+        )
         return mix_images(images, mix), targets
 
     def draw(self, height: int, width: int, rng: np.random.Generator) -> Mix:
@@ -137,8 +150,9 @@ def mix_images(images: paddle.Tensor, mix: Mix) -> paddle.Tensor:
     return mixed
 
 
-def mix_labels(labels: paddle.Tensor, lam: float, *, num_classes: int,
-               label_smoothing: float) -> paddle.Tensor:
+def mix_labels(
+    labels: paddle.Tensor, lam: float, *, num_classes: int, label_smoothing: float
+) -> paddle.Tensor:
     """Labels (N,) -> soft targets (N, num_classes) float32 of sum 1, smoothed, then mixed."""
     own = F.one_hot(labels, num_classes)
     mixed = own if lam == 1 else own * lam + own[::-1] * (1 - lam)

@@ -18,8 +18,9 @@ from transforms.image import normalize, to_rgb
 MAX_TRIES = 10  # draws of a crop that fits before falling back to the centre
 
 
-def sample_crop(width: int, height: int, scale: tuple, ratio: tuple,
-                rng: np.random.Generator) -> tuple[int, int, int, int]:
+def sample_crop(
+    width: int, height: int, scale: tuple, ratio: tuple, rng: np.random.Generator
+) -> tuple[int, int, int, int]:
     """Draw the box (left, top, right, bottom) of a random resized crop.
 
     Args:
@@ -57,7 +58,7 @@ class ColorJitter:
 
     def __init__(self, *, strength: float):
         if strength < 0:
-            raise InputError(f'colour jitter {strength}: must not be negative')
+            raise InputError(f"colour jitter {strength}: must not be negative")
         self.strength = strength
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -84,18 +85,26 @@ class TrainTransform:
         InputError: an argument outside its legal values.
     """
 
-    def __init__(self, *, image_size: int, crop_scale: tuple[float, float],
-                 crop_ratio: tuple[float, float], hflip_prob: float,
-                 photometric: Callable | None, erasing: RandomErasing | None,
-                 mean: Sequence[float], std: Sequence[float]):
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        crop_scale: tuple[float, float],
+        crop_ratio: tuple[float, float],
+        hflip_prob: float,
+        photometric: Callable | None,
+        erasing: RandomErasing | None,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ):
         if image_size < 1:
-            raise InputError(f'image_size {image_size}: must be at least 1')
+            raise InputError(f"image_size {image_size}: must be at least 1")
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-            raise InputError(f'crop scale {crop_scale}: must be 0 < least <= most <= 1')
+            raise InputError(f"crop scale {crop_scale}: must be 0 < least <= most <= 1")
         if not 0 < crop_ratio[0] <= crop_ratio[1]:
-            raise InputError(f'crop ratio {crop_ratio}: must be 0 < least <= most')
+            raise InputError(f"crop ratio {crop_ratio}: must be 0 < least <= most")
         if not 0 <= hflip_prob <= 1:
-            raise InputError(f'flip probability {hflip_prob}: must be in [0, 1]')
+            raise InputError(f"flip probability {hflip_prob}: must be in [0, 1]")
         self.image_size = image_size
         self.crop_scale = tuple(crop_scale)
         self.crop_ratio = tuple(crop_ratio)

@@ -1,10 +1,10 @@
 """The published RepLKNet models.
 
-    from zoo import get_model, list_models
+from zoo import get_model, list_models
 
-    list_models('*384*')
-    model = get_model('replknet-31b-1k-224', pretrained=True)  # downloaded once, then cached
-    model = get_model('replknet-31B_3rdparty_in1k', pretrained='my_weights.pth')
+list_models('*384*')
+model = get_model('replknet-31b-1k-224', pretrained=True)  # downloaded once, then cached
+model = get_model('replknet-31B_3rdparty_in1k', pretrained='my_weights.pth')
 """
 
 import fnmatch
@@ -14,20 +14,23 @@ from pathlib import Path
 from errors import InputError
 from zoo.records import MODELS, PublishedModel
 
-_CONFIG_FOLDER = Path(__file__).resolve().parent.parent / 'configs'
+_CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
 
-def list_models(pattern: str = '*') -> list[str]:
+def list_models(pattern: str = "*") -> list[str]:
     """Names of the published models.
 
     Args:
         pattern: shell pattern, such as '*384*', for the name or for mmpretrain's; case is ignored.
     """
-    return [model.name for model in MODELS
-            if any(fnmatch.fnmatch(name.lower(), pattern.lower()) for name in _names(model))]
+    return [
+        model.name
+        for model in MODELS
+        if any(fnmatch.fnmatch(name.lower(), pattern.lower()) for name in _names(model))
+    ]
 
 
-def get_model(name, pretrained: bool | str | os.PathLike = False, *, weights: str = 'model'):
+def get_model(name, pretrained: bool | str | os.PathLike = False, *, weights: str = "model"):
     """Build a RepLKNet, with weights if asked for.
 
     Args:
@@ -53,15 +56,17 @@ def get_model(name, pretrained: bool | str | os.PathLike = False, *, weights: st
     record = None
     if not isinstance(name, (str, os.PathLike)):
         config = name
-    elif Path(name).suffix in ('.yaml', '.yml'):
+    elif Path(name).suffix in (".yaml", ".yml"):
         config = get_config(str(name))
     else:
         record = find_record(str(name))
         config = get_config(str(_CONFIG_FOLDER / record.config))
     if pretrained is True:
         if record is None:
-            raise InputError('pretrained=True is for the published models, by name; give the '
-                             f'checkpoint file instead. Published: {", ".join(list_models())}')
+            raise InputError(
+                "pretrained=True is for the published models, by name; give the "
+                f"checkpoint file instead. Published: {', '.join(list_models())}"
+            )
         pretrained = fetch(record)
     model = build_replknet(config)
     if pretrained is not False and pretrained is not None:
@@ -79,8 +84,10 @@ def find_record(name: str) -> PublishedModel:
     for model in MODELS:
         if name.lower() in (known.lower() for known in _names(model)):
             return model
-    raise InputError(f'{name} is not a published model; there are {", ".join(list_models())} '
-                     "(and mmpretrain's names for the same)")
+    raise InputError(
+        f"{name} is not a published model; there are {', '.join(list_models())} "
+        "(and mmpretrain's names for the same)"
+    )
 
 
 def _names(model: PublishedModel) -> list[str]:

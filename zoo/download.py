@@ -30,7 +30,7 @@ except ImportError:  # Windows: two processes that download the same file are no
 
 logger = logging.getLogger(__name__)
 
-CACHE_VARIABLE = 'REPLKNET_PADDLE_CACHE'
+CACHE_VARIABLE = "REPLKNET_PADDLE_CACHE"
 
 _CHUNK_BYTES = 2**20
 
@@ -42,7 +42,7 @@ class _Interrupted(Exception):
 def cache_folder() -> Path:
     """Where weights are kept."""
     setting = os.environ.get(CACHE_VARIABLE)
-    return Path(setting).expanduser() if setting else Path.home() / '.cache' / 'replknet_paddle'
+    return Path(setting).expanduser() if setting else Path.home() / ".cache" / "replknet_paddle"
 
 
 def fetch(model: PublishedModel) -> Path:
@@ -56,35 +56,44 @@ def fetch(model: PublishedModel) -> Path:
             the published one. The message says what to do by hand.
     """
     folder = cache_folder()
-    converted = folder / f'{model.name}.safetensors'
+    converted = folder / f"{model.name}.safetensors"
     if converted.exists():
         return converted
     folder.mkdir(parents=True, exist_ok=True)
-    with _one_at_a_time(converted.with_suffix('.lock')):
+    with _one_at_a_time(converted.with_suffix(".lock")):
         if converted.exists():
             return converted
-        by_hand = [folder / f'{model.name}{suffix}' for suffix in ('.pth', '.pdparams')]
+        by_hand = [folder / f"{model.name}{suffix}" for suffix in (".pth", ".pdparams")]
         source = next((path for path in by_hand if path.exists()), None)
         if source is None and model.url is None:
             raise InputError(
-                f'{model.name} cannot be downloaded by a program. Download the PyTorch file from '
-                f'{model.page} or the .pdparams file from {model.paddlevit_page} in a browser, and '
-                f'save it as {by_hand[0]} or {by_hand[1]}')
+                f"{model.name} cannot be downloaded by a program. Download the PyTorch file from "
+                f"{model.page} or the .pdparams file from {model.paddlevit_page} in a browser, and "
+                f"save it as {by_hand[0]} or {by_hand[1]}"
+            )
         downloaded = source is None
         if downloaded:
             source = folder / model.mmpretrain_file
             if not source.exists():
                 download(model.url, source, sha256_start=model.sha256_start)
-        write_safetensors(converted, load_state(source), {'model': model.name,
-                                                          'source': model.url or source.name})
+        write_safetensors(
+            converted, load_state(source), {"model": model.name, "source": model.url or source.name}
+        )
         if downloaded:
             source.unlink()
-    logger.info('%s is cached as %s', model.name, converted)
+    logger.info("%s is cached as %s", model.name, converted)
     return converted
 
 
-def download(url: str, path: Path, *, sha256_start: str, timeout_seconds: float = 30.0,
-             attempts: int = 5, pause_seconds: float = 1.0) -> None:
+def download(
+    url: str,
+    path: Path,
+    *,
+    sha256_start: str,
+    timeout_seconds: float = 30.0,
+    attempts: int = 5,
+    pause_seconds: float = 1.0,
+) -> None:
     """Download `url` to `path`, going on where an earlier download broke off.
 
     Bytes arrive in `path` + '.part', which stays when the download fails and is continued by the
@@ -101,7 +110,7 @@ def download(url: str, path: Path, *, sha256_start: str, timeout_seconds: float 
     Raises:
         InputError: the server refuses, the connection keeps failing, or the file is another one.
     """
-    part = path.with_name(path.name + '.part')
+    part = path.with_name(path.name + ".part")
     for attempt in range(attempts):
         try:
             _continue_download(url, part, timeout_seconds)
@@ -110,17 +119,20 @@ def download(url: str, path: Path, *, sha256_start: str, timeout_seconds: float 
             size = part.stat().st_size if part.exists() else 0
             if attempt == attempts - 1:
                 raise InputError(
-                    f'{url}: {error} ({attempts} attempts). The {size} bytes that have arrived are '
-                    'kept: run the same command again to go on, or download the file in another '
-                    f'way to {path}') from error
-            logger.warning('%s: %s after %d bytes; trying again', url, error, size)
+                    f"{url}: {error} ({attempts} attempts). The {size} bytes that have arrived are "
+                    "kept: run the same command again to go on, or download the file in another "
+                    f"way to {path}"
+                ) from error
+            logger.warning("%s: %s after %d bytes; trying again", url, error, size)
             time.sleep(pause_seconds * 2**attempt)
     found = _sha256(part)
     if not found.startswith(sha256_start):
         part.unlink()
-        raise InputError(f'{url}: its SHA-256 begins with {found[:len(sha256_start)]} instead of '
-                         f'{sha256_start}, so it is not the published file; it has been deleted. '
-                         'Try again, and if that gives the same, look for a proxy in between')
+        raise InputError(
+            f"{url}: its SHA-256 begins with {found[: len(sha256_start)]} instead of "
+            f"{sha256_start}, so it is not the published file; it has been deleted. "
+            "Try again, and if that gives the same, look for a proxy in between"
+        )
     os.replace(part, path)
 
 
@@ -132,45 +144,53 @@ def _continue_download(url: str, part: Path, timeout_seconds: float) -> None:
         InputError: the server has no such file.
     """
     start = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={'Range': f'bytes={start}-'} if start else {})
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
         response = urllib.request.urlopen(request, timeout=timeout_seconds)
     except urllib.error.HTTPError as error:
         if error.code == 416 and start:  # nothing comes after `start`: it was whole, or is too long
-            if error.headers.get('Content-Range') != f'bytes */{start}':
+            if error.headers.get("Content-Range") != f"bytes */{start}":
                 part.unlink()
-                raise _Interrupted('an earlier download is longer than the file') from error
+                raise _Interrupted("an earlier download is longer than the file") from error
             return
         if error.code >= 500 or error.code == 429:
-            raise _Interrupted(f'the server answers {error.code} {error.reason}') from error
-        raise InputError(f'{url}: the server answers {error.code} {error.reason}') from error
+            raise _Interrupted(f"the server answers {error.code} {error.reason}") from error
+        raise InputError(f"{url}: the server answers {error.code} {error.reason}") from error
     except (OSError, http.client.HTTPException) as error:
-        raise _Interrupted(f'no connection ({getattr(error, "reason", error)})') from error
+        raise _Interrupted(f"no connection ({getattr(error, 'reason', error)})") from error
     with response:
         if start and response.status != 206:  # the server sends the whole file instead
             start = 0
-        length = response.headers.get('Content-Length', '')
+        length = response.headers.get("Content-Length", "")
         total = start + int(length) if length.isdigit() else None
-        with open(part, 'ab' if start else 'wb') as file, \
-                tqdm(total=total, initial=start, unit='B', unit_scale=True, unit_divisor=1024,
-                     desc=part.stem) as bar:
+        with (
+            open(part, "ab" if start else "wb") as file,
+            tqdm(
+                total=total,
+                initial=start,
+                unit="B",
+                unit_scale=True,
+                unit_divisor=1024,
+                desc=part.stem,
+            ) as bar,
+        ):
             while chunk := _receive(response):
                 file.write(chunk)
                 bar.update(len(chunk))
     if total is not None and part.stat().st_size < total:
-        raise _Interrupted(f'the connection ended before byte {total}')
+        raise _Interrupted(f"the connection ended before byte {total}")
 
 
 def _receive(response) -> bytes:
     try:
         return response.read(_CHUNK_BYTES)
     except (OSError, http.client.HTTPException) as error:
-        raise _Interrupted(f'the connection broke ({error or type(error).__name__})') from error
+        raise _Interrupted(f"the connection broke ({error or type(error).__name__})") from error
 
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, 'rb') as file:
+    with open(path, "rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
@@ -179,7 +199,7 @@ def _sha256(path: Path) -> str:
 @contextlib.contextmanager
 def _one_at_a_time(path: Path):
     """Keeps the processes of a job from writing the same file; the others wait for the first."""
-    with open(path, 'w') as file:
+    with open(path, "w") as file:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -34,8 +34,8 @@ _LARGE_BYTES = 4 * 2**10
 
 # Everything that numpy could read from a pickle, less objects, structures and text.
 DTYPES = {
-    code: np.dtype('<' + code)
-    for code in ('b1', 'u1', 'u2', 'u4', 'u8', 'i1', 'i2', 'i4', 'i8', 'f2', 'f4', 'f8')
+    code: np.dtype("<" + code)
+    for code in ("b1", "u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8")
 }
 
 
@@ -55,17 +55,17 @@ class MappedFile:
 
     def __init__(self, path: Path):
         if not path.exists():
-            raise FileNotFoundError(f'{path}: there is no such file; check the path')
+            raise FileNotFoundError(f"{path}: there is no such file; check the path")
         if not path.is_file():
-            raise InputError('is not a file; give the checkpoint file itself')
+            raise InputError("is not a file; give the checkpoint file itself")
         try:
-            with path.open('rb') as file:
+            with path.open("rb") as file:
                 self.size = path.stat().st_size
                 if self.size == 0:
-                    raise InputError('the file is empty; copy or download it again')
+                    raise InputError("the file is empty; copy or download it again")
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise InputError(f'cannot be read: {error.strerror or error}') from error
+            raise InputError(f"cannot be read: {error.strerror or error}") from error
         self.size = len(self._map)
         self._bytes = memoryview(self._map)
         self._left = 2 * self.size + _ALLOWANCE_BYTES
@@ -75,16 +75,16 @@ class MappedFile:
         self._left -= nbytes
         if self._left < 0:
             raise InputError(
-                f'would take more than twice its {self.size} bytes in memory, which no honest '
-                'checkpoint does; get the file from its publisher again'
+                f"would take more than twice its {self.size} bytes in memory, which no honest "
+                "checkpoint does; get the file from its publisher again"
             )
 
     def view(self, start: int, length: int) -> memoryview:
         """The bytes [start, start + length) without copying them."""
         if start < 0 or length < 0 or start + length > self.size:
             raise InputError(
-                f'ends too early: {length} bytes are announced at byte {start} of '
-                f'{self.size}; copy or download it again'
+                f"ends too early: {length} bytes are announced at byte {start} of "
+                f"{self.size}; copy or download it again"
             )
         return self._bytes[start : start + length]
 
@@ -102,7 +102,7 @@ class MappedFile:
 
     def release(self, start: int, length: int) -> None:
         """Lets the system drop these bytes from memory; they are read again when needed."""
-        if not hasattr(self._map, 'madvise'):
+        if not hasattr(self._map, "madvise"):
             return
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
         length = (start + length - first) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -136,19 +136,19 @@ class _LargeText:
 
     def decode(self) -> str:
         self.file.spend(4 * self.length)
-        return str(self.file.view(self.start, self.length), 'utf-8', 'surrogatepass')
+        return str(self.file.view(self.start, self.length), "utf-8", "surrogatepass")
 
     def latin1(self) -> bytes:
         """The bytes that pickle protocol 2 disguises as text, for want of an opcode for bytes."""
         self.file.spend(self.length)
-        decoder = codecs.getincrementaldecoder('utf-8')()
+        decoder = codecs.getincrementaldecoder("utf-8")()
         raw = self.file.view(self.start, self.length)
         parts = [
-            decoder.decode(raw[at : at + 2**20], at + 2**20 >= self.length).encode('latin1')
+            decoder.decode(raw[at : at + 2**20], at + 2**20 >= self.length).encode("latin1")
             for at in range(0, self.length, 2**20)
         ]
         self.file.release(self.start, self.length)
-        return b''.join(parts)
+        return b"".join(parts)
 
 
 class _LateArray:
@@ -176,7 +176,7 @@ def _attributes(file: MappedFile) -> Attributes:
 def _reconstructed(file: MappedFile, cls, base, state) -> object:
     """`copyreg._reconstructor`: how protocols 0 and 1 begin an object."""
     if not isinstance(cls, Global) or cls.build not in (_attributes, _mapping) or state is not None:
-        raise InputError('holds an object of a form that is not known')
+        raise InputError("holds an object of a form that is not known")
     return cls.build(file)
 
 
@@ -190,27 +190,27 @@ def _counted(file: MappedFile, items):
     return items
 
 
-def _bytes(file: MappedFile, text='', encoding='latin1') -> bytes:
+def _bytes(file: MappedFile, text="", encoding="latin1") -> bytes:
     """`bytes` and `_codecs.encode`: how protocol 2 writes byte strings."""
-    if encoding != 'latin1' or not isinstance(text, (str, _LargeText)):
-        raise InputError(f'encodes text as {shown(encoding)}; only bytes in latin1 are known')
+    if encoding != "latin1" or not isinstance(text, (str, _LargeText)):
+        raise InputError(f"encodes text as {shown(encoding)}; only bytes in latin1 are known")
     if isinstance(text, _LargeText):
         return text.latin1()
     file.spend(len(text))
-    return text.encode('latin1')
+    return text.encode("latin1")
 
 
 def _dtype(file: MappedFile, code, align=False, copy=False) -> np.dtype:
-    if not isinstance(code, str) or code.lstrip('<|=') not in DTYPES:
-        raise InputError(f'holds a numpy array of type {shown(code)}; only numbers are read')
-    return DTYPES[code.lstrip('<|=')]
+    if not isinstance(code, str) or code.lstrip("<|=") not in DTYPES:
+        raise InputError(f"holds a numpy array of type {shown(code)}; only numbers are read")
+    return DTYPES[code.lstrip("<|=")]
 
 
 def _late_array(file: MappedFile, cls, shape, code) -> _LateArray:
     return _LateArray()
 
 
-def _array(file: MappedFile, data, dtype, shape, order='C') -> np.ndarray:
+def _array(file: MappedFile, data, dtype, shape, order="C") -> np.ndarray:
     """A numpy array over `data`, which is not copied.
 
     Raises:
@@ -219,17 +219,17 @@ def _array(file: MappedFile, data, dtype, shape, order='C') -> np.ndarray:
     if isinstance(data, _LargeText):  # Python 2 wrote byte strings with the opcode of text
         data = data.latin1()
     elif isinstance(data, str):
-        data = data.encode('latin1')
+        data = data.encode("latin1")
     if not isinstance(dtype, np.dtype) or not isinstance(data, (bytes, memoryview)):
-        raise InputError('holds a numpy array whose content is not plain numbers')
+        raise InputError("holds a numpy array whose content is not plain numbers")
     count = math.prod(checked_sizes(shape))
     if count * dtype.itemsize != len(data):
         raise InputError(
-            f'holds a numpy array of shape {shown(shape)} and type {dtype} with {len(data)} bytes '
-            'of data; copy or download the file again'
+            f"holds a numpy array of shape {shown(shape)} and type {dtype} with {len(data)} bytes "
+            "of data; copy or download the file again"
         )
     file.spend(len(data))
-    return np.frombuffer(data, dtype).reshape(shape, order='F' if order == 'F' else 'C')
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if order == "F" else "C")
 
 
 def _scalar(file: MappedFile, dtype, data) -> object:
@@ -240,14 +240,14 @@ def checked_sizes(sizes: object) -> tuple[int, ...]:
     """`sizes` if it is a tuple of at most 32 non-negative integers, else InputError."""
     plain = isinstance(sizes, tuple) and len(sizes) <= 32
     if not plain or not all(type(n) is int and 0 <= n < 2**63 for n in sizes):
-        raise InputError(f'holds a tensor of impossible shape {shown(sizes)}')
+        raise InputError(f"holds a tensor of impossible shape {shown(sizes)}")
     return sizes
 
 
 def checked_key(key: object) -> object:
     """`key` if it may be one, which is to say if it is flat."""
     if not _is_flat(key):
-        raise InputError(f'uses a {type(key).__name__} as a key; only text and numbers are read')
+        raise InputError(f"uses a {type(key).__name__} as a key; only text and numbers are read")
     return key
 
 
@@ -264,7 +264,7 @@ def _is_flat(value: object) -> bool:
 
 def shown(value: object) -> str:
     """A value from a file as it may appear in a message: short, and safe to make."""
-    return f'{value!r:.80}' if _is_flat(value) else f'a {type(value).__name__}'
+    return f"{value!r:.80}" if _is_flat(value) else f"a {type(value).__name__}"
 
 
 def table(*entries: tuple[str, Callable | None]) -> dict[str, Global]:
@@ -298,14 +298,14 @@ PLAIN_GLOBALS = table(
 
 _CONSTANTS = {op.NONE: None, op.NEWTRUE: True, op.NEWFALSE: False}
 _EMPTY = {op.EMPTY_LIST: list, op.EMPTY_DICT: dict, op.EMPTY_TUPLE: tuple, op.EMPTY_SET: set}
-_NUMBERS = {op.BININT1: '<B', op.BININT2: '<H', op.BININT: '<i', op.BINFLOAT: '>d'}
-_LONGS = {op.LONG1: '<B', op.LONG4: '<i'}
-_TEXTS = {op.SHORT_BINUNICODE: '<B', op.BINUNICODE: '<I', op.BINUNICODE8: '<Q'}
-_BYTESTRINGS = {op.SHORT_BINBYTES: '<B', op.BINBYTES: '<I', op.BINBYTES8: '<Q', op.BYTEARRAY8: '<Q'}
-_PYTHON2_STRINGS = {op.SHORT_BINSTRING: '<B', op.BINSTRING: '<i'}
+_NUMBERS = {op.BININT1: "<B", op.BININT2: "<H", op.BININT: "<i", op.BINFLOAT: ">d"}
+_LONGS = {op.LONG1: "<B", op.LONG4: "<i"}
+_TEXTS = {op.SHORT_BINUNICODE: "<B", op.BINUNICODE: "<I", op.BINUNICODE8: "<Q"}
+_BYTESTRINGS = {op.SHORT_BINBYTES: "<B", op.BINBYTES: "<I", op.BINBYTES8: "<Q", op.BYTEARRAY8: "<Q"}
+_PYTHON2_STRINGS = {op.SHORT_BINSTRING: "<B", op.BINSTRING: "<i"}
 _TUPLES = {op.TUPLE1: 1, op.TUPLE2: 2, op.TUPLE3: 3}
-_GETS = {op.BINGET: '<B', op.LONG_BINGET: '<I'}
-_PUTS = {op.BINPUT: '<B', op.LONG_BINPUT: '<I'}
+_GETS = {op.BINGET: "<B", op.LONG_BINGET: "<I"}
+_PUTS = {op.BINPUT: "<B", op.LONG_BINPUT: "<I"}
 _SKIPPED = {op.PROTO: 1, op.FRAME: 8}
 
 
@@ -364,7 +364,7 @@ class Unpickler:
             stack.append(self._number(_NUMBERS[code]))
         elif code in _LONGS:
             raw = self._take(self._number(_LONGS[code]))
-            stack.append(int.from_bytes(raw, 'little', signed=True))
+            stack.append(int.from_bytes(raw, "little", signed=True))
         elif code in _TEXTS:
             stack.append(self._text(self._number(_TEXTS[code])))
         elif code in _BYTESTRINGS:
@@ -373,7 +373,7 @@ class Unpickler:
         elif code in _PYTHON2_STRINGS:
             raw = self._take(self._number(_PYTHON2_STRINGS[code]))
             self.file.spend(2 * len(raw))
-            stack.append(str(raw, 'latin1'))
+            stack.append(str(raw, "latin1"))
         elif code in _TUPLES:
             items = [self._pop() for _ in range(_TUPLES[code])]
             stack.append(tuple(reversed(items)))
@@ -389,7 +389,7 @@ class Unpickler:
             self._STEPS[code](self)
         else:
             raise InputError(
-                f'uses pickle opcode {code!r}, which no known program writes into a checkpoint'
+                f"uses pickle opcode {code!r}, which no known program writes into a checkpoint"
             )
 
     # ---- arguments, and values from the stack
@@ -406,15 +406,15 @@ class Unpickler:
         raw = self._take(length)
         if length > _LARGE_BYTES:
             return _LargeText(self.file, self.position - length, length)
-        text = str(raw, 'utf-8', 'surrogatepass')
+        text = str(raw, "utf-8", "surrogatepass")
         self.file.spend(sys.getsizeof(text))
         return text
 
     def _line(self) -> str:
-        end = self.file.find(b'\n', self.position)
+        end = self.file.find(b"\n", self.position)
         if end < 0 or end - self.position > 1000:
-            raise InputError('holds a name without an end')
-        text = str(self._take(end - self.position), 'utf-8')
+            raise InputError("holds a name without an end")
+        text = str(self._take(end - self.position), "utf-8")
         self.position += 1
         return text
 
@@ -423,7 +423,7 @@ class Unpickler:
         if not isinstance(value, _LateArray):
             return value
         if value.value is None:
-            raise InputError('uses a numpy array before its content is known')
+            raise InputError("uses a numpy array before its content is known")
         return value.value
 
     def _pop(self) -> object:
@@ -469,7 +469,7 @@ class Unpickler:
 
     def _fill(self, target: dict, items: list) -> None:
         if len(items) % 2:
-            raise InputError('holds a dictionary with a key that has no value')
+            raise InputError("holds a dictionary with a key that has no value")
         for key, value in zip(items[::2], items[1::2], strict=True):
             target[checked_key(key)] = self._kept(value)
 
@@ -496,18 +496,18 @@ class Unpickler:
 
     def _top(self, kind: type):
         if not isinstance(self.stack[-1], kind):
-            raise InputError(f'adds items to a {type(self.stack[-1]).__name__}')
+            raise InputError(f"adds items to a {type(self.stack[-1]).__name__}")
         return self.stack[-1]
 
     def _find(self, module: object, name: object) -> Global:
         if not isinstance(module, str) or not isinstance(name, str):
-            raise InputError('asks for something whose name is not text')
-        full_name = f'{module}.{name}'
+            raise InputError("asks for something whose name is not text")
+        full_name = f"{module}.{name}"
         if full_name not in self.known:
             raise InputError(
-                f'asks for {shown(full_name)}, which is not plain data; the usual way of loading '
-                'would run code that the file chose. Nothing was run. If you trust the author of '
-                'the file, ask for one that holds the weights alone (a state dict)'
+                f"asks for {shown(full_name)}, which is not plain data; the usual way of loading "
+                "would run code that the file chose. Nothing was run. If you trust the author of "
+                "the file, ask for one that holds the weights alone (a state dict)"
             )
         return self.known[full_name]
 
@@ -521,9 +521,9 @@ class Unpickler:
 
     def _call(self, function: object, arguments: object) -> object:
         if not isinstance(function, Global) or not isinstance(arguments, tuple):
-            raise InputError('calls something that is not a function')
+            raise InputError("calls something that is not a function")
         if function.build is None:
-            raise InputError(f'makes a {function.name}, which is not plain data')
+            raise InputError(f"makes a {function.name}, which is not plain data")
         return function.build(self.file, *arguments)
 
     def _reduce(self) -> None:
@@ -537,7 +537,7 @@ class Unpickler:
     def _new_object_with_keywords(self) -> None:
         keywords = self._pop()
         if keywords != {}:
-            raise InputError('makes an object with keyword arguments')
+            raise InputError("makes an object with keyword arguments")
         self._new_object()
 
     def _instance(self) -> None:
@@ -556,22 +556,22 @@ class Unpickler:
             target.update(state)
         elif not (type(target) is dict and isinstance(state, dict)):
             # On an ordered dict the state is PyTorch's `_metadata`: versions of its layers.
-            raise InputError(f'sets the state of a {type(target).__name__}')
+            raise InputError(f"sets the state of a {type(target).__name__}")
 
     def _filled(self, state: object) -> np.ndarray:
         if type(state) is not tuple or len(state) not in (4, 5):
-            raise InputError('holds a numpy array of a form that is not known')
+            raise InputError("holds a numpy array of a form that is not known")
         shape, dtype, fortran, data = state[-4:]
-        return _array(self.file, data, dtype, shape, 'F' if fortran else 'C')
+        return _array(self.file, data, dtype, shape, "F" if fortran else "C")
 
     def _check_dtype_state(self, state: object) -> None:
         plain = isinstance(state, tuple) and len(state) >= 5 and state[2:5] == (None, None, None)
-        if not plain or state[1] not in ('<', '|', '='):
-            raise InputError('holds numpy arrays that are big-endian or have fields')
+        if not plain or state[1] not in ("<", "|", "="):
+            raise InputError("holds numpy arrays that are big-endian or have fields")
 
     def _persistent(self) -> None:
         if self.persistent_load is None:
-            raise InputError('refers to data outside of the pickle, which this format does not do')
+            raise InputError("refers to data outside of the pickle, which this format does not do")
         self.stack.append(self.persistent_load(self._pop()))
 
     _STEPS = {

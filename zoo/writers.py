@@ -9,12 +9,13 @@ from typing import BinaryIO
 
 import numpy as np
 
-_SAFETENSORS_TYPES = {'f2': 'F16', 'f4': 'F32', 'f8': 'F64', 'i8': 'I64', 'i4': 'I32'}
+_SAFETENSORS_TYPES = {"f2": "F16", "f4": "F32", "f8": "F64", "i8": "I64", "i4": "I32"}
 _ALIGNMENT_BYTES = 8
 
 
-def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray],
-                      metadata: Mapping[str, str]) -> None:
+def write_safetensors(
+    path: str | os.PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
     """Write tensors as a safetensors file, one after the other, so that none is held twice.
 
     Args:
@@ -25,19 +26,22 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]
     Raises:
         OSError: it cannot be written.
     """
-    header, position = {'__metadata__': dict(metadata)}, 0
+    header, position = {"__metadata__": dict(metadata)}, 0
     for name, value in tensors.items():
         kind = _SAFETENSORS_TYPES[value.dtype.str[1:]]
-        header[name] = {'dtype': kind, 'shape': list(value.shape),
-                        'data_offsets': [position, position + value.nbytes]}
+        header[name] = {
+            "dtype": kind,
+            "shape": list(value.shape),
+            "data_offsets": [position, position + value.nbytes],
+        }
         position += value.nbytes
-    text = json.dumps(header, separators=(',', ':')).encode()
-    text += b' ' * (-len(text) % _ALIGNMENT_BYTES)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT_BYTES)
 
     def write(file: BinaryIO) -> None:
-        file.write(len(text).to_bytes(8, 'little') + text)
+        file.write(len(text).to_bytes(8, "little") + text)
         for value in tensors.values():
-            file.write(np.require(value, value.dtype.newbyteorder('<'), ['C']).data)
+            file.write(np.require(value, value.dtype.newbyteorder("<"), ["C"]).data)
 
     _replace(path, write)
 
@@ -61,9 +65,9 @@ def write_pdparams(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -
 def _replace(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> None:
     """Let `write` fill a file that takes the name `path` when it is complete."""
     path = Path(path)
-    unfinished = path.with_name(f'{path.name}.{os.getpid()}.unfinished')
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     try:
-        with open(unfinished, 'wb') as file:
+        with open(unfinished, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())

@@ -24,7 +24,7 @@ def restore_logging():
 
 def opened(folder, *, config=CONFIG, is_main=True):
     log = RunLog(is_main=is_main)
-    log.open(str(folder), config, resumes=False)
+    log.open(str(folder), config)
     return log
 
 
@@ -33,7 +33,7 @@ def test_nothing_is_on_disk_before_open_and_early_lines_are_kept(tmp_path):
     log = RunLog(is_main=True)
     logging.getLogger("early").info("before the folder")
     assert not folder.exists()
-    log.open(str(folder), CONFIG, resumes=False)
+    log.open(str(folder), CONFIG)
     logging.getLogger("late").info("after")
     text = (folder / "log.txt").read_text()
     assert text.index("before the folder") < text.index("after")
@@ -96,8 +96,12 @@ def test_folder_of_another_run_and_folder_that_cannot_be_are_refused(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "epoch_0001_step_00000003.safetensors").touch()
     with pytest.raises(InputError, match="holds the checkpoints of another run"):
-        check_run_folder(str(tmp_path / "run"), resumes=False)
-    check_run_folder(str(tmp_path / "run"), resumes=True)
+        check_run_folder(str(tmp_path / "run"), resume=None)
+    with pytest.raises(InputError, match="holds the checkpoints of another run"):
+        check_run_folder(str(tmp_path / "run"), resume=str(tmp_path / "elsewhere"))
+    check_run_folder(str(tmp_path / "run"), resume="auto")
+    (tmp_path / "run" / "config.yaml").touch()
+    check_run_folder(str(tmp_path / "run"), resume=str(tmp_path / "run"))
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot write the run folder .*file/run"):
-        check_run_folder(str(tmp_path / "file" / "run"), resumes=False)
+        check_run_folder(str(tmp_path / "file" / "run"), resume=None)

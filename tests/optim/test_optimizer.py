@@ -4,53 +4,63 @@ from types import SimpleNamespace
 import numpy as np
 import paddle
 import pytest
-
-from errors import InputError
-from optim.optimizer import (build_optimizer, load_optimizer_state, master_weights,
-                             optimizer_state)
-from optim.parameter_groups import layer_id
 from tiny_training import assert_identical, make_config, make_model, train, weights
 
-KINDS = ('moment1', 'moment2', 'beta1_pow', 'beta2_pow')
+from errors import InputError
+from optim.optimizer import build_optimizer, load_optimizer_state, master_weights, optimizer_state
+from optim.parameter_groups import layer_id
+
+KINDS = ("moment1", "moment2", "beta1_pow", "beta2_pow")
 
 
 def shift_internal_names():
     """Build layers that Paddle's counters see, so that the next model's tensors are renamed."""
-    paddle.nn.Sequential(paddle.nn.Conv2D(1, 1, 1), paddle.nn.BatchNorm2D(1),
-                         paddle.nn.Linear(1, 1))
+    paddle.nn.Sequential(
+        paddle.nn.Conv2D(1, 1, 1), paddle.nn.BatchNorm2D(1), paddle.nn.Linear(1, 1)
+    )
 
 
 def adamw_reference(params, gradients, rates, *, scale, decay, betas, eps, clip):
     """AdamW of arXiv 1711.05101, with clipping by the norm over all gradients, in float64."""
-    params = {name: value.astype('float64') for name, value in params.items()}
-    m = {name: 0.0 for name in params}
-    v = {name: 0.0 for name in params}
+    params = {name: value.astype("float64") for name, value in params.items()}
+    m = dict.fromkeys(params, 0.0)
+    v = dict.fromkeys(params, 0.0)
     for t, (step_gradients, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
-        norm = np.sqrt(sum((g.astype('float64') ** 2).sum() for g in step_gradients.values()))
+        norm = np.sqrt(sum((g.astype("float64") ** 2).sum() for g in step_gradients.values()))
         shrink = 1.0 if clip is None else min(1.0, clip / norm)
         for name, g in step_gradients.items():
-            g = g.astype('float64') * shrink
+            g = g.astype("float64") * shrink
             m[name] = betas[0] * m[name] + (1 - betas[0]) * g
-            v[name] = betas[1] * v[name] + (1 - betas[1]) * g ** 2
+            v[name] = betas[1] * v[name] + (1 - betas[1]) * g**2
             m_hat, v_hat = m[name] / (1 - betas[0] ** t), v[name] / (1 - betas[1] ** t)
             lr = rate * scale[name]
-            params[name] = (params[name] * (1 - lr * decay[name])
-                            - lr * m_hat / (np.sqrt(v_hat) + eps))
+            params[name] = params[name] * (1 - lr * decay[name]) - lr * m_hat / (
+                np.sqrt(v_hat) + eps
+            )
     return params
 
 
-@pytest.mark.parametrize('clip, layer_decay', [(None, None), (None, 0.7), (0.5, None), (0.5, 0.7)])
+@pytest.mark.parametrize("clip, layer_decay", [(None, None), (None, 0.7), (0.5, None), (0.5, 0.7)])
 def test_steps_equal_an_independent_adamw(clip, layer_decay):
-    config = make_config(GRAD_CLIP=clip, LAYER_DECAY=layer_decay, WEIGHT_DECAY=0.3,
-                         OPTIMIZER=SimpleNamespace(NAME='AdamW', EPS=1e-6, BETAS=[0.8, 0.95]))
+    config = make_config(
+        GRAD_CLIP=clip,
+        LAYER_DECAY=layer_decay,
+        WEIGHT_DECAY=0.3,
+        OPTIMIZER=SimpleNamespace(NAME="AdamW", EPS=1e-6, BETAS=[0.8, 0.95]),
+    )
     model = make_model()
     trainable = {name: p for name, p in model.named_parameters() if not p.stop_gradient}
     start = {name: param.numpy() for name, param in trainable.items()}
     rates = [0.01, 0.03, 0.02, 0.005]
     rng = np.random.default_rng(0)
     # Sizes that differ by name, so that a norm taken over some of the parameters would show.
-    gradients = [{name: (rng.standard_normal(value.shape) * 10.0 ** -(i % 4)).astype('float32')
-                  for i, (name, value) in enumerate(start.items())} for _ in rates]
+    gradients = [
+        {
+            name: (rng.standard_normal(value.shape) * 10.0 ** -(i % 4)).astype("float32")
+            for i, (name, value) in enumerate(start.items())
+        }
+        for _ in rates
+    ]
 
     optimizer = build_optimizer(config, model, lr=123.0)
     for step_gradients, rate in zip(gradients, rates, strict=True):
@@ -60,22 +70,31 @@ def test_steps_equal_an_independent_adamw(clip, layer_decay):
         optimizer.step()
 
     expected = adamw_reference(
-        start, gradients, rates, betas=(0.8, 0.95), eps=1e-6, clip=clip,
-        scale={name: 1.0 if layer_decay is None else 0.7 ** (6 - layer_id(name, [1, 1, 3, 1]))
-               for name in start},
-        decay={name: 0.0 if value.ndim == 1 else 0.3 for name, value in start.items()})
+        start,
+        gradients,
+        rates,
+        betas=(0.8, 0.95),
+        eps=1e-6,
+        clip=clip,
+        scale={
+            name: 1.0 if layer_decay is None else 0.7 ** (6 - layer_id(name, [1, 1, 3, 1]))
+            for name in start
+        },
+        decay={name: 0.0 if value.ndim == 1 else 0.3 for name, value in start.items()},
+    )
     for name, param in trainable.items():
-        np.testing.assert_allclose(param.numpy(), expected[name], rtol=1e-5, atol=1e-6,
-                                   err_msg=name)
+        np.testing.assert_allclose(
+            param.numpy(), expected[name], rtol=1e-5, atol=1e-6, err_msg=name
+        )
 
 
 def test_other_optimizers_are_refused():
-    config = make_config(OPTIMIZER=SimpleNamespace(NAME='SGD', EPS=1e-8, BETAS=[0.9, 0.999]))
+    config = make_config(OPTIMIZER=SimpleNamespace(NAME="SGD", EPS=1e-8, BETAS=[0.9, 0.999]))
     with pytest.raises(InputError, match="'SGD'"):
         build_optimizer(config, make_model(), lr=0.1)
 
 
-@pytest.mark.parametrize('steps_before', [0, 3])
+@pytest.mark.parametrize("steps_before", [0, 3])
 def test_training_continues_bit_for_bit_under_other_internal_names(steps_before):
     config = make_config(GRAD_CLIP=1.0, LAYER_DECAY=0.7)
     straight = make_model()
@@ -98,24 +117,29 @@ def test_training_continues_bit_for_bit_under_other_internal_names(steps_before)
     train(second, second_optimizer, range(steps_before, 6))
 
     assert_identical(weights(second), weights(straight))
-    assert_identical(optimizer_state(second_optimizer, second),
-                     optimizer_state(straight_optimizer, straight))
+    assert_identical(
+        optimizer_state(second_optimizer, second), optimizer_state(straight_optimizer, straight)
+    )
 
 
 def test_state_names_every_trainable_parameter_and_is_a_copy():
     model = make_model()
     optimizer = build_optimizer(make_config(), model, lr=0.1)
     fresh = optimizer_state(optimizer, model)
-    assert fresh.keys() == {f'{name}.{kind}' for name, p in model.named_parameters()
-                            if not p.stop_gradient for kind in KINDS}
+    assert fresh.keys() == {
+        f"{name}.{kind}"
+        for name, p in model.named_parameters()
+        if not p.stop_gradient
+        for kind in KINDS
+    }
     train(model, optimizer, range(1))
     state = optimizer_state(optimizer, model)
     kept = {key: value.copy() for key, value in state.items()}
     train(model, optimizer, range(1, 2))
     assert_identical(state, kept)
     assert state.keys() == fresh.keys()
-    assert state['stem.0.conv.weight.moment1'].any()
-    np.testing.assert_allclose(state['head.bias.beta1_pow'], [0.9 ** 2], rtol=1e-6)
+    assert state["stem.0.conv.weight.moment1"].any()
+    np.testing.assert_allclose(state["head.bias.beta1_pow"], [0.9**2], rtol=1e-6)
 
 
 def test_parameters_that_never_got_a_gradient_are_saved_and_loaded():
@@ -127,7 +151,7 @@ def test_parameters_that_never_got_a_gradient_are_saved_and_loaded():
     other_optimizer = build_optimizer(make_config(), other, lr=0.1)
     load_optimizer_state(other_optimizer, other, state)
     assert_identical(optimizer_state(other_optimizer, other), state)
-    assert state['stages.0.norm.weight.beta1_pow'] == np.float32(0.9)
+    assert state["stages.0.norm.weight.beta1_pow"] == np.float32(0.9)
 
 
 def test_loading_keeps_weights_and_rate():
@@ -145,20 +169,23 @@ def test_a_state_that_does_not_fit_is_refused_whole():
     optimizer = build_optimizer(make_config(), model, lr=0.1)
     train(model, optimizer, range(1))
     before = optimizer_state(optimizer, model)
-    state = {key: value + 1 for key, value in before.items() if key != 'head.weight.moment2'}
-    state['neck.weight.moment1'] = state['head.weight.moment1']
-    state['head.bias.moment1'] = np.zeros(7, 'float32')
+    state = {key: value + 1 for key, value in before.items() if key != "head.weight.moment2"}
+    state["neck.weight.moment1"] = state["head.weight.moment1"]
+    state["head.bias.moment1"] = np.zeros(7, "float32")
     with pytest.raises(InputError) as error:
         load_optimizer_state(optimizer, model, state)
-    for line in ('missing: head.weight.moment2', 'unknown: neck.weight.moment1',
-                 'head.bias.moment1: shape (7,), expected (5,)'):
+    for line in (
+        "missing: head.weight.moment2",
+        "unknown: neck.weight.moment1",
+        "head.bias.moment1: shape (7,), expected (5,)",
+    ):
         assert line in str(error.value)
     assert_identical(optimizer_state(optimizer, model), before)
 
 
 def test_masters_are_part_of_the_state():
     model = make_model()
-    model.to(dtype='bfloat16')
+    model.to(dtype="bfloat16")
     optimizer = build_optimizer(make_config(), model, lr=0.1, multi_precision=True)
     before = optimizer_state(optimizer, model)
     assert master_weights(optimizer, model) == {}
@@ -174,17 +201,17 @@ def test_masters_are_part_of_the_state():
     assert masters.keys() == {n for n, p in model.named_parameters() if not p.stop_gradient}
     for name, master in masters.items():
         assert master.dtype == paddle.float32
-        np.testing.assert_array_equal(state[f'{name}.master'], master.numpy())
+        np.testing.assert_array_equal(state[f"{name}.master"], master.numpy())
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(paddle.device.cuda.device_count() == 0, reason='needs a GPU')
+@pytest.mark.skipif(paddle.device.cuda.device_count() == 0, reason="needs a GPU")
 def test_masters_continue_bit_for_bit():
     """The gradients are given, so that only the optimizer's arithmetic is compared."""
 
     def build(seed):
         model = make_model(seed)
-        model.to(dtype='bfloat16')
+        model.to(dtype="bfloat16")
         return model, build_optimizer(make_config(), model, lr=0.1, multi_precision=True)
 
     def run(model, optimizer, steps):
@@ -206,5 +233,6 @@ def test_masters_continue_bit_for_bit():
         assert_identical(weights(second), weights(first))
         run(second, second_optimizer, range(3, 6))
         assert_identical(weights(second), weights(straight))
-        assert_identical(optimizer_state(second_optimizer, second),
-                         optimizer_state(straight_optimizer, straight))
+        assert_identical(
+            optimizer_state(second_optimizer, second), optimizer_state(straight_optimizer, straight)
+        )

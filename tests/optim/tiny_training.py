@@ -13,17 +13,27 @@ LAYERS = [1, 1, 3, 1]
 
 def make_model(seed: int = 0, **sizes) -> RepLKNet:
     paddle.seed(seed)
-    tiny = dict(large_kernel_sizes=[3, 3, 3, 3], layers=LAYERS, channels=[4, 4, 8, 8],
-                small_kernel=1, num_classes=5)
+    tiny = dict(
+        large_kernel_sizes=[3, 3, 3, 3],
+        layers=LAYERS,
+        channels=[4, 4, 8, 8],
+        small_kernel=1,
+        num_classes=5,
+    )
     return RepLKNet(**{**tiny, **sizes})
 
 
 def make_config(**train) -> SimpleNamespace:
     """The keys that `build_optimizer` reads; keyword arguments override those of TRAIN."""
-    defaults = dict(WEIGHT_DECAY=0.05, LAYER_DECAY=None, GRAD_CLIP=None,
-                    OPTIMIZER=SimpleNamespace(NAME='AdamW', EPS=1e-8, BETAS=[0.9, 0.999]))
-    return SimpleNamespace(TRAIN=SimpleNamespace(**{**defaults, **train}),
-                           MODEL=SimpleNamespace(LAYERS=LAYERS))
+    defaults = dict(
+        WEIGHT_DECAY=0.05,
+        LAYER_DECAY=None,
+        GRAD_CLIP=None,
+        OPTIMIZER=SimpleNamespace(NAME="AdamW", EPS=1e-8, BETAS=[0.9, 0.999]),
+    )
+    return SimpleNamespace(
+        TRAIN=SimpleNamespace(**{**defaults, **train}), MODEL=SimpleNamespace(LAYERS=LAYERS)
+    )
 
 
 def train(model, optimizer, steps, after_step=lambda: None) -> None:
@@ -40,7 +50,7 @@ def train(model, optimizer, steps, after_step=lambda: None) -> None:
 
 
 def weights(model) -> dict[str, np.ndarray]:
-    return {name: tensor.astype('float32').numpy() for name, tensor in model.state_dict().items()}
+    return {name: tensor.astype("float32").numpy() for name, tensor in model.state_dict().items()}
 
 
 def assert_identical(left, right) -> None:

@@ -50,42 +50,42 @@ def encode(value) -> bytes:
     if isinstance(value, Raw):
         return bytes(value)
     if isinstance(value, Name):
-        return b'c' + f'{value.module}\n{value.name}\n'.encode()
+        return b"c" + f"{value.module}\n{value.name}\n".encode()
     if isinstance(value, Call):
-        return encode(value.function) + encode(value.arguments) + b'R'
+        return encode(value.function) + encode(value.arguments) + b"R"
     if isinstance(value, Made):
-        return encode(value.cls) + b')\x81' + encode(value.state) + b'b'
+        return encode(value.cls) + b")\x81" + encode(value.state) + b"b"
     if isinstance(value, Reference):
-        return encode(value.value) + b'Q'
+        return encode(value.value) + b"Q"
     if value is None or isinstance(value, bool):
-        return {None: b'N', True: b'\x88', False: b'\x89'}[value]
+        return {None: b"N", True: b"\x88", False: b"\x89"}[value]
     if isinstance(value, int):
         size = value.bit_length() // 8 + 1
-        return b'\x8a' + bytes([size]) + value.to_bytes(size, 'little', signed=True)
+        return b"\x8a" + bytes([size]) + value.to_bytes(size, "little", signed=True)
     if isinstance(value, float):
-        return b'G' + struct.pack('>d', value)
+        return b"G" + struct.pack(">d", value)
     if isinstance(value, str):
-        return b'X' + struct.pack('<I', len(value.encode())) + value.encode()
+        return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
     if isinstance(value, bytes):
-        return b'B' + struct.pack('<I', len(value)) + value
+        return b"B" + struct.pack("<I", len(value)) + value
     if isinstance(value, tuple):
-        return b'(' + b''.join(map(encode, value)) + b't'
+        return b"(" + b"".join(map(encode, value)) + b"t"
     if isinstance(value, list):
-        return b'](' + b''.join(map(encode, value)) + b'e'
+        return b"](" + b"".join(map(encode, value)) + b"e"
     if isinstance(value, dict):
-        items = b''.join(encode(key) + encode(item) for key, item in value.items())
-        return b'}(' + items + b'u'
+        items = b"".join(encode(key) + encode(item) for key, item in value.items())
+        return b"}(" + items + b"u"
     raise TypeError(type(value))
 
 
 def pickled(value) -> bytes:
     """A whole pickle of protocol 2."""
-    return b'\x80\x02' + encode(value) + b'.'
+    return b"\x80\x02" + encode(value) + b"."
 
 
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C
 
-STORAGES = {'f4': 'FloatStorage', 'f2': 'HalfStorage', 'i8': 'LongStorage', 'u2': 'BFloat16Storage'}
+STORAGES = {"f4": "FloatStorage", "f2": "HalfStorage", "i8": "LongStorage", "u2": "BFloat16Storage"}
 
 
 def tensor(array: np.ndarray, storage: str, **changes) -> Call:
@@ -95,77 +95,105 @@ def tensor(array: np.ndarray, storage: str, **changes) -> Call:
     """
     strides = tuple(step // array.itemsize for step in array.strides)
     parts = {
-        'kind': Name('torch', STORAGES[array.dtype.str[1:]]), 'key': storage, 'numel': array.size,
-        'offset': 0, 'size': array.shape, 'stride': strides, 'tail': (), **changes,
+        "kind": Name("torch", STORAGES[array.dtype.str[1:]]),
+        "key": storage,
+        "numel": array.size,
+        "offset": 0,
+        "size": array.shape,
+        "stride": strides,
+        "tail": (),
+        **changes,
     }
-    reference = ('storage', parts['kind'], parts['key'], 'cpu', parts['numel'], *parts['tail'])
-    arguments = (Reference(reference), parts['offset'], parts['size'], parts['stride'], False,
-                 Call(Name('collections', 'OrderedDict'), ()))
-    return Call(Name('torch._utils', '_rebuild_tensor_v2'), arguments)
+    reference = ("storage", parts["kind"], parts["key"], "cpu", parts["numel"], *parts["tail"])
+    arguments = (
+        Reference(reference),
+        parts["offset"],
+        parts["size"],
+        parts["stride"],
+        False,
+        Call(Name("collections", "OrderedDict"), ()),
+    )
+    return Call(Name("torch._utils", "_rebuild_tensor_v2"), arguments)
 
 
-def torch_zip(content, storages: dict[str, np.ndarray], *, compress: bool = False,
-              **members: bytes) -> bytes:
+def torch_zip(
+    content, storages: dict[str, np.ndarray], *, compress: bool = False, **members: bytes
+) -> bytes:
     """A file of PyTorch 1.6 or later."""
     buffer = io.BytesIO()
     method = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
-    with zipfile.ZipFile(buffer, 'w', method) as archive:
-        archive.writestr('archive/data.pkl', pickled(content))
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        archive.writestr("archive/data.pkl", pickled(content))
         for name, data in members.items():
-            archive.writestr(f'archive/{name}', data)
+            archive.writestr(f"archive/{name}", data)
         for key, array in storages.items():
-            archive.writestr(f'archive/data/{key}', array.tobytes())
+            archive.writestr(f"archive/data/{key}", array.tobytes())
     return buffer.getvalue()
 
 
 def torch_legacy(content, storages: dict[str, np.ndarray], *, system=None, version=1001) -> bytes:
     """A file of PyTorch 1.5 or before."""
-    system = system or {'protocol_version': 1001, 'little_endian': True, 'type_sizes': {}}
-    parts = [pickled(TORCH_MAGIC), pickled(version), pickled(system), pickled(content),
-             pickled(list(storages))]
+    system = system or {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
+    parts = [
+        pickled(TORCH_MAGIC),
+        pickled(version),
+        pickled(system),
+        pickled(content),
+        pickled(list(storages)),
+    ]
     for array in storages.values():
-        parts.append(struct.pack('<q', array.size) + array.tobytes())
-    return b''.join(parts)
+        parts.append(struct.pack("<q", array.size) + array.tobytes())
+    return b"".join(parts)
 
 
 def safetensors(tensors: dict[str, np.ndarray], metadata: dict | None = None, **changes) -> bytes:
     """A safetensors file; `changes` replace the header's entries of a tensor."""
     header, position = {}, 0
     if metadata is not None:
-        header['__metadata__'] = metadata
+        header["__metadata__"] = metadata
     for name, array in tensors.items():
-        kind = {'f4': 'F32', 'f2': 'F16', 'u2': 'BF16', 'i8': 'I64'}[array.dtype.str[1:]]
-        header[name] = {'dtype': kind, 'shape': list(array.shape),
-                        'data_offsets': [position, position + array.nbytes]}
+        kind = {"f4": "F32", "f2": "F16", "u2": "BF16", "i8": "I64"}[array.dtype.str[1:]]
+        header[name] = {
+            "dtype": kind,
+            "shape": list(array.shape),
+            "data_offsets": [position, position + array.nbytes],
+        }
         position += array.nbytes
     for name, entry in changes.items():
         header[name] = {**header.get(name, {}), **entry}
     text = json.dumps(header).encode()
-    data = b''.join(array.tobytes() for array in tensors.values())
-    return struct.pack('<Q', len(text)) + text + data
+    data = b"".join(array.tobytes() for array in tensors.values())
+    return struct.pack("<Q", len(text)) + text + data
 
 
-def numbers(*shape: int, dtype: str = 'f4', seed: int = 0) -> np.ndarray:
+def numbers(*shape: int, dtype: str = "f4", seed: int = 0) -> np.ndarray:
     """Small integers, which every type holds exactly."""
     return np.random.default_rng(seed).integers(0, 100, shape).astype(dtype)
 
 
 def every_format() -> dict[str, bytes]:
     """One small file in each format, all with the tensors of `expected`."""
-    a, b, c = (expected()[name] for name in 'abc')
-    content = {'model': {'a': tensor(a, '0'), 'b': tensor(b, '1'), 'c': tensor(c, '2')},
-               'epoch': 7, 'args': Made(Name('argparse', 'Namespace'), {'lr': 0.5, 'name': 'x'})}
-    storages = {'0': a, '1': b, '2': c}
-    plain = {'model': {'a': a, 'b': b, 'c': c}, 'epoch': 7}
+    a, b, c = (expected()[name] for name in "abc")
+    content = {
+        "model": {"a": tensor(a, "0"), "b": tensor(b, "1"), "c": tensor(c, "2")},
+        "epoch": 7,
+        "args": Made(Name("argparse", "Namespace"), {"lr": 0.5, "name": "x"}),
+    }
+    storages = {"0": a, "1": b, "2": c}
+    plain = {"model": {"a": a, "b": b, "c": c}, "epoch": 7}
     return {
-        'torch zip': torch_zip(content, storages, byteorder=b'little', version=b'3\n'),
-        'torch legacy': torch_legacy(content, storages),
-        **{f'paddle protocol {n}': pickle.dumps(plain, protocol=n) for n in (2, 3, 4, 5)},
-        'safetensors': safetensors({f'model.{name}': array for name, array in expected().items()},
-                                   {'format': 'pt'}),
+        "torch zip": torch_zip(content, storages, byteorder=b"little", version=b"3\n"),
+        "torch legacy": torch_legacy(content, storages),
+        **{f"paddle protocol {n}": pickle.dumps(plain, protocol=n) for n in (2, 3, 4, 5)},
+        "safetensors": safetensors(
+            {f"model.{name}": array for name, array in expected().items()}, {"format": "pt"}
+        ),
     }
 
 
 def expected() -> dict[str, np.ndarray]:
-    return {'a': numbers(2, 3, seed=1), 'b': numbers(4, dtype='f2', seed=2),
-            'c': numbers(2, dtype='i8', seed=3)}
+    return {
+        "a": numbers(2, 3, seed=1),
+        "b": numbers(4, dtype="f2", seed=2),
+        "c": numbers(2, dtype="i8", seed=3),
+    }

@@ -13,8 +13,19 @@ FILES = 5000
 SHARDS = 20
 
 # Numbers that parsers stumble over, as 1, 2, 4 and 8 bytes.
-EXTREMES = [b'\x00', b'\xff', b'\x7f', b'\x80', b'\xff\xff', b'\xff\xff\xff\x7f', b'\x00' * 4,
-            b'\xff' * 4, b'\xff' * 7 + b'\x7f', b'\x00' * 8, b'\xff' * 8]
+EXTREMES = [
+    b"\x00",
+    b"\xff",
+    b"\x7f",
+    b"\x80",
+    b"\xff\xff",
+    b"\xff\xff\xff\x7f",
+    b"\x00" * 4,
+    b"\xff" * 4,
+    b"\xff" * 7 + b"\x7f",
+    b"\x00" * 8,
+    b"\xff" * 8,
+]
 
 
 def mutate(data: bytes, rng: np.random.Generator, others: list[bytes]) -> bytes:
@@ -29,24 +40,24 @@ def mutate(data: bytes, rng: np.random.Generator, others: list[bytes]) -> bytes:
             data[rng.integers(len(data))] = rng.integers(256)
         elif kind == 2:
             extreme = EXTREMES[rng.integers(len(EXTREMES))]
-            data[at:at + len(extreme)] = extreme
+            data[at : at + len(extreme)] = extreme
         elif kind == 3:
-            del data[at:min(to, at + 30)]
+            del data[at : min(to, at + 30)]
         elif kind == 4:
-            data[at:at] = data[at:min(to, at + 200)] * int(rng.integers(1, 4))
+            data[at:at] = data[at : min(to, at + 200)] * int(rng.integers(1, 4))
         elif kind == 5:
             other = others[rng.integers(len(others))]
             start = int(rng.integers(len(other)))
-            data[at:at] = other[start:start + int(rng.integers(1, 60))]
+            data[at:at] = other[start : start + int(rng.integers(1, 60))]
         elif kind == 6 and rng.random() < 0.2:
             del data[at:]
     return bytes(data)
 
 
-@pytest.mark.parametrize('shard', range(SHARDS))
+@pytest.mark.parametrize("shard", range(SHARDS))
 def test_mutated_files_load_or_are_refused(shard, tmp_path):
     bases = every_format()
-    path = tmp_path / 'checkpoint'
+    path = tmp_path / "checkpoint"
     refused = 0
     for index in range(shard, FILES, SHARDS):
         rng = np.random.default_rng(index)
@@ -54,13 +65,15 @@ def test_mutated_files_load_or_are_refused(shard, tmp_path):
         data = mutate(bases[name], rng, list(bases.values()))
         path.write_bytes(data)
         tracemalloc.start()
-        loads = [attempt(read, path, f'file {index}, {name}')
-                 for read in (read_checkpoint, read_safetensors_metadata)]
+        loads = [
+            attempt(read, path, f"file {index}, {name}")
+            for read in (read_checkpoint, read_safetensors_metadata)
+        ]
         _, peak_bytes = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         refused += not loads[0]
         # Half a mebibyte for Python itself: objects, the error, and code that runs first here.
-        assert peak_bytes <= 2 * len(data) + 2**19, f'file {index}'
+        assert peak_bytes <= 2 * len(data) + 2**19, f"file {index}"
     assert 0 < refused < FILES // SHARDS
 
 
@@ -69,7 +82,7 @@ def attempt(read, path, what: str) -> bool:
     try:
         read(path)
     except InputError as error:
-        assert str(error).startswith(f'{path}: '), what
+        assert str(error).startswith(f"{path}: "), what
         return False
     except BaseException as error:
         raise AssertionError(what) from error
