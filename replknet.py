@@ -75,7 +75,7 @@ class ConvNorm(nn.Layer):
 
 
 class DropPath(nn.Layer):
-    """Stochastic depth (arXiv 1603.09382): drops a sample's whole branch with probability `rate`."""
+    """Stochastic depth (arXiv 1603.09382): drops a sample's branch with probability `rate`."""
 
     def __init__(self, rate: float):
         super().__init__()

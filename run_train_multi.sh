@@ -93,7 +93,7 @@ while :; do
     fi
     failed_at=$step
     done_restarts=$((done_restarts + 1))
-    # Before the first checkpoint, the start is what is to be repeated.
-    [ ! -e "$run/last" ] || auto=-resume=auto
+    # A run that resumes another's checkpoint does so again, until it has one of its own.
+    [ -n "$resumed" ] && [ ! -e "$run/last" ] || auto=-resume=auto
     say "failed with status $status at step $step; restart $done_restarts of $restarts"
 done

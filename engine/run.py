@@ -394,7 +394,7 @@ class Training:
 
 
 def float32_weights(model: paddle.nn.Layer, optimizer) -> dict[str, np.ndarray]:
-    """All of a model's tensors; of half-precision weights, the masters that they are rounded from."""
+    """All of a model's tensors; of half-precision weights, the masters they are rounded from."""
     tensors = {**model.state_dict(), **master_weights(optimizer, model)}
     return {name: tensor.astype("float32").numpy() for name, tensor in tensors.items()}
 

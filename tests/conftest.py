@@ -48,7 +48,7 @@ def tiny_config_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
-    """40 training and 101 validation photographs of noise, each class brighter than the one before."""
+    """40 training and 101 validation pictures of noise, each class brighter than the last."""
     folder = tmp_path_factory.mktemp("data")
     make_data(folder, train=40, val=101)
     return folder

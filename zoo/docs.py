@@ -18,7 +18,7 @@ _BEGIN, _END = "<!-- zoo table: begin -->", "<!-- zoo table: end -->"
 
 
 def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}".removesuffix("0")
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _accuracy(model: PublishedModel, place: int) -> str:
@@ -26,6 +26,11 @@ def _accuracy(model: PublishedModel, place: int) -> str:
         return "-"
     found = model.accuracies[place]
     return f"{_percent(found.top1_percent)} / {_percent(found.top5_percent)} ({found.source})"
+
+
+def _accuracy_by(model: PublishedModel, source: str) -> str:
+    places = [i for i, found in enumerate(model.accuracies) if found.source == source]
+    return _accuracy(model, places[0]).removesuffix(f" ({source})") if places else "-"
 
 
 def _download(model: PublishedModel) -> str:
@@ -43,7 +48,8 @@ _README_COLUMNS: tuple[tuple[str, Callable[[PublishedModel], str]], ...] = (
     ("classes", lambda model: f"{model.num_classes:,}"),
     ("parameters", lambda model: f"{model.parameters / 1e6:.1f} M"),
     ("multiply-adds", lambda model: f"{model.multiply_adds / 1e9:.1f} G"),
-    ("top-1 / top-5 %", lambda model: _accuracy(model, 0)),
+    ("official top-1 / top-5 %", lambda model: _accuracy(model, 0)),
+    ("PaddleViT's", lambda model: _accuracy_by(model, "PaddleViT")),
     ("config", lambda model: f"[{model.config}](configs/{model.config})"),
 )
 _ZOO_COLUMNS: tuple[tuple[str, Callable[[PublishedModel], str]], ...] = (
