@@ -7,13 +7,14 @@
 # Flags go to pytest: sh run_tests.sh -k merging
 set -eu
 cd "$(dirname "$0")"
+cores=$(nproc 2>/dev/null || echo 2)
 export OMP_NUM_THREADS=1  # the tests themselves run in parallel
 
 check() { # the environment whose Python is $1
     python=$1
     shift
     "$python" -c 'import paddle; print(f"== pytest on Paddle {paddle.__version__}")' 2>/dev/null
-    "$python" -m pytest -n "$(nproc 2>/dev/null || echo 2)" "$@"
+    "$python" -m pytest -n "$cores" "$@"
 }
 
 python=$(sh setup_env.sh requirements-test.txt)

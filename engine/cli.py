@@ -221,7 +221,9 @@ def check_inputs(config) -> None:
     """Find the usual mistakes once, before they become the same message from every process."""
     path = config.MODEL.RESUME or config.MODEL.PRETRAINED
     if path not in (None, "auto") and not os.path.exists(path):
-        raise FileNotFoundError(f"no checkpoint {path}")
+        raise FileNotFoundError(
+            f"no checkpoint {path}; docs/model_zoo.md says where the published ones are"
+        )
     for is_train in [False] if config.EVAL else [True, False]:
         get_dataset(config, is_train)
     check_run_folder(config.SAVE, resume=config.MODEL.RESUME)

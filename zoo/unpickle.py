@@ -55,7 +55,9 @@ class MappedFile:
 
     def __init__(self, path: Path):
         if not path.exists():
-            raise FileNotFoundError(f"{path}: there is no such file; check the path")
+            raise FileNotFoundError(
+                f"{path}: there is no such file; docs/model_zoo.md has the published ones"
+            )
         if not path.is_file():
             raise InputError("is not a file; give the checkpoint file itself")
         try:
