@@ -1,41 +1,13 @@
-"""Puts the repository's root on the path, and makes what many tests need: tiny configurations and
-tiny data sets in list files."""
+"""Puts the repository's root on the path, and makes tiny configurations and data sets."""
 
-import argparse
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from tiny import ROOT, TINY, make_data
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-
-FIXTURES = Path(__file__).resolve().parent / "fixtures"
-
-TINY = """
-DATA:
-  BATCH_SIZE: 8
-  IMAGE_SIZE: 32
-  CROP_PCT: 1.0
-  NUM_WORKERS: 0
-MODEL:
-  NAME: tiny
-  NUM_CLASSES: 4
-  DROPPATH: 0.1
-  LARGE_KERNEL_SIZES: [7, 7, 5, 5]
-  LAYERS: [1, 1, 1, 1]
-  CHANNELS: [4, 6, 8, 10]
-TRAIN:
-  NUM_EPOCHS: 4
-  WARMUP_EPOCHS: 1
-  ACCUM_ITER: 2
-  MODEL_EMA_DECAY: 0.9
-SAVE_FREQ: 2
-"""
 
 
 @pytest.fixture(scope="session")
@@ -54,22 +26,6 @@ def tiny_data(tmp_path_factory):
     return folder
 
 
-def make_data(folder: Path, *, train: int, val: int, classes: int = 4) -> None:
-    """Write a data set in list files: one folder a class, JPEGs of assorted sizes."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", train), ("val", val)):
-        lines = []
-        for i in range(count):
-            label = i % classes
-            path = f"{split}/class {label}/{i:04d}.jpg"
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            size = (int(rng.integers(30, 60)), int(rng.integers(30, 60)), 3)
-            pixels = rng.integers(0, 80, size) + 50 * label
-            Image.fromarray(pixels.astype("uint8")).save(folder / path)
-            lines.append(f"{path} {label}\n")
-        (folder / f"{split}_list.txt").write_text("".join(lines))
-
-
 @pytest.fixture
 def run_main():
     """Runs a main in a process of its own, on one thread; returns the finished process."""
@@ -85,8 +41,3 @@ def run_main():
         )
 
     return run
-
-
-def flags(**values) -> argparse.Namespace:
-    """What the command line parser would give for these flags."""
-    return argparse.Namespace(**values)

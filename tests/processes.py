@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from conftest import ROOT
+from tiny import ROOT
 
 from engine.checkpoint import checkpoints, load_checkpoint
 

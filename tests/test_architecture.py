@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from tiny import ROOT
 
 MODULES = {path.stem for path in ROOT.glob("*.py")}
 FOLDERS = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import yaml
-from conftest import ROOT, flags
+from tiny import ROOT, flags
 from yacs.config import CfgNode
 
 import config as config_module

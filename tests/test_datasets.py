@@ -8,8 +8,8 @@ from queue import Empty
 
 import numpy as np
 import pytest
-from conftest import flags, make_data
 from PIL import Image, features
+from tiny import flags, make_data
 
 from config import get_config, update_config
 from datasets import (

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import paddle
 import pytest
-from conftest import ROOT
+from tiny import ROOT
 
 import distributed
 

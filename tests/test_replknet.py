@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import paddle
 import pytest
-from conftest import FIXTURES, ROOT
+from tiny import FIXTURES, ROOT
 
 from config import get_config
 from replknet import RepLKNet, build_replknet

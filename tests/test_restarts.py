@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from processes import assert_same_end, step_of, wait_for
+from tiny import ROOT
 
 from engine.checkpoint import load_checkpoint
 

@@ -16,7 +16,6 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_data
 from PIL import Image
 from processes import (
     Run,
@@ -29,6 +28,7 @@ from processes import (
     wait_for,
     whole_steps,
 )
+from tiny import ROOT, make_data
 
 from engine.checkpoint import checkpoints, load_checkpoint, newest_whole_checkpoint
 

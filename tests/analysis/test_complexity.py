@@ -5,8 +5,8 @@ import gc
 import numpy as np
 import paddle
 import pytest
-from conftest import ROOT
 from paddle import nn
+from tiny import ROOT
 
 import replknet
 from analysis.complexity import count_macs, count_parameters

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from tiny import ROOT
 
 from engine import checkpoint as module
 from engine.checkpoint import (

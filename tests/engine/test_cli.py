@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import yaml
-from conftest import FIXTURES, ROOT, make_data
+from tiny import FIXTURES, ROOT, make_data
 
 from config import get_config
 from engine.cli import main

@@ -4,7 +4,7 @@ import json
 import logging
 
 import pytest
-from conftest import flags
+from tiny import flags
 
 from config import get_config, update_config
 from engine.run_log import RunLog, check_run_folder

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from config import get_config
 from replknet import build_replknet
@@ -31,10 +32,10 @@ def config_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("configs")
 
     def write(name: str, **keys) -> Path:
-        text = {"tiny31": TINY31, "tinyxl": TINYXL}[name]
-        text += "".join(f"\n  {key}: {value}" for key, value in keys.items())
+        tree = yaml.safe_load({"tiny31": TINY31, "tinyxl": TINYXL}[name])
+        tree["MODEL"].update(keys)
         path = folder / f"{name}{len(list(folder.iterdir()))}.yaml"
-        path.write_text(text)
+        path.write_text(yaml.safe_dump(tree))
         return path
 
     return write

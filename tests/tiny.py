@@ -1,0 +1,55 @@
+"""What many tests share: paths, a tiny configuration, tiny data sets in list files.
+
+Not in conftest.py, for there are several of that name, and forked processes import by name.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+FIXTURES = ROOT / "tests" / "fixtures"
+
+TINY = """
+DATA:
+  BATCH_SIZE: 8
+  IMAGE_SIZE: 32
+  CROP_PCT: 1.0
+  NUM_WORKERS: 0
+MODEL:
+  NAME: tiny
+  NUM_CLASSES: 4
+  DROPPATH: 0.1
+  LARGE_KERNEL_SIZES: [7, 7, 5, 5]
+  LAYERS: [1, 1, 1, 1]
+  CHANNELS: [4, 6, 8, 10]
+TRAIN:
+  NUM_EPOCHS: 4
+  WARMUP_EPOCHS: 1
+  ACCUM_ITER: 2
+  MODEL_EMA_DECAY: 0.9
+SAVE_FREQ: 2
+"""
+
+
+def make_data(folder: Path, *, train: int, val: int, classes: int = 4) -> None:
+    """Write a data set in list files: one folder a class, JPEGs of assorted sizes."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        lines = []
+        for i in range(count):
+            label = i % classes
+            path = f"{split}/class {label}/{i:04d}.jpg"
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            size = (int(rng.integers(30, 60)), int(rng.integers(30, 60)), 3)
+            pixels = rng.integers(0, 80, size) + 50 * label
+            Image.fromarray(pixels.astype("uint8")).save(folder / path)
+            lines.append(f"{path} {label}\n")
+        (folder / f"{split}_list.txt").write_text("".join(lines))
+
+
+def flags(**values) -> argparse.Namespace:
+    """What the command line parser would give for these flags."""
+    return argparse.Namespace(**values)
