@@ -284,7 +284,7 @@ class Loader:
             num_workers=workers,
             persistent_workers=workers > 0,
             use_shared_memory=False,
-            worker_init_fn=_set_up_worker,
+            worker_init_fn=functools.partial(_set_up_worker, os.getpid()),
         )
 
     def __len__(self) -> int:
@@ -327,7 +327,7 @@ def _collate(samples: list) -> list[np.ndarray]:
 PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
 
 
-def _set_up_worker(_worker_id: int) -> None:
+def _set_up_worker(parent: int, _worker_id: int) -> None:
     """Let a worker live just as long as its parent.
 
     Ctrl-C and Paddle's launcher signal the whole group of a training process, which then needs its
@@ -336,6 +336,8 @@ def _set_up_worker(_worker_id: int) -> None:
     os.setpgid(0, 0)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was killed before the kernel was told
+        os._exit(1)
 
 
 def get_dataloader(
