@@ -206,6 +206,7 @@ class Training:
         config, log = self.config, self.log
         log.open(config.SAVE, config, resume=config.MODEL.RESUME)
         log.forget_metrics_after(self.progress.epoch)
+        distributed.sum_over_ranks([0])  # until all have read, nothing may be moved
         if distributed.rank() == 0:
             set_aside_later(config.SAVE, self.progress)
             best = os.path.join(config.SAVE, FOLDER, self.progress.best_checkpoint)
