@@ -9,20 +9,37 @@ name: neither the number of workers nor a restart changes what the network sees.
 """
 
 import functools
+import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import paddle
-from PIL import Image
 
 from errors import InputError
-from transforms import build_eval_transform, build_train_transform
+from transforms import build_eval_transform, build_finish, build_train_transform
+from transforms.finish import FinishBatch
+from transforms.image import open_image
 
 LAYOUT = ('-data_path takes a folder with train_list.txt and val_list.txt, whose lines are the path of '
           'an image below that folder, a space and the number of its class, e.g. '
           '"train/n01440764/n01440764_10026.JPEG 0"')
 LIST_FILES = {True: 'train_list.txt', False: 'val_list.txt'}
+CLASS_NAMES_FILE = 'class_names.txt'
+IMAGENET_NAMES = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configs',
+                              'imagenet1k_class_names.txt')
+
+# How many images after an unreadable one are tried in its place.
+MAX_REPLACEMENTS = 10
+
+SHARED_MEMORY = '/dev/shm'
+# Batches that a worker holds ready: Paddle's default. The shared memory must have room for them.
+PREFETCH_FACTOR = 2
+
+logger = logging.getLogger(__name__)
 
 
 class ListDataset(paddle.io.Dataset):
@@ -34,6 +51,7 @@ class ListDataset(paddle.io.Dataset):
         transform: (PIL image, random generator) -> float32 array (3, H, W).
         num_classes: labels must be in [0, num_classes).
         seed: of the random generators.
+        allow_outside: let images lie anywhere else, after all.
 
     Raises:
         FileNotFoundError: no such folder or list.
@@ -41,7 +59,7 @@ class ListDataset(paddle.io.Dataset):
     """
 
     def __init__(self, list_file: str, root: str, transform: Callable, *, num_classes: int,
-                 seed: int = 0):
+                 seed: int = 0, allow_outside: bool = False):
         super().__init__()
         if not os.path.isdir(root):
             raise FileNotFoundError(f'no data folder {root}; {LAYOUT}')
@@ -51,9 +69,11 @@ class ListDataset(paddle.io.Dataset):
         self.root = root
         self.transform = transform
         self.seed = seed
+        self.allow_outside = allow_outside
         # Bytes and arrays rather than lists of str: reading a list's items writes to their
         # reference counts, and that copies the whole list into every worker process.
-        self._paths, self._ends, self._lines, self.labels = read_list(list_file, num_classes)
+        self._paths, self._ends, self._lines, self.labels = read_list(
+            list_file, num_classes, allow_outside=allow_outside)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -65,26 +85,42 @@ class ListDataset(paddle.io.Dataset):
 
     def __getitem__(self, sample: tuple[int, int]) -> tuple[np.ndarray, np.int64]:
         """The image (3, H, W) and label of sample (epoch, index)."""
-        epoch, index = sample
+        return self.read(*sample, self.transform), self.labels[sample[1]]
+
+    def read(self, epoch: int, index: int, transform: Callable):
+        """What `transform` makes of image `index`.
+
+        Raises:
+            SampleError: it cannot be read.
+        """
         path = self.path(index)
         try:
-            with Image.open(self._resolve(path)) as image:
-                pixels = self.transform(image, np.random.default_rng((self.seed, epoch, index)))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            # Pillow's errors for broken files; SyntaxError is what its PNG reader raises.
-            reason = 'no such file' if isinstance(error, FileNotFoundError) else str(error)
+            with open_image(self.resolve(path)) as image:
+                return transform(image, np.random.default_rng((self.seed, epoch, index)))
+        except (OSError, InputError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise SampleError(f'{self.list_file}, line {self._lines[index]}: cannot read image '
-                              f'{path}: {reason}') from None
-        return pixels, self.labels[index]
+                              f'{_printable(path)}: {_printable(str(reason))}') from None
 
-    def _resolve(self, path: str) -> str:
-        """The absolute path of an image, which must not lie outside the data folder."""
+    def resolve(self, path: str) -> str:
+        """The absolute path of an image.
+
+        Raises:
+            InputError: it leads out of the data folder, which `allow_outside` does not allow.
+        """
+        if self.allow_outside:
+            return os.path.join(self.root, path)
         folder, name = os.path.split(path)
         full = os.path.join(_real_folder(self.root, folder), name)
         if os.path.islink(full):
             full = os.path.realpath(full)
             _check_inside(full, self.root)
         return full
+
+
+def _printable(text: str) -> str:
+    """`text` on one line, whatever bytes a file's name was made of."""
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 class SampleError(InputError):
@@ -108,38 +144,63 @@ def _real_folder(root: str, folder: str) -> str:
 def _check_inside(real: str, root: str) -> None:
     real_root = os.path.realpath(root)
     if os.path.commonpath([real, real_root]) != real_root:
-        raise ValueError(f'it leads to {real}, outside the data folder')
+        raise InputError(f'it leads to {_printable(real)}, outside the data folder; '
+                         'DATA.ALLOW_OUTSIDE True allows that')
 
 
-def read_list(list_file: str, num_classes: int):
-    """Parse a list file.
+class Line(NamedTuple):
+    """A line of a list file; blank lines are none.
+
+    number: counted from 1, blank lines included.
+    path: relative to the data folder.
+    problem: why the line cannot be used, or None.
+    """
+
+    number: int
+    path: bytes
+    label: int
+    problem: str | None
+
+
+def parse_list(list_file: str, num_classes: int | None, *,
+               allow_outside: bool = False) -> Iterator[Line]:
+    """The lines of a list file, good and bad.
+
+    Args:
+        num_classes: labels must be below; None: they need not.
+        allow_outside: accept paths that are absolute or hold `..`.
+    """
+    with open(list_file, 'rb') as file:
+        for number, line in enumerate(file, start=1):
+            if number == 1:
+                line = line.removeprefix(b'\xef\xbb\xbf')
+            if line.strip():
+                yield Line(number, *_parse_line(line, num_classes, allow_outside))
+
+
+def read_list(list_file: str, num_classes: int, *, allow_outside: bool = False):
+    """Read a list file of which every line must be good.
 
     Returns:
-        All paths as one bytes object, the end of each path in it, the line number of each image
-        (counted from 1; blank lines count), and the labels: int64 arrays (number of images,).
+        All paths as one bytes object, the end of each path in it, the line number of each image,
+        and the labels: int64 arrays (number of images,).
 
     Raises:
         InputError: the first lines that cannot be right, up to ten, with their numbers.
     """
     paths, ends, lines, labels, problems = [], [], [], [], []
     end = 0
-    with open(list_file, 'rb') as file:
-        for number, line in enumerate(file, start=1):
-            if number == 1:
-                line = line.removeprefix(b'\xef\xbb\xbf')
-            if not line.strip():
-                continue
-            path, label, problem = _parse_line(line, num_classes)
-            if problem:
-                problems.append(f'{list_file}, line {number}: {problem}')
-                if len(problems) == 10:
-                    break
-                continue
-            paths.append(path)
-            end += len(path)
-            ends.append(end)
-            lines.append(number)
-            labels.append(label)
+    for line in parse_list(list_file, num_classes, allow_outside=allow_outside):
+        if line.problem:
+            problems.append(f'{list_file}, line {line.number}: {line.problem}')
+            if len(problems) == 10:
+                break
+            continue
+        paths.append(line.path)
+        end += len(line.path)
+        ends.append(end)
+        lines.append(line.number)
+        labels.append(line.label)
     if problems:
         raise InputError('\n'.join(problems))
     if not paths:
@@ -148,22 +209,26 @@ def read_list(list_file: str, num_classes: int):
             np.array(labels, dtype='int64'))
 
 
-def _parse_line(line: bytes, num_classes: int) -> tuple[bytes, int, str | None]:
+def _parse_line(line: bytes, num_classes: int | None,
+                allow_outside: bool) -> tuple[bytes, int, str | None]:
     """Path, label, and what is wrong with the line, if anything."""
-    shown = line.decode('utf-8', 'replace').strip()[:200]
+    shown = _printable(line.decode('utf-8', 'replace').strip()[:200])
     parts = line.strip().rsplit(None, 1)
     if len(parts) < 2:
-        return b'', 0, f'expected a path and a label, got {shown!r}'
+        return b'', 0, f"expected a path and a label, got '{shown}'"
     path, text = parts
-    try:
-        label = int(text)
-    except ValueError:
-        return b'', 0, f'no label after the path: {shown!r} ends with {text.decode("utf-8", "replace")!r}'
-    if not 0 <= label < num_classes:
-        return b'', 0, (f'label {label} is outside [0, {num_classes}); '
-                        'MODEL.NUM_CLASSES sets the number of classes')
-    if b'\0' in path or path.startswith(b'/') or b'..' in path.split(b'/'):
-        return b'', 0, f'path {shown!r} must be relative and stay inside the data folder'
+    # Python's own int() would also take 1_000 and digits of other scripts.
+    if not text.removeprefix(b'-').isdigit() or len(text) > 18:
+        return path, 0, f"no label after the path: '{shown}'"
+    label = int(text)
+    if label < 0 or (num_classes is not None and label >= num_classes):
+        return path, label, (f'label {label} is outside [0, {num_classes}); '
+                             'MODEL.NUM_CLASSES sets the number of classes')
+    if b'\0' in path:
+        return path, label, f"a path cannot hold a NUL byte: '{shown}'"
+    if not allow_outside and (path.startswith(b'/') or b'..' in path.split(b'/')):
+        return path, label, (f"path '{shown}' must be relative and stay inside the data folder; "
+                             'DATA.ALLOW_OUTSIDE True allows others')
     return path, label, None
 
 
@@ -216,28 +281,131 @@ class EvalBatches(paddle.io.Sampler):
             yield [(0, index) for index in self.indices[start:start + self.batch_size]]
 
 
+@dataclass(frozen=True)
+class Notes:
+    """What comes with a batch and stays on the host.
+
+    Attributes:
+        erasures: for `FinishBatch`.
+        unreadable: indices of the images that others took the place of.
+    """
+
+    erasures: list[tuple]
+    unreadable: list[int]
+
+
+class Loader:
+    """The batches of one rank, read by worker processes and finished on this process's device.
+
+    Iterating gives (images (N, 3, H, W) float32, labels (N,) int64) for what `batch_sampler`
+    names; the workers stay for the next time.
+
+    Args:
+        dataset: where the images come from.
+        batch_sampler: `TrainBatches` or `EvalBatches`.
+        workers: processes; 0: read in this one.
+        finish: last steps of the pipeline, on the device; None: the workers do them.
+        max_bad_images: how many different unreadable images to replace by the next readable one
+            of the list, each with a warning, before the run stops; None: to stop at the first.
+
+    Raises (while iterating):
+        SampleError: an image cannot be read and none may take its place.
+    """
+
+    def __init__(self, dataset: ListDataset, batch_sampler: paddle.io.Sampler, *, workers: int,
+                 finish: FinishBatch | None, max_bad_images: int | None):
+        self.dataset = dataset
+        self.batch_sampler = batch_sampler
+        self.finish = finish
+        self.max_bad_images = max_bad_images
+        self.bad_images: set[int] = set()
+        samples = _Samples(dataset, unfinished=finish is not None,
+                           replace=max_bad_images is not None)
+        self._loader = paddle.io.DataLoader(
+            samples, batch_sampler=batch_sampler, collate_fn=samples.collate, num_workers=workers,
+            prefetch_factor=PREFETCH_FACTOR, persistent_workers=workers > 0)
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[tuple[paddle.Tensor, paddle.Tensor]]:
+        for images, labels, notes in self._loader:
+            for index in notes.unreadable:
+                self._note_bad_image(index)
+            if self.finish is not None:
+                images = self.finish(images, notes.erasures)
+            yield images, labels
+
+    def _note_bad_image(self, index: int) -> None:
+        if index in self.bad_images:
+            return
+        self.bad_images.add(index)
+        try:  # again, for what is wrong with it
+            self.dataset.read(0, index, self.dataset.transform)
+            message = f'image {self.dataset.path(index)} could not be read, and now it can'
+        except SampleError as error:
+            message = str(error)
+        if len(self.bad_images) > self.max_bad_images:
+            raise SampleError(f'{message}. That is unreadable image {len(self.bad_images)}; '
+                              f'DATA.MAX_BAD_IMAGES allows {self.max_bad_images}')
+        logger.warning('%s; another image takes its place (%d of DATA.MAX_BAD_IMAGES %d)', message,
+                       len(self.bad_images), self.max_bad_images)
+
+
+class _Samples(paddle.io.Dataset):
+    """What a loader's workers read, and how they make a batch of it."""
+
+    def __init__(self, dataset: ListDataset, *, unfinished: bool, replace: bool):
+        super().__init__()
+        self.dataset = dataset
+        self.transform = dataset.transform.unfinished if unfinished else dataset.transform
+        self.unfinished = unfinished
+        self.replace = replace
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, sample: tuple[int, int]) -> tuple:
+        """The transformed image, its label, and its index if another had to take its place."""
+        epoch, index = sample
+        candidates = [(index + i) % len(self) for i in range(MAX_REPLACEMENTS + 1)]
+        for candidate in candidates if self.replace else candidates[:1]:
+            try:
+                image = self.dataset.read(epoch, candidate, self.transform)
+            except SampleError as error:
+                last_error = error
+            else:
+                return image, self.dataset.labels[candidate], index if candidate != index else None
+        raise last_error
+
+    def collate(self, samples: list[tuple]) -> list:
+        """The arrays of a batch, which go through shared memory, and `Notes`, which need not."""
+        images, labels, unreadable = zip(*samples)
+        erasures = []
+        if self.unfinished:
+            erasures = [(i, image.boxes, image.seed) for i, image in enumerate(images)
+                        if image.boxes]
+            images = [image.pixels for image in images]
+        notes = Notes(erasures, [index for index in unreadable if index is not None])
+        return [np.stack(images), np.array(labels, 'int64'), notes]
+
+
 def get_dataset(config, is_train: bool) -> ListDataset:
     """The training or the validation set that `config` names."""
-    if is_train:
-        transform = build_train_transform(config)
-    else:
-        evaluate = build_eval_transform(config)
-
-        def transform(image, _):
-            return evaluate(image)
+    transform = build_train_transform(config) if is_train else build_eval_transform(config)
     root = config.DATA.DATA_PATH
     return ListDataset(os.path.join(root, LIST_FILES[is_train]), root, transform,
-                       num_classes=config.MODEL.NUM_CLASSES, seed=config.SEED)
+                       num_classes=config.MODEL.NUM_CLASSES, seed=config.SEED,
+                       allow_outside=config.DATA.ALLOW_OUTSIDE)
 
 
 def get_dataloader(config, dataset: ListDataset, is_train: bool, *, rank: int = 0,
-                   world_size: int = 1) -> paddle.io.DataLoader:
+                   world_size: int = 1) -> Loader:
     """Batches (images (N, 3, H, W) float32, labels (N,) int64) of one rank.
 
-    The loader's `batch_sampler` is a `TrainBatches` or an `EvalBatches`.
-
     Raises:
-        InputError: fewer training images than one batch of all ranks.
+        InputError: fewer training images than one batch of all ranks, or less shared memory than
+            the workers' batches need.
     """
     if is_train:
         batches = TrainBatches(len(dataset), config.DATA.BATCH_SIZE, rank=rank,
@@ -251,5 +419,70 @@ def get_dataloader(config, dataset: ListDataset, is_train: bool, *, rank: int = 
         batches = EvalBatches(len(dataset), config.DATA.BATCH_SIZE_EVAL or config.DATA.BATCH_SIZE,
                               rank=rank, world_size=world_size)
     workers = config.DATA.NUM_WORKERS
-    return paddle.io.DataLoader(dataset, batch_sampler=batches, num_workers=workers,
-                                persistent_workers=workers > 0)
+    finish = None
+    if config.DATA.FINISH_ON_DEVICE and hasattr(dataset.transform, 'unfinished'):
+        finish = build_finish(config)
+    if workers:
+        value_bytes = 4 if finish is None else 1
+        image_bytes = 3 * config.DATA.IMAGE_SIZE ** 2 * value_bytes
+        check_shared_memory(batch_bytes=batches.batch_size * image_bytes, workers=workers,
+                            processes=int(os.environ.get('PADDLE_LOCAL_SIZE', world_size)))
+    return Loader(dataset, batches, workers=workers, finish=finish,
+                  max_bad_images=config.DATA.MAX_BAD_IMAGES if is_train else None)
+
+
+def check_shared_memory(*, batch_bytes: int, workers: int, processes: int) -> None:
+    """Find out before training whether the batches on their way fit into the shared memory.
+
+    Workers that find it full die of a bus error, in the middle of an epoch.
+
+    Args:
+        workers: of each process.
+        processes: of the run, on this machine.
+
+    Raises:
+        InputError: they do not fit.
+    """
+    if not os.path.isdir(SHARED_MEMORY):
+        return
+    # What each worker has ready, and the two that the network has and is given next.
+    needed = processes * (workers * PREFETCH_FACTOR + 2) * batch_bytes
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        raise InputError(
+            f'{processes} process(es) with {workers} loader workers each need {needed / 1e9:.2f} '
+            f'GB of shared memory for their batches, and {SHARED_MEMORY} has {free / 1e9:.2f} GB '
+            'free: lower DATA.NUM_WORKERS or -batch_size, or give the machine more (docker run '
+            f'--shm-size={-(-needed // 10 ** 9) + 1}g)')
+
+
+def get_class_names(config) -> list[str] | None:
+    """The names of the classes: DATA.CLASS_NAMES, or class_names.txt beside the lists, or, where
+    there are 1000 classes, those of ImageNet-1K; None where nothing names them.
+
+    Raises:
+        FileNotFoundError: no file DATA.CLASS_NAMES.
+        InputError: a file that does not have one name per class.
+    """
+    beside = os.path.join(config.DATA.DATA_PATH, CLASS_NAMES_FILE)
+    path = config.DATA.CLASS_NAMES
+    if path is None and os.path.isfile(beside):
+        path = beside
+    if path is None and config.MODEL.NUM_CLASSES == 1000:
+        path = IMAGENET_NAMES
+    return None if path is None else read_class_names(path, config.MODEL.NUM_CLASSES)
+
+
+def read_class_names(path: str, num_classes: int) -> list[str]:
+    """The lines of a text file, one name each."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f'no file of class names {path}')
+    try:
+        with open(path, encoding='utf-8-sig') as file:
+            names = [line.strip() for line in file.read().splitlines()]
+    except UnicodeDecodeError as error:
+        raise InputError(f'{path} is not UTF-8 text: {error}') from None
+    if len(names) != num_classes or not all(names):
+        raise InputError(f'{path} has {len(names)} lines, {names.count("")} of them empty; '
+                         f'allowed: one name for each of the {num_classes} classes (MODEL.NUM_CLASSES)')
+    return names

@@ -10,6 +10,47 @@ from PIL import Image
 from errors import InputError
 
 
+# What data sets hold. Pillow reads many more, some of them by starting other programs (EPS).
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+# Pillow's own threshold for a warning: 270 MB as RGB. ImageNet's largest have 60 million.
+MAX_PIXELS = 89_478_485
+
+
+def open_image(path: str) -> Image.Image:
+    """Open an image file, as a context manager; its pixels are not decoded yet.
+
+    Raises:
+        OSError: there is none, or it cannot be read.
+        InputError: no image of `FORMATS`, a damaged one, or one of more than `MAX_PIXELS`.
+    """
+    try:
+        image = Image.open(path, formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        raise InputError(f"no image in a known format ({', '.join(FORMATS)})") from None
+    except OSError:
+        raise
+    except Exception as error:  # damaged files make Pillow's readers raise almost anything
+        raise InputError(f"damaged: {error or type(error).__name__}") from None
+    if image.width * image.height > MAX_PIXELS:
+        size = f"{image.width} x {image.height}"
+        image.close()
+        raise InputError(f"{size} pixels, more than the {MAX_PIXELS:,} allowed")
+    return image
+
+
+def load(image: Image.Image) -> None:
+    """Decode an opened image.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        image.load()
+    except Exception as error:  # damaged files make Pillow's decoders raise almost anything
+        raise InputError(f"damaged: {error or type(error).__name__}") from None
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return `image` in mode RGB; an RGB image is returned as it is, not copied.
 
@@ -21,17 +62,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
         InputError: a mode with more than 8 bits per channel, or one that Pillow does not
             convert to RGB.
     """
-    if image.mode == 'RGB':
+    if image.mode == "RGB":
         return image
     # Pillow would clip these at 255, which turns an ordinary 16-bit photograph white.
-    if image.mode in ('I', 'F') or image.mode.startswith('I;16'):
-        raise InputError(f'image mode {image.mode!r} has more than 8 bits per channel; '
-                         'scale it to 8 bits first')
-    image.load()  # outside of the try: a damaged file must not be reported as a wrong mode
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        raise InputError(
+            f"image mode {image.mode!r} has more than 8 bits per channel; scale it to 8 bits first"
+        )
+    load(image)
     try:
-        return image.convert('RGB')
+        return image.convert("RGB")
     except ValueError as error:
-        raise InputError(f'image mode {image.mode!r} cannot be converted to RGB') from error
+        raise InputError(f"image mode {image.mode!r} cannot be converted to RGB") from error
 
 
 def normalize(pixels: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
