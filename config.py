@@ -127,8 +127,8 @@ _KEYS: dict[str, tuple[Any, Rule]] = {
     # absolute paths, through links
     'DATA.NATIVE_PIXELS': (True, boolean()),  # (+) resize and augment in compiled code, which gives
     # the same bits as Pillow; without a C++ compiler Pillow does it anyway
-    'DATA.REDUCED_DECODE': (True, boolean()),  # (+) in training, decode large crops of a JPEG at 1/2,
-    # 1/4 or 1/8 scale: within 2 grey levels on average
+    'DATA.REDUCED_DECODE': (True, boolean()),  # (+) in training, decode large crops of JPEGs at
+    # 1/2, 1/4 or 1/8 scale: within 2 grey levels on average
     'DATA.FINISH_ON_DEVICE': (True, boolean()),  # (+) move 8-bit batches, normalize and erase there
     'DATA.IMAGENET_MEAN': ([0.485, 0.456, 0.406], several(number(0, 1), 3)),  # RGB in [0, 1]
     'DATA.IMAGENET_STD': ([0.229, 0.224, 0.225], several(number(1e-6, 1), 3)),  # RGB in [0, 1]

@@ -12,6 +12,8 @@ import functools
 import logging
 import os
 import shutil
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -98,7 +100,9 @@ class ListDataset(paddle.io.Dataset):
             with open_image(self.resolve(path)) as image:
                 return transform(image, np.random.default_rng((self.seed, epoch, index)))
         except (OSError, InputError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            reason = error
+            if isinstance(error, OSError) and error.strerror:
+                reason = error.strerror.lower()  # without the path, which is named already
             raise SampleError(f'{self.list_file}, line {self._lines[index]}: cannot read image '
                               f'{_printable(path)}: {_printable(str(reason))}') from None
 
@@ -124,14 +128,7 @@ def _printable(text: str) -> str:
 
 
 class SampleError(InputError):
-    """An image that cannot be read.
-
-    A loader raises it anew with the worker's traceback as its text: only the last line, the
-    message itself, is kept.
-    """
-
-    def __init__(self, message: str):
-        super().__init__(message.strip().splitlines()[-1].removeprefix('datasets.SampleError: '))
+    """An image that cannot be read; the message has the list, the line and the path."""
 
 
 @functools.lru_cache(maxsize=65536)  # ImageNet-22K has 21,841 folders
@@ -217,12 +214,13 @@ def _parse_line(line: bytes, num_classes: int | None,
     if len(parts) < 2:
         return b'', 0, f"expected a path and a label, got '{shown}'"
     path, text = parts
-    # Python's own int() would also take 1_000 and digits of other scripts.
-    if not text.removeprefix(b'-').isdigit() or len(text) > 18:
-        return path, 0, f"no label after the path: '{shown}'"
-    label = int(text)
+    # int() alone would also take 1_000, and digits of other scripts.
+    if not text.removeprefix(b'-').isdigit():
+        return path, 0, (f"no label after the path: '{shown}' ends with "
+                         f"'{_printable(text.decode('utf-8', 'replace'))}'")
+    label = int(text) if len(text) < 18 else sys.maxsize
     if label < 0 or (num_classes is not None and label >= num_classes):
-        return path, label, (f'label {label} is outside [0, {num_classes}); '
+        return path, label, (f'label {text[:20].decode()} is outside [0, {num_classes}); '
                              'MODEL.NUM_CLASSES sets the number of classes')
     if b'\0' in path:
         return path, label, f"a path cannot hold a NUL byte: '{shown}'"
@@ -287,11 +285,14 @@ class Notes:
 
     Attributes:
         erasures: for `FinishBatch`.
-        unreadable: indices of the images that others took the place of.
+        unreadable: index of each image that another took the place of, and what is wrong with it.
+        failure: why there is no batch. A worker that raised an exception would make Paddle's
+            loader hang, or raise another one.
     """
 
-    erasures: list[tuple]
-    unreadable: list[int]
+    erasures: list[tuple] = ()
+    unreadable: list[tuple[int, str]] = ()
+    failure: Exception | None = None
 
 
 class Loader:
@@ -330,26 +331,24 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[paddle.Tensor, paddle.Tensor]]:
         for images, labels, notes in self._loader:
-            for index in notes.unreadable:
-                self._note_bad_image(index)
+            if notes.failure is not None:
+                raise notes.failure
+            for index, message in notes.unreadable:
+                self._count_bad_image(index, message)
             if self.finish is not None:
                 images = self.finish(images, notes.erasures)
             yield images, labels
 
-    def _note_bad_image(self, index: int) -> None:
+    def _count_bad_image(self, index: int, message: str) -> None:
         if index in self.bad_images:
             return
         self.bad_images.add(index)
-        try:  # again, for what is wrong with it
-            self.dataset.read(0, index, self.dataset.transform)
-            message = f'image {self.dataset.path(index)} could not be read, and now it can'
-        except SampleError as error:
-            message = str(error)
-        if len(self.bad_images) > self.max_bad_images:
-            raise SampleError(f'{message}. That is unreadable image {len(self.bad_images)}; '
-                              f'DATA.MAX_BAD_IMAGES allows {self.max_bad_images}')
-        logger.warning('%s; another image takes its place (%d of DATA.MAX_BAD_IMAGES %d)', message,
-                       len(self.bad_images), self.max_bad_images)
+        count, limit = len(self.bad_images), self.max_bad_images
+        if count > limit:
+            raise SampleError(f'{message}. This is unreadable image number {count}; '
+                              f'DATA.MAX_BAD_IMAGES allows {limit}')
+        logger.warning('%s; another image takes its place (%d of DATA.MAX_BAD_IMAGES %d)',
+                       message, count, limit)
 
 
 class _Samples(paddle.io.Dataset):
@@ -360,33 +359,39 @@ class _Samples(paddle.io.Dataset):
         self.dataset = dataset
         self.transform = dataset.transform.unfinished if unfinished else dataset.transform
         self.unfinished = unfinished
-        self.replace = replace
+        self.candidates = 1 + MAX_REPLACEMENTS if replace else 1
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, sample: tuple[int, int]) -> tuple:
-        """The transformed image, its label, and its index if another had to take its place."""
+    def __getitem__(self, sample: tuple[int, int]):
+        """(image, label, what to say of the image it stands for, if any), or an exception."""
         epoch, index = sample
-        candidates = [(index + i) % len(self) for i in range(MAX_REPLACEMENTS + 1)]
-        for candidate in candidates if self.replace else candidates[:1]:
-            try:
-                image = self.dataset.read(epoch, candidate, self.transform)
-            except SampleError as error:
-                last_error = error
-            else:
-                return image, self.dataset.labels[candidate], index if candidate != index else None
-        raise last_error
+        problem = None
+        try:
+            for candidate in range(index, index + self.candidates):
+                candidate %= len(self)
+                try:
+                    image = self.dataset.read(epoch, candidate, self.transform)
+                    return image, self.dataset.labels[candidate], problem
+                except SampleError as error:
+                    problem = problem or (index, str(error))
+            return SampleError(problem[1])
+        except Exception:  # a defect, which must not hang the loader either
+            return RuntimeError(f'in a loader worker: {traceback.format_exc()}')
 
-    def collate(self, samples: list[tuple]) -> list:
+    def collate(self, samples: list) -> list:
         """The arrays of a batch, which go through shared memory, and `Notes`, which need not."""
-        images, labels, unreadable = zip(*samples)
+        for sample in samples:
+            if isinstance(sample, Exception):
+                return [np.zeros(1), np.zeros(1), Notes(failure=sample)]
+        images, labels, problems = zip(*samples)
         erasures = []
         if self.unfinished:
             erasures = [(i, image.boxes, image.seed) for i, image in enumerate(images)
                         if image.boxes]
             images = [image.pixels for image in images]
-        notes = Notes(erasures, [index for index in unreadable if index is not None])
+        notes = Notes(erasures, [problem for problem in problems if problem is not None])
         return [np.stack(images), np.array(labels, 'int64'), notes]
 
 
@@ -484,5 +489,5 @@ def read_class_names(path: str, num_classes: int) -> list[str]:
         raise InputError(f'{path} is not UTF-8 text: {error}') from None
     if len(names) != num_classes or not all(names):
         raise InputError(f'{path} has {len(names)} lines, {names.count("")} of them empty; '
-                         f'allowed: one name for each of the {num_classes} classes (MODEL.NUM_CLASSES)')
+                         f'allowed: one name for each of the {num_classes} classes')
     return names

@@ -19,7 +19,7 @@ from PIL import Image
 from errors import InputError
 from transforms.finish import Unfinished
 from transforms.image import load, normalize, to_rgb
-from transforms.pixels import Pixels
+from transforms.pixels import Pixels, get_pixels
 
 MODES = ("short_crop", "warp")
 
@@ -50,7 +50,7 @@ class EvalTransform:
             without effect in `warp`.
         mode: one of `MODES`.
         mean, std: three each, per RGB channel, in units of the [0, 1] scale.
-        pixels: the elementary operations, of `get_pixels`.
+        pixels: the elementary operations; None: the compiled ones, where possible.
 
     Raises:
         InputError: an argument outside its legal values.
@@ -64,7 +64,7 @@ class EvalTransform:
         mode: str,
         mean: Sequence[float],
         std: Sequence[float],
-        pixels: Pixels,
+        pixels: Pixels | None = None,
     ):
         if mode not in MODES:
             raise InputError(f"resize mode {mode!r}: must be one of {', '.join(MODES)}")
@@ -77,7 +77,7 @@ class EvalTransform:
         self.short_side = math.floor(image_size / crop_pct) if mode == "short_crop" else None
         self.mean = np.asarray(mean, np.float32)
         self.std = np.asarray(std, np.float32)
-        self.px = pixels
+        self.px = pixels or get_pixels(True)
 
     def __call__(self, image: Image.Image, _rng: object = None) -> np.ndarray:
         """Any Pillow image -> (3, image_size, image_size) float32, normalized."""

@@ -9,7 +9,6 @@ from PIL import Image
 
 from errors import InputError
 
-
 # What data sets hold. Pillow reads many more, some of them by starting other programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
@@ -27,7 +26,7 @@ def open_image(path: str) -> Image.Image:
     try:
         image = Image.open(path, formats=FORMATS)
     except Image.UnidentifiedImageError:
-        raise InputError(f"no image in a known format ({', '.join(FORMATS)})") from None
+        raise InputError(f"cannot identify it as any of {', '.join(FORMATS)}") from None
     except OSError:
         raise
     except Exception as error:  # damaged files make Pillow's readers raise almost anything
@@ -35,7 +34,7 @@ def open_image(path: str) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         size = f"{image.width} x {image.height}"
         image.close()
-        raise InputError(f"{size} pixels, more than the {MAX_PIXELS:,} allowed")
+        raise InputError(f"{size} pixels may be a decompression bomb; allowed: {MAX_PIXELS:,}")
     return image
 
 

@@ -262,8 +262,8 @@ def get_pixels(native: bool) -> Pixels:
         reason = getattr(error, "stderr", None) or error
         logger.warning(
             "no compiled image operations, so Pillow does them: the same pixels at a third to "
-            "half the speed. CXX names a C++ compiler; DATA.NATIVE_PIXELS False avoids this message. "
-            "The reason: %s",
+            "half the speed. CXX names a C++ compiler; DATA.NATIVE_PIXELS False avoids this "
+            "message. The reason: %s",
             str(reason).strip()[:1000],
         )
         return PillowPixels()

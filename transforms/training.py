@@ -16,7 +16,7 @@ from transforms.augment import brightness, color, contrast
 from transforms.erasing import RandomErasing
 from transforms.finish import Unfinished
 from transforms.image import load, normalize, to_rgb
-from transforms.pixels import Pixels
+from transforms.pixels import Pixels, get_pixels
 
 MAX_TRIES = 10  # draws of a crop that fits before falling back to the centre
 REDUCED_MARGIN = 1.5  # pixels of a reduced crop over pixels wanted, on either side
@@ -84,7 +84,7 @@ class TrainTransform:
             of the same shape; or None.
         erasing: applied last, to the normalized image; or None.
         mean, std: three each, per RGB channel, in units of the [0, 1] scale.
-        pixels: the elementary operations, of `get_pixels`.
+        pixels: the elementary operations; None: the compiled ones, where possible.
         reduced_decode: decode a JPEG at a half, a quarter or an eighth of its size where the crop
             still has `REDUCED_MARGIN` times the pixels wanted, on either side.
 
@@ -103,7 +103,7 @@ class TrainTransform:
         erasing: RandomErasing | None,
         mean: Sequence[float],
         std: Sequence[float],
-        pixels: Pixels,
+        pixels: Pixels | None = None,
         reduced_decode: bool = False,
     ):
         if image_size < 1:
@@ -122,7 +122,7 @@ class TrainTransform:
         self.erasing = erasing
         self.mean = np.asarray(mean, np.float32)
         self.std = np.asarray(std, np.float32)
-        self.px = pixels
+        self.px = pixels or get_pixels(True)
         self.reduced_decode = reduced_decode
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
