@@ -97,7 +97,8 @@ class ListDataset(paddle.io.Dataset):
         """
         path = self.path(index)
         try:
-            with open_image(self.resolve(path)) as image:
+            full = resolve(self.root, path, allow_outside=self.allow_outside)
+            with open_image(full) as image:
                 return transform(image, np.random.default_rng((self.seed, epoch, index)))
         except (OSError, InputError) as error:
             reason = error
@@ -106,20 +107,21 @@ class ListDataset(paddle.io.Dataset):
             raise SampleError(f'{self.list_file}, line {self._lines[index]}: cannot read image '
                               f'{_printable(path)}: {_printable(str(reason))}') from None
 
-    def resolve(self, path: str) -> str:
-        """The absolute path of an image.
 
-        Raises:
-            InputError: it leads out of the data folder, which `allow_outside` does not allow.
-        """
-        if self.allow_outside:
-            return os.path.join(self.root, path)
-        folder, name = os.path.split(path)
-        full = os.path.join(_real_folder(self.root, folder), name)
-        if os.path.islink(full):
-            full = os.path.realpath(full)
-            _check_inside(full, self.root)
-        return full
+def resolve(root: str, path: str, *, allow_outside: bool) -> str:
+    """Where the image `path` of the data folder `root` lies.
+
+    Raises:
+        InputError: it leads out of the data folder, which `allow_outside` does not allow.
+    """
+    if allow_outside:
+        return os.path.join(root, path)
+    folder, name = os.path.split(path)
+    full = os.path.join(_real_folder(root, folder), name)
+    if os.path.islink(full):
+        full = os.path.realpath(full)
+        _check_inside(full, root)
+    return full
 
 
 def _printable(text: str) -> str:
@@ -220,8 +222,9 @@ def _parse_line(line: bytes, num_classes: int | None,
                          f"'{_printable(text.decode('utf-8', 'replace'))}'")
     label = int(text) if len(text) < 18 else sys.maxsize
     if label < 0 or (num_classes is not None and label >= num_classes):
-        return path, label, (f'label {text[:20].decode()} is outside [0, {num_classes}); '
-                             'MODEL.NUM_CLASSES sets the number of classes')
+        reason = ('negative' if num_classes is None else
+                   f'outside [0, {num_classes}); MODEL.NUM_CLASSES sets the number of classes')
+        return path, label, f'label {text[:20].decode()} is {reason}'
     if b'\0' in path:
         return path, label, f"a path cannot hold a NUL byte: '{shown}'"
     if not allow_outside and (path.startswith(b'/') or b'..' in path.split(b'/')):

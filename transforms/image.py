@@ -4,6 +4,8 @@ Everything geometric and photometric happens on 8-bit images; `normalize` is the
 and stands alone, so that a loader may ship 8-bit batches and do this step on the device.
 """
 
+from typing import IO
+
 import numpy as np
 from PIL import Image
 
@@ -16,8 +18,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 89_478_485
 
 
-def open_image(path: str) -> Image.Image:
-    """Open an image file, as a context manager; its pixels are not decoded yet.
+def open_image(path: str | IO[bytes]) -> Image.Image:
+    """Open an image file, by its path or opened, as a context manager; its pixels are not decoded yet.
 
     Raises:
         OSError: there is none, or it cannot be read.
