@@ -135,8 +135,13 @@ _KEYS: dict[str, tuple[Any, Rule]] = {
 
     'MODEL.TYPE': ('RepLKNet', choice('RepLKNet')),
     'MODEL.NAME': ('replknet_31b', text()),  # for logs and the default run folder
-    'MODEL.RESUME': (None, optional(text())),  # checkpoint to continue training from
+    'MODEL.RESUME': (None, optional(text())),  # checkpoint or run folder to go on from; auto: the
+    # newest whole checkpoint of SAVE, or a fresh start where there is none
     'MODEL.PRETRAINED': (None, optional(text())),  # weights to evaluate or to start training from
+    'MODEL.PRETRAINED_WEIGHTS': ('model', choice('model', 'model_ema')),  # (+) which of those that a
+    # training checkpoint holds: the weights, or their moving average
+    'MODEL.DROP_HEAD': (False, boolean()),  # (+) start with a fresh head where PRETRAINED has other
+    # classes
     'MODEL.NUM_CLASSES': (1000, integer(1)),
     'MODEL.DROPPATH': (0.5, number(0, 0.999)),  # stochastic depth of the last block
     'MODEL.LARGE_KERNEL_SIZES': ([31, 29, 27, 13], several(integer(1), 4)),  # odd, per stage
@@ -193,12 +198,20 @@ _KEYS: dict[str, tuple[Any, Rule]] = {
     'TRAIN.RANDOM_ERASE_SPLIT': (False, boolean()),
 
     'SAVE': (None, optional(text())),  # run folder; None: output/<name>-<train|eval>-<time>
-    'SAVE_FREQ': (10, integer(1)),  # epochs between kept checkpoints; the last is always there
+    'SAVE_FREQ': (10, integer(1)),  # epochs between checkpoints that are never deleted
+    'SAVE_KEEP': (2, integer(1)),  # (+) newest checkpoints to keep besides; one is written every epoch
+    'SAVE_STEPS': (None, optional(integer(1))),  # (+) optimizer steps between further checkpoints
+    'SAVE_MINUTES': (None, optional(number(0))),  # (+) minutes between further checkpoints
     'REPORT_FREQ': (20, integer(1)),  # forward passes between log lines
     'VALIDATE_FREQ': (1, integer(1)),  # epochs between evaluations; the last is always evaluated
+    'LOG.METRICS_JSONL': (True, boolean()),  # (+) one object per epoch in metrics.jsonl
+    'LOG.VISUALDL': (False, boolean()),  # (+) the same as VisualDL scalars
     'SEED': (42, integer(0, 2 ** 31 - 1)),
     'EVAL': (False, boolean()),  # evaluate and stop
     'AMP': (False, boolean()),  # automatic mixed precision, on GPU
+    'AMP_LEVEL': ('O1', choice('O1', 'O2')),  # (+) O1: half precision where it is safe; O2: the
+    # weights too, with float32 masters and gradients
+    'AMP_DTYPE': ('float16', choice('float16', 'bfloat16')),  # (+) float16 scales the loss
 }
 
 
@@ -234,17 +247,30 @@ def _set(values: dict[str, Any], key: str, value: Any, source: str, problems: li
     rule = _KEYS[key][1]
     try:
         values[key] = rule.read(value)
-    except (ValueError, TypeError):
-        problems.append(f'{source}: {key} is {value!r}; allowed: {rule.allowed}')
+    except (ValueError, TypeError, OverflowError):
+        shown = repr(value)
+        shown = shown if len(shown) <= 200 else f'{shown[:200]}...'
+        problems.append(f'{source}: {key} is {shown}; allowed: {rule.allowed}')
 
 
 def _nearest(key: str) -> str:
     by_upper = {known.upper(): known for known in _KEYS}
-    near = difflib.get_close_matches(key.upper(), by_upper, n=1, cutoff=0.6)
-    if not near:  # the right name under the wrong section
-        leaf = key.upper().rsplit('.', 1)[-1]
-        near = [upper for upper in by_upper if upper.rsplit('.', 1)[-1] == leaf][:1]
+    leaf = key.upper().rsplit('.', 1)[-1]  # the right name under the wrong section?
+    near = ([upper for upper in by_upper if upper.rsplit('.', 1)[-1] == leaf]
+            or difflib.get_close_matches(key.upper(), by_upper, n=1, cutoff=0.6))
     return f'; did you mean {by_upper[near[0]]}?' if near else ''
+
+
+class _ConfigLoader(yaml.SafeLoader):
+    """YAML's safe loader, which builds no objects; refuses a key that is given twice."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f'{key} is given twice', node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _merge_file(values: dict[str, Any], path: str, problems: list[str],
@@ -254,11 +280,11 @@ def _merge_file(values: dict[str, Any], path: str, problems: list[str],
         raise InputError(f'{path}: BASE leads back to this file')
     try:
         with open(path, encoding='utf-8') as file:
-            tree = yaml.safe_load(file)
+            tree = yaml.load(file, Loader=_ConfigLoader)
     except FileNotFoundError:
         by = f' (a BASE of {chain[-1]})' if chain else ''
         raise FileNotFoundError(f'no config file {path}{by}{_configs_hint(path)}') from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: e.g. 2024-02-30
         raise InputError(f'{path} is not valid YAML: {" ".join(str(error).split())}') from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
@@ -266,25 +292,31 @@ def _merge_file(values: dict[str, Any], path: str, problems: list[str],
                          f'got {type(tree).__name__}')
 
     bases = tree.pop('BASE', None) or []
-    for base in [bases] if isinstance(bases, str) else bases:
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        problems.append(f'{path}: BASE is {bases!r}; allowed: file names relative to this file')
+        bases = []
+    for base in bases:
         if base:
-            _merge_file(values, os.path.join(os.path.dirname(path), str(base)), problems,
+            _merge_file(values, os.path.join(os.path.dirname(path), base), problems,
                         chain + (os.path.realpath(path),))
     for key, value in _leaves(tree, path, problems):
         _set(values, key, value, path, problems)
 
 
 def _leaves(tree: dict, path: str, problems: list[str], prefix: str = ''):
+    """The keys and values of `tree`; what stands in the place of a section is a problem."""
     sections = {key.rsplit('.', n)[0] for key in _KEYS for n in range(1, key.count('.') + 1)}
     for key, value in tree.items():
         name = f'{prefix}{key}'
-        if isinstance(value, dict):
+        # A misspelled section is gone into as well, for suggestions; no deeper than there are any.
+        misspelled = name not in _KEYS and value and name.count('.') < 2
+        if isinstance(value, dict) and (name in sections or misspelled):
             yield from _leaves(value, path, problems, name + '.')
-        elif name in sections:
-            if value is not None:  # an empty section is fine
-                problems.append(f'{path}: {name} is {value!r}; allowed: a section with keys')
-        else:
+        elif name not in sections:
             yield name, value
+        elif value is not None:  # an empty section is fine
+            problems.append(f'{path}: {name} is {value!r}; allowed: a section with keys')
 
 
 def _configs_hint(path: str) -> str:
@@ -302,6 +334,10 @@ def _contradictions(values: dict[str, Any]):
     if small is not None and (small % 2 == 0 or small > min(sizes)):
         yield (f'MODEL.SMALL_KERNEL is {small}; allowed: odd, at most the smallest of '
                f'MODEL.LARGE_KERNEL_SIZES ({min(sizes)}), or None')
+    for key in ('MODEL.DW_RATIO', 'MODEL.FFN_RATIO'):
+        if int(min(values['MODEL.CHANNELS']) * values[key]) < 1:
+            yield (f'{key} is {values[key]}; allowed: at least one channel in each stage of '
+                   f'MODEL.CHANNELS ({values["MODEL.CHANNELS"]})')
     stages = values['MODEL.OUT_INDICES']
     if stages is not None and (not stages or len(set(stages)) < len(stages)):
         yield f'MODEL.OUT_INDICES is {stages}; allowed: distinct stages from 0 to 3, or None'
@@ -317,6 +353,8 @@ def _contradictions(values: dict[str, Any]):
     if values['MODEL.RESUME'] is not None and values['EVAL']:
         yield ('MODEL.RESUME goes with training, EVAL does not; allowed: MODEL.PRETRAINED names '
                'the weights to evaluate')
+    if values['MODEL.RESUME'] == 'auto' and values['SAVE'] is None:
+        yield 'MODEL.RESUME is auto; allowed with a run folder to look in, SAVE (-output)'
     if values['EVAL'] and stages is not None:
         yield 'MODEL.OUT_INDICES makes a backbone without a head; allowed with EVAL: None'
 
@@ -344,6 +382,13 @@ def get_config(cfg_file: str | None = None) -> CfgNode:
     if cfg_file:
         _merge_file(values, str(cfg_file), problems)
     return _checked(values, problems, str(cfg_file or 'defaults'))
+
+
+def config_changes(before: str, after: str) -> list[str]:
+    """The keys in which two dumped configurations differ, a line each."""
+    old, new = (_flat(CfgNode(yaml.safe_load(text))) for text in (before, after))
+    return [f'{key} is {new.get(key)}, was {old.get(key)}'
+            for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
 
 
 # Flags of the command lines and the keys they set.

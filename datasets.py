@@ -8,10 +8,12 @@ named by (epoch, index), and all that is random in one depends on nothing but th
 name: neither the number of workers nor a restart changes what the network sees.
 """
 
+import ctypes
 import functools
 import logging
 import os
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -211,7 +213,7 @@ def read_list(list_file: str, num_classes: int, *, allow_outside: bool = False):
 def _parse_line(line: bytes, num_classes: int | None,
                 allow_outside: bool) -> tuple[bytes, int, str | None]:
     """Path, label, and what is wrong with the line, if anything."""
-    shown = _printable(line.decode('utf-8', 'replace').strip()[:200])
+    shown = _shortened(line.strip())
     parts = line.strip().rsplit(None, 1)
     if len(parts) < 2:
         return b'', 0, f"expected a path and a label, got '{shown}'"
@@ -219,18 +221,24 @@ def _parse_line(line: bytes, num_classes: int | None,
     # int() alone would also take 1_000, and digits of other scripts.
     if not text.removeprefix(b'-').isdigit():
         return path, 0, (f"no label after the path: '{shown}' ends with "
-                         f"'{_printable(text.decode('utf-8', 'replace'))}'")
+                         f"'{_shortened(text)}'")
     label = int(text) if len(text) < 18 else sys.maxsize
     if label < 0 or (num_classes is not None and label >= num_classes):
         reason = ('negative' if num_classes is None else
                    f'outside [0, {num_classes}); MODEL.NUM_CLASSES sets the number of classes')
-        return path, label, f'label {text[:20].decode()} is {reason}'
+        return path, label, f'label {_shortened(text)} is {reason}'
     if b'\0' in path:
         return path, label, f"a path cannot hold a NUL byte: '{shown}'"
     if not allow_outside and (path.startswith(b'/') or b'..' in path.split(b'/')):
         return path, label, (f"path '{shown}' must be relative and stay inside the data folder; "
                              'DATA.ALLOW_OUTSIDE True allows others')
     return path, label, None
+
+
+def _shortened(text: bytes) -> str:
+    """The beginning and end of `text`, for a message."""
+    text = text.decode('utf-8', 'replace')
+    return _printable(text if len(text) <= 120 else f'{text[:80]}...{text[-30:]}')
 
 
 class TrainBatches(paddle.io.Sampler):
@@ -327,7 +335,8 @@ class Loader:
                            replace=max_bad_images is not None)
         self._loader = paddle.io.DataLoader(
             samples, batch_sampler=batch_sampler, collate_fn=samples.collate, num_workers=workers,
-            prefetch_factor=PREFETCH_FACTOR, persistent_workers=workers > 0)
+            prefetch_factor=PREFETCH_FACTOR, persistent_workers=workers > 0,
+            use_shared_memory=False, worker_init_fn=_set_up_worker)
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
@@ -352,6 +361,19 @@ class Loader:
                               f'DATA.MAX_BAD_IMAGES allows {limit}')
         logger.warning('%s; another image takes its place (%d of DATA.MAX_BAD_IMAGES %d)',
                        message, count, limit)
+
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
+
+
+def _set_up_worker(_worker_id: int) -> None:
+    """Let a worker live just as long as its parent.
+
+    Ctrl-C and Paddle's launcher signal the whole group of a training process, which then needs its
+    workers until it has saved: each leaves that group. And it dies with a parent that was killed.
+    """
+    os.setpgid(0, 0)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class _Samples(paddle.io.Dataset):

@@ -4,7 +4,9 @@ Works alike in one process, in several on CPU (gloo) and on GPUs (NCCL), over on
 `paddle.distributed.launch` starts the processes and tells each its rank in the environment.
 """
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 
@@ -15,6 +17,8 @@ import paddle.distributed as dist
 # Gradients travel in pieces of about this many bytes: large enough to be efficient, small enough
 # that the copy that a piece needs does not count beside the model.
 BUCKET_BYTES = 64 * 2 ** 20
+
+STATUS_FILE = 'status'  # in the log folder of launched processes
 
 
 def rank() -> int:
@@ -50,18 +54,63 @@ def visible_devices() -> int:
     return paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
 
 
-def launch(script: str, arguments: list[str], *, processes: int, log_dir: str) -> int:
+def launch(script: str, arguments: list[str], *, processes: int, log_dir: str, nodes: int = 1,
+           master: str | None = None) -> int:
     """Run `script` in several processes of this machine, one per GPU or all on CPU.
 
+    Args:
+        processes: how many on this machine.
+        log_dir: where each process's output goes; rank 0's is shown as well.
+        nodes: machines that take part; each starts its own launcher.
+        master: HOST:PORT of one of them, where there are several.
+
     Returns:
-        The launcher's exit status: 0, or that of the first process that failed.
+        Exit status: 0, that of the first process that failed, or 128 + the number of a SIGTERM or
+        SIGINT that this process received and handed on.
     """
+    status_file = os.path.join(log_dir, STATUS_FILE)
+    if os.path.exists(status_file):
+        os.unlink(status_file)
     environment = dict(os.environ)
     if not visible_devices():
         environment['PADDLE_DISTRI_BACKEND'] = 'gloo'
     command = [sys.executable, '-m', 'paddle.distributed.launch', '--log_level', 'WARNING',
-               '--nproc_per_node', str(processes), '--log_dir', log_dir, script, *arguments]
-    return subprocess.run(command, env=environment, check=False).returncode
+               '--nproc_per_node', str(processes), '--log_dir', log_dir]
+    if nodes > 1:
+        command += ['--nnodes', str(nodes), '--master', master]
+    # A session of its own: Ctrl-C reaches it once, from here, and not its processes as well.
+    launcher = subprocess.Popen([*command, script, *arguments], env=environment,
+                                start_new_session=True)
+    received = []
+
+    def hand_on(number, _):
+        received.append(number)
+        launcher.send_signal(number)
+
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        status = launcher.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        return 128 + received[0]
+    if status and os.path.exists(status_file):
+        with open(status_file, encoding='ascii') as file:
+            return int(file.read())
+    return status if status >= 0 else 128 - status
+
+
+def leave_status(status: int) -> None:
+    """Tell `launch` the exit status of this process, if it is the first of its run to fail.
+
+    Paddle's launcher ends the others and may then report theirs.
+    """
+    folder = os.environ.get('PADDLE_LOG_DIR')
+    if status and is_launched() and folder is not None:
+        with contextlib.suppress(OSError), \
+                open(os.path.join(folder, STATUS_FILE), 'x', encoding='ascii') as file:
+            file.write(str(status))
 
 
 def sum_over_ranks(values: np.ndarray) -> np.ndarray:
@@ -104,4 +153,5 @@ def _buckets(tensors: list[paddle.Tensor]):
 
 def random_seed(*numbers: int) -> int:
     """A 31-bit seed that depends on all of `numbers` (each >= 0) and on their order."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1
+    # With their count in front: alone, numpy takes (7,) and (7, 0) for the same.
+    return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1)[0]) >> 1

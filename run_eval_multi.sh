@@ -4,6 +4,7 @@
 #   sh run_eval_multi.sh [FLAGS]     flags of main_multi_gpu.py; they win over those below
 #   sh run_eval_multi.sh -cfg=configs/replknet_xl.yaml -pretrained=replknet_xl.pdparams
 #
+# NNODES, MASTER and NPROC_PER_NODE as for run_train_multi.sh.
 # PYTHON names the Python to use; by default that of .venv, if setup_env.sh made one.
 set -eu
 cd "$(dirname "$0")"

@@ -5,14 +5,74 @@
 #   sh run_train_multi.sh -data_path=/data/imagenet -output=output/31b
 #   sh run_train_multi.sh -resume=output/31b
 #
+# Several machines, the same command on each, with a run folder that they share:
+#   NNODES=4 MASTER=10.0.0.1:8090 sh run_train_multi.sh -output=/shared/31b
+# NPROC_PER_NODE is the number of processes on this machine; by default one for each visible GPU.
+#
+# MAX_RESTARTS=N goes on from the newest whole checkpoint, up to N times, when the run fails; one
+# that fails twice at the same step stops. Bad input, SIGTERM and SIGINT are not restarted.
+#
 # PYTHON names the Python to use; by default that of .venv, if setup_env.sh made one.
 set -eu
 cd "$(dirname "$0")"
 [ -n "${PYTHON:-}" ] || PYTHON=.venv/bin/python
 [ -x "$PYTHON" ] || PYTHON=$(command -v "$PYTHON" || echo python3)
-exec "$PYTHON" main_multi_gpu.py \
-    -cfg=./configs/replknet_31b.yaml \
-    -dataset=imagenet2012 \
-    -data_path=/dataset/imagenet \
-    -amp \
-    "$@"
+
+set -- -cfg=./configs/replknet_31b.yaml -dataset=imagenet2012 -data_path=/dataset/imagenet \
+    -amp "$@"
+restarts=${MAX_RESTARTS:-0}
+case $restarts in
+    *[!0-9]* | '')
+        echo "error: MAX_RESTARTS is $restarts; allowed: an integer >= 0" >&2
+        exit 2
+        ;;
+esac
+[ "$restarts" -gt 0 ] || exec "$PYTHON" main_multi_gpu.py "$@"
+
+run= # the run folder: restarts have to know it
+previous=
+for flag in "$@"; do
+    case $flag in -output=* | --output=*) run=${flag#*=} ;; esac
+    case $previous in -output | --output) run=$flag ;; esac
+    previous=$flag
+done
+if [ -z "$run" ]; then
+    run=output/train-$(date +%Y%m%d-%H%M%S)
+    set -- "$@" -output="$run"
+fi
+
+say() {
+    echo "$*"
+    [ ! -d "$run" ] || echo "$(date '+%Y-%m-%d %H:%M:%S') run_train_multi.sh: $*" >> "$run/log.txt"
+}
+
+child=
+trap '[ -z "$child" ] || kill -TERM "$child"' TERM
+trap '[ -z "$child" ] || kill -INT "$child"' INT
+done_restarts=0
+failed_at=none
+while :; do
+    "$PYTHON" main_multi_gpu.py "$@" &
+    child=$!
+    status=0
+    wait "$child" || status=$?
+    while kill -0 "$child" 2>/dev/null; do # a signal ended the wait, not yet the child
+        status=0
+        wait "$child" || status=$?
+    done
+    case $status in 0 | 2 | 130 | 143) exit "$status" ;; esac
+
+    step=$(tr -d ' ' < "$run/step" 2>/dev/null || echo none)
+    if [ "$done_restarts" -gt 0 ] && [ "$step" = "$failed_at" ]; then
+        say "failed with status $status at step $step for the second time; not restarting"
+        exit "$status"
+    fi
+    if [ "$done_restarts" -ge "$restarts" ]; then
+        say "failed with status $status at step $step; all $restarts restarts are used up"
+        exit "$status"
+    fi
+    failed_at=$step
+    done_restarts=$((done_restarts + 1))
+    [ "$done_restarts" -gt 1 ] || set -- "$@" -resume=auto
+    say "failed with status $status at step $step; restart $done_restarts of $restarts"
+done

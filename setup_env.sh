@@ -16,7 +16,7 @@ fail() {
 
 if [ -n "${PYTHON:-}" ]; then
     command -v "$PYTHON" >/dev/null 2>&1 || fail "PYTHON=$PYTHON is no program"
-    "$PYTHON" -c 'import paddle, yacs, yaml, numpy, PIL, safetensors, tqdm' >&2 ||
+    "$PYTHON" -c 'import paddle, yacs, yaml, numpy, PIL, tqdm' >&2 ||
         fail "PYTHON=$PYTHON lacks a package named above; pip install -r requirements-common.txt" \
              "yacs numpy pillow there, or unset PYTHON to have an environment made"
     command -v "$PYTHON"

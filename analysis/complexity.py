@@ -23,14 +23,14 @@ def count_macs(model: nn.Layer, image_size: int, channels: int = 3) -> int:
         image_size: side of the square input, pixels.
     """
     macs = []
-    was_training = model.training
+    training = {layer: layer.training for layer in model.sublayers(include_self=True)}
     model.eval()
     try:
         with _counting_convolutions(model, macs):
             model(paddle.zeros([1, channels, image_size, image_size]))
     finally:
-        if was_training:
-            model.train()
+        for layer, was_training in training.items():
+            layer.training = was_training
     return sum(macs)
 
 
@@ -50,9 +50,12 @@ def _counting_convolutions(model: nn.Layer, macs: list[int]) -> Iterator[None]:
 
 def _costing(layer: nn.Layer, macs: list[int]):
     def convolution(x):
-        out_channels, in_channels, height, width = layer.weight.shape
-        rows, columns = ((size + 2 * layer._padding - kernel) // layer._stride[0] + 1
-                         for size, kernel in zip(x.shape[2:], (height, width)))
+        if not isinstance(layer._padding, int) or set(layer._dilation) != {1}:
+            raise ValueError(f'{layer}: only convolutions with one padding and no dilation are '
+                             'counted')
+        out_channels, _, *kernel = layer.weight.shape
+        rows, columns = ((size + 2 * layer._padding - extent) // stride + 1
+                         for size, extent, stride in zip(x.shape[2:], kernel, layer._stride))
         macs.append(x.shape[0] * layer.weight.size * rows * columns)
         return paddle.zeros([x.shape[0], out_channels, rows, columns])
 

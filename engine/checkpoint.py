@@ -12,17 +12,21 @@ name is a whole one.
 """
 
 import json
+import logging
 import os
 import re
 import shutil
+import zlib
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from errors import InputError
 from zoo.convert import METADATA_KEY
 from zoo.readers import is_safetensors, read_checkpoint, read_safetensors_metadata
+from zoo.writers import write_safetensors
+
+logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 PARTS = ('model', 'model_ema', 'optimizer')
@@ -36,7 +40,8 @@ class Progress:
 
     Attributes:
         epoch: epochs done.
-        batch: forward passes done in the epoch after those.
+        batch: forward passes done, on each process, in the epoch after those.
+        batches: how many an epoch has.
         step: optimizer steps done in all.
         best_top1_percent: best accuracy so far, of the weights or of their average.
         epoch_sums: loss times images, and images, of the epoch under way.
@@ -44,6 +49,7 @@ class Progress:
 
     epoch: int = 0
     batch: int = 0
+    batches: int = 0
     step: int = 0
     best_top1_percent: float = -1.0
     epoch_sums: tuple[float, float] = (0.0, 0.0)
@@ -51,40 +57,46 @@ class Progress:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint in memory: arrays by parameter name, and what the metadata says."""
+    """A checkpoint in memory.
 
-    config: str  # YAML
+    Attributes:
+        config: YAML.
+        model, model_ema, optimizer: arrays by parameter name.
+        scaler: of the loss, with float16.
+        path: where it was read from.
+    """
+
+    config: str
     progress: Progress
     model: dict[str, np.ndarray]
     model_ema: dict[str, np.ndarray] = field(default_factory=dict)
     optimizer: dict[str, np.ndarray] = field(default_factory=dict)
+    scaler: dict[str, float] = field(default_factory=dict)
+    path: str = ''
 
 
 def save_checkpoint(path: str, checkpoint: Checkpoint) -> None:
-    """Write `checkpoint` to `path`, as `write_tensors` does."""
+    """Write `checkpoint` such that `path` is the old file, or none, until the new one is whole.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     tensors = {}
     for part in PARTS:
         for name, value in getattr(checkpoint, part).items():
             tensors[f'{part}.{name}'] = np.ascontiguousarray(value).reshape(value.shape)
     metadata = {'schema_version': SCHEMA_VERSION, 'config': checkpoint.config,
-                'progress': asdict(checkpoint.progress)}
+                'progress': asdict(checkpoint.progress), 'scaler': checkpoint.scaler,
+                'crc32': checksum(tensors)}
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    write_tensors(path, tensors, {METADATA_KEY: json.dumps(metadata)})
-
-
-def write_tensors(path: str, tensors: dict[str, np.ndarray],
-                  metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file such that `path` is the old one, or none, until the new is whole."""
-    unfinished = f'{path}.unfinished'
     try:
-        save_file(tensors, unfinished, metadata=metadata)
-        with open(unfinished, 'rb') as file:
-            os.fsync(file.fileno())
-        os.chmod(unfinished, 0o644)  # safetensors keeps files to their owner
-        os.replace(unfinished, path)
-    finally:
-        if os.path.exists(unfinished):
-            os.unlink(unfinished)
+        write_safetensors(path, tensors, {METADATA_KEY: json.dumps(metadata)})
+    except OSError as error:  # a full disk, mostly
+        free = shutil.disk_usage(os.path.dirname(path)).free
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        raise OSError(f'cannot write {path}: {error.strerror}; {size / 2 ** 20:.1f} MiB are needed '
+                      f'and {free / 2 ** 20:.0f} MiB free there. Checkpoints written before are '
+                      'as they were') from None
 
 
 def load_checkpoint(path: str) -> Checkpoint:
@@ -105,18 +117,36 @@ def load_checkpoint(path: str) -> Checkpoint:
     if metadata['schema_version'] != SCHEMA_VERSION:
         raise InputError(f'{path} has schema version {metadata["schema_version"]}; this program '
                          f'reads version {SCHEMA_VERSION}')
+    if metadata['crc32'] != checksum(tensors):
+        raise InputError(f'{path} is damaged: its tensors are not those that were written')
     parts = {part: {} for part in PARTS}
     for key, value in tensors.items():
         part, name = key.split('.', 1)
         parts[part][name] = value
     progress = metadata['progress']
     progress['epoch_sums'] = tuple(progress['epoch_sums'])
-    return Checkpoint(metadata['config'], Progress(**progress), **parts)
+    return Checkpoint(metadata['config'], Progress(**progress), **parts,
+                      scaler=metadata['scaler'], path=path)
 
 
-def resume_file(path: str) -> str:
-    """The checkpoint that MODEL.RESUME means: a file, or a run folder, which stands for its `last`."""
-    return os.path.join(path, 'last') if os.path.isdir(path) else path
+def checksum(tensors: dict[str, np.ndarray]) -> int:
+    """CRC-32 over the names and bytes of all tensors: finds what a file's length does not show."""
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(tensors[name].reshape(-1).view('uint8'), zlib.crc32(name.encode(), crc))
+    return crc
+
+
+def newest_whole_checkpoint(run_folder: str) -> str | None:
+    """The newest checkpoint of a run that can be read, with a warning for each that cannot."""
+    for path in reversed(checkpoints(run_folder)):
+        try:
+            load_checkpoint(path)
+        except InputError as error:
+            logger.warning('%s; trying the one before it', error)
+        else:
+            return path
+    return None
 
 
 def checkpoint_path(run_folder: str, progress: Progress) -> str:
@@ -171,10 +201,21 @@ def point_to(run_folder: str, name: str, path: str) -> None:
     os.replace(unfinished, link)
 
 
-def remove_superseded(run_folder: str, *, keep_every: int) -> None:
-    """Delete checkpoints that are neither `last` nor `best` nor at a multiple of epochs."""
-    wanted = {os.path.realpath(os.path.join(run_folder, name)) for name in ('last', 'best')}
-    for path in checkpoints(run_folder):
+def remove_superseded(run_folder: str, *, keep_every: int, keep_newest: int) -> None:
+    """Delete old checkpoints, and what a killed run left unfinished.
+
+    `best`, the `keep_newest` newest and those at the end of every `keep_every`-th epoch stay.
+    """
+    paths = checkpoints(run_folder)
+    best = os.path.realpath(os.path.join(run_folder, 'best'))
+    kept_epochs = set()
+    for path in paths:  # an epoch's first is the one at the end of the epoch before
         epoch = int(NAME.fullmatch(os.path.basename(path)).group(1))
-        if os.path.realpath(path) not in wanted and epoch % keep_every:
+        is_kept = epoch % keep_every == 0 and epoch > 0 and epoch not in kept_epochs
+        kept_epochs.add(epoch)
+        if not is_kept and os.path.realpath(path) != best and path not in paths[-keep_newest:]:
             os.unlink(path)
+    folder = os.path.join(run_folder, FOLDER)
+    for name in os.listdir(folder):
+        if not NAME.fullmatch(name):
+            os.unlink(os.path.join(folder, name))

@@ -6,15 +6,17 @@
 
 import argparse
 import os
+import socket
 import sys
 import time
 
 from config import get_config, update_config
 from datasets import get_dataset
-from distributed import is_launched, launch, visible_devices
+from distributed import is_launched, launch, leave_status, visible_devices
 from engine.checkpoint import run_config_file, run_folder_of
 from engine.run import run
 from engine.run_log import check_run_folder
+from engine.signals import Stopped
 from engine.train import DivergedError
 from errors import InputError
 
@@ -33,6 +35,8 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
 
     flag(parser, 'cfg', 'YAML file of configs/; not needed for a checkpoint in its run folder',
          metavar='FILE')
+    flag(parser, 'print_config', 'print the configuration that all this amounts to, and stop',
+         action='store_true')
     flag(parser, 'opts', 'any other keys, e.g. -opts TRAIN.BASE_LR 1e-3 SEED 1', nargs='+',
          metavar='KEY VALUE')
 
@@ -46,7 +50,8 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     what = parser.add_argument_group('what to do')
     flag(what, 'eval', 'evaluate -pretrained and stop', action='store_true')
     flag(what, 'pretrained', 'weights to evaluate, or to start training from', metavar='FILE')
-    flag(what, 'resume', 'checkpoint, or run folder, to go on from', metavar='PATH')
+    flag(what, 'resume', 'checkpoint or run folder to go on from; auto: the newest whole checkpoint '
+         'of -output', metavar='PATH')
     flag(what, 'last_epoch', 'epochs that -pretrained weights have behind them', metavar='N')
     flag(what, 'output', 'run folder; default output/NAME-train-TIME', metavar='DIR')
 
@@ -65,30 +70,34 @@ def main(argv: list[str] | None = None, *, script: str, multi: bool) -> int:
         multi: use every visible device, and offer -nproc.
 
     Returns:
-        Exit status: 0, 2 for bad input, 1 for a run that failed.
+        Exit status: 0; 2 for bad input; 1 for a run that diverged; 143 or 130 for one that saved
+        and stopped at a SIGTERM or SIGINT.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser(os.path.basename(script))
     if multi:
         parser.add_argument('-nproc', '--nproc', type=int, default=None, metavar='N',
-                            help='processes; default one per visible GPU, or one on CPU')
-    args = parser.parse_args(argv)
+                            help='processes on this machine; default one per visible GPU, or one '
+                                 'on CPU')
+    status = run_command_line(parser.parse_args(argv), argv, script=script, multi=multi)
+    leave_status(status)
+    return status
+
+
+def run_command_line(args, argv: list[str], *, script: str, multi: bool) -> int:
+    """Do what the flags say; the exit status of `main`."""
     try:
-        if args.cfg is None:
-            checkpoint = args.resume or args.pretrained
-            if checkpoint is None:
-                raise InputError('no configuration; give one by -cfg, e.g. '
-                                 '-cfg=configs/replknet_31b.yaml')
-            args.cfg = run_config_file(checkpoint)
-        config = update_config(get_config(args.cfg), args)
-        if config.SAVE is None:
-            args.output = default_run_folder(config)
-            config = update_config(config, args)
-        processes = process_count(args.nproc) if multi else 1
-        if processes > 1 and not is_launched():
-            check_inputs(config)
-            return launch(script, [*argv, f'-output={config.SAVE}'], processes=processes,
-                          log_dir=os.path.join(config.SAVE, 'workers'))
+        config = read_config(args)
+        if args.print_config:
+            print(config.dump(), end='')
+            return 0
+        if multi and not is_launched():
+            nodes, master, processes = places(args.nproc)
+            if nodes * processes > 1:
+                check_inputs(config)
+                return launch(script, [*argv, f'-output={config.SAVE}'], processes=processes,
+                              log_dir=worker_log_dir(config.SAVE, nodes), nodes=nodes,
+                              master=master)
         run(config)
     except (InputError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
@@ -96,12 +105,30 @@ def main(argv: list[str] | None = None, *, script: str, multi: bool) -> int:
     except DivergedError as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return 128 + stop.number
     return 0
+
+
+def read_config(args):
+    """The configuration that the flags amount to, with a run folder."""
+    if args.cfg is None:
+        checkpoint = args.output if args.resume == 'auto' else args.resume or args.pretrained
+        if checkpoint is None:
+            raise InputError('no configuration; give one by -cfg, e.g. '
+                             '-cfg=configs/replknet_31b.yaml')
+        args.cfg = run_config_file(checkpoint)
+    config = update_config(get_config(args.cfg), args)
+    if config.SAVE is None:
+        args.output = default_run_folder(config)
+        config = update_config(config, args)
+    return config
 
 
 def default_run_folder(config) -> str:
     """The run folder of MODEL.RESUME, or output/NAME-train-TIME, or output/NAME-eval-TIME."""
-    if config.MODEL.RESUME is not None:
+    if config.MODEL.RESUME is not None:  # not auto, which needs SAVE
         folder = run_folder_of(config.MODEL.RESUME)
         if folder is not None:
             return folder
@@ -110,21 +137,48 @@ def default_run_folder(config) -> str:
                         f'{config.MODEL.NAME}-{kind}-{time.strftime("%Y%m%d-%H%M%S")}')
 
 
-def process_count(requested: int | None) -> int:
-    """How many processes to run on this machine."""
+def places(nproc: int | None) -> tuple[int, str | None, int]:
+    """Machines, address of their master, and processes on this one.
+
+    From the environment: NNODES, MASTER (HOST:PORT of one of the machines) and NPROC_PER_NODE; by
+    default this machine alone, with one process for each visible GPU, or one on CPU.
+    """
+    nodes = positive_integer('NNODES', os.environ.get('NNODES', 1))
+    master = os.environ.get('MASTER')
+    if nodes > 1 and not master:
+        raise InputError(f'NNODES is {nodes}; MASTER must be HOST:PORT of one of these machines')
     devices = visible_devices()
-    if requested is None:
-        return max(devices, 1)
-    if requested < 1 or 0 < devices < requested:
-        allowed = f'1 to {devices}, the visible GPUs' if devices else 'at least 1'
-        raise InputError(f'-nproc is {requested}; allowed: {allowed}')
-    return requested
+    if nproc is not None:
+        processes = positive_integer('-nproc', nproc)
+    else:
+        processes = positive_integer('NPROC_PER_NODE',
+                                     os.environ.get('NPROC_PER_NODE', max(devices, 1)))
+    if 0 < devices < processes:
+        raise InputError(f'{processes} processes for {devices} visible GPUs; allowed: one each')
+    return nodes, master, processes
+
+
+def positive_integer(name: str, value: str | int) -> int:
+    """`value` as an integer of at least 1, or an InputError that names it."""
+    try:
+        number = int(value)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise InputError(f'{name} is {value}; allowed: an integer >= 1')
+    return number
+
+
+def worker_log_dir(run_folder: str, nodes: int) -> str:
+    """Where this machine's processes write; machines that share the folder keep apart."""
+    folder = os.path.join(run_folder, 'workers')
+    return folder if nodes == 1 else os.path.join(folder, f'{socket.gethostname()}-{os.getpid()}')
 
 
 def check_inputs(config) -> None:
     """Find the usual mistakes once, before they become the same message from every process."""
     for path in (config.MODEL.PRETRAINED, config.MODEL.RESUME):
-        if path is not None and not os.path.exists(path):
+        if path not in (None, 'auto') and not os.path.exists(path):
             raise FileNotFoundError(f'no checkpoint {path}')
     for is_train in ([False] if config.EVAL else [True, False]):
         get_dataset(config, is_train)

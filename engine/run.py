@@ -4,27 +4,34 @@ Values derived from the configuration (learning rate, number of steps) live here
 the configuration itself stays as given.
 """
 
-import contextlib
 import logging
+import os
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import paddle
 
 import distributed
-from datasets import get_dataloader, get_dataset
-from engine.checkpoint import (Checkpoint, Progress, checkpoint_path, load_checkpoint, point_to,
-                               remove_superseded, resume_file, save_checkpoint)
+from config import config_changes
+from datasets import Loader, get_dataloader, get_dataset
+from engine.checkpoint import (
+    Checkpoint, Progress, checkpoint_path, load_checkpoint, newest_whole_checkpoint, point_to,
+    remove_superseded, save_checkpoint)
 from engine.evaluate import evaluate
 from engine.metrics import Metrics
+from engine.precision import Precision
 from engine.run_log import RunLog, config_text
+from engine.signals import Stopped, StopSignals
 from engine.train import Step, train_epoch
 from errors import InputError
 from losses import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from optim.ema import ModelEma
-from optim.optimizer import build_optimizer, load_optimizer_state, optimizer_state
+from optim.optimizer import (
+    build_optimizer, load_optimizer_state, master_weights, optimizer_state)
 from optim.schedule import base_learning_rate, get_lr
 from replknet import RepLKNet, build_replknet
 from transforms import build_mixup
@@ -45,6 +52,7 @@ def run(config) -> Metrics:
     Raises:
         InputError, FileNotFoundError: what the configuration names cannot be used.
         DivergedError: the loss became infinite or no number.
+        Stopped: SIGTERM or SIGINT ended training, after a checkpoint was written.
     """
     distributed.init()
     paddle.seed(distributed.random_seed(config.SEED))
@@ -64,10 +72,10 @@ def run_evaluation(config, log: RunLog) -> Metrics:
     if config.MODEL.PRETRAINED is None:
         logger.warning('no -pretrained weights: evaluating a freshly initialized network')
     else:
-        load_pretrained(model, config.MODEL.PRETRAINED)
+        load_weights(model, config)
     log.open(config.SAVE, config, resumes=False)
     start = time.perf_counter()
-    metrics = evaluate(model=model, loader=loader, autocast=partial(autocast, config),
+    metrics = evaluate(model=model, loader=loader, precision=build_precision(config),
                        progress=log.bar)
     seconds = time.perf_counter() - start
     log.write_metrics({'epoch': 0, **metrics.record('val'), 'val_seconds': round(seconds, 3)})
@@ -83,40 +91,39 @@ class Training:
     def __init__(self, config, log: RunLog):
         self.config = config
         self.log = log
-        resumed = resumed_checkpoint(config)
+        resumed = find_resumed(config)
         self.train_loader = build_loader(config, is_train=True)
         self.val_loader = build_loader(config, is_train=False)
-        self.steps_per_epoch = -(-len(self.train_loader.batch_sampler) // config.TRAIN.ACCUM_ITER)
+        self.batches = len(self.train_loader.batch_sampler)  # an epoch's, on each process
+        self.steps_per_epoch = -(-self.batches // config.TRAIN.ACCUM_ITER)
         self.mixup = build_mixup(config)
         self.criterion = (SoftTargetCrossEntropy() if self.mixup is not None
                           else LabelSmoothingCrossEntropy(config.TRAIN.SMOOTHING))
 
         self.model = build_network(config)
         if resumed is not None:
-            load_pretrained(self.model, resume_file(config.MODEL.RESUME))
+            load_pretrained(self.model, resumed.path)
         elif config.MODEL.PRETRAINED is not None:
-            load_pretrained(self.model, config.MODEL.PRETRAINED)
+            load_weights(self.model, config)
         self.learning_rate = self.build_schedule()
-        self.optimizer = build_optimizer(config, self.model, lr=self.learning_rate(0))
+        self.precision = build_precision(config)
+        self.optimizer = build_optimizer(config, self.model, lr=self.learning_rate(0),
+                                         multi_precision=self.precision.half_weights)
         self.ema = None
         if config.TRAIN.MODEL_EMA:
             self.ema = ModelEma(self.model, decay=config.TRAIN.MODEL_EMA_DECAY)
-        self.scaler = None
-        if config.AMP and distributed.on_gpu():
-            self.scaler = paddle.amp.GradScaler()
+        self.precision.prepare(self.model, self.optimizer)
 
-        self.progress = Progress(epoch=config.TRAIN.LAST_EPOCH,
+        self.progress = Progress(epoch=config.TRAIN.LAST_EPOCH, batches=self.batches,
                                  step=config.TRAIN.LAST_EPOCH * self.steps_per_epoch)
         if resumed is not None:
-            self.progress = resumed.progress
-            load_optimizer_state(self.optimizer, self.model, resumed.optimizer)
-            if self.ema is not None:
-                self.ema.load_state(resumed.model_ema)
+            self.restore(resumed)
+        self.saved_at = time.monotonic()
 
     def build_schedule(self) -> Callable[[int], float]:
         """The learning rate of each optimizer step of the run."""
         train = self.config.TRAIN
-        global_batch = (self.config.DATA.BATCH_SIZE * train.ACCUM_ITER * distributed.world_size())
+        global_batch = self.config.DATA.BATCH_SIZE * train.ACCUM_ITER * distributed.world_size()
         peak = base_learning_rate(train.BASE_LR, global_batch, train.LINEAR_SCALED_LR)
         logger.info('%d training and %d validation images; global batch %d = %d x %d accumulated '
                     'x %d process(es); %d steps an epoch; peak learning rate %.4g',
@@ -128,6 +135,21 @@ class Training:
                        warmup_steps=train.WARMUP_EPOCHS * self.steps_per_epoch,
                        total_steps=train.NUM_EPOCHS * self.steps_per_epoch)
 
+    def restore(self, resumed: Checkpoint) -> None:
+        """Take over everything but the weights from a checkpoint."""
+        self.progress = resumed.progress
+        if self.progress.batch and self.progress.batches != self.batches:
+            raise InputError(
+                f'{resumed.path} stopped after {self.progress.batch} of '
+                f'{self.progress.batches} batches of an epoch, which has {self.batches} here; '
+                'resume it with the same data, batch size and number of processes, or resume a '
+                'checkpoint from the end of an epoch')
+        self.progress = replace(self.progress, batches=self.batches)
+        load_optimizer_state(self.optimizer, self.model, resumed.optimizer)
+        self.precision.load_state(resumed.scaler)
+        if self.ema is not None:
+            self.ema.load_state(resumed.model_ema)
+
     def run(self) -> Metrics:
         """Train the remaining epochs, evaluating and saving as configured."""
         config, log = self.config, self.log
@@ -137,62 +159,64 @@ class Training:
             logger.info('going on after epoch %d, step %d', self.progress.epoch,
                         self.progress.step)
         metrics = None
-        while self.progress.epoch < config.TRAIN.NUM_EPOCHS:
-            record = self.train_one_epoch()
-            epoch = self.progress.epoch
-            is_last = epoch == config.TRAIN.NUM_EPOCHS
-            is_best = False
-            if epoch % config.VALIDATE_FREQ == 0 or is_last:
-                metrics, is_best = self.validate(record)
-            log.write_metrics(record)
-            self.save(is_best=is_best)
+        with StopSignals() as signals:
+            while self.progress.epoch < config.TRAIN.NUM_EPOCHS:
+                record = self.train_one_epoch(signals)
+                epoch = self.progress.epoch
+                is_best = False
+                if epoch % config.VALIDATE_FREQ == 0 or epoch == config.TRAIN.NUM_EPOCHS:
+                    metrics, is_best = self.validate(record)
+                log.write_metrics(record)
+                self.save(is_best=is_best)
+                self.stop_if_asked(signals)
         return metrics
 
-    def train_one_epoch(self) -> dict:
+    def train_one_epoch(self, signals: StopSignals) -> dict:
         """Train through the epoch under way; returns its part of metrics.jsonl."""
         config, start = self.config, self.progress
-        loss_sum, images = start.epoch_sums
         started, waited, images_here = time.perf_counter(), 0.0, 0
-        total = len(self.train_loader.batch_sampler)
-        with self.log.bar(total=total, initial=start.batch,
+        with self.log.bar(total=self.batches, initial=start.batch,
                           desc=f'epoch {start.epoch + 1}/{config.TRAIN.NUM_EPOCHS}') as bar:
             steps = train_epoch(
-                model=self.model, loader=self.train_loader, criterion=self.criterion,
-                mixup=self.mixup, optimizer=self.optimizer, ema=self.ema,
-                learning_rate=self.learning_rate, accum_iter=config.TRAIN.ACCUM_ITER,
-                seed=config.SEED, epoch=start.epoch, first_batch=start.batch,
-                first_step=start.step, autocast=partial(autocast, config), scaler=self.scaler)
-            for step in steps:
-                loss_sum += step.loss * step.images
-                images += step.images
+                model=self.model, loader=self.train_loader, mixup=self.mixup,
+                criterion=self.criterion, precision=self.precision, optimizer=self.optimizer,
+                learning_rate=self.learning_rate, ema=self.ema,
+                accum_iter=config.TRAIN.ACCUM_ITER, seed=config.SEED, epoch=start.epoch,
+                first_batch=start.batch, first_step=start.step)
+            for step in steps if start.batch < self.batches else ():
+                loss_sum, images = self.progress.epoch_sums
+                self.progress = replace(
+                    self.progress, batch=step.batch, step=self.progress.step + 1,
+                    epoch_sums=(loss_sum + step.loss * step.images, images + step.images))
                 images_here += step.images
                 waited += step.data_seconds
-                self.progress = replace(self.progress, batch=step.batch,
-                                        step=self.progress.step + 1,
-                                        epoch_sums=(loss_sum, images))
                 seconds = time.perf_counter() - started
-                bar.update(step.batch - bar.n)
                 self.report(bar, step, images_here / seconds, waited / seconds)
+                self.log.write_step(self.progress.step)
+                if step.batch < self.batches:  # else the end of the epoch does all this
+                    self.save_if_due()
+                    self.stop_if_asked(signals, save=True)
+        loss_sum, images = self.progress.epoch_sums
         seconds = time.perf_counter() - started
         self.progress = replace(self.progress, epoch=start.epoch + 1, batch=0,
                                 epoch_sums=(0.0, 0.0))
         return {'epoch': self.progress.epoch, 'step': self.progress.step,
-                'learning_rate': step.lr, 'train_loss': loss_sum / images,
-                'train_seconds': round(seconds, 3),
+                'learning_rate': self.learning_rate(self.progress.step - 1),
+                'train_loss': loss_sum / images, 'train_seconds': round(seconds, 3),
                 'train_images_per_second': round(images_here / seconds, 3)}
 
     def report(self, bar, step: Step, images_per_second: float, wait_share: float) -> None:
         """Show one step on the bar or, every REPORT_FREQ forward passes, in a line."""
-        batches = len(self.train_loader.batch_sampler)
         if not bar.disable:
+            bar.update(step.batch - bar.n)
             bar.set_postfix_str(f'loss {step.loss:.4f}, lr {step.lr:.3g}, '
                                 f'{images_per_second:.1f} images/s, data wait {wait_share:.0%}')
         elif step.batch % self.config.REPORT_FREQ < self.config.TRAIN.ACCUM_ITER \
-                or step.batch == batches:
+                or step.batch == self.batches:
             logger.info('epoch %d/%d, batch %d/%d, loss %.4f, lr %.3g, %.1f images/s, '
                         'data wait %.0f %%', self.progress.epoch + 1,
-                        self.config.TRAIN.NUM_EPOCHS, step.batch, batches, step.loss, step.lr,
-                        images_per_second, 100 * wait_share)
+                        self.config.TRAIN.NUM_EPOCHS, step.batch, self.batches, step.loss,
+                        step.lr, images_per_second, 100 * wait_share)
 
     def validate(self, record: dict) -> tuple[Metrics, bool]:
         """Evaluate the weights and their average; adds to `record`.
@@ -201,7 +225,7 @@ class Training:
             The better of the two metrics, and whether it is the best of the run.
         """
         loop = partial(evaluate, model=self.model, loader=self.val_loader,
-                       autocast=partial(autocast, self.config), progress=self.log.bar)
+                       precision=self.precision, progress=self.log.bar)
         results = {'val': loop()}
         if self.ema is not None:
             with self.ema.applied_to(self.model):
@@ -216,24 +240,53 @@ class Training:
             self.progress = replace(self.progress, best_top1_percent=best.top1_percent)
         return best, is_best
 
-    def save(self, *, is_best: bool) -> None:
+    def save_if_due(self) -> None:
+        """Save in mid-epoch, every SAVE_STEPS steps or SAVE_MINUTES."""
+        steps, minutes = self.config.SAVE_STEPS, self.config.SAVE_MINUTES
+        if (steps is not None and self.progress.step % steps == 0) or (
+                minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes):
+            self.save()
+
+    def stop_if_asked(self, signals: StopSignals, *, save: bool = False) -> None:
+        """Raise Stopped, on all processes, if any of them has had a signal."""
+        asked = distributed.sum_over_ranks([signals.received == signal.SIGINT,
+                                            signals.received == signal.SIGTERM])
+        if not asked.any():
+            return
+        if save:
+            self.save()
+        distributed.sum_over_ranks([0])  # whoever exits first ends the others: rank 0 must be done
+        number = signal.SIGINT if asked[0] else signal.SIGTERM
+        raise Stopped(number, f'stopped by {number.name} after epoch {self.progress.epoch}, step '
+                              f'{self.progress.step}; -resume={self.config.SAVE} goes on')
+
+    def save(self, *, is_best: bool = False) -> None:
         """Write a checkpoint of this moment and drop those that it makes needless."""
+        self.saved_at = time.monotonic()
         if distributed.rank() != 0:
             return
         folder = self.config.SAVE
         path = checkpoint_path(folder, self.progress)
         save_checkpoint(path, Checkpoint(
             config=config_text(self.config), progress=self.progress,
-            model={name: value.numpy() for name, value in self.model.state_dict().items()},
+            model=float32_weights(self.model, self.optimizer),
             model_ema={} if self.ema is None else self.ema.state(),
-            optimizer=optimizer_state(self.optimizer, self.model)))
+            optimizer=optimizer_state(self.optimizer, self.model),
+            scaler=self.precision.state()))
         point_to(folder, 'last', path)
         if is_best:
             point_to(folder, 'best', path)
-        remove_superseded(folder, keep_every=self.config.SAVE_FREQ)
+        remove_superseded(folder, keep_every=self.config.SAVE_FREQ,
+                          keep_newest=self.config.SAVE_KEEP)
 
 
-def build_loader(config, *, is_train: bool) -> paddle.io.DataLoader:
+def float32_weights(model: paddle.nn.Layer, optimizer) -> dict[str, np.ndarray]:
+    """All of a model's tensors; of half-precision weights, the masters that they are rounded from."""
+    tensors = {**model.state_dict(), **master_weights(optimizer, model)}
+    return {name: tensor.astype('float32').numpy() for name, tensor in tensors.items()}
+
+
+def build_loader(config, *, is_train: bool) -> Loader:
     """This process's loader of the training or the validation set."""
     return get_dataloader(config, get_dataset(config, is_train), is_train,
                           rank=distributed.rank(), world_size=distributed.world_size())
@@ -249,26 +302,37 @@ def build_network(config) -> RepLKNet:
     return build_replknet(config, sync_bn=sync_bn)
 
 
-def autocast(config):
-    """The context that the network runs in: mixed precision where asked for and possible."""
-    if config.AMP and distributed.on_gpu():
-        return paddle.amp.auto_cast()
-    return contextlib.nullcontext()
+def build_precision(config) -> Precision:
+    """How to compute: mixed precision where asked for and possible."""
+    return Precision(enabled=config.AMP, level=config.AMP_LEVEL, dtype=config.AMP_DTYPE)
 
 
-def resumed_checkpoint(config) -> Checkpoint | None:
-    """The checkpoint of MODEL.RESUME, if any, after a look at whether it can go on here."""
-    if config.MODEL.RESUME is None:
+def load_weights(model: RepLKNet, config) -> None:
+    """Put MODEL.PRETRAINED into the network."""
+    load_pretrained(model, config.MODEL.PRETRAINED, weights=config.MODEL.PRETRAINED_WEIGHTS,
+                    drop_head=config.MODEL.DROP_HEAD)
+
+
+def find_resumed(config) -> Checkpoint | None:
+    """The checkpoint that MODEL.RESUME means, if any, after a look at whether it can go on here."""
+    path = config.MODEL.RESUME
+    if path is None:
         return None
-    path = resume_file(config.MODEL.RESUME)
+    if path == 'auto':
+        path = newest_whole_checkpoint(config.SAVE)
+        if path is None:
+            logger.info('-resume auto: no checkpoint in %s, starting afresh', config.SAVE)
+            return None
+    elif os.path.isdir(path):
+        path = os.path.join(path, 'last')
     checkpoint = load_checkpoint(path)
+    logger.info('resuming %s', path)
+    for change in config_changes(checkpoint.config, config_text(config)):
+        logger.warning('other than in the run resumed: %s', change)
     epoch = checkpoint.progress.epoch
     if config.TRAIN.LAST_EPOCH not in (0, epoch):
         raise InputError(f'-last_epoch {config.TRAIN.LAST_EPOCH} contradicts {path}, which ends '
                          f'with epoch {epoch}; leave -last_epoch out')
-    if epoch >= config.TRAIN.NUM_EPOCHS:
-        raise InputError(f'{path} has all of the {config.TRAIN.NUM_EPOCHS} epochs of '
-                         'TRAIN.NUM_EPOCHS; nothing is left to train')
     if config.TRAIN.MODEL_EMA != bool(checkpoint.model_ema):
         raise InputError(f'{path} was trained with TRAIN.MODEL_EMA {bool(checkpoint.model_ema)}; '
                          f'got {config.TRAIN.MODEL_EMA}')

@@ -43,6 +43,20 @@ def config_text(config) -> str:
     return config.dump()
 
 
+def visualdl_writer(folder: str):
+    """VisualDL's writer of scalars.
+
+    Raises:
+        InputError: VisualDL is not installed.
+    """
+    try:
+        from visualdl import LogWriter
+    except ImportError as error:
+        raise InputError(f'LOG.VISUALDL needs VisualDL ({error}); '
+                         'pip install -r requirements-plots.txt') from None
+    return LogWriter(logdir=folder)
+
+
 class RunLog:
     """Writes one run's folder and console; silent on ranks other than 0.
 
@@ -51,6 +65,9 @@ class RunLog:
 
     def __init__(self, *, is_main: bool):
         self.folder = None
+        self.step_file = None
+        self.metrics_jsonl = False
+        self.visualdl = None
         self.is_main = is_main
         self.on_terminal = is_main and sys.stdout.isatty()
         self.early = logging.handlers.MemoryHandler(capacity=10 ** 6, flushOnClose=False)
@@ -79,12 +96,30 @@ class RunLog:
         self.early.flush()
         with open(os.path.join(folder, 'config.yaml'), 'w', encoding='utf-8') as file:
             file.write(config_text(config))
+        self.step_file = os.open(os.path.join(folder, 'step'), os.O_WRONLY | os.O_CREAT, 0o644)
+        self.metrics_jsonl = config.LOG.METRICS_JSONL
+        if config.LOG.VISUALDL:
+            self.visualdl = visualdl_writer(os.path.join(folder, 'visualdl'))
 
     def write_metrics(self, record: dict) -> None:
-        """Append one object to metrics.jsonl."""
-        if self.is_main:
+        """Append one object to metrics.jsonl, and its numbers to VisualDL's scalars."""
+        if not self.is_main:
+            return
+        if self.metrics_jsonl:
             with open(self._metrics_file(), 'a', encoding='utf-8') as file:
                 file.write(json.dumps(record) + '\n')
+        if self.visualdl is not None:
+            for tag, value in record.items():
+                if tag != 'epoch':
+                    self.visualdl.add_scalar(tag, value, record['epoch'])
+
+    def write_step(self, step: int) -> None:
+        """Leave word of the optimizer step that is under way; it outlives this process.
+
+        run_train_multi.sh compares where two failures happened.
+        """
+        if self.is_main:
+            os.pwrite(self.step_file, b'%-12d\n' % step, 0)
 
     def forget_metrics_after(self, epoch: int) -> None:
         """Drop the records of epochs that a resumed run will go through again."""

@@ -7,10 +7,11 @@ import argparse
 import sys
 
 from config import get_config, update_config
-from engine.checkpoint import run_config_file, write_tensors
+from engine.checkpoint import run_config_file
 from errors import InputError
 from replknet import build_replknet
 from zoo.convert import load_pretrained
+from zoo.writers import write_safetensors
 
 
 def reparameterize(config, source: str, target: str) -> None:
@@ -18,7 +19,8 @@ def reparameterize(config, source: str, target: str) -> None:
     model = build_replknet(config)
     load_pretrained(model, source)
     model.structural_reparam()
-    write_tensors(target, {name: value.numpy() for name, value in model.state_dict().items()})
+    write_safetensors(target, {name: value.numpy() for name, value in model.state_dict().items()},
+                      metadata={})
 
 
 def main(argv: list[str] | None = None) -> int:

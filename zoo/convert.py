@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,9 +139,8 @@ def load_pretrained(model, path: str | os.PathLike, *, weights: str = 'model',
         InputError: it cannot be read, or does not fit; nothing has been loaded then.
     """
     state = _read_native(path, weights)
+    kept = _fit(state, _shapes(model), path, drop_head=drop_head)
     target = model.state_dict()
-    kept = _fit(state, {name: tuple(value.shape) for name, value in target.items()}, path,
-                drop_head=drop_head)
     for name in kept:
         target[name].set_value(_as_float32(state[name]))
     logger.info('loaded %d tensors from %s (%s)', len(kept), path, weights)
@@ -162,7 +160,7 @@ def load_state(path: str | os.PathLike, *, weights: str = 'model') -> dict[str, 
         InputError: it cannot be read or is no RepLKNet; the message names the file.
     """
     state = _read_native(path, weights)
-    return {name: _as_float32(value) for name, value in state.items()}
+    return dict(_Float32(state))
 
 
 def convert_file(source: str | os.PathLike, destination: str | os.PathLike, config, *,
@@ -190,17 +188,26 @@ def convert_file(source: str | os.PathLike, destination: str | os.PathLike, conf
     if suffix == '.pdparams' and layout != 'native':
         raise InputError(f'{destination}: .pdparams files have native names; write {layout} names '
                          'to a .safetensors file')
-    with paddle.LazyGuard():  # shapes alone, without memory for the parameters
-        target = build_replknet(config).state_dict()
-    state = load_state(source, weights=weights)
-    names = _fit(state, {name: tuple(value.shape) for name, value in target.items()}, source)
-    state = from_native({name: state[name] for name in names}, layout)
+    state = _read_native(source, weights)
+    names = _fit(state, parameter_shapes(config), source)
+    state = _Float32(from_native({name: state[name] for name in names}, layout))
     if suffix == '.pdparams':
         write_pdparams(destination, state)
     else:
         framework = 'pt' if LAYOUTS[layout].is_torch else 'pd'
         write_safetensors(destination, state, {'format': framework})
     return len(state)
+
+
+def parameter_shapes(config) -> dict[str, tuple[int, ...]]:
+    """Native name and shape of each parameter and statistic of the network that `config` builds."""
+    with paddle.LazyGuard():  # without memory for the values
+        model = build_replknet(config)
+    return _shapes(model)
+
+
+def _shapes(model) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
 def from_native(state: Mapping[str, np.ndarray], layout: str) -> dict[str, np.ndarray]:
@@ -234,6 +241,8 @@ def from_native(state: Mapping[str, np.ndarray], layout: str) -> dict[str, np.nd
 def _read_native(path: str | os.PathLike, weights: str) -> dict[str, np.ndarray]:
     """The file's tensors under native names, in their own precision."""
     state = _choose(read_checkpoint(path), path, weights)
+    if not all(isinstance(name, str) for name in state):
+        raise InputError(f'{path}: holds values under numbers, not tensors by name')
     state = {name: value for name, value in state.items() if name.split('.')[-1] not in _SKIPPED}
     while state and all(name.startswith('module.') for name in state):
         state = {name.removeprefix('module.'): value for name, value in state.items()}
@@ -249,8 +258,9 @@ def _read_native(path: str | os.PathLike, weights: str) -> dict[str, np.ndarray]
             raise InputError(f'{path}: {name} holds {value.dtype}, not floating point numbers')
         is_linear = layout.is_torch and value.ndim == 2
         native[new_name] = value.T if is_linear else value
-    if 'stages.0.norm.weight' in native and 'norm.weight' in native and 'head.weight' not in native:
-        # mmpretrain's backbones: what is a classifier's final norm is the last stage's own.
+    is_backbone = 'stages.0.norm.weight' in native and 'head.weight' not in native
+    if layout is LAYOUTS['mmpretrain'] and is_backbone:
+        # What would be a classifier's final norm is the last stage's own.
         native = {re.sub(r'^norm\.', 'stages.3.norm.', name): value
                   for name, value in native.items()}
     return native
@@ -260,7 +270,7 @@ def _choose(content: object, path: str | os.PathLike, weights: str) -> dict:
     """The state dict meant by `weights` out of what a file holds."""
     if weights not in WEIGHTS:
         raise InputError(f'weights is {weights!r}; allowed: {", ".join(WEIGHTS)}')
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+    if not isinstance(content, dict):
         raise InputError(f'{path}: holds a {type(content).__name__}, not tensors by name')
     if is_safetensors(path) and METADATA_KEY in read_safetensors_metadata(path):
         content = _nested(content)
@@ -268,10 +278,10 @@ def _choose(content: object, path: str | os.PathLike, weights: str) -> dict:
         if isinstance(content.get(key), dict):
             return content[key]
     if any(isinstance(content.get(key), dict) for keys in _CONTAINERS.values() for key in keys):
-        raise InputError(f'{path}: holds no {weights}; it holds {", ".join(content)}')
+        raise InputError(f'{path}: holds no {weights}; it holds {", ".join(map(str, content))}')
     if weights == 'model_ema':
-        raise InputError(f'{path}: holds one set of weights and no moving average; '
-                         "load it with weights 'model'")
+        raise InputError(f'{path}: holds one set of weights and no moving average; load it with '
+                         'MODEL.PRETRAINED_WEIGHTS: model')
     return content
 
 
@@ -295,15 +305,35 @@ def _recognize(state: Mapping[str, object], path: str | os.PathLike) -> Layout:
         'checkpoint under PaddleViT, official PyTorch or mmpretrain names')
 
 
+class _Float32(Mapping):
+    """Tensors that are converted when they are asked for, so that few are in memory at a time."""
+
+    def __init__(self, state: Mapping[str, np.ndarray]):
+        self.state = state
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return _as_float32(self.state[name])
+
+    def __iter__(self):
+        return iter(self.state)
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+
 def _as_float32(value: np.ndarray) -> np.ndarray:
-    """`value` as an aligned, contiguous float32 array; a view of it if it is one already."""
+    """`value` as an aligned, contiguous float32 array; itself if it is one, or is a count."""
+    if value.dtype.kind == 'i':
+        return value
     if value.dtype == np.uint16:
         # Paddle stores bfloat16, which numpy lacks, as its bits: the upper half of a float32.
         value = (value.astype(np.uint32) << 16).view(np.float32)
     return np.require(value, np.float32, ['C', 'A'])
 
 
-# What a checkpoint does not fit, and why
+# What does not fit, and why
+
+_LISTED_KINDS = 40
 
 
 def _fit(state: Mapping[str, np.ndarray], target: Mapping[str, tuple], path: str | os.PathLike, *,
@@ -337,10 +367,11 @@ def _fit(state: Mapping[str, np.ndarray], target: Mapping[str, tuple], path: str
         return list(wanted)
     lines = [f'{path}: does not fit the network']
     lines += _advice(_architecture(found), _architecture(wanted))
+    # Under native names, whatever the file's are.
     lines += _listed('missing from the file', missing)
     lines += _listed('unexpected in the file', unexpected)
     lines += _listed('of another shape', misshaped,
-                     lambda name: f' (file {found[name]}, network {wanted[name]})')
+                     lambda name: f'file {found[name]}, network {wanted[name]}')
     raise InputError('\n'.join(lines))
 
 
@@ -348,17 +379,24 @@ def _classes(shapes: Mapping[str, tuple]) -> str:
     return f'{shapes["head.bias"][0]} classes' if 'head.bias' in shapes else 'none'
 
 
-def _listed(title: str, names: list[str],
-            detail: Callable[[str], str] = lambda name: '') -> list[str]:
-    """Lines that list all `names`; those that differ in indices alone share one, with a count."""
-    patterns = Counter(re.sub(r'\.\d+(?=\.)', '.*', name) for name in names)
-    examples = {re.sub(r'\.\d+(?=\.)', '.*', name): name for name in reversed(names)}
+def _listed(title: str, names: list[str], detail: Callable[[str], str] | None = None) -> list[str]:
+    """Lines that list all `names`; a layer's tensors share one, as do layers of other indices."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        layer = re.sub(r'\.\d+(?=\.)', '.*', name).rpartition('.')[0]
+        groups.setdefault(layer, []).append(name)
     lines = [f'  {len(names)} {title}:'] if names else []
-    for pattern, count in list(patterns.items())[:40]:
-        shown = examples[pattern] if count == 1 else f'{count} x {pattern}'
-        lines.append(f'    {shown}{detail(examples[pattern])}')
-    if len(patterns) > 40:
-        lines.append(f'    and {len(patterns) - 40} more kinds')
+    for layer, members in list(groups.items())[:_LISTED_KINDS]:
+        tensors = list(dict.fromkeys(name.rpartition('.')[2] for name in members))
+        line = f'    {members[0]}'
+        if len(members) > 1:
+            tensor = tensors[0] if len(tensors) == 1 else f'{{{", ".join(tensors)}}}'
+            line = f'    {len(members)} x {layer}.{tensor}'
+        if detail is not None:
+            line += f'{", the first" if len(members) > 1 else ""}: {detail(members[0])}'
+        lines.append(line)
+    if len(groups) > _LISTED_KINDS:
+        lines.append(f'    and {len(groups) - _LISTED_KINDS} more kinds')
     return lines
 
 
@@ -422,7 +460,7 @@ def _advice(file: dict[str, object] | None, network: dict[str, object] | None) -
         keys = ', '.join(f'{key}: {value}' for key, value in change.items())
         lines.append(f'  to load it, use its own config, or set {keys}')
     if set(change) == {'MODEL.NUM_CLASSES'}:
-        lines.append('  to fine-tune from it, load it without its head (drop_head)')
+        lines.append('  to fine-tune from it with a fresh head, set MODEL.DROP_HEAD: True')
     return lines
 
 

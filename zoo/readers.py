@@ -24,7 +24,17 @@ from typing import Any
 import numpy as np
 
 from errors import InputError
-from zoo.unpickle import DTYPES, PLAIN_GLOBALS, Global, MappedFile, Unpickler, checked_sizes, table
+from zoo.unpickle import (
+    DTYPES,
+    PLAIN_GLOBALS,
+    Global,
+    MappedFile,
+    Unpickler,
+    checked_key,
+    checked_sizes,
+    shown,
+    table,
+)
 
 BFLOAT16 = 'bfloat16'  # stands where a numpy type would, if numpy had it
 
@@ -113,9 +123,8 @@ def _read_any(file: MappedFile) -> Any:
     if head.startswith(b'PK\x03\x04'):
         return _read_torch_zip(file)
     if head[:1] == op.PROTO and head[1:2] in (b'\x02', b'\x03', b'\x04', b'\x05'):
-        # PyTorch's magic number comes as a pickle of its own.
-        is_torch = head.startswith(b'\x80\x02\x8a\x0a' + _TORCH_MAGIC)
-        return _read_torch_legacy(file) if is_torch else _read_paddle(file)
+        # PyTorch's magic number comes first, as a pickle of its own.
+        return _read_torch_legacy(file) if _TORCH_MAGIC in head else _read_paddle(file)
     for start, what in _KNOWN_STRANGERS.items():
         if head.lstrip().startswith(start):
             raise InputError(f'is not a checkpoint but {what}')
@@ -157,14 +166,14 @@ def _read_safetensors(file: MappedFile) -> dict[str, np.ndarray]:
     for name, entry in sorted(entries.items(), key=lambda item: tuple(item[1]['data_offsets'])):
         kind = entry['dtype']
         if kind not in _SAFETENSORS_DTYPES:
-            raise InputError(f'tensor {name!r:.80} is of type {kind!r:.20}, which is not read')
+            raise InputError(f'tensor {shown(name)} is of type {shown(kind)}, which is not read')
         dtype = _SAFETENSORS_DTYPES[kind]
         shape = checked_sizes(tuple(entry['shape']))
         begin, end = entry['data_offsets']
         # The format allows neither gaps nor overlaps, so every byte belongs to one tensor.
         if begin != expected or end - begin != math.prod(shape) * _itemsize(dtype):
             raise InputError(
-                f'tensor {name!r:.80} of shape {shape!r:.60} does not fit its bytes '
+                f'tensor {shown(name)} of shape {shown(shape)} does not fit its bytes '
                 f'{begin}..{end}; copy or download the file again'
             )
         tensors[name] = _vector(file, dtype, data_start + begin, math.prod(shape)).reshape(shape)
@@ -188,14 +197,15 @@ def _named_tensor(file: MappedFile, items=()) -> object:
     return tuple(items)
 
 
-def _dense_tensor(file: MappedFile, expression, variables) -> np.ndarray:
+def _dense_tensor(file: MappedFile, *arguments) -> np.ndarray:
     """`eval('data', {'data': array})`: how Paddle pickles a DenseTensor. Nothing else passes."""
-    if expression != 'data' or type(variables) is not dict or list(variables) != ['data']:
-        raise InputError(
-            f"asks for 'builtins.eval' of {expression!r:.80}, which would run code that the file "
-            "chose. Nothing was run; do not load this file with anything else either"
-        )
-    return variables['data']
+    match arguments:
+        case 'data', {'data': np.ndarray() as array, **others} if not others:
+            return array
+    raise InputError(
+        "asks for Python's 'eval', which would run code that the file chose. Nothing was run; do "
+        'not load this file with another program either'
+    )
 
 
 _PADDLE_GLOBALS = PLAIN_GLOBALS | table(
@@ -222,9 +232,9 @@ def _join_slices(file: MappedFile, content: dict) -> None:
     """Puts together the arrays over 1 GiB, which Paddle splits for pickle protocols 2 and 3."""
     for name, parts in content.pop(_SLICES_KEY).items():
         shape = checked_sizes(tuple(parts['OriginShape']))
-        slices = [content.pop(part) for part in parts['slices']]
+        slices = [content.pop(checked_key(part)) for part in parts['slices']]
         if sum(piece.size for piece in slices) != math.prod(shape):
-            raise InputError(f'holds slices of {name!r:.80} that do not make up {shape!r:.60}')
+            raise InputError(f'holds slices of {shown(name)} that do not make up {shown(shape)}')
         file.spend(sum(piece.nbytes for piece in slices))
         content[name] = np.concatenate(slices).reshape(shape)
 
@@ -277,8 +287,8 @@ def _tensor(
     fits = count == 0 or (count <= storage.size and last < storage.size)
     if type(offset) is not int or offset < 0 or not fits:
         raise InputError(
-            f'holds a tensor of shape {size!r:.60}, strides {stride!r:.60} and offset '
-            f'{offset!r:.20}, which does not fit its storage of {storage.size} elements'
+            f'holds a tensor of shape {shown(size)}, strides {shown(stride)} and offset '
+            f'{shown(offset)}, which does not fit its storage of {storage.size} elements'
         )
     file.spend(count * storage.itemsize)
     if count == 0:
@@ -319,11 +329,11 @@ def _reference(reference: object) -> tuple[str | int, object, int, object]:
     None or (key, first element, elements) of the part meant.
     """
     if type(reference) is not tuple or len(reference) not in (5, 6) or reference[0] != 'storage':
-        raise InputError(f"refers to {reference!r:.80}, which is not a tensor's storage")
+        raise InputError(f"refers to {shown(reference)}, which is not a tensor's storage")
     _, kind, key, _, count = reference[:5]
     dtype = _STORAGE_DTYPES.get(kind.name) if isinstance(kind, Global) else None
     if dtype is None or type(key) not in (str, int) or type(count) is not int or count < 0:
-        raise InputError(f'refers to the storage {key!r:.40} of an unknown type or size')
+        raise InputError(f'refers to the storage {shown(key)} of an unknown type or size')
     return key, dtype, count, reference[5] if len(reference) == 6 else None
 
 
@@ -344,7 +354,7 @@ def _read_torch_zip(file: MappedFile) -> Any:
             start, length = members[f'{folder}data/{key}']
             if count * _itemsize(dtype) > length:
                 raise InputError(
-                    f'holds {length} bytes for storage {key!r:.40}, which needs {count} times '
+                    f'holds {length} bytes for storage {shown(key)}, which needs {count} times '
                     f'{_itemsize(dtype)}; copy or download the file again'
                 )
             storages[key, dtype] = _vector(file, dtype, start, count)
@@ -383,7 +393,7 @@ def _zip_members(file: MappedFile) -> dict[str, tuple[int, int]]:
         header = wide.pop(0) if header == 0xFFFFFFFF else header
         if method != zipfile.ZIP_STORED or flags & 1 or packed != length:
             raise InputError(
-                f'is a zip archive whose member {name!r:.80} is compressed or encrypted, which '
+                f'is a zip archive whose member {shown(name)} is compressed or encrypted, which '
                 'PyTorch does not do; save it again with torch.save'
             )
         if bytes(file.view(header, 4)) != b'PK\x03\x04':
@@ -391,7 +401,7 @@ def _zip_members(file: MappedFile) -> dict[str, tuple[int, int]]:
         start = header + 30 + sum(file.unpack('<HH', header + 26))
         file.view(start, length)
         if name in members:
-            raise InputError(f'is a zip archive with two members {name!r:.80}')
+            raise InputError(f'is a zip archive with two members {shown(name)}')
         members[name] = (start, length)
         at += 46 + name_bytes + extra_bytes + comment_bytes
     return members
@@ -431,7 +441,7 @@ def _read_torch_legacy(file: MappedFile) -> Any:
     def note(reference: object) -> np.ndarray:
         key, dtype, count, part = _reference(reference)
         if kinds.setdefault(key, (dtype, count)) != (dtype, count):
-            raise InputError(f'describes storage {key!r:.40} in two ways')
+            raise InputError(f'describes storage {shown(key)} in two ways')
         return _part(_vector(file, DTYPES['u1'], 0, count), part)
 
     content_start = position
@@ -439,10 +449,10 @@ def _read_torch_legacy(file: MappedFile) -> Any:
     keys = next_pickle()
     storages = {}
     for key in keys:
-        dtype, count = kinds[key]
+        dtype, count = kinds[checked_key(key)]
         (announced,) = file.unpack('<q', position)
         if announced != count or key in storages:
-            raise InputError(f'holds storage {key!r:.40} with {announced} elements, not {count}')
+            raise InputError(f'holds storage {shown(key)} with {announced} elements, not {count}')
         storages[key] = _vector(file, dtype, position + 8, count)
         position += 8 + count * _itemsize(dtype)
 

@@ -162,7 +162,7 @@ class _LateArray:
 
 def _mapping(file: MappedFile, items=()) -> dict:
     pairs = items.items() if isinstance(items, dict) else items
-    return {_checked_key(key): value for key, value in _counted(file, pairs)}
+    return {checked_key(key): value for key, value in _counted(file, pairs)}
 
 
 def _default_dict(file: MappedFile, factory=None, items=()) -> dict:
@@ -181,7 +181,7 @@ def _reconstructed(file: MappedFile, cls, base, state) -> object:
 
 
 def _set(file: MappedFile, items=()) -> set:
-    return {_checked_key(item) for item in _counted(file, items)}
+    return {checked_key(item) for item in _counted(file, items)}
 
 
 def _counted(file: MappedFile, items):
@@ -193,7 +193,7 @@ def _counted(file: MappedFile, items):
 def _bytes(file: MappedFile, text='', encoding='latin1') -> bytes:
     """`bytes` and `_codecs.encode`: how protocol 2 writes byte strings."""
     if encoding != 'latin1' or not isinstance(text, (str, _LargeText)):
-        raise InputError(f'encodes text as {encoding!r:.40}; only byte strings in latin1 are known')
+        raise InputError(f'encodes text as {shown(encoding)}; only bytes in latin1 are known')
     if isinstance(text, _LargeText):
         return text.latin1()
     file.spend(len(text))
@@ -202,7 +202,7 @@ def _bytes(file: MappedFile, text='', encoding='latin1') -> bytes:
 
 def _dtype(file: MappedFile, code, align=False, copy=False) -> np.dtype:
     if not isinstance(code, str) or code.lstrip('<|=') not in DTYPES:
-        raise InputError(f'holds a numpy array of type {code!r:.40}; only numbers are read')
+        raise InputError(f'holds a numpy array of type {shown(code)}; only numbers are read')
     return DTYPES[code.lstrip('<|=')]
 
 
@@ -225,7 +225,7 @@ def _array(file: MappedFile, data, dtype, shape, order='C') -> np.ndarray:
     count = math.prod(checked_sizes(shape))
     if count * dtype.itemsize != len(data):
         raise InputError(
-            f'holds a numpy array of shape {shape!r:.60} and type {dtype} with {len(data)} bytes '
+            f'holds a numpy array of shape {shown(shape)} and type {dtype} with {len(data)} bytes '
             'of data; copy or download the file again'
         )
     file.spend(len(data))
@@ -239,22 +239,32 @@ def _scalar(file: MappedFile, dtype, data) -> object:
 def checked_sizes(sizes: object) -> tuple[int, ...]:
     """`sizes` if it is a tuple of at most 32 non-negative integers, else InputError."""
     plain = isinstance(sizes, tuple) and len(sizes) <= 32
-    if not plain or any(type(n) is not int or n < 0 for n in sizes):
-        raise InputError(f'holds a tensor of impossible shape {sizes!r:.60}')
+    if not plain or not all(type(n) is int and 0 <= n < 2**63 for n in sizes):
+        raise InputError(f'holds a tensor of impossible shape {shown(sizes)}')
     return sizes
 
 
-def _checked_key(key: object) -> object:
-    """`key` if it is a plain scalar or a flat tuple of them.
-
-    Hashing tuples of tuples takes time without a bound: each level can hold the last one twice.
-    """
-    plain = (str, int, float, bool, bytes, type(None))
-    if not isinstance(key, plain) and not (
-        type(key) is tuple and all(isinstance(part, plain) for part in key)
-    ):
+def checked_key(key: object) -> object:
+    """`key` if it may be one, which is to say if it is flat."""
+    if not _is_flat(key):
         raise InputError(f'uses a {type(key).__name__} as a key; only text and numbers are read')
     return key
+
+
+def _is_flat(value: object) -> bool:
+    """Whether it is a scalar or a tuple of scalars.
+
+    Hashing or printing tuples of tuples takes time without a bound: each can hold the last twice.
+    """
+    scalars = (str, int, float, bool, bytes, type(None))
+    return isinstance(value, scalars) or (
+        type(value) is tuple and all(isinstance(part, scalars) for part in value)
+    )
+
+
+def shown(value: object) -> str:
+    """A value from a file as it may appear in a message: short, and safe to make."""
+    return f'{value!r:.80}' if _is_flat(value) else f'a {type(value).__name__}'
 
 
 def table(*entries: tuple[str, Callable | None]) -> dict[str, Global]:
@@ -451,7 +461,7 @@ class Unpickler:
 
     def _set_item(self) -> None:
         value, key = self._pop_value(), self._pop()
-        self._top(dict)[_checked_key(key)] = value
+        self._top(dict)[checked_key(key)] = value
 
     def _set_items(self) -> None:
         items = self._pop_mark()
@@ -461,11 +471,11 @@ class Unpickler:
         if len(items) % 2:
             raise InputError('holds a dictionary with a key that has no value')
         for key, value in zip(items[::2], items[1::2], strict=True):
-            target[_checked_key(key)] = self._kept(value)
+            target[checked_key(key)] = self._kept(value)
 
     def _add_items(self) -> None:
         items = self._pop_mark()
-        self._top(set).update(_checked_key(item) for item in items)
+        self._top(set).update(checked_key(item) for item in items)
 
     def _new_list(self) -> None:
         items = self._pop_mark()
@@ -478,7 +488,7 @@ class Unpickler:
 
     def _new_set(self) -> None:
         items = self._pop_mark()
-        self.stack.append({_checked_key(item) for item in items})
+        self.stack.append({checked_key(item) for item in items})
 
     def _new_tuple(self) -> None:
         items = self._pop_mark()
@@ -490,10 +500,12 @@ class Unpickler:
         return self.stack[-1]
 
     def _find(self, module: object, name: object) -> Global:
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise InputError('asks for something whose name is not text')
         full_name = f'{module}.{name}'
         if full_name not in self.known:
             raise InputError(
-                f'asks for {full_name!r:.120}, which is not plain data; the usual way of loading '
+                f'asks for {shown(full_name)}, which is not plain data; the usual way of loading '
                 'would run code that the file chose. Nothing was run. If you trust the author of '
                 'the file, ask for one that holds the weights alone (a state dict)'
             )

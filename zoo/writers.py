@@ -49,7 +49,13 @@ def write_pdparams(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -
         OSError: it cannot be written.
     """
     state = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    _replace(path, lambda file: pickle.dump(state, file, protocol=4))
+
+    def write(file: BinaryIO) -> None:
+        pickler = pickle.Pickler(file, protocol=4)
+        pickler.fast = True  # no memo, which would keep a copy of every tensor
+        pickler.dump(state)
+
+    _replace(path, write)
 
 
 def _replace(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoint files made by hand, byte by byte: what PyTorch and Paddle write, and what attackers do.
+"""Checkpoint files made by hand, byte by byte: what PyTorch and Paddle write, and attackers too.
 
 The reference files in tests/fixtures come from the real programs; these need neither, are a
 thousand times smaller, and can be wrong in any way a test asks for.
@@ -83,6 +83,8 @@ def pickled(value) -> bytes:
     return b'\x80\x02' + encode(value) + b'.'
 
 
+TORCH_MAGIC = 0x1950A86A20F9469CFC6C
+
 STORAGES = {'f4': 'FloatStorage', 'f2': 'HalfStorage', 'i8': 'LongStorage', 'u2': 'BFloat16Storage'}
 
 
@@ -119,7 +121,7 @@ def torch_zip(content, storages: dict[str, np.ndarray], *, compress: bool = Fals
 def torch_legacy(content, storages: dict[str, np.ndarray], *, system=None, version=1001) -> bytes:
     """A file of PyTorch 1.5 or before."""
     system = system or {'protocol_version': 1001, 'little_endian': True, 'type_sizes': {}}
-    parts = [pickled(0x1950A86A20F9469CFC6C), pickled(version), pickled(system), pickled(content),
+    parts = [pickled(TORCH_MAGIC), pickled(version), pickled(system), pickled(content),
              pickled(list(storages))]
     for array in storages.values():
         parts.append(struct.pack('<q', array.size) + array.tobytes())

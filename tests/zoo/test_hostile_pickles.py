@@ -37,11 +37,11 @@ NESTED = pickled(Call(Name('os', 'system'), (COMMAND,)))
 ATTACKS = {
     'os.system': (Call(Name('os', 'system'), (COMMAND,)), 'os.system'),
     'posix.system': (Call(Name('posix', 'system'), (COMMAND,)), 'posix.system'),
-    'eval': (Call(Name('builtins', 'eval'), ('__import__("os").system("true")',)), 'builtins.eval'),
-    'eval with names': (Call(Name('builtins', 'eval'), ('data()', {'data': 1})), 'builtins.eval'),
-    'eval with two names': (Call(Name('builtins', 'eval'), ('data', {'data': 1, '__builtins__': 2})),
-                            'builtins.eval'),
-    'Python 2 eval': (Call(Name('__builtin__', 'eval'), ('1',)), '__builtin__.eval'),
+    'eval': (Call(Name('builtins', 'eval'), ('__import__("os").system("true")',)), 'eval'),
+    'eval with names': (Call(Name('builtins', 'eval'), ('data()', {'data': 1})), 'eval'),
+    'eval with two names': (
+        Call(Name('builtins', 'eval'), ('data', {'data': 1, 'len': 2})), 'eval'),
+    'Python 2 eval': (Call(Name('__builtin__', 'eval'), ('1',)), 'eval'),
     'exec': (Call(Name('builtins', 'exec'), ('import os',)), 'builtins.exec'),
     'import': (Call(Name('builtins', '__import__'), ('os',)), 'builtins.__import__'),
     'getattr': (Call(Call(Name('builtins', 'getattr'), (Name('os', 'path'), 'join')), ()),
@@ -58,8 +58,8 @@ ATTACKS = {
     'instance': (Raw(b'(' + encode(COMMAND) + b'ios\nsystem\n'), 'os.system'),
     'old-style object': (Raw(b'(cos\nsystem\n' + encode(COMMAND) + b'o'), 'os.system'),
     'new object with keywords': (Raw(b'csubprocess\nPopen\n)}\x92'), 'subprocess.Popen'),
-    'name from the stack': (Raw(encode('os') + encode('system') + b'\x93' + encode((COMMAND,)) + b'R'),
-                            'os.system'),
+    'name from the stack': (
+        Raw(encode('os') + encode('system') + b'\x93' + encode((COMMAND,)) + b'R'), 'os.system'),
     'dotted name': (Raw(encode('builtins') + encode('dict.fromkeys') + b'\x93'), 'dict.fromkeys'),
     'registered extension': (Raw(b'\x82\x01)R'), 'opcode'),
     'pickle in a torch storage': (Call(Name('torch.storage', '_load_from_bytes'), (NESTED,)),
@@ -76,15 +76,17 @@ ATTACKS = {
     'codec': (Call(Name('_codecs', 'encode'), ('x', 'rot13')), 'rot13'),
     'numpy file': (Call(Name('numpy', 'load'), ('x.npy',)), 'numpy.load'),
     'numpy eval': (Call(Name('numpy.f2py.crackfortran', 'myeval'), ('1',)), 'myeval'),
-    'attribute of a stand-in': (Raw(encode('numpy.core.multiarray') + encode('scalar.build.__globals__')
-                                    + b'\x93'), '__globals__'),
+    'attribute of a stand-in': (
+        Raw(encode('numpy.core.multiarray') + encode('scalar.build.__globals__') + b'\x93'),
+        '__globals__'),
     'call of a type': (Call(Name('builtins', 'str'), ('x',)), 'builtins.str'),
     'model class': (Made(Name('models.replknet', 'RepLKNet'), {}), 'models.replknet.RepLKNet'),
 }
 
 # Format -> file around a value. Values go where PyTorch and Paddle put tensors, names and options.
 FORMATS = {
-    'torch zip': lambda value: torch_zip({'model': {'x': tensor(BASE, '0'), 'y': value}}, {'0': BASE}),
+    'torch zip':
+        lambda value: torch_zip({'model': {'x': tensor(BASE, '0'), 'y': value}}, {'0': BASE}),
     'torch zip, storage reference':
         lambda value: torch_zip({'x': Reference(('storage', value, '0', 'cpu', 4))}, {'0': BASE}),
     'torch zip, storage key':

@@ -1,0 +1,72 @@
+"""Timing on noisy machines: alternatives in turn, medians with their spread, and where it was."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import paddle
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of repeated runs: median, fastest, slowest, and how many."""
+
+    median_seconds: float
+    min_seconds: float
+    max_seconds: float
+    runs: int
+
+    def __str__(self) -> str:
+        return (
+            f"median {1e3 * self.median_seconds:.2f} ms "
+            f"({1e3 * self.min_seconds:.2f} to {1e3 * self.max_seconds:.2f}, n = {self.runs})"
+        )
+
+
+def time_in_turn(
+    alternatives: dict[str, Callable[[], object]], *, rounds: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each call, A B A B ..., so that a drift of the machine meets all alike.
+
+    Args:
+        rounds: how often each is timed.
+        warmup: how often each is called before that.
+    """
+    seconds = {name: [] for name in alternatives}
+    for turn in range(warmup + rounds):
+        for name, call in alternatives.items():
+            start = time.perf_counter()
+            call()
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def summarize(seconds: list[float]) -> Timing:
+    """The figures to quote of a list of measured seconds."""
+    return Timing(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
+
+
+def median_ratio(seconds: list[float], baseline: list[float]) -> float:
+    """Median of the ratios of neighbouring runs, which a drift of the machine does not move."""
+    return statistics.median(a / b for a, b in zip(seconds, baseline))
+
+
+def describe_machine() -> str:
+    """Processor, cores that this process may use, and versions, in one line."""
+    processor = platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        processor = names[0].split(":", 1)[1].strip() if names else processor
+    return (
+        f"{processor}, {len(os.sched_getaffinity(0))} cores, "
+        f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}, "
+        f"{paddle.device.get_device()}, Python {platform.python_version()}, "
+        f"Paddle {paddle.__version__}, numpy {numpy.__version__}"
+    )

@@ -1,0 +1,184 @@
+"""Counts against the exact figures of the official code, and against counting by hand."""
+
+import gc
+
+import numpy as np
+import paddle
+import pytest
+from conftest import ROOT
+from paddle import nn
+
+import replknet
+from analysis.complexity import count_macs, count_parameters
+from config import get_config, update_config
+from replknet import RepLKNet, build_replknet
+
+# FACTS 1. config: parameters, merged parameters, {image size: (MACs, merged MACs)}
+COUNTS = {
+    "replknet_31b": (
+        79_864_168,
+        79_527_272,
+        {224: (15_431_298_048, 15_353_525_248), 384: (45_347_135_488, 45_118_578_688)},
+    ),
+    "replknet_31l_22k1k_384": (
+        172_671_016,
+        172_165_672,
+        {384: (96_332_255_232, 95_989_420_032)},
+    ),
+    "replknet_xl": (335_435_752, 335_399_656, {320: (128_730_316_800, 128_730_316_800)}),
+    "replknet_31b_22k": (101_226_193, 100_889_297, {224: (15_452_639_232, 15_374_866_432)}),
+    "replknet_31l_22k_384": (
+        204_703_633,
+        204_198_289,
+        {384: (96_364_267_008, 96_021_431_808)},
+    ),
+}
+SIZES = {"large_kernel_sizes": [7, 7, 5, 5], "layers": [1, 1, 2, 1], "channels": [4, 8, 8, 12]}
+
+
+@pytest.fixture
+def no_random_weights(monkeypatch):
+    """Counting asks for shapes alone: zeros are faster to make."""
+    zeros = paddle.ParamAttr(initializer=nn.initializer.Constant(0.0))
+    monkeypatch.setattr(replknet, "uniform", lambda fan_in: zeros)
+    yield
+    gc.collect()
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_published_networks_have_the_official_counts_to_the_unit(name, no_random_weights):
+    parameters, merged_parameters, macs = COUNTS[name]
+    model = build_replknet(get_config(ROOT / "configs" / f"{name}.yaml"))
+    assert count_parameters(model) == parameters
+    assert {size: count_macs(model, size) for size in macs} == {
+        size: before for size, (before, _) in macs.items()
+    }
+    model.structural_reparam()
+    assert count_parameters(model) == merged_parameters
+    assert {size: count_macs(model, size) for size in macs} == {
+        size: after for size, (_, after) in macs.items()
+    }
+
+
+def test_every_published_row_has_one_of_these_counts():
+    sizes = {
+        (config.MODEL.CHANNELS[0], config.MODEL.NUM_CLASSES)
+        for config in map(get_config, (ROOT / "configs").glob("replknet_[3x]*.yaml"))
+    }
+    counted = {
+        (config.MODEL.CHANNELS[0], config.MODEL.NUM_CLASSES)
+        for config in (get_config(ROOT / "configs" / f"{name}.yaml") for name in COUNTS)
+    }
+    assert sizes == counted
+
+
+def test_a_network_built_merged_counts_as_a_merged_one():
+    config = get_config(ROOT / "configs" / "replknet_nano.yaml")
+    train = build_replknet(config)
+    train.structural_reparam()
+    options = type("Arguments", (), {"opts": ["MODEL.SMALL_KERNEL_MERGED", "True"]})
+    built = build_replknet(update_config(config, options))
+    assert count_parameters(built) == count_parameters(train)
+    assert count_macs(built, 32) == count_macs(train, 32)
+
+
+def hand_made():
+    return nn.Sequential(
+        nn.Conv2D(3, 8, 3, stride=2, padding=1),  # 9 -> 5: 8 x 3 x 9 weights, 25 places
+        nn.BatchNorm2D(8),
+        nn.Conv2D(8, 8, 5, padding=2, groups=8, bias_attr=False),  # 8 x 25 weights, 25 places
+        nn.Conv2D(8, 4, 2, stride=3),  # 5 -> 2: 4 x 8 x 4 weights, 4 places
+        nn.Flatten(),
+        nn.Linear(16, 10),
+    )
+
+
+def test_counts_by_hand():
+    model = hand_made()
+    assert count_macs(model, 9) == 216 * 25 + 200 * 25 + 128 * 4 + 160
+    assert count_parameters(model) == (216 + 8) + 16 + 200 + (128 + 4) + (160 + 10)
+
+
+@pytest.mark.parametrize(
+    "options, macs",
+    [
+        ({"dilation": 2}, 27 * 25),
+        ({"stride": [1, 2]}, 27 * 7 * 4),
+    ],
+)
+def test_convolutions_of_any_geometry_are_counted_right_or_refused(options, macs):
+    """A number is worse than no number where it is wrong."""
+    model = nn.Conv2D(3, 1, 3, **options)
+    assert list(model(paddle.zeros([1, 3, 9, 9])).shape[2:])  # Paddle takes it
+    try:
+        counted = count_macs(model, 9)
+    except (ValueError, NotImplementedError):
+        return
+    assert counted == macs
+
+
+def test_frozen_parameters_are_not_counted():
+    model = hand_made()
+    model[5].weight.stop_gradient = True
+    assert count_parameters(model) == count_parameters(hand_made()) - 160
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("merged", [True, False])
+def test_counting_leaves_the_model_as_it_was(training, merged):
+    paddle.seed(0)
+    model = RepLKNet(**SIZES, num_classes=10, drop_path_rate=0.0)
+    if merged:
+        model.structural_reparam()
+    images = paddle.to_tensor(np.random.default_rng(0).normal(size=(2, 3, 32, 32)), "float32")
+    model.eval()
+    before = model(images).numpy()
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    if training:
+        model.train()
+    assert count_macs(model, 32) == count_macs(model, 32) > 0
+    assert all(layer.training == training for layer in model.sublayers(include_self=True))
+    assert all(np.array_equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all("forward" not in vars(layer) for layer in model.sublayers(include_self=True))
+    model(images).sum().backward()  # counting has switched no gradient off
+    assert model.stem[0].conv.weight.grad is not None
+    model.eval()
+    if not training:  # the backward pass in training has moved the statistics
+        assert np.array_equal(model(images).numpy(), before)
+
+
+def test_counting_leaves_a_frozen_norm_frozen():
+    """Fine-tuning keeps some norms in evaluation mode inside a model that trains."""
+    model = hand_made()
+    model.train()
+    model[1].eval()
+    count_macs(model, 9)
+    assert [layer.training for layer in model] == [True, False, True, True, True, True]
+
+
+def test_a_model_that_fails_is_left_as_it_was():
+    class Failing(nn.Layer):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2D(3, 2, 1)
+
+        def forward(self, x):
+            self.conv(x)
+            raise OverflowError("too far")
+
+    model = Failing()
+    with pytest.raises(OverflowError):
+        count_macs(model, 8)
+    assert model.training and "forward" not in vars(model.conv)
+
+
+def test_a_backbone_counts_without_a_head():
+    classifier = RepLKNet(**SIZES, num_classes=10)
+    backbone = RepLKNet(**SIZES, out_indices=[3])
+    assert count_macs(classifier, 64) - count_macs(backbone, 64) == 12 * 10
+    assert count_parameters(classifier) - count_parameters(backbone) == 12 * 10 + 10 + 24
+
+
+def test_cost_grows_with_the_area():
+    model = RepLKNet(**SIZES, out_indices=[3])
+    assert count_macs(model, 128) == 4 * count_macs(model, 64)

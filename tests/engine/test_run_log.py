@@ -1,0 +1,103 @@
+"""The run folder: what is written, when, and by whom."""
+
+import json
+import logging
+
+import pytest
+from conftest import flags
+
+from config import get_config, update_config
+from engine.run_log import RunLog, check_run_folder
+from errors import InputError
+
+CONFIG = update_config(get_config(), flags(output="elsewhere", resume="some/checkpoint"))
+
+
+@pytest.fixture(autouse=True)
+def restore_logging():
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def opened(folder, *, config=CONFIG, is_main=True):
+    log = RunLog(is_main=is_main)
+    log.open(str(folder), config, resumes=False)
+    return log
+
+
+def test_nothing_is_on_disk_before_open_and_early_lines_are_kept(tmp_path):
+    folder = tmp_path / "run"
+    log = RunLog(is_main=True)
+    logging.getLogger("early").info("before the folder")
+    assert not folder.exists()
+    log.open(str(folder), CONFIG, resumes=False)
+    logging.getLogger("late").info("after")
+    text = (folder / "log.txt").read_text()
+    assert text.index("before the folder") < text.index("after")
+
+
+def test_saved_config_is_whole_and_says_nothing_of_this_start(tmp_path):
+    opened(tmp_path / "run")
+    saved = get_config(str(tmp_path / "run" / "config.yaml"))
+    assert saved == get_config()  # neither SAVE nor MODEL.RESUME
+    assert "RAND_AUGMENT_MAGNITUDE" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_ranks_other_than_0_write_nothing(tmp_path, capsys):
+    log = opened(tmp_path / "run", is_main=False)
+    log.write_metrics({"epoch": 1})
+    log.write_step(3)
+    log.forget_metrics_after(0)
+    logging.getLogger("quiet").info("not for the console")
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_metrics_of_epochs_that_are_trained_again_are_dropped(tmp_path):
+    log = opened(tmp_path / "run")
+    for epoch in (1, 2, 3):
+        log.write_metrics({"epoch": epoch, "val_loss": 1.0})
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"epoch": 4, "val_')  # cut short by a crash
+    log.forget_metrics_after(2)
+    assert [json.loads(line)["epoch"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_metrics_switch_off(tmp_path):
+    config = update_config(CONFIG, flags(opts=["LOG.METRICS_JSONL", "False"]))
+    log = opened(tmp_path / "run", config=config)
+    log.write_metrics({"epoch": 1})
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_visualdl_gets_every_number_by_epoch(tmp_path):
+    visualdl = pytest.importorskip("visualdl", reason="optional: requirements-plots.txt")
+    config = update_config(CONFIG, flags(opts=["LOG.VISUALDL", "True"]))
+    log = opened(tmp_path / "run", config=config)
+    log.write_metrics({"epoch": 1, "val_loss": 0.5})
+    log.write_metrics({"epoch": 2, "val_loss": 0.25})
+    log.visualdl.close()
+    (record,) = (tmp_path / "run" / "visualdl").iterdir()
+    points = visualdl.LogReader(file_path=str(record)).get_data("scalar", "val_loss")
+    assert [(point.id, point.value) for point in points] == [(1, 0.5), (2, 0.25)]
+
+
+def test_step_survives_and_is_overwritten_in_place(tmp_path):
+    log = opened(tmp_path / "run")
+    for step in (99999, 7):
+        log.write_step(step)
+    assert (tmp_path / "run" / "step").read_text().strip() == "7"
+
+
+def test_folder_of_another_run_and_folder_that_cannot_be_are_refused(tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "epoch_0001_step_00000003.safetensors").touch()
+    with pytest.raises(InputError, match="holds the checkpoints of another run"):
+        check_run_folder(str(tmp_path / "run"), resumes=False)
+    check_run_folder(str(tmp_path / "run"), resumes=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot write the run folder .*file/run"):
+        check_run_folder(str(tmp_path / "file" / "run"), resumes=False)

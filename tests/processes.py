@@ -1,0 +1,144 @@
+"""Runs of the mains in processes that start in milliseconds.
+
+Importing Paddle takes about two seconds. Here one process per test session has imported everything
+and run nothing, and each run is a fork of it, with its own arguments, environment and output. A
+fork can be signalled and killed like any other process, and so can its loader workers.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from conftest import ROOT
+
+from zoo.readers import read_checkpoint, read_safetensors_metadata
+
+CONTEXT = multiprocessing.get_context("forkserver")
+
+
+def start_server() -> None:
+    """Import everything once, in a process that every run is forked from."""
+    CONTEXT.set_forkserver_preload(["engine.cli"])
+    before = dict(os.environ)
+    os.environ.update(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(ROOT), *sys.path]))
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+class Run:
+    """One run under way.
+
+    Args:
+        arguments: of the command line.
+        output: file for what it prints.
+        target: what to call instead of `engine.cli.main`: (arguments) -> exit status.
+        environment: variables beside those of this process.
+    """
+
+    def __init__(self, arguments, *, output: Path, target=None, environment=None):
+        self.output = output
+        self.process = CONTEXT.Process(
+            target=_child,
+            args=([str(a) for a in arguments], str(output), target, environment or {}),
+        )
+        self.process.start()
+        self.pid = self.process.pid
+
+    def send(self, number: int) -> None:
+        """Signal the process, if it is still there."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def wait(self, timeout: float = 120) -> int:
+        """The exit status, or minus the signal that ended it."""
+        self.process.join(timeout)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+            raise TimeoutError(f"still running after {timeout} s:\n{self.text()}")
+        return self.process.exitcode
+
+    def text(self) -> str:
+        """What it has printed so far."""
+        return self.output.read_text() if self.output.exists() else ""
+
+
+def _child(arguments, output, target, environment):
+    sys.stdout.flush()
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    os.environ.update(environment, OMP_NUM_THREADS="1")
+    os.chdir(ROOT)
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a process of its own
+    sys.exit((target or main_status)(arguments))
+
+
+def main_status(arguments: list[str]) -> int:
+    """`main_multi_gpu.py` with these arguments, in this process."""
+    from engine.cli import main
+
+    return main(arguments, script=str(ROOT / "main_multi_gpu.py"), multi=True)
+
+
+def finish(arguments, *, output: Path, status: int = 0, **options) -> str:
+    """Run to the end; returns what was printed, once the status is right."""
+    run = Run(arguments, output=output, **options)
+    got = run.wait()
+    assert got == status, f"status {got}, expected {status}:\n{run.text()}"
+    return run.text()
+
+
+def finish_ranks(arguments, *, folder: Path, ranks: int = 2, status: int = 0, target=None):
+    """The same run in several processes over gloo, as Paddle's launcher would start them."""
+    ports = free_ports(ranks + 1)
+    endpoints = [f"127.0.0.1:{port}" for port in ports[1:]]
+    runs = [
+        Run(
+            arguments,
+            output=folder / f"rank{rank}.txt",
+            target=target,
+            environment={
+                "PADDLE_TRAINER_ID": str(rank),
+                "PADDLE_TRAINERS_NUM": str(ranks),
+                "PADDLE_TRAINER_ENDPOINTS": ",".join(endpoints),
+                "PADDLE_CURRENT_ENDPOINT": endpoints[rank],
+                "PADDLE_MASTER": f"127.0.0.1:{ports[0]}",
+                "PADDLE_DISTRI_BACKEND": "gloo",
+            },
+        )
+        for rank in range(ranks)
+    ]
+    for run in runs:
+        got = run.wait()
+        assert got == status, f"status {got}, expected {status}:\n{run.text()}"
+    return [run.text() for run in runs]
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback that nobody listens on at this moment."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for listener in sockets:
+            listener.bind(("127.0.0.1", 0))
+        return [listener.getsockname()[1] for listener in sockets]
+
+
+def wait_for(condition, *, timeout: float = 60, every: float = 0.002):
+    """Poll until `condition()` is true; returns its value."""
+    deadline = time.monotonic() + timeout
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(every)
+    return value

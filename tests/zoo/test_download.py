@@ -1,0 +1,274 @@
+"""Downloads, against an HTTP server of the test's own that can misbehave in every usual way."""
+
+import contextlib
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import zoo
+import zoo.download
+from errors import InputError
+from zoo.convert import load_state
+from zoo.download import CACHE_VARIABLE, download, fetch
+from zoo.readers import read_safetensors_metadata
+from zoo.records import PublishedModel
+
+FIXTURES = Path(__file__).resolve().parent.parent / 'fixtures'
+ROOT = FIXTURES.parent.parent
+CONTENT = (FIXTURES / 'tiny31_mmpretrain.pth').read_bytes()
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+TIMES = {'timeout_seconds': 0.5, 'pause_seconds': 0.01}
+
+
+class Server:
+    """Serves CONTENT under any path; `behaviours` are used up, one for each request.
+
+    'whole' is the last of them for good; 'cut' ends the connection in the middle; 'stall' stops
+    sending there; 'slow' sends in small pieces; 'no ranges' ignores the Range header; a number is
+    an HTTP status; 'other' is another file of the same size.
+    """
+
+    def __init__(self):
+        self.behaviours: list = []
+        self.requests: list[str | None] = []  # the Range header of each
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                server.requests.append(self.headers.get('Range'))
+                behaviour = server.behaviours.pop(0) if server.behaviours else 'whole'
+                with contextlib.suppress(ConnectionError):
+                    server.answer(self, behaviour)
+
+            def log_message(self, *arguments):
+                pass
+
+        self.http = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+        self.url = f'http://127.0.0.1:{self.http.server_address[1]}/tiny-deadbeef.pth'
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def answer(self, handler, behaviour) -> None:
+        if isinstance(behaviour, int):
+            handler.send_error(behaviour)
+            return
+        content = CONTENT[::-1] if behaviour == 'other' else CONTENT
+        asked = handler.headers.get('Range')
+        start = int(asked.removeprefix('bytes=').removesuffix('-')) if asked else 0
+        if start and behaviour != 'no ranges':
+            if start >= len(content):
+                handler.send_response(416)
+                handler.send_header('Content-Range', f'bytes */{len(content)}')
+                handler.end_headers()
+                return
+            handler.send_response(206)
+            handler.send_header('Content-Range', f'bytes {start}-{len(content) - 1}/{len(content)}')
+        else:
+            start = 0
+            handler.send_response(200)
+        handler.send_header('Content-Length', str(len(content) - start))
+        handler.end_headers()
+        rest = content[start:]
+        if behaviour == 'slow':
+            for i in range(0, len(rest), 50_000):
+                handler.wfile.write(rest[i:i + 50_000])
+                time.sleep(0.02)
+        elif behaviour in ('cut', 'stall'):
+            handler.wfile.write(rest[:len(rest) // 2])
+            handler.wfile.flush()
+            if behaviour == 'stall':
+                time.sleep(1)
+        else:
+            handler.wfile.write(rest)
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+@pytest.fixture
+def target(tmp_path):
+    return tmp_path / 'file.pth'
+
+
+def assert_complete(target: Path) -> None:
+    assert target.read_bytes() == CONTENT
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
+
+
+def test_whole_file_with_a_progress_bar(server, target, capfd):
+    download(server.url, target, sha256_start=SHA256[:8])
+    assert_complete(target)
+    assert server.requests == [None]
+    assert '100%' in capfd.readouterr().err
+
+
+@pytest.mark.parametrize('trouble', ['cut', 'stall', 503, 429])
+def test_trouble_is_overcome_by_going_on(trouble, server, target):
+    server.behaviours = ['cut', trouble, 'whole']
+    download(server.url, target, sha256_start=SHA256, **TIMES)
+    assert_complete(target)
+    assert server.requests[0] is None
+    assert server.requests[1] == f'bytes={len(CONTENT) // 2}-'
+
+
+def test_slow_server_is_waited_for(server, target):
+    server.behaviours = ['slow']
+    download(server.url, target, sha256_start=SHA256, **TIMES)
+    assert_complete(target)
+    assert len(server.requests) == 1
+
+
+def test_interrupted_download_is_resumed_by_the_next_call(server, target):
+    server.behaviours = ['cut', 'cut']
+    with pytest.raises(InputError) as caught:
+        download(server.url, target, sha256_start=SHA256, attempts=2, **TIMES)
+    assert 'run the same command again' in str(caught.value)
+    assert not target.exists()
+    kept = target.with_name('file.pth.part').stat().st_size
+    assert str(kept) in str(caught.value) and 0 < kept < len(CONTENT)
+    download(server.url, target, sha256_start=SHA256, **TIMES)
+    assert_complete(target)
+    assert server.requests[-1] == f'bytes={kept}-'
+
+
+def test_server_without_ranges_starts_over(server, target):
+    server.behaviours = ['cut', 'no ranges']
+    download(server.url, target, sha256_start=SHA256, **TIMES)
+    assert_complete(target)
+
+
+def test_part_that_is_already_whole(server, target):
+    target.with_name('file.pth.part').write_bytes(CONTENT)
+    download(server.url, target, sha256_start=SHA256, **TIMES)
+    assert_complete(target)
+
+
+def test_part_that_is_too_long_starts_over(server, target):
+    target.with_name('file.pth.part').write_bytes(CONTENT + b'more')
+    download(server.url, target, sha256_start=SHA256, **TIMES)
+    assert_complete(target)
+
+
+def test_wrong_hash_deletes_the_file(server, target):
+    server.behaviours = ['other']
+    with pytest.raises(InputError, match=f'instead of {SHA256[:8]}, so it is not the published'):
+        download(server.url, target, sha256_start=SHA256[:8], **TIMES)
+    assert list(target.parent.iterdir()) == []
+
+
+def test_resumed_part_of_another_file_is_noticed(server, target):
+    target.with_name('file.pth.part').write_bytes(CONTENT[::-1][:1000])
+    with pytest.raises(InputError, match='not the published file'):
+        download(server.url, target, sha256_start=SHA256, **TIMES)
+    download(server.url, target, sha256_start=SHA256, **TIMES)
+    assert_complete(target)
+
+
+def test_missing_file_is_not_tried_again(server, target):
+    server.behaviours = [404, 404]
+    with pytest.raises(InputError, match='404'):
+        download(server.url, target, sha256_start=SHA256, **TIMES)
+    assert len(server.requests) == 1
+
+
+def test_no_server(server, target):
+    server.http.server_close()
+    with pytest.raises(InputError, match=r'no connection \(.*refused.*download the file in'):
+        download(server.url, target, sha256_start=SHA256, attempts=2, **TIMES)
+
+
+# The cache
+
+@pytest.fixture
+def published(server, config_file, tmp_path, monkeypatch):
+    """A published model whose file is on the server; and an empty cache."""
+    class Published(PublishedModel):
+        url = server.url
+        sha256_start = SHA256[:8]
+
+    model = Published('tiny31', str(config_file('tiny31')), None, 64, 10, 0, 0, (), 'id', 'id',
+                      'tiny31_3rdparty_20221118-deadbeef.pth')
+    monkeypatch.setattr(zoo, 'MODELS', (model,))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / 'cache'))
+    return model
+
+
+def cached(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / 'cache').iterdir() if path.suffix != '.lock')
+
+
+def test_model_is_downloaded_once_then_works_offline(published, server, tmp_path):
+    first = zoo.get_model('tiny31_3rdparty', pretrained=True)
+    assert cached(tmp_path) == ['tiny31.safetensors']
+    server.http.shutdown()
+    server.http.server_close()
+    second = zoo.get_model('tiny31', pretrained=True)
+    assert len(server.requests) == 1
+    for name, value in load_state(FIXTURES / 'tiny31_mmpretrain.pth').items():
+        np.testing.assert_array_equal(first.state_dict()[name].numpy(), value)
+        np.testing.assert_array_equal(second.state_dict()[name].numpy(), value)
+
+
+def test_cached_file_says_where_it_came_from(published, server):
+    metadata = read_safetensors_metadata(fetch(published))
+    assert metadata == {'model': 'tiny31', 'source': server.url}
+
+
+def test_file_put_into_the_cache_by_hand(published, server, tmp_path):
+    (tmp_path / 'cache').mkdir()
+    (tmp_path / 'cache' / 'tiny31.pth').write_bytes(CONTENT)
+    zoo.get_model('tiny31', pretrained=True)
+    assert server.requests == []
+    assert cached(tmp_path) == ['tiny31.pth', 'tiny31.safetensors']
+
+
+def test_finished_download_is_not_repeated_after_a_crash(published, server, tmp_path):
+    (tmp_path / 'cache').mkdir()
+    (tmp_path / 'cache' / published.mmpretrain_file).write_bytes(CONTENT)
+    fetch(published)
+    assert server.requests == [] and cached(tmp_path) == ['tiny31.safetensors']
+
+
+def test_model_without_a_direct_link_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / 'cache'))
+    with pytest.raises(InputError) as caught:
+        zoo.get_model('replknet-31b-22k', pretrained=True)
+    message = str(caught.value)
+    assert 'https://drive.google.com/file/d/1PYJiMszZYNrkZOeYwjccvxX8UHMALB7z' in message
+    assert 'https://drive.google.com/file/d/1uoQ9chuwOgKAnYxXzK0Tn0Euka7NoR5q' in message
+    assert str(tmp_path / 'cache' / 'replknet-31b-22k.pth') in message
+
+
+def test_default_cache_is_below_the_home_folder(monkeypatch):
+    monkeypatch.delenv(CACHE_VARIABLE, raising=False)
+    assert zoo.download.cache_folder() == Path.home() / '.cache' / 'replknet_paddle'
+
+
+@pytest.mark.skipif(zoo.download.fcntl is None, reason='processes are kept apart by POSIX locks')
+def test_processes_that_ask_at_once_download_once(published, server, tmp_path):
+    server.behaviours = ['slow']
+    program = (
+        'import sys; from zoo.download import fetch; from zoo.records import PublishedModel\n'
+        'class Published(PublishedModel):\n'
+        f'    url = {server.url!r}\n'
+        f'    sha256_start = {SHA256!r}\n'
+        f'print(fetch(Published({published.name!r}, "x", None, 64, 10, 0, 0, (), "", "", '
+        f'{published.mmpretrain_file!r})))\n')
+    processes = [subprocess.Popen([sys.executable, '-c', program], cwd=ROOT, text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                  env={**os.environ, 'OMP_NUM_THREADS': '1'}) for _ in range(3)]
+    answers = {process.communicate(timeout=120)[0].strip() for process in processes}
+    assert answers == {str(tmp_path / 'cache' / 'tiny31.safetensors')}
+    assert len(server.requests) == 1
