@@ -8,16 +8,18 @@ named by (epoch, index), and all that is random in one depends on nothing but th
 name: neither the number of workers nor a restart changes what the network sees.
 """
 
+import contextlib
 import ctypes
 import functools
 import logging
+import mmap
 import os
-import shutil
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -28,9 +30,9 @@ from transforms import build_eval_transform, build_finish, build_train_transform
 from transforms.finish import FinishBatch
 from transforms.image import open_image
 
-LAYOUT = ('-data_path takes a folder with train_list.txt and val_list.txt, whose lines are the path of '
-          'an image below that folder, a space and the number of its class, e.g. '
-          '"train/n01440764/n01440764_10026.JPEG 0"')
+LAYOUT = ('-data_path takes a folder with train_list.txt and val_list.txt, whose lines are the path '
+          'of an image below that folder, a space and the number of its class, e.g. '
+          '"train/n01440764/n01440764_10026.JPEG 0"; tools.make_lists writes them')
 LIST_FILES = {True: 'train_list.txt', False: 'val_list.txt'}
 CLASS_NAMES_FILE = 'class_names.txt'
 IMAGENET_NAMES = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configs',
@@ -39,9 +41,10 @@ IMAGENET_NAMES = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'confi
 # How many images after an unreadable one are tried in its place.
 MAX_REPLACEMENTS = 10
 
-SHARED_MEMORY = '/dev/shm'
-# Batches that a worker holds ready: Paddle's default. The shared memory must have room for them.
+# Batches that each worker is given ahead: Paddle's default.
 PREFETCH_FACTOR = 2
+# Slots beside those: of the batch that is copied to the device, and one to be safe.
+SPARE_SLOTS = 2
 
 logger = logging.getLogger(__name__)
 
@@ -290,17 +293,37 @@ class EvalBatches(paddle.io.Sampler):
             yield [(0, index) for index in self.indices[start:start + self.batch_size]]
 
 
+class Slots:
+    """Memory that workers write batches into and their parent reads them from, used in turn.
+
+    It is there before the workers are, so they share it by being forked: nothing is copied through
+    a pipe, nothing is left behind by a process that is killed, and no limit of /dev/shm applies.
+    """
+
+    def __init__(self, count: int, slot_bytes: int):
+        self.count = count
+        self.slot_bytes = slot_bytes
+        self._memory = mmap.mmap(-1, count * slot_bytes)
+
+    def array(self, slot: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        """An array in one of the slots."""
+        return np.frombuffer(self._memory, dtype, int(np.prod(shape)),
+                             slot * self.slot_bytes).reshape(shape)
+
+
 @dataclass(frozen=True)
 class Notes:
-    """What comes with a batch and stays on the host.
+    """What a worker says of a batch.
 
     Attributes:
+        images: the images, or where they are: slot, shape and dtype.
         erasures: for `FinishBatch`.
         unreadable: index of each image that another took the place of, and what is wrong with it.
         failure: why there is no batch. A worker that raised an exception would make Paddle's
-            loader hang, or raise another one.
+            loader wait for ever, or raise another one.
     """
 
+    images: np.ndarray | tuple[int, tuple[int, ...], str] = ()
     erasures: list[tuple] = ()
     unreadable: list[tuple[int, str]] = ()
     failure: Exception | None = None
@@ -316,6 +339,7 @@ class Loader:
         dataset: where the images come from.
         batch_sampler: `TrainBatches` or `EvalBatches`.
         workers: processes; 0: read in this one.
+        batch_bytes: of the images of a batch, which go through shared memory up to this size.
         finish: last steps of the pipeline, on the device; None: the workers do them.
         max_bad_images: how many different unreadable images to replace by the next readable one
             of the list, each with a warning, before the run stops; None: to stop at the first.
@@ -325,28 +349,39 @@ class Loader:
     """
 
     def __init__(self, dataset: ListDataset, batch_sampler: paddle.io.Sampler, *, workers: int,
-                 finish: FinishBatch | None, max_bad_images: int | None):
+                 batch_bytes: int, finish: FinishBatch | None, max_bad_images: int | None):
         self.dataset = dataset
         self.batch_sampler = batch_sampler
         self.finish = finish
         self.max_bad_images = max_bad_images
         self.bad_images: set[int] = set()
-        samples = _Samples(dataset, unfinished=finish is not None,
+        self.slots = None
+        if workers:
+            self.slots = Slots(workers * PREFETCH_FACTOR + SPARE_SLOTS, batch_bytes)
+        samples = _Samples(dataset, slots=self.slots, unfinished=finish is not None,
                            replace=max_bad_images is not None)
-        self._loader = paddle.io.DataLoader(
-            samples, batch_sampler=batch_sampler, collate_fn=samples.collate, num_workers=workers,
-            prefetch_factor=PREFETCH_FACTOR, persistent_workers=workers > 0,
-            use_shared_memory=False, worker_init_fn=_set_up_worker)
+        # Without Paddle's own shared memory, workers make no Paddle tensors: making one has been
+        # seen to wait for a lock of Paddle's that another thread of the parent held when the
+        # worker was forked.
+        self._batches = paddle.io.DataLoader(
+            samples, batch_sampler=_WithSlots(batch_sampler, self.slots),
+            collate_fn=samples.collate, num_workers=workers, prefetch_factor=PREFETCH_FACTOR,
+            persistent_workers=workers > 0, use_shared_memory=False,
+            worker_init_fn=_set_up_worker)
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[tuple[paddle.Tensor, paddle.Tensor]]:
-        for images, labels, notes in self._loader:
+        for labels, notes in self._batches:
             if notes.failure is not None:
                 raise notes.failure
             for index, message in notes.unreadable:
                 self._count_bad_image(index, message)
+            images = notes.images
+            if isinstance(images, tuple):
+                images = self.slots.array(*images)
+            images = paddle.to_tensor(images)  # a copy: the slot will be used again
             if self.finish is not None:
                 images = self.finish(images, notes.erasures)
             yield images, labels
@@ -361,6 +396,21 @@ class Loader:
                               f'DATA.MAX_BAD_IMAGES allows {limit}')
         logger.warning('%s; another image takes its place (%d of DATA.MAX_BAD_IMAGES %d)',
                        message, count, limit)
+
+
+class _WithSlots(paddle.io.Sampler):
+    """A sampler's batches, each with the number of the slot it goes through in front."""
+
+    def __init__(self, batch_sampler: paddle.io.Sampler, slots: Slots | None):
+        self.batch_sampler = batch_sampler
+        self.count = slots.count if slots else 1
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[list]:
+        for number, batch in enumerate(self.batch_sampler):
+            yield [number % self.count, *batch]
 
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
@@ -379,9 +429,11 @@ def _set_up_worker(_worker_id: int) -> None:
 class _Samples(paddle.io.Dataset):
     """What a loader's workers read, and how they make a batch of it."""
 
-    def __init__(self, dataset: ListDataset, *, unfinished: bool, replace: bool):
+    def __init__(self, dataset: ListDataset, *, slots: Slots | None, unfinished: bool,
+                 replace: bool):
         super().__init__()
         self.dataset = dataset
+        self.slots = slots
         self.transform = dataset.transform.unfinished if unfinished else dataset.transform
         self.unfinished = unfinished
         self.candidates = 1 + MAX_REPLACEMENTS if replace else 1
@@ -389,8 +441,11 @@ class _Samples(paddle.io.Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, sample: tuple[int, int]):
-        """(image, label, what to say of the image it stands for, if any), or an exception."""
+    def __getitem__(self, sample: int | tuple[int, int]):
+        """(image, label, what to say of the image it stands for, if any), or an exception; for a
+        slot's number, itself."""
+        if isinstance(sample, int):
+            return sample
         epoch, index = sample
         problem = None
         try:
@@ -403,21 +458,28 @@ class _Samples(paddle.io.Dataset):
                     problem = problem or (index, str(error))
             return SampleError(problem[1])
         except Exception:  # a defect, which must not hang the loader either
-            return RuntimeError(f'in a loader worker: {traceback.format_exc()}')
+            return RuntimeError(f'while reading a batch: {traceback.format_exc()}')
 
-    def collate(self, samples: list) -> list:
-        """The arrays of a batch, which go through shared memory, and `Notes`, which need not."""
+    def collate(self, items: list) -> list:
+        """Labels (N,) and `Notes` of the samples of a batch, whose images it puts into the slot."""
+        slot, *samples = items
         for sample in samples:
             if isinstance(sample, Exception):
-                return [np.zeros(1), np.zeros(1), Notes(failure=sample)]
+                return [np.zeros(1, 'int64'), Notes(failure=sample)]
         images, labels, problems = zip(*samples)
         erasures = []
         if self.unfinished:
             erasures = [(i, image.boxes, image.seed) for i, image in enumerate(images)
                         if image.boxes]
             images = [image.pixels for image in images]
-        notes = Notes(erasures, [problem for problem in problems if problem is not None])
-        return [np.stack(images), np.array(labels, 'int64'), notes]
+        shape, dtype = (len(images), *images[0].shape), images[0].dtype
+        if self.slots and len(images) * images[0].nbytes <= self.slots.slot_bytes:
+            np.stack(images, out=self.slots.array(slot, shape, dtype))
+            images = (slot, shape, dtype.str)
+        else:
+            images = np.stack(images)
+        unreadable = [problem for problem in problems if problem is not None]
+        return [np.array(labels, 'int64'), Notes(images, erasures, unreadable)]
 
 
 def get_dataset(config, is_train: bool) -> ListDataset:
@@ -452,19 +514,17 @@ def get_dataloader(config, dataset: ListDataset, is_train: bool, *, rank: int = 
     finish = None
     if config.DATA.FINISH_ON_DEVICE and hasattr(dataset.transform, 'unfinished'):
         finish = build_finish(config)
+    value_bytes = 4 if finish is None else 1
+    batch_bytes = batches.batch_size * 3 * config.DATA.IMAGE_SIZE ** 2 * value_bytes
     if workers:
-        value_bytes = 4 if finish is None else 1
-        image_bytes = 3 * config.DATA.IMAGE_SIZE ** 2 * value_bytes
-        check_shared_memory(batch_bytes=batches.batch_size * image_bytes, workers=workers,
-                            processes=int(os.environ.get('PADDLE_LOCAL_SIZE', world_size)))
-    return Loader(dataset, batches, workers=workers, finish=finish,
+        check_memory(batch_bytes=batch_bytes, workers=workers,
+                     processes=int(os.environ.get('PADDLE_LOCAL_SIZE', world_size)))
+    return Loader(dataset, batches, workers=workers, batch_bytes=batch_bytes, finish=finish,
                   max_bad_images=config.DATA.MAX_BAD_IMAGES if is_train else None)
 
 
-def check_shared_memory(*, batch_bytes: int, workers: int, processes: int) -> None:
-    """Find out before training whether the batches on their way fit into the shared memory.
-
-    Workers that find it full die of a bus error, in the middle of an epoch.
+def check_memory(*, batch_bytes: int, workers: int, processes: int) -> None:
+    """Find out before training whether the workers' batches fit into the memory.
 
     Args:
         workers: of each process.
@@ -473,17 +533,26 @@ def check_shared_memory(*, batch_bytes: int, workers: int, processes: int) -> No
     Raises:
         InputError: they do not fit.
     """
-    if not os.path.isdir(SHARED_MEMORY):
-        return
-    # What each worker has ready, and the two that the network has and is given next.
-    needed = processes * (workers * PREFETCH_FACTOR + 2) * batch_bytes
-    free = shutil.disk_usage(SHARED_MEMORY).free
-    if needed > free:
+    needed = processes * (workers * PREFETCH_FACTOR + SPARE_SLOTS) * batch_bytes
+    available = available_memory_bytes()
+    if available is not None and needed > available:
         raise InputError(
-            f'{processes} process(es) with {workers} loader workers each need {needed / 1e9:.2f} '
-            f'GB of shared memory for their batches, and {SHARED_MEMORY} has {free / 1e9:.2f} GB '
-            'free: lower DATA.NUM_WORKERS or -batch_size, or give the machine more (docker run '
-            f'--shm-size={-(-needed // 10 ** 9) + 1}g)')
+            f'{processes} process(es) with {workers} loader workers each share {needed / 1e9:.1f} '
+            f'GB of memory with them, and {available / 1e9:.1f} GB are available; lower '
+            'DATA.NUM_WORKERS or the batch size (-batch_size, -batch_size_eval)')
+
+
+def available_memory_bytes() -> int | None:
+    """What this machine, or the container that this is, has left; None where it does not say."""
+    limits = []
+    with contextlib.suppress(OSError), open('/proc/meminfo', encoding='ascii') as file:
+        limits += [1024 * int(line.split()[1]) for line in file
+                   if line.startswith('MemAvailable')]
+    with contextlib.suppress(OSError, ValueError):  # no such files, or no limit
+        used, most = (int(Path('/sys/fs/cgroup', name).read_text())
+                      for name in ('memory.current', 'memory.max'))
+        limits.append(most - used)
+    return min(limits, default=None)
 
 
 def get_class_names(config) -> list[str] | None:

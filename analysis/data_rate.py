@@ -1,17 +1,19 @@
 """How fast samples are read and transformed, beside plain JPEG decoding."""
 
+import itertools
 import os
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from analysis.timing import Rate, measure_rates, rate_of
+from analysis.timing import time_in_turn
 
 PHOTOGRAPH = (500, 375)  # what most of ImageNet is
 QUALITY = 90
+ROUND = 20  # images
+PLAIN = "plain Pillow decoding"
 
 
 def make_photographs(sources: list[str], folder: str, count: int) -> list[str]:
@@ -44,22 +46,15 @@ def make_photographs(sources: list[str], folder: str, count: int) -> list[str]:
     return names
 
 
-class CoreRates(NamedTuple):
-    """images/s of one core for each job, and the ratio to plain decoding of the same round."""
-
-    rates: dict[str, Rate]
-    ratios: dict[str, Rate]
-
-
-def core_rates(
+def core_seconds(
     paths: list[str], jobs: dict[str, Callable[[int, int], object]], *, rounds: int
-) -> CoreRates:
-    """Measure jobs in this process, in turn with plain decoding, a few images at a time.
+) -> dict[str, list[float]]:
+    """Seconds that a core computes for an image, in turn with plain decoding, round by round.
 
     Args:
         paths: the images that are decoded.
         jobs: called with (round, index of the image).
-        rounds: of 20 images for each job.
+        rounds: of `ROUND` images for each job.
     """
 
     def decode(_, index):
@@ -67,22 +62,23 @@ def core_rates(
             image.load()
 
     def several(job):
-        def run(number):
-            for i in range(20):
-                job(number, (20 * number + i) % len(paths))
-            return 20
+        numbers = itertools.count()  # all jobs go through the images alike
+
+        def run():
+            number = next(numbers)
+            for i in range(ROUND):
+                job(number, (ROUND * number + i) % len(paths))
 
         return run
 
-    all_jobs = {"plain Pillow decoding": decode, **jobs}
-    return CoreRates(
-        *measure_rates({name: several(job) for name, job in all_jobs.items()}, rounds=rounds)
-    )
+    calls = {name: several(job) for name, job in {PLAIN: decode, **jobs}.items()}
+    seconds = time_in_turn(calls, rounds=rounds, clock=time.process_time)
+    return {name: [value / ROUND for value in values] for name, values in seconds.items()}
 
 
-def loader_rate(loader, *, epochs: int) -> Rate:
-    """images/s of a loader by the clock on the wall, over epochs after the first."""
-    rates = []
+def loader_seconds(loader, *, epochs: int) -> list[float]:
+    """Seconds an image takes a loader, by the clock on the wall, in each epoch after the first."""
+    seconds = []
     for epoch in range(epochs + 1):
         loader.batch_sampler.set_epoch(epoch)
         images, start = 0, None
@@ -92,5 +88,5 @@ def loader_rate(loader, *, epochs: int) -> Rate:
             else:
                 images += len(batch)
         if epoch:
-            rates.append(images / (time.perf_counter() - start))
-    return rate_of(rates)
+            seconds.append((time.perf_counter() - start) / images)
+    return seconds
