@@ -181,3 +181,41 @@ def test_illegal_arguments_are_refused(wrong):
 def test_negative_color_jitter_is_refused():
     with pytest.raises(InputError, match=r'-0\.1'):
         ColorJitter(strength=-0.1)
+
+
+def sharp_photograph(tmp_path) -> str:
+    """A photograph of 998 x 750 pixels with detail in every pixel."""
+    pixels = np.array(photograph()).astype(int)
+    large = pixels.repeat(2, 0).repeat(2, 1) + np.random.default_rng(0).integers(-6, 7, (750, 998, 1))
+    path = tmp_path / 'large.jpg'
+    Image.fromarray(large.clip(0, 255).astype(np.uint8)).save(path, quality=92)
+    return str(path)
+
+
+def test_reduced_decoding_stays_within_two_grey_levels(tmp_path):
+    path = sharp_photograph(tmp_path)
+    differences, reduced = [], 0
+    for seed in range(40):
+        exact = train_transform(image_size=96).pixels(Image.open(path),
+                                                      np.random.default_rng(seed))
+        image = Image.open(path)
+        fast = train_transform(image_size=96, reduced_decode=True).pixels(
+            image, np.random.default_rng(seed))
+        assert fast.shape == exact.shape
+        difference = np.abs(fast.astype(int) - exact).mean()
+        if image.size == (998, 750):
+            assert difference == 0  # the crop is too small for it
+        else:
+            reduced += 1
+            differences.append(difference)
+    assert 20 < reduced < 40
+    assert max(differences) < 2
+
+
+@pytest.mark.parametrize('name', ['gray_333x251.jpg', 'cmyk_300x300.jpg', 'palette_220x200.png'])
+def test_reduced_decoding_of_other_modes_and_formats(name):
+    for seed in range(10):
+        exact, fast = (train_transform(reduced_decode=reduced).pixels(
+            photograph(name), np.random.default_rng(seed)).astype(int)
+            for reduced in (False, True))
+        assert np.abs(fast - exact).mean() < 2
