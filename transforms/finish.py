@@ -13,6 +13,9 @@ import paddle
 from transforms.erasing import noise_shape
 
 
+_WHITE = np.array([255], np.float32)
+
+
 class Unfinished(NamedTuple):
     """A sample before its last two steps.
 
@@ -49,7 +52,9 @@ class FinishBatch:
             erasures: (index in the batch, boxes, seed) of each image to erase in.
         """
         images = pixels.transpose([0, 3, 1, 2]).astype("float32")
-        images = (images / 255.0 - paddle.to_tensor(self.mean)) / paddle.to_tensor(self.std)
+        # By a tensor, as Paddle 2.6 multiplies by the inverse of a number, which rounds differently.
+        images = images / paddle.to_tensor(_WHITE)
+        images = (images - paddle.to_tensor(self.mean)) / paddle.to_tensor(self.std)
         for index, boxes, seed in erasures:
             rng = np.random.default_rng(seed)
             for top, left, bottom, right in boxes:
