@@ -30,8 +30,8 @@ from transforms import build_eval_transform, build_finish, build_train_transform
 from transforms.finish import FinishBatch
 from transforms.image import open_image
 
-LAYOUT = ('-data_path takes a folder with train_list.txt and val_list.txt, whose lines are the path '
-          'of an image below that folder, a space and the number of its class, e.g. '
+LAYOUT = ('-data_path takes a folder with train_list.txt and val_list.txt, whose lines are the '
+          'path of an image below that folder, a space and the number of its class, e.g. '
           '"train/n01440764/n01440764_10026.JPEG 0"; tools.make_lists writes them')
 LIST_FILES = {True: 'train_list.txt', False: 'val_list.txt'}
 CLASS_NAMES_FILE = 'class_names.txt'
@@ -45,6 +45,8 @@ MAX_REPLACEMENTS = 10
 PREFETCH_FACTOR = 2
 # Slots beside those: of the batch that is copied to the device, and one to be safe.
 SPARE_SLOTS = 2
+
+SHUTDOWN_SECONDS = 5
 
 logger = logging.getLogger(__name__)
 
@@ -374,17 +376,30 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[paddle.Tensor, paddle.Tensor]]:
         for labels, notes in self._batches:
-            if notes.failure is not None:
-                raise notes.failure
-            for index, message in notes.unreadable:
-                self._count_bad_image(index, message)
-            images = notes.images
-            if isinstance(images, tuple):
-                images = self.slots.array(*images)
-            images = paddle.to_tensor(images)  # a copy: the slot will be used again
-            if self.finish is not None:
-                images = self.finish(images, notes.erasures)
+            try:
+                images = self._images(notes)
+            except Exception:
+                self.close()
+                raise
             yield images, labels
+
+    def close(self) -> None:
+        """End the workers, and the threads that a worker forked later might wait for."""
+        iterator = getattr(self._batches, '_iterator', None)  # only with persistent workers
+        if iterator is not None:
+            iterator._try_shutdown_all(timeout=SHUTDOWN_SECONDS)
+            self._batches._iterator = None
+
+    def _images(self, notes: Notes) -> paddle.Tensor:
+        if notes.failure is not None:
+            raise notes.failure
+        for index, message in notes.unreadable:
+            self._count_bad_image(index, message)
+        images = notes.images
+        if isinstance(images, tuple):
+            images = self.slots.array(*images)
+        images = paddle.to_tensor(images)  # a copy: the slot will be used again
+        return images if self.finish is None else self.finish(images, notes.erasures)
 
     def _count_bad_image(self, index: int, message: str) -> None:
         if index in self.bad_images:
