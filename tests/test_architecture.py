@@ -20,6 +20,7 @@ ALLOWED = {
     "losses": {"errors"},
     "distributed": {"errors"},
     "datasets": {"errors", "transforms"},
+    "list_files": {"errors", "transforms", "datasets"},
     "main_single_gpu": {"engine"},
     "main_multi_gpu": {"engine"},
 }
@@ -34,7 +35,7 @@ ALLOWED_OF_FOLDERS = {
     "zoo": {"errors", "config", "replknet"},
     "engine": {"errors", "config", "replknet", "losses", "distributed", "datasets"},
     "deploy": {"errors", "config", "replknet", "losses", "distributed", "datasets"},
-    "tools": {"errors", "config", "replknet", "losses", "distributed", "datasets"},
+    "tools": {"errors", "config", "replknet", "losses", "distributed", "datasets", "list_files"},
 }
 
 # Modules that run code from the data they read.
