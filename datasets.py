@@ -8,26 +8,18 @@ named by (epoch, index), and all that is random in one depends on nothing but th
 name: neither the number of workers nor a restart changes what the network sees.
 """
 
-import contextlib
-import ctypes
 import functools
-import logging
-import mmap
 import os
-import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import paddle
 
-from errors import InputError
+from errors import InputError, SampleError
+from loader import Loader, check_memory
 from transforms import build_eval_transform, build_finish, build_train_transform
-from transforms.finish import FinishBatch
 from transforms.image import open_image
 
 LAYOUT = (
@@ -40,18 +32,6 @@ CLASS_NAMES_FILE = "class_names.txt"
 IMAGENET_NAMES = os.path.join(
     os.path.dirname(os.path.abspath(__file__)), "configs", "imagenet1k_class_names.txt"
 )
-
-# How many images after an unreadable one are tried in its place.
-MAX_REPLACEMENTS = 10
-
-# Batches that each worker is given ahead: Paddle's default.
-PREFETCH_FACTOR = 2
-# Slots beside those: of the batch that is copied to the device, and one to be safe.
-SPARE_SLOTS = 2
-
-SHUTDOWN_SECONDS = 5
-
-logger = logging.getLogger(__name__)
 
 
 class ListDataset(paddle.io.Dataset):
@@ -148,10 +128,6 @@ def resolve(root: str, path: str, *, allow_outside: bool) -> str:
 def _printable(text: str) -> str:
     """`text` on one line, whatever bytes a file's name was made of."""
     return text if text.isprintable() else ascii(text)[1:-1]
-
-
-class SampleError(InputError):
-    """An image that cannot be read; the message has the list, the line and the path."""
 
 
 @functools.lru_cache(maxsize=65536)  # ImageNet-22K has 21,841 folders
@@ -325,237 +301,6 @@ class EvalBatches(paddle.io.Sampler):
             yield [(0, index) for index in self.indices[start : start + self.batch_size]]
 
 
-class Slots:
-    """Memory that workers write batches into and their parent reads them from, used in turn.
-
-    It is there before the workers are, so they share it by being forked: nothing is copied through
-    a pipe, nothing is left behind by a process that is killed, and no limit of /dev/shm applies.
-    """
-
-    def __init__(self, count: int, slot_bytes: int):
-        self.count = count
-        self.slot_bytes = slot_bytes
-        self._memory = mmap.mmap(-1, count * slot_bytes)
-
-    def array(self, slot: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        """An array in one of the slots."""
-        return np.frombuffer(
-            self._memory, dtype, int(np.prod(shape)), slot * self.slot_bytes
-        ).reshape(shape)
-
-
-@dataclass(frozen=True)
-class Notes:
-    """What a worker says of a batch.
-
-    Attributes:
-        images: the images, or where they are: slot, shape and dtype.
-        erasures: for `FinishBatch`.
-        unreadable: index of each image that another took the place of, and what is wrong with it.
-        failure: why there is no batch. A worker that raised an exception would make Paddle's
-            loader wait for ever, or raise another one.
-    """
-
-    images: np.ndarray | tuple[int, tuple[int, ...], str] = ()
-    erasures: list[tuple] = ()
-    unreadable: list[tuple[int, str]] = ()
-    failure: Exception | None = None
-
-
-class Loader:
-    """The batches of one rank, read by worker processes and finished on this process's device.
-
-    Iterating gives (images (N, 3, H, W) float32, labels (N,) int64) for what `batch_sampler`
-    names; the workers stay for the next time.
-
-    Args:
-        dataset: where the images come from.
-        batch_sampler: `TrainBatches` or `EvalBatches`.
-        workers: processes; 0: read in this one.
-        batch_bytes: of the images of a batch, which go through shared memory up to this size.
-        finish: last steps of the pipeline, on the device; None: the workers do them.
-        max_bad_images: how many different unreadable images to replace by the next readable one
-            of the list, each with a warning, before the run stops; None: to stop at the first.
-
-    Raises (while iterating):
-        SampleError: an image cannot be read and none may take its place.
-    """
-
-    def __init__(
-        self,
-        dataset: ListDataset,
-        batch_sampler: paddle.io.Sampler,
-        *,
-        workers: int,
-        batch_bytes: int,
-        finish: FinishBatch | None,
-        max_bad_images: int | None,
-    ):
-        self.dataset = dataset
-        self.batch_sampler = batch_sampler
-        self.finish = finish
-        self.max_bad_images = max_bad_images
-        self.bad_images: set[int] = set()
-        self.slots = None
-        if workers:
-            self.slots = Slots(workers * PREFETCH_FACTOR + SPARE_SLOTS, batch_bytes)
-        samples = _Samples(
-            dataset,
-            slots=self.slots,
-            unfinished=finish is not None,
-            replace=max_bad_images is not None,
-        )
-        # Without Paddle's own shared memory, workers make no Paddle tensors: making one has been
-        # seen to wait for a lock of Paddle's that another thread of the parent held when the
-        # worker was forked.
-        self._batches = paddle.io.DataLoader(
-            samples,
-            batch_sampler=_WithSlots(batch_sampler, self.slots),
-            collate_fn=samples.collate,
-            num_workers=workers,
-            prefetch_factor=PREFETCH_FACTOR,
-            persistent_workers=workers > 0,
-            use_shared_memory=False,
-            worker_init_fn=functools.partial(_set_up_worker, os.getpid()),
-        )
-
-    def __len__(self) -> int:
-        return len(self.batch_sampler)
-
-    def __iter__(self) -> Iterator[tuple[paddle.Tensor, paddle.Tensor]]:
-        for labels, notes in self._batches:
-            try:
-                images = self._images(notes)
-            except Exception:
-                self.close()
-                raise
-            yield images, labels
-
-    def close(self) -> None:
-        """End the workers, and the threads that a worker forked later might wait for."""
-        iterator = getattr(self._batches, "_iterator", None)  # only with persistent workers
-        if iterator is not None:
-            iterator._try_shutdown_all(timeout=SHUTDOWN_SECONDS)
-            self._batches._iterator = None
-
-    def _images(self, notes: Notes) -> paddle.Tensor:
-        if notes.failure is not None:
-            raise notes.failure
-        for index, message in notes.unreadable:
-            self._count_bad_image(index, message)
-        images = notes.images
-        if isinstance(images, tuple):
-            images = self.slots.array(*images)
-        images = paddle.to_tensor(images)  # a copy: the slot will be used again
-        return images if self.finish is None else self.finish(images, notes.erasures)
-
-    def _count_bad_image(self, index: int, message: str) -> None:
-        if index in self.bad_images:
-            return
-        self.bad_images.add(index)
-        count, limit = len(self.bad_images), self.max_bad_images
-        if count > limit:
-            raise SampleError(
-                f"{message}. This is unreadable image number {count}; "
-                f"DATA.MAX_BAD_IMAGES allows {limit}"
-            )
-        logger.warning(
-            "%s; another image takes its place (%d of DATA.MAX_BAD_IMAGES %d)",
-            message,
-            count,
-            limit,
-        )
-
-
-class _WithSlots(paddle.io.Sampler):
-    """A sampler's batches, each with the number of the slot it goes through in front."""
-
-    def __init__(self, batch_sampler: paddle.io.Sampler, slots: Slots | None):
-        self.batch_sampler = batch_sampler
-        self.count = slots.count if slots else 1
-
-    def __len__(self) -> int:
-        return len(self.batch_sampler)
-
-    def __iter__(self) -> Iterator[list]:
-        for number, batch in enumerate(self.batch_sampler):
-            yield [number % self.count, *batch]
-
-
-PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
-
-
-def _set_up_worker(parent: int, _worker_id: int) -> None:
-    """Let a worker live just as long as its parent.
-
-    Ctrl-C and Paddle's launcher signal the whole group of a training process, which then needs its
-    workers until it has saved: each leaves that group. And it dies with a parent that was killed.
-    """
-    os.setpgid(0, 0)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was killed before the kernel was told
-        os._exit(1)
-
-
-class _Samples(paddle.io.Dataset):
-    """What a loader's workers read, and how they make a batch of it."""
-
-    def __init__(
-        self, dataset: ListDataset, *, slots: Slots | None, unfinished: bool, replace: bool
-    ):
-        super().__init__()
-        self.dataset = dataset
-        self.slots = slots
-        self.transform = dataset.transform.unfinished if unfinished else dataset.transform
-        self.unfinished = unfinished
-        self.candidates = 1 + MAX_REPLACEMENTS if replace else 1
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, sample: int | tuple[int, int]):
-        """(image, label, what to say of the image it stands for, if any), or an exception; for a
-        slot's number, itself."""
-        if isinstance(sample, int):
-            return sample
-        epoch, index = sample
-        problem = None
-        try:
-            for candidate in range(index, index + self.candidates):
-                candidate %= len(self)
-                try:
-                    image = self.dataset.read(epoch, candidate, self.transform)
-                    return image, self.dataset.labels[candidate], problem
-                except SampleError as error:
-                    problem = problem or (index, str(error))
-            return SampleError(problem[1])
-        except Exception:  # a defect, which must not hang the loader either
-            return RuntimeError(f"while reading a batch: {traceback.format_exc()}")
-
-    def collate(self, items: list) -> list:
-        """Labels (N,) and `Notes` of the samples of a batch, whose images it puts into the slot."""
-        slot, *samples = items
-        for sample in samples:
-            if isinstance(sample, Exception):
-                return [np.zeros(1, "int64"), Notes(failure=sample)]
-        images, labels, problems = zip(*samples)
-        erasures = []
-        if self.unfinished:
-            erasures = [
-                (i, image.boxes, image.seed) for i, image in enumerate(images) if image.boxes
-            ]
-            images = [image.pixels for image in images]
-        shape, dtype = (len(images), *images[0].shape), images[0].dtype
-        if self.slots and len(images) * images[0].nbytes <= self.slots.slot_bytes:
-            np.stack(images, out=self.slots.array(slot, shape, dtype))
-            images = (slot, shape, dtype.str)
-        else:
-            images = np.stack(images)
-        unreadable = [problem for problem in problems if problem is not None]
-        return [np.array(labels, "int64"), Notes(images, erasures, unreadable)]
-
-
 def get_dataset(config, is_train: bool) -> ListDataset:
     """The training or the validation set that `config` names."""
     transform = build_train_transform(config) if is_train else build_eval_transform(config)
@@ -616,40 +361,6 @@ def get_dataloader(
         finish=finish,
         max_bad_images=config.DATA.MAX_BAD_IMAGES if is_train else None,
     )
-
-
-def check_memory(*, batch_bytes: int, workers: int, processes: int) -> None:
-    """Find out before training whether the workers' batches fit into the memory.
-
-    Args:
-        workers: of each process.
-        processes: of the run, on this machine.
-
-    Raises:
-        InputError: they do not fit.
-    """
-    needed = processes * (workers * PREFETCH_FACTOR + SPARE_SLOTS) * batch_bytes
-    available = available_memory_bytes()
-    if available is not None and needed > available:
-        raise InputError(
-            f"{processes} process(es) with {workers} loader workers each share {needed / 1e9:.1f} "
-            f"GB of memory with them, and {available / 1e9:.1f} GB are available; lower "
-            "DATA.NUM_WORKERS or the batch size (-batch_size, -batch_size_eval)"
-        )
-
-
-def available_memory_bytes() -> int | None:
-    """What this machine, or the container that this is, has left; None where it does not say."""
-    limits = []
-    with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as file:
-        limits += [1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable")]
-    with contextlib.suppress(OSError, ValueError):  # no such files, or no limit
-        used, most = (
-            int(Path("/sys/fs/cgroup", name).read_text())
-            for name in ("memory.current", "memory.max")
-        )
-        limits.append(most - used)
-    return min(limits, default=None)
 
 
 def get_class_names(config) -> list[str] | None:

@@ -17,7 +17,7 @@ import paddle
 
 import distributed
 from config import config_changes
-from datasets import Loader, get_dataloader, get_dataset
+from datasets import get_dataloader, get_dataset
 from engine.checkpoint import (
     FOLDER,
     Checkpoint,
@@ -37,6 +37,7 @@ from engine.run_log import RunLog, config_text
 from engine.signals import Stopped, StopSignals
 from engine.train import Step, train_epoch
 from errors import InputError
+from loader import Loader
 from losses import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from optim.ema import ModelEma
 from optim.optimizer import build_optimizer, load_optimizer_state, master_weights, optimizer_state

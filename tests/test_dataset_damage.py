@@ -9,21 +9,20 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from conftest import flags
 from PIL import Image
+from tiny import flags
 
-import datasets
+import loader as loader_module
 from config import get_config, update_config
 from datasets import (
     ListDataset,
-    SampleError,
-    check_memory,
     get_class_names,
     get_dataloader,
     get_dataset,
     read_list,
 )
-from errors import InputError
+from errors import InputError, SampleError
+from loader import check_memory
 from transforms.evaluation import EvalTransform
 
 
@@ -67,7 +66,7 @@ def test_unreadable_training_images_are_replaced_and_named_once(
         tiny_config_file, tmp_path, "DATA.MAX_BAD_IMAGES", 2, "DATA.NUM_WORKERS", workers
     )
     loader = get_dataloader(config, get_dataset(config, True), True)
-    with caplog.at_level(logging.WARNING, logger="datasets"):
+    with caplog.at_level(logging.WARNING, logger="loader"):
         batches = [batch for number in range(2) for batch in epoch(loader, number)]
     assert [images.shape for images, _ in batches] == [(8, 3, 32, 32)] * 6
     labels = np.concatenate([labels for _, labels in batches[:3]])
@@ -118,7 +117,7 @@ def test_a_defect_in_a_transform_ends_the_loader_with_its_traceback(
     config = configured(tiny_config_file, tmp_path, "DATA.NUM_WORKERS", workers)
     dataset = get_dataset(config, True)
     dataset.transform.photometric = lambda *_: 1 / 0
-    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+    with pytest.raises(ZeroDivisionError):
         epoch(get_dataloader(config, dataset, True), 0)
 
 
@@ -177,13 +176,13 @@ def test_finishing_on_the_device_gives_the_workers_bits(
 
 
 def test_memory_that_the_batches_need_is_checked_before_training(monkeypatch):
-    monkeypatch.setattr(datasets, "available_memory_bytes", lambda: 10_000_000)
-    check_memory(batch_bytes=1_000_000, workers=4, processes=1)  # 4 * 2 + 2 batches
-    with pytest.raises(InputError, match=r"10\.0 GB .*DATA\.NUM_WORKERS or the batch size") as got:
-        monkeypatch.setattr(datasets, "available_memory_bytes", lambda: 10**10)
+    monkeypatch.setattr(loader_module, "available_memory_bytes", lambda: 10_000_000)
+    check_memory(batch_bytes=1_000_000, workers=4, processes=1)  # 4 * 2 + 1 batches
+    with pytest.raises(InputError, match=r"9\.0 GB .*DATA\.NUM_WORKERS or the batch size") as got:
+        monkeypatch.setattr(loader_module, "available_memory_bytes", lambda: 9 * 10**9)
         check_memory(batch_bytes=10**9 + 1, workers=4, processes=1)
     assert isinstance(got.value, InputError)
-    monkeypatch.setattr(datasets, "available_memory_bytes", lambda: None)
+    monkeypatch.setattr(loader_module, "available_memory_bytes", lambda: None)
     check_memory(batch_bytes=10**15, workers=4, processes=1)  # a machine that does not say
 
 
@@ -312,10 +311,11 @@ def test_read_list_reports_ten_problems_at_most(tmp_path):
 # ---- memory
 
 
-def proportional_bytes(pid: int) -> int:
-    """Memory of a process, pages that it shares counted in part."""
+def memory_bytes(pid: int) -> int:
+    """Memory of a process; its share of pages that were forked, without files it has mapped."""
     with open(f"/proc/{pid}/smaps_rollup", encoding="ascii") as file:
-        return sum(1024 * int(line.split()[1]) for line in file if line.startswith("Pss:"))
+        kilobytes = dict(line.split()[:2] for line in file if line.startswith("Pss_"))
+    return 1024 * (int(kilobytes["Pss_Anon:"]) + int(kilobytes["Pss_Shmem:"]))
 
 
 @pytest.mark.slow
@@ -335,8 +335,8 @@ def test_memory_of_workers_and_parent_stays_flat(tmp_path, tiny_config_file):
         loader.batch_sampler.set_epoch(number)
         assert sum(len(labels) for _, labels in loader) == 2000
         gc.collect()
-        workers = [worker.pid for worker in loader._batches._iterator._workers]
-        used.append([proportional_bytes(pid) for pid in (os.getpid(), *workers)])
+        workers = loader.worker_pids()
+        used.append([memory_bytes(pid) for pid in (os.getpid(), *workers)])
     used = np.array(used) / 1e6
     print("MB of parent and workers after each epoch:", used.round(1).tolist())
     assert (np.abs(used[1:] / used[0] - 1) < 0.02).all()

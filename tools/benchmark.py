@@ -11,9 +11,10 @@ import PIL
 from analysis.data_rate import PLAIN, core_seconds, loader_seconds, make_photographs
 from analysis.timing import describe_machine, median_ratio, summarize
 from config import get_config, update_config
-from datasets import LIST_FILES, Loader, TrainBatches, get_dataset
+from datasets import LIST_FILES, TrainBatches, get_dataset
 from engine.loop_benchmark import time_train_loop
 from errors import InputError
+from loader import Loader
 
 
 def train_loop(args) -> None:

@@ -12,7 +12,6 @@ import paddle
 
 from transforms.erasing import noise_shape
 
-
 _WHITE = np.array([255], np.float32)
 
 
@@ -52,7 +51,7 @@ class FinishBatch:
             erasures: (index in the batch, boxes, seed) of each image to erase in.
         """
         images = pixels.transpose([0, 3, 1, 2]).astype("float32")
-        # By a tensor, as Paddle 2.6 multiplies by the inverse of a number, which rounds differently.
+        # By a tensor: Paddle 2.6 multiplies by the inverse of a number, which rounds differently.
         images = images / paddle.to_tensor(_WHITE)
         images = (images - paddle.to_tensor(self.mean)) / paddle.to_tensor(self.std)
         for index, boxes, seed in erasures:

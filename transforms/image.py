@@ -19,7 +19,7 @@ MAX_PIXELS = 89_478_485
 
 
 def open_image(path: str | IO[bytes]) -> Image.Image:
-    """Open an image file, by its path or opened, as a context manager; its pixels are not decoded yet.
+    """Open an image file, by path or opened, as a context manager; nothing is decoded yet.
 
     Raises:
         OSError: there is none, or it cannot be read.
