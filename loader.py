@@ -61,7 +61,7 @@ class Loader:
     """The batches of one rank, read by worker processes and finished on this process's device.
 
     Iterating gives (images (N, 3, H, W) float32, labels (N,) int64) for what `batch_sampler`
-    names; the workers stay for the next time.
+    names; the workers stay for the next time, until `close` or the end of a `with` block.
 
     Args:
         dataset: a `ListDataset`.
@@ -116,6 +116,18 @@ class Loader:
             if self.finish is not None:
                 images = self.finish(images, batch.erasures)
             yield images, paddle.to_tensor(batch.labels)
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers. The next iteration starts others."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
 
     def worker_pids(self) -> list[int]:
         """The worker processes; none before the first iteration."""

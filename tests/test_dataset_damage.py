@@ -327,7 +327,7 @@ def test_memory_of_workers_and_parent_stays_flat(tmp_path, tiny_config_file):
     (tmp_path / "train_list.txt").write_text(lines)
     config = configured(
         tiny_config_file, tmp_path, "DATA.IMAGE_SIZE", 224, "DATA.NUM_WORKERS", 2,
-        "TRAIN.RAND_AUGMENT", True, batch_size=20,
+        "TRAIN.RAND_AUGMENT", True, batch_size=10,
     )  # fmt: skip
     loader = get_dataloader(config, get_dataset(config, True), True)
     used = []
