@@ -309,7 +309,7 @@ def broken(folder):
         "half.png": "",
         "empty.jpg": "cannot identify",
         "text.jpg": "cannot identify",
-        "folder.jpg": "directory",
+        "folder.jpg": "regular",
         "text.jpg/a.jpg": "",
         "loop.jpg": "",
         "x" * 300: "",
