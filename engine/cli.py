@@ -14,12 +14,12 @@ import time
 from config import get_config, update_config
 from datasets import get_dataset
 from distributed import another_failed, is_launched, launch, leave_status, visible_devices
-from engine.checkpoint import run_config_file, run_folder_of
 from engine.run import run
 from engine.run_log import check_run_folder
 from engine.signals import Stopped
 from engine.train import DivergedError
 from errors import InputError
+from zoo.run_folder import run_config_file, run_folder_of
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:

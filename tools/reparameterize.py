@@ -7,10 +7,10 @@ import argparse
 import sys
 
 from config import get_config, update_config
-from engine.checkpoint import run_config_file
 from errors import InputError
 from replknet import build_replknet
 from zoo.convert import load_pretrained
+from zoo.run_folder import run_config_file
 from zoo.writers import write_safetensors
 
 

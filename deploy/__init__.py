@@ -1,0 +1,16 @@
+"""From a checkpoint to fast inference: merging, folding, export, and backends to run the result."""
+
+from deploy.backends import Backend, installed_backends, open_backend
+from deploy.export import export_model
+from deploy.fold import folded, merged
+from deploy.sidecar import Sidecar
+
+__all__ = [
+    "Backend",
+    "Sidecar",
+    "export_model",
+    "folded",
+    "installed_backends",
+    "merged",
+    "open_backend",
+]

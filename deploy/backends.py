@@ -1,0 +1,366 @@
+"""Ways to run a network: one interface, and a rule that chooses among those installed.
+
+    backend = open_backend("exported")       # a folder that tools.export wrote
+    logits = backend.run(images)             # float32 (N, 3, H, W) -> float32 (N, num_classes)
+
+Each backend opens one format of export, or a network in memory, which it then exports to a
+temporary place. docs/deployment.md has the measurements behind `CPU_ORDER`.
+"""
+
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import paddle
+
+from config import get_config
+from deploy.export import PADDLE_MODEL_FILES, write_model
+from deploy.extras import import_extra, is_installed
+from deploy.sidecar import Sidecar
+from errors import InputError
+from replknet import RepLKNet, build_replknet
+from zoo.convert import load_pretrained
+from zoo.run_folder import run_config_file, weights_of
+
+logger = logging.getLogger(__name__)
+
+# Which packages each backend needs, the network being in memory.
+PACKAGES = {
+    "dygraph": (),
+    "paddle": (),
+    "onnxruntime": ("onnx", "onnxruntime"),
+    "openvino": ("onnx", "openvino"),
+}
+# What each opens besides a network in memory.
+FORMAT = {"paddle": "paddle", "onnxruntime": "onnx", "openvino": "onnx"}
+# The fastest first, as measured; dygraph is some twenty times slower than the last of them.
+CPU_ORDER = ("openvino", "paddle", "onnxruntime")
+GPU_ORDER = ("paddle",)
+
+
+class Backend(Protocol):
+    """A network that is ready to run.
+
+    Attributes:
+        name: key of `PACKAGES`.
+        sidecar: what the network is.
+    """
+
+    name: str
+    sidecar: Sidecar
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        """Images float32 (N, 3, H, W) -> logits float32 (N, num_classes).
+
+        Raises:
+            InputError: another shape or type.
+        """
+
+    def close(self) -> None:
+        """Give the memory back; `run` must not be called any more."""
+
+
+def installed_backends() -> list[str]:
+    """Names of the backends that can run here."""
+    return [name for name, needs in PACKAGES.items() if all(map(is_installed, needs))]
+
+
+def open_backend(
+    source,
+    name: str = "auto",
+    *,
+    config=None,
+    threads: int | None = None,
+    precision: str | None = None,
+    class_names: list[str] | None = None,
+) -> Backend:
+    """Get a network ready to run.
+
+    Args:
+        source: an export folder; or a checkpoint or run folder; or a `RepLKNet`.
+        name: a backend, or `auto` for the fastest installed one that can run `source`.
+        config: of a network, or of a checkpoint that does not lie in its run folder.
+        threads: that compute, on CPU; None for all cores that this process may use. Without effect
+            on `dygraph`, whose number Paddle takes from OMP_NUM_THREADS when it starts.
+        precision: `fp32`, or `bf16` to compute in it; None for what the export was made for.
+        class_names: for the sidecar of a network or checkpoint.
+
+    Raises:
+        FileNotFoundError: there is nothing at `source`.
+        InputError: it cannot be run so; the message says what can be done.
+    """
+    if name not in ("auto", *PACKAGES):
+        raise InputError(f"backend {name!r}; allowed: auto, {', '.join(PACKAGES)}")
+    threads = len(os.sched_getaffinity(0)) if threads is None else threads
+    if threads < 1:
+        raise InputError(f"threads is {threads}; allowed: an integer >= 1")
+    if isinstance(source, RepLKNet):
+        if config is None:
+            raise ValueError("a network needs its config")
+        model = source
+    elif (Path(source) / "replknet.json").exists() or is_plain_folder(source):
+        return _open_export(Path(source), name, threads, precision)
+    else:
+        model, config = load_network(source, config)
+    return _open_network(model, config, name, threads, precision or "fp32", class_names)
+
+
+def is_plain_folder(source) -> bool:
+    """A folder that is no run folder: meant to be an export."""
+    return Path(source).is_dir() and not (Path(source) / "config.yaml").exists()
+
+
+def load_network(source, config=None) -> tuple[RepLKNet, object]:
+    """The network of a checkpoint or run folder with its weights, and its configuration."""
+    config = get_config(run_config_file(source)) if config is None else config
+    model = build_replknet(config)
+    load_pretrained(model, weights_of(source), weights=config.MODEL.PRETRAINED_WEIGHTS)
+    model.eval()
+    return model, config
+
+
+def _open_export(folder: Path, name: str, threads: int, precision: str | None) -> Backend:
+    sidecar = Sidecar.read(folder)
+    readers = [reader for reader, format in FORMAT.items() if format == sidecar.format]
+    if name == "auto":
+        name = choose(readers, precision or sidecar.precision)
+    elif name not in readers:
+        raise InputError(
+            f"{folder} is an export of format {sidecar.format}, which backend {name} does not "
+            f"open; allowed: auto, {', '.join(readers)}"
+        )
+    precision = _check_precision(precision, sidecar)
+    return _OPENERS[name](folder, sidecar, threads, precision)
+
+
+def _check_precision(precision: str | None, sidecar: Sidecar) -> str:
+    if precision is None or precision == sidecar.precision:
+        return sidecar.precision
+    if sidecar.precision == "fp32" and precision == "bf16":
+        return precision
+    raise InputError(
+        f"precision {precision} of an export made for {sidecar.precision}; allowed: "
+        f"{sidecar.precision}{' or bf16' if sidecar.precision == 'fp32' else ''}; "
+        "python -m tools.export makes others"
+    )
+
+
+def _open_network(model, config, name, threads, precision, class_names) -> Backend:
+    if name == "auto":
+        name = choose(list(PACKAGES), precision)
+    format = FORMAT.get(name, "paddle")
+    sidecar = Sidecar.build(config, format=format, precision=precision, class_names=class_names)
+    if name == "dygraph":
+        return DygraphBackend(model, sidecar, precision)
+    with tempfile.TemporaryDirectory(prefix="replknet-") as folder:
+        write_model(model, Path(folder), format=format, precision=precision)
+        return _OPENERS[name](Path(folder), sidecar, threads, precision)
+
+
+def choose(candidates: list[str], precision: str) -> str:
+    """The first of the order for this device that is a candidate and installed; it is logged."""
+    on_gpu = paddle.device.get_device().startswith("gpu")
+    order = GPU_ORDER if on_gpu and "paddle" in candidates else CPU_ORDER
+    installed = installed_backends()
+    for name in order:
+        if name in candidates and name in installed:
+            logger.info(
+                "backend %s: the first installed one of %s on %s",
+                name,
+                ", ".join(order),
+                "GPU" if on_gpu else "CPU",
+            )
+            return name
+    wanted = " or ".join(name for name in order if name in candidates)
+    raise InputError(
+        f"no backend that opens this is installed ({wanted}); "
+        "pip install -r requirements-deploy.txt"
+    )
+
+
+def check_images(images: np.ndarray, sidecar: Sidecar) -> np.ndarray:
+    """`images` as contiguous memory, if they are what `Backend.run` takes."""
+    images = np.asarray(images)
+    if images.dtype != np.float32 or images.ndim != 4 or images.shape[1] != 3 or not images.size:
+        raise InputError(
+            f"images are {images.dtype} {images.shape}; allowed: float32 (N, 3, H, W), N >= 1"
+        )
+    if sidecar.input_size is not None and images.shape[2:] != tuple(sidecar.input_size):
+        raise InputError(
+            f"images of {images.shape[2]} x {images.shape[3]} pixels; this export takes "
+            f"{sidecar.input_size[0]} x {sidecar.input_size[1]} alone"
+        )
+    return np.ascontiguousarray(images)
+
+
+class DygraphBackend:
+    """Paddle's eager mode on the network as it is."""
+
+    name = "dygraph"
+
+    def __init__(self, model: RepLKNet, sidecar: Sidecar, precision: str):
+        if precision != "fp32":
+            raise InputError(f"precision {precision} with backend dygraph; allowed: fp32")
+        self.sidecar = sidecar
+        self.model = model
+        model.eval()
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        with paddle.no_grad():
+            return self.model(paddle.to_tensor(check_images(images, self.sidecar))).numpy()
+
+    def close(self) -> None:
+        self.model = None
+
+
+class PaddleBackend:
+    """Paddle Inference: oneDNN on CPU; on GPU TensorRT where Paddle was built with it."""
+
+    name = "paddle"
+
+    def __init__(self, folder: Path, sidecar: Sidecar, threads: int, precision: str):
+        from paddle import inference
+
+        self.sidecar = sidecar
+        model_file = paddle_model_file(folder, sidecar)
+        config = inference.Config(str(model_file), str(folder / "model.pdiparams"))
+        config.disable_glog_info()
+        config.switch_ir_optim(True)
+        if paddle.device.get_device().startswith("gpu"):
+            self._use_gpu(config, inference, precision)
+        else:
+            config.disable_gpu()
+            config.enable_mkldnn()
+            config.set_cpu_math_library_num_threads(threads)
+            if precision == "bf16":
+                config.enable_mkldnn_bfloat16()
+            elif precision != "fp32":
+                raise InputError(
+                    f"precision {precision} with backend paddle on CPU; allowed: fp32, bf16"
+                )
+        self.predictor = inference.create_predictor(config)
+        self.input = self.predictor.get_input_handle(self.predictor.get_input_names()[0])
+        self.output = self.predictor.get_output_handle(self.predictor.get_output_names()[0])
+
+    def _use_gpu(self, config, inference, precision: str) -> None:
+        types = {
+            "fp32": inference.PrecisionType.Float32,
+            "fp16": inference.PrecisionType.Half,
+            "bf16": inference.PrecisionType.Bfloat16,
+        }
+        if precision not in types:
+            raise InputError(
+                f"precision {precision} with backend paddle on GPU; allowed: {', '.join(types)}"
+            )
+        config.enable_use_gpu(256, 0, types[precision])
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        self.input.copy_from_cpu(check_images(images, self.sidecar))
+        self.predictor.run()
+        return self.output.copy_to_cpu().astype(np.float32, copy=False)
+
+    def close(self) -> None:
+        self.input = self.output = self.predictor = None
+
+
+class OnnxRuntimeBackend:
+    """ONNX Runtime on CPU."""
+
+    name = "onnxruntime"
+
+    def __init__(self, folder: Path, sidecar: Sidecar, threads: int, precision: str):
+        onnxruntime = import_extra("onnxruntime")
+        self.sidecar = sidecar
+        if precision == "bf16":
+            raise InputError("precision bf16 with backend onnxruntime; allowed: fp32, fp16, int8")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        path = model_file(folder, "model.onnx")
+        try:
+            self.session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            raise unreadable(path, "ONNX Runtime", error) from None
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        images = check_images(images, self.sidecar)
+        return self.session.run(None, {self.session.get_inputs()[0].name: images})[0]
+
+    def close(self) -> None:
+        self.session = None
+
+
+class OpenVinoBackend:
+    """OpenVINO on CPU."""
+
+    name = "openvino"
+
+    def __init__(self, folder: Path, sidecar: Sidecar, threads: int, precision: str):
+        openvino = import_extra("openvino")
+        self.sidecar = sidecar
+        path = model_file(folder, "model.onnx")
+        core = openvino.Core()
+        try:
+            model = core.read_model(str(path))
+        except Exception as error:
+            raise unreadable(path, "OpenVINO", error) from None
+        self.compiled = core.compile_model(
+            model,
+            "CPU",
+            {
+                "INFERENCE_NUM_THREADS": threads,
+                "PERFORMANCE_HINT": "LATENCY",
+                "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+            },
+        )
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        return self.compiled(check_images(images, self.sidecar))[0]
+
+    def close(self) -> None:
+        self.compiled = None
+
+
+_OPENERS = {
+    "paddle": PaddleBackend,
+    "onnxruntime": OnnxRuntimeBackend,
+    "openvino": OpenVinoBackend,
+}
+
+
+def model_file(folder: Path, name: str) -> Path:
+    """A file of an export folder that has to be there."""
+    path = folder / name
+    if not path.is_file():
+        raise InputError(f"{folder} has no {name}, which its sidecar promises; export it again")
+    return path
+
+
+def paddle_model_file(folder: Path, sidecar: Sidecar) -> Path:
+    """The program of an export of format paddle, if this Paddle can read it."""
+    model_file(folder, "model.pdiparams")
+    here = [folder / name for name in PADDLE_MODEL_FILES if (folder / name).is_file()]
+    if not here:
+        raise InputError(
+            f"{folder} has none of {', '.join(PADDLE_MODEL_FILES)}, which its sidecar promises; "
+            "export it again"
+        )
+    if here[0].suffix == ".json" and paddle.__version__.startswith("2."):
+        raise InputError(
+            f"{here[0]} was written by Paddle {sidecar.paddle_version}, and Paddle "
+            f"{paddle.__version__} cannot read it; export it again with this Paddle, or use "
+            "-format onnx, which all read"
+        )
+    return here[0]
+
+
+def unreadable(path: Path, program: str, error: Exception) -> InputError:
+    """What to say of a model file that a program refuses."""
+    reason = " ".join(str(error).split())[:300]
+    return InputError(f"{program} cannot read {path}: {reason}; export it again")
