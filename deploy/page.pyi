@@ -1,0 +1,160 @@
+"""A web page for this machine alone: drop a picture, see its classes and where the network looks.
+
+Gradio serves it (requirements-page.txt). Nothing is sent anywhere: no statistics of use, no public
+link, no fonts or scripts from elsewhere; uploads lie in a folder that ends with the program.
+"""
+
+import atexit
+import os
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from deploy.gradcam import grad_cam
+from deploy.images import decode
+from deploy.pictures import overlay
+from deploy.predictor import Predictor, softmax
+from errors import InputError
+
+ADDRESS = "127.0.0.1"
+CLASSES_SHOWN = 5
+MAX_UPLOAD_BYTES = 200 * 2**20
+FONTS = ["system-ui", "sans-serif"]
+
+
+def import_gradio():
+    """Gradio, told to keep to itself.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    if "gradio" not in sys.modules:  # which reads these when it is imported
+        uploads = tempfile.mkdtemp(prefix="replknet-page-")
+        atexit.register(shutil.rmtree, uploads, ignore_errors=True)
+        os.environ["GRADIO_TEMP_DIR"] = uploads
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    try:
+        import gradio
+    except ImportError as error:
+        raise InputError(
+            f"the page needs Gradio ({error}); pip install -r requirements-page.txt"
+        ) from None
+    return gradio
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """`names`, with their number where several classes have one name, as two of ImageNet's do."""
+    counts = Counter(names)
+    return [name if counts[name] == 1 else f"{name} ({i})" for i, name in enumerate(names)]
+
+
+def look(predictor: Predictor, network, path: str):
+    """Probabilities {class: probability} of the most probable classes, and a heat map or None.
+
+    Args:
+        predictor: of the network.
+        network: the same as a `replknet.RepLKNet`; None where there is no other than an export.
+        path: of a picture.
+
+    Raises:
+        InputError: it cannot be decoded.
+    """
+    image = decode(path)
+    array = predictor.transform(image)[None]
+    if network is None:
+        scores, heat = predictor.scores(array)[0], None
+    else:
+        logits, heat = grad_cam(network, array)
+        scores = softmax(logits[None])[0]
+        heat = overlay(predictor.transform.pixels(image), heat)
+    names = distinct(predictor.class_names)
+    top = np.argsort(-scores, kind="stable")[:CLASSES_SHOWN]
+    return {names[label]: float(scores[label]) for label in top}, heat
+
+
+def build_page(predictor: Predictor, network, *, title: str):
+    """The page, as a Gradio app.
+
+    Raises:
+        InputError: Gradio is not installed.
+    """
+    gradio = import_gradio()
+from gradio.events import Dependency
+
+    class Upload(gradio.Image):
+        """An image as the file that it came in: Gradio would fail at what is no image, and turn
+        pictures by their EXIF data, which evaluation does not."""
+
+        def preprocess(self, payload):
+            return None if payload is None else payload.path
+
+    def classify(path):
+        if path is None:
+            return None, None
+        try:
+            return look(predictor, network, path)
+        except InputError as error:
+            raise gradio.Error(
+                f"This file cannot be read as a picture: {error}", duration=None
+            ) from None
+
+    with gradio.Blocks(title=title, analytics_enabled=False) as page:
+        gradio.Markdown(f"# {title}")
+        with gradio.Row():
+            with gradio.Column():
+                upload = Upload(
+                    label="Picture",
+                    type="filepath",
+                    image_mode=None,
+                    sources=["upload", "clipboard"],
+                    buttons=[],
+                    height=420,
+                )
+            with gradio.Column():
+                classes = gradio.Label(label="Classes", num_top_classes=CLASSES_SHOWN)
+                heat = gradio.Image(
+                    label="Where the network looks for the first of them",
+                    visible=network is not None,
+                    interactive=False,
+                    buttons=["fullscreen"],
+                    format="png",
+                    height=420,
+                )
+        if network is None:
+            gradio.Markdown(
+                "An exported model gives no heat map; a checkpoint, a run folder or the name of a "
+                "published model does."
+            )
+        upload.change(classify, upload, [classes, heat], show_progress="minimal")
+    return page
+
+
+def serve(page, *, port: int) -> None:
+    """Serve `page` on this machine until Ctrl-C.
+
+    Raises:
+        InputError: the port is taken.
+    """
+    gradio = import_gradio()
+    try:
+        page.launch(
+            server_name=ADDRESS,
+            server_port=port,
+            share=False,
+            inbrowser=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            footer_links=[],
+            max_file_size=MAX_UPLOAD_BYTES,
+            ssr_mode=False,
+            theme=gradio.themes.Default(font=FONTS, font_mono=["monospace"]),
+        )
+    except OSError as error:
+        raise InputError(f"cannot serve on port {port} of {ADDRESS}: {error}") from None
+    print(f"http://{ADDRESS}:{page.server_port}  (Ctrl-C ends it)", flush=True)
+    page.block_thread()
