@@ -49,7 +49,7 @@ class Sidecar:
 
     Attributes:
         architecture: MODEL.NAME of the configuration.
-        format: `paddle` or `onnx`.
+        format: of the model file, `paddle` or `onnx`.
         precision: `fp32`, `fp16`, `bf16` or `int8`.
         input_size: the only (height, width) that the model file takes; None for any.
         num_classes: length of the logits.
