@@ -98,14 +98,6 @@ def build_page(predictor: Predictor, network, *, title: str):
             "last stage: there is no heat map to show."
         )
 
-    class Upload(gradio.Image):
-        """An image as the file that it came in; Gradio's own stumbles over what is no image."""
-
-        is_template = True  # looks as what it derives from
-
-        def preprocess(self, payload):
-            return None if payload is None else payload.path
-
     def classify(path):
         if path is None:
             return None, None
@@ -120,7 +112,7 @@ def build_page(predictor: Predictor, network, *, title: str):
         gradio.Markdown(f"# {title}")
         with gradio.Row():
             with gradio.Column():
-                upload = Upload(
+                upload = gradio.Image(
                     label="Picture",
                     type="filepath",
                     image_mode=None,
@@ -128,6 +120,9 @@ def build_page(predictor: Predictor, network, *, title: str):
                     buttons=[],
                     height=420,
                 )
+                # The file as it came: Gradio's own way stumbles over what is no image. (A derived
+                # class would make Gradio write a .pyi file beside this one.)
+                upload.preprocess = lambda payload: None if payload is None else payload.path
             with gradio.Column():
                 classes = gradio.Label(label="Classes", num_top_classes=CLASSES_SHOWN)
                 heat = gradio.Image(

@@ -119,7 +119,7 @@ def fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def check_new_folder(path: str) -> None:
-    """Raise InputError unless `path` is an empty folder or can become one: nothing is overwritten."""
+    """Raise InputError unless `path` is, or can become, a folder without files to overwrite."""
     if os.path.isdir(path):
         if os.listdir(path):
             raise InputError(f"the folder {path} is not empty; name a new one")

@@ -9,14 +9,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from deploy.backends import is_plain_folder, load_network, open_backend
+from deploy.backends import is_export, load_network, open_backend
 from deploy.images import decode
-from deploy.sidecar import FILE as SIDECAR_FILE
 from errors import InputError
 from replknet import RepLKNet
 from transforms.image import to_rgb
@@ -122,7 +120,7 @@ def open_network(model: str | os.PathLike) -> RepLKNet | None:
     network = published_network(model)
     if isinstance(network, RepLKNet):
         return network
-    if (Path(model) / SIDECAR_FILE).exists() or is_plain_folder(model):
+    if is_export(model):
         return None
     return load_network(model)[0]
 

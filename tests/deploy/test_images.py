@@ -43,7 +43,9 @@ def test_a_folder_is_searched_to_its_depths_for_names_of_images(tree):
 
 def test_a_pattern_stands_for_the_files_it_matches(tree):
     assert found(tree / "**" / "a.png") == [str(tree / "a.png"), str(tree / "sub" / "a.png")]
-    assert found(tree / "*") == sorted(str(tree / n) for n in ("a.png", "b.JPG", "notes.txt", "png"))
+    assert found(tree / "*") == sorted(
+        str(tree / n) for n in ("a.png", "b.JPG", "notes.txt", "png")
+    )
 
 
 def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path):
@@ -237,13 +239,26 @@ def test_what_cannot_be_decoded_is_an_input_error_that_says_why(tmp_path):
         assert str(caught.value), name
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL.*", "ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning:PIL.*", "ignore::PIL.Image.DecompressionBombWarning"
+)
 def test_damage_of_any_kind_is_an_input_error(tmp_path):
     """Random bytes changed in files of several formats: decoded or refused, never another error."""
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 256, (24, 24, 3)).astype("uint8"))
     refused = 0
-    for suffix in (".png", ".jpg", ".gif", ".bmp", ".tiff", ".webp", ".ico", ".tga", ".pcx", ".sgi"):
+    for suffix in (
+        ".png",
+        ".jpg",
+        ".gif",
+        ".bmp",
+        ".tiff",
+        ".webp",
+        ".ico",
+        ".tga",
+        ".pcx",
+        ".sgi",
+    ):
         path = tmp_path / f"picture{suffix}"
         picture.save(path)
         content = path.read_bytes()

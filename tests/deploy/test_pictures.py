@@ -23,7 +23,9 @@ def bar_lengths(drawn):
 @pytest.mark.parametrize("height", [160, 240, 480])
 def test_bars_are_as_long_as_the_probabilities(height):
     scores = [0.5, 0.25, 0.125, 0.0625, 0.03125]
-    drawn = annotate(Image.new("RGB", (60, 40), RED), list("abcde"), scores, caption="x", height=height)
+    drawn = annotate(
+        Image.new("RGB", (60, 40), RED), list("abcde"), scores, caption="x", height=height
+    )
     assert drawn.size == (3 * height, height)
     lengths = bar_lengths(drawn)
     assert len(lengths) == 5

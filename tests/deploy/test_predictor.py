@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -43,7 +44,7 @@ def expected(run_folder, network, tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     lines = []
     for i, path in enumerate(PICTURES):
-        (folder / f"{i}").write_bytes(open(path, "rb").read())
+        (folder / f"{i}").write_bytes(Path(path).read_bytes())
         lines.append(f"{i} 0\n")
     (folder / "val_list.txt").write_text("".join(lines))
     config = get_config(run_folder / "config.yaml").clone()
@@ -62,7 +63,7 @@ def test_images_are_preprocessed_as_in_evaluation_bit_for_bit(run_folder, predic
     config.defrost()
     config.DATA.DATA_PATH = str(tmp_path)
     for path in PICTURES:
-        (tmp_path / "picture").write_bytes(open(path, "rb").read())
+        (tmp_path / "picture").write_bytes(Path(path).read_bytes())
         (tmp_path / "val_list.txt").write_text("picture 0\n")
         evaluated = get_dataset(config, is_train=False)[0, 0][0]
         np.testing.assert_array_equal(predictor.preprocess(path), evaluated)
@@ -145,7 +146,9 @@ def test_class_names_come_from_the_model(network, tmp_path):
     assert result["pred_class"] == names[result["pred_label"]]
 
 
-@pytest.mark.parametrize("image", ["README.md", np.zeros((3, 8, 8), "uint8")], ids=["file", "array"])
+@pytest.mark.parametrize(
+    "image", ["README.md", np.zeros((3, 8, 8), "uint8")], ids=["file", "array"]
+)
 def test_an_image_that_cannot_be_read_is_named(network, image):
     image = str(FIXTURES / image) if isinstance(image, str) else image
     name = image if isinstance(image, str) else r"1 \(from 0\)"

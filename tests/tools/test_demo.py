@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from PIL import Image
 from runs import make_run
 from tiny import FIXTURES, ROOT
 
-from deploy.images import decode
 from deploy.page import look
 from deploy.predictor import Predictor, open_network
 from tools.demo import main
@@ -228,5 +226,3 @@ def test_it_talks_to_no_other_machine_and_leaves_no_uploads(server):
     local = ("connect ('127.0.0.1',", "look up 127.0.0.1", "look up localhost", "look up None")
     assert lines and [line for line in lines if not line.startswith(local)] == []
     assert list(server.temporary.glob("replknet-page-*")) == []
-
-
