@@ -107,14 +107,21 @@ class Server:
         finally:
             self.process.kill()
 
+    def check_what_it_did(self):
+        """It talked to no other machine, and left no uploads."""
+        local = ("connect ('127.0.0.1',", "look up 127.0.0.1", "look up localhost", "look up None")
+        lines = self.network_log.read_text().splitlines()
+        assert lines and [line for line in lines if not line.startswith(local)] == []
+        assert list(self.temporary.glob("replknet-page-*")) == []
+
 
 @pytest.fixture(scope="module")
 def server(run_folder, tmp_path_factory):
     pytest.importorskip("gradio", reason="Gradio is not installed (requirements-page.txt)")
     server = Server(run_folder, tmp_path_factory.mktemp("server"))
     yield server
-    if server.process.poll() is None:
-        server.stop()
+    assert server.stop() == 143
+    server.check_what_it_did()
 
 
 @pytest.fixture(scope="module")
@@ -217,12 +224,3 @@ def test_a_port_that_is_taken_is_told(server, run_folder, capsys):
     assert main([str(run_folder), f"--port={server.port}"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: cannot serve on port {server.port} of 127.0.0.1")
-
-
-def test_it_talks_to_no_other_machine_and_leaves_no_uploads(server):
-    """The last of this file: it ends the server."""
-    assert server.stop() == 143
-    lines = server.network_log.read_text().splitlines()
-    local = ("connect ('127.0.0.1',", "look up 127.0.0.1", "look up localhost", "look up None")
-    assert lines and [line for line in lines if not line.startswith(local)] == []
-    assert list(server.temporary.glob("replknet-page-*")) == []
