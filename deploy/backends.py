@@ -182,7 +182,9 @@ def _open_network(model, config, name, threads, precision, class_names) -> Backe
     format = FORMAT.get(name, "paddle")
     sidecar = Sidecar.build(config, format=format, precision=precision, class_names=class_names)
     if name == "dygraph":
-        return DygraphBackend(model, sidecar, precision)
+        if precision != "fp32":
+            raise InputError(f"precision {precision} with backend dygraph; allowed: fp32")
+        return DygraphBackend(model, sidecar)
     for package in PACKAGES[name]:
         import_extra(package)
     with tempfile.TemporaryDirectory(prefix="replknet-") as folder:
@@ -211,6 +213,11 @@ def choose(candidates: list[str], precision: str) -> str:
                 device,
             )
             return name
+    if not order:
+        raise InputError(
+            f"precision {precision} in this format runs on a GPU alone, and Paddle uses none here; "
+            "python -m tools.export makes other exports"
+        )
     raise InputError(
         f"no backend for this is installed ({' or '.join(order)}); pip install -r {REQUIREMENTS}"
     )
@@ -236,9 +243,7 @@ class DygraphBackend:
 
     name = "dygraph"
 
-    def __init__(self, model: RepLKNet, sidecar: Sidecar, precision: str):
-        if precision != "fp32":
-            raise InputError(f"precision {precision} with backend dygraph; allowed: fp32")
+    def __init__(self, model: RepLKNet, sidecar: Sidecar):
         self.sidecar = sidecar
         self.model = model
         model.eval()

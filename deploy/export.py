@@ -130,19 +130,19 @@ def write_onnx_model(model: RepLKNet, path: Path, half_weights: str | None) -> N
 
 
 class InferenceForm(nn.Layer):
-    """A folded classifier whose average is a pooling, which Paddle Inference runs in oneDNN."""
+    """A classifier whose average is a pooling, which Paddle Inference runs in oneDNN."""
 
     def __init__(self, model: RepLKNet):
         super().__init__()
         self.model = model
 
     def forward(self, images: paddle.Tensor) -> paddle.Tensor:
-        x = self.model.forward_stages(images)[-1]
+        x = self.model.norm(self.model.forward_stages(images)[-1])
         return self.model.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
 def write_paddle_model(model: RepLKNet, folder: Path) -> None:
-    """Write the program and weights of a folded network as Paddle Inference reads them."""
+    """Write the program and weights of a classifier as Paddle Inference reads them."""
     form = InferenceForm(model)
     form.eval()
     spec = paddle.static.InputSpec([None, 3, None, None], "float32", INPUT)

@@ -14,8 +14,8 @@ def is_installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def import_extra(name: str) -> ModuleType:
-    """The package `name`.
+def import_extra(name: str, requirements: str = REQUIREMENTS) -> ModuleType:
+    """The package `name`, which the file `requirements` lists.
 
     Raises:
         InputError: it is missing, or does not load.
@@ -23,6 +23,4 @@ def import_extra(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise InputError(
-            f"this needs the package {name} ({error}); pip install -r {REQUIREMENTS}"
-        ) from None
+        raise InputError(f"this needs {name} ({error}); pip install -r {requirements}") from None

@@ -11,6 +11,7 @@ All sums are in float64 and are rounded to float32 once.
 """
 
 import copy
+from dataclasses import dataclass
 
 import numpy as np
 import paddle
@@ -50,8 +51,6 @@ def folded(model: RepLKNet) -> RepLKNet:
                 layer.pre_ffn_bn = fold_norm_before(layer.pre_ffn_bn, layer.pw_conv_1.conv)
         if result.out_indices is None:
             fold_final_norm(result)
-    for parameter in result.parameters():
-        parameter.stop_gradient = True
     return result
 
 
@@ -108,6 +107,44 @@ def fold_final_norm(model: RepLKNet) -> None:
     model.head.weight.set_value(paddle.to_tensor(weight * scale[:, None]).astype(dtype))
     model.head.bias.set_value(paddle.to_tensor(bias + shift @ weight).astype(dtype))
     model.norm = nn.Identity()
+
+
+@dataclass(frozen=True)
+class Form:
+    """What one form of a network is: its size, and how far its outputs are from the first form's.
+
+    Attributes:
+        parameters: numbers in it, running statistics among them.
+        deviation: largest difference of outputs, relative to the largest output; None for the
+            first.
+    """
+
+    name: str
+    parameters: int
+    deviation: float | None
+
+    def __str__(self) -> str:
+        size = f"{self.name}: {self.parameters:,} numbers, {4 * self.parameters / 1e6:.1f} MB"
+        if self.deviation is None:
+            return size
+        return f"{size}; outputs differ by at most {self.deviation:.2g} of the largest"
+
+
+def compare_forms(model: RepLKNet, images: np.ndarray) -> list[Form]:
+    """`model` as it is, merged, and folded, on the same images (N, 3, H, W)."""
+    forms, reference = [], None
+    for name, build in {"as it is": lambda m: m, "merged": merged, "folded": folded}.items():
+        form = build(model)
+        form.eval()
+        with paddle.no_grad():
+            outputs = form(paddle.to_tensor(images))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs = np.concatenate([output.numpy().reshape(-1) for output in outputs])
+        parameters = sum(int(np.prod(value.shape)) for value in form.state_dict().values())
+        deviation = None if reference is None else largest_deviation(outputs, reference)
+        forms.append(Form(name, parameters, deviation))
+        reference = outputs if reference is None else reference
+    return forms
 
 
 def largest_deviation(outputs: np.ndarray, reference: np.ndarray) -> float:

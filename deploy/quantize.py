@@ -8,11 +8,13 @@ DequantizeLinear operators, which OpenVINO and ONNX Runtime both compute in inte
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from datasets import ListDataset
 from deploy.extras import import_extra
 from deploy.onnx_graph import INPUT
 from errors import InputError
@@ -68,3 +70,49 @@ def quantize(source: Path, target: Path, batches: Iterable[np.ndarray]) -> None:
         raise InputError(f"no image to calibrate INT8 with ({error})") from None
     finally:
         root.setLevel(level)
+
+
+def spread_batches(
+    dataset: ListDataset, count: int, batch_size: int = 8
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """At most `count` images of a data set, evenly spread over its list, which often is sorted.
+
+    Yields:
+        Images float32 (N, 3, H, W) and labels int64 (N,), N at most `batch_size`.
+    """
+    count = min(count, len(dataset))
+    indices = np.linspace(0, len(dataset) - 1, count).round().astype(int)
+    for start in range(0, count, batch_size):
+        samples = [dataset[0, int(i)] for i in indices[start : start + batch_size]]
+        yield (
+            np.stack([np.asarray(image) for image, _ in samples]),
+            np.array([label for _, label in samples]),
+        )
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What two networks say of the same images: how many labels each hits, and both share."""
+
+    images: int
+    before: int
+    after: int
+    same: int
+
+    def __str__(self) -> str:
+        before, after = (100 * hits / self.images for hits in (self.before, self.after))
+        return (
+            f"top-1 {before:.2f} % ({self.before}/{self.images}) before, "
+            f"{after:.2f} % ({self.after}/{self.images}) after; "
+            f"{self.same} of {self.images} get the same label"
+        )
+
+
+def compare(before, after, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Agreement:
+    """Top-1 of two backends on labelled batches."""
+    sums = np.zeros(4, dtype=int)
+    for images, labels in batches:
+        first, second = (backend.run(images).argmax(axis=1) for backend in (before, after))
+        hits = (first == labels).sum(), (second == labels).sum(), (first == second).sum()
+        sums += [len(labels), *hits]
+    return Agreement(*map(int, sums))

@@ -20,8 +20,8 @@ ALLOWED = {
     "losses": {"errors"},
     "distributed": {"errors"},
     "datasets": {"errors", "transforms"},
-    "main_single_gpu": {"engine"},
-    "main_multi_gpu": {"engine"},
+    "main_single_gpu": {"deploy", "engine"},
+    "main_multi_gpu": {"deploy", "engine"},
 }
 
 # What the folders may import of the files of the top level; import-linter checks the folders
