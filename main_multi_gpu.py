@@ -11,7 +11,8 @@ as well. `-h` lists the flags; configs/ holds the recipes.
 
 import sys
 
+from deploy import open_for_evaluation
 from engine.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(script=__file__, multi=True))
+    sys.exit(main(script=__file__, multi=True, open_network=open_for_evaluation))

@@ -4,7 +4,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,22 +29,29 @@ class Timing:
 
 
 def time_in_turn(
-    alternatives: dict[str, Callable[[], object]],
+    alternatives: dict[Hashable, Callable[[], object]],
     *,
     rounds: int,
     warmup: int = 1,
+    settle_seconds: float = 0.0,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, list[float]]:
+) -> dict[Hashable, list[float]]:
     """Seconds of each call, A B A B ..., so that a drift of the machine meets all alike.
 
     Args:
         rounds: how often each is timed.
         warmup: how often each is called before that.
+        settle_seconds: where alternatives bring thread pools of their own: a pause before each, and
+            a call that is not timed. Idle threads of one pool keep spinning for a while, and take
+            the cores from the next.
         clock: seconds; `time.process_time` counts those of this process's own work alone.
     """
     seconds = {name: [] for name in alternatives}
     for turn in range(warmup + rounds):
         for name, call in alternatives.items():
+            if settle_seconds:
+                time.sleep(settle_seconds)
+                call()
             start = clock()
             call()
             if turn >= warmup:

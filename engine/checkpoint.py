@@ -182,32 +182,6 @@ def checkpoint_path(run_folder: str, progress: Progress) -> str:
     )
 
 
-def run_folder_of(path: str) -> str | None:
-    """The run folder that a checkpoint, a link to one, or the folder itself belongs to, if any."""
-    folder = os.path.dirname(os.path.realpath(path))
-    for candidate in (path, os.path.dirname(path), os.path.dirname(folder)):
-        if os.path.isfile(os.path.join(candidate, "config.yaml")):
-            return candidate or "."
-    return None
-
-
-def run_config_file(path: str) -> str:
-    """The configuration that a checkpoint in its run folder was trained with.
-
-    Raises:
-        InputError: the checkpoint does not lie in a run folder.
-    """
-    folder = run_folder_of(path)
-    if folder is None:
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"no checkpoint {path}")
-        raise InputError(
-            f"{path} does not lie in a run folder with a config.yaml; name its "
-            "configuration by -cfg"
-        )
-    return os.path.join(folder, "config.yaml")
-
-
 def checkpoints(run_folder: str) -> list[str]:
     """All checkpoints of a run, the oldest first."""
     folder = os.path.join(run_folder, FOLDER)

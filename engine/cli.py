@@ -10,16 +10,18 @@ import re
 import socket
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 
 from config import get_config, update_config
 from datasets import get_dataset
 from distributed import another_failed, is_launched, launch, leave_status, visible_devices
-from engine.checkpoint import run_config_file, run_folder_of
 from engine.run import run
 from engine.run_log import check_run_folder
 from engine.signals import Stopped
 from engine.train import DivergedError
 from errors import InputError
+from zoo.run_folder import run_config_file, run_folder_of
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
@@ -81,19 +83,34 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         metavar="DIR",
     )
 
+    flag(
+        what,
+        "backend",
+        "with -eval: what runs the network, auto for the fastest here; docs/deployment.md names "
+        "them. -pretrained may then be an export folder",
+        metavar="NAME",
+    )
+
     how = parser.add_argument_group("how")
     flag(how, "accum_iter", "forward passes per optimizer step", metavar="N")
     flag(how, "amp", "automatic mixed precision", action="store_true")
     return parser
 
 
-def main(argv: list[str] | None = None, *, script: str, multi: bool) -> int:
+def main(
+    argv: list[str] | None = None,
+    *,
+    script: str,
+    multi: bool,
+    open_network: Callable | None = None,
+) -> int:
     """Run a command line.
 
     Args:
         argv: the arguments; None for those of this process.
         script: the file that was started, which the launcher starts again in each process.
         multi: use every visible device, and offer -nproc.
+        open_network: (config, backend name) -> what `-eval -backend NAME` evaluates.
 
     Returns:
         Exit status: 0; 2 for bad input; 1 for a run that diverged; 143 or 130 for one that saved
@@ -110,20 +127,26 @@ def main(argv: list[str] | None = None, *, script: str, multi: bool) -> int:
             metavar="N",
             help="processes on this machine; default one per visible GPU, or one on CPU",
         )
-    status, message = run_command_line(parser.parse_args(argv), argv, script=script, multi=multi)
+    status, message = run_command_line(
+        parser.parse_args(argv), argv, script=script, multi=multi, open_network=open_network
+    )
     if message:
         print(message, file=sys.stderr)
     leave_status(status, message)
     return status
 
 
-def run_command_line(args, argv: list[str], *, script: str, multi: bool) -> tuple[int, str]:
+def run_command_line(
+    args, argv: list[str], *, script: str, multi: bool, open_network: Callable | None
+) -> tuple[int, str]:
     """Do what the flags say; the exit status of `main`, and what to say of it."""
     try:
         config = read_config(args)
         if args.print_config:
             print(config.dump(), end="")
             return 0, ""
+        if args.backend is not None and not config.EVAL:
+            raise InputError(f"-backend {args.backend} without -eval; allowed: with -eval")
         if config.SAVE is None:
             args.output = default_run_folder(config)
             config = update_config(config, args)
@@ -139,7 +162,10 @@ def run_command_line(args, argv: list[str], *, script: str, multi: bool) -> tupl
                     nodes=nodes,
                     master=master,
                 ), ""
-        run(config)
+        run(
+            config,
+            open_network=args.backend and partial(open_network, name=args.backend),
+        )
     except (InputError, OSError) as error:
         return 2, f"error: {error}"
     except DivergedError as error:

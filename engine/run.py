@@ -49,11 +49,13 @@ from zoo.convert import load_pretrained
 logger = logging.getLogger(__name__)
 
 
-def run(config) -> Metrics:
+def run(config, *, open_network: Callable | None = None) -> Metrics:
     """Train or evaluate as `config` says, in this process and those launched beside it.
 
     Args:
         config: of config.py, with SAVE, the run folder, set.
+        open_network: config -> what to evaluate instead of the network in Paddle's eager mode, with
+            the weights of MODEL.PRETRAINED: a layer, images (N, 3, H, W) -> logits (N, classes).
 
     Returns:
         The last evaluation's metrics.
@@ -81,19 +83,24 @@ def run(config) -> Metrics:
         )
     if config.AMP and not distributed.on_gpu():
         logger.warning("-amp has no effect on CPU: computing in float32")
-    return run_evaluation(config, log) if config.EVAL else Training(config, log).run()
+    if config.EVAL:
+        return run_evaluation(config, log, open_network)
+    return Training(config, log).run()
 
 
-def run_evaluation(config, log: RunLog) -> Metrics:
+def run_evaluation(config, log: RunLog, open_network: Callable | None) -> Metrics:
     """Evaluate MODEL.PRETRAINED on the validation list."""
     loader = build_loader(config, is_train=False)
-    model = build_network(config)
-    if config.MODEL.PRETRAINED is None:
-        logger.warning("no -pretrained weights: evaluating a freshly initialized network")
-    else:
-        load_weights(model, config)
     precision = build_precision(config)
-    precision.prepare(model)
+    if open_network is not None:
+        model = open_network(config)
+    else:
+        model = build_network(config)
+        if config.MODEL.PRETRAINED is None:
+            logger.warning("no -pretrained weights: evaluating a freshly initialized network")
+        else:
+            load_weights(model, config)
+        precision.prepare(model)
     log.open(config.SAVE, config)
     start = time.perf_counter()
     with loader:

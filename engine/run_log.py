@@ -13,8 +13,9 @@ import sys
 
 from tqdm import tqdm
 
-from engine.checkpoint import checkpoints, run_folder_of
+from engine.checkpoint import checkpoints
 from errors import InputError
+from zoo.run_folder import run_folder_of
 
 
 def check_run_folder(folder: str, *, resume: str | None) -> None:

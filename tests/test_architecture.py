@@ -22,8 +22,8 @@ ALLOWED = {
     "loader": {"errors", "transforms"},
     "datasets": {"errors", "transforms", "loader"},
     "list_files": {"errors", "transforms", "datasets"},
-    "main_single_gpu": {"engine"},
-    "main_multi_gpu": {"engine"},
+    "main_single_gpu": {"deploy", "engine"},
+    "main_multi_gpu": {"deploy", "engine"},
 }
 
 # What the folders may import of the files of the top level; import-linter checks the folders

@@ -6,15 +6,28 @@ import statistics
 import sys
 import tempfile
 
+import paddle
 import PIL
 
 from analysis.data_rate import PLAIN, core_seconds, loader_seconds, make_photographs
 from analysis.timing import describe_machine, median_ratio, summarize
 from config import get_config, update_config
 from datasets import LIST_FILES, TrainBatches, get_dataset
+from deploy.backends import PACKAGES, installed_backends, load_network
+from deploy.inference_benchmark import (
+    draw_chart,
+    machine,
+    random_images,
+    set_statistics,
+    table,
+    time_backends,
+    write_json,
+)
 from engine.loop_benchmark import time_train_loop
 from errors import InputError
 from loader import Loader
+from replknet import build_replknet
+from zoo.run_folder import run_config_file
 
 
 def train_loop(args) -> None:
@@ -93,6 +106,41 @@ def _quartiles(values: list[float]) -> list[float]:
     return statistics.quantiles(values, method="inclusive") if len(values) > 1 else values * 3
 
 
+def inference(args) -> None:
+    """Print how fast each installed backend runs a network, in each precision and batch size."""
+    config = update_config(get_config(args.cfg or run_config_file(args.pretrained or "")), args)
+    if min(args.rounds, *args.batch_sizes) < 1 or (args.threads is not None and args.threads < 1):
+        raise InputError("--rounds, --batch_sizes, --threads; allowed: integers >= 1")
+    unknown = sorted(set(args.backends) - set(PACKAGES))
+    if unknown:
+        raise InputError(f"--backends {' '.join(unknown)}; allowed: {' '.join(PACKAGES)}")
+    size = config.DATA.IMAGE_SIZE
+    if args.pretrained:
+        model, _ = load_network(args.pretrained, config)
+    else:
+        paddle.seed(config.SEED)
+        model = build_replknet(config)
+        set_statistics(model, random_images(max(4, 2 * (256 // size) ** 2), size))
+    print(machine())
+    weights = args.pretrained or "random weights"
+    title = f"{config.MODEL.NAME}, {size} x {size} pixels, {weights}"
+    print(f"{title}, {args.threads or 'all'} threads")
+    rows = time_backends(
+        model,
+        config,
+        backends=args.backends,
+        batch_sizes=args.batch_sizes,
+        threads=args.threads,
+        rounds=args.rounds,
+        report=print,
+    )
+    print(table(rows))
+    if args.json:
+        write_json(args.json, rows, machine=machine(), network=title, threads=args.threads)
+    if args.chart:
+        draw_chart(args.chart, rows, f"{title}\n{machine()}")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.benchmark", description=__doc__)
     what = parser.add_subparsers(dest="what", required=True)
@@ -124,6 +172,28 @@ def main(argv: list[str] | None = None) -> int:
     pipeline.add_argument("--epochs", type=int, default=9, help="of each loader (%(default)s)")
     pipeline.add_argument("-opts", "--opts", nargs="+", metavar="KEY VALUE", help="other keys")
     pipeline.set_defaults(run=data)
+    infer = what.add_parser(
+        "inference",
+        help="latency and throughput of every installed backend",
+        epilog="example: python -m tools.benchmark inference -cfg configs/replknet_31b.yaml "
+        "--threads 2 --json inference.json --chart inference.png",
+    )
+    infer.add_argument("-cfg", "--cfg", metavar="FILE", help="YAML file of the network")
+    infer.add_argument(
+        "-pretrained", "--pretrained", metavar="FILE", help="weights; default random ones"
+    )
+    infer.add_argument(
+        "--backends", nargs="+", metavar="NAME", default=installed_backends(), help="(%(default)s)"
+    )
+    infer.add_argument(
+        "--batch_sizes", nargs="+", type=int, default=[1, 8], metavar="N", help="(%(default)s)"
+    )
+    infer.add_argument("--threads", type=int, metavar="N", help="default: all cores")
+    infer.add_argument("--rounds", type=int, default=9, metavar="N", help="(%(default)s)")
+    infer.add_argument("--json", metavar="FILE", help="write the figures there")
+    infer.add_argument("--chart", metavar="FILE", help="draw them there, e.g. inference.png")
+    infer.add_argument("-opts", "--opts", nargs="+", metavar="KEY VALUE", help="other keys")
+    infer.set_defaults(run=inference)
     args = parser.parse_args(argv)
     try:
         args.run(args)

@@ -4,9 +4,9 @@ import argparse
 import sys
 
 from config import get_config, update_config
-from engine.checkpoint import run_config_file
 from errors import InputError
 from zoo.convert import LAYOUTS, WEIGHTS, convert_file
+from zoo.run_folder import run_config_file
 
 
 def build_parser() -> argparse.ArgumentParser:

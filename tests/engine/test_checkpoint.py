@@ -22,11 +22,10 @@ from engine.checkpoint import (
     newest_whole_checkpoint,
     point_to,
     remove_superseded,
-    run_config_file,
-    run_folder_of,
     save_checkpoint,
 )
 from errors import InputError
+from zoo.run_folder import run_config_file, run_folder_of
 
 PROGRESS = Progress(
     epoch=3,

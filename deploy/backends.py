@@ -1,0 +1,498 @@
+"""Ways to run a network: one interface, and a rule that chooses among those installed.
+
+    backend = open_backend("exported")       # a folder that tools.export wrote
+    logits = backend.run(images)             # float32 (N, 3, H, W) -> float32 (N, num_classes)
+
+Each backend opens one format of export, or a network in memory, which it then exports to a
+temporary place. docs/deployment.md has the measurements behind `CPU_ORDER`.
+"""
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import paddle
+from paddle import inference, nn
+
+import distributed
+from config import get_config
+from deploy.export import ONNX_MODEL_FILE, PADDLE_MODEL_FILES, write_model
+from deploy.extras import REQUIREMENTS, import_extra, is_installed
+from deploy.onnx_graph import INPUT
+from deploy.sidecar import FILE, PRECISIONS, Sidecar
+from errors import InputError
+from replknet import RepLKNet, build_replknet
+from zoo.convert import load_pretrained
+from zoo.run_folder import run_config_file, weights_of
+
+logger = logging.getLogger(__name__)
+
+# Which packages each backend needs, the network being in memory.
+PACKAGES = {
+    "dygraph": (),
+    "paddle": (),
+    "onnxruntime": ("onnx", "onnxruntime"),
+    "openvino": ("onnx", "openvino"),
+}
+# What each opens besides a network in memory.
+FORMAT = {"paddle": "paddle", "onnxruntime": "onnx", "openvino": "onnx"}
+# `auto`: the fastest first, as measured; dygraph is some ten times slower than the last of them.
+CPU_ORDER = {
+    "fp32": ("openvino", "paddle", "onnxruntime"),
+    "fp16": ("openvino", "onnxruntime"),
+    "bf16": ("openvino", "paddle"),
+    "int8": ("openvino", "onnxruntime"),
+}
+GPU_ORDER = {"fp32": ("paddle",), "fp16": ("paddle",), "bf16": ("paddle",), "int8": ()}
+
+
+# The largest batch that TensorRT prepares for.
+TENSORRT_BATCH = 64
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """A network that is ready to run.
+
+    Attributes:
+        name: key of `PACKAGES`.
+        sidecar: what the network is.
+    """
+
+    name: str
+    sidecar: Sidecar
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        """Images float32 (N, 3, H, W) -> logits float32 (N, num_classes).
+
+        Raises:
+            InputError: another shape or type.
+        """
+
+    def close(self) -> None:
+        """Give the memory back; `run` must not be called any more."""
+
+
+def installed_backends() -> list[str]:
+    """Names of the backends that can run here."""
+    return [name for name, needs in PACKAGES.items() if all(map(is_installed, needs))]
+
+
+def open_backend(
+    source,
+    name: str = "auto",
+    *,
+    config=None,
+    threads: int | None = None,
+    precision: str | None = None,
+    class_names: list[str] | None = None,
+) -> Backend:
+    """Get a network ready to run.
+
+    Args:
+        source: an export folder; or a checkpoint or run folder; or a `RepLKNet`.
+        name: a backend, or `auto` for the fastest installed one that can run `source`.
+        config: of a network, or of a checkpoint that does not lie in its run folder.
+        threads: that compute, on CPU; None for the cores that this process may use, divided among
+            the processes of the run. Without effect on `dygraph`, whose number Paddle takes from
+            OMP_NUM_THREADS when it starts.
+        precision: to compute in; None for what the export was made for, or fp32. An export made
+            for fp32 also runs in `bf16`.
+        class_names: for the sidecar of a network or checkpoint.
+
+    Raises:
+        FileNotFoundError: there is nothing at `source`.
+        InputError: it cannot be run so; the message says what can be done.
+    """
+    if name not in ("auto", *PACKAGES):
+        raise InputError(f"backend {name!r}; allowed: auto, {', '.join(PACKAGES)}")
+    if threads is None:
+        threads = max(1, len(os.sched_getaffinity(0)) // distributed.world_size())
+    if threads < 1:
+        raise InputError(f"threads is {threads}; allowed: an integer >= 1")
+    if isinstance(source, RepLKNet):
+        if config is None:
+            raise ValueError("a network needs its config")
+        model = source
+    elif is_export(source):
+        return _open_export(Path(source), name, threads, precision)
+    else:
+        model, config = load_network(source, config)
+    return _open_network(model, config, name, threads, precision or "fp32", class_names)
+
+
+def is_export(source) -> bool:
+    """Whether a path is an export folder: any folder that is no run folder is meant as one."""
+    folder = Path(source)
+    return folder.is_dir() and ((folder / FILE).exists() or not (folder / "config.yaml").exists())
+
+
+def load_network(source, config=None) -> tuple[RepLKNet, object]:
+    """The network of a checkpoint or run folder with its weights, and its configuration.
+
+    Args:
+        config: instead of that of the run folder.
+
+    Raises:
+        FileNotFoundError, InputError: there is none, or it does not fit.
+    """
+    config = get_config(run_config_file(source)) if config is None else config
+    model = build_replknet(config)
+    load_pretrained(model, weights_of(source), weights=config.MODEL.PRETRAINED_WEIGHTS)
+    model.eval()
+    return model, config
+
+
+def _open_export(folder: Path, name: str, threads: int, precision: str | None) -> Backend:
+    sidecar = Sidecar.read(folder)
+    if precision not in (None, sidecar.precision) and (sidecar.precision, precision) != (
+        "fp32",
+        "bf16",
+    ):
+        raise InputError(
+            f"precision {precision} of {folder}, an export made for {sidecar.precision}; allowed: "
+            f"{sidecar.precision}{' or bf16' if sidecar.precision == 'fp32' else ''}; "
+            "python -m tools.export makes others"
+        )
+    readers = [reader for reader, format in FORMAT.items() if format == sidecar.format]
+    if name == "auto":
+        name = choose(readers, precision or sidecar.precision)
+    elif name not in readers:
+        raise InputError(
+            f"{folder} is an export of format {sidecar.format}, which backend {name} does not "
+            f"open; allowed: auto, {', '.join(readers)}"
+        )
+    return _OPENERS[name](folder, sidecar, threads, precision or sidecar.precision)
+
+
+def _open_network(model, config, name, threads, precision, class_names) -> Backend:
+    if precision not in PRECISIONS:
+        raise InputError(f"precision {precision}; allowed: {', '.join(PRECISIONS)}")
+    if precision == "int8":
+        raise InputError(
+            "precision int8 needs images to calibrate it with; python -m tools.export "
+            "-format onnx -precision int8 makes an export that runs in it"
+        )
+    if name == "auto":
+        name = choose(list(PACKAGES), precision)
+    format = FORMAT.get(name, "paddle")
+    sidecar = Sidecar.build(config, format=format, precision=precision, class_names=class_names)
+    if name == "dygraph":
+        if precision != "fp32":
+            raise InputError(f"precision {precision} with backend dygraph; allowed: fp32")
+        return DygraphBackend(model, sidecar)
+    for package in PACKAGES[name]:
+        import_extra(package)
+    with tempfile.TemporaryDirectory(prefix="replknet-") as folder:
+        write_model(model, Path(folder), format=format, precision=precision)
+        return _OPENERS[name](Path(folder), sidecar, threads, precision)
+
+
+def choose(candidates: list[str], precision: str) -> str:
+    """The first one of the order for this device and precision that is a candidate and installed.
+
+    Raises:
+        InputError: there is none; the message has the pip command.
+    """
+    on_gpu = paddle.device.get_device().startswith("gpu")
+    order = [name for name in GPU_ORDER[precision] if on_gpu and name in candidates]
+    device = "GPU" if order else "CPU"
+    order = order or [name for name in CPU_ORDER[precision] if name in candidates]
+    installed = installed_backends()
+    for name in order:
+        if name in installed:
+            logger.info(
+                "backend %s: the first installed one of %s for %s on %s",
+                name,
+                ", ".join(order),
+                precision,
+                device,
+            )
+            return name
+    if not order:
+        raise InputError(
+            f"precision {precision} in this format runs on a GPU alone, and Paddle uses none here; "
+            "python -m tools.export makes other exports"
+        )
+    raise InputError(
+        f"no backend for this is installed ({' or '.join(order)}); pip install -r {REQUIREMENTS}"
+    )
+
+
+def check_images(images: np.ndarray, sidecar: Sidecar) -> np.ndarray:
+    """`images` as contiguous memory, if they are what `Backend.run` takes."""
+    images = np.asarray(images)
+    if images.dtype != np.float32 or images.ndim != 4 or images.shape[1] != 3 or not images.size:
+        raise InputError(
+            f"images are {images.dtype} {images.shape}; allowed: float32 (N, 3, H, W), N >= 1"
+        )
+    if sidecar.input_size is not None and images.shape[2:] != tuple(sidecar.input_size):
+        raise InputError(
+            f"images of {images.shape[2]} x {images.shape[3]} pixels; this export takes "
+            f"{sidecar.input_size[0]} x {sidecar.input_size[1]} alone"
+        )
+    return np.ascontiguousarray(images)
+
+
+class DygraphBackend:
+    """Paddle's eager mode on the network as it is."""
+
+    name = "dygraph"
+
+    def __init__(self, model: RepLKNet, sidecar: Sidecar):
+        self.sidecar = sidecar
+        self.model = model
+        model.eval()
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        with paddle.no_grad():
+            return self.model(paddle.to_tensor(check_images(images, self.sidecar))).numpy()
+
+    def close(self) -> None:
+        self.model = None
+
+
+class PaddleBackend:
+    """Paddle Inference: oneDNN on CPU; on GPU with TensorRT where Paddle has it."""
+
+    name = "paddle"
+
+    def __init__(self, folder: Path, sidecar: Sidecar, threads: int, precision: str):
+        self.sidecar = sidecar
+        path = paddle_model_file(folder, sidecar)
+
+        def settings():
+            config = inference.Config(str(path), str(folder / "model.pdiparams"))
+            config.disable_glog_info()
+            config.switch_ir_optim(True)
+            return config
+
+        try:
+            if paddle.device.get_device().startswith("gpu"):
+                self.predictor = gpu_predictor(settings, sidecar, precision)
+            else:
+                self.predictor = cpu_predictor(settings(), threads, precision)
+        except (RuntimeError, ValueError, OSError, MemoryError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise unreadable(path, "Paddle Inference", error) from None
+        self.input = self.predictor.get_input_handle(self.predictor.get_input_names()[0])
+        self.output = self.predictor.get_output_handle(self.predictor.get_output_names()[0])
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        self.input.copy_from_cpu(check_images(images, self.sidecar))
+        self.predictor.run()
+        return self.output.copy_to_cpu().astype(np.float32, copy=False)
+
+    def close(self) -> None:
+        self.input = self.output = self.predictor = None
+
+
+def cpu_predictor(config, threads: int, precision: str):
+    """A predictor with oneDNN, of an `inference.Config`."""
+    config.disable_gpu()
+    config.enable_mkldnn()
+    config.set_cpu_math_library_num_threads(threads)
+    if precision == "bf16":
+        config.enable_mkldnn_bfloat16()
+    elif precision != "fp32":
+        raise InputError(f"precision {precision} with backend paddle on CPU; allowed: fp32, bf16")
+    return inference.create_predictor(config)
+
+
+def gpu_predictor(settings: Callable, sidecar: Sidecar, precision: str):
+    """A predictor on the current GPU, with TensorRT if Paddle has it and it takes the network.
+
+    Paddle 3 gives its `.json` programs to TensorRT by a conversion of its own, which is left out:
+    they run on cuDNN.
+    """
+    types = {
+        "fp32": inference.PrecisionType.Float32,
+        "fp16": inference.PrecisionType.Half,
+        "bf16": inference.PrecisionType.Bfloat16,
+    }
+    if precision not in types:
+        raise InputError(
+            f"precision {precision} with backend paddle on GPU; allowed: {', '.join(types)}"
+        )
+    device = int(paddle.device.get_device().partition(":")[2] or 0)
+
+    def predictor(*, tensorrt: bool):
+        config = settings()
+        config.enable_use_gpu(256, device, types[precision])
+        if tensorrt:
+            size = sidecar.preprocessing.image_size
+            config.enable_tensorrt_engine(
+                workspace_size=1 << 30,
+                max_batch_size=TENSORRT_BATCH,
+                min_subgraph_size=3,
+                precision_mode=types[precision],
+                use_static=False,
+                use_calib_mode=False,
+            )
+            config.set_trt_dynamic_shape_info(
+                {INPUT: [1, 3, size, size]},
+                {INPUT: [TENSORRT_BATCH, 3, size, size]},
+                {INPUT: [8, 3, size, size]},
+            )
+        return inference.create_predictor(config)
+
+    has_tensorrt = (
+        paddle.__version__.startswith("2.")
+        and precision != "bf16"
+        and any(inference.get_trt_compile_version())
+        and any(inference.get_trt_runtime_version())
+    )
+    if has_tensorrt:
+        try:
+            return predictor(tensorrt=True)
+        except (RuntimeError, ValueError) as error:
+            logger.warning("without TensorRT, which does not take this network: %s", error)
+    return predictor(tensorrt=False)
+
+
+class OnnxRuntimeBackend:
+    """ONNX Runtime on CPU."""
+
+    name = "onnxruntime"
+
+    def __init__(self, folder: Path, sidecar: Sidecar, threads: int, precision: str):
+        onnxruntime = import_extra("onnxruntime")
+        self.sidecar = sidecar
+        if precision == "bf16":
+            raise InputError(
+                "precision bf16 with backend onnxruntime, which does not compute in it on CPU; "
+                "allowed: fp32, fp16, int8"
+            )
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        path = model_file(folder, ONNX_MODEL_FILE)
+        try:
+            self.session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            raise unreadable(path, "ONNX Runtime", error) from None
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        images = check_images(images, self.sidecar)
+        return self.session.run(None, {self.session.get_inputs()[0].name: images})[0]
+
+    def close(self) -> None:
+        self.session = None
+
+
+class OpenVinoBackend:
+    """OpenVINO on CPU."""
+
+    name = "openvino"
+
+    def __init__(self, folder: Path, sidecar: Sidecar, threads: int, precision: str):
+        openvino = import_extra("openvino")
+        self.sidecar = sidecar
+        core = openvino.Core()
+        if precision == "bf16" and "BF16" not in core.get_property(
+            "CPU", "OPTIMIZATION_CAPABILITIES"
+        ):
+            raise InputError(
+                "precision bf16 on a processor that does not compute in bfloat16 "
+                "(AVX512-BF16 or AMX); allowed: fp32, fp16, int8"
+            )
+        path = model_file(folder, ONNX_MODEL_FILE)
+        settings = {
+            "INFERENCE_NUM_THREADS": threads,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+        }
+        try:
+            self.compiled = core.compile_model(core.read_model(str(path)), "CPU", settings)
+        except Exception as error:
+            raise unreadable(path, "OpenVINO", error) from None
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        return self.compiled(check_images(images, self.sidecar))[0]
+
+    def close(self) -> None:
+        self.compiled = None
+
+
+_OPENERS = {
+    "paddle": PaddleBackend,
+    "onnxruntime": OnnxRuntimeBackend,
+    "openvino": OpenVinoBackend,
+}
+
+
+def model_file(folder: Path, name: str) -> Path:
+    """A file of an export folder that has to be there."""
+    path = folder / name
+    if not path.is_file():
+        raise InputError(f"{folder} has no {name}, which its sidecar promises; export it again")
+    return path
+
+
+def paddle_model_file(folder: Path, sidecar: Sidecar) -> Path:
+    """The program of an export of format paddle, if this Paddle can read it."""
+    model_file(folder, "model.pdiparams")
+    here = [folder / name for name in PADDLE_MODEL_FILES if (folder / name).is_file()]
+    if not here:
+        raise InputError(
+            f"{folder} has none of {', '.join(PADDLE_MODEL_FILES)}, which its sidecar promises; "
+            "export it again"
+        )
+    if here[0].suffix == ".json" and paddle.__version__.startswith("2."):
+        raise InputError(
+            f"{here[0]} was written by Paddle {sidecar.paddle_version}, and Paddle "
+            f"{paddle.__version__} cannot read it; export it again with this Paddle, or use "
+            "-format onnx, which all read"
+        )
+    return here[0]
+
+
+def unreadable(path: Path, program: str, error: Exception) -> InputError:
+    """What to say of a model file that a program refuses."""
+    reason = " ".join(str(error).split())[:300]
+    return InputError(f"{program} cannot read {path}: {reason}; export it again")
+
+
+class BackendLayer(nn.Layer):
+    """A backend in the place of a network: tensor (N, 3, H, W) -> tensor (N, num_classes)."""
+
+    def __init__(self, backend: Backend):
+        super().__init__()
+        self.backend = backend
+
+    def forward(self, images: paddle.Tensor) -> paddle.Tensor:
+        return paddle.to_tensor(self.backend.run(images.numpy()))
+
+
+def open_for_evaluation(config, name: str) -> nn.Layer:
+    """What `-eval -backend NAME` evaluates: MODEL.PRETRAINED, a checkpoint or an export folder.
+
+    Raises:
+        FileNotFoundError, InputError: it cannot be opened so, or an export that is not of the
+            network, or not preprocessed as, `config` says.
+    """
+    source = config.MODEL.PRETRAINED
+    if source is None:
+        raise InputError(f"-backend {name} without weights; name them by -pretrained")
+    if is_export(source):
+        given = Sidecar.read(source)
+        wanted = Sidecar.build(config, format=given.format)
+        differ = [
+            f"{key} is {getattr(given, key)}, in the configuration {getattr(wanted, key)}"
+            for key in ("num_classes", "preprocessing")
+            if getattr(given, key) != getattr(wanted, key)
+        ]
+        if differ:
+            raise InputError(f"{source} is not of this configuration: {'; '.join(differ)}")
+        config = None
+    backend = open_backend(source, name, config=config)
+    logger.info("evaluating on backend %s, %s", backend.name, backend.sidecar.precision)
+    return BackendLayer(backend)

@@ -1,0 +1,159 @@
+"""Write a checkpoint for fast inference: a folder with the model and what it takes to use it.
+
+The folder is enough to predict with, and docs/deployment.md says what runs it. INT8 is calibrated
+on images of the training list, and its accuracy is compared on images of the validation list.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+from config import get_config, update_config
+from datasets import ListDataset, get_dataset
+from deploy.backends import DygraphBackend, load_network, open_backend
+from deploy.export import check_combination, check_target, export_model
+from deploy.fold import largest_deviation
+from deploy.quantize import compare, spread_batches
+from deploy.sidecar import FORMATS, PRECISIONS, Sidecar, file_sha256
+from errors import InputError
+from transforms import build_eval_transform
+from zoo.run_folder import run_config_file, weights_of
+
+
+def export(config, args) -> None:
+    """Do what the flags say, and print what came of it."""
+    source, target = weights_of(args.pretrained), Path(args.target)
+    check_combination(args.format, args.precision)
+    check_target(target)
+    names = None if args.class_names is None else read_names(args.class_names)
+    is_int8 = args.precision == "int8"
+    calibration = calibration_set(config, args) if is_int8 else None
+    validation = validation_set(config) if is_int8 else None
+    model, _ = load_network(source, config)
+    sidecar = Sidecar.build(
+        config,
+        format=args.format,
+        precision=args.precision,
+        class_names=names,
+        source_sha256=file_sha256(source),
+        paddle_version=paddle.__version__,
+    )
+    export_model(
+        model,
+        target,
+        sidecar,
+        calibration=(images for images, _ in spread_batches(calibration, args.calibration_images))
+        if is_int8
+        else (),
+    )
+    size = sum(path.stat().st_size for path in target.iterdir())
+    print(
+        f"exported {source} ({os.path.getsize(source) / 1e6:.1f} MB) to {target} "
+        f"({args.format}, {args.precision}, {size / 1e6:.1f} MB)"
+    )
+    check(model, config, target, validation, args.validation_images)
+
+
+def check(model, config, target: Path, validation: ListDataset | None, count: int) -> None:
+    """Print how far the export's outputs are from the network's in Paddle's eager mode."""
+    try:
+        backend = open_backend(target)
+    except InputError as error:
+        print(f"not compared with the checkpoint, since it does not run here: {error}")
+        return
+    size = config.DATA.IMAGE_SIZE
+    images = np.random.default_rng(0).normal(size=(2, 3, size, size)).astype("float32")
+    eager = DygraphBackend(model, backend.sidecar)
+    deviation = largest_deviation(backend.run(images), eager.run(images))
+    print(
+        f"logits on 2 random images are within {deviation:.2g} of the largest one of the "
+        f"checkpoint's (backend {backend.name} against Paddle's eager mode)"
+    )
+    if validation is not None:
+        before = open_backend(model, config=config)
+        result = compare(before, backend, spread_batches(validation, count))
+        print(f"INT8 on images of {validation.list_file}: {result}")
+
+
+def calibration_set(config, args) -> ListDataset:
+    """The images of the calibration list, preprocessed as in evaluation."""
+    if args.calibration_images < 1:
+        raise InputError(f"-calibration_images {args.calibration_images}; allowed: an integer >= 1")
+    transform = build_eval_transform(config)
+    return ListDataset(
+        args.calibration or os.path.join(config.DATA.DATA_PATH, "train_list.txt"),
+        config.DATA.DATA_PATH,
+        lambda image, _: transform(image),
+        num_classes=config.MODEL.NUM_CLASSES,
+    )
+
+
+def validation_set(config) -> ListDataset | None:
+    """The validation images, if there is a list of them."""
+    try:
+        return get_dataset(config, is_train=False)
+    except FileNotFoundError:
+        return None
+
+
+def read_names(path: str) -> list[str]:
+    """Class names, one a line, in the order of the classes."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is no UTF-8 text; allowed: one class name a line") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python -m tools.export -pretrained output/RUN/best -format onnx exported\n"
+        "         python -m tools.export -pretrained output/RUN/best -format onnx -precision int8 "
+        "-data_path data/digits exported_int8",
+    )
+
+    def flag(name, help_text, **options):
+        parser.add_argument(f"-{name}", f"--{name}", help=help_text, **options)
+
+    flag("cfg", "YAML file; not needed for a checkpoint in its run folder", metavar="FILE")
+    flag("pretrained", "checkpoint or run folder to export", required=True, metavar="FILE")
+    flag("format", f"{' or '.join(FORMATS)} (%(default)s)", default="paddle", metavar="NAME")
+    flag("precision", f"{', '.join(PRECISIONS)} (%(default)s)", default="fp32", metavar="NAME")
+    flag("class_names", "file of one class name a line, for the export to keep", metavar="FILE")
+    flag("data_path", "INT8: folder of the images and their lists", metavar="DIR")
+    flag("calibration", "INT8: list file; by default train_list.txt", metavar="FILE")
+    flag(
+        "calibration_images",
+        "INT8: how many of the list, evenly spread (%(default)s)",
+        type=int,
+        default=128,
+        metavar="N",
+    )
+    flag(
+        "validation_images",
+        "INT8: how many of val_list.txt to compare accuracies on (%(default)s)",
+        type=int,
+        default=1000,
+        metavar="N",
+    )
+    flag("opts", "other keys", nargs="+", metavar="KEY VALUE")
+    parser.add_argument("target", metavar="DST", help="folder to write; an earlier export goes")
+    args = parser.parse_args(argv)
+    try:
+        config = update_config(get_config(args.cfg or run_config_file(args.pretrained)), args)
+        export(config, args)
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
