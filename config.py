@@ -126,6 +126,17 @@ _KEYS: dict[str, tuple[Any, Rule]] = {
     "DATA.RESIZE_MODE": ("short_crop", choice("short_crop", "warp")),  # (+) evaluation: short side
     # to IMAGE_SIZE / CROP_PCT and centre crop, or both sides to IMAGE_SIZE
     "DATA.NUM_WORKERS": (2, integer(0)),  # loader processes for each training process
+    "DATA.CLASS_NAMES": (None, optional(text())),  # (+) file of one class name per line; None:
+    # class_names.txt beside the lists, if there is one, else the project's for 1000 classes
+    "DATA.MAX_BAD_IMAGES": (10, integer(0)),  # (+) unreadable training images, per process, to
+    # replace by others before the run stops; evaluation stops at the first
+    "DATA.ALLOW_OUTSIDE": (False, boolean()),  # (+) list lines may lead out of DATA_PATH: by .., as
+    # absolute paths, through links
+    "DATA.NATIVE_PIXELS": (True, boolean()),  # (+) resize and augment in compiled code, which gives
+    # the same bits as Pillow; without a C++ compiler Pillow does it anyway
+    "DATA.REDUCED_DECODE": (True, boolean()),  # (+) in training, decode large crops of JPEGs at
+    # 1/2, 1/4 or 1/8 scale: within 2 grey levels on average
+    "DATA.FINISH_ON_DEVICE": (True, boolean()),  # (+) move 8-bit batches, normalize and erase there
     "DATA.IMAGENET_MEAN": ([0.485, 0.456, 0.406], several(number(0, 1), 3)),  # RGB in [0, 1]
     "DATA.IMAGENET_STD": ([0.229, 0.224, 0.225], several(number(1e-6, 1), 3)),  # RGB in [0, 1]
     "MODEL.TYPE": ("RepLKNet", choice("RepLKNet")),

@@ -8,27 +8,30 @@ named by (epoch, index), and all that is random in one depends on nothing but th
 name: neither the number of workers nor a restart changes what the network sees.
 """
 
-import ctypes
 import functools
 import os
-import re
-import signal
 import sys
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import paddle
-from PIL import Image
 
-from errors import InputError
-from transforms import build_eval_transform, build_train_transform
+from errors import InputError, SampleError
+from loader import Loader, check_memory
+from transforms import build_eval_transform, build_finish, build_train_transform
+from transforms.image import open_image
 
 LAYOUT = (
-    "-data_path takes a folder with train_list.txt and val_list.txt, whose lines are the path of "
-    "an image below that folder, a space and the number of its class, e.g. "
-    '"train/n01440764/n01440764_10026.JPEG 0"'
+    "-data_path takes a folder with train_list.txt and val_list.txt, whose lines are the "
+    "path of an image below that folder, a space and the number of its class, e.g. "
+    '"train/n01440764/n01440764_10026.JPEG 0"; tools.make_lists writes them'
 )
 LIST_FILES = {True: "train_list.txt", False: "val_list.txt"}
+CLASS_NAMES_FILE = "class_names.txt"
+IMAGENET_NAMES = os.path.join(
+    os.path.dirname(os.path.abspath(__file__)), "configs", "imagenet1k_class_names.txt"
+)
 
 
 class ListDataset(paddle.io.Dataset):
@@ -40,6 +43,7 @@ class ListDataset(paddle.io.Dataset):
         transform: (PIL image, random generator) -> float32 array (3, H, W).
         num_classes: labels must be in [0, num_classes).
         seed: of the random generators.
+        allow_outside: let images lie anywhere else, after all.
 
     Raises:
         FileNotFoundError: no such folder or list.
@@ -47,7 +51,14 @@ class ListDataset(paddle.io.Dataset):
     """
 
     def __init__(
-        self, list_file: str, root: str, transform: Callable, *, num_classes: int, seed: int = 0
+        self,
+        list_file: str,
+        root: str,
+        transform: Callable,
+        *,
+        num_classes: int,
+        seed: int = 0,
+        allow_outside: bool = False,
     ):
         super().__init__()
         if not os.path.isdir(root):
@@ -58,9 +69,12 @@ class ListDataset(paddle.io.Dataset):
         self.root = root
         self.transform = transform
         self.seed = seed
+        self.allow_outside = allow_outside
         # Bytes and arrays rather than lists of str: reading a list's items writes to their
         # reference counts, and that copies the whole list into every worker process.
-        self._paths, self._ends, self._lines, self.labels = read_list(list_file, num_classes)
+        self._paths, self._ends, self._lines, self.labels = read_list(
+            list_file, num_classes, allow_outside=allow_outside
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -71,42 +85,49 @@ class ListDataset(paddle.io.Dataset):
         return os.fsdecode(self._paths[start : self._ends[index]])
 
     def __getitem__(self, sample: tuple[int, int]) -> tuple[np.ndarray, np.int64]:
-        """The image (3, H, W) and label of sample (epoch, index).
+        """The image (3, H, W) and label of sample (epoch, index)."""
+        return self.read(*sample, self.transform), self.labels[sample[1]]
+
+    def read(self, epoch: int, index: int, transform: Callable):
+        """What `transform` makes of image `index`.
 
         Raises:
-            SampleError: it cannot be read; the message has the list's line.
+            SampleError: it cannot be read.
         """
-        epoch, index = sample
         path = self.path(index)
         try:
-            with Image.open(self._resolve(path)) as image:
-                pixels = self.transform(image, np.random.default_rng((self.seed, epoch, index)))
-        except (
-            OSError,
-            ValueError,
-            RuntimeError,
-            SyntaxError,
-            Image.DecompressionBombError,
-        ) as error:
-            # What Pillow's readers raise for broken files: PNG's SyntaxError, AVIF's RuntimeError.
-            reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
+            full = resolve(self.root, path, allow_outside=self.allow_outside)
+            with open_image(full) as image:
+                return transform(image, np.random.default_rng((self.seed, epoch, index)))
+        except (OSError, InputError) as error:
+            reason = error
+            if isinstance(error, OSError) and error.strerror:
+                reason = error.strerror.lower()  # without the path, which is named already
             raise SampleError(
-                f"{self.list_file}, line {self._lines[index]}: cannot read image {path}: {reason}"
+                f"{self.list_file}, line {self._lines[index]}: cannot read image "
+                f"{_printable(path)}: {_printable(str(reason))}"
             ) from None
-        return pixels, self.labels[index]
-
-    def _resolve(self, path: str) -> str:
-        """The absolute path of an image, which must not lie outside the data folder."""
-        folder, name = os.path.split(path)
-        full = os.path.join(_real_folder(self.root, folder), name)
-        if os.path.islink(full):
-            full = os.path.realpath(full)
-            _check_inside(full, self.root)
-        return full
 
 
-class SampleError(InputError):
-    """An image that cannot be read."""
+def resolve(root: str, path: str, *, allow_outside: bool) -> str:
+    """Where the image `path` of the data folder `root` lies.
+
+    Raises:
+        InputError: it leads out of the data folder, which `allow_outside` does not allow.
+    """
+    if allow_outside:
+        return os.path.join(root, path)
+    folder, name = os.path.split(path)
+    full = os.path.join(_real_folder(root, folder), name)
+    if os.path.islink(full):
+        full = os.path.realpath(full)
+        _check_inside(full, root)
+    return full
+
+
+def _printable(text: str) -> str:
+    """`text` on one line, whatever bytes a file's name was made of."""
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 @functools.lru_cache(maxsize=65536)  # ImageNet-22K has 21,841 folders
@@ -119,38 +140,66 @@ def _real_folder(root: str, folder: str) -> str:
 def _check_inside(real: str, root: str) -> None:
     real_root = os.path.realpath(root)
     if os.path.commonpath([real, real_root]) != real_root:
-        raise ValueError(f"it leads to {real}, outside the data folder")
+        raise InputError(
+            f"it leads to {_printable(real)}, outside the data folder; "
+            "DATA.ALLOW_OUTSIDE True allows that"
+        )
 
 
-def read_list(list_file: str, num_classes: int):
-    """Parse a list file.
+class Line(NamedTuple):
+    """A line of a list file; blank lines are none.
+
+    number: counted from 1, blank lines included.
+    path: relative to the data folder.
+    problem: why the line cannot be used, or None.
+    """
+
+    number: int
+    path: bytes
+    label: int
+    problem: str | None
+
+
+def parse_list(
+    list_file: str, num_classes: int | None, *, allow_outside: bool = False
+) -> Iterator[Line]:
+    """The lines of a list file, good and bad.
+
+    Args:
+        num_classes: labels must be below; None: they need not.
+        allow_outside: accept paths that are absolute or hold `..`.
+    """
+    with open(list_file, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.strip():
+                yield Line(number, *_parse_line(line, num_classes, allow_outside))
+
+
+def read_list(list_file: str, num_classes: int, *, allow_outside: bool = False):
+    """Read a list file of which every line must be good.
 
     Returns:
-        All paths as one bytes object, the end of each path in it, the line number of each image
-        (counted from 1; blank lines count), and the labels: int64 arrays (number of images,).
+        All paths as one bytes object, the end of each path in it, the line number of each image,
+        and the labels: int64 arrays (number of images,).
 
     Raises:
         InputError: the first lines that cannot be right, up to ten, with their numbers.
     """
     paths, ends, lines, labels, problems = [], [], [], [], []
     end = 0
-    with open(list_file, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            path, label, problem = _parse_line(line, num_classes)
-            if problem:
-                problems.append(f"{list_file}, line {number}: {problem}")
-                if len(problems) == 10:
-                    break
-                continue
-            paths.append(path)
-            end += len(path)
-            ends.append(end)
-            lines.append(number)
-            labels.append(label)
+    for line in parse_list(list_file, num_classes, allow_outside=allow_outside):
+        if line.problem:
+            problems.append(f"{list_file}, line {line.number}: {line.problem}")
+            if len(problems) == 10:
+                break
+            continue
+        paths.append(line.path)
+        end += len(line.path)
+        ends.append(end)
+        lines.append(line.number)
+        labels.append(line.label)
     if problems:
         raise InputError("\n".join(problems))
     if not paths:
@@ -163,33 +212,44 @@ def read_list(list_file: str, num_classes: int):
     )
 
 
-def _parse_line(line: bytes, num_classes: int) -> tuple[bytes, int, str | None]:
+def _parse_line(
+    line: bytes, num_classes: int | None, allow_outside: bool
+) -> tuple[bytes, int, str | None]:
     """Path, label, and what is wrong with the line, if anything."""
     shown = _shortened(line.strip())
     parts = line.strip().rsplit(None, 1)
     if len(parts) < 2:
-        return b"", 0, f"expected a path and a label, got {shown!r}"
-    path, label = parts
-    if not re.fullmatch(rb"-?[0-9]+", label):
-        return b"", 0, f"no label after the path: {shown!r} ends with {_shortened(label)!r}"
-    if len(label) > 18 or not 0 <= int(label) < num_classes:
+        return b"", 0, f"expected a path and a label, got '{shown}'"
+    path, text = parts
+    # int() alone would also take 1_000, and digits of other scripts.
+    if not text.removeprefix(b"-").isdigit():
+        return path, 0, (f"no label after the path: '{shown}' ends with '{_shortened(text)}'")
+    label = int(text) if len(text) < 18 else sys.maxsize
+    if label < 0 or (num_classes is not None and label >= num_classes):
+        reason = (
+            "negative"
+            if num_classes is None
+            else f"outside [0, {num_classes}); MODEL.NUM_CLASSES sets the number of classes"
+        )
+        return path, label, f"label {_shortened(text)} is {reason}"
+    if b"\0" in path:
+        return path, label, f"a path cannot hold a NUL byte: '{shown}'"
+    if not allow_outside and (path.startswith(b"/") or b".." in path.split(b"/")):
         return (
-            b"",
-            0,
+            path,
+            label,
             (
-                f"label {_shortened(label)} is outside [0, {num_classes}); "
-                "MODEL.NUM_CLASSES sets the number of classes"
+                f"path '{shown}' must be relative and stay inside the data folder; "
+                "DATA.ALLOW_OUTSIDE True allows others"
             ),
         )
-    if b"\0" in path or path.startswith(b"/") or b".." in path.split(b"/"):
-        return b"", 0, f"path {shown!r} must be relative and stay inside the data folder"
-    return path, int(label), None
+    return path, label, None
 
 
 def _shortened(text: bytes) -> str:
     """The beginning and end of `text`, for a message."""
     text = text.decode("utf-8", "replace")
-    return text if len(text) <= 120 else f"{text[:80]}...{text[-30:]}"
+    return _printable(text if len(text) <= 120 else f"{text[:80]}...{text[-30:]}")
 
 
 class TrainBatches(paddle.io.Sampler):
@@ -243,14 +303,7 @@ class EvalBatches(paddle.io.Sampler):
 
 def get_dataset(config, is_train: bool) -> ListDataset:
     """The training or the validation set that `config` names."""
-    if is_train:
-        transform = build_train_transform(config)
-    else:
-        evaluate = build_eval_transform(config)
-
-        def transform(image, _):
-            return evaluate(image)
-
+    transform = build_train_transform(config) if is_train else build_eval_transform(config)
     root = config.DATA.DATA_PATH
     return ListDataset(
         os.path.join(root, LIST_FILES[is_train]),
@@ -258,86 +311,8 @@ def get_dataset(config, is_train: bool) -> ListDataset:
         transform,
         num_classes=config.MODEL.NUM_CLASSES,
         seed=config.SEED,
+        allow_outside=config.DATA.ALLOW_OUTSIDE,
     )
-
-
-class Loader:
-    """Batches of a data set by worker processes, in the order of `batch_sampler`.
-
-    Over Paddle's loader, which at an image that cannot be read waits for ever, without workers, or
-    raises SystemError: here that image's SampleError is raised, in this process.
-
-    Args:
-        batch_sampler: lists of the names of samples.
-        workers: processes, which live as long as the loader; 0 loads in this process.
-    """
-
-    def __init__(self, dataset: ListDataset, batch_sampler, *, workers: int):
-        self.dataset = dataset
-        self.batch_sampler = batch_sampler
-        # Without shared memory, workers make no Paddle tensors: making one has been seen to wait
-        # for a lock of Paddle's that another thread of the parent held when the worker was forked.
-        self._batches = paddle.io.DataLoader(
-            _ErrorsAsSamples(dataset),
-            batch_sampler=batch_sampler,
-            collate_fn=_collate,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            use_shared_memory=False,
-            worker_init_fn=functools.partial(_set_up_worker, os.getpid()),
-        )
-
-    def __len__(self) -> int:
-        return len(self.batch_sampler)
-
-    def __iter__(self) -> Iterator[list[paddle.Tensor]]:
-        """Images (N, 3, H, W) and labels (N,)."""
-        for batch in self._batches:
-            if len(batch) == 1:
-                raise SampleError(os.fsdecode(batch[0].numpy().tobytes()))
-            yield batch
-
-
-class _ErrorsAsSamples(paddle.io.Dataset):
-    """The samples of a data set, with the SampleError in place of one that cannot be read."""
-
-    def __init__(self, dataset: ListDataset):
-        super().__init__()
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, sample: tuple[int, int]):
-        try:
-            return self.dataset[sample]
-        except SampleError as error:
-            return error
-
-
-def _collate(samples: list) -> list[np.ndarray]:
-    """Images and labels of a batch; or, alone, the text of its first error."""
-    for sample in samples:
-        if isinstance(sample, SampleError):
-            return [np.frombuffer(os.fsencode(str(sample)), dtype="uint8").copy()]
-    images, labels = zip(*samples)
-    return [np.stack(images), np.stack(labels)]
-
-
-PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
-
-
-def _set_up_worker(parent: int, _worker_id: int) -> None:
-    """Let a worker live just as long as its parent.
-
-    Ctrl-C and Paddle's launcher signal the whole group of a training process, which then needs its
-    workers until it has saved: each leaves that group. And it dies with a parent that was killed.
-    """
-    os.setpgid(0, 0)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was killed before the kernel was told
-        os._exit(1)
 
 
 def get_dataloader(
@@ -345,10 +320,9 @@ def get_dataloader(
 ) -> Loader:
     """Batches (images (N, 3, H, W) float32, labels (N,) int64) of one rank.
 
-    The loader's `batch_sampler` is a `TrainBatches` or an `EvalBatches`.
-
     Raises:
-        InputError: fewer training images than one batch of all ranks.
+        InputError: fewer training images than one batch of all ranks, or less shared memory than
+            the workers' batches need.
     """
     if is_train:
         batches = TrainBatches(
@@ -367,4 +341,57 @@ def get_dataloader(
             rank=rank,
             world_size=world_size,
         )
-    return Loader(dataset, batches, workers=config.DATA.NUM_WORKERS)
+    workers = config.DATA.NUM_WORKERS
+    finish = None
+    if config.DATA.FINISH_ON_DEVICE and hasattr(dataset.transform, "unfinished"):
+        finish = build_finish(config)
+    value_bytes = 4 if finish is None else 1
+    batch_bytes = batches.batch_size * 3 * config.DATA.IMAGE_SIZE**2 * value_bytes
+    if workers:
+        check_memory(
+            batch_bytes=batch_bytes,
+            workers=workers,
+            processes=int(os.environ.get("PADDLE_LOCAL_SIZE", world_size)),
+        )
+    return Loader(
+        dataset,
+        batches,
+        workers=workers,
+        batch_bytes=batch_bytes,
+        finish=finish,
+        max_bad_images=config.DATA.MAX_BAD_IMAGES if is_train else None,
+    )
+
+
+def get_class_names(config) -> list[str] | None:
+    """The names of the classes: DATA.CLASS_NAMES, or class_names.txt beside the lists, or, where
+    there are 1000 classes, those of ImageNet-1K; None where nothing names them.
+
+    Raises:
+        FileNotFoundError: no file DATA.CLASS_NAMES.
+        InputError: a file that does not have one name per class.
+    """
+    beside = os.path.join(config.DATA.DATA_PATH, CLASS_NAMES_FILE)
+    path = config.DATA.CLASS_NAMES
+    if path is None and os.path.isfile(beside):
+        path = beside
+    if path is None and config.MODEL.NUM_CLASSES == 1000:
+        path = IMAGENET_NAMES
+    return None if path is None else read_class_names(path, config.MODEL.NUM_CLASSES)
+
+
+def read_class_names(path: str, num_classes: int) -> list[str]:
+    """The lines of a text file, one name each."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no file of class names {path}")
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            names = [line.strip() for line in file.read().splitlines()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: {error}") from None
+    if len(names) != num_classes or not all(names):
+        raise InputError(
+            f"{path} has {len(names)} lines, {names.count('')} of them empty; "
+            f"allowed: one name for each of the {num_classes} classes"
+        )
+    return names

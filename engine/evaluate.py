@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import paddle
 
-from datasets import Loader
 from engine.metrics import Metrics, MetricSums
 from engine.precision import Precision
+from loader import Loader
 
 
 @paddle.no_grad()

@@ -17,7 +17,7 @@ import paddle
 
 import distributed
 from config import config_changes
-from datasets import Loader, get_dataloader, get_dataset
+from datasets import get_dataloader, get_dataset
 from engine.checkpoint import (
     FOLDER,
     Checkpoint,
@@ -37,6 +37,7 @@ from engine.run_log import RunLog, config_text
 from engine.signals import Stopped, StopSignals
 from engine.train import Step, train_epoch
 from errors import InputError
+from loader import Loader
 from losses import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from optim.ema import ModelEma
 from optim.optimizer import build_optimizer, load_optimizer_state, master_weights, optimizer_state
@@ -95,7 +96,8 @@ def run_evaluation(config, log: RunLog) -> Metrics:
     precision.prepare(model)
     log.open(config.SAVE, config)
     start = time.perf_counter()
-    metrics = evaluate(model=model, loader=loader, precision=precision, progress=log.bar)
+    with loader:
+        metrics = evaluate(model=model, loader=loader, precision=precision, progress=log.bar)
     seconds = time.perf_counter() - start
     log.write_metrics({"epoch": 0, **metrics.record("val"), "val_seconds": round(seconds, 3)})
     logger.info(
@@ -217,7 +219,7 @@ class Training:
         elif self.progress.step:
             logger.info("going on after epoch %d, step %d", self.progress.epoch, self.progress.step)
         metrics = None
-        with StopSignals() as signals:
+        with self.train_loader, self.val_loader, StopSignals() as signals:
             while self.progress.epoch < config.TRAIN.NUM_EPOCHS:
                 record = self.train_one_epoch(signals)
                 epoch = self.progress.epoch

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import paddle
 
-from datasets import Loader
 from distributed import average_over_ranks, random_seed, rank, sum_over_ranks, world_size
 from engine.precision import LossScaleError, Precision
+from loader import Loader
 from optim.ema import ModelEma
 from optim.optimizer import master_weights
 

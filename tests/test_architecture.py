@@ -19,7 +19,9 @@ ALLOWED = {
     "replknet": set(),
     "losses": {"errors"},
     "distributed": {"errors"},
-    "datasets": {"errors", "transforms"},
+    "loader": {"errors", "transforms"},
+    "datasets": {"errors", "transforms", "loader"},
+    "list_files": {"errors", "transforms", "datasets"},
     "main_single_gpu": {"engine"},
     "main_multi_gpu": {"engine"},
 }
@@ -32,9 +34,18 @@ ALLOWED_OF_FOLDERS = {
     "ops": {"errors"},
     "analysis": {"errors"},
     "zoo": {"errors", "config", "replknet"},
-    "engine": {"errors", "config", "replknet", "losses", "distributed", "datasets"},
-    "deploy": {"errors", "config", "replknet", "losses", "distributed", "datasets"},
-    "tools": {"errors", "config", "replknet", "losses", "distributed", "datasets"},
+    "engine": {"errors", "config", "replknet", "losses", "distributed", "datasets", "loader"},
+    "deploy": {"errors", "config", "replknet", "losses", "distributed", "datasets", "loader"},
+    "tools": {
+        "errors",
+        "config",
+        "replknet",
+        "losses",
+        "distributed",
+        "datasets",
+        "loader",
+        "list_files",
+    },
 }
 
 # Modules that run code from the data they read.

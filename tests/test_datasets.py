@@ -15,13 +15,12 @@ from config import get_config, update_config
 from datasets import (
     EvalBatches,
     ListDataset,
-    SampleError,
     TrainBatches,
     get_dataloader,
     get_dataset,
     read_list,
 )
-from errors import InputError
+from errors import InputError, SampleError
 from transforms.evaluation import EvalTransform
 
 

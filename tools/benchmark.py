@@ -1,12 +1,20 @@
 """Measure, on this machine: medians with spread, both sides of a comparison in one run."""
 
 import argparse
+import os
+import statistics
 import sys
+import tempfile
 
+import PIL
+
+from analysis.data_rate import PLAIN, core_seconds, loader_seconds, make_photographs
 from analysis.timing import describe_machine, median_ratio, summarize
 from config import get_config, update_config
+from datasets import LIST_FILES, TrainBatches, get_dataset
 from engine.loop_benchmark import time_train_loop
 from errors import InputError
+from loader import Loader
 
 
 def train_loop(args) -> None:
@@ -23,6 +31,65 @@ def train_loop(args) -> None:
     print(f"the loop takes {ratio:.4f} of the bare step's time")
 
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PHOTOGRAPH = os.path.join(ROOT, "tests", "fixtures", "images", "landscape_499x375.jpg")
+
+
+def data(args) -> None:
+    """Print what a core does of the input pipeline beside plain decoding, and how loaders scale."""
+    if args.rounds < 1 or args.workers < 0:
+        raise InputError("allowed: --rounds at least 1, --workers at least 0")
+    with tempfile.TemporaryDirectory() as folder:
+        files = make_photographs([PHOTOGRAPH], folder, 200)
+        for name in LIST_FILES.values():
+            with open(os.path.join(folder, name), "w", encoding="ascii") as file:
+                file.writelines(f"{image} 0\n" for image in files)
+        args.data_path = folder
+        config = update_config(get_config(args.cfg), args)
+        train, val = get_dataset(config, True), get_dataset(config, False)
+        paths = [os.path.join(folder, name) for name in files]
+        kilobytes = sum(map(os.path.getsize, paths)) / len(paths) / 1e3
+        print(f"{describe_machine()}, Pillow {PIL.__version__}")
+        print(
+            f"{len(files)} photographs of 500x375 pixels, quality 90, {kilobytes:.0f} kB, to "
+            f"{config.DATA.IMAGE_SIZE} pixels by {type(train.transform.px).__name__}"
+        )
+        seconds = core_seconds(paths, _data_jobs(train, val), rounds=args.rounds)
+        print(f"{'one core':34}{'images/s':>9}{'quartiles':>14}{'of decoding':>14}")
+        for name, values in seconds.items():
+            low, median, high = (1 / q for q in _quartiles(values)[::-1])
+            ratio = median_ratio(seconds[PLAIN], values)
+            print(f"{name:34}{median:9.0f}{f'{low:.0f}..{high:.0f}':>14}{ratio:14.3f}")
+        rates = {}
+        for workers in sorted({1, args.workers} if args.workers else ()):
+            loader = Loader(
+                train,
+                TrainBatches(len(train), 10, rank=0, world_size=1, seed=0),
+                workers=workers,
+                batch_bytes=30 * config.DATA.IMAGE_SIZE**2,
+                finish=lambda pixels, erasures: pixels,  # as if the device were another
+                max_bad_images=0,
+            )
+            rates[workers] = 1 / statistics.median(loader_seconds(loader, epochs=args.epochs))
+            print(
+                f"{f'training loader, {workers} worker(s)':34}{rates[workers]:9.0f}"
+                f"{rates[workers] / rates[1]:28.2f} times one"
+            )
+
+
+def _data_jobs(train, val) -> dict:
+    return {
+        "evaluation, 8 bits": lambda _, i: val.read(0, i, val.transform.unfinished),
+        "evaluation, normalized": lambda _, i: val.read(0, i, val.transform),
+        "training, 8 bits": lambda n, i: train.read(n, i, train.transform.unfinished),
+        "training, normalized and erased": lambda n, i: train.read(n, i, train.transform),
+    }
+
+
+def _quartiles(values: list[float]) -> list[float]:
+    return statistics.quantiles(values, method="inclusive") if len(values) > 1 else values * 3
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.benchmark", description=__doc__)
     what = parser.add_subparsers(dest="what", required=True)
@@ -36,6 +103,24 @@ def main(argv: list[str] | None = None) -> int:
     loop.add_argument("--rounds", type=int, default=9, help="runs of each side (%(default)s)")
     loop.add_argument("-opts", "--opts", nargs="+", metavar="KEY VALUE", help="other keys")
     loop.set_defaults(run=train_loop)
+    pipeline = what.add_parser(
+        "data",
+        help="images/s of the input pipeline beside plain JPEG decoding",
+        epilog="example: python -m tools.benchmark data --workers 2",
+    )
+    pipeline.add_argument(
+        "-cfg", "--cfg", default=os.path.join(ROOT, "configs", "replknet_31b.yaml"), metavar="FILE"
+    )
+    pipeline.add_argument("--rounds", type=int, default=50, help="of 20 images (%(default)s)")
+    pipeline.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        help="also compare a loader of so many processes with one of one; wants as many free cores",
+    )
+    pipeline.add_argument("--epochs", type=int, default=9, help="of each loader (%(default)s)")
+    pipeline.add_argument("-opts", "--opts", nargs="+", metavar="KEY VALUE", help="other keys")
+    pipeline.set_defaults(run=data)
     args = parser.parse_args(argv)
     try:
         args.run(args)

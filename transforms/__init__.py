@@ -8,7 +8,9 @@ from errors import InputError
 from transforms.augment import AutoAugment, RandAugment, fill_color
 from transforms.erasing import RandomErasing
 from transforms.evaluation import EvalTransform
+from transforms.finish import FinishBatch
 from transforms.mixup import Mixup
+from transforms.pixels import get_pixels
 from transforms.training import ColorJitter, TrainTransform
 
 
@@ -20,6 +22,7 @@ def build_eval_transform(config) -> EvalTransform:
         mode=config.DATA.RESIZE_MODE,
         mean=config.DATA.IMAGENET_MEAN,
         std=config.DATA.IMAGENET_STD,
+        pixels=get_pixels(config.DATA.NATIVE_PIXELS),
     )
 
 
@@ -71,6 +74,17 @@ def build_train_transform(config) -> TrainTransform:
         erasing=erasing,
         mean=config.DATA.IMAGENET_MEAN,
         std=config.DATA.IMAGENET_STD,
+        pixels=get_pixels(config.DATA.NATIVE_PIXELS),
+        reduced_decode=config.DATA.REDUCED_DECODE,
+    )
+
+
+def build_finish(config) -> FinishBatch:
+    """The last steps of either pipeline, for a batch on its device."""
+    return FinishBatch(
+        mean=config.DATA.IMAGENET_MEAN,
+        std=config.DATA.IMAGENET_STD,
+        erase_mode=config.TRAIN.RANDOM_ERASE_MODE,
     )
 
 

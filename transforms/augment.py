@@ -1,22 +1,25 @@
 """RandAugment (arXiv 1909.13719) and AutoAugment (arXiv 1805.09501), with timm's meaning.
 
-An operation is a function `(image, argument, fill)` and a rule that turns a magnitude on
-timm's scale of 0 to 10 into that argument. Where timm has several scales for one operation,
-the names tell them apart: the plain one, and `...Increasing`, whose effect grows with the
-magnitude throughout. timm writes the official recipe's setting `rand-m9-mstd0.5-inc1`:
-magnitude 9, its noise of standard deviation 0.5, the increasing scales.
+An operation is a function `(px, image, argument, fill)`, with the elementary operations `px` of
+pixels.py, and a rule that turns a magnitude on timm's scale of 0 to 10 into that argument. Where
+timm has several scales for one operation, the names tell them apart: the plain one, and
+`...Increasing`, whose effect grows with the magnitude throughout. timm writes the official recipe's
+setting `rand-m9-mstd0.5-inc1`: magnitude 9, its noise of standard deviation 0.5, the increasing
+scales.
 
 timm draws bilinear or bicubic resampling at random unless told otherwise. The official
-recipe tells it bicubic, and so it is here.
+recipe tells it bicubic, and so it is here. Every operation gives the pixels that Pillow's function
+of that name gives.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
 
 from errors import InputError
+from transforms.pixels import Pixels
 
 MAX_MAGNITUDE = 10.0
 
@@ -29,73 +32,104 @@ def fill_color(mean: Sequence[float]) -> Color:
     return tuple(min(255, round(255 * float(channel))) for channel in mean)
 
 
-def _affine(image: Image.Image, matrix: tuple, fill: Color) -> Image.Image:
-    # matrix maps an output position to the input position it takes its colour from
-    return image.transform(
-        image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=fill
+_VALUES = np.arange(256)
+
+
+def auto_contrast(px, image, _, fill):
+    """Stretch each channel over the whole range."""
+    table = np.empty((3, 256), np.uint8)
+    for channel, counts in enumerate(px.histogram(image)):
+        present = np.flatnonzero(counts)
+        low, high = int(present[0]), int(present[-1])
+        if high == low:
+            table[channel] = _VALUES
+        else:
+            scale = 255.0 / (high - low)
+            table[channel] = np.clip((_VALUES * scale + -low * scale).astype(int), 0, 255)
+    return px.lookup(image, table)
+
+
+def equalize(px, image, _, fill):
+    """Make all values of each channel about equally frequent."""
+    table = np.empty((3, 256), np.uint8)
+    for channel, counts in enumerate(px.histogram(image)):
+        present = np.flatnonzero(counts)
+        step = int(counts.sum() - counts[present[-1]]) // 255
+        if step == 0:  # one value, or too few pixels
+            table[channel] = _VALUES
+        else:
+            below = np.cumsum(counts) - counts
+            table[channel] = np.minimum((step // 2 + below) // step, 255)
+    return px.lookup(image, table)
+
+
+def invert(px, image, _, fill):
+    return px.lookup(image, 255 - _VALUES)
+
+
+def rotate(px, image, degrees, fill):
+    """Counterclockwise around the centre."""
+    angle = -math.radians(degrees % 360.0)
+    # 15 digits, as Pillow has it: a quarter turn shall have zeros in its matrix.
+    cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
+    x, y = image.shape[1] / 2, image.shape[0] / 2
+    return px.affine(
+        image, (cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y), fill
     )
 
 
-def auto_contrast(image, _, fill):
-    return ImageOps.autocontrast(image)
-
-
-def equalize(image, _, fill):
-    return ImageOps.equalize(image)
-
-
-def invert(image, _, fill):
-    return ImageOps.invert(image)
-
-
-def rotate(image, degrees, fill):
-    return image.rotate(degrees, Image.Resampling.BICUBIC, fillcolor=fill)
-
-
-def posterize(image, bits, fill):
+def posterize(px, image, bits, fill):
     """Keep the `bits` highest bits; none leaves a black image, which Pillow's own refuses."""
-    return image.point([v & (0xFF00 >> bits) for v in range(256)] * 3)
+    return px.lookup(image, _VALUES & (0xFF00 >> bits))
 
 
-def solarize(image, threshold, fill):
-    return ImageOps.solarize(image, threshold)
+def solarize(px, image, threshold, fill):
+    """Invert the values from `threshold` on."""
+    return px.lookup(image, np.where(_VALUES < threshold, _VALUES, 255 - _VALUES))
 
 
-def solarize_add(image, amount, fill):
+def solarize_add(px, image, amount, fill):
     """Brighten the dark half of the range by `amount`, and leave the bright half alone."""
-    return image.point([min(255, v + amount) if v < 128 else v for v in range(256)] * 3)
+    return px.lookup(image, np.where(_VALUES < 128, np.minimum(255, _VALUES + amount), _VALUES))
 
 
-def color(image, factor, fill):
-    return ImageEnhance.Color(image).enhance(factor)
+def color(px, image, factor, fill):
+    return px.blend(px.grey(image), image, factor)
 
 
-def contrast(image, factor, fill):
-    return ImageEnhance.Contrast(image).enhance(factor)
+def contrast(px, image, factor, fill):
+    mean = int(px.grey(image)[..., 0].mean() + 0.5)
+    return px.lookup(image, _away_from(mean, factor))
 
 
-def brightness(image, factor, fill):
-    return ImageEnhance.Brightness(image).enhance(factor)
+def brightness(px, image, factor, fill):
+    return px.lookup(image, _away_from(0, factor))
 
 
-def sharpness(image, factor, fill):
-    return ImageEnhance.Sharpness(image).enhance(factor)
+def _away_from(value: int, factor: float) -> np.ndarray:
+    """A table for what `blend` from an image of this one value would give."""
+    moved = value + np.float32(factor) * (_VALUES - value).astype(np.float32)
+    return np.clip(moved, 0, 255).astype(np.uint8)
 
 
-def shear_x(image, slope, fill):
-    return _affine(image, (1, slope, 0, 0, 1, 0), fill)
+def sharpness(px, image, factor, fill):
+    return px.blend(px.smooth(image), image, factor)
 
 
-def shear_y(image, slope, fill):
-    return _affine(image, (1, 0, 0, slope, 1, 0), fill)
+def shear_x(px, image, slope, fill):
+    return px.affine(image, (1, slope, 0, 0, 1, 0), fill)
 
 
-def translate_x(image, share, fill):
-    return _affine(image, (1, 0, share * image.width, 0, 1, 0), fill)
+def shear_y(px, image, slope, fill):
+    return px.affine(image, (1, 0, 0, slope, 1, 0), fill)
 
 
-def translate_y(image, share, fill):
-    return _affine(image, (1, 0, 0, 0, 1, share * image.height), fill)
+def translate_x(px, image, share, fill):
+    return px.affine(image, (1, 0, share * image.shape[1], 0, 1, 0), fill)
+
+
+def translate_y(px, image, share, fill):
+    return px.affine(image, (1, 0, 0, 0, 1, share * image.shape[0]), fill)
 
 
 def _no_argument(level, sign):
@@ -116,7 +150,7 @@ def _enhance_increasing(level, sign):
 
 
 class Operation(NamedTuple):
-    """`apply(image, argument, fill)`, where argument = `argument(magnitude / 10, +1 or -1)`."""
+    """`apply(px, image, argument, fill)`, where argument = `argument(magnitude / 10, +1 or -1)`."""
 
     apply: Callable
     argument: Callable
@@ -194,10 +228,10 @@ def operation_argument(name: str, magnitude: float, sign: int):
     return OPERATIONS[name].argument(level, sign)
 
 
-def apply_operations(image: Image.Image, drawn: list[Drawn], fill: Color) -> Image.Image:
-    """Apply what a policy has drawn, in order; RGB image -> RGB image of the same size."""
+def apply_operations(px: Pixels, image: np.ndarray, drawn: list[Drawn], fill: Color) -> np.ndarray:
+    """Apply what a policy has drawn, in order; (H, W, 3) uint8 -> the same."""
     for name, magnitude, sign in drawn:
-        image = OPERATIONS[name].apply(image, operation_argument(name, magnitude, sign), fill)
+        image = OPERATIONS[name].apply(px, image, operation_argument(name, magnitude, sign), fill)
     return image
 
 
@@ -236,9 +270,9 @@ class RandAugment:
         self.names = RAND_AUGMENT_INCREASING if increasing else RAND_AUGMENT
         self.fill = fill
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """RGB image -> RGB image of the same size."""
-        return apply_operations(image, self.draw(rng), self.fill)
+    def __call__(self, px: Pixels, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """(H, W, 3) uint8 -> the same."""
+        return apply_operations(px, image, self.draw(rng), self.fill)
 
     def draw(self, rng: np.random.Generator) -> list[Drawn]:
         """Draw the operations for one image, in order: none to `layers` of them."""
@@ -260,9 +294,9 @@ class AutoAugment:
     def __init__(self, *, fill: Color):
         self.fill = fill
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """RGB image -> RGB image of the same size."""
-        return apply_operations(image, self.draw(rng), self.fill)
+    def __call__(self, px: Pixels, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """(H, W, 3) uint8 -> the same."""
+        return apply_operations(px, image, self.draw(rng), self.fill)
 
     def draw(self, rng: np.random.Generator) -> list[Drawn]:
         """Draw the operations for one image, in order: none to two of them."""

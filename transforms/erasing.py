@@ -17,6 +17,11 @@ MIN_ASPECT, MAX_ASPECT = 0.3, 1 / 0.3  # height / width
 MAX_TRIES = 10  # draws of a box that fits before it is given up
 
 
+def noise_shape(mode: str, height: int, width: int) -> tuple[int, ...] | None:
+    """The shape of the standard normal values that fill a box; None: it is filled with zeros."""
+    return {"pixel": (3, height, width), "rand": (3, 1, 1), "const": None}[mode]
+
+
 class RandomErasing:
     """Overwrite random boxes of a normalized image.
 
@@ -70,10 +75,6 @@ class RandomErasing:
     def fill(self, image: np.ndarray, box: tuple, rng: np.random.Generator) -> None:
         """Overwrite one box of `image`, (3, H, W) float32, in place."""
         top, left, bottom, right = box
-        if self.mode == "pixel":
-            value = rng.standard_normal((3, bottom - top, right - left), np.float32)
-        elif self.mode == "rand":
-            value = rng.standard_normal((3, 1, 1), np.float32)
-        else:
-            value = 0.0
+        shape = noise_shape(self.mode, bottom - top, right - left)
+        value = rng.standard_normal(shape, np.float32) if shape else 0.0
         image[:, top:bottom, left:right] = value

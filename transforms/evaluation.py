@@ -17,7 +17,9 @@ import numpy as np
 from PIL import Image
 
 from errors import InputError
-from transforms.image import normalize, to_rgb
+from transforms.finish import Unfinished
+from transforms.image import load, normalize, to_rgb
+from transforms.pixels import Pixels, get_pixels
 
 MODES = ("short_crop", "warp")
 
@@ -32,14 +34,11 @@ def short_side_size(width: int, height: int, short_side: int) -> tuple[int, int]
     return int(short_side * width / height), short_side
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Cut the central `size` x `size` pixels; a smaller image is centred on black."""
-    width, height = image.size
+def center_offset(length: int, size: int) -> int:
+    """Where the central `size` of `length` pixels begin; negative where there are fewer."""
     # round() takes halves to even, which decides the offset of every second odd margin.
     # Short of pixels, the odd one of padding goes to the right and the bottom.
-    left = round((width - size) / 2) if width > size else -((size - width) // 2)
-    top = round((height - size) / 2) if height > size else -((size - height) // 2)
-    return image.crop((left, top, left + size, top + size))
+    return round((length - size) / 2) if length > size else -((size - length) // 2)
 
 
 class EvalTransform:
@@ -51,6 +50,7 @@ class EvalTransform:
             without effect in `warp`.
         mode: one of `MODES`.
         mean, std: three each, per RGB channel, in units of the [0, 1] scale.
+        pixels: the elementary operations; None: the compiled ones, where possible.
 
     Raises:
         InputError: an argument outside its legal values.
@@ -64,6 +64,7 @@ class EvalTransform:
         mode: str,
         mean: Sequence[float],
         std: Sequence[float],
+        pixels: Pixels | None = None,
     ):
         if mode not in MODES:
             raise InputError(f"resize mode {mode!r}: must be one of {', '.join(MODES)}")
@@ -76,8 +77,9 @@ class EvalTransform:
         self.short_side = math.floor(image_size / crop_pct) if mode == "short_crop" else None
         self.mean = np.asarray(mean, np.float32)
         self.std = np.asarray(std, np.float32)
+        self.px = pixels or get_pixels(True)
 
-    def __call__(self, image: Image.Image) -> np.ndarray:
+    def __call__(self, image: Image.Image, _rng: object = None) -> np.ndarray:
         """Any Pillow image -> (3, image_size, image_size) float32, normalized."""
         return normalize(self.pixels(image), self.mean, self.std)
 
@@ -88,17 +90,31 @@ class EvalTransform:
             InputError: the image cannot become RGB, or is so elongated that its resized
                 form would hold more than `MAX_RESIZED_PIXELS`.
         """
+        load(image)
         image = to_rgb(image)
+        wanted = self.image_size
         if self.mode == "warp":
-            return np.array(self._resize(image, (self.image_size, self.image_size)))
-        size = short_side_size(*image.size, self.short_side)
-        return np.array(center_crop(self._resize(image, size), self.image_size))
+            return self._resize(image, (wanted, wanted), (0, 0, wanted, wanted))
+        width, height = short_side_size(*image.size, self.short_side)
+        left, top = center_offset(width, wanted), center_offset(height, wanted)
+        keep = (max(left, 0), max(top, 0), min(left + wanted, width), min(top + wanted, height))
+        pixels = self._resize(image, (width, height), keep)
+        if pixels.shape[:2] == (wanted, wanted):
+            return pixels
+        padded = np.zeros((wanted, wanted, 3), np.uint8)  # a crop_pct above 1: centred on black
+        top, left = keep[1] - top, keep[0] - left
+        padded[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
+        return padded
 
-    @staticmethod
-    def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    def unfinished(self, image: Image.Image, _rng: object = None) -> Unfinished:
+        """The pixels alone, which `FinishBatch` normalizes on the device."""
+        return Unfinished(self.pixels(image))
+
+    def _resize(self, image: Image.Image, size: tuple[int, int], keep: tuple) -> np.ndarray:
+        # Pillow, where it does the work, computes more than `keep`.
         if size[0] * size[1] > MAX_RESIZED_PIXELS:
             raise InputError(
                 f"image of {image.width} x {image.height} pixels is too elongated: "
                 f"resized to {size[0]} x {size[1]} it exceeds {MAX_RESIZED_PIXELS}"
             )
-        return image.resize(size, Image.Resampling.BICUBIC)
+        return self.px.resize(image, size, keep=keep)

@@ -4,10 +4,52 @@ Everything geometric and photometric happens on 8-bit images; `normalize` is the
 and stands alone, so that a loader may ship 8-bit batches and do this step on the device.
 """
 
+from typing import IO
+
 import numpy as np
 from PIL import Image
 
 from errors import InputError
+
+# What data sets hold. Pillow reads many more, some of them by starting other programs (EPS).
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+# Pillow's own threshold for a warning: 270 MB as RGB. ImageNet's largest have 60 million.
+MAX_PIXELS = 89_478_485
+
+
+def open_image(path: str | IO[bytes]) -> Image.Image:
+    """Open an image file, by path or opened, as a context manager; nothing is decoded yet.
+
+    Raises:
+        OSError: there is none, or it cannot be read.
+        InputError: no image of `FORMATS`, a damaged one, or one of more than `MAX_PIXELS`.
+    """
+    try:
+        image = Image.open(path, formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        raise InputError(f"cannot identify it as any of {', '.join(FORMATS)}") from None
+    except OSError:
+        raise
+    except Exception as error:  # damaged files make Pillow's readers raise almost anything
+        raise InputError(f"damaged: {error or type(error).__name__}") from None
+    if image.width * image.height > MAX_PIXELS:
+        size = f"{image.width} x {image.height}"
+        image.close()
+        raise InputError(f"{size} pixels may be a decompression bomb; allowed: {MAX_PIXELS:,}")
+    return image
+
+
+def load(image: Image.Image) -> None:
+    """Decode an opened image.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        image.load()
+    except Exception as error:  # damaged files make Pillow's decoders raise almost anything
+        raise InputError(f"damaged: {error or type(error).__name__}") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -28,7 +70,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise InputError(
             f"image mode {image.mode!r} has more than 8 bits per channel; scale it to 8 bits first"
         )
-    image.load()  # outside of the try: a damaged file must not be reported as a wrong mode
+    load(image)
     try:
         return image.convert("RGB")
     except ValueError as error:

@@ -9,13 +9,17 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from PIL import Image, ImageEnhance
+from PIL import Image
 
 from errors import InputError
+from transforms.augment import brightness, color, contrast
 from transforms.erasing import RandomErasing
-from transforms.image import normalize, to_rgb
+from transforms.finish import Unfinished
+from transforms.image import load, normalize, to_rgb
+from transforms.pixels import Pixels, get_pixels
 
 MAX_TRIES = 10  # draws of a crop that fits before falling back to the centre
+REDUCED_MARGIN = 1.5  # pixels of a reduced crop over pixels wanted, on either side
 
 
 def sample_crop(
@@ -54,18 +58,18 @@ class ColorJitter:
         strength: each factor is uniform in [max(0, 1 - strength), 1 + strength].
     """
 
-    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    enhancers = (brightness, contrast, color)
 
     def __init__(self, *, strength: float):
         if strength < 0:
             raise InputError(f"colour jitter {strength}: must not be negative")
         self.strength = strength
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """RGB image -> RGB image of the same size."""
+    def __call__(self, px: Pixels, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """(H, W, 3) uint8 -> the same."""
         for i in rng.permutation(len(self.enhancers)):
             factor = rng.uniform(max(0.0, 1 - self.strength), 1 + self.strength)
-            image = self.enhancers[i](image).enhance(factor)
+            image = self.enhancers[i](px, image, factor, None)
         return image
 
 
@@ -76,10 +80,13 @@ class TrainTransform:
         image_size: side of the result, pixels.
         crop_scale, crop_ratio: see `sample_crop`.
         hflip_prob: chance of a left-right flip.
-        photometric: called with (RGB image, generator), returns an RGB image of the same
-            size; or None.
+        photometric: called with (elementary operations, RGB pixels, generator), returns pixels
+            of the same shape; or None.
         erasing: applied last, to the normalized image; or None.
         mean, std: three each, per RGB channel, in units of the [0, 1] scale.
+        pixels: the elementary operations; None: the compiled ones, where possible.
+        reduced_decode: decode a JPEG at a half, a quarter or an eighth of its size where the crop
+            still has `REDUCED_MARGIN` times the pixels wanted, on either side.
 
     Raises:
         InputError: an argument outside its legal values.
@@ -96,6 +103,8 @@ class TrainTransform:
         erasing: RandomErasing | None,
         mean: Sequence[float],
         std: Sequence[float],
+        pixels: Pixels | None = None,
+        reduced_decode: bool = False,
     ):
         if image_size < 1:
             raise InputError(f"image_size {image_size}: must be at least 1")
@@ -113,21 +122,63 @@ class TrainTransform:
         self.erasing = erasing
         self.mean = np.asarray(mean, np.float32)
         self.std = np.asarray(std, np.float32)
+        self.px = pixels or get_pixels(True)
+        self.reduced_decode = reduced_decode
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
         """Any Pillow image -> (3, image_size, image_size) float32, normalized and erased."""
         sample = normalize(self.pixels(image, rng), self.mean, self.std)
         return self.erasing(sample, rng) if self.erasing else sample
 
+    def unfinished(self, image: Image.Image, rng: np.random.Generator) -> Unfinished:
+        """The same sample before its last two steps, which `FinishBatch` does on the device."""
+        pixels = self.pixels(image, rng)
+        boxes = self.erasing.boxes(*pixels.shape[:2], rng) if self.erasing else ()
+        return Unfinished(pixels, boxes, int(rng.integers(2**31)) if boxes else 0)
+
     def pixels(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
-        """Any Pillow image -> (image_size, image_size, 3) uint8 RGB, all but the last two steps."""
+        """Any Pillow image -> (image_size, image_size, 3) uint8 RGB, all but the last two steps.
+
+        Raises:
+            InputError: the image is damaged or cannot become RGB.
+        """
         box = sample_crop(*image.size, self.crop_scale, self.crop_ratio, rng)
-        # Cropping first converts and filters only what is kept. resize(box=...) would do
-        # without the copy, but lets pixels from outside the crop bleed into its border.
-        image = to_rgb(image.crop(box))
-        image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
-        if rng.random() < self.hflip_prob:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if self.photometric:
-            image = self.photometric(image, rng)
-        return np.array(image)
+        if self.reduced_decode:
+            box = _reduce(image, box, self.image_size)
+        load(image)
+        # Nothing from outside the crop may bleed into its border. Where the crop ends within a
+        # pixel of a reduced image, that pixel counts, by the share that the box says.
+        left, top, right, bottom = crop = _outer(box)
+        if image.mode != "RGB":  # convert only what is kept
+            image, crop = to_rgb(image.crop(crop)), None
+        pixels = self.px.resize(
+            image,
+            (self.image_size, self.image_size),
+            crop=crop,
+            box=(box[0] - left, box[1] - top, box[2] - left, box[3] - top),
+            flip=rng.random() < self.hflip_prob,
+        )
+        return self.photometric(self.px, pixels, rng) if self.photometric else pixels
+
+
+def _outer(box: tuple) -> tuple[int, int, int, int]:
+    """The whole pixels that a box touches."""
+    return math.floor(box[0]), math.floor(box[1]), math.ceil(box[2]), math.ceil(box[3])
+
+
+def _reduce(image: Image.Image, box: tuple, image_size: int) -> tuple:
+    """Have a JPEG decoded at a lower resolution if `box` is large; the box in the new pixels.
+
+    The decoder then computes fewer pixels from the same coefficients, which is averaging: what is
+    lost is detail that resizing would average away as well.
+    """
+    side = min(box[2] - box[0], box[3] - box[1])
+    factor = int(side // (image_size * REDUCED_MARGIN))
+    if image.format != "JPEG" or factor < 2:
+        return box
+    width, height = image.size
+    image.draft("RGB", (-(-width // factor), -(-height // factor)))
+    if image.size == (width, height):
+        return box
+    ratio = round(width / image.size[0])  # 2, 4 or 8; sizes are rounded up
+    return tuple(min(edge / ratio, limit) for edge, limit in zip(box, image.size * 2))

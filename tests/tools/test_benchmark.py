@@ -41,3 +41,19 @@ def test_what_to_measure_must_be_named():
     with pytest.raises(SystemExit) as stop:
         main([])
     assert stop.value.code == 2
+
+
+def test_data_prints_each_pipeline_beside_plain_decoding(capsys):
+    arguments = ["data", "--rounds", "2", "--epochs", "1", "--workers", "1"]
+    assert main([*arguments, "-opts", "DATA.IMAGE_SIZE", "32"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "photographs of 500x375 pixels, quality 90" in lines[1]
+    plain = next(line for line in lines if line.startswith("plain Pillow decoding"))
+    assert plain.split()[-1] == "1.000"
+    for name in ("evaluation, 8 bits", "training, normalized and erased", "training loader, 1"):
+        assert any(line.startswith(name) for line in lines)
+
+
+def test_data_refuses_rounds_below_one(capsys):
+    assert main(["data", "--rounds", "0"]) == 2
+    assert "--rounds at least 1" in capsys.readouterr().err

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from errors import InputError
 from transforms.augment import (
@@ -17,11 +16,13 @@ from transforms.augment import (
     fill_color,
     operation_argument,
 )
+from transforms.pixels import get_pixels
 
 GOLDENS = Path(__file__).parent / "goldens"  # what made them: see make_goldens.py there
 PIXELS = np.load(GOLDENS / "timm_operations.npz")
 DRAWS = json.loads((GOLDENS / "timm_draws.json").read_text())
 FILL = (124, 116, 104)
+PX = get_pixels(True)
 
 
 def official(**changed) -> RandAugment:
@@ -34,12 +35,13 @@ def official(**changed) -> RandAugment:
     )
 
 
+@pytest.mark.parametrize("native", [True, False], ids=["native", "Pillow"])
 @pytest.mark.parametrize("key", [key for key in PIXELS.files if key not in ("image", "made_by")])
-def test_operation_equals_timm(key):
+def test_operation_equals_timm(key, native):
     name, magnitude, sign = key.split()
     drawn = [(name, float(magnitude), int(sign))]
-    result = apply_operations(Image.fromarray(PIXELS["image"]), drawn, FILL)
-    np.testing.assert_array_equal(np.array(result), PIXELS[key])
+    result = apply_operations(get_pixels(native), PIXELS["image"], drawn, FILL)
+    np.testing.assert_array_equal(result, PIXELS[key])
 
 
 def test_every_operation_has_a_golden():
@@ -80,8 +82,8 @@ def test_increasing_scales_replace_the_plain_ones_where_there_are_both():
 @pytest.mark.parametrize("name", ["PosterizeIncreasing", "Posterize"])
 def test_posterize_without_bits_is_black(name):
     magnitude = {"PosterizeIncreasing": 10, "Posterize": 0}[name]
-    result = apply_operations(Image.fromarray(PIXELS["image"]), [(name, magnitude, 1)], FILL)
-    assert not np.array(result).any()
+    result = apply_operations(PX, PIXELS["image"], [(name, magnitude, 1)], FILL)
+    assert not result.any()
 
 
 @pytest.mark.parametrize(
@@ -102,8 +104,8 @@ def test_posterize_without_bits_is_black(name):
 )
 @pytest.mark.parametrize("sign", [1, -1])
 def test_magnitude_0_leaves_the_image_as_it_is(name, sign):
-    result = apply_operations(Image.fromarray(PIXELS["image"]), [(name, 0.0, sign)], FILL)
-    np.testing.assert_array_equal(np.array(result), PIXELS["image"])
+    result = apply_operations(PX, PIXELS["image"], [(name, 0.0, sign)], FILL)
+    np.testing.assert_array_equal(result, PIXELS["image"])
 
 
 @pytest.mark.parametrize(
@@ -131,7 +133,7 @@ def test_enhancement_factors_end_at_a_tenth():
 def test_translation_moves_by_its_share_of_the_side_and_fills():
     pixels = np.random.default_rng(0).integers(0, 256, (10, 20, 3), np.uint8)
     argument = operation_argument("TranslateXRel", 10.0, 1) * 20  # 9 pixels
-    result = np.array(apply_operations(Image.fromarray(pixels), [("TranslateXRel", 10.0, 1)], FILL))
+    result = apply_operations(PX, pixels, [("TranslateXRel", 10.0, 1)], FILL)
     assert argument == 9
     np.testing.assert_array_equal(result[:, :11], pixels[:, 9:])
     np.testing.assert_array_equal(result[:, 11:], np.broadcast_to(FILL, (10, 9, 3)))
@@ -162,8 +164,8 @@ def test_rand_augment_draws_with_replacement():
 
 
 def test_no_layers_and_no_noise():
-    image = Image.fromarray(PIXELS["image"])
-    assert official(layers=0)(image, np.random.default_rng(0)) is image
+    image = PIXELS["image"]
+    assert official(layers=0)(PX, image, np.random.default_rng(0)) is image
     magnitudes = {
         magnitude
         for seed in range(50)

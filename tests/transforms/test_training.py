@@ -9,6 +9,7 @@ from PIL import Image
 from errors import InputError
 from transforms.augment import RandAugment
 from transforms.erasing import RandomErasing
+from transforms.pixels import get_pixels
 from transforms.training import ColorJitter, TrainTransform, sample_crop
 
 IMAGES = Path(__file__).parent.parent / "fixtures" / "images"
@@ -31,6 +32,7 @@ def train_transform(**changed) -> TrainTransform:
                 "erasing": None,
                 "mean": MEAN,
                 "std": STD,
+                "pixels": get_pixels(True),
             }
             | changed
         )
@@ -50,10 +52,11 @@ def photograph(name: str = "landscape_499x375.jpg") -> Image.Image:
     return Image.open(IMAGES / name)
 
 
+@pytest.mark.parametrize("native", [True, False], ids=["native", "Pillow"])
 @pytest.mark.parametrize("key", [key for key in SAMPLES.files if key != "made_by"])
-def test_sample_equals_timm(key):
+def test_sample_equals_timm(key, native):
     name, seed = key.split()
-    sample = official()(photograph(name), np.random.default_rng(int(seed)))
+    sample = official(pixels=get_pixels(native))(photograph(name), np.random.default_rng(int(seed)))
     np.testing.assert_array_equal(sample, SAMPLES[key])
 
 
@@ -176,29 +179,25 @@ def test_input_image_stays_as_it_was():
 
 
 def test_color_jitter_without_strength_changes_nothing():
-    image = photograph()
-    result = ColorJitter(strength=0.0)(image, np.random.default_rng(0))
-    assert result.tobytes() == image.tobytes()
+    image = np.array(photograph())
+    result = ColorJitter(strength=0.0)(get_pixels(True), image, np.random.default_rng(0))
+    np.testing.assert_array_equal(result, image)
 
 
 def test_color_jitter_factors_and_order(monkeypatch):
     calls = []
 
     def recorder(name):
-        class Enhancer:
-            def __init__(self, image):
-                self.image = image
+        def enhance(px, image, factor, fill):
+            calls.append((name, factor))
+            return image
 
-            def enhance(self, factor):
-                calls.append((name, factor))
-                return self.image
-
-        return Enhancer
+        return enhance
 
     monkeypatch.setattr(ColorJitter, "enhancers", tuple(map(recorder, "bcs")))
     jitter = ColorJitter(strength=0.4)
     for seed in range(1200):
-        jitter(Image.new("RGB", (1, 1)), np.random.default_rng(seed))
+        jitter(get_pixels(True), np.zeros((1, 1, 3), np.uint8), np.random.default_rng(seed))
     factors = np.array([factor for _, factor in calls])
     assert 0.6 <= factors.min() < 0.61 and 1.39 < factors.max() <= 1.4
     assert factors.mean() == pytest.approx(1, abs=0.02)
@@ -228,3 +227,46 @@ def test_illegal_arguments_are_refused(wrong):
 def test_negative_color_jitter_is_refused():
     with pytest.raises(InputError, match=r"-0\.1"):
         ColorJitter(strength=-0.1)
+
+
+def sharp_photograph(tmp_path) -> str:
+    """A photograph of 998 x 750 pixels with detail in every pixel."""
+    pixels = np.array(photograph()).astype(int)
+    large = pixels.repeat(2, 0).repeat(2, 1) + np.random.default_rng(0).integers(
+        -6, 7, (750, 998, 1)
+    )
+    path = tmp_path / "large.jpg"
+    Image.fromarray(large.clip(0, 255).astype(np.uint8)).save(path, quality=92)
+    return str(path)
+
+
+def test_reduced_decoding_stays_within_two_grey_levels(tmp_path):
+    path = sharp_photograph(tmp_path)
+    differences, reduced = [], 0
+    for seed in range(40):
+        exact = train_transform(image_size=96).pixels(Image.open(path), np.random.default_rng(seed))
+        image = Image.open(path)
+        fast = train_transform(image_size=96, reduced_decode=True).pixels(
+            image, np.random.default_rng(seed)
+        )
+        assert fast.shape == exact.shape
+        difference = np.abs(fast.astype(int) - exact).mean()
+        if image.size == (998, 750):
+            assert difference == 0  # the crop is too small for it
+        else:
+            reduced += 1
+            differences.append(difference)
+    assert 20 < reduced < 40
+    assert max(differences) < 2
+
+
+@pytest.mark.parametrize("name", ["gray_333x251.jpg", "cmyk_300x300.jpg", "palette_220x200.png"])
+def test_reduced_decoding_of_other_modes_and_formats(name):
+    for seed in range(10):
+        exact, fast = (
+            train_transform(reduced_decode=reduced)
+            .pixels(photograph(name), np.random.default_rng(seed))
+            .astype(int)
+            for reduced in (False, True)
+        )
+        assert np.abs(fast - exact).mean() < 2

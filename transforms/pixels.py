@@ -1,0 +1,316 @@
+"""Operations on 8-bit RGB images: in compiled code where there is a C++ compiler, else by Pillow.
+
+Both give the same bits, so which one runs is a matter of speed alone. Images are uint8 arrays
+(H, W, 3); only `resize`, which comes first, takes a Pillow image.
+
+Pillow 13 resizes the rows before the columns where that is cheaper, older releases never do, and
+since there are 8 bits in between the results differ. Here the order is always that of Pillow 13,
+so a photograph becomes the same pixels whichever release decoded it.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "pixels.cpp")
+BUILD_FOLDER = os.path.join(os.path.dirname(os.path.dirname(SOURCE)), "build")
+BUILD_SECONDS = 120  # a compiler that takes longer is stuck
+
+Size = tuple[int, int]  # width, height
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+logger = logging.getLogger(__name__)
+
+
+def rows_first(size: Size, new_size: Size) -> bool:
+    """Whether Pillow 13 makes the image lower before it makes it narrower or wider."""
+    fewer_rows = size[1] - new_size[1]
+    return fewer_rows > 0 and fewer_rows > 2 * (size[0] - new_size[0])
+
+
+class PillowPixels:
+    """The operations, by Pillow. `NativePixels` has the same ones."""
+
+    def resize(
+        self,
+        image: Image.Image,
+        size: Size,
+        *,
+        crop: tuple[int, int, int, int] | None = None,
+        box: Box | None = None,
+        keep: tuple[int, int, int, int] | None = None,
+        flip: bool = False,
+    ) -> np.ndarray:
+        """Resize `image`, of mode RGB, by antialiased bicubic interpolation.
+
+        Args:
+            image: stays as it is.
+            size: to become, pixels.
+            crop: box of the image beyond which nothing counts; None: all of it.
+            box: what of the crop becomes that size; its edges may lie within pixels. None: all.
+            keep: box of the result that is wanted; None: all.
+            flip: mirror left and right.
+        """
+        if crop:
+            image = image.crop(crop)
+        left, top, right, bottom = box or (0, 0, *image.size)
+        width, height = size
+        if rows_first(image.size, size):
+            image = self._stretch(image, (image.width, height), (0, top, image.width, bottom))
+            image = self._stretch(image, size, (left, 0, right, height))
+        else:
+            image = self._stretch(image, (width, image.height), (left, 0, right, image.height))
+            image = self._stretch(image, size, (0, top, width, bottom))
+        if keep:
+            image = image.crop(keep)
+        if flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return np.array(image)
+
+    @staticmethod
+    def _stretch(image: Image.Image, size: Size, box: Box) -> Image.Image:
+        return image.resize(size, Image.Resampling.BICUBIC, box)
+
+    def affine(self, pixels: np.ndarray, matrix: Sequence, fill: Sequence) -> np.ndarray:
+        """Bicubic; (x, y) takes its colour at (m0 x + m1 y + m2, m3 x + m4 y + m5), or `fill`."""
+        image = Image.fromarray(pixels)
+        return np.array(
+            image.transform(
+                image.size,
+                Image.Transform.AFFINE,
+                tuple(matrix),
+                Image.Resampling.BICUBIC,
+                fillcolor=tuple(fill),
+            )
+        )
+
+    def lookup(self, pixels: np.ndarray, table: np.ndarray) -> np.ndarray:
+        """Replace each value v of channel c by table[c, v]; a table (256,) is for all channels."""
+        table = np.broadcast_to(table, (3, 256))
+        return np.array(Image.fromarray(pixels).point(table.ravel().tolist()))
+
+    def histogram(self, pixels: np.ndarray) -> np.ndarray:
+        """How often each channel has each value: (3, 256) int64."""
+        return np.array(Image.fromarray(pixels).histogram()).reshape(3, 256)
+
+    def grey(self, pixels: np.ndarray) -> np.ndarray:
+        """The luminance (ITU-R 601-2) in each channel."""
+        return np.array(Image.fromarray(pixels).convert("L").convert("RGB"))
+
+    def smooth(self, pixels: np.ndarray) -> np.ndarray:
+        """3x3 average in which the centre counts five times; the border stays."""
+        return np.array(Image.fromarray(pixels).filter(ImageFilter.SMOOTH))
+
+    def blend(self, start: np.ndarray, end: np.ndarray, factor: float) -> np.ndarray:
+        """start + factor * (end - start), cut to [0, 255]; a factor above 1 goes beyond `end`."""
+        return np.array(Image.blend(Image.fromarray(start), Image.fromarray(end), factor))
+
+
+class _ArrowArray(ctypes.Structure):
+    """Of Arrow's C data interface, as far as it is read here."""
+
+
+_ArrowArray._fields_ = [
+    (name, ctypes.c_int64) for name in ("length", "null_count", "offset", "n_buffers", "n_children")
+] + [
+    ("buffers", ctypes.POINTER(ctypes.c_void_p)),
+    ("children", ctypes.POINTER(ctypes.POINTER(_ArrowArray))),
+]
+_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_capsule_pointer.restype = ctypes.c_void_p
+_capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+
+
+@contextlib.contextmanager
+def _memory(image: Image.Image) -> Iterator[int]:
+    """The address of an RGB image's pixels, 4 bytes each, row by row; valid within."""
+    try:
+        # Pillow stores them so, and lends them in Arrow's interface from 11.2 on, unless the
+        # image is so large that it lies in several pieces.
+        capsules = image.__arrow_c_array__()
+    except (AttributeError, ValueError):
+        copy = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint8)
+        yield copy.ctypes.data
+    else:
+        array = _ArrowArray.from_address(_capsule_pointer(capsules[1], b"arrow_array"))
+        yield array.children[0].contents.buffers[1]
+
+
+class NativePixels:
+    """The operations of `PillowPixels`, in compiled code."""
+
+    def __init__(self, library: ctypes.CDLL):
+        pointer, integer = ctypes.c_void_p, ctypes.c_int
+        arguments = {
+            "resize": [pointer, integer, integer, ctypes.c_int64, pointer, integer, integer]
+            + [pointer, integer, integer, pointer],
+            "affine": [pointer, integer, integer, pointer, pointer, pointer],
+            "lookup": [pointer, integer, pointer, pointer],
+            "histogram": [pointer, integer, pointer],
+            "grey": [pointer, integer, pointer],
+            "smooth": [pointer, integer, integer, pointer],
+            "blend": [pointer, pointer, ctypes.c_int64, ctypes.c_float, pointer],
+        }
+        for name, types in arguments.items():
+            getattr(library, name).argtypes = types
+            getattr(library, name).restype = None
+        self._library = library
+
+    def __reduce__(self):
+        return get_pixels, (True,)  # where workers are started afresh instead of forked
+
+    def resize(self, image, size, *, crop=None, box=None, keep=None, flip=False):
+        left, top, right, bottom = crop or (0, 0, *image.size)
+        cropped = right - left, bottom - top
+        keep = keep or (0, 0, *size)
+        corners = np.array(box or (0, 0, *cropped), np.float64)
+        kept = np.array(keep, np.int32)
+        result = np.empty((keep[3] - keep[1], keep[2] - keep[0], 3), np.uint8)
+        stride = 4 * image.width
+        with _memory(image) as address:
+            self._library.resize(
+                address + stride * top + 4 * left,
+                *cropped,
+                stride,
+                corners.ctypes.data,
+                *size,
+                kept.ctypes.data,
+                rows_first(cropped, size),
+                flip,
+                result.ctypes.data,
+            )
+        return result
+
+    def affine(self, pixels, matrix, fill):
+        pixels, result = self._in_and_out(pixels)
+        height, width, _ = pixels.shape
+        matrix, fill = np.array(matrix, np.float64), np.array(fill, np.uint8)
+        self._library.affine(
+            pixels.ctypes.data,
+            width,
+            height,
+            matrix.ctypes.data,
+            fill.ctypes.data,
+            result.ctypes.data,
+        )
+        return result
+
+    def lookup(self, pixels, table):
+        pixels, result = self._in_and_out(pixels)
+        table = np.ascontiguousarray(np.broadcast_to(table, (3, 256)), np.uint8)
+        self._library.lookup(
+            pixels.ctypes.data, pixels.size // 3, table.ctypes.data, result.ctypes.data
+        )
+        return result
+
+    def histogram(self, pixels):
+        pixels = np.ascontiguousarray(pixels)
+        counts = np.empty((3, 256), np.int64)
+        self._library.histogram(pixels.ctypes.data, pixels.size // 3, counts.ctypes.data)
+        return counts
+
+    def grey(self, pixels):
+        pixels, result = self._in_and_out(pixels)
+        self._library.grey(pixels.ctypes.data, pixels.size // 3, result.ctypes.data)
+        return result
+
+    def smooth(self, pixels):
+        pixels, result = self._in_and_out(pixels)
+        height, width, _ = pixels.shape
+        self._library.smooth(pixels.ctypes.data, width, height, result.ctypes.data)
+        return result
+
+    def blend(self, start, end, factor):
+        start, result = self._in_and_out(start)
+        end = np.ascontiguousarray(end)
+        self._library.blend(
+            start.ctypes.data, end.ctypes.data, start.size, factor, result.ctypes.data
+        )
+        return result
+
+    @staticmethod
+    def _in_and_out(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        pixels = np.ascontiguousarray(pixels)
+        return pixels, np.empty_like(pixels)
+
+
+Pixels = PillowPixels | NativePixels
+
+
+@functools.cache
+def get_pixels(native: bool) -> Pixels:
+    """The operations in compiled code if `native` and possible, else by Pillow.
+
+    Compiles them on first use, which takes seconds; a warning says where it cannot.
+    """
+    if not native:
+        return PillowPixels()
+    try:
+        return NativePixels(ctypes.CDLL(_build()))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        logger.warning(
+            "no compiled image operations, so Pillow does them: the same pixels at a third to "
+            "half the speed. CXX names a C++ compiler; DATA.NATIVE_PIXELS False avoids this "
+            "message. The reason: %s",
+            str(reason).strip()[:1000],
+        )
+        return PillowPixels()
+
+
+def _build() -> str:
+    """Compile pixels.cpp, unless that has been done; returns the library's path."""
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if compiler is None:
+        raise OSError("no C++ compiler found")
+    options = [
+        "-O3",
+        "-std=c++17",
+        "-shared",
+        "-fPIC",
+        "-ffp-contract=off",
+        "-fno-trapping-math",
+        "-fno-math-errno",
+        "-Wno-psabi",
+    ]
+    if _has_avx2():
+        options.append("-mavx2")
+    with open(SOURCE, "rb") as file:
+        key = hashlib.sha256(file.read() + " ".join([compiler, *options]).encode())
+    name = f"pixels-{sys.platform}-{platform.machine()}-{key.hexdigest()[:16]}.so"
+    path = os.path.join(BUILD_FOLDER, name)
+    if not os.path.exists(path):
+        os.makedirs(BUILD_FOLDER, exist_ok=True)
+        unfinished = f"{path}.{os.getpid()}"  # several processes may be at it
+        try:
+            subprocess.run(
+                [*compiler.split(), *options, SOURCE, "-o", unfinished],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=BUILD_SECONDS,
+            )
+            os.replace(unfinished, path)
+        finally:
+            if os.path.exists(unfinished):
+                os.unlink(unfinished)
+    return path
+
+
+def _has_avx2() -> bool:
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+            return any(line.startswith("flags") and " avx2" in line for line in file)
+    except OSError:  # not Linux
+        return False
