@@ -8,6 +8,7 @@ a network, and falls back on Paddle's own convolution where they cannot be had.
 
 import ctypes
 import logging
+import os
 from typing import NamedTuple
 
 import paddle
@@ -41,7 +42,21 @@ def large_kernel_depthwise_conv2d_reference(
     return y.astype(x.dtype)
 
 
-@paddle.jit.not_to_static
+def _as_one_operation(function):
+    """Let program capture take a function as a whole instead of following its Python code."""
+    marker = getattr(paddle.jit, "marker", None)
+    if marker is not None:  # Paddle 3
+        return marker.unified(function)
+    from paddle.jit.sot.opcode_translator import skip_files
+    from paddle.jit.sot.utils import paddle_api_config
+
+    skip_files.skip_file_names.add(os.path.dirname(os.path.abspath(__file__)) + os.sep)
+    skip_files.setup_skip_files()
+    paddle_api_config.paddle_api_list.append(function)
+    return paddle.jit.not_to_static(function)
+
+
+@_as_one_operation
 def large_kernel_depthwise_conv2d(
     x: paddle.Tensor,
     weight: paddle.Tensor,
@@ -160,6 +175,11 @@ def _run_operator(x, weight, bias, algorithm: int):
         return out[0] if isinstance(out, (list, tuple)) else out
     from paddle.base.layer_helper import LayerHelper
 
+    # Paddle 2.6's gradient operators need a place for every gradient, wanted or not.
+    for slot, tensor in inputs.items():
+        if tensor.stop_gradient:
+            inputs[slot] = paddle.assign(tensor)
+            inputs[slot].stop_gradient = False
     helper = LayerHelper(name)
     out = helper.create_variable_for_type_inference(dtype=x.dtype)
     helper.append_op(type=name, inputs=inputs, outputs={"Out": out}, attrs={"algorithm": algorithm})
@@ -196,6 +216,9 @@ class FastDepthwiseConv2D(nn.Conv2D):
     _cached: _Cached | None = None
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        return _layer_forward(self, x)
+
+    def _forward(self, x: paddle.Tensor) -> paddle.Tensor:
         captured = not paddle.in_dynamic_mode()
         if (captured and not self.training) or self.weight.dtype not in DTYPES:
             return nn.Conv2D.forward(self, x)
@@ -235,6 +258,11 @@ class FastDepthwiseConv2D(nn.Conv2D):
             _shape(x, self.weight), x.data_ptr(), spectrum.data_ptr(), bias, y.data_ptr()
         )
         return y
+
+
+@_as_one_operation
+def _layer_forward(layer, x):
+    return layer._forward(x)
 
 
 def _shape(x: paddle.Tensor, weight: paddle.Tensor) -> tuple[int, int, int, int, int]:

@@ -119,21 +119,6 @@ std::vector<DataType> MapTypeBias(const DataType& x, const DataType&, const Data
   return {x};
 }
 
-std::vector<Shape> GradientShapes(const Shape& x, const Shape& weight, const Shape&) {
-  return {x, weight};
-}
-std::vector<Shape> GradientShapesBias(const Shape& x, const Shape& weight, const Shape& bias,
-                                      const Shape&) {
-  return {x, weight, bias};
-}
-std::vector<DataType> GradientTypes(const DataType& x, const DataType& weight, const DataType&) {
-  return {x, weight};
-}
-std::vector<DataType> GradientTypesBias(const DataType& x, const DataType& weight,
-                                        const DataType& bias, const DataType&) {
-  return {x, weight, bias};
-}
-
 }  // namespace
 
 extern "C" LK_API void lk_op_set_threads(int threads) { g_threads = threads; }
@@ -151,9 +136,7 @@ PD_BUILD_GRAD_OP(large_kernel_depthwise_conv2d)
     .Inputs({"X", "Weight", paddle::Grad("Out")})
     .Outputs({paddle::Grad("X"), paddle::Grad("Weight")})
     .Attrs({"algorithm: int"})
-    .SetKernelFn(PD_KERNEL(Gradients))
-    .SetInferShapeFn(PD_INFER_SHAPE(GradientShapes))
-    .SetInferDtypeFn(PD_INFER_DTYPE(GradientTypes));
+    .SetKernelFn(PD_KERNEL(Gradients));
 
 PD_BUILD_OP(large_kernel_depthwise_conv2d_bias)
     .Inputs({"X", "Weight", "Bias"})
@@ -167,6 +150,4 @@ PD_BUILD_GRAD_OP(large_kernel_depthwise_conv2d_bias)
     .Inputs({"X", "Weight", "Bias", paddle::Grad("Out")})
     .Outputs({paddle::Grad("X"), paddle::Grad("Weight"), paddle::Grad("Bias")})
     .Attrs({"algorithm: int"})
-    .SetKernelFn(PD_KERNEL(GradientsBias))
-    .SetInferShapeFn(PD_INFER_SHAPE(GradientShapesBias))
-    .SetInferDtypeFn(PD_INFER_DTYPE(GradientTypesBias));
+    .SetKernelFn(PD_KERNEL(GradientsBias));
