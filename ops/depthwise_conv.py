@@ -42,18 +42,26 @@ def large_kernel_depthwise_conv2d_reference(
     return y.astype(x.dtype)
 
 
-def _as_one_operation(function):
-    """Let program capture take a function as a whole instead of following its Python code."""
+def _as_one_operation(target):
+    """Let program capture take a function or a layer as a whole, not follow its Python code."""
     marker = getattr(paddle.jit, "marker", None)
     if marker is not None:  # Paddle 3
-        return marker.unified(function)
+        return marker.unified(target)
     from paddle.jit.sot.opcode_translator import skip_files
     from paddle.jit.sot.utils import paddle_api_config
 
+    if isinstance(target, type):  # Paddle 2.6 can be told of functions alone
+        whole = _as_one_operation(target.forward)
+
+        def forward(self, x):
+            return whole(self, x)
+
+        target.forward = paddle.jit.not_to_static(forward)
+        return target
     skip_files.skip_file_names.add(os.path.dirname(os.path.abspath(__file__)) + os.sep)
     skip_files.setup_skip_files()
-    paddle_api_config.paddle_api_list.append(function)
-    return paddle.jit.not_to_static(function)
+    paddle_api_config.paddle_api_list.append(target)
+    return paddle.jit.not_to_static(target)
 
 
 @_as_one_operation
@@ -198,6 +206,7 @@ _memcmp = ctypes.CDLL(None).memcmp
 _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 
+@_as_one_operation
 class FastDepthwiseConv2D(nn.Conv2D):
     """A depthwise `nn.Conv2D` that computes by `large_kernel_depthwise_conv2d`.
 
@@ -216,9 +225,6 @@ class FastDepthwiseConv2D(nn.Conv2D):
     _cached: _Cached | None = None
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        return _layer_forward(self, x)
-
-    def _forward(self, x: paddle.Tensor) -> paddle.Tensor:
         captured = not paddle.in_dynamic_mode()
         if (captured and not self.training) or self.weight.dtype not in DTYPES:
             return nn.Conv2D.forward(self, x)
@@ -258,11 +264,6 @@ class FastDepthwiseConv2D(nn.Conv2D):
             _shape(x, self.weight), x.data_ptr(), spectrum.data_ptr(), bias, y.data_ptr()
         )
         return y
-
-
-@_as_one_operation
-def _layer_forward(layer, x):
-    return layer._forward(x)
 
 
 def _shape(x: paddle.Tensor, weight: paddle.Tensor) -> tuple[int, int, int, int, int]:
