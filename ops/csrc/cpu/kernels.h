@@ -20,6 +20,9 @@ struct Task {
   FftPlan plan;           // FFT only
 };
 
+// Ways of the direct convolution: see direct.h.
+enum DirectForm { kPlanar, kSliding, kBanded };
+
 struct Kernels {
   // Channels are worked on in groups of `lanes`, side by side in a vector.
   int lanes;
@@ -30,6 +33,12 @@ struct Kernels {
   void (*fft_spectrum)(const Task&, int64_t group, float* workspace);
   void (*fft_forward)(const Task&, int64_t group, int64_t first, int64_t last, float* workspace);
   void (*fft_gradients)(const Task&, int64_t group, float* workspace);
+
+  size_t (*direct_workspace_floats)(const Task&, int form);
+  void (*direct_forward)(const Task&, int form, int64_t group, int64_t first, int64_t last,
+                         float* workspace);
+  void (*direct_input_gradient)(const Task&, int form, int64_t group, float* workspace);
+  void (*direct_weight_gradient)(const Task&, int form, int64_t group, float* workspace);
 
   // Keeps the multiply-add units busy with registers only; returns the operations done.
   double (*multiply_add)(int64_t repeats);

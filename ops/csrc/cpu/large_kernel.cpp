@@ -81,6 +81,8 @@ struct Job {
   typedef void (*Body)(const Job&, int64_t unit, float* workspace);
   const Kernels* kernels;
   Task task;
+  int form;           // of the direct convolution
+  int gradient_form;  // of its weight gradient
   Body body;
   size_t workspace;
   int64_t groups;
@@ -121,6 +123,18 @@ void forward_unit(const Job& job, int64_t unit, float* workspace) {
                            (chunk + 1) * job.task.batch / job.chunks, workspace);
 }
 
+void direct_forward_unit(const Job& job, int64_t unit, float* workspace) {
+  const int64_t group = unit / job.chunks, chunk = unit % job.chunks;
+  job.kernels->direct_forward(job.task, job.form, group, chunk * job.task.batch / job.chunks,
+                              (chunk + 1) * job.task.batch / job.chunks, workspace);
+}
+
+void direct_gradients_unit(const Job& job, int64_t group, float* workspace) {
+  if (job.task.dx) job.kernels->direct_input_gradient(job.task, job.form, group, workspace);
+  if (job.task.dweight)
+    job.kernels->direct_weight_gradient(job.task, job.gradient_form, group, workspace);
+}
+
 void gradients_unit(const Job& job, int64_t group, float* workspace) {
   job.kernels->fft_gradients(job.task, group, workspace);
 }
@@ -128,6 +142,9 @@ void gradients_unit(const Job& job, int64_t group, float* workspace) {
 void spectrum_unit(const Job& job, int64_t group, float* workspace) {
   job.kernels->fft_spectrum(job.task, group, workspace);
 }
+
+int forward_form(const lk_shape&) { const char*e=getenv("LKF"); return e?atoi(e):kBanded; }
+int gradient_form(const lk_shape&) { const char*e=getenv("LKG"); return e?atoi(e):kBanded; }
 
 bool valid(const lk_shape* s) {
   if (!s || s->batch < 0 || s->channels < 1 || s->height < 1 || s->width < 1) return false;
@@ -170,9 +187,16 @@ int lk_forward(const lk_shape* s, const float* x, const float* weight, const flo
   job.task.weight = weight;
   job.task.bias = bias;
   job.task.y = y;
-  job.task.plan = make_plan(s->height, s->width, s->kernel);
-  job.body = forward_unit;
-  job.workspace = job.kernels->fft_workspace_floats(job.task);
+  if (algorithm == LK_AUTO) algorithm = lk_choose(s, LK_FORWARD);
+  if (algorithm == LK_FFT) {
+    job.task.plan = make_plan(s->height, s->width, s->kernel);
+    job.body = forward_unit;
+    job.workspace = job.kernels->fft_workspace_floats(job.task);
+  } else {
+    job.form = forward_form(*s);
+    job.body = direct_forward_unit;
+    job.workspace = job.kernels->direct_workspace_floats(job.task, job.form);
+  }
   job.groups = groups_of(*s, *job.kernels);
   job.chunks = chunks_of(*s, job.groups, threads);
   return run(job, threads);
@@ -191,9 +215,19 @@ int lk_gradients(const lk_shape* s, const float* x, const float* weight, const f
   job.task.dy = dy;
   job.task.dx = dx;
   job.task.dweight = dweight;
-  job.task.plan = make_plan(s->height, s->width, s->kernel);
-  job.body = gradients_unit;
-  job.workspace = job.kernels->fft_workspace_floats(job.task);
+  if (algorithm == LK_AUTO) algorithm = lk_choose(s, LK_GRADIENTS);
+  if (algorithm == LK_FFT) {
+    job.task.plan = make_plan(s->height, s->width, s->kernel);
+    job.body = gradients_unit;
+    job.workspace = job.kernels->fft_workspace_floats(job.task);
+  } else {
+    job.form = forward_form(*s);
+    job.gradient_form = gradient_form(*s);
+    job.body = direct_gradients_unit;
+    job.workspace = job.kernels->direct_workspace_floats(job.task, job.form);
+    const size_t other = job.kernels->direct_workspace_floats(job.task, job.gradient_form);
+    if (other > job.workspace) job.workspace = other;
+  }
   job.groups = groups_of(*s, *job.kernels);
   job.chunks = 1;
   return run(job, threads);
