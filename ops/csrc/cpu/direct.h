@@ -335,14 +335,6 @@ void band_gradient(int block, const Band& s) {
   }
 }
 
-// The block that wastes least.
-LK_INLINE int band_block(int width) {
-  int best = 8;
-  for (int block = 7; block >= 5; --block)
-    if (round_up(width, block) < round_up(width, best)) best = block;
-  return best;
-}
-
 // ---- one group of channels -----------------------------------------------------------------------
 
 // What a group needs in memory, and how it is arranged.
@@ -376,7 +368,7 @@ Direct arrange(const Task& task, int form, float* memory, size_t* used) {
   d.kernel = task.kernel;
   d.radius_y = smaller(task.kernel / 2, d.height - 1);
   d.radius_x = smaller(task.kernel / 2, d.width - 1);
-  d.block = band_block(d.width);
+  d.block = band_block_of(d.width);
   d.rows = 2 * d.radius_y + 1;
   d.cols = 2 * d.radius_x + 1;
   const size_t height = d.height;

@@ -9,6 +9,7 @@
 #include "kernels.h"
 #include "plan.h"
 #include "pool.h"
+#include "rule.h"
 
 namespace lk {
 namespace {
@@ -143,9 +144,6 @@ void spectrum_unit(const Job& job, int64_t group, float* workspace) {
   job.kernels->fft_spectrum(job.task, group, workspace);
 }
 
-int forward_form(const lk_shape&) { const char*e=getenv("LKF"); return e?atoi(e):kBanded; }
-int gradient_form(const lk_shape&) { const char*e=getenv("LKG"); return e?atoi(e):kBanded; }
-
 bool valid(const lk_shape* s) {
   if (!s || s->batch < 0 || s->channels < 1 || s->height < 1 || s->width < 1) return false;
   if (s->kernel < 3 || s->kernel > 63 || s->kernel % 2 == 0) return false;
@@ -193,7 +191,7 @@ int lk_forward(const lk_shape* s, const float* x, const float* weight, const flo
     job.body = forward_unit;
     job.workspace = job.kernels->fft_workspace_floats(job.task);
   } else {
-    job.form = forward_form(*s);
+    job.form = direct_form(*s, job.kernels->lanes, false);
     job.body = direct_forward_unit;
     job.workspace = job.kernels->direct_workspace_floats(job.task, job.form);
   }
@@ -221,8 +219,8 @@ int lk_gradients(const lk_shape* s, const float* x, const float* weight, const f
     job.body = gradients_unit;
     job.workspace = job.kernels->fft_workspace_floats(job.task);
   } else {
-    job.form = forward_form(*s);
-    job.gradient_form = gradient_form(*s);
+    job.form = direct_form(*s, job.kernels->lanes, false);
+    job.gradient_form = direct_form(*s, job.kernels->lanes, true);
     job.body = direct_gradients_unit;
     job.workspace = job.kernels->direct_workspace_floats(job.task, job.form);
     const size_t other = job.kernels->direct_workspace_floats(job.task, job.gradient_form);
@@ -277,7 +275,15 @@ int lk_forward_cached(const lk_shape* s, const float* x, const float* spectrum, 
   return run(job, threads);
 }
 
-int lk_choose(const lk_shape*, int) { return LK_FFT; }
+int lk_choose(const lk_shape* s, int pass) {
+  if (!valid(s)) return LK_DIRECT;
+  const int lanes = kernels().lanes;
+  double direct = direct_estimate(*s, direct_form(*s, lanes, false), lanes, false);
+  if (pass == LK_GRADIENTS)
+    direct += direct_estimate(*s, direct_form(*s, lanes, true), lanes, true);
+  // Estimates of the direct forms are per group of channels, as are those of the transforms.
+  return fft_estimate(*s, pass) < direct ? LK_FFT : LK_DIRECT;
+}
 
 int lk_isa(void) { return isa_in_use().load(std::memory_order_relaxed); }
 

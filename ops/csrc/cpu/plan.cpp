@@ -72,6 +72,7 @@ Owned* build(int n) {
   const Factors factors = factorize(n);
   Owned* t = new Owned;
   t->n = n;
+  t->cost = factors.cost;
   t->passes = factors.passes;
   size_t total = 0;
   for (int pass = 0, rest = n; pass < t->passes; ++pass) {

@@ -13,7 +13,8 @@ namespace lk {
 struct Transform {
   enum { kMaxPasses = 8 };
   int n;
-  int passes;  // at least 2
+  double cost;  // estimate, in vector operations
+  int passes;   // at least 2
   int radix[kMaxPasses];
   int span[kMaxPasses];              // distance between the inputs of one butterfly
   const float* twiddle[kMaxPasses];  // span x (radix - 1) pairs (cos, -sin); none in the last pass
@@ -40,9 +41,13 @@ struct FftPlan {
 
 FftPlan make_plan(int64_t height, int64_t width, int kernel);
 
-// Vector operations per group of channels for the parts of a convolution: what the choice between
-// the algorithms is made from.
-double fft_cost(const FftPlan& plan, int transforms_x, int transforms_w);
+// The block of the banded direct convolution (see direct.h) that wastes least.
+inline int band_block_of(int width) {
+  int best = 8;
+  for (int block = 7; block >= 5; --block)
+    if ((width + block - 1) / block * block < (width + best - 1) / best * best) best = block;
+  return best;
+}
 
 }  // namespace lk
 
