@@ -39,7 +39,7 @@ from engine.train import Step, train_epoch
 from errors import InputError
 from loader import Loader
 from losses import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from ops import describe_operator, use_fast_depthwise_conv
+from ops import describe_operator, use_fast_depthwise_conv, use_fast_pointwise_conv
 from optim.ema import ModelEma
 from optim.optimizer import build_optimizer, load_optimizer_state, master_weights, optimizer_state
 from optim.schedule import base_learning_rate, get_lr
@@ -425,11 +425,17 @@ def build_network(config) -> RepLKNet:
             "and running statistics are averaged over the processes"
         )
     model = build_replknet(config, sync_bn=sync_bn)
-    layers = use_fast_depthwise_conv(model, config.MODEL.DEPTHWISE_CONV_IMPL)
-    logger.info(
-        "depthwise convolutions: %s",
-        f"{layers} by the {describe_operator()}" if layers else "Paddle's own",
-    )
+    depthwise = use_fast_depthwise_conv(model, config.MODEL.CONV_IMPL)
+    pointwise = use_fast_pointwise_conv(model, config.MODEL.CONV_IMPL)
+    if depthwise:
+        logger.info(
+            "%d depthwise and %d 1x1 convolutions by the %s",
+            depthwise,
+            pointwise,
+            describe_operator(),
+        )
+    else:
+        logger.info("all convolutions are Paddle's own")
     return model
 
 

@@ -53,11 +53,15 @@ def paddle_folder() -> Path:
 
 def library_key() -> str:
     """Checksum of all that a library must fit: sources, flags, machine and Paddle's version."""
+    version = (paddle_folder() / "version" / "__init__.py").read_bytes()
+    return hashlib.sha256(_sources_digest() + version).hexdigest()[:16]
+
+
+def _sources_digest() -> bytes:
     digest = hashlib.sha256(repr((FLAGS, platform.machine())).encode())
-    files = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
-    for path in [*files, paddle_folder() / "version" / "__init__.py"]:
+    for path in sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
+    return digest.digest()
 
 
 def find_library() -> Path | None:
@@ -143,19 +147,37 @@ def build(*, again: bool = False) -> tuple[Path, float]:
 
 
 def _compile(compiler: list[str], paddle: Path, folder: Path, log: list[str]) -> Path:
-    """Compile the sources side by side and link them."""
+    """Compile the sources side by side and link them.
+
+    The kernels know nothing of Paddle: what has been compiled for another one is taken from there.
+    """
+    kernels = hashlib.sha256(compiler_key(compiler).encode() + _sources_digest()).hexdigest()[:16]
     includes = [ROOT / "csrc", paddle / "include", paddle / "include" / "third_party"]
-    command = [*compiler, *FLAGS, "-DPADDLE_WITH_CUSTOM_KERNEL", *(f"-I{path}" for path in includes)]
+    command = [
+        *compiler,
+        *FLAGS,
+        "-DPADDLE_WITH_CUSTOM_KERNEL",
+        *(f"-I{path}" for path in includes),
+    ]
     waiting, running, objects = sources(), [], []
     try:
         while waiting or running:
             while waiting and len(running) < len(os.sched_getaffinity(0)):
                 source = waiting.pop(0)
-                objects.append(folder / f"{source.stem}.o")
-                running.append(_start([*command, "-c", str(source), "-o", str(objects[-1])]))
-            _finish(running.pop(0), log)
+                kept = BUILD_FOLDER / f"{source.stem}-{kernels}.o"
+                if source.parent.name == "cpu" and kept.exists():
+                    objects.append(kept)
+                    continue
+                new = folder / kept.name
+                objects.append(new if source.parent.name != "cpu" else kept)
+                running.append((_start([*command, "-c", str(source), "-o", str(new)]), new))
+            if running:
+                process, new = running.pop(0)
+                _finish(process, log)
+                if new not in objects:
+                    os.replace(new, BUILD_FOLDER / new.name)
     finally:
-        for process in running:
+        for process, _ in running:
             process.kill()
             process.communicate()
     library = folder / "large_kernel.so"
@@ -163,7 +185,7 @@ def _compile(compiler: list[str], paddle: Path, folder: Path, log: list[str]) ->
     _run(
         [*compiler, "-shared", "-pthread", *map(str, objects), "-o", str(library)]
         + [f"-L{base}", f"-L{paddle / 'libs'}", f"-Wl,-rpath,{base}", "-Wl,--no-as-needed"]
-        + ["-l:libpaddle.so"],
+        + ["-l:libpaddle.so", "-ldl"],
         log,
     )
     return library

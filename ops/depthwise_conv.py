@@ -7,23 +7,26 @@ a network, and falls back on Paddle's own convolution where they cannot be had.
 """
 
 import ctypes
-import logging
-import os
 from typing import NamedTuple
 
 import paddle
 from paddle import nn
 from paddle.nn import functional as F
 
-from errors import InputError
-from ops.library import ALGORITHMS, LibraryError, get_library
+from ops.dispatch import (
+    DTYPES,
+    as_one_operation,
+    check_impl,
+    describe,
+    is_on_cpu,
+    pair,
+    run_operator,
+    use_operator,
+)
+from ops.library import ALGORITHMS, get_library
 
-IMPLS = ("auto", "paddle", "direct", "fft")
 KERNEL_SIZES = range(3, 64, 2)
-DTYPES = (paddle.float32, paddle.float16, paddle.bfloat16)
 OPERATOR = "large_kernel_depthwise_conv2d"
-
-logger = logging.getLogger(__name__)
 
 
 def large_kernel_depthwise_conv2d_reference(
@@ -42,29 +45,7 @@ def large_kernel_depthwise_conv2d_reference(
     return y.astype(x.dtype)
 
 
-def _as_one_operation(target):
-    """Let program capture take a function or a layer as a whole, not follow its Python code."""
-    marker = getattr(paddle.jit, "marker", None)
-    if marker is not None:  # Paddle 3
-        return marker.unified(target)
-    from paddle.jit.sot.opcode_translator import skip_files
-    from paddle.jit.sot.utils import paddle_api_config
-
-    if isinstance(target, type):  # Paddle 2.6 can be told of functions alone
-        whole = _as_one_operation(target.forward)
-
-        def forward(self, x):
-            return whole(self, x)
-
-        target.forward = paddle.jit.not_to_static(forward)
-        return target
-    skip_files.skip_file_names.add(os.path.dirname(os.path.abspath(__file__)) + os.sep)
-    skip_files.setup_skip_files()
-    paddle_api_config.paddle_api_list.append(target)
-    return paddle.jit.not_to_static(target)
-
-
-@_as_one_operation
+@as_one_operation
 def large_kernel_depthwise_conv2d(
     x: paddle.Tensor,
     weight: paddle.Tensor,
@@ -90,14 +71,17 @@ def large_kernel_depthwise_conv2d(
         InputError: an unknown impl, or one that cannot be had here. It is a ValueError, too.
     """
     _check_arguments(x, weight, bias, padding, impl)
-    if not _use_operator(impl, _is_on_cpu(x)):
+    if not use_operator(impl, is_on_cpu(x)):
         return large_kernel_depthwise_conv2d_reference(x, weight, bias)
-    return _run_operator(x, weight, bias, ALGORITHMS[impl])
+    attributes = {"algorithm": ALGORITHMS[impl]}
+    if bias is None:
+        return run_operator(OPERATOR, {"X": x, "Weight": weight}, attributes)
+    return run_operator(f"{OPERATOR}_bias", {"X": x, "Weight": weight, "Bias": bias}, attributes)
 
 
 def _check_arguments(x, weight, bias, padding, impl) -> None:
     check_impl(impl)
-    got = f"x {_describe(x)}, weight {_describe(weight)}, bias {_describe(bias)}"
+    got = f"x {describe(x)}, weight {describe(weight)}, bias {describe(bias)}"
     if len(x.shape) != 4 or len(weight.shape) != 4:
         raise ValueError(f"x must be (N, C, H, W) and weight (C, 1, K, K); got {got}")
     channels, per_group, kernel, other = weight.shape
@@ -111,7 +95,9 @@ def _check_arguments(x, weight, bias, padding, impl) -> None:
         raise ValueError(f"x must have channels and pixels; got {got}")
     same = kernel // 2
     if padding is not None and padding not in (same, (same, same), [same, same]):
-        raise ValueError(f'padding must be {same}, "same" for this kernel; got {padding} with {got}')
+        raise ValueError(
+            f'padding must be {same}, "same" for this kernel; got {padding} with {got}'
+        )
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
@@ -119,79 +105,6 @@ def _check_arguments(x, weight, bias, padding, impl) -> None:
             raise ValueError(f"{name} must be float32, float16 or bfloat16; got {got}")
         if paddle.in_dynamic_mode() and not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous; call its contiguous(); got {got}")
-
-
-def _describe(tensor) -> str:
-    return "None" if tensor is None else f"{tuple(tensor.shape)} {str(tensor.dtype).split('.')[-1]}"
-
-
-def check_impl(impl: str) -> None:
-    """Raise InputError for an implementation that does not exist."""
-    if impl not in IMPLS:
-        raise InputError(f"impl is {impl!r}; allowed: {', '.join(IMPLS)}")
-
-
-def _is_on_cpu(x) -> bool:
-    if paddle.in_dynamic_mode():
-        return x.place.is_cpu_place()
-    return paddle.device.get_device() == "cpu"
-
-
-_told: set[str] = set()
-
-
-def why_not_operator(*, on_cpu: bool) -> str | None:
-    """Why the compiled operator cannot be used, or None."""
-    if not on_cpu:
-        return "it computes on CPU alone"
-    try:
-        get_library()
-    except LibraryError as error:
-        return str(error)
-    return None
-
-
-def _use_operator(impl: str, on_cpu: bool) -> bool:
-    """Whether to compute by the operator; says once why not where `auto` would have liked to.
-
-    Raises:
-        InputError: it is asked for by name and cannot be had.
-    """
-    if impl == "paddle":
-        return False
-    why = why_not_operator(on_cpu=on_cpu)
-    if why is None:
-        return True
-    if impl != "auto":
-        raise InputError(f"depthwise convolution {impl!r} needs the compiled operator: {why}")
-    if why not in _told:
-        _told.add(why)
-        logger.warning(
-            "depthwise convolutions run on Paddle's own, not on the compiled operator: %s", why
-        )
-    return False
-
-
-def _run_operator(x, weight, bias, algorithm: int):
-    inputs = {"X": x, "Weight": weight} if bias is None else {"X": x, "Weight": weight, "Bias": bias}
-    name = OPERATOR if bias is None else f"{OPERATOR}_bias"
-    run = getattr(paddle._C_ops, "_run_custom_op", None)  # Paddle 3
-    if run is None and paddle.in_dynamic_mode():
-        run = paddle.base.core.eager._run_custom_op
-    if run is not None and (paddle.in_dynamic_mode() or paddle.base.framework.in_pir_mode()):
-        out = run(name, *inputs.values(), algorithm)
-        return out[0] if isinstance(out, (list, tuple)) else out
-    from paddle.base.layer_helper import LayerHelper
-
-    # Paddle 2.6's gradient operators need a place for every gradient, wanted or not.
-    for slot, tensor in inputs.items():
-        if tensor.stop_gradient:
-            inputs[slot] = paddle.assign(tensor)
-            inputs[slot].stop_gradient = False
-    helper = LayerHelper(name)
-    out = helper.create_variable_for_type_inference(dtype=x.dtype)
-    helper.append_op(type=name, inputs=inputs, outputs={"Out": out}, attrs={"algorithm": algorithm})
-    return out
 
 
 class _Cached(NamedTuple):
@@ -206,7 +119,7 @@ _memcmp = ctypes.CDLL(None).memcmp
 _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 
-@_as_one_operation
+@as_one_operation
 class FastDepthwiseConv2D(nn.Conv2D):
     """A depthwise `nn.Conv2D` that computes by `large_kernel_depthwise_conv2d`.
 
@@ -245,7 +158,7 @@ class FastDepthwiseConv2D(nn.Conv2D):
         if cached is not None and cached.size == size and _equal(cached.weight, weight):
             return cached.spectrum
         self._cached = None
-        if not _use_operator(self.impl, True):
+        if not use_operator(self.impl, True):
             return None
         library, shape = get_library(), _shape(x, weight)
         floats = library.spectrum_floats(shape)
@@ -274,7 +187,11 @@ def _is_plain(x, *parameters) -> bool:
     """Whether the C interface can work on their memory as it is."""
     return x.ndim == 4 and all(
         tensor is None
-        or (tensor.dtype == paddle.float32 and tensor.place.is_cpu_place() and tensor.is_contiguous())
+        or (
+            tensor.dtype == paddle.float32
+            and tensor.place.is_cpu_place()
+            and tensor.is_contiguous()
+        )
         for tensor in (x, *parameters)
     )
 
@@ -295,16 +212,12 @@ def is_eligible(layer: nn.Layer) -> bool:
         layer._groups == channels == layer._out_channels
         and height == width
         and height in KERNEL_SIZES
-        and _pair(layer._stride) == [1, 1]
-        and _pair(layer._dilation) == [1, 1]
+        and pair(layer._stride) == [1, 1]
+        and pair(layer._dilation) == [1, 1]
         and layer._padding_mode == "zeros"
         and layer._data_format == "NCHW"
-        and _pair(layer._padding) == [same, same]
+        and pair(layer._padding) == [same, same]
     )
-
-
-def _pair(value) -> list:
-    return list(value) if isinstance(value, (list, tuple)) else [value, value]
 
 
 def use_fast_depthwise_conv(model: nn.Layer, impl: str = "auto") -> int:
@@ -325,7 +238,7 @@ def use_fast_depthwise_conv(model: nn.Layer, impl: str = "auto") -> int:
         InputError: an unknown impl, or one that cannot be had here.
     """
     check_impl(impl)
-    fast = _use_operator(impl, paddle.device.get_device() == "cpu")
+    fast = use_operator(impl, paddle.device.get_device() == "cpu")
     layers = [layer for layer in model.sublayers(include_self=True) if is_eligible(layer)]
     for layer in layers:
         layer.__class__ = FastDepthwiseConv2D if fast else nn.Conv2D
@@ -334,13 +247,3 @@ def use_fast_depthwise_conv(model: nn.Layer, impl: str = "auto") -> int:
         if fast:
             layer.impl = impl
     return len(layers) if fast else 0
-
-
-def describe_operator() -> str:
-    """The operator in use, for the log.
-
-    Raises:
-        LibraryError: there is none.
-    """
-    library = get_library()
-    return f"compiled operator, {library.isa}, {library.threads} thread(s)"

@@ -57,6 +57,7 @@ class Library:
             ("lk_isa", integer, []),
             ("lk_peak_gflops", ctypes.c_double, [integer]),
             ("lk_op_set_threads", None, [integer]),
+            ("pw_available", integer, []),
         ):
             function = getattr(handle, name)
             function.restype, function.argtypes = result, arguments
@@ -67,6 +68,11 @@ class Library:
     def isa(self) -> str:
         """The instructions in use."""
         return ISA_NAMES[self._lk_isa()]
+
+    @property
+    def has_pointwise(self) -> bool:
+        """Whether Paddle's package has the oneDNN that 1x1 convolutions need."""
+        return bool(self._pw_available())
 
     def forward(self, shape, x, weight, bias, y, *, algorithm="auto", threads=None) -> None:
         """y = convolution; `shape` is (N, C, H, W, K), the others addresses, `bias` or None."""
@@ -123,7 +129,9 @@ def thread_count(environment=os.environ) -> int:
     wanted = environment.get(THREADS_VARIABLE)
     if wanted is not None:
         if not (wanted.isascii() and wanted.isdigit() and 1 <= int(wanted) <= 1024):
-            raise InputError(f"{THREADS_VARIABLE} is {wanted!r}; allowed: an integer from 1 to 1024")
+            raise InputError(
+                f"{THREADS_VARIABLE} is {wanted!r}; allowed: an integer from 1 to 1024"
+            )
         return int(wanted)
     here = environment.get("PADDLE_CURRENT_ENDPOINT", "").rpartition(":")[0]
     endpoints = environment.get("PADDLE_TRAINER_ENDPOINTS", "").split(",")
@@ -184,7 +192,9 @@ def self_test(library: Library) -> None:
             px, pweight, pbias, pdy, py, pdx, pdweight = pointers
             library.forward(shape, px, pweight, pbias, py, algorithm=algorithm)
             library.gradients(shape, px, pweight, pdy, pdx, pdweight, algorithm=algorithm)
-            for name, ours, right in zip(("forward", "input gradient", "weight gradient"), got, wanted):
+            for name, ours, right in zip(
+                ("forward", "input gradient", "weight gradient"), got, wanted
+            ):
                 error = np.abs(ours - right).max() / np.abs(right).max()
                 if not error <= tolerance:  # nor where it is no number
                     raise LibraryError(

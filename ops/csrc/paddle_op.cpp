@@ -1,8 +1,8 @@
-// The Paddle operator over large_kernel.h: types, shapes and memory; no arithmetic of its own.
+// The Paddle operators over large_kernel.h and pointwise.h: types, shapes and memory; no arithmetic
+// of their own.
 //
-// Two operators, with and without a bias, because optional inputs of custom operators differ
-// between Paddle's versions; and one for inference, which takes the weight as lk_make_spectrum
-// left it. The gradient operators always give all gradients.
+// The depthwise one comes with and without a bias, because optional inputs of custom operators
+// differ between Paddle's versions. The gradient operators always give all gradients.
 #include <atomic>
 #include <cstdint>
 #include <string>
@@ -11,6 +11,7 @@
 #include "large_kernel.h"
 #include "paddle/phi/api/ext/op_meta_info.h"
 #include "paddle/phi/api/include/api.h"
+#include "pointwise.h"
 
 namespace {
 
@@ -112,6 +113,44 @@ std::vector<Tensor> GradientsBias(const Tensor& x, const Tensor& weight, const T
   return gradients(x, weight, &bias, dy, algorithm);
 }
 
+pw_shape checked_pointwise(const Tensor& x, const Shape& weight) {
+  const Shape map = x.shape();
+  PD_CHECK(x.place().GetType() == phi::AllocationType::CPU,
+           "the pointwise convolution computes on CPU alone");
+  PD_CHECK(map.size() == 4 && map[1] > 0 && map[2] > 0 && map[3] > 0 && weight.size() == 4 &&
+               weight[0] > 0 && weight[1] == map[1] && weight[2] == 1 && weight[3] == 1,
+           "x must be (N, C, H, W) and weight (C', C, 1, 1); got ", text(map), " and ",
+           text(weight));
+  return {map[0], map[1], weight[0], map[2] * map[3]};
+}
+
+std::vector<Tensor> Pointwise(const Tensor& x, const Tensor& weight) {
+  const pw_shape shape = checked_pointwise(x, weight.shape());
+  const Tensor x32 = float32(x), weight32 = float32(weight);
+  Shape out = x.shape();
+  out[1] = shape.out_channels;
+  Tensor y = allocate(out);
+  check(pw_forward(&shape, x32.data<float>(), weight32.data<float>(), y.data<float>(),
+                   g_threads));
+  return {as_type(y, x.dtype())};
+}
+
+std::vector<Tensor> PointwiseGradients(const Tensor& x, const Tensor& weight, const Tensor& dy) {
+  const pw_shape shape = checked_pointwise(x, weight.shape());
+  const Tensor x32 = float32(x), weight32 = float32(weight), dy32 = float32(dy);
+  PD_CHECK(dy.numel() == shape.batch * shape.out_channels * shape.pixels, "the gradient is ",
+           text(dy.shape()), " for a map ", text(x.shape()), " and a weight ",
+           text(weight.shape()));
+  Tensor dx = allocate(x.shape()), dweight = allocate(weight.shape());
+  check(pw_gradients(&shape, x32.data<float>(), weight32.data<float>(), dy32.data<float>(),
+                     dx.data<float>(), dweight.data<float>(), g_threads));
+  return {as_type(dx, x.dtype()), as_type(dweight, weight.dtype())};
+}
+
+std::vector<Shape> PointwiseShape(const Shape& x, const Shape& weight) {
+  return {{x[0], weight[0], x[2], x[3]}};
+}
+
 std::vector<Shape> MapShape(const Shape& x, const Shape&) { return {x}; }
 std::vector<Shape> MapShapeBias(const Shape& x, const Shape&, const Shape&) { return {x}; }
 std::vector<DataType> MapType(const DataType& x, const DataType&) { return {x}; }
@@ -151,3 +190,15 @@ PD_BUILD_GRAD_OP(large_kernel_depthwise_conv2d_bias)
     .Outputs({paddle::Grad("X"), paddle::Grad("Weight"), paddle::Grad("Bias")})
     .Attrs({"algorithm: int"})
     .SetKernelFn(PD_KERNEL(GradientsBias));
+
+PD_BUILD_OP(pointwise_conv2d)
+    .Inputs({"X", "Weight"})
+    .Outputs({"Out"})
+    .SetKernelFn(PD_KERNEL(Pointwise))
+    .SetInferShapeFn(PD_INFER_SHAPE(PointwiseShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(MapType));
+
+PD_BUILD_GRAD_OP(pointwise_conv2d)
+    .Inputs({"X", "Weight", paddle::Grad("Out")})
+    .Outputs({paddle::Grad("X"), paddle::Grad("Weight")})
+    .SetKernelFn(PD_KERNEL(PointwiseGradients));
