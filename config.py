@@ -164,6 +164,9 @@ _KEYS: dict[str, tuple[Any, Rule]] = {
     "MODEL.OUT_INDICES": (None, optional(several(integer(0, 3)))),  # stages; None: a classifier
     "MODEL.SYNC_BN": (False, boolean()),  # batch statistics over all GPUs of a training run
     "MODEL.RECOMPUTE": (False, boolean()),  # (+) less memory in training, about a third more time
+    "MODEL.CONV_IMPL": ("auto", choice("auto", "paddle", "direct", "fft")),  # (+) convolutions on
+    # CPU by the compiled operators where there are any, by these with that algorithm for the
+    # depthwise ones or not at all, or by Paddle's own, which GPUs always use
     "TRAIN.LAST_EPOCH": (0, integer(0)),  # epochs already trained, where weights do not tell
     "TRAIN.NUM_EPOCHS": (300, integer(1)),
     "TRAIN.WARMUP_EPOCHS": (10, integer(0)),

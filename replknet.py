@@ -140,12 +140,13 @@ class ReparamLargeKernelConv(nn.Layer):
             weight = weight + F.pad(small_weight, [margin] * 4)
             bias = bias + small_bias
             del self.small_kernel_conv
-        channels, dtype = weight.shape[0], self.large_kernel_origin.conv.weight.dtype
+        merged = self.large_kernel_origin.conv  # stays the kind of layer that it has become
+        dtype = merged.weight.dtype
+        merged.bias = merged.create_parameter([weight.shape[0]], is_bias=True, dtype=dtype)
+        merged.weight.set_value(weight.astype(dtype))
+        merged.bias.set_value(bias.astype(dtype))
         del self.large_kernel_origin
-        self.large_kernel_reparam = conv2d(channels, channels, large, groups=channels, bias=True)
-        self.large_kernel_reparam.to(dtype=dtype)
-        self.large_kernel_reparam.weight.set_value(weight.astype(dtype))
-        self.large_kernel_reparam.bias.set_value(bias.astype(dtype))
+        self.large_kernel_reparam = merged
 
 
 def fuse_conv_norm(layer: ConvNorm) -> tuple[paddle.Tensor, paddle.Tensor]:

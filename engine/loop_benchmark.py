@@ -8,6 +8,7 @@ from datasets import TrainBatches
 from engine.precision import Precision
 from engine.train import train_epoch
 from losses import LabelSmoothingCrossEntropy
+from ops import use_fast_depthwise_conv, use_fast_pointwise_conv
 from optim.optimizer import build_optimizer
 from replknet import build_replknet
 
@@ -49,6 +50,8 @@ def time_train_loop(config, *, steps: int, rounds: int) -> dict[str, list[float]
     def parts():
         paddle.seed(config.SEED)
         model = build_replknet(config)
+        use_fast_depthwise_conv(model, config.MODEL.CONV_IMPL)
+        use_fast_pointwise_conv(model, config.MODEL.CONV_IMPL)
         model.train()
         return model, build_optimizer(config, model, lr=1e-4)
 

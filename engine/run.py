@@ -39,6 +39,7 @@ from engine.train import Step, train_epoch
 from errors import InputError
 from loader import Loader
 from losses import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from ops import describe_operator, use_fast_depthwise_conv, use_fast_pointwise_conv
 from optim.ema import ModelEma
 from optim.optimizer import build_optimizer, load_optimizer_state, master_weights, optimizer_state
 from optim.schedule import base_learning_rate, get_lr
@@ -421,7 +422,8 @@ def build_loader(config, *, is_train: bool) -> Loader:
 
 
 def build_network(config) -> RepLKNet:
-    """The network on this process's device, with synchronized BN where that applies."""
+    """The network on this process's device, with fast convolutions and synchronized BN where those
+    apply."""
     several_gpus = distributed.on_gpu() and distributed.world_size() > 1
     sync_bn = config.MODEL.SYNC_BN and several_gpus and not config.EVAL
     if config.MODEL.SYNC_BN and distributed.world_size() > 1 and not several_gpus:
@@ -429,7 +431,19 @@ def build_network(config) -> RepLKNet:
             "MODEL.SYNC_BN needs GPUs: each process normalizes by its own batches, "
             "and running statistics are averaged over the processes"
         )
-    return build_replknet(config, sync_bn=sync_bn)
+    model = build_replknet(config, sync_bn=sync_bn)
+    depthwise = use_fast_depthwise_conv(model, config.MODEL.CONV_IMPL)
+    pointwise = use_fast_pointwise_conv(model, config.MODEL.CONV_IMPL)
+    if depthwise:
+        logger.info(
+            "%d depthwise and %d 1x1 convolutions by the %s",
+            depthwise,
+            pointwise,
+            describe_operator(),
+        )
+    else:
+        logger.info("all convolutions are Paddle's own")
+    return model
 
 
 def build_precision(config) -> Precision:
