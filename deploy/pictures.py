@@ -1,5 +1,6 @@
 """Pictures with what the network says of them drawn beside, and heat maps drawn over them."""
 
+import functools
 import os
 from collections.abc import Sequence
 
@@ -155,7 +156,12 @@ def save(picture: Image.Image, path: str) -> None:
 
 def font_for(text: str, pixels: int) -> ImageFont.ImageFont:
     """A font that has the letters of `text`, where the system has one."""
-    if not text.isascii():
+    return _font(text.isascii(), pixels)
+
+
+@functools.lru_cache
+def _font(is_ascii: bool, pixels: int) -> ImageFont.ImageFont:
+    if not is_ascii:
         for name in _WIDE_FONTS:
             try:
                 return ImageFont.truetype(name, pixels)

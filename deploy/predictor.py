@@ -72,7 +72,9 @@ class Predictor:
         sidecar = self.backend.sidecar
         self.transform = sidecar.build_eval_transform()
         self.num_classes = sidecar.num_classes
-        self.class_names = sidecar.class_names or [str(i) for i in range(self.num_classes)]
+        names = sidecar.class_names or map(str, range(self.num_classes))
+        # JSON has text that no file can hold: halves of letters.
+        self.class_names = [name.encode("utf-8", "replace").decode() for name in names]
 
     def preprocess(self, image) -> np.ndarray:
         """A path, an array (H, W, 3) uint8 or a Pillow image -> (3, size, size) float32.

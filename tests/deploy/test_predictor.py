@@ -146,6 +146,12 @@ def test_class_names_come_from_the_model(network, tmp_path):
     assert result["pred_class"] == names[result["pred_label"]]
 
 
+def test_class_names_of_halves_of_letters_become_text(network):
+    names = ["\ud800", *"bcdefghi"]
+    backend = deploy.open_backend(network, "dygraph", config=network.config, class_names=names)
+    assert Predictor(backend).class_names == ["?", *"bcdefghi"]
+
+
 @pytest.mark.parametrize(
     "image", ["README.md", np.zeros((3, 8, 8), "uint8")], ids=["file", "array"]
 )
