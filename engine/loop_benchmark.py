@@ -1,8 +1,12 @@
-"""What the training loop costs beside the network: it, and nothing but it, on the same batches."""
+"""What the training loop costs beside the network, and what the network's convolutions cost."""
+
+import time
+from functools import partial
 
 import numpy as np
 import paddle
 
+from analysis.conv_speed import seconds_by_layer
 from analysis.timing import time_in_turn
 from datasets import TrainBatches
 from engine.precision import Precision
@@ -86,3 +90,67 @@ def time_train_loop(config, *, steps: int, rounds: int) -> dict[str, list[float]
 
     seconds = time_in_turn({"loop": loop, "bare": bare}, rounds=rounds)
     return {name: [s / steps for s in values] for name, values in seconds.items()}
+
+
+def time_network(config, *, forward_batch: int, step_batch: int, rounds: int):
+    """Time a network with the compiled operators and with Paddle's own convolutions, in turn.
+
+    Args:
+        config: the network and optimizer.
+        forward_batch: images of a forward pass in evaluation mode.
+        step_batch: images of a training step: forward, backward, optimizer.
+        rounds: how often each is timed.
+
+    Returns:
+        Seconds by what was timed and implementation; and seconds of one run with the operators by
+        parts: forward in evaluation by kinds of layer, the training step by its three parts.
+    """
+    models, seconds, parts = {}, {}, {}
+    for name, impl in (("operators", "auto"), ("Paddle's own", "paddle")):
+        paddle.seed(config.SEED)
+        models[name] = model = build_replknet(config)
+        use_fast_depthwise_conv(model, impl)
+        use_fast_pointwise_conv(model, impl)
+    rng = np.random.default_rng(config.SEED)
+    side = config.DATA.IMAGE_SIZE
+    images = paddle.to_tensor(rng.normal(size=(forward_batch, 3, side, side)).astype("float32"))
+
+    def forward(model):
+        with paddle.no_grad():
+            return model(images)
+
+    for model in models.values():
+        model.eval()
+    what = f"forward, batch {forward_batch}"
+    seconds[what] = time_in_turn(
+        {name: partial(forward, model) for name, model in models.items()}, rounds=rounds
+    )
+    ours = models["operators"]
+    parts[what] = seconds_by_layer(ours, partial(forward, ours))
+
+    images_of_step = paddle.to_tensor(
+        rng.normal(size=(step_batch, 3, side, side)).astype("float32")
+    )
+    labels = paddle.to_tensor(rng.integers(0, config.MODEL.NUM_CLASSES, step_batch))
+    criterion = LabelSmoothingCrossEntropy(config.TRAIN.SMOOTHING)
+    optimizers = {name: build_optimizer(config, m, lr=1e-4) for name, m in models.items()}
+
+    def step(name):
+        times = [time.perf_counter()]
+        loss = criterion(models[name](images_of_step), labels)
+        times.append(time.perf_counter())
+        loss.backward()
+        times.append(time.perf_counter())
+        optimizers[name].step()
+        optimizers[name].clear_grad()
+        times.append(time.perf_counter())
+        return dict(zip(("forward", "backward", "optimizer"), np.diff(times)))
+
+    for model in models.values():
+        model.train()
+    what = f"training step, batch {step_batch}"
+    seconds[what] = time_in_turn({name: partial(step, name) for name in models}, rounds=rounds)
+    parts[what] = step("operators")
+    what = f"forward of a training step, batch {step_batch}"
+    parts[what] = seconds_by_layer(ours, lambda: ours(images_of_step))
+    return seconds, parts

@@ -1,5 +1,6 @@
 """Puts the repository's root on the path, and makes tiny configurations and data sets."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -8,6 +9,27 @@ import pytest
 from tiny import ROOT, TINY, make_data
 
 sys.path.insert(0, str(ROOT))
+
+
+def pytest_sessionstart(session):
+    """Compile the operators before anything runs: a run and its repetition must both have them."""
+    from ops.build import BuildError, build
+
+    with contextlib.suppress(BuildError):  # the tests that need them are skipped and say why
+        build()
+
+
+@pytest.fixture
+def operators():
+    """The compiled operators; skips where there are none for want of a compiler."""
+    from ops.build import BuildError, find_compiler
+    from ops.library import get_library
+
+    try:
+        find_compiler()
+    except BuildError as error:
+        pytest.skip(str(error))
+    return get_library()
 
 
 @pytest.fixture(scope="session")

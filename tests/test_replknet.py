@@ -10,6 +10,7 @@ import pytest
 from tiny import FIXTURES, ROOT
 
 from config import get_config
+from ops import use_fast_depthwise_conv, use_fast_pointwise_conv
 from replknet import RepLKNet, build_replknet
 
 REFERENCE_CONFIG = """
@@ -84,9 +85,12 @@ assert np.abs(logits.numpy() - expected['logits']).max() < 1e-4
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("impl", ["paddle", "auto", "direct", "fft"])
 @pytest.mark.parametrize("name", REFERENCES)
-def test_logits_and_every_stage_map_equal_the_reference(name, tmp_path):
+def test_logits_and_every_stage_map_equal_the_reference(name, impl, tmp_path, operators):
     model, images, expected = reference(name, tmp_path)
+    assert bool(use_fast_depthwise_conv(model, impl)) == (impl != "paddle")
+    assert bool(use_fast_pointwise_conv(model, impl)) == (impl != "paddle")
     with paddle.no_grad():
         logits, maps = model(images), model.extract_feat(images)
     np.testing.assert_allclose(logits.numpy(), expected["logits"], atol=1e-4)

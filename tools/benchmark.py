@@ -9,6 +9,7 @@ import tempfile
 import paddle
 import PIL
 
+from analysis.conv_speed import GRID, GRID_LAYERS, STAGES, ConvCase, time_conv
 from analysis.data_rate import PLAIN, core_seconds, loader_seconds, make_photographs
 from analysis.timing import describe_machine, median_ratio, summarize
 from config import get_config, update_config
@@ -23,9 +24,10 @@ from deploy.inference_benchmark import (
     time_backends,
     write_json,
 )
-from engine.loop_benchmark import time_train_loop
+from engine.loop_benchmark import time_network, time_train_loop
 from errors import InputError
 from loader import Loader
+from ops import LibraryError, get_library
 from replknet import build_replknet
 from zoo.run_folder import run_config_file
 
@@ -45,6 +47,7 @@ def train_loop(args) -> None:
 
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_31B = os.path.join(ROOT, "configs", "replknet_31b.yaml")
 PHOTOGRAPH = os.path.join(ROOT, "tests", "fixtures", "images", "landscape_499x375.jpg")
 
 
@@ -91,6 +94,70 @@ def data(args) -> None:
                 f"{f'training loader, {workers} worker(s)':34}{1 / statistics.median(values):9.0f}"
                 f"{median_ratio(seconds[1], values):28.2f} times one"
             )
+
+
+def conv(args) -> None:
+    """Print how fast depthwise convolutions are beside Paddle's, by pass and algorithm."""
+    if min(args.rounds, args.batch) < 1:
+        raise InputError(f"--rounds {args.rounds} --batch {args.batch}; allowed: integers >= 1")
+    library = _library()
+    print(describe_machine())
+    peak = library.peak_gflops(library.threads)
+    print(
+        f"{library.isa}, {library.threads} thread(s) (LARGE_KERNEL_THREADS), measured peak "
+        f"{peak:.0f} GFLOP/s; GFLOP/s of taps inside the map"
+    )
+    shapes = {"stages": STAGES, "grid": GRID, "all": (*STAGES, *GRID)}[args.shapes]
+    print(
+        f"{'shape':>20} {'pass':17}{'by':20}{'ms':>9}{'from':>9}{'to':>9}{'GFLOP/s':>9}"
+        f"{'of peak':>9}{'Paddle/it':>11}{f'{GRID_LAYERS} layers':>11}"
+    )
+    for channels, side, kernel in shapes:
+        case = ConvCase(args.batch, channels, side, kernel)
+        for name, by_impl in time_conv(case, rounds=args.rounds).items():
+            work = case.useful_flops * (2 if name == "both gradients" else 1)
+            which = "forward" if name == "forward" else "gradients"
+            chosen = library.choose(case.shape, which)
+            for impl, seconds in by_impl.items():
+                timing = summarize(seconds)
+                rate = work / timing.median_seconds / 1e9
+                print(
+                    f"{f'{args.batch}x{channels}x{side}x{side} K{kernel}':>20} {name:17}"
+                    f"{impl + (' (auto)' if impl == chosen else ''):20}"
+                    f"{1e3 * timing.median_seconds:9.3f}{1e3 * timing.min_seconds:9.3f}"
+                    f"{1e3 * timing.max_seconds:9.3f}{rate:9.1f}{rate / peak:9.2f}"
+                    f"{median_ratio(by_impl['paddle'], seconds):11.1f}"
+                    f"{f'{GRID_LAYERS * 1e3 * timing.median_seconds:.1f} ms':>11}",
+                    flush=True,
+                )
+
+
+def network(args) -> None:
+    """Print how fast a network is with and without the compiled operators, and where time goes."""
+    config = update_config(get_config(args.cfg), args)
+    if args.rounds < 1:
+        raise InputError(f"--rounds {args.rounds}; allowed: an integer >= 1")
+    library = _library()
+    print(describe_machine())
+    print(f"{library.isa}, {library.threads} thread(s) (LARGE_KERNEL_THREADS)")
+    seconds, kinds = time_network(
+        config, forward_batch=args.forward_batch, step_batch=args.step_batch, rounds=args.rounds
+    )
+    for what, by_impl in seconds.items():
+        for impl, values in by_impl.items():
+            ratio = median_ratio(by_impl["Paddle's own"], values)
+            print(f"{what}, {impl}: {summarize(values)}, Paddle's own/it {ratio:.2f}")
+    for what, by_kind in kinds.items():
+        print(f"{what}:")
+        for kind, value in sorted(by_kind.items(), key=lambda item: -item[1]):
+            print(f"    {kind:36}{1e3 * value:9.1f} ms")
+
+
+def _library():
+    try:
+        return get_library()
+    except LibraryError as error:
+        raise InputError(f"nothing to measure: {error}") from None
 
 
 def _data_jobs(train, val) -> dict:
@@ -159,9 +226,7 @@ def main(argv: list[str] | None = None) -> int:
         help="images/s of the input pipeline beside plain JPEG decoding",
         epilog="example: python -m tools.benchmark data --workers 2",
     )
-    pipeline.add_argument(
-        "-cfg", "--cfg", default=os.path.join(ROOT, "configs", "replknet_31b.yaml"), metavar="FILE"
-    )
+    pipeline.add_argument("-cfg", "--cfg", default=_31B, metavar="FILE")
     pipeline.add_argument("--rounds", type=int, default=50, help="of 20 images (%(default)s)")
     pipeline.add_argument(
         "--workers",
@@ -194,6 +259,31 @@ def main(argv: list[str] | None = None) -> int:
     infer.add_argument("--chart", metavar="FILE", help="draw them there, e.g. inference.png")
     infer.add_argument("-opts", "--opts", nargs="+", metavar="KEY VALUE", help="other keys")
     infer.set_defaults(run=inference)
+    layers = what.add_parser(
+        "conv",
+        help="depthwise convolutions on CPU, by pass and algorithm, beside Paddle's",
+        epilog="example: python -m tools.benchmark conv --shapes stages --batch 8",
+    )
+    layers.add_argument(
+        "--shapes",
+        choices=("stages", "grid", "all"),
+        default="all",
+        help="the stages of RepLKNet-31B at 224, the grid of the paper's Table 5, or both",
+    )
+    layers.add_argument("--batch", type=int, default=1, help="images (%(default)s)")
+    layers.add_argument("--rounds", type=int, default=5, help="of each (%(default)s)")
+    layers.set_defaults(run=conv)
+    whole = what.add_parser(
+        "network",
+        help="a network on CPU, with and without the compiled operators, and where its time goes",
+        epilog="example: python -m tools.benchmark network -cfg configs/replknet_31b.yaml",
+    )
+    whole.add_argument("-cfg", "--cfg", default=_31B, metavar="FILE")
+    whole.add_argument("--rounds", type=int, default=5, help="of each (%(default)s)")
+    whole.add_argument("--forward_batch", type=int, default=1, help="images (%(default)s)")
+    whole.add_argument("--step_batch", type=int, default=4, help="images (%(default)s)")
+    whole.add_argument("-opts", "--opts", nargs="+", metavar="KEY VALUE", help="other keys")
+    whole.set_defaults(run=network)
     args = parser.parse_args(argv)
     try:
         args.run(args)

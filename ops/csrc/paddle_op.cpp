@@ -88,7 +88,7 @@ std::vector<Tensor> gradients(const Tensor& x, const Tensor& weight, const Tenso
                      dx.data<float>(), dweight.data<float>(), algorithm, g_threads));
   std::vector<Tensor> out = {as_type(dx, x.dtype()), as_type(dweight, weight.dtype())};
   if (bias) {
-    const Tensor sums = paddle::experimental::sum(dy32, {0, 2, 3}, DataType::FLOAT32, false);
+    const Tensor sums = paddle::experimental::sum(dy32, {0, 2, 3}, DataType::FLOAT64, false);
     out.push_back(as_type(sums, bias->dtype()));
   }
   return out;

@@ -39,18 +39,24 @@ LK_INLINE V tap_weight(const float* weight, ptrdiff_t tap) {
   return TAP == 1 ? broadcast(weight[tap]) : load(weight + tap * TAP);
 }
 
-// One row of samples, for those results LO..HI of R rows that it matters to.
+// One tap of a row of samples, for those results LO..HI of R rows that it matters to.
+template <int TAP, int LO, int HI, int NJ>
+LK_INLINE void slide_tap(const Slide& s, const float* x, int t, int cols, int v, V (*acc)[NJ]) {
+  V xv[NJ];
+  LK_UNROLL for (int n = 0; n < NJ; ++n) xv[n] = load(x + n * L + v * TAP);
+  LK_UNROLL for (int a = LO; a <= HI; ++a) {
+    const V w = tap_weight<TAP>(s.weight, static_cast<ptrdiff_t>(t - a) * cols + v);
+    LK_UNROLL for (int n = 0; n < NJ; ++n) acc[a][n] = fma(xv[n], w, acc[a][n]);
+  }
+}
+
 template <int TAP, int COLS, int LO, int HI, int NJ>
 LK_INLINE void slide_row(const Slide& s, const float* x, int t, V (*acc)[NJ]) {
-  const int cols = COLS ? COLS : s.kernel_cols;
-  const float* weight = s.weight;
-  LK_UNROLL for (int v = 0; v < cols; ++v) {
-    V xv[NJ];
-    LK_UNROLL for (int n = 0; n < NJ; ++n) xv[n] = load(x + n * L + v * TAP);
-    LK_UNROLL for (int a = LO; a <= HI; ++a) {
-      const V w = tap_weight<TAP>(weight, static_cast<ptrdiff_t>(t - a) * cols + v);
-      LK_UNROLL for (int n = 0; n < NJ; ++n) acc[a][n] = fma(xv[n], w, acc[a][n]);
-    }
+  if (COLS) {
+    LK_UNROLL for (int v = 0; v < COLS; ++v) slide_tap<TAP, LO, HI, NJ>(s, x, t, COLS, v, acc);
+  } else {
+    for (int v = 0; v < s.kernel_cols; ++v)
+      slide_tap<TAP, LO, HI, NJ>(s, x, t, s.kernel_cols, v, acc);
   }
 }
 
@@ -120,7 +126,7 @@ void slide_rows(const Slide& s, int i0) {
 template <int TAP, int COLS>
 void slide_plane(const Slide& s) {
   if (s.height < 4) {
-    for (int i = 0; i < s.height; ++i) slide_rows<TAP, COLS, 1>(s, i);
+    for (int i = 0; i < s.height; ++i) slide_rows<TAP, 0, 1>(s, i);
     return;
   }
   // The last rows may be computed twice.
@@ -183,35 +189,31 @@ void slide_gradient_block(const SlideGradient& s, int u0, int v0) {
   }
 }
 
+// An odd number of rows or columns is a sum of threes and fours, or 1.
+LK_INLINE int piece(int rest) { return rest == 1 || rest == 5 ? 1 : rest % 4 == 0 ? 4 : 3; }
+
 template <int TAP, int NU>
-void slide_gradient_rows(const SlideGradient& s, int u0) {
-  for (int v = 0; v < s.kernel_cols;) {
-    switch (s.kernel_cols - v) {
-      case 1: slide_gradient_block<TAP, NU, 1>(s, u0, v); v += 1; break;
-      case 2: slide_gradient_block<TAP, NU, 2>(s, u0, v); v += 2; break;
-      case 3: slide_gradient_block<TAP, NU, 3>(s, u0, v); v += 3; break;
-      case 4: slide_gradient_block<TAP, NU, 4>(s, u0, v); v += 4; break;
-      case 5: slide_gradient_block<TAP, NU, 5>(s, u0, v); v += 5; break;
-      case 6: slide_gradient_block<TAP, NU, 6>(s, u0, v); v += 6; break;
-      case 8:
-      case 9: slide_gradient_block<TAP, NU, 5>(s, u0, v); v += 5; break;
-      default: slide_gradient_block<TAP, NU, 7>(s, u0, v); v += 7; break;
+void slide_gradient_rows(const SlideGradient& s, int u) {
+  for (int v = 0; v < s.kernel_cols; v += piece(s.kernel_cols - v)) {
+    switch (piece(s.kernel_cols - v)) {
+      case 1: slide_gradient_block<TAP, NU, 1>(s, u, v); break;
+      case 3: slide_gradient_block<TAP, NU, 3>(s, u, v); break;
+      default: slide_gradient_block<TAP, NU, 4>(s, u, v);
     }
   }
 }
 
 template <int TAP>
 void slide_gradient(const SlideGradient& s) {
-  if (L == 16 && s.kernel_rows == 5 && s.kernel_cols == 5) {  // 31 registers
+  if (s.kernel_rows == 5 && s.kernel_cols == 5) {  // 31 registers of 32, where there are so many
     slide_gradient_block<TAP, 5, 5>(s, 0, 0);
     return;
   }
-  for (int u = 0; u < s.kernel_rows;) {
-    switch (s.kernel_rows - u) {
-      case 1: slide_gradient_rows<TAP, 1>(s, u); u += 1; break;
-      case 2:
-      case 4: slide_gradient_rows<TAP, 2>(s, u); u += 2; break;
-      default: slide_gradient_rows<TAP, 3>(s, u); u += 3; break;
+  for (int u = 0; u < s.kernel_rows; u += piece(s.kernel_rows - u)) {
+    switch (piece(s.kernel_rows - u)) {
+      case 1: slide_gradient_rows<TAP, 1>(s, u); break;
+      case 3: slide_gradient_rows<TAP, 3>(s, u); break;
+      default: slide_gradient_rows<TAP, 4>(s, u);
     }
   }
 }

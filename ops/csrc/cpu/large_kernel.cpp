@@ -1,6 +1,7 @@
 #include "../large_kernel.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 #include <atomic>
 #include <chrono>
@@ -205,6 +206,11 @@ int lk_gradients(const lk_shape* s, const float* x, const float* weight, const f
   if (!valid(s) || !valid(algorithm, threads)) return LK_BAD_ARGUMENT;
   if ((dx && !weight) || (s->batch > 0 && (!dy || (dweight && !x)))) return LK_BAD_ARGUMENT;
   if (!dx && !dweight) return LK_OK;
+  if (s->batch == 0) {
+    if (dweight)
+      memset(dweight, 0, sizeof(float) * static_cast<size_t>(s->channels * s->kernel * s->kernel));
+    return LK_OK;
+  }
   Job job;
   job.kernels = &kernels();
   describe(*s, &job.task);

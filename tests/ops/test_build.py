@@ -1,0 +1,215 @@
+"""Building and loading the library: once, whole, and everything goes on where it fails."""
+
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tiny import ROOT
+
+from errors import InputError
+from ops import build as build_module
+from ops.build import BuildError, build
+from ops.library import LibraryError, self_test, thread_count
+
+FAKE_COMPILER = """#!/bin/sh
+# Writes an empty file where a compiler would write its output, and counts.
+[ "$1" = --version ] && { echo fake 1.0; exit 0; }
+echo call >> "$CALLS"
+while [ $# -gt 1 ]; do
+    [ "$1" = -o ] && : > "$2"
+    shift
+done
+sleep 0.1
+"""
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """A compiler of no code into a folder of its own; returns the file where it counts."""
+    compiler = tmp_path / "fake-c++"
+    compiler.write_text(FAKE_COMPILER)
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    monkeypatch.setattr(build_module, "BUILD_FOLDER", tmp_path / "build")
+    return tmp_path / "calls"
+
+
+def test_is_built_once_and_kept(fake):
+    library, seconds = build()
+    calls = fake.read_text()
+    assert library.exists() and seconds > 0
+    assert len(calls.splitlines()) == len(build_module.sources()) + 1  # and the linking
+    assert build() == (library, 0.0)
+    assert fake.read_text() == calls
+    assert build_module.find_library() == library
+
+
+def test_several_processes_build_once(fake):
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=build) for _ in range(4)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0] * 4
+    assert len(fake.read_text().splitlines()) == len(build_module.sources()) + 1
+    left = {path.suffix for path in build_module.BUILD_FOLDER.iterdir()}
+    assert left == {".so", ".o", ""}  # the lock has no suffix; no temporary folder stays
+
+
+def test_another_paddle_shares_the_kernels_and_not_the_library(fake, tmp_path, monkeypatch):
+    first, _ = build()
+    calls = len(fake.read_text().splitlines())
+    other = tmp_path / "paddle"
+    (other / "version").mkdir(parents=True)
+    (other / "version" / "__init__.py").write_text("full_version = '9.9'")
+    monkeypatch.setattr(build_module, "paddle_folder", lambda: other)
+    assert build_module.find_library() is None
+    second, _ = build()
+    assert second != first
+    assert len(fake.read_text().splitlines()) == calls + 2  # the operator, and the linking
+
+
+def test_another_compiler_makes_another_library(fake):
+    first, _ = build()
+    path = os.environ["CXX"]
+    with open(path) as file:
+        text = file.read()
+    with open(path, "w") as file:
+        file.write(text.replace("fake 1.0", "fake 2.0"))
+    assert build()[0] != first
+
+
+@pytest.mark.parametrize(
+    "compiler, told",
+    [
+        ("no-such-compiler", "CXX=no-such-compiler is no program"),
+        ("false", "false failed with status 1"),
+    ],
+)
+def test_failure_is_told_and_remembered(fake, monkeypatch, compiler, told):
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(BuildError, match=told):
+        build()
+    assert build_module.find_library() is None
+    assert told in build_module.why_missing() and "ops.build" in build_module.why_missing()
+    monkeypatch.setenv("CXX", str(fake.parent / "fake-c++"))
+    assert build()[0] == build_module.find_library()
+
+
+def test_no_compiler_at_all_is_told(fake, monkeypatch):
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(fake.parent))
+    with pytest.raises(BuildError, match="no C.. compiler: none of c.., g.., clang.."):
+        build()
+
+
+def checkout(folder):
+    """A copy of what the network needs, with nothing built."""
+    for name in ("ops", "errors.py", "config.py", "replknet.py"):
+        source = ROOT / name
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        copy(source, folder / name)
+    return folder
+
+
+def run(code, folder, **environment):
+    return subprocess.run(
+        [sys.executable, *code],
+        cwd=folder,
+        text=True,
+        capture_output=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def test_without_the_library_all_works_and_one_line_says_why(tmp_path):
+    folder = checkout(tmp_path)
+    done = run(["ops/build.py"], folder, CXX="false")
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("no fast depthwise convolution, false failed with status 1: ")
+    assert done.stderr.endswith("; all works without, by Paddle's own\n")
+    code = """
+import logging
+logging.basicConfig(format="%(message)s")
+import paddle
+from replknet import RepLKNet
+from ops import use_fast_depthwise_conv, use_fast_pointwise_conv
+model = RepLKNet(large_kernel_sizes=[7] * 4, layers=[1] * 4, channels=[4] * 4)
+assert use_fast_depthwise_conv(model) == use_fast_pointwise_conv(model) == 0
+assert model(paddle.randn([1, 3, 32, 32])).shape == [1, 1000]
+"""
+    done = run(["-W", "ignore", "-c", code], folder)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "operator" in line]
+    assert len(lines) == 1 and "false failed with status 1" in lines[0]
+
+
+def test_damaged_library_is_not_used(fake):
+    """The fake compiler's is empty."""
+    build()
+    folder = checkout(fake.parent / "copy") if (fake.parent / "copy").mkdir() is None else None
+    shutil.copytree(build_module.BUILD_FOLDER, folder / "build" / "ops")
+    code = """
+import ops
+try:
+    ops.get_library()
+except ops.LibraryError as error:
+    print("told:", error)
+"""
+    done = run(["-W", "ignore", "-c", code], folder)
+    assert "told:" in done.stdout and "large_kernel" in done.stdout, done.stderr
+
+
+class Wrong:
+    """The library, with an error in one pass."""
+
+    def __init__(self, library, broken, change):
+        self.library, self.broken, self.change = library, broken, change
+
+    def _call(self, name, shape, *pointers, algorithm):
+        getattr(self.library, name)(shape, *pointers, algorithm=algorithm)
+        if (name, algorithm) == self.broken:
+            import ctypes
+
+            batch, channels, height, width, _ = shape
+            address = pointers[-1] if name == "forward" else pointers[-2]
+            buffer = (ctypes.c_float * (batch * channels * height * width)).from_address(address)
+            values = np.frombuffer(buffer, "float32")
+            values[-1] = self.change(values[-1])
+
+    def forward(self, *arguments, **options):
+        self._call("forward", *arguments, **options)
+
+    def gradients(self, *arguments, **options):
+        self._call("gradients", *arguments, **options)
+
+
+@pytest.mark.parametrize("change", [lambda v: v + 0.01, lambda v: np.float32("nan")])
+@pytest.mark.parametrize("broken", [("forward", "direct"), ("gradients", "fft")])
+def test_self_test_finds_one_wrong_value(operators, broken, change):
+    self_test(operators)
+    with pytest.raises(LibraryError, match="self-test failed: " + broken[1]):
+        self_test(Wrong(operators, broken, change))
+
+
+def test_threads_are_this_process_cores_shared_by_local_processes():
+    cores = len(os.sched_getaffinity(0))
+    assert thread_count({}) == cores
+    assert thread_count({"OMP_NUM_THREADS": "1"}) == cores
+    assert thread_count({"LARGE_KERNEL_THREADS": "3"}) == 3
+    launched = {
+        "PADDLE_CURRENT_ENDPOINT": "10.0.0.1:6170",
+        "PADDLE_TRAINER_ENDPOINTS": "10.0.0.1:6170,10.0.0.1:6171,10.0.0.2:6170,10.0.0.2:6171",
+    }
+    assert thread_count(launched) == max(1, cores // 2)
+    for wrong in ("0", "-1", "many", "2.5", ""):
+        with pytest.raises(InputError, match="LARGE_KERNEL_THREADS"):
+            thread_count({"LARGE_KERNEL_THREADS": wrong})

@@ -1,0 +1,106 @@
+"""The 1x1 convolution against float64."""
+
+import numpy as np
+import paddle
+import pytest
+from double_precision import conv_and_gradients, relative_error
+from paddle import nn
+
+from ops import pointwise_conv2d, use_fast_pointwise_conv
+
+pytestmark = pytest.mark.usefixtures("operators")
+
+
+def ours(x, weight, dy):
+    tensors = [paddle.to_tensor(a) for a in (x, weight)]
+    for tensor in tensors:
+        tensor.stop_gradient = False
+    y = pointwise_conv2d(*tensors)
+    return [t.numpy() for t in (y, *paddle.grad(y, tensors, paddle.to_tensor(dy)))]
+
+
+@pytest.mark.parametrize(
+    "batch, channels, out_channels, height, width",
+    [(1, 128, 512, 56, 56), (2, 512, 128, 28, 28), (3, 1024, 300, 7, 7), (1, 1, 1, 1, 1)]
+    + [tuple(map(int, np.random.default_rng(i).integers(1, 90, 5))) for i in range(20)],
+)
+def test_output_and_gradients_equal_float64(batch, channels, out_channels, height, width):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((batch, channels, height, width), "float32")
+    weight = rng.standard_normal((out_channels, channels, 1, 1), "float32")
+    dy = rng.standard_normal((batch, out_channels, height, width), "float32")
+    for got, wanted in zip(ours(x, weight, dy), conv_and_gradients(x, weight, dy, groups=1)):
+        assert relative_error(got, wanted) < 2e-6
+
+
+def test_bits_do_not_depend_on_the_number_of_threads(operators):
+    x, weight, dy = paddle.randn([2, 96, 14, 14]), paddle.randn([160, 96, 1, 1]), None
+    dy = paddle.randn([2, 160, 14, 14])
+    results = set()
+    try:
+        for threads in range(1, 9):
+            operators._lk_op_set_threads(threads)
+            results.add(b"".join(a.tobytes() for a in ours(x.numpy(), weight.numpy(), dy.numpy())))
+    finally:
+        operators._lk_op_set_threads(operators.threads)
+    assert len(results) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_float32_rounded_at_the_end(dtype):
+    x, weight = paddle.randn([2, 5, 9, 8]).astype(dtype), paddle.randn([7, 5, 1, 1])
+    y = pointwise_conv2d(x, weight)
+    assert y.dtype == x.dtype
+    assert (y == pointwise_conv2d(x.astype("float32"), weight).astype(dtype)).all()
+
+
+def test_swapped_layer_gives_what_it_gave_before():
+    layers = [
+        nn.Conv2D(12, 20, 1),
+        nn.Conv2D(20, 8, 1, bias_attr=False),
+        nn.Conv2D(8, 8, 1, groups=2),  # not eligible, and neither are those below
+        nn.Conv2D(8, 8, 3, padding=1),
+        nn.Conv2D(8, 8, 1, stride=2),
+        nn.Conv2D(8, 8, 1, padding=1),
+    ]
+    model, x = nn.Sequential(*layers), paddle.randn([2, 12, 8, 8])
+    wanted = model(x)
+    wanted_gradients = paddle.grad((wanted * wanted).sum(), model.parameters())
+    names = list(model.state_dict())
+    assert use_fast_pointwise_conv(model) == 2
+    assert list(model.state_dict()) == names
+    got = model(x)
+    np.testing.assert_allclose(got.numpy(), wanted.numpy(), atol=1e-5)
+    gradients = paddle.grad((got * got).sum(), model.parameters())
+    for a, b in zip(gradients, wanted_gradients):
+        np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-4, atol=1e-4)
+    assert use_fast_pointwise_conv(model, "paddle") == 0
+    assert all(type(layer) is nn.Conv2D for layer in model)
+    assert (model(x) == wanted).all()
+
+
+@pytest.mark.parametrize("full_graph", [True, False])
+def test_captured_network_computes_the_same(full_graph):
+    model, x = nn.Sequential(nn.Conv2D(12, 20, 1)), paddle.randn([2, 12, 8, 8])
+    use_fast_pointwise_conv(model)
+    y = model(x)
+    gradients = paddle.grad((y * y).sum(), model.parameters())
+    z = paddle.jit.to_static(model, full_graph=full_graph)(x)
+    assert (z == y).all()
+    for a, b in zip(paddle.grad((z * z).sum(), model.parameters()), gradients):
+        assert (a == b).all()
+
+
+@pytest.mark.parametrize(
+    "x, weight, told",
+    [
+        ([1, 4, 9], [4, 4, 1, 1], "(1, 4, 9)"),
+        ([1, 4, 9, 9], [4, 4, 3, 3], "(4, 4, 3, 3)"),
+        ([1, 4, 9, 9], [4, 5, 1, 1], "(4, 5, 1, 1)"),
+        ([1, 4, 0, 9], [4, 4, 1, 1], "(1, 4, 0, 9)"),
+    ],
+)
+def test_bad_input_is_a_value_error_that_shows_it(x, weight, told):
+    with pytest.raises(ValueError) as error:
+        pointwise_conv2d(paddle.zeros(x), paddle.zeros(weight))
+    assert told in str(error.value)
