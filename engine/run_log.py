@@ -85,7 +85,7 @@ def replace_text(path: str, text: str) -> None:
 
 
 class RunLog:
-    """Writes one run's folder and console; silent on ranks other than 0.
+    """Writes one run's folder and console; other ranks than 0 say what is wrong, and no more.
 
     It writes nothing to disk before `open`, which comes when all input has been found usable.
     """
@@ -103,6 +103,8 @@ class RunLog:
         root = logging.getLogger()
         root.setLevel(logging.INFO if is_main else logging.ERROR)
         root.handlers[:] = [console, self.early]
+        # Each process has images of its own to complain of.
+        logging.getLogger("loader").setLevel(logging.INFO if is_main else logging.WARNING)
 
     def open(self, folder: str, config, *, resume: str | None = None) -> None:
         """Make the run folder: log.txt, and config.yaml, which can stand for `-cfg`.

@@ -180,6 +180,8 @@ def test_an_image_is_named_by_list_and_line(
         workers,
         "EVAL",
         is_eval,
+        "DATA.MAX_BAD_IMAGES",
+        0,
     )
     assert done.status == 2
     (line,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
@@ -188,6 +190,17 @@ def test_an_image_is_named_by_list_and_line(
     assert "error" not in done.err.replace(line, "").lower(), done.err  # nothing from the workers
     assert "Traceback" not in done.err + done.out
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_training_goes_on_without_an_image_and_names_it(start, tiny_config_file, tmp_path):
+    folder, run = tmp_path / "data", tmp_path / "run"
+    make_data(folder, train=8, val=8)
+    (folder / "train" / "class 2" / "0006.jpg").write_bytes(b"no image")
+    done = start(f"-cfg={tiny_config_file}", f"-data_path={folder}", f"-output={run}")
+    assert done.status == 0, done.err
+    [line] = [line for line in done.out.splitlines() if "cannot read image" in line]
+    assert f"{folder / 'train_list.txt'}, line 7: " in line and "1 of DATA.MAX_BAD_IMAGES" in line
+    assert (run / "last").exists()
 
 
 @pytest.mark.parametrize("processes", [1, 2])

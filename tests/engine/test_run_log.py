@@ -20,6 +20,7 @@ def restore_logging():
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
+    logging.getLogger("loader").setLevel(logging.NOTSET)
 
 
 def opened(folder, *, config=CONFIG, is_main=True):
@@ -54,6 +55,12 @@ def test_ranks_other_than_0_write_nothing(tmp_path, capsys):
     logging.getLogger("quiet").info("not for the console")
     assert not (tmp_path / "run").exists()
     assert capsys.readouterr().out == ""
+
+
+def test_ranks_other_than_0_say_which_images_they_cannot_read(tmp_path, capsys):
+    opened(tmp_path / "run", is_main=False)
+    logging.getLogger("loader").warning("line 3: cannot read image a.jpg")
+    assert capsys.readouterr().out == "line 3: cannot read image a.jpg\n"
 
 
 def test_metrics_of_epochs_that_are_trained_again_are_dropped(tmp_path):
