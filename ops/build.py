@@ -25,6 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 BUILD_FOLDER = ROOT.parent / "build" / "ops"
+OPERATORS = "paddle_op.cpp"  # the only source that knows Paddle
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-w")
 LIMIT_SECONDS = 300  # of one compiler call
@@ -36,7 +37,8 @@ class BuildError(Exception):
 
 def sources() -> list[Path]:
     """What is compiled, the slowest first."""
-    return [*sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), ROOT / "csrc" / "paddle_op.cpp"]
+    csrc = ROOT / "csrc"
+    return [*sorted((csrc / "cpu").glob("*.cpp")), csrc / "pointwise.cpp", csrc / OPERATORS]
 
 
 def paddle_folder() -> Path:
@@ -165,11 +167,11 @@ def _compile(compiler: list[str], paddle: Path, folder: Path, log: list[str]) ->
             while waiting and len(running) < len(os.sched_getaffinity(0)):
                 source = waiting.pop(0)
                 kept = BUILD_FOLDER / f"{source.stem}-{kernels}.o"
-                if source.parent.name == "cpu" and kept.exists():
+                if source.name != OPERATORS and kept.exists():
                     objects.append(kept)
                     continue
                 new = folder / kept.name
-                objects.append(new if source.parent.name != "cpu" else kept)
+                objects.append(new if source.name == OPERATORS else kept)
                 running.append((_start([*command, "-c", str(source), "-o", str(new)]), new))
             if running:
                 process, new = running.pop(0)
