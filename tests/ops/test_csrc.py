@@ -40,8 +40,8 @@ def _link_works(flags: list[str], folder: Path) -> bool:
     ("sanitizer", "shapes"),
     [
         ("none", 500),
-        pytest.param("address", 25, marks=pytest.mark.slow),
-        pytest.param("thread", 25, marks=pytest.mark.slow),
+        pytest.param("address", 10, marks=pytest.mark.slow),
+        pytest.param("thread", 10, marks=pytest.mark.slow),
     ],
 )
 def test_kernels_are_exact_deterministic_and_safe(tmp_path, sanitizer, shapes):
