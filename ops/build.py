@@ -107,14 +107,11 @@ def compiler_key(compiler: list[str]) -> str:
     return hashlib.sha256(repr((compiler, version)).encode()).hexdigest()[:8]
 
 
-def build(*, again: bool = False) -> tuple[Path, float]:
+def build() -> tuple[Path, float]:
     """Make the library, unless it is there.
 
     Any number of processes may do this at once: one compiles, the others wait for it. The library
     appears whole or not at all.
-
-    Args:
-        again: also where it is there.
 
     Returns:
         The library, and the seconds it took; 0 where it was there.
@@ -134,7 +131,7 @@ def build(*, again: bool = False) -> tuple[Path, float]:
                 compiler = find_compiler()
                 key = f"{library_key()}-{compiler_key(compiler)}"
                 library = BUILD_FOLDER / f"large_kernel-{key}.so"
-                if library.exists() and not again:
+                if library.exists():
                     return library, 0.0
                 start = time.perf_counter()
                 with tempfile.TemporaryDirectory(dir=BUILD_FOLDER) as folder:
