@@ -4,8 +4,6 @@ import hashlib
 import io
 import os
 import re
-import struct
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -138,67 +136,22 @@ def _ground_truth_lines(root: str, part: str, classes: list[str], devkit: str) -
 
 
 def read_synsets(meta: str) -> dict[int, str]:
-    """The synset of each ILSVRC2012_ID, from the development kit's meta.mat (MATLAB 5 format).
+    """The synset of each ILSVRC2012_ID, from the development kit's meta.mat.
 
     Raises:
-        InputError: the file is something else.
+        InputError: the file is something else, or SciPy is missing.
     """
     try:
-        with open(meta, "rb") as file:
-            data = file.read()
-        for kind, content in _mat_elements(data[128:]):
-            if kind == 15:  # compressed
-                [(kind, content)] = _mat_elements(zlib.decompress(content))
-            fields = _mat_struct(content) if kind == 14 else {}
-            if {"ILSVRC2012_ID", "WNID"} <= fields.keys():
-                return dict(zip(fields["ILSVRC2012_ID"], fields["WNID"]))
-    except (struct.error, zlib.error, ValueError, KeyError, IndexError, UnicodeDecodeError):
-        pass
-    raise InputError(f"{meta} is not the meta.mat of ImageNet's development kit")
-
-
-def _mat_elements(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """(type, content) of the data elements in `data`; small ones share 8 bytes with their tag."""
-    position = 0
-    while position + 8 <= len(data):
-        kind, size = struct.unpack_from("<II", data, position)
-        if kind >> 16:
-            kind, size = kind & 0xFFFF, kind >> 16
-            yield kind, data[position + 4 : position + 4 + size]
-            position += 8
-        else:
-            yield kind, data[position + 8 : position + 8 + size]
-            # Padded to 8 bytes, except where compressed.
-            position += 8 + (size if kind == 15 else -(-size // 8) * 8)
-
-
-def _mat_struct(content: bytes) -> dict[str, list]:
-    """The columns of a structure array, of its text and its integers; of others, None."""
-    flags, _, _, *rest = _mat_elements(content)
-    if flags[1][0] != 2:  # a structure
-        return {}
-    (_, width), (_, names), *cells = rest
-    width = struct.unpack("<i", width)[0]
-    fields = [names[i : i + width].split(b"\0")[0].decode() for i in range(0, len(names), width)]
-    columns = {field: [] for field in fields}
-    for i, (_, cell) in enumerate(cells):
-        columns[fields[i % len(fields)]].append(_mat_value(cell))
-    return columns
-
-
-def _mat_value(content: bytes) -> str | int | None:
-    flags, _, _, *rest = _mat_elements(content)
-    if not rest:
-        return None
-    kind, data = rest[0]
-    if flags[1][0] == 4:  # text
-        return data.decode("utf-16-le" if kind in (4, 17) else "utf-8")
-    form = {1: "b", 2: "B", 3: "h", 4: "H", 5: "i", 6: "I", 7: "f", 9: "d", 12: "q", 13: "Q"}.get(
-        kind
-    )
-    if form is None or len(data) != struct.calcsize(form):
-        return None  # a vector
-    return int(struct.unpack("<" + form, data)[0])
+        from scipy.io import loadmat
+    except ImportError:
+        raise InputError(
+            f"reading {meta} needs SciPy: pip install -r requirements-imagenet.txt"
+        ) from None
+    try:
+        rows = loadmat(meta, squeeze_me=True, variable_names=["synsets"])["synsets"]
+        return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in rows}
+    except Exception as error:  # damaged files make SciPy's readers raise almost anything
+        raise InputError(f"{meta} is not the meta.mat of ImageNet's development kit") from error
 
 
 # ---- checking
@@ -313,6 +266,8 @@ def check_image(root: str, path: str, *, allow_outside: bool = False) -> Finding
         full = resolve(root, path, allow_outside=allow_outside)
     except InputError as error:
         return Finding("outside", str(error), b"")
+    if os.path.exists(full) and not os.path.isfile(full):
+        return Finding("undecodable", "not a regular file", b"")
     try:
         with open(full, "rb") as file:
             data = file.read()

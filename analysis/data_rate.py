@@ -76,17 +76,21 @@ def core_seconds(
     return {name: [value / ROUND for value in values] for name, values in seconds.items()}
 
 
-def loader_seconds(loader, *, epochs: int) -> list[float]:
-    """Seconds an image takes a loader, by the clock on the wall, in each epoch after the first."""
-    seconds = []
+def loader_seconds(loaders: dict[int, object], *, epochs: int) -> dict[int, list[float]]:
+    """Seconds an image takes each loader by the clock on the wall, epoch by epoch, in turn.
+
+    A first epoch, in which the workers start, is left out.
+    """
+    seconds = {name: [] for name in loaders}
     for epoch in range(epochs + 1):
-        loader.batch_sampler.set_epoch(epoch)
-        images, start = 0, None
-        for batch, _ in loader:
-            if start is None:  # the workers have begun
-                start = time.perf_counter()
-            else:
-                images += len(batch)
-        if epoch:
-            seconds.append((time.perf_counter() - start) / images)
+        for name, loader in loaders.items():
+            loader.batch_sampler.set_epoch(epoch)
+            images, start = 0, None
+            for batch, _ in loader:
+                if start is None:  # the workers are under way
+                    start = time.perf_counter()
+                else:
+                    images += len(batch)
+            if epoch:
+                seconds[name].append((time.perf_counter() - start) / images)
     return seconds

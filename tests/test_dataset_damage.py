@@ -142,6 +142,16 @@ def test_formats_whose_readers_start_programs_are_refused(tmp_path):
         data[0, 0]
 
 
+def test_what_is_no_regular_file_is_refused_without_being_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "list.txt").write_text("pipe.jpg 0\nfolder.jpg 0\n")
+    data = ListDataset(str(tmp_path / "list.txt"), str(tmp_path), None, num_classes=1)
+    for index in range(2):
+        with pytest.raises(SampleError, match="not a regular file"):
+            data[0, index]
+
+
 def test_paths_outside_can_be_allowed(tmp_path, tiny_config_file):
     (tmp_path / "data").mkdir()
     (tmp_path / "a.jpg").write_bytes(picture(0))

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import signal
 from io import BytesIO
 from queue import Empty
 
@@ -309,7 +310,7 @@ def broken(folder):
         "half.png": "",
         "empty.jpg": "cannot identify",
         "text.jpg": "cannot identify",
-        "folder.jpg": "directory",
+        "folder.jpg": "regular",
         "text.jpg/a.jpg": "",
         "loop.jpg": "",
         "x" * 300: "",
@@ -578,6 +579,31 @@ def test_loaders_of_ranks_share_the_images(tiny_config_file, tiny_data):
             loader = get_dataloader(config, data[is_train], is_train, rank=rank, world_size=3)
             names += [name for batch in loader.batch_sampler for name in batch]
         assert len(set(names)) == len(names) == (24 if is_train else 101)
+
+
+def test_an_iteration_may_be_left_and_begun_anew(tiny_config_file, tiny_data):
+    config = tiny(tiny_config_file, tiny_data, opts=["DATA.NUM_WORKERS", "2"])
+    with get_dataloader(config, get_dataset(config, True), True) as loader:
+        whole = batches(loader)
+        for number in range(2 * len(whole)):  # at every point, and more often than there are slots
+            for _, left in zip(range(number % len(whole)), loader):
+                assert len(left[1]) == 8
+        pids = loader.worker_pids()
+        assert same(batches(loader), whole) and loader.worker_pids() == pids
+    assert loader.worker_pids() == []
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_killed_worker_is_reported(tiny_config_file, tiny_data):
+    config = tiny(tiny_config_file, tiny_data, opts=["DATA.NUM_WORKERS", "2"])
+    with get_dataloader(config, get_dataset(config, True), True) as loader:
+        whole = batches(loader)
+        os.kill(loader.worker_pids()[0], signal.SIGKILL)
+        with pytest.raises(RuntimeError, match=r"worker of .*train_list.txt was killed"):
+            batches(loader)
+        assert same(batches(loader), whole)  # by new workers
 
 
 def test_persistent_workers_follow_set_epoch(tiny_config_file, tiny_data):

@@ -63,9 +63,8 @@ def data(args) -> None:
             low, median, high = (1 / q for q in _quartiles(values)[::-1])
             ratio = median_ratio(seconds[PLAIN], values)
             print(f"{name:34}{median:9.0f}{f'{low:.0f}..{high:.0f}':>14}{ratio:14.3f}")
-        rates = {}
-        for workers in sorted({1, args.workers} if args.workers else ()):
-            loader = Loader(
+        loaders = {
+            workers: Loader(
                 train,
                 TrainBatches(len(train), 10, rank=0, world_size=1, seed=0),
                 workers=workers,
@@ -73,10 +72,14 @@ def data(args) -> None:
                 finish=lambda pixels, erasures: pixels,  # as if the device were another
                 max_bad_images=0,
             )
-            rates[workers] = 1 / statistics.median(loader_seconds(loader, epochs=args.epochs))
+            for workers in sorted({1, args.workers} if args.workers else ())
+        }
+        seconds = loader_seconds(loaders, epochs=args.epochs)
+        for workers, values in seconds.items():
+            loaders[workers].close()
             print(
-                f"{f'training loader, {workers} worker(s)':34}{rates[workers]:9.0f}"
-                f"{rates[workers] / rates[1]:28.2f} times one"
+                f"{f'training loader, {workers} worker(s)':34}{1 / statistics.median(values):9.0f}"
+                f"{median_ratio(seconds[1], values):28.2f} times one"
             )
 
 

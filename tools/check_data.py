@@ -53,6 +53,9 @@ def main(argv: list[str] | None = None) -> int:
         for name in ("num_classes", "workers"):
             if getattr(args, name) is not None and getattr(args, name) < 1:
                 raise InputError(f"-{name} is {getattr(args, name)}; allowed: at least 1")
+        folder = os.path.dirname(args.report or "") or "."
+        if not os.path.isdir(folder):  # known before hours of reading
+            raise FileNotFoundError(f"no folder {folder} for -report {args.report}")
         report = check_data(
             args.data_path,
             num_classes=args.num_classes,
@@ -61,8 +64,10 @@ def main(argv: list[str] | None = None) -> int:
             progress=lambda found, total: tqdm(found, total=total, unit="file"),
         )
         if args.report:
-            with open(args.report, "w", encoding="utf-8") as file:
+            unfinished = f"{args.report}.unfinished"
+            with open(unfinished, "w", encoding="utf-8") as file:
                 json.dump(report, file, indent=1)
+            os.replace(unfinished, args.report)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -4,6 +4,8 @@ Everything geometric and photometric happens on 8-bit images; `normalize` is the
 and stands alone, so that a loader may ship 8-bit batches and do this step on the device.
 """
 
+import os
+import stat
 from typing import IO
 
 import numpy as np
@@ -25,6 +27,8 @@ def open_image(path: str | IO[bytes]) -> Image.Image:
         OSError: there is none, or it cannot be read.
         InputError: no image of `FORMATS`, a damaged one, or one of more than `MAX_PIXELS`.
     """
+    if isinstance(path, str) and not stat.S_ISREG(os.stat(path).st_mode):
+        raise InputError("not a regular file")  # opening a pipe would wait for somebody to write
     try:
         image = Image.open(path, formats=FORMATS)
     except Image.UnidentifiedImageError:

@@ -284,10 +284,11 @@ def _build() -> str:
         "-fno-math-errno",
         "-Wno-psabi",
     ]
-    if _has_avx2():
-        options.append("-mavx2")
+    flags = _processor_flags()
+    if "avx2" in flags.split():
+        options.append("-march=native")
     with open(SOURCE, "rb") as file:
-        key = hashlib.sha256(file.read() + " ".join([compiler, *options]).encode())
+        key = hashlib.sha256(file.read() + " ".join([compiler, *options, flags]).encode())
     name = f"pixels-{sys.platform}-{platform.machine()}-{key.hexdigest()[:16]}.so"
     path = os.path.join(BUILD_FOLDER, name)
     if not os.path.exists(path):
@@ -308,9 +309,10 @@ def _build() -> str:
     return path
 
 
-def _has_avx2() -> bool:
+def _processor_flags() -> str:
+    """What an x86 processor can do, so that no other kind runs what was compiled for this one."""
     try:
         with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-            return any(line.startswith("flags") and " avx2" in line for line in file)
+            return next((line for line in file if line.startswith("flags")), "")
     except OSError:  # not Linux
-        return False
+        return ""
