@@ -24,7 +24,7 @@ extern "C" {
 #endif
 
 typedef struct {
-  int64_t batch, channels, height, width;  // each at least 1 (batch may be 0: nothing is done)
+  int64_t batch, channels, height, width;  // at least 1 (batch: 0); a map's sides at most 2^24
   int kernel;                              // odd, 3 to 63
 } lk_shape;
 

@@ -147,6 +147,7 @@ void spectrum_unit(const Job& job, int64_t group, float* workspace) {
 
 bool valid(const lk_shape* s) {
   if (!s || s->batch < 0 || s->channels < 1 || s->height < 1 || s->width < 1) return false;
+  if (s->height > 1 << 24 || s->width > 1 << 24) return false;
   if (s->kernel < 3 || s->kernel > 63 || s->kernel % 2 == 0) return false;
   // Sizes in bytes must fit.
   const int64_t most = std::numeric_limits<int64_t>::max() / 8;
