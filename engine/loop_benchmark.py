@@ -101,11 +101,11 @@ def time_network(config, *, forward_batch: int, step_batch: int, rounds: int):
         step_batch: images of a training step: forward, backward, optimizer.
         rounds: how often each is timed.
 
-    Returns:
-        Seconds by what was timed and implementation; and seconds of one run with the operators by
-        parts: forward in evaluation by kinds of layer, the training step by its three parts.
+    Yields:
+        What was timed; seconds of each round by implementation; and seconds of one more round with
+        the operators by parts: of a forward pass by kinds of layer, of a step by its three parts.
     """
-    models, seconds, parts = {}, {}, {}
+    models = {}
     for name, impl in (("operators", "auto"), ("Paddle's own", "paddle")):
         paddle.seed(config.SEED)
         models[name] = model = build_replknet(config)
@@ -121,12 +121,12 @@ def time_network(config, *, forward_batch: int, step_batch: int, rounds: int):
 
     for model in models.values():
         model.eval()
-    what = f"forward, batch {forward_batch}"
-    seconds[what] = time_in_turn(
+    seconds = time_in_turn(
         {name: partial(forward, model) for name, model in models.items()}, rounds=rounds
     )
     ours = models["operators"]
-    parts[what] = seconds_by_layer(ours, partial(forward, ours))
+    parts = seconds_by_layer(ours, partial(forward, ours))
+    yield f"forward, batch {forward_batch}", seconds, parts
 
     images_of_step = paddle.to_tensor(
         rng.normal(size=(step_batch, 3, side, side)).astype("float32")
@@ -148,9 +148,7 @@ def time_network(config, *, forward_batch: int, step_batch: int, rounds: int):
 
     for model in models.values():
         model.train()
-    what = f"training step, batch {step_batch}"
-    seconds[what] = time_in_turn({name: partial(step, name) for name in models}, rounds=rounds)
-    parts[what] = step("operators")
-    what = f"forward of a training step, batch {step_batch}"
-    parts[what] = seconds_by_layer(ours, lambda: ours(images_of_step))
-    return seconds, parts
+    seconds = time_in_turn({name: partial(step, name) for name in models}, rounds=rounds)
+    yield f"training step, batch {step_batch}", seconds, step("operators")
+    parts = seconds_by_layer(ours, lambda: ours(images_of_step))
+    yield f"its forward pass, batch {step_batch}", {}, parts

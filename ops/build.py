@@ -25,6 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 BUILD_FOLDER = ROOT.parent / "build" / "ops"
+OPERATORS = "paddle_op.cpp"  # the only source that knows Paddle
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-w")
 LIMIT_SECONDS = 300  # of one compiler call
@@ -36,7 +37,8 @@ class BuildError(Exception):
 
 def sources() -> list[Path]:
     """What is compiled, the slowest first."""
-    return [*sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), ROOT / "csrc" / "paddle_op.cpp"]
+    csrc = ROOT / "csrc"
+    return [*sorted((csrc / "cpu").glob("*.cpp")), csrc / "pointwise.cpp", csrc / OPERATORS]
 
 
 def paddle_folder() -> Path:
@@ -105,14 +107,11 @@ def compiler_key(compiler: list[str]) -> str:
     return hashlib.sha256(repr((compiler, version)).encode()).hexdigest()[:8]
 
 
-def build(*, again: bool = False) -> tuple[Path, float]:
+def build() -> tuple[Path, float]:
     """Make the library, unless it is there.
 
     Any number of processes may do this at once: one compiles, the others wait for it. The library
     appears whole or not at all.
-
-    Args:
-        again: also where it is there.
 
     Returns:
         The library, and the seconds it took; 0 where it was there.
@@ -132,7 +131,7 @@ def build(*, again: bool = False) -> tuple[Path, float]:
                 compiler = find_compiler()
                 key = f"{library_key()}-{compiler_key(compiler)}"
                 library = BUILD_FOLDER / f"large_kernel-{key}.so"
-                if library.exists() and not again:
+                if library.exists():
                     return library, 0.0
                 start = time.perf_counter()
                 with tempfile.TemporaryDirectory(dir=BUILD_FOLDER) as folder:
@@ -165,11 +164,11 @@ def _compile(compiler: list[str], paddle: Path, folder: Path, log: list[str]) ->
             while waiting and len(running) < len(os.sched_getaffinity(0)):
                 source = waiting.pop(0)
                 kept = BUILD_FOLDER / f"{source.stem}-{kernels}.o"
-                if source.parent.name == "cpu" and kept.exists():
+                if source.name != OPERATORS and kept.exists():
                     objects.append(kept)
                     continue
                 new = folder / kept.name
-                objects.append(new if source.parent.name != "cpu" else kept)
+                objects.append(new if source.name == OPERATORS else kept)
                 running.append((_start([*command, "-c", str(source), "-o", str(new)]), new))
             if running:
                 process, new = running.pop(0)

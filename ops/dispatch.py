@@ -53,7 +53,7 @@ def use_operator(impl: str, on_cpu: bool) -> bool:
         return True
     if impl != "auto":
         raise InputError(f"depthwise convolution {impl!r} needs the compiled operator: {why}")
-    if why not in _told:
+    if on_cpu and why not in _told:  # elsewhere Paddle's own is what one expects
         _told.add(why)
         logger.warning(
             "depthwise convolutions run on Paddle's own, not on the compiled operator: %s", why

@@ -140,17 +140,15 @@ def network(args) -> None:
     library = _library()
     print(describe_machine())
     print(f"{library.isa}, {library.threads} thread(s) (LARGE_KERNEL_THREADS)")
-    seconds, kinds = time_network(
+    for what, seconds, parts in time_network(
         config, forward_batch=args.forward_batch, step_batch=args.step_batch, rounds=args.rounds
-    )
-    for what, by_impl in seconds.items():
-        for impl, values in by_impl.items():
-            ratio = median_ratio(by_impl["Paddle's own"], values)
+    ):
+        for impl, values in seconds.items():
+            ratio = median_ratio(seconds["Paddle's own"], values)
             print(f"{what}, {impl}: {summarize(values)}, Paddle's own/it {ratio:.2f}")
-    for what, by_kind in kinds.items():
-        print(f"{what}:")
-        for kind, value in sorted(by_kind.items(), key=lambda item: -item[1]):
-            print(f"    {kind:36}{1e3 * value:9.1f} ms")
+        print(f"{what}, by parts, with the operators:")
+        for part, value in sorted(parts.items(), key=lambda item: -item[1]):
+            print(f"    {part:36}{1e3 * value:9.1f} ms", flush=True)
 
 
 def _library():

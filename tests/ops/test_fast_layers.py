@@ -7,7 +7,6 @@ import numpy as np
 import paddle
 import pytest
 from paddle import nn
-from tiny import ROOT
 
 from ops import FastDepthwiseConv2D, use_fast_depthwise_conv, use_fast_pointwise_conv
 from optim.ema import ModelEma
@@ -128,9 +127,7 @@ class Cached:
 
 def step(layer, optimizer):
     """An optimizer step, in evaluation mode as some fine-tuning has it."""
-    layer.weight.grad = None
-    gradient = paddle.ones_like(layer.weight)
-    layer.weight.grad = gradient
+    layer.weight.grad = paddle.ones_like(layer.weight)
     optimizer(learning_rate=0.1, parameters=[layer.weight]).step()
 
 
@@ -194,9 +191,9 @@ def test_cached_spectrum_is_no_part_of_the_state_and_ends_with_training():
 
 
 def test_exported_network_runs_where_there_is_no_operator(tmp_path):
-    model, images = network("31B"), paddle.randn([1, 3, 64, 64])
-    use_fast_depthwise_conv(model)
-    use_fast_pointwise_conv(model)
+    model = RepLKNet(large_kernel_sizes=[7] * 4, layers=[1] * 4, channels=[4] * 4, num_classes=3)
+    images = paddle.randn([1, 3, 64, 64])
+    assert use_fast_depthwise_conv(model) and use_fast_pointwise_conv(model)
     model.eval()
     spec = paddle.static.InputSpec([None, 3, 64, 64], "float32")
     paddle.jit.save(model, str(tmp_path / "net"), input_spec=[spec])
@@ -214,4 +211,3 @@ assert "ops" not in sys.modules
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert ROOT.name  # the child ran elsewhere

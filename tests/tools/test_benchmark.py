@@ -2,7 +2,9 @@
 
 import pytest
 
+from analysis.conv_speed import ConvCase
 from analysis.timing import median_ratio, summarize, time_in_turn
+from tools import benchmark
 from tools.benchmark import main
 
 
@@ -57,3 +59,34 @@ def test_data_prints_each_pipeline_beside_plain_decoding(capsys):
 def test_data_refuses_rounds_below_one(capsys):
     assert main(["data", "--rounds", "0"]) == 2
     assert "--rounds at least 1" in capsys.readouterr().err
+
+
+def test_conv_prints_every_pass_and_algorithm(operators, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "STAGES", ((4, 9, 5), (3, 6, 13)))
+    assert main(["conv", "--shapes", "stages", "--rounds", "1"]) == 0
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if line.lstrip().startswith("1x")]
+    assert len(lines) == 2 * (4 + 3 + 3 + 3)  # forward has the layer in evaluation besides
+    assert "Paddle" in out and "peak" in out and "(auto)" in out
+
+
+def test_useful_work_leaves_taps_outside_the_map_out():
+    # 1x1 maps see the middle tap alone; 3x3 maps under a 3x3 kernel 4 to 9 taps of each output.
+    assert ConvCase(2, 5, 1, 31).useful_flops == 2 * 2 * 5
+    assert ConvCase(1, 1, 3, 3).useful_flops == 2 * (4 * 4 + 4 * 6 + 9)
+
+
+def test_network_prints_both_sides_and_the_parts(operators, tiny_config_file, capsys):
+    status = main(["network", "-cfg", str(tiny_config_file), "--rounds", "1", "--step_batch", "2"])
+    out = capsys.readouterr().out
+    assert status == 0
+    for words in ("forward, batch 1, operators: median", "training step, batch 2, Paddle's own"):
+        assert words in out
+    for part in ("7x7 depthwise convolution", "1x1 convolution", "BatchNorm2D", "backward"):
+        assert f"    {part} " in out
+
+
+@pytest.mark.parametrize("flags", [["conv", "--rounds", "0"], ["network", "--rounds", "0"]])
+def test_no_rounds_are_bad_input(flags, capsys):
+    assert main(flags) == 2
+    assert "--rounds 0" in capsys.readouterr().err

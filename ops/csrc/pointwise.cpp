@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <atomic>
 
-#include "pool.h"
+#include "cpu/pool.h"
 
 namespace {
 
