@@ -1,6 +1,7 @@
 """The sidecar brings back what it was given, and says what is wrong with one that cannot be."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -36,7 +37,8 @@ def content(tmp_path, sidecar):
 
 def test_what_is_written_is_read(tmp_path, sidecar):
     sidecar.write(tmp_path)
-    assert Sidecar.read(tmp_path) == sidecar
+    digest = file_sha256(tmp_path / "small.yaml")
+    assert Sidecar.read(tmp_path) == replace(sidecar, files={"small.yaml": digest})
     assert sidecar.class_names == tuple(NAMES) and sidecar.num_classes == 5
 
 
@@ -90,6 +92,7 @@ WRONG = {
     "architecture": [None, 3],
     "source_sha256": [1],
     "preprocessing": [None, [], {}],
+    "files": [None, {"../x": ""}, {"a/b": ""}, {"x": 1}],
 }
 WRONG_PREPROCESSING = {
     "image_size": [0, -1, "32", 10**30],
@@ -125,6 +128,19 @@ def test_all_that_is_missing_or_unknown_is_named_together(tmp_path, content):
         Sidecar.read(tmp_path)
     for part in ("num_classes is missing", "format is missing", "unknown entry colour"):
         assert part in str(error.value)
+
+
+def test_files_are_those_that_were_written(tmp_path, sidecar):
+    (tmp_path / "model").write_bytes(b"model")
+    sidecar.write(tmp_path)
+    written = Sidecar.read(tmp_path)
+    written.verify(tmp_path)
+    (tmp_path / "model").write_bytes(b"m0del")
+    with pytest.raises(InputError, match="is not the file that"):
+        written.verify(tmp_path)
+    (tmp_path / "model").unlink()
+    with pytest.raises(InputError, match="has no model"):
+        written.verify(tmp_path)
 
 
 def test_sha256_of_a_file(tmp_path):
