@@ -461,13 +461,15 @@ def check_sizes(large_kernel_sizes, layers, channels, small_kernel, out_indices)
 def build_replknet(config, *, sync_bn: bool = False) -> RepLKNet:
     """The network that `config` (see config.py) describes, freshly initialized.
 
+    It carries that configuration as `config`, for what comes before and after the network.
+
     Args:
         config: a yacs node with DATA.IMAGE_CHANNELS and MODEL.*.
         sync_bn: batch statistics over all devices; whether it applies depends on the run
             (MODEL.SYNC_BN, GPUs, several processes), so the caller decides.
     """
     model = config.MODEL
-    return RepLKNet(
+    network = RepLKNet(
         large_kernel_sizes=model.LARGE_KERNEL_SIZES,
         layers=model.LAYERS,
         channels=model.CHANNELS,
@@ -483,3 +485,5 @@ def build_replknet(config, *, sync_bn: bool = False) -> RepLKNet:
         sync_bn=sync_bn,
         recompute=model.RECOMPUTE,
     )
+    network.config = config
+    return network

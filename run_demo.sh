@@ -1,5 +1,6 @@
 #!/bin/sh
-# From nothing to a trained, reloaded and merged RepLKNet, in a few minutes on a CPU.
+# From nothing to a trained, merged and exported RepLKNet and its predictions, in a few minutes on a
+# CPU.
 #
 # Trains configs/replknet_nano.yaml on the 1,797 handwritten digits of scikit-learn, written out in
 # ImageNet's list-file layout, with the main and the flags that ImageNet uses.
@@ -27,6 +28,12 @@ echo "== merge the small kernels into the large ones, and evaluate that"
 "$python" -m tools.reparameterize -pretrained="$run/last" "$run/merged.safetensors"
 "$python" main_multi_gpu.py -eval -pretrained="$run/merged.safetensors" -data_path=data/digits \
     -output="$run/merged" -opts MODEL.SMALL_KERNEL_MERGED True
+
+echo "== export, and classify 12 of the 360 digits with what was exported"
+"$python" -m tools.export -pretrained="$run/last" "$run/exported"
+"$python" -m tools.predict "$run/exported" data/digits/val/*/12[0-5]?.png \
+    --out "$run/predictions.csv" --save-grid "$run/predictions.png"
+echo "drawn in $run/predictions.png, listed in $run/predictions.csv"
 
 trained=$(accuracy "$run")
 reloaded=$(accuracy "$run/reloaded")

@@ -26,6 +26,6 @@ echo "== import-linter"
 check "$python" "$@"
 if [ -z "${PYTHON:-}" ]; then
     python=$(VENV=.venv-paddle2 PIP_CONSTRAINT=constraints-paddle2.txt \
-        sh setup_env.sh requirements-test.txt)
+        sh setup_env.sh requirements-test.txt requirements-page.txt)
     check "$python" "$@"
 fi

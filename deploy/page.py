@@ -22,6 +22,7 @@ from errors import InputError
 
 ADDRESS = "127.0.0.1"
 CLASSES_SHOWN = 5
+LAST_STRIDE = 32  # pixels of the network's input for a position of its last stage
 MAX_UPLOAD_BYTES = 200 * 2**20
 FONTS = ["system-ui", "sans-serif"]
 
@@ -58,7 +59,7 @@ def look(predictor: Predictor, network, path: str):
 
     Args:
         predictor: of the network.
-        network: the same as a `replknet.RepLKNet`; None where there is no other than an export.
+        network: the same as a `replknet.RepLKNet`, for the heat map; None for none.
         path: of a picture.
 
     Raises:
@@ -78,19 +79,24 @@ def look(predictor: Predictor, network, path: str):
 
 
 def build_page(predictor: Predictor, network, *, title: str):
-    """The page, as a Gradio app.
+    """The page, as a Gradio app; its arguments are those of `look`.
 
     Raises:
         InputError: Gradio is not installed.
     """
     gradio = import_gradio()
-
-    class Upload(gradio.Image):
-        """An image as the file that it came in: Gradio would fail at what is no image, and turn
-        pictures by their EXIF data, which evaluation does not."""
-
-        def preprocess(self, payload):
-            return None if payload is None else payload.path
+    note = None
+    if network is None:
+        note = (
+            "An exported model gives no heat map; a checkpoint, a run folder or the name of a "
+            "published model does."
+        )
+    elif predictor.transform.image_size <= LAST_STRIDE:
+        network = None
+        note = (
+            f"Pictures of {predictor.transform.image_size} pixels become a single position in the "
+            "last stage: there is no heat map to show."
+        )
 
     def classify(path):
         if path is None:
@@ -98,15 +104,15 @@ def build_page(predictor: Predictor, network, *, title: str):
         try:
             return look(predictor, network, path)
         except InputError as error:
-            raise gradio.Error(
-                f"This file cannot be read as a picture: {error}", duration=None
-            ) from None
+            # Not gradio.Error, which would leave the classes of the picture before.
+            gradio.Warning(f"This file cannot be read as a picture: {error}", duration=None)
+            return None, None
 
     with gradio.Blocks(title=title, analytics_enabled=False) as page:
         gradio.Markdown(f"# {title}")
         with gradio.Row():
             with gradio.Column():
-                upload = Upload(
+                upload = gradio.Image(
                     label="Picture",
                     type="filepath",
                     image_mode=None,
@@ -114,6 +120,9 @@ def build_page(predictor: Predictor, network, *, title: str):
                     buttons=[],
                     height=420,
                 )
+                # The file as it came: Gradio's own way stumbles over what is no image. (A derived
+                # class would make Gradio write a .pyi file beside this one.)
+                upload.preprocess = lambda payload: None if payload is None else payload.path
             with gradio.Column():
                 classes = gradio.Label(label="Classes", num_top_classes=CLASSES_SHOWN)
                 heat = gradio.Image(
@@ -124,11 +133,8 @@ def build_page(predictor: Predictor, network, *, title: str):
                     format="png",
                     height=420,
                 )
-        if network is None:
-            gradio.Markdown(
-                "An exported model gives no heat map; a checkpoint, a run folder or the name of a "
-                "published model does."
-            )
+        if note is not None:
+            gradio.Markdown(note)
         upload.change(classify, upload, [classes, heat], show_progress="minimal")
     return page
 

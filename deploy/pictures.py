@@ -119,7 +119,7 @@ def fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def check_new_folder(path: str) -> None:
-    """Raise InputError unless `path` can be made, or is an empty folder: so nothing is overwritten."""
+    """Raise InputError unless `path` is, or can become, a folder without files to overwrite."""
     if os.path.isdir(path):
         if os.listdir(path):
             raise InputError(f"the folder {path} is not empty; name a new one")
@@ -145,8 +145,12 @@ def check_new_picture(path: str) -> None:
 def save(picture: Image.Image, path: str) -> None:
     """Write a picture file that has its name when it is whole."""
     unfinished = f"{path}.unfinished"
-    picture.save(unfinished, PICTURE_FORMATS[os.path.splitext(path)[1].lower()], quality=90)
-    os.replace(unfinished, path)
+    try:
+        picture.save(unfinished, PICTURE_FORMATS[os.path.splitext(path)[1].lower()], quality=90)
+        os.replace(unfinished, path)
+    finally:
+        if os.path.exists(unfinished):
+            os.unlink(unfinished)
 
 
 def font_for(text: str, pixels: int) -> ImageFont.ImageFont:

@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from deploy.backends import Backend, open_backend
+from deploy.backends import is_export, load_network, open_backend
 from deploy.images import decode
 from errors import InputError
+from replknet import RepLKNet
 from transforms.image import to_rgb
+from zoo import find_record, get_model, list_models
 
 BATCH_SIZE = 8  # of a list of images; larger ones gain nothing on a CPU
 MAX_DECODERS = 8  # threads
@@ -45,16 +47,28 @@ class Predictor:
     """An open model with what goes before and after it.
 
     Args:
-        model: a `Backend`, or what `open_backend` takes: a network, an exported folder, a run
-            folder, a checkpoint in one, or a published model's name.
-        backend: name of a backend, for what is not open yet.
+        model: an export folder, a run folder, a checkpoint in one, or the name of a published
+            model; a network of `build_replknet(config)` or `zoo.get_model`; or an open
+            `Backend`.
+        backend: the name of one, or `auto` for the fastest that is installed.
 
     Attributes:
+        backend: the open one.
         class_names: text for each class; their numbers where the model brings no names.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        InputError: it cannot be opened.
     """
 
     def __init__(self, model, *, backend: str = "auto"):
-        self.backend = model if isinstance(model, Backend) else open_backend(model, name=backend)
+        model = published_network(model)
+        if hasattr(model, "sidecar"):
+            self.backend = model
+        elif isinstance(model, RepLKNet):
+            self.backend = open_backend(model, backend, config=config_of(model))
+        else:
+            self.backend = open_backend(model, backend)
         sidecar = self.backend.sidecar
         self.transform = sidecar.build_eval_transform()
         self.num_classes = sidecar.num_classes
@@ -79,6 +93,52 @@ class Predictor:
         return softmax(logits)
 
 
+def published_network(model):
+    """The network of a published model, if `model` is the name of one; else `model`.
+
+    Raises:
+        FileNotFoundError: `model` is neither such a name nor there.
+    """
+    if not isinstance(model, (str, os.PathLike)) or os.path.exists(model):
+        return model
+    try:
+        find_record(str(model))
+    except InputError:
+        raise FileNotFoundError(
+            f"no model {model}; allowed: an exported folder, a run folder, a checkpoint in one, or "
+            f"one of {', '.join(list_models())}"
+        ) from None
+    return get_model(str(model), pretrained=True)
+
+
+def open_network(model: str | os.PathLike) -> RepLKNet | None:
+    """The network of a run folder, a checkpoint in one, or a published model; None for an export.
+
+    Raises:
+        FileNotFoundError, InputError: as `Predictor`.
+    """
+    network = published_network(model)
+    if isinstance(network, RepLKNet):
+        return network
+    if is_export(model):
+        return None
+    return load_network(model)[0]
+
+
+def config_of(network: RepLKNet):
+    """The configuration that a network was built from, which says how images are preprocessed.
+
+    Raises:
+        InputError: it was built without one.
+    """
+    if not hasattr(network, "config"):
+        raise InputError(
+            "this network was built without a configuration, which has its preprocessing; "
+            "allowed: networks of build_replknet(config) and of zoo.get_model"
+        )
+    return network.config
+
+
 def softmax(logits: np.ndarray) -> np.ndarray:
     """Probabilities (N, classes) of logits (N, classes), float32."""
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True), dtype=np.float32)
@@ -89,8 +149,8 @@ def inference_model(model, image):
     """Classify an image, or a list of them: mmpretrain's function of this name.
 
     Args:
-        model: a `Predictor`, or what it takes; for more than one call, make a `Predictor` or
-            `open_backend` once, since a model that is given by its path is opened in each call.
+        model: a `Predictor`, or what it takes. A network runs in Paddle's eager mode. What is given
+            by its path or name is opened in each call, so make a `Predictor` of it for several.
         image: a path, an array (H, W, 3) uint8 in RGB, a Pillow image, or a list of these.
 
     Returns:
@@ -101,7 +161,11 @@ def inference_model(model, image):
     Raises:
         FileNotFoundError, InputError: the model cannot be opened, or an image cannot be decoded.
     """
-    predictor = model if isinstance(model, Predictor) else Predictor(model)
+    if isinstance(model, RepLKNet):
+        # Exporting it for a faster backend would take longer than most lists of images.
+        predictor = Predictor(model, backend="dygraph")
+    else:
+        predictor = model if isinstance(model, Predictor) else Predictor(model)
     several = isinstance(image, (list, tuple))
     images = image if several else [image]
     results = []

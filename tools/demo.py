@@ -5,10 +5,12 @@ an exported folder, which gives no heat map.
 """
 
 import argparse
+import logging
+import signal
 import sys
 
 from deploy.page import build_page, import_gradio, serve
-from deploy.predictor import Predictor
+from deploy.predictor import Predictor, open_network
 from errors import InputError
 
 
@@ -17,8 +19,9 @@ def demo(args) -> int:
     if not 1 <= args.port <= 65535:
         raise InputError(f"--port is {args.port}; allowed: an integer from 1 to 65535")
     import_gradio()  # before the model, which takes longer
-    predictor = Predictor(args.model)
-    network = getattr(predictor.backend, "network", None)
+    network = open_network(args.model)
+    predictor = Predictor(args.model) if network is None else Predictor(network, backend="dygraph")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which removes the uploads
     page = build_page(predictor, network, title="RepLKNet")
     serve(page, port=args.port)
     return 0
@@ -36,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         "--port", type=int, default=7860, metavar="N", help="of 127.0.0.1 (%(default)s)"
     )
     args = parser.parse_args(argv)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio calling itself
     try:
         return demo(args)
     except (InputError, OSError) as error:

@@ -6,6 +6,7 @@ pattern in quotes, such as 'photos/**/*.jpg', for the files that it matches.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 import warnings
@@ -112,6 +113,27 @@ class Drawings:
             save(grid(self.cells, GRID_COLUMNS), self.grid_file)
 
 
+@contextlib.contextmanager
+def results_alone_on_stdout():
+    """Send what libraries of C++ print to standard error, so that standard output has results."""
+    try:
+        number = sys.stdout.fileno()
+    except (OSError, ValueError):  # no file
+        yield
+        return
+    sys.stdout.flush()
+    stdout = sys.stdout
+    with os.fdopen(os.dup(number), "w", encoding=stdout.encoding, errors=stdout.errors) as results:
+        os.dup2(sys.stderr.fileno(), number)
+        sys.stdout = results
+        try:
+            yield
+            results.flush()
+        finally:
+            os.dup2(results.fileno(), number)
+            sys.stdout = stdout
+
+
 def printable(path: str) -> str:
     """`path` for a terminal, which a name may hold commands for."""
     return path if path.isprintable() else ascii(path)
@@ -211,7 +233,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", module="PIL")  # of pictures that it then reads all the same
     try:
-        return predict(args)
+        with results_alone_on_stdout():
+            return predict(args)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,282 @@
+"""Predictions against the network itself on what evaluation would have fed it."""
+
+import itertools
+import threading
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+from PIL import Image
+from runs import make_run
+from tiny import FIXTURES
+
+import deploy
+from config import get_config
+from datasets import get_dataset
+from deploy.predictor import Prediction, Predictor, open_network, predict_files, softmax
+from deploy.sidecar import Sidecar
+from errors import InputError
+from replknet import RepLKNet, build_replknet
+from zoo import get_model
+
+PICTURES = sorted(map(str, (FIXTURES / "images").glob("[!eR]*")))
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"), classes=9)
+
+
+@pytest.fixture(scope="module")
+def network(run_folder):
+    return open_network(run_folder)
+
+
+@pytest.fixture(scope="module")
+def predictor(network):
+    return Predictor(network, backend="dygraph")
+
+
+@pytest.fixture(scope="module")
+def expected(run_folder, network, tmp_path_factory):
+    """Probabilities (pictures, classes) of PICTURES, by way of evaluation's data set."""
+    folder = tmp_path_factory.mktemp("data")
+    lines = []
+    for i, path in enumerate(PICTURES):
+        (folder / f"{i}").write_bytes(Path(path).read_bytes())
+        lines.append(f"{i} 0\n")
+    (folder / "val_list.txt").write_text("".join(lines))
+    config = get_config(run_folder / "config.yaml").clone()
+    config.defrost()
+    config.DATA.DATA_PATH = str(folder)
+    dataset = get_dataset(config, is_train=False)
+    images = np.stack([dataset[0, i][0] for i in range(len(dataset))])
+    with paddle.no_grad():
+        logits = network(paddle.to_tensor(images)).numpy().astype("float64")
+    exponentials = np.exp(logits)
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
+def test_images_are_preprocessed_as_in_evaluation_bit_for_bit(run_folder, predictor, tmp_path):
+    config = get_config(run_folder / "config.yaml").clone()
+    config.defrost()
+    config.DATA.DATA_PATH = str(tmp_path)
+    for path in PICTURES:
+        (tmp_path / "picture").write_bytes(Path(path).read_bytes())
+        (tmp_path / "val_list.txt").write_text("picture 0\n")
+        evaluated = get_dataset(config, is_train=False)[0, 0][0]
+        np.testing.assert_array_equal(predictor.preprocess(path), evaluated)
+
+
+def test_the_result_has_mmpretrains_names_and_types(network, expected):
+    result = deploy.inference_model(network, PICTURES[0])
+    assert set(result) == {"pred_label", "pred_score", "pred_scores", "pred_class"}
+    assert type(result["pred_label"]) is int and type(result["pred_score"]) is float
+    assert type(result["pred_class"]) is str
+    scores = result["pred_scores"]
+    assert type(scores) is np.ndarray and scores.dtype == np.float32 and scores.shape == (9,)
+    np.testing.assert_allclose(scores, expected[0], rtol=1e-4, atol=1e-7)
+    assert result["pred_label"] == int(expected[0].argmax())
+    assert result["pred_score"] == scores.max()
+    assert result["pred_class"] == str(result["pred_label"])
+
+
+def test_a_list_gives_a_list_in_its_order_over_several_batches(network, expected):
+    assert len({int(scores.argmax()) for scores in expected}) > 1
+    images = list(itertools.islice(itertools.cycle(PICTURES), 19))
+    results = deploy.inference_model(network, images)
+    assert len(results) == 19
+    for i, result in enumerate(results):
+        np.testing.assert_allclose(
+            result["pred_scores"], expected[i % len(PICTURES)], rtol=1e-4, atol=1e-6
+        )
+    assert deploy.inference_model(network, []) == []
+
+
+def test_paths_arrays_and_pillow_images_of_a_picture_give_the_same(network):
+    path = str(FIXTURES / "images" / "portrait_301x400.jpg")
+    with Image.open(path) as image:
+        forms = [path, FIXTURES / "images" / "portrait_301x400.jpg", np.asarray(image), image]
+        results = [deploy.inference_model(network, form) for form in forms]
+    for result in results[1:]:
+        np.testing.assert_array_equal(result["pred_scores"], results[0]["pred_scores"])
+
+
+def test_a_model_may_be_a_network_a_folder_a_checkpoint_an_export_or_open(
+    run_folder, network, predictor, tmp_path
+):
+    config = network.config
+    deploy.export_model(network, tmp_path / "export", Sidecar.build(config, format="paddle"))
+    backend = deploy.open_backend(network, "dygraph", config=config)
+    result = deploy.inference_model(network, PICTURES[2])
+    models = [
+        get_model(config, pretrained=run_folder / "best"),
+        str(run_folder),
+        run_folder,
+        str(run_folder / "best"),
+        tmp_path / "export",
+        backend,
+        predictor,
+    ]
+    for model in models:
+        other = deploy.inference_model(model, PICTURES[2])
+        assert other["pred_label"] == result["pred_label"]
+        np.testing.assert_allclose(
+            other["pred_scores"], result["pred_scores"], rtol=1e-3, atol=1e-5
+        )
+
+
+def test_a_published_name_is_built_with_its_weights(monkeypatch, network):
+    asked = []
+
+    def published(name, pretrained):
+        asked.append((name, pretrained))
+        return network
+
+    monkeypatch.setattr("deploy.predictor.get_model", published)
+    name = "replknet-31B_3rdparty_in1k"
+    assert open_network(name) is network and asked == [(name, True)]
+
+
+def test_class_names_come_from_the_model(network, tmp_path):
+    names = [f"class {letter}" for letter in "abcdefghi"]
+    backend = deploy.open_backend(network, "dygraph", config=network.config, class_names=names)
+    result = deploy.inference_model(backend, PICTURES[0])
+    assert result["pred_class"] == names[result["pred_label"]]
+
+
+@pytest.mark.parametrize(
+    "image", ["README.md", np.zeros((3, 8, 8), "uint8")], ids=["file", "array"]
+)
+def test_an_image_that_cannot_be_read_is_named(network, image):
+    image = str(FIXTURES / image) if isinstance(image, str) else image
+    name = image if isinstance(image, str) else r"1 \(from 0\)"
+    with pytest.raises(InputError, match=f"cannot read image {name}: "):
+        deploy.inference_model(network, [PICTURES[0], image])
+
+
+def test_a_model_that_there_is_not_is_an_error_that_lists_what_may_be(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"an exported folder.*replknet-31b-1k-224"):
+        Predictor(str(tmp_path / "nowhere"))
+
+
+def test_a_network_without_its_configuration_is_refused():
+    bare = RepLKNet(large_kernel_sizes=[5] * 4, layers=[1] * 4, channels=[2] * 4)
+    with pytest.raises(InputError, match=r"build_replknet\(config\)"):
+        deploy.inference_model(bare, PICTURES[0])
+
+
+def test_a_network_carries_the_configuration_it_was_built_from(run_folder):
+    config = get_config(run_folder / "config.yaml")
+    assert build_replknet(config).config is config
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_outputs_that_are_no_numbers_are_an_error(predictor, value):
+    class Broken:
+        name, sidecar = "broken", predictor.backend.sidecar
+
+        def run(self, images):
+            return np.full((len(images), 9), value, "float32")
+
+    with pytest.raises(RuntimeError, match="broken are not finite"):
+        Predictor(Broken()).scores(np.zeros((1, 3, 32, 32), "float32"))
+
+
+def test_softmax_of_large_logits_is_finite_and_sums_to_one():
+    scores = softmax(np.array([[1e4, 1e4 - 1, -1e4], [0, 0, 0]], "float32"))
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(scores.sum(axis=1), 1, rtol=1e-6)
+    np.testing.assert_allclose(scores[0], [1 / (1 + np.exp(-1)), 1 / (1 + np.e), 0], rtol=1e-6)
+
+
+def some_files(tmp_path):
+    (tmp_path / "bad.jpg").write_text("no picture")
+    pairs = [(path, None) for path in PICTURES]
+    pairs.insert(0, ("closed", "cannot list the folder"))
+    pairs.insert(4, (str(tmp_path / "bad.jpg"), None))
+    return pairs
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+def test_a_stream_keeps_the_order_and_tells_problems_in_their_place(
+    predictor, expected, tmp_path, batch_size
+):
+    files = some_files(tmp_path)
+    predictions = list(predict_files(predictor, iter(files), topk=3, batch_size=batch_size))
+    assert [prediction.path for prediction in predictions] == [path for path, _ in files]
+    assert [(i, p.problem) for i, p in enumerate(predictions) if p.problem] == [
+        (0, "cannot list the folder"),
+        (4, "not an image of a known format"),
+    ]
+    good = [prediction for prediction in predictions if prediction.problem is None]
+    for prediction, scores in zip(good, expected):
+        order = np.argsort(-scores)[:3]
+        assert prediction.labels == tuple(order)
+        np.testing.assert_allclose(prediction.scores, scores[order], rtol=1e-3)
+        assert prediction.picture is None
+
+
+def test_a_stream_of_nothing_is_nothing_and_of_problems_only_those(predictor):
+    assert list(predict_files(predictor, [], topk=1)) == []
+    problems = [("a", "x"), ("b", "y")]
+    assert list(predict_files(predictor, problems, topk=1)) == [
+        Prediction("a", problem="x"),
+        Prediction("b", problem="y"),
+    ]
+
+
+def test_an_endless_stream_is_read_no_further_than_it_is_used(predictor):
+    read = []
+
+    def endless():
+        while True:
+            read.append(len(read))
+            yield PICTURES[len(read) % len(PICTURES)], None
+
+    predictions = predict_files(predictor, endless(), topk=1, batch_size=4)
+    for taken in (1, 100):
+        for _ in range(taken):
+            next(predictions)
+    predictions.close()
+    assert 101 <= len(read) <= 101 + 3 * (4 + 8)
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("decode")]
+
+
+def test_pictures_are_kept_as_large_as_asked(predictor):
+    predictions = list(
+        predict_files(predictor, [(path, None) for path in PICTURES], topk=1, picture_pixels=100)
+    )
+    for prediction in predictions:
+        with Image.open(prediction.path) as image:
+            assert prediction.picture.mode == "RGB"
+            expected = min(100, max(image.size))
+            assert max(prediction.picture.size) == expected
+
+
+def test_decoding_goes_on_while_the_network_runs(predictor, monkeypatch):
+    """While the first batch is in the network, pictures of the second are decoded."""
+    second_decoded = threading.Event()
+    real = predictor.transform.__call__
+
+    class Transform:
+        count = 0
+
+        def __call__(self, image):
+            Transform.count += 1
+            if Transform.count > 2:
+                second_decoded.set()
+            return real(image)
+
+    class Waiting:
+        name, sidecar = "waiting", predictor.backend.sidecar
+
+        def run(self, images):
+            assert second_decoded.wait(30), "nothing is decoded while the network runs"
+            return np.zeros((len(images), 9), "float32")
+
+    waiting = Predictor(Waiting())
+    monkeypatch.setattr(waiting, "transform", Transform())
+    files = [(path, None) for path in PICTURES[:6]]
+    assert len(list(predict_files(waiting, files, topk=1, batch_size=2))) == 6
