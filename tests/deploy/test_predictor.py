@@ -112,9 +112,9 @@ def test_a_model_may_be_a_network_a_folder_a_checkpoint_an_export_or_open(
     result = deploy.inference_model(network, PICTURES[2])
     models = [
         get_model(config, pretrained=run_folder / "best"),
-        str(run_folder),
-        run_folder,
         str(run_folder / "best"),
+        Predictor(str(run_folder), backend="dygraph"),
+        Predictor(run_folder, backend="dygraph"),
         tmp_path / "export",
         backend,
         predictor,
