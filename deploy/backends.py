@@ -158,6 +158,7 @@ def _open_export(folder: Path, name: str, threads: int, precision: str | None) -
             f"{sidecar.precision}{' or bf16' if sidecar.precision == 'fp32' else ''}; "
             "python -m tools.export makes others"
         )
+    sidecar.verify(folder)
     readers = [reader for reader, format in FORMAT.items() if format == sidecar.format]
     if name == "auto":
         name = choose(readers, precision or sidecar.precision)
