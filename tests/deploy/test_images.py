@@ -82,7 +82,7 @@ def test_the_folder_that_pictures_go_to_is_left_out(tree):
 def test_pipes_are_not_waited_for(tree):
     os.mkfifo(tree / "pipe.png")
     assert len(found(tree)) == 6
-    with pytest.raises(InputError, match="not a file"):
+    with pytest.raises(InputError, match="not a regular file"):
         decode(tree / "pipe.png")
 
 
@@ -210,15 +210,15 @@ def bad_files(folder):
     good = (FIXTURES / "images" / "landscape_499x375.jpg").read_bytes()
     png = (FIXTURES / "images" / "palette_220x200.png").read_bytes()
     contents = {
-        "text.jpg": (b"no picture", "not an image of a known format"),
-        "empty.png": (b"", "not an image of a known format"),
+        "text.jpg": (b"no picture", "cannot identify it as any of JPEG, PNG"),
+        "empty.png": (b"", "cannot identify it as any of JPEG, PNG"),
         "cut.jpg": (good[:5000], "truncated"),
         "cut.png": (png[:500], "truncated"),
         "damaged.png": (png[:60] + b"\xff" * 40 + png[100:], ""),
         # A program: Pillow would have Ghostscript run it.
         "program.eps": (
             b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n",
-            "not an image of a known format",
+            "cannot identify it as any of JPEG, PNG",
         ),
     }
     for name, (content, _) in contents.items():
@@ -226,11 +226,13 @@ def bad_files(folder):
     (folder / "folder.png").mkdir()
     (folder / "dangling.png").symlink_to(folder / "nowhere")
     Image.new("1", (20_000, 20_000)).save(folder / "huge.png")
+    Image.new("1", (10_000, 10_000)).save(folder / "large.png")
     return {name: says for name, (_, says) in contents.items()} | {
-        "folder.png": "not a file",
-        "dangling.png": "no such file",
-        "nowhere.png": "no such file",
+        "folder.png": "not a regular file",
+        "dangling.png": "No such file or directory",
+        "nowhere.png": "No such file or directory",
         "huge.png": "400000000 pixels",
+        "large.png": "10000 x 10000 pixels may be a decompression bomb; allowed: 89,478,485",
     }
 
 
@@ -250,18 +252,7 @@ def test_damage_of_any_kind_is_an_input_error(tmp_path):
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 256, (24, 24, 3)).astype("uint8"))
     refused = 0
-    for suffix in (
-        ".png",
-        ".jpg",
-        ".gif",
-        ".bmp",
-        ".tiff",
-        ".webp",
-        ".ico",
-        ".tga",
-        ".pcx",
-        ".sgi",
-    ):
+    for suffix in (".png", ".jpg", ".gif", ".bmp", ".tiff", ".webp", ".ppm"):
         path = tmp_path / f"picture{suffix}"
         picture.save(path)
         content = path.read_bytes()

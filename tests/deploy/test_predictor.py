@@ -214,7 +214,7 @@ def test_a_stream_keeps_the_order_and_tells_problems_in_their_place(
     assert [prediction.path for prediction in predictions] == [path for path, _ in files]
     assert [(i, p.problem) for i, p in enumerate(predictions) if p.problem] == [
         (0, "cannot list the folder"),
-        (4, "not an image of a known format"),
+        (4, "cannot identify it as any of JPEG, PNG, WEBP, BMP, GIF, TIFF, PPM"),
     ]
     good = [prediction for prediction in predictions if prediction.problem is None]
     for prediction, scores in zip(good, expected):
