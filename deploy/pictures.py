@@ -1,5 +1,7 @@
 """Pictures with what the network says of them drawn beside, and heat maps drawn over them."""
 
+import bisect
+import functools
 import os
 from collections.abc import Sequence
 
@@ -155,7 +157,12 @@ def save(picture: Image.Image, path: str) -> None:
 
 def font_for(text: str, pixels: int) -> ImageFont.ImageFont:
     """A font that has the letters of `text`, where the system has one."""
-    if not text.isascii():
+    return _font(text.isascii(), pixels)
+
+
+@functools.lru_cache
+def _font(is_ascii: bool, pixels: int) -> ImageFont.ImageFont:
+    if not is_ascii:
         for name in _WIDE_FONTS:
             try:
                 return ImageFont.truetype(name, pixels)
@@ -169,6 +176,6 @@ def _shortened(text: str, font, pixels: float) -> str:
     text = " ".join(text.split())
     if font.getlength(text) <= pixels:
         return text
-    while text and font.getlength(text + "...") > pixels:
-        text = text[:-1]
-    return text + "..."
+    lengths = range(len(text) + 1)
+    fits = bisect.bisect_right(lengths, pixels, key=lambda n: font.getlength(text[:n] + "..."))
+    return text[: max(0, fits - 1)] + "..."

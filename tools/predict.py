@@ -71,7 +71,7 @@ class Console:
         said = prediction.problem
         if said is None:
             said = ", ".join(
-                f"{self.class_names[label]} {100 * score:.1f} %"
+                f"{printable(self.class_names[label])} {100 * score:.1f} %"
                 for label, score in zip(prediction.labels, prediction.scores)
             )
         tqdm.write(f"{printable(prediction.path)}: {said}")
@@ -134,9 +134,9 @@ def results_alone_on_stdout():
             sys.stdout = stdout
 
 
-def printable(path: str) -> str:
-    """`path` for a terminal, which a name may hold commands for."""
-    return path if path.isprintable() else ascii(path)
+def printable(name: str) -> str:
+    """The name of a file or class for a terminal, which it may hold commands for."""
+    return name if name.isprintable() else ascii(name)
 
 
 def predict(args) -> int:
@@ -239,7 +239,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        kept = f"; the results so far are in {args.out}.unfinished" if args.out else ""
+        unfinished = f"{args.out}.unfinished"
+        kept = f"; the results so far are in {unfinished}" if os.path.exists(unfinished) else ""
         print(f"interrupted{kept}", file=sys.stderr)
         return 130
 
