@@ -488,7 +488,7 @@ def open_for_evaluation(config, name: str) -> nn.Layer:
         wanted = Sidecar.build(config, format=given.format)
         differ = [
             f"{key} is {getattr(given, key)}, in the configuration {getattr(wanted, key)}"
-            for key in ("num_classes", "preprocessing")
+            for key in ("architecture", "num_classes", "preprocessing")
             if getattr(given, key) != getattr(wanted, key)
         ]
         if differ:

@@ -82,6 +82,7 @@ def test_an_export_folder_is_evaluated(evaluate, weights):
         ("file", ["-backend=tensorrt"], "allowed: auto, dygraph, paddle"),
         ("export", ["-backend=onnxruntime"], "format paddle"),
         ("export", ["-backend=auto", "-opts", "MODEL.NUM_CLASSES", "7"], "num_classes is 4"),
+        ("export", ["-backend=auto", "-opts", "MODEL.NAME", "big"], "architecture is tiny"),
         ("nothing", ["-backend=auto"], "nothing"),
     ],
 )
