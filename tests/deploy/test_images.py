@@ -236,6 +236,7 @@ def bad_files(folder):
     }
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_what_cannot_be_decoded_is_an_input_error_that_says_why(tmp_path):
     for name, says in bad_files(tmp_path).items():
         with pytest.raises(InputError) as caught:

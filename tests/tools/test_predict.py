@@ -171,6 +171,15 @@ def test_an_interruption_says_where_the_results_are(run_folder, tmp_path, monkey
     assert len(records(tmp_path / "r.jsonl.unfinished")) == 2 and not out.exists()
 
 
+def test_a_reader_that_has_seen_enough_ends_it_quietly(run_folder, monkeypatch, capsys):
+    def closed(*_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("tools.predict.Console.write", closed)
+    assert main([str(run_folder), *PICTURES, "-backend", "dygraph"]) == 141
+    assert capsys.readouterr().err == ""
+
+
 def bad_inputs(folder, run_folder, export):
     """{what: (arguments, part of the message)}, with the files that they need."""
     picture = PICTURES[0]
