@@ -49,7 +49,6 @@ CPU_ORDER = {
 }
 GPU_ORDER = {"fp32": ("paddle",), "fp16": ("paddle",), "bf16": ("paddle",), "int8": ()}
 
-
 # The largest batch that TensorRT prepares for.
 TENSORRT_BATCH = 64
 
