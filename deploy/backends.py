@@ -49,7 +49,6 @@ CPU_ORDER = {
 }
 GPU_ORDER = {"fp32": ("paddle",), "fp16": ("paddle",), "bf16": ("paddle",), "int8": ()}
 
-
 # The largest batch that TensorRT prepares for.
 TENSORRT_BATCH = 64
 
@@ -158,6 +157,7 @@ def _open_export(folder: Path, name: str, threads: int, precision: str | None) -
             f"{sidecar.precision}{' or bf16' if sidecar.precision == 'fp32' else ''}; "
             "python -m tools.export makes others"
         )
+    sidecar.verify(folder)
     readers = [reader for reader, format in FORMAT.items() if format == sidecar.format]
     if name == "auto":
         name = choose(readers, precision or sidecar.precision)
@@ -487,7 +487,7 @@ def open_for_evaluation(config, name: str) -> nn.Layer:
         wanted = Sidecar.build(config, format=given.format)
         differ = [
             f"{key} is {getattr(given, key)}, in the configuration {getattr(wanted, key)}"
-            for key in ("num_classes", "preprocessing")
+            for key in ("architecture", "num_classes", "preprocessing")
             if getattr(given, key) != getattr(wanted, key)
         ]
         if differ:

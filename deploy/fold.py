@@ -82,6 +82,8 @@ def weight_and_bias(conv: nn.Conv2D) -> tuple[np.ndarray, np.ndarray]:
 
 def fold_norm_after(layer: ConvNorm) -> None:
     """Turn `layer` into a convolution with bias (and its ReLU)."""
+    if isinstance(layer.norm, nn.Identity):
+        return
     weight, bias = weight_and_bias(layer.conv)
     scale, shift = scale_and_shift(layer.norm)
     biased(layer.conv, weight * scale[:, None, None, None], bias * scale + shift)
@@ -90,7 +92,8 @@ def fold_norm_after(layer: ConvNorm) -> None:
 
 def fold_norm_before(norm: nn.Layer, conv: nn.Conv2D) -> nn.Layer:
     """What has to stand before `conv`, which takes over `norm` if that is exact."""
-    if np.any(np.asarray(conv._padding)) or conv._groups != 1:
+    is_exact = not np.any(conv._padding) and conv._groups == 1
+    if isinstance(norm, nn.Identity) or not is_exact:
         return norm
     weight, bias = weight_and_bias(conv)
     scale, shift = scale_and_shift(norm)
@@ -100,6 +103,8 @@ def fold_norm_before(norm: nn.Layer, conv: nn.Conv2D) -> nn.Layer:
 
 def fold_final_norm(model: RepLKNet) -> None:
     """Move the final norm behind the global average, into the head."""
+    if isinstance(model.norm, nn.Identity):
+        return
     scale, shift = scale_and_shift(model.norm)
     weight = model.head.weight.numpy().astype("float64")  # (in, out)
     bias = model.head.bias.numpy().astype("float64")

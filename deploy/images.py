@@ -6,6 +6,7 @@ decoded is reported where it stands among the others, and ends nothing.
 
 import glob
 import os
+import stat
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -13,20 +14,17 @@ from PIL import Image
 
 from errors import InputError
 
-# EPS is a program, which Pillow hands to Ghostscript; of the others it knows the headers alone.
-_REFUSED_FORMATS = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
+# Pillow reads many more, some of them by starting other programs (EPS).
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
-
-def image_formats() -> list[str]:
-    """Pillow's names of the formats that are decoded."""
-    Image.init()
-    return [name for name in Image.ID if name not in _REFUSED_FORMATS]
+# Pillow's own threshold for a warning: 270 MB as RGB.
+MAX_PIXELS = 89_478_485
 
 
 def image_suffixes() -> set[str]:
     """The file name suffixes, in lower case and with their dot, that folders are searched for."""
-    formats = set(image_formats())
-    return {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
+    Image.init()
+    return {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
 
 
 def decode(source) -> Image.Image:
@@ -51,20 +49,25 @@ def decode(source) -> Image.Image:
             f"{type(source).__name__}; allowed: a path, an array (height, width, 3) of uint8, or a "
             "Pillow image"
         )
-    if not os.path.exists(source):
-        raise InputError("no such file")
-    if not os.path.isfile(source):  # a pipe would be waited for
-        raise InputError("not a file")
     try:
-        with Image.open(source, formats=image_formats()) as image:
+        if not stat.S_ISREG(os.stat(source).st_mode):
+            raise InputError("not a regular file")  # opening a pipe would wait for a writer
+        with Image.open(source, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                size = f"{image.width} x {image.height}"
+                raise InputError(
+                    f"{size} pixels may be a decompression bomb; allowed: {MAX_PIXELS:,}"
+                )
             image.load()
             return image
+    except InputError:
+        raise
     except Image.UnidentifiedImageError:
-        raise InputError("not an image of a known format") from None
-    except OSError as error:
-        raise InputError(error.strerror or str(error)) from None
-    except Exception as error:  # whatever a reader of Pillow's stumbles over in a broken file
-        raise InputError(str(error) or type(error).__name__) from None
+        raise InputError(f"cannot identify it as any of {', '.join(FORMATS)}") from None
+    except Exception as error:  # damaged files make Pillow's readers raise almost anything
+        if isinstance(error, OSError) and error.strerror:
+            raise InputError(error.strerror) from None
+        raise InputError(f"damaged: {error or type(error).__name__}") from None
 
 
 class ImageFiles:

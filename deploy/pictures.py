@@ -1,5 +1,6 @@
 """Pictures with what the network says of them drawn beside, and heat maps drawn over them."""
 
+import bisect
 import functools
 import os
 from collections.abc import Sequence
@@ -175,6 +176,6 @@ def _shortened(text: str, font, pixels: float) -> str:
     text = " ".join(text.split())
     if font.getlength(text) <= pixels:
         return text
-    while text and font.getlength(text + "...") > pixels:
-        text = text[:-1]
-    return text + "..."
+    lengths = range(len(text) + 1)
+    fits = bisect.bisect_right(lengths, pixels, key=lambda n: font.getlength(text[:n] + "..."))
+    return text[: max(0, fits - 1)] + "..."

@@ -62,13 +62,14 @@ class Predictor:
     """
 
     def __init__(self, model, *, backend: str = "auto"):
-        model = published_network(model)
         if hasattr(model, "sidecar"):
             self.backend = model
-        elif isinstance(model, RepLKNet):
-            self.backend = open_backend(model, backend, config=config_of(model))
         else:
-            self.backend = open_backend(model, backend)
+            network = model if isinstance(model, RepLKNet) else open_network(model)
+            if network is None:
+                self.backend = open_backend(model, backend)
+            else:
+                self.backend = open_backend(network, backend, config=config_of(network))
         sidecar = self.backend.sidecar
         self.transform = sidecar.build_eval_transform()
         self.num_classes = sidecar.num_classes
@@ -95,14 +96,15 @@ class Predictor:
         return softmax(logits)
 
 
-def published_network(model):
-    """The network of a published model, if `model` is the name of one; else `model`.
+def open_network(model: str | os.PathLike) -> RepLKNet | None:
+    """The network of a run folder, a checkpoint in one, or a published model; None for an export.
 
     Raises:
-        FileNotFoundError: `model` is neither such a name nor there.
+        FileNotFoundError: there is no such model.
+        InputError: it cannot be opened.
     """
-    if not isinstance(model, (str, os.PathLike)) or os.path.exists(model):
-        return model
+    if os.path.exists(model):
+        return None if is_export(model) else load_network(model)[0]
     try:
         find_record(str(model))
     except InputError:
@@ -111,20 +113,6 @@ def published_network(model):
             f"one of {', '.join(list_models())}"
         ) from None
     return get_model(str(model), pretrained=True)
-
-
-def open_network(model: str | os.PathLike) -> RepLKNet | None:
-    """The network of a run folder, a checkpoint in one, or a published model; None for an export.
-
-    Raises:
-        FileNotFoundError, InputError: as `Predictor`.
-    """
-    network = published_network(model)
-    if isinstance(network, RepLKNet):
-        return network
-    if is_export(model):
-        return None
-    return load_network(model)[0]
 
 
 def config_of(network: RepLKNet):

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from errors import InputError
@@ -18,6 +18,7 @@ FILE = "replknet.json"
 FORMAT_VERSION = 1
 FORMATS = ("paddle", "onnx")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+AGAIN = "export it again, or copy the whole folder again"
 INTERPOLATION = "bicubic"  # with antialiasing: the one that all published accuracies are for
 
 # A sidecar with 21,841 class names takes half a megabyte.
@@ -56,6 +57,7 @@ class Sidecar:
         class_names: one per class, or None.
         source_sha256: of the checkpoint file; None for weights that came from no file.
         paddle_version: that wrote the export.
+        files: SHA-256 of each other file of the export, by its name.
     """
 
     architecture: str
@@ -67,6 +69,7 @@ class Sidecar:
     class_names: tuple[str, ...] | None = None
     source_sha256: str | None = None
     paddle_version: str | None = None
+    files: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -151,14 +154,31 @@ class Sidecar:
         return cls(**{**content, "preprocessing": Preprocessing(**preprocessing)})
 
     def write(self, folder: str | os.PathLike) -> None:
-        """Write the sidecar into an export folder."""
-        text = json.dumps(
-            {"format_version": FORMAT_VERSION, **asdict(self)}, indent=2, ensure_ascii=False
-        )
+        """Write the sidecar into an export folder whose other files are there already."""
         path = Path(folder) / FILE
+        others = sorted(other for other in Path(folder).iterdir() if other != path)
+        complete = replace(self, files={other.name: file_sha256(other) for other in others})
+        text = json.dumps(
+            {"format_version": FORMAT_VERSION, **asdict(complete)}, indent=2, ensure_ascii=False
+        )
         unfinished = path.with_name(f"{FILE}.{os.getpid()}.unfinished")
         unfinished.write_text(text + "\n", encoding="utf-8")
         os.replace(unfinished, path)
+
+    def verify(self, folder: str | os.PathLike) -> None:
+        """Check that the export's files are those that were written.
+
+        Programs that read a damaged model file may end the process instead of saying so.
+
+        Raises:
+            InputError: one is missing or is another.
+        """
+        for name, digest in self.files.items():
+            path = Path(folder) / name
+            if not path.is_file():
+                raise InputError(f"{folder} has no {name}, which its {FILE} promises; {AGAIN}")
+            if file_sha256(path) != digest:
+                raise InputError(f"{path} is not the file that {FILE} was written for; {AGAIN}")
 
     def build_eval_transform(self) -> EvalTransform:
         """PIL image -> float32 (3, H, W), the network's input."""
@@ -203,6 +223,12 @@ def _are_names_or_none(value) -> bool:
     )
 
 
+def _are_files(value) -> bool:
+    return isinstance(value, dict) and all(
+        os.path.basename(name) == name and isinstance(digest, str) for name, digest in value.items()
+    )
+
+
 # What each entry must be: the test and, for messages, what is allowed.
 _ENTRIES = {
     "architecture": (lambda v: isinstance(v, str), "text"),
@@ -214,6 +240,7 @@ _ENTRIES = {
     "class_names": (_are_names_or_none, "a list of text, or null"),
     "source_sha256": (_is_text_or_none, "text, or null"),
     "paddle_version": (_is_text_or_none, "text, or null"),
+    "files": (_are_files, "an object of file names of this folder and their SHA-256"),
 }
 _PREPROCESSING_ENTRIES = {
     "image_size": (_is_integer, "an integer >= 1"),

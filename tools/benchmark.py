@@ -173,7 +173,16 @@ def _quartiles(values: list[float]) -> list[float]:
 
 def inference(args) -> None:
     """Print how fast each installed backend runs a network, in each precision and batch size."""
-    config = update_config(get_config(args.cfg or run_config_file(args.pretrained or "")), args)
+    if args.cfg is None and args.pretrained is None:
+        raise InputError(
+            "nothing to measure; name a network by -cfg or a checkpoint by -pretrained"
+        )
+    config = update_config(get_config(args.cfg or run_config_file(args.pretrained)), args)
+    if config.MODEL.OUT_INDICES is not None:
+        raise InputError(
+            f"MODEL.OUT_INDICES is {config.MODEL.OUT_INDICES}, which makes a backbone without a "
+            "head; allowed: None"
+        )
     if min(args.rounds, *args.batch_sizes) < 1 or (args.threads is not None and args.threads < 1):
         raise InputError("--rounds, --batch_sizes, --threads; allowed: integers >= 1")
     unknown = sorted(set(args.backends) - set(PACKAGES))

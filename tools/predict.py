@@ -235,6 +235,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with results_alone_on_stdout():
             return predict(args)
+    except BrokenPipeError:  # what reads the results has seen enough
+        return 141
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

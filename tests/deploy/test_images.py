@@ -1,7 +1,10 @@
 """Finding and decoding people's own files, among which anything may be."""
 
+import contextlib
 import os
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,7 +82,7 @@ def test_the_folder_that_pictures_go_to_is_left_out(tree):
 def test_pipes_are_not_waited_for(tree):
     os.mkfifo(tree / "pipe.png")
     assert len(found(tree)) == 6
-    with pytest.raises(InputError, match="not a file"):
+    with pytest.raises(InputError, match="not a regular file"):
         decode(tree / "pipe.png")
 
 
@@ -102,38 +105,38 @@ def test_what_stands_for_no_image_is_an_error_that_names_it(tree, argument, says
     assert str(tree / argument) in str(caught.value)
 
 
-@pytest.fixture
-def nobody():
+@contextlib.contextmanager
+def as_nobody():
     """Not being root, whom no permissions stop."""
     if os.geteuid() != 0:
         yield
         return
     os.seteuid(65534)
-    yield
-    os.seteuid(0)
-
-
-def test_a_folder_without_permission_is_an_error_or_told_among_the_files(tmp_path, request):
-    make(tmp_path / "open" / "a.png")
-    make(tmp_path / "open" / "closed" / "b.png")
-    for folder in (tmp_path.parent.parent, tmp_path.parent, tmp_path):
-        folder.chmod(0o755)
-    closed = tmp_path / "open" / "closed"
-    closed.chmod(0o000)
     try:
-        request.getfixturevalue("nobody")
-        files = list(ImageFiles([str(tmp_path / "open")]))
-        assert sorted(files, key=str) == [
-            (str(tmp_path / "open" / "a.png"), None),
-            (str(closed), "cannot list the folder: Permission denied"),
-        ]
-        assert ImageFiles([str(tmp_path / "open")]).count() == 1
-        with pytest.raises(InputError, match=r"closed: cannot list the folder: Permission denied"):
-            ImageFiles([str(closed)]).count()
+        yield
     finally:
-        if os.getuid() == 0:
-            os.seteuid(0)
+        os.seteuid(0)
+
+
+def test_a_folder_without_permission_is_an_error_or_told_among_the_files():
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to others
+        os.chmod(folder, 0o755)
+        picture = make(Path(folder) / "a.png")
+        closed = Path(folder) / "closed"
+        make(closed / "b.png")
+        closed.chmod(0o000)
+        with as_nobody():
+            if not os.access(folder, os.R_OK, effective_ids=True):
+                pytest.skip(f"{folder} lies in a folder that others cannot enter")
+            files = list(ImageFiles([folder]))
+            with pytest.raises(InputError, match=f"{closed}: cannot list the folder: Permission"):
+                ImageFiles([str(closed)]).count()
+            assert ImageFiles([folder]).count() == 1
         closed.chmod(0o755)
+    assert sorted(files, key=str) == [
+        (str(picture), None),
+        (str(closed), "cannot list the folder: Permission denied"),
+    ]
 
 
 def test_folders_of_any_size_are_listed_as_they_are_walked(tmp_path, monkeypatch):
@@ -207,15 +210,15 @@ def bad_files(folder):
     good = (FIXTURES / "images" / "landscape_499x375.jpg").read_bytes()
     png = (FIXTURES / "images" / "palette_220x200.png").read_bytes()
     contents = {
-        "text.jpg": (b"no picture", "not an image of a known format"),
-        "empty.png": (b"", "not an image of a known format"),
+        "text.jpg": (b"no picture", "cannot identify it as any of JPEG, PNG"),
+        "empty.png": (b"", "cannot identify it as any of JPEG, PNG"),
         "cut.jpg": (good[:5000], "truncated"),
         "cut.png": (png[:500], "truncated"),
         "damaged.png": (png[:60] + b"\xff" * 40 + png[100:], ""),
         # A program: Pillow would have Ghostscript run it.
         "program.eps": (
             b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n",
-            "not an image of a known format",
+            "cannot identify it as any of JPEG, PNG",
         ),
     }
     for name, (content, _) in contents.items():
@@ -223,14 +226,17 @@ def bad_files(folder):
     (folder / "folder.png").mkdir()
     (folder / "dangling.png").symlink_to(folder / "nowhere")
     Image.new("1", (20_000, 20_000)).save(folder / "huge.png")
+    Image.new("1", (10_000, 10_000)).save(folder / "large.png")
     return {name: says for name, (_, says) in contents.items()} | {
-        "folder.png": "not a file",
-        "dangling.png": "no such file",
-        "nowhere.png": "no such file",
+        "folder.png": "not a regular file",
+        "dangling.png": "No such file or directory",
+        "nowhere.png": "No such file or directory",
         "huge.png": "400000000 pixels",
+        "large.png": "10000 x 10000 pixels may be a decompression bomb; allowed: 89,478,485",
     }
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_what_cannot_be_decoded_is_an_input_error_that_says_why(tmp_path):
     for name, says in bad_files(tmp_path).items():
         with pytest.raises(InputError) as caught:
@@ -247,18 +253,7 @@ def test_damage_of_any_kind_is_an_input_error(tmp_path):
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 256, (24, 24, 3)).astype("uint8"))
     refused = 0
-    for suffix in (
-        ".png",
-        ".jpg",
-        ".gif",
-        ".bmp",
-        ".tiff",
-        ".webp",
-        ".ico",
-        ".tga",
-        ".pcx",
-        ".sgi",
-    ):
+    for suffix in (".png", ".jpg", ".gif", ".bmp", ".tiff", ".webp", ".ppm"):
         path = tmp_path / f"picture{suffix}"
         picture.save(path)
         content = path.read_bytes()

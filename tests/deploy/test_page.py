@@ -46,7 +46,7 @@ def test_the_heat_map_lies_over_what_the_network_sees(run_folder):
 
 def test_what_is_no_picture_is_an_input_error(run_folder):
     network = open_network(run_folder)
-    with pytest.raises(InputError, match="not an image of a known format"):
+    with pytest.raises(InputError, match="cannot identify it as any of"):
         look(Predictor(network, backend="dygraph"), network, FIXTURES / "README.md")
 
 

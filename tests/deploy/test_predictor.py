@@ -112,9 +112,9 @@ def test_a_model_may_be_a_network_a_folder_a_checkpoint_an_export_or_open(
     result = deploy.inference_model(network, PICTURES[2])
     models = [
         get_model(config, pretrained=run_folder / "best"),
-        str(run_folder),
-        run_folder,
         str(run_folder / "best"),
+        Predictor(str(run_folder), backend="dygraph"),
+        Predictor(run_folder, backend="dygraph"),
         tmp_path / "export",
         backend,
         predictor,
@@ -214,7 +214,7 @@ def test_a_stream_keeps_the_order_and_tells_problems_in_their_place(
     assert [prediction.path for prediction in predictions] == [path for path, _ in files]
     assert [(i, p.problem) for i, p in enumerate(predictions) if p.problem] == [
         (0, "cannot list the folder"),
-        (4, "not an image of a known format"),
+        (4, "cannot identify it as any of JPEG, PNG, WEBP, BMP, GIF, TIFF, PPM"),
     ]
     good = [prediction for prediction in predictions if prediction.problem is None]
     for prediction, scores in zip(good, expected):

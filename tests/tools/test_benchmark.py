@@ -1,6 +1,9 @@
 """The benchmark commands work and measure what they say; no timing decides a test."""
 
+import json
+
 import pytest
+from PIL import Image
 
 from analysis.conv_speed import ConvCase
 from analysis.timing import median_ratio, summarize, time_in_turn
@@ -90,3 +93,44 @@ def test_network_prints_both_sides_and_the_parts(operators, tiny_config_file, ca
 def test_no_rounds_are_bad_input(flags, capsys):
     assert main(flags) == 2
     assert "--rounds 0" in capsys.readouterr().err
+
+
+def test_inference_times_each_backend_and_says_how_far_it_is_off(
+    tiny_config_file, tmp_path, capsys
+):
+    files = ["--json", str(tmp_path / "b.json"), "--chart", str(tmp_path / "b.png")]
+    flags = ["--backends", "dygraph", "paddle", "--batch_sizes", "1", "2", "--rounds", "1"]
+    assert main(["inference", "-cfg", str(tiny_config_file), *flags, *files]) == 0
+    out = capsys.readouterr().out
+    assert "Paddle" in out and "x eager" in out and "images/s" in out
+    content = json.loads((tmp_path / "b.json").read_text())
+    rows = content["rows"]
+    assert {row["batch"] for row in rows} == {1, 2}
+    assert {row["backend"] for row in rows} == {"dygraph", "paddle"}
+    for row in rows:
+        assert 0 < row["min_ms"] <= row["median_ms"] <= row["max_ms"]
+        if row["precision"] == "fp32":
+            assert row["deviation"] < 1e-4
+        assert row["images_per_second"] == pytest.approx(1e3 * row["batch"] / row["median_ms"])
+    with Image.open(tmp_path / "b.png") as picture:
+        assert picture.size[0] > 500
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.json", "b.png"]
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--backends", "tensorrt"], "allowed: dygraph paddle"),
+        (["--rounds", "0"], "integers >= 1"),
+        (["--batch_sizes", "1", "0"], "integers >= 1"),
+        (["-opts", "MODEL.OUT_INDICES", "[3]"], "MODEL.OUT_INDICES"),
+    ],
+)
+def test_bad_flags_of_inference_are_one_message(tiny_config_file, capsys, flags, says):
+    assert main(["inference", "-cfg", str(tiny_config_file), *flags]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_inference_needs_a_configuration(capsys):
+    assert main(["inference"]) == 2
+    assert "-cfg" in capsys.readouterr().err

@@ -1,0 +1,100 @@
+"""-eval -backend NAME: the metrics of the evaluation loop, whatever runs the network."""
+
+import json
+import logging
+
+import pytest
+from tiny import ROOT
+
+from config import get_config
+from deploy import open_for_evaluation
+from deploy.backends import PACKAGES
+from deploy.export import export_model
+from deploy.inference_benchmark import random_images, set_statistics
+from deploy.sidecar import Sidecar
+from engine.cli import main
+from replknet import build_replknet
+from zoo.writers import write_safetensors
+
+
+@pytest.fixture(autouse=True)
+def restore_logging():
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.fixture(scope="module")
+def weights(tiny_config_file, tmp_path_factory):
+    """A checkpoint file, and an export folder of the same network."""
+    folder = tmp_path_factory.mktemp("weights")
+    config = get_config(tiny_config_file)
+    model = build_replknet(config)
+    set_statistics(model, random_images(64, 32))
+    tensors = {name: value.numpy() for name, value in model.state_dict().items()}
+    write_safetensors(folder / "file", tensors, {})
+    export_model(model, folder / "export", Sidecar.build(config, format="paddle"))
+    return folder
+
+
+@pytest.fixture
+def evaluate(tiny_config_file, tiny_data, tmp_path):
+    def run(weights, *flags):
+        flags = [f"-cfg={tiny_config_file}", f"-data_path={tiny_data}", *flags]
+        return main(
+            ["-eval", f"-pretrained={weights}", f"-output={tmp_path / 'run'}", *flags],
+            script=str(ROOT / "main_single_gpu.py"),
+            multi=False,
+            open_network=open_for_evaluation,
+        )
+
+    def metrics(weights, *flags):
+        assert run(weights, *flags) == 0
+        record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+        return record["val_top1_percent"], record["val_top5_percent"], record["val_loss"]
+
+    run.metrics = metrics
+    return run
+
+
+@pytest.mark.parametrize("name", [*PACKAGES, "auto"])
+def test_metrics_do_not_depend_on_the_backend(evaluate, weights, name):
+    for package in PACKAGES.get(name, ()):
+        pytest.importorskip(package)
+    top1, top5, loss = evaluate.metrics(weights / "file")
+    given = evaluate.metrics(weights / "file", f"-backend={name}")
+    assert given[:2] == (top1, top5)
+    assert given[2] == pytest.approx(loss, rel=1e-4)
+
+
+def test_an_export_folder_is_evaluated(evaluate, weights):
+    expected = evaluate.metrics(weights / "file")
+    given = evaluate.metrics(weights / "export", "-backend=auto")
+    assert given[:2] == expected[:2]
+    assert given[2] == pytest.approx(expected[2], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "weights_name, flags, says",
+    [
+        ("file", ["-backend=tensorrt"], "allowed: auto, dygraph, paddle"),
+        ("export", ["-backend=onnxruntime"], "format paddle"),
+        ("export", ["-backend=auto", "-opts", "MODEL.NUM_CLASSES", "7"], "num_classes is 4"),
+        ("export", ["-backend=auto", "-opts", "MODEL.NAME", "big"], "architecture is tiny"),
+        ("nothing", ["-backend=auto"], "nothing"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_message(
+    evaluate, weights, capsys, weights_name, flags, says
+):
+    assert evaluate(weights / weights_name, *flags) == 2
+    error = capsys.readouterr().err
+    assert says in error and "Traceback" not in error
+
+
+def test_a_backend_is_for_evaluation(tiny_config_file, capsys):
+    flags = [f"-cfg={tiny_config_file}", "-backend=auto"]
+    assert main(flags, script="main_single_gpu.py", multi=False) == 2
+    assert "-backend auto without -eval" in capsys.readouterr().err
