@@ -20,11 +20,13 @@ from paddle import inference, nn
 
 import distributed
 from config import get_config
+from datasets import get_class_names
 from deploy.export import ONNX_MODEL_FILE, PADDLE_MODEL_FILES, write_model
 from deploy.extras import REQUIREMENTS, import_extra, is_installed
 from deploy.onnx_graph import INPUT
 from deploy.sidecar import FILE, PRECISIONS, Sidecar
 from errors import InputError
+from ops import use_fast_depthwise_conv, use_fast_pointwise_conv
 from replknet import RepLKNet, build_replknet
 from zoo.convert import load_pretrained
 from zoo.run_folder import run_config_file, weights_of
@@ -101,7 +103,7 @@ def open_backend(
             OMP_NUM_THREADS when it starts.
         precision: to compute in; None for what the export was made for, or fp32. An export made
             for fp32 also runs in `bf16`.
-        class_names: for the sidecar of a network or checkpoint.
+        class_names: of a network or checkpoint; None for those that its config names.
 
     Raises:
         FileNotFoundError: there is nothing at `source`.
@@ -180,16 +182,25 @@ def _open_network(model, config, name, threads, precision, class_names) -> Backe
     if name == "auto":
         name = choose(list(PACKAGES), precision)
     format = FORMAT.get(name, "paddle")
+    if class_names is None:
+        class_names = get_class_names(config)
     sidecar = Sidecar.build(config, format=format, precision=precision, class_names=class_names)
     if name == "dygraph":
         if precision != "fp32":
             raise InputError(f"precision {precision} with backend dygraph; allowed: fp32")
+        use_fast_convolutions(model, config)
         return DygraphBackend(model, sidecar)
     for package in PACKAGES[name]:
         import_extra(package)
     with tempfile.TemporaryDirectory(prefix="replknet-") as folder:
         write_model(model, Path(folder), format=format, precision=precision)
         return _OPENERS[name](Path(folder), sidecar, threads, precision)
+
+
+def use_fast_convolutions(model: RepLKNet, config) -> None:
+    """Let a network compute in eager mode as MODEL.CONV_IMPL says, in place."""
+    use_fast_depthwise_conv(model, config.MODEL.CONV_IMPL)
+    use_fast_pointwise_conv(model, config.MODEL.CONV_IMPL)
 
 
 def choose(candidates: list[str], precision: str) -> str:

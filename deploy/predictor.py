@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from deploy.backends import is_export, load_network, open_backend
+from deploy.backends import is_export, load_network, open_backend, use_fast_convolutions
 from deploy.images import decode
 from errors import InputError
 from replknet import RepLKNet
@@ -104,7 +104,11 @@ def open_network(model: str | os.PathLike) -> RepLKNet | None:
         InputError: it cannot be opened.
     """
     if os.path.exists(model):
-        return None if is_export(model) else load_network(model)[0]
+        if is_export(model):
+            return None
+        network, config = load_network(model)
+        use_fast_convolutions(network, config)
+        return network
     try:
         find_record(str(model))
     except InputError:
@@ -112,7 +116,9 @@ def open_network(model: str | os.PathLike) -> RepLKNet | None:
             f"no model {model}; allowed: an exported folder, a run folder, a checkpoint in one, or "
             f"one of {', '.join(list_models())}"
         ) from None
-    return get_model(str(model), pretrained=True)
+    network = get_model(str(model), pretrained=True)
+    use_fast_convolutions(network, network.config)
+    return network
 
 
 def config_of(network: RepLKNet):

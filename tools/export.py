@@ -13,7 +13,7 @@ import numpy as np
 import paddle
 
 from config import get_config, update_config
-from datasets import ListDataset, get_dataset
+from datasets import ListDataset, get_class_names, get_dataset
 from deploy.backends import DygraphBackend, load_network, open_backend
 from deploy.export import check_combination, check_target, export_model
 from deploy.fold import largest_deviation
@@ -29,7 +29,6 @@ def export(config, args) -> None:
     source, target = weights_of(args.pretrained), Path(args.target)
     check_combination(args.format, args.precision)
     check_target(target)
-    names = None if args.class_names is None else read_names(args.class_names)
     is_int8 = args.precision == "int8"
     calibration = calibration_set(config, args) if is_int8 else None
     validation = validation_set(config) if is_int8 else None
@@ -38,7 +37,7 @@ def export(config, args) -> None:
         config,
         format=args.format,
         precision=args.precision,
-        class_names=names,
+        class_names=get_class_names(config),
         source_sha256=file_sha256(source),
         paddle_version=paddle.__version__,
     )
@@ -100,15 +99,6 @@ def validation_set(config) -> ListDataset | None:
         return None
 
 
-def read_names(path: str) -> list[str]:
-    """Class names, one a line, in the order of the classes."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is no UTF-8 text; allowed: one class name a line") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.export",
@@ -126,7 +116,11 @@ def main(argv: list[str] | None = None) -> int:
     flag("pretrained", "checkpoint or run folder to export", required=True, metavar="FILE")
     flag("format", f"{' or '.join(FORMATS)} (%(default)s)", default="paddle", metavar="NAME")
     flag("precision", f"{', '.join(PRECISIONS)} (%(default)s)", default="fp32", metavar="NAME")
-    flag("class_names", "file of one class name a line, for the export to keep", metavar="FILE")
+    flag(
+        "class_names",
+        "file of one class name a line, as DATA.CLASS_NAMES",
+        metavar="FILE",
+    )
     flag("data_path", "INT8: folder of the images and their lists", metavar="DIR")
     flag("calibration", "INT8: list file; by default train_list.txt", metavar="FILE")
     flag(
@@ -146,6 +140,8 @@ def main(argv: list[str] | None = None) -> int:
     flag("opts", "other keys", nargs="+", metavar="KEY VALUE")
     parser.add_argument("target", metavar="DST", help="folder to write; an earlier export goes")
     args = parser.parse_args(argv)
+    if args.class_names is not None:
+        args.opts = [*(args.opts or ()), "DATA.CLASS_NAMES", args.class_names]
     try:
         config = update_config(get_config(args.cfg or run_config_file(args.pretrained)), args)
         export(config, args)

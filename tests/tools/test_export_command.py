@@ -96,7 +96,7 @@ def bad_inputs(folder, run):
         "another network": ([*good, "-cfg", str(folder / "other.yaml")], "dst", "does not fit"),
         "occupied": (good, "occupied", "no earlier export"),
         "no parent": (good, "no/where", "no folder"),
-        "three names": ([*good, "-class_names", str(folder / "names.txt")], "dst", "3 class names"),
+        "three names": ([*good, "-class_names", str(folder / "names.txt")], "dst", "has 3 lines"),
         "names": ([*good, "-class_names", str(folder / "latin.txt")], "dst", "UTF-8"),
         "no names": ([*good, "-class_names", str(folder / "none.txt")], "dst", "none.txt"),
         "no data": ([*int8, "-data_path", str(folder / "no_data")], "dst", "no_data"),
