@@ -6,19 +6,13 @@ decoded is reported where it stands among the others, and ends nothing.
 
 import glob
 import os
-import stat
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 from PIL import Image
 
 from errors import InputError
-
-# Pillow reads many more, some of them by starting other programs (EPS).
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-
-# Pillow's own threshold for a warning: 270 MB as RGB.
-MAX_PIXELS = 89_478_485
+from transforms.image import FORMATS, load, open_image
 
 
 def image_suffixes() -> set[str]:
@@ -50,24 +44,11 @@ def decode(source) -> Image.Image:
             "Pillow image"
         )
     try:
-        if not stat.S_ISREG(os.stat(source).st_mode):
-            raise InputError("not a regular file")  # opening a pipe would wait for a writer
-        with Image.open(source, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                size = f"{image.width} x {image.height}"
-                raise InputError(
-                    f"{size} pixels may be a decompression bomb; allowed: {MAX_PIXELS:,}"
-                )
-            image.load()
+        with open_image(os.fspath(source)) as image:
+            load(image)
             return image
-    except InputError:
-        raise
-    except Image.UnidentifiedImageError:
-        raise InputError(f"cannot identify it as any of {', '.join(FORMATS)}") from None
-    except Exception as error:  # damaged files make Pillow's readers raise almost anything
-        if isinstance(error, OSError) and error.strerror:
-            raise InputError(error.strerror) from None
-        raise InputError(f"damaged: {error or type(error).__name__}") from None
+    except OSError as error:
+        raise InputError(error.strerror or str(error)) from None
 
 
 class ImageFiles:
