@@ -6,7 +6,6 @@ do it directly or by FFT (docs/kernels.md); this module gives them types, gradie
 a network, and falls back on Paddle's own convolution where they cannot be had.
 """
 
-import ctypes
 from typing import NamedTuple
 
 import paddle
@@ -115,10 +114,6 @@ class _Cached(NamedTuple):
     spectrum: paddle.Tensor
 
 
-_memcmp = ctypes.CDLL(None).memcmp
-_memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-
-
 @as_one_operation
 class FastDepthwiseConv2D(nn.Conv2D):
     """A depthwise `nn.Conv2D` that computes by `large_kernel_depthwise_conv2d`.
@@ -147,6 +142,7 @@ class FastDepthwiseConv2D(nn.Conv2D):
         if self.training or paddle.is_grad_enabled():
             self._cached = None
         elif self.impl in ("auto", "fft") and _is_plain(x, self.weight, self.bias):
+            _check_arguments(x, self.weight, self.bias, None, self.impl)
             spectrum = self._spectrum(x)
             if spectrum is not None:
                 return self._forward_cached(x, spectrum)
@@ -170,7 +166,6 @@ class FastDepthwiseConv2D(nn.Conv2D):
         return spectrum
 
     def _forward_cached(self, x: paddle.Tensor, spectrum: paddle.Tensor) -> paddle.Tensor:
-        _check_arguments(x, self.weight, self.bias, None, self.impl)
         y = paddle.empty(x.shape, dtype="float32")
         bias = None if self.bias is None else self.bias.data_ptr()
         get_library().forward_cached(
@@ -198,7 +193,7 @@ def _is_plain(x, *parameters) -> bool:
 
 def _equal(a: paddle.Tensor, b: paddle.Tensor) -> bool:
     """Whether two contiguous float32 tensors on CPU hold the same bytes."""
-    return a.shape == b.shape and _memcmp(a.data_ptr(), b.data_ptr(), 4 * a.size) == 0
+    return a.shape == b.shape and get_library().same_bytes(a.data_ptr(), b.data_ptr(), 4 * a.size)
 
 
 def is_eligible(layer: nn.Layer) -> bool:
