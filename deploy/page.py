@@ -78,6 +78,26 @@ def look(predictor: Predictor, network, path: str):
     return {names[label]: float(scores[label]) for label in top}, heat
 
 
+def uploaded(payload, folder: str) -> str | None:
+    """The file that a request names, which must be one that came by the page.
+
+    Gradio checks only some of the forms in which a request can name a file.
+
+    Args:
+        payload: Gradio's data of an image, or None.
+        folder: where Gradio puts uploads.
+
+    Raises:
+        gradio.Error: it lies elsewhere.
+    """
+    if payload is None or payload.path is None:
+        return None
+    path, folder = os.path.realpath(payload.path), os.path.realpath(folder)
+    if not path.startswith(folder + os.sep):
+        raise import_gradio().Error("allowed: files uploaded to this page", print_exception=False)
+    return path
+
+
 def build_page(predictor: Predictor, network, *, title: str):
     """The page, as a Gradio app; its arguments are those of `look`.
 
@@ -122,7 +142,7 @@ def build_page(predictor: Predictor, network, *, title: str):
                 )
                 # The file as it came: Gradio's own way stumbles over what is no image. (A derived
                 # class would make Gradio write a .pyi file beside this one.)
-                upload.preprocess = lambda payload: None if payload is None else payload.path
+                upload.preprocess = lambda payload: uploaded(payload, upload.GRADIO_CACHE)
             with gradio.Column():
                 classes = gradio.Label(label="Classes", num_top_classes=CLASSES_SHOWN)
                 heat = gradio.Image(

@@ -1,12 +1,14 @@
 """The page, as people meet it: in a browser, on a server of its own."""
 
 import io
+import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 
 import numpy as np
 import pytest
@@ -211,6 +213,29 @@ def test_a_huge_picture_is_told(page, tmp_path):
 def test_another_kind_of_file_is_refused_by_the_page(page):
     upload(page, FIXTURES / "README.md")
     page.get_by_text("Only image/* allowed").wait_for()
+
+
+def ask(server, path):
+    """What the page's server answers to a program that names a file of the server's machine."""
+    api = f"{server.address}/gradio_api/call/classify"
+    body = json.dumps({"data": [{"path": str(path)}]}).encode()
+    request = urllib.request.Request(api, body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        event = json.load(answer)["event_id"]
+    with urllib.request.urlopen(f"{api}/{event}", timeout=60) as answer:
+        return answer.read().decode()
+
+
+def test_a_request_cannot_name_a_file_that_was_not_uploaded(server, tmp_path):
+    (uploads,) = server.temporary.glob("replknet-page-*")
+    copy = uploads / "copy.jpg"
+    shutil.copyfile(PICTURE, copy)
+    assert "confidences" in ask(server, copy)
+    link = uploads / "link.jpg"
+    link.symlink_to(PICTURE)
+    for path in (PICTURE, link, f"{uploads}/../../{PICTURE}", f"{uploads}{os.sep}..", "/dev/zero"):
+        answer = ask(server, path)
+        assert "event: error" in answer and "confidences" not in answer, answer
 
 
 def test_only_this_machine_reaches_it(server):
