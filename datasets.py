@@ -151,13 +151,15 @@ class Line(NamedTuple):
 
     number: counted from 1, blank lines included.
     path: relative to the data folder.
-    problem: why the line cannot be used, or None.
+    kind: of problem that the line cannot be used for: "line", "label", "outside", or None.
+    problem: what it is.
     """
 
     number: int
     path: bytes
     label: int
-    problem: str | None
+    kind: str | None = None
+    problem: str | None = None
 
 
 def parse_list(
@@ -212,38 +214,37 @@ def read_list(list_file: str, num_classes: int, *, allow_outside: bool = False):
     )
 
 
-def _parse_line(
-    line: bytes, num_classes: int | None, allow_outside: bool
-) -> tuple[bytes, int, str | None]:
-    """Path, label, and what is wrong with the line, if anything."""
+def _parse_line(line: bytes, num_classes: int | None, allow_outside: bool) -> tuple:
+    """Path, label and, if anything is wrong with the line, the kind of problem and what it is."""
     shown = _shortened(line.strip())
     parts = line.strip().rsplit(None, 1)
     if len(parts) < 2:
-        return b"", 0, f"expected a path and a label, got '{shown}'"
+        return b"", 0, "line", f"expected a path and a label, got '{shown}'"
     path, text = parts
     # int() alone would also take 1_000, and digits of other scripts.
-    if not text.removeprefix(b"-").isdigit():
-        return path, 0, (f"no label after the path: '{shown}' ends with '{_shortened(text)}'")
-    label = int(text) if len(text) < 18 else sys.maxsize
+    digits = text.removeprefix(b"-")
+    if not digits.isdigit():
+        reason = f"no label after the path: '{shown}' ends with '{_shortened(text)}'"
+        return path, 0, "line", reason
+    label = int(digits) if len(digits) < 18 else sys.maxsize
+    if digits != text:
+        label = -label
     if label < 0 or (num_classes is not None and label >= num_classes):
         reason = (
             "negative"
             if num_classes is None
             else f"outside [0, {num_classes}); MODEL.NUM_CLASSES sets the number of classes"
         )
-        return path, label, f"label {_shortened(text)} is {reason}"
+        return path, label, "label", f"label {_shortened(text)} is {reason}"
     if b"\0" in path:
-        return path, label, f"a path cannot hold a NUL byte: '{shown}'"
+        return path, label, "line", f"a path cannot hold a NUL byte: '{shown}'"
     if not allow_outside and (path.startswith(b"/") or b".." in path.split(b"/")):
-        return (
-            path,
-            label,
-            (
-                f"path '{shown}' must be relative and stay inside the data folder; "
-                "DATA.ALLOW_OUTSIDE True allows others"
-            ),
+        reason = (
+            f"path '{shown}' must be relative and stay inside the data folder; "
+            "DATA.ALLOW_OUTSIDE True allows others"
         )
-    return path, label, None
+        return path, label, "outside", reason
+    return path, label
 
 
 def _shortened(text: bytes) -> str:

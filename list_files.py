@@ -204,7 +204,8 @@ def check_data(
 
     Args:
         root: folder of the lists that are there, train_list.txt, val_list.txt or both.
-        num_classes: labels must be below; None: the largest label of train_list.txt, plus one.
+        num_classes: labels must be below; None: the largest label of train_list.txt, plus one, but no
+            more than it has lines.
         allow_outside: as DATA.ALLOW_OUTSIDE.
         workers: processes that decode.
         progress: (findings, how many) -> the same findings, showing how far it is.
@@ -224,9 +225,9 @@ def check_data(
         for name in names
     }
     if num_classes is None:
-        num_classes = 1 + max(
-            (line.label for line in lines[names[0]] if line.problem is None), default=0
-        )
+        labels = [line.label for line in lines[names[0]] if line.problem is None]
+        # One slip of a key must not make millions of classes: each has an image at least.
+        num_classes = min(1 + max(labels, default=0), max(1, len(labels)))
     problems = []
     for name in names:
         problems += _line_problems(name, lines[name], num_classes)
@@ -294,9 +295,7 @@ def _line_problems(name: str, lines: list[Line], num_classes: int) -> Iterator[P
     first = {}
     for line in lines:
         if line.problem:
-            kind = "outside" if "data folder" in line.problem else "line"
-            kind = "label" if line.problem.startswith("label") else kind
-            yield _problem(kind, name, line, line.problem)
+            yield _problem(line.kind, name, line, line.problem)
             continue
         if line.label >= num_classes:
             yield _problem("label", name, line, f"{line.label} is outside [0, {num_classes})")

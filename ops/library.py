@@ -19,6 +19,7 @@ ALGORITHMS = {"auto": 0, "direct": 1, "fft": 2}
 PASSES = {"forward": 0, "gradients": 1, "forward_cached": 2}
 ISA_NAMES = ("portable code", "AVX2", "AVX-512")
 THREADS_VARIABLE = "LARGE_KERNEL_THREADS"
+MAX_THREADS = 64  # of csrc/cpu/pool.h
 
 # Largest error over the largest value, for each algorithm; well above what either has.
 SELF_TEST_TOLERANCE = {"direct": 1e-5, "fft": 1e-4}
@@ -134,15 +135,15 @@ def thread_count(environment=os.environ) -> int:
     """
     wanted = environment.get(THREADS_VARIABLE)
     if wanted is not None:
-        if not (wanted.isascii() and wanted.isdigit() and 1 <= int(wanted) <= 1024):
+        if not (wanted.isascii() and wanted.isdigit() and 1 <= int(wanted) <= MAX_THREADS):
             raise InputError(
-                f"{THREADS_VARIABLE} is {wanted!r}; allowed: an integer from 1 to 1024"
+                f"{THREADS_VARIABLE} is {wanted!r}; allowed: an integer from 1 to {MAX_THREADS}"
             )
         return int(wanted)
     here = environment.get("PADDLE_CURRENT_ENDPOINT", "").rpartition(":")[0]
     endpoints = environment.get("PADDLE_TRAINER_ENDPOINTS", "").split(",")
     processes = sum(endpoint.rpartition(":")[0] == here for endpoint in endpoints) if here else 1
-    return max(1, len(os.sched_getaffinity(0)) // max(1, processes))
+    return min(MAX_THREADS, max(1, len(os.sched_getaffinity(0)) // max(1, processes)))
 
 
 _lock = threading.Lock()

@@ -218,3 +218,21 @@ def test_paths_outside_can_be_allowed(tmp_path):
     for allow, wrong in ((False, 2), (True, 0)):
         report = check_data(str(tmp_path / "data"), allow_outside=allow)
         assert len(report["problems"]) == wrong
+
+
+def test_one_absurd_label_makes_no_million_classes(tmp_path):
+    tree(tmp_path, ["train/a/1.jpg", "train/b/1.jpg"])
+    lines = "train/a/1.jpg 0\ntrain/b/1.jpg 99999999999\ntrain/b/1.jpg 123456789012345678901\n"
+    (tmp_path / "train_list.txt").write_text(lines)
+    report = check_data(str(tmp_path))
+    assert report["num_classes"] == 3
+    wrong = [(p["line"], p["kind"]) for p in report["problems"] if p["kind"] == "label"]
+    assert wrong == [(2, "label"), (3, "label")]
+
+
+def test_kinds_of_problems_do_not_depend_on_names(tmp_path):
+    lines = "my data folder/a.jpg\nlabel.jpg x\n../label 0\n"
+    (tmp_path / "train_list.txt").write_text(lines)
+    report = check_data(str(tmp_path))
+    kinds = [p["kind"] for p in report["problems"] if p["line"]]
+    assert kinds == ["line", "line", "outside"]

@@ -29,7 +29,8 @@ def main(argv: list[str] | None = None) -> int:
         "--num_classes",
         type=int,
         metavar="N",
-        help="labels must be below; default: the largest in train_list.txt, plus one",
+        help="labels must be below; default: the largest in train_list.txt, plus one, but no more "
+        "than it has lines",
     )
     parser.add_argument(
         "-workers",

@@ -300,6 +300,8 @@ def _build() -> str:
                 check=True,
                 capture_output=True,
                 text=True,
+                errors="replace",
+                env={**os.environ, "LC_ALL": "C"},
                 timeout=BUILD_SECONDS,
             )
             os.replace(unfinished, path)

@@ -137,7 +137,9 @@ extern "C" int pw_available(void) { return sgemm() != nullptr; }
 
 extern "C" int pw_forward(const pw_shape* s, const float* x, const float* weight, float* y,
                           int threads) {
-  if (!is_good(s) || !x || !weight || !y || threads < 1) return LK_BAD_ARGUMENT;
+  if (!is_good(s) || !weight || threads < 1) return LK_BAD_ARGUMENT;
+  if (s->batch == 0) return LK_OK;  // an empty map may lie nowhere
+  if (!x || !y) return LK_BAD_ARGUMENT;
   Product product;
   product.a = {weight, 0, s->in_channels, false};
   product.b = {x, s->in_channels * s->pixels, s->pixels, false};
@@ -152,7 +154,12 @@ extern "C" int pw_forward(const pw_shape* s, const float* x, const float* weight
 
 extern "C" int pw_gradients(const pw_shape* s, const float* x, const float* weight,
                             const float* dy, float* dx, float* dweight, int threads) {
-  if (!is_good(s) || !x || !weight || !dy || threads < 1) return LK_BAD_ARGUMENT;
+  if (!is_good(s) || !weight || threads < 1) return LK_BAD_ARGUMENT;
+  if (s->batch == 0) {
+    if (dweight) std::fill(dweight, dweight + s->out_channels * s->in_channels, 0.0f);
+    return LK_OK;
+  }
+  if (!x || !dy) return LK_BAD_ARGUMENT;
   Product product;
   product.batch = s->batch;
   if (dx) {
@@ -166,10 +173,6 @@ extern "C" int pw_gradients(const pw_shape* s, const float* x, const float* weig
     if (const int status = product.run(threads)) return status;
   }
   if (!dweight) return LK_OK;
-  if (s->batch == 0) {
-    std::fill(dweight, dweight + s->out_channels * s->in_channels, 0.0f);
-    return LK_OK;
-  }
   product.a = {dy, s->out_channels * s->pixels, s->pixels, false};
   product.b = {x, s->in_channels * s->pixels, s->pixels, true};
   product.c = dweight;
