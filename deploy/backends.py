@@ -7,10 +7,11 @@ Each backend opens one format of export, or a network in memory, which it then e
 temporary place. docs/deployment.md has the measurements behind `CPU_ORDER`.
 """
 
+import contextlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -18,15 +19,20 @@ import numpy as np
 import paddle
 from paddle import inference, nn
 
-import distributed
 from config import get_config
 from datasets import get_class_names
-from deploy.export import ONNX_MODEL_FILE, PADDLE_MODEL_FILES, write_model
+from deploy.export import (
+    ONNX_MODEL_FILE,
+    PADDLE_MODEL_FILES,
+    PADDLE_WEIGHTS_FILE,
+    write_model,
+)
 from deploy.extras import REQUIREMENTS, import_extra, is_installed
 from deploy.onnx_graph import INPUT
-from deploy.sidecar import FILE, PRECISIONS, Sidecar
+from deploy.sidecar import AGAIN, FILE, PRECISIONS, Sidecar
 from errors import InputError
-from ops import use_fast_depthwise_conv, use_fast_pointwise_conv
+from ops import thread_count, use_fast_depthwise_conv, use_fast_pointwise_conv
+from ops.library import THREADS_VARIABLE
 from replknet import RepLKNet, build_replknet
 from zoo.convert import load_pretrained
 from zoo.run_folder import run_config_file, weights_of
@@ -95,12 +101,15 @@ def open_backend(
     """Get a network ready to run.
 
     Args:
-        source: an export folder; or a checkpoint or run folder; or a `RepLKNet`.
+        source: an export folder; or a checkpoint or run folder; or a `RepLKNet`, which keeps its
+            mode and its numbers. `dygraph` runs this very network: its convolutions become the
+            compiled operators where MODEL.CONV_IMPL says so.
         name: a backend, or `auto` for the fastest installed one that can run `source`.
         config: of a network, or of a checkpoint that does not lie in its run folder.
         threads: that compute, on CPU; None for the cores that this process may use, divided among
-            the processes of the run. Without effect on `dygraph`, whose number Paddle takes from
-            OMP_NUM_THREADS when it starts.
+            the processes of the run on this machine. Without effect on `dygraph`, whose compiled
+            operators take their number from LARGE_KERNEL_THREADS, and Paddle's own from
+            OMP_NUM_THREADS, when they start.
         precision: to compute in; None for what the export was made for, or fp32. An export made
             for fp32 also runs in `bf16`.
         class_names: of a network or checkpoint; None for those that its config names.
@@ -112,7 +121,8 @@ def open_backend(
     if name not in ("auto", *PACKAGES):
         raise InputError(f"backend {name!r}; allowed: auto, {', '.join(PACKAGES)}")
     if threads is None:
-        threads = max(1, len(os.sched_getaffinity(0)) // distributed.world_size())
+        # LARGE_KERNEL_THREADS is for the compiled operators alone.
+        threads = thread_count({k: v for k, v in os.environ.items() if k != THREADS_VARIABLE})
     if threads < 1:
         raise InputError(f"threads is {threads}; allowed: an integer >= 1")
     if isinstance(source, RepLKNet):
@@ -168,7 +178,8 @@ def _open_export(folder: Path, name: str, threads: int, precision: str | None) -
             f"{folder} is an export of format {sidecar.format}, which backend {name} does not "
             f"open; allowed: auto, {', '.join(readers)}"
         )
-    return _OPENERS[name](folder, sidecar, threads, precision or sidecar.precision)
+    path = model_path(folder, sidecar, sidecar.files)
+    return _OPENERS[name](path, sidecar, threads, precision or sidecar.precision)
 
 
 def _open_network(model, config, name, threads, precision, class_names) -> Backend:
@@ -194,7 +205,8 @@ def _open_network(model, config, name, threads, precision, class_names) -> Backe
         import_extra(package)
     with tempfile.TemporaryDirectory(prefix="replknet-") as folder:
         write_model(model, Path(folder), format=format, precision=precision)
-        return _OPENERS[name](Path(folder), sidecar, threads, precision)
+        path = model_path(Path(folder), sidecar, os.listdir(folder))
+        return _OPENERS[name](path, sidecar, threads, precision)
 
 
 def use_fast_convolutions(model: RepLKNet, config) -> None:
@@ -214,8 +226,9 @@ def choose(candidates: list[str], precision: str) -> str:
     device = "GPU" if order else "CPU"
     order = order or [name for name in CPU_ORDER[precision] if name in candidates]
     installed = installed_backends()
+    unable = [name for name in order if name in installed and not computes_in(name, precision)]
     for name in order:
-        if name in installed:
+        if name in installed and name not in unable:
             logger.info(
                 "backend %s: the first installed one of %s for %s on %s",
                 name,
@@ -229,8 +242,30 @@ def choose(candidates: list[str], precision: str) -> str:
             f"precision {precision} in this format runs on a GPU alone, and Paddle uses none here; "
             "python -m tools.export makes other exports"
         )
+    if unable:
+        raise InputError(no_bfloat16(unable[0]))
     raise InputError(
         f"no backend for this is installed ({' or '.join(order)}); pip install -r {REQUIREMENTS}"
+    )
+
+
+def computes_in(name: str, precision: str) -> bool:
+    """Whether an installed backend of `CPU_ORDER` computes in this precision on this processor.
+
+    Paddle itself computes in float32 where the processor has no bfloat16.
+    """
+    if (name, precision) != ("openvino", "bf16"):
+        return True
+    capabilities = import_extra("openvino").Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in capabilities
+
+
+def no_bfloat16(name: str) -> str:
+    """What to say where `computes_in` says no."""
+    return (
+        f"precision bf16 with backend {name} on a processor that does not compute in bfloat16 "
+        "(AVX512-BF16 or AMX); allowed here: another precision; python -m tools.export makes "
+        "exports in others"
     )
 
 
@@ -249,6 +284,19 @@ def check_images(images: np.ndarray, sidecar: Sidecar) -> np.ndarray:
     return np.ascontiguousarray(images)
 
 
+@contextlib.contextmanager
+def evaluation_mode(network: nn.Layer) -> Iterator[None]:
+    """Evaluation mode for the block; afterwards each layer is in the mode it was in."""
+    training = [layer for layer in network.sublayers(include_self=True) if layer.training]
+    for layer in training:
+        layer.training = False
+    try:
+        yield
+    finally:
+        for layer in training:
+            layer.training = True
+
+
 class DygraphBackend:
     """Paddle's eager mode on the network as it is."""
 
@@ -257,10 +305,9 @@ class DygraphBackend:
     def __init__(self, model: RepLKNet, sidecar: Sidecar):
         self.sidecar = sidecar
         self.model = model
-        model.eval()
 
     def run(self, images: np.ndarray) -> np.ndarray:
-        with paddle.no_grad():
+        with paddle.no_grad(), evaluation_mode(self.model):
             return self.model(paddle.to_tensor(check_images(images, self.sidecar))).numpy()
 
     def close(self) -> None:
@@ -272,22 +319,22 @@ class PaddleBackend:
 
     name = "paddle"
 
-    def __init__(self, folder: Path, sidecar: Sidecar, threads: int, precision: str):
+    def __init__(self, path: Path, sidecar: Sidecar, threads: int, precision: str):
         self.sidecar = sidecar
-        path = paddle_model_file(folder, sidecar)
+        self.prepared = None  # largest batch and image side that TensorRT is prepared for
 
         def settings():
-            config = inference.Config(str(path), str(folder / "model.pdiparams"))
+            config = inference.Config(str(path), str(path.with_name(PADDLE_WEIGHTS_FILE)))
             config.disable_glog_info()
             config.switch_ir_optim(True)
             return config
 
         try:
             if paddle.device.get_device().startswith("gpu"):
-                self.predictor = gpu_predictor(settings, sidecar, precision)
+                self.predictor, self.prepared = gpu_predictor(settings, sidecar, precision)
             else:
                 self.predictor = cpu_predictor(settings(), threads, precision)
-        except (RuntimeError, ValueError, OSError, MemoryError) as error:
+        except (RuntimeError, ValueError, IndexError, OSError, MemoryError) as error:
             if isinstance(error, InputError):
                 raise
             raise unreadable(path, "Paddle Inference", error) from None
@@ -295,7 +342,20 @@ class PaddleBackend:
         self.output = self.predictor.get_output_handle(self.predictor.get_output_names()[0])
 
     def run(self, images: np.ndarray) -> np.ndarray:
-        self.input.copy_from_cpu(check_images(images, self.sidecar))
+        images = check_images(images, self.sidecar)
+        if self.prepared is None:
+            return self.run_batch(images)
+        largest, side = self.prepared
+        if images.shape[2:] != (side, side):
+            raise InputError(
+                f"images of {images.shape[2]} x {images.shape[3]} pixels; TensorRT is prepared for "
+                f"{side} x {side}, the size that the export's preprocessing makes"
+            )
+        parts = [images[i : i + largest] for i in range(0, len(images), largest)]
+        return np.concatenate([self.run_batch(part) for part in parts])
+
+    def run_batch(self, images: np.ndarray) -> np.ndarray:
+        self.input.copy_from_cpu(images)
         self.predictor.run()
         return self.output.copy_to_cpu().astype(np.float32, copy=False)
 
@@ -320,6 +380,10 @@ def gpu_predictor(settings: Callable, sidecar: Sidecar, precision: str):
 
     Paddle 3 gives its `.json` programs to TensorRT by a conversion of its own, which is left out:
     they run on cuDNN.
+
+    Returns:
+        The predictor; and with TensorRT, the largest batch and the image side that it is prepared
+        for, else None.
     """
     types = {
         "fp32": inference.PrecisionType.Float32,
@@ -332,11 +396,12 @@ def gpu_predictor(settings: Callable, sidecar: Sidecar, precision: str):
         )
     device = int(paddle.device.get_device().partition(":")[2] or 0)
 
+    size = sidecar.preprocessing.image_size
+
     def predictor(*, tensorrt: bool):
         config = settings()
         config.enable_use_gpu(256, device, types[precision])
         if tensorrt:
-            size = sidecar.preprocessing.image_size
             config.enable_tensorrt_engine(
                 workspace_size=1 << 30,
                 max_batch_size=TENSORRT_BATCH,
@@ -360,10 +425,10 @@ def gpu_predictor(settings: Callable, sidecar: Sidecar, precision: str):
     )
     if has_tensorrt:
         try:
-            return predictor(tensorrt=True)
+            return predictor(tensorrt=True), (TENSORRT_BATCH, size)
         except (RuntimeError, ValueError) as error:
             logger.warning("without TensorRT, which does not take this network: %s", error)
-    return predictor(tensorrt=False)
+    return predictor(tensorrt=False), None
 
 
 class OnnxRuntimeBackend:
@@ -371,7 +436,7 @@ class OnnxRuntimeBackend:
 
     name = "onnxruntime"
 
-    def __init__(self, folder: Path, sidecar: Sidecar, threads: int, precision: str):
+    def __init__(self, path: Path, sidecar: Sidecar, threads: int, precision: str):
         onnxruntime = import_extra("onnxruntime")
         self.sidecar = sidecar
         if precision == "bf16":
@@ -383,7 +448,6 @@ class OnnxRuntimeBackend:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        path = model_file(folder, ONNX_MODEL_FILE)
         try:
             self.session = onnxruntime.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]
@@ -404,18 +468,12 @@ class OpenVinoBackend:
 
     name = "openvino"
 
-    def __init__(self, folder: Path, sidecar: Sidecar, threads: int, precision: str):
+    def __init__(self, path: Path, sidecar: Sidecar, threads: int, precision: str):
         openvino = import_extra("openvino")
         self.sidecar = sidecar
         core = openvino.Core()
-        if precision == "bf16" and "BF16" not in core.get_property(
-            "CPU", "OPTIMIZATION_CAPABILITIES"
-        ):
-            raise InputError(
-                "precision bf16 on a processor that does not compute in bfloat16 "
-                "(AVX512-BF16 or AMX); allowed: fp32, fp16, int8"
-            )
-        path = model_file(folder, ONNX_MODEL_FILE)
+        if not computes_in(self.name, precision):
+            raise InputError(no_bfloat16(self.name))
         settings = {
             "INFERENCE_NUM_THREADS": threads,
             "PERFORMANCE_HINT": "LATENCY",
@@ -440,30 +498,29 @@ _OPENERS = {
 }
 
 
-def model_file(folder: Path, name: str) -> Path:
-    """A file of an export folder that has to be there."""
-    path = folder / name
-    if not path.is_file():
-        raise InputError(f"{folder} has no {name}, which its sidecar promises; export it again")
-    return path
+def model_path(folder: Path, sidecar: Sidecar, files: Iterable[str]) -> Path:
+    """The ONNX file or the Paddle program among the `files` of an export folder.
 
-
-def paddle_model_file(folder: Path, sidecar: Sidecar) -> Path:
-    """The program of an export of format paddle, if this Paddle can read it."""
-    model_file(folder, "model.pdiparams")
-    here = [folder / name for name in PADDLE_MODEL_FILES if (folder / name).is_file()]
-    if not here:
+    Raises:
+        InputError: they are not those of the export's format, or this Paddle cannot read them.
+    """
+    programs = (ONNX_MODEL_FILE,) if sidecar.format == "onnx" else PADDLE_MODEL_FILES
+    others = () if sidecar.format == "onnx" else (PADDLE_WEIGHTS_FILE,)
+    found = [name for name in programs if name in files]
+    if len(found) != 1 or not set(others) <= set(files):
+        wanted = " and ".join([" or ".join(programs), *others])
         raise InputError(
-            f"{folder} has none of {', '.join(PADDLE_MODEL_FILES)}, which its sidecar promises; "
-            "export it again"
+            f"{folder / FILE} lists {', '.join(sorted(files)) or 'no files'}; an export of format "
+            f"{sidecar.format} has {wanted}; {AGAIN}"
         )
-    if here[0].suffix == ".json" and paddle.__version__.startswith("2."):
+    path = folder / found[0]
+    if path.suffix == ".json" and paddle.__version__.startswith("2."):
         raise InputError(
-            f"{here[0]} was written by Paddle {sidecar.paddle_version}, and Paddle "
+            f"{path} was written by Paddle {sidecar.paddle_version}, and Paddle "
             f"{paddle.__version__} cannot read it; export it again with this Paddle, or use "
             "-format onnx, which all read"
         )
-    return here[0]
+    return path
 
 
 def unreadable(path: Path, program: str, error: Exception) -> InputError:

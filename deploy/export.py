@@ -18,6 +18,7 @@ from errors import InputError
 from replknet import RepLKNet
 
 PADDLE_MODEL_FILES = ("model.json", "model.pdmodel")  # of Paddle 3 and Paddle 2
+PADDLE_WEIGHTS_FILE = "model.pdiparams"
 ONNX_MODEL_FILE = "model.onnx"
 # Half precisions that ONNX files keep weights in; Paddle converts what it loads.
 HALF_WEIGHTS = {"fp16": "FLOAT16", "bf16": "BFLOAT16"}
@@ -34,7 +35,7 @@ def export_model(
 
     Args:
         model: a classifier of any form; stays as it is.
-        target: a new folder, or an earlier export, which is replaced.
+        target: a new or empty folder, or an earlier export, which is replaced; or a link to one.
         sidecar: says the format and precision.
         calibration: for INT8: preprocessed images float32 (N, 3, H, W), batch by batch.
 
@@ -42,8 +43,7 @@ def export_model(
         InputError: `target` is something else, or a combination that there is not.
         OSError: it cannot be written.
     """
-    target = Path(target)
-    check_target(target)
+    target = check_target(target)
     unfinished = target.with_name(f"{target.name}.{os.getpid()}.unfinished")
     try:
         unfinished.mkdir()
@@ -55,30 +55,56 @@ def export_model(
             calibration=calibration,
         )
         sidecar.write(unfinished)
+        check_target(target)  # what came meanwhile
         replace_folder(unfinished, target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def check_target(target: Path) -> None:
-    """Raise InputError where an export would overwrite something that is none."""
-    if target.exists() and not (target / FILE).is_file():
-        is_empty = target.is_dir() and not any(target.iterdir())
-        if not is_empty:
-            raise InputError(
-                f"{target} is there and is no earlier export (it has no {FILE}); "
-                "allowed: a new or empty folder, or an earlier export"
-            )
+def check_target(target: str | os.PathLike) -> Path:
+    """The folder that an export to `target` makes or replaces, links followed.
+
+    Raises:
+        FileNotFoundError: there is no folder to write it into.
+        InputError: something would go that no export wrote.
+    """
+    target = Path(os.path.realpath(target))
+    allowed = "allowed: a new or empty folder, or an earlier export and nothing else"
     if not target.parent.is_dir():
         raise FileNotFoundError(f"no folder {target.parent} to write {target.name} into")
+    if not target.exists():
+        return target
+    is_folder = target.is_dir()
+    if is_folder and target.samefile("."):
+        raise InputError(f"{target} is the folder that this runs in; run it from another one")
+    if is_folder and not any(target.iterdir()):
+        return target
+    if not (target / FILE).is_file():
+        raise InputError(
+            f"{target} is there and is no earlier export (it has no {FILE}); {allowed}"
+        )
+    written = {FILE, *Sidecar.read(target).files}
+    others = sorted(
+        entry.name for entry in target.iterdir() if entry.name not in written or entry.is_dir()
+    )
+    if others:
+        shown = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+        raise InputError(f"{target} holds what no export wrote: {shown}; {allowed}")
+    return target
 
 
 def replace_folder(new: Path, target: Path) -> None:
     """Let the folder `new` take the name `target`, the old one going away."""
     old = target.with_name(f"{target.name}.{os.getpid()}.old")
-    if target.exists():
+    is_there = target.exists()
+    if is_there:
         os.rename(target, old)
-    os.rename(new, target)
+    try:
+        os.rename(new, target)
+    except BaseException:
+        if is_there:
+            os.rename(old, target)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -13,6 +13,7 @@ No backward pass is needed, and the map costs no more than the prediction.
 import numpy as np
 import paddle
 
+from deploy.backends import evaluation_mode
 from replknet import RepLKNet
 
 
@@ -31,14 +32,9 @@ def grad_cam(
         Logits (num_classes,), and the map (H / 32, W / 32), rounded up: float32, >= 0, in units of
         the logit; all zeros where nothing speaks for the class.
     """
-    training = network.training
-    network.eval()
-    try:
+    with evaluation_mode(network):
         features = network.forward_stages(paddle.to_tensor(image))[-1]  # (1, C, h, w)
         logits = network.head(network.norm(features).mean(axis=[2, 3]))[0]
-    finally:
-        if training:
-            network.train()
     label = int(logits.argmax()) if label is None else label
     norm = network.norm
     scale = norm.weight / paddle.sqrt(norm._variance + norm._epsilon)

@@ -223,9 +223,13 @@ def _are_names_or_none(value) -> bool:
     )
 
 
+def _is_file_name(name: str) -> bool:
+    return name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
 def _are_files(value) -> bool:
     return isinstance(value, dict) and all(
-        os.path.basename(name) == name and isinstance(digest, str) for name, digest in value.items()
+        _is_file_name(name) and isinstance(digest, str) for name, digest in value.items()
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 from small_networks import CONFIG, FORMS, assert_same, images, logits, small_config, small_network
 
 from deploy import backends as module
-from deploy import installed_backends, open_backend
+from deploy import inference_model, installed_backends, open_backend
 from deploy.backends import PACKAGES, Backend, open_for_evaluation
 from deploy.export import export_model
 from deploy.extras import is_installed
@@ -202,10 +202,104 @@ def test_a_damaged_model_file_is_one_message(export, name, damage):
         open_backend(folder, name)
 
 
+@pytest.mark.parametrize("damage", [b"", b"x" * 5000, 2000], ids=["empty", "garbage", "cut"])
+@pytest.mark.parametrize(
+    "name, pattern",
+    [
+        ("paddle", "model.*[!s]"),
+        ("paddle", "model.pdiparams"),
+        ("onnxruntime", "model.onnx"),
+        ("openvino", "model.onnx"),
+    ],
+)
+def test_what_a_program_says_of_a_model_file_is_one_message(config, export, name, pattern, damage):
+    """As the sidecar promises it, and yet no model."""
+    needs(name)
+    folder = export("paddle" if name == "paddle" else "onnx")
+    path = next(folder.glob(pattern))
+    if path.suffix == ".pdmodel" and damage == b"x" * 5000:
+        pytest.skip("Paddle 2 ends the process")
+    path.write_bytes(path.read_bytes()[:damage] if isinstance(damage, int) else damage)
+    Sidecar.build(config, format="paddle" if name == "paddle" else "onnx").write(folder)
+    with pytest.raises(InputError, match="cannot read .*export it again"):
+        open_backend(folder, name)
+
+
+@pytest.mark.parametrize("missing", ["program", "weights", "onnx"])
+def test_the_sidecar_must_list_what_is_opened(export, missing):
+    folder = export("onnx" if missing == "onnx" else "paddle")
+    content = json.loads((folder / FILE).read_text())
+    name = next(n for n in content["files"] if (n == "model.pdiparams") == (missing == "weights"))
+    del content["files"][name]
+    (folder / FILE).write_text(json.dumps(content))
+    with pytest.raises(InputError, match="lists .*; an export of format"):
+        open_backend(folder)
+
+
+def test_of_two_programs_none_is_taken(config, export):
+    folder = export("paddle")
+    for name in ("model.json", "model.pdmodel"):
+        (folder / name).touch()
+    Sidecar.build(config, format="paddle").write(folder)
+    with pytest.raises(InputError, match=r"has model\.json or model\.pdmodel and"):
+        open_backend(folder)
+
+
+def test_a_network_keeps_its_mode_whatever_runs_it(config):
+    model = small_network(config)
+    expected = logits(model, images(2))
+    backend = open_backend(model, "dygraph", config=config)
+    model.train()
+    model.stages[0].eval()  # as where a part is frozen
+    modes = [layer.training for layer in model.sublayers(include_self=True)]
+    assert_same(backend.run(images(2)), expected)
+    assert [layer.training for layer in model.sublayers(include_self=True)] == modes
+    inference_model(model, np.zeros((40, 40, 3), "uint8"))
+    assert [layer.training for layer in model.sublayers(include_self=True)] == modes
+    assert_same(backend.run(images(2)), expected)
+
+
+def test_tensorrt_gets_batches_and_images_that_it_is_prepared_for(config):
+    """Without TensorRT: how `run` divides a batch does not depend on what computes."""
+    model = small_network(config)
+    backend = open_backend(model, "paddle", config=config, threads=1)
+    backend.prepared = (2, 32)
+    sizes, run_batch = [], backend.run_batch
+    backend.run_batch = lambda part: sizes.append(len(part)) or run_batch(part)
+    assert_same(backend.run(images(5)), logits(model, images(5)))
+    assert sizes == [2, 2, 1]
+    with pytest.raises(InputError, match="TensorRT is prepared for 32 x 32"):
+        backend.run(images(1, size=64))
+
+
+def test_auto_passes_over_what_does_not_compute_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(module, "installed_backends", lambda: list(PACKAGES))
+    monkeypatch.setattr(module, "computes_in", lambda name, precision: name != "openvino")
+    assert module.choose(list(PACKAGES), "bf16") == "paddle"
+    with pytest.raises(InputError, match="does not compute in bfloat16.*another precision"):
+        module.choose(["onnxruntime", "openvino"], "bf16")
+
+
+def test_processes_of_this_machine_alone_share_its_cores(monkeypatch, config):
+    given = []
+
+    def opener(path, sidecar, threads, precision):
+        given.append(threads)
+
+    monkeypatch.setitem(module._OPENERS, "paddle", opener)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(12))
+    monkeypatch.setenv("LARGE_KERNEL_THREADS", "5")
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "6")
+    monkeypatch.setenv("PADDLE_CURRENT_ENDPOINT", "a:1")
+    monkeypatch.setenv("PADDLE_TRAINER_ENDPOINTS", "a:1,a:2,b:1,b:2,c:1,c:2")
+    open_backend(small_network(config), "paddle", config=config)
+    assert given == [6]
+
+
 def test_an_export_of_paddle_3_on_paddle_2_says_so(monkeypatch, tmp_path, config):
-    Sidecar.build(config, format="paddle", paddle_version="3.3.1").write(tmp_path)
     (tmp_path / "model.json").write_text("{}")
     (tmp_path / "model.pdiparams").write_bytes(b"")
+    Sidecar.build(config, format="paddle", paddle_version="3.3.1").write(tmp_path)
     monkeypatch.setattr(paddle, "__version__", "2.6.2")
     with pytest.raises(InputError, match=r"written by Paddle 3\.3\.1.*-format onnx"):
         open_backend(tmp_path)

@@ -95,6 +95,71 @@ def test_nothing_else_is_overwritten(tmp_path, config, what):
     assert (target if what == "a file" else target / "precious").read_text() == "precious"
 
 
+@pytest.mark.parametrize("what", ["notes.txt", "a folder", "no sidecar"])
+def test_an_earlier_export_with_other_things_in_it_stays(tmp_path, config, what):
+    target, sidecar = tmp_path / "dst", Sidecar.build(config, format="paddle")
+    export_model(small_network(config), target, sidecar)
+    if what == "a folder":
+        (target / what).mkdir()
+    else:
+        (target / (FILE if what == "no sidecar" else what)).write_text("precious")
+    before = {p: p.is_dir() or p.read_bytes() for p in target.rglob("*")}
+    with pytest.raises(InputError, match=FILE if what == "no sidecar" else f"wrote: {what}; allo"):
+        export_model(small_network(config, seed=9), target, sidecar)
+    assert {p: p.is_dir() or p.read_bytes() for p in target.rglob("*")} == before
+    assert listing(tmp_path) == ["dst", "small.yaml"]
+
+
+def test_what_comes_while_it_is_exported_stays(tmp_path, config, monkeypatch):
+    target, sidecar = tmp_path / "dst", Sidecar.build(config, format="paddle")
+    target.mkdir()
+    monkeypatch.setattr(
+        "deploy.export.write_paddle_model", lambda *_: (target / "precious").write_text("precious")
+    )
+    with pytest.raises(InputError, match="no earlier export"):
+        export_model(small_network(config), target, sidecar)
+    assert listing(target) == ["precious"]
+
+
+def test_a_link_leads_to_the_folder_that_is_replaced(tmp_path, config):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk/dst")
+    for seed in (0, 9):
+        network = small_network(config, seed=seed)
+        export_model(network, tmp_path / "link", Sidecar.build(config, format="paddle"))
+        outputs = open_backend(tmp_path / "disk" / "dst").run(images(1))
+        assert_same(outputs, logits(network, images(1)))
+    assert (tmp_path / "link").is_symlink() and listing(tmp_path / "disk") == ["dst"]
+
+
+def test_the_folder_that_it_runs_in_is_not_replaced(tmp_path, config, monkeypatch):
+    (tmp_path / "dst").mkdir()
+    monkeypatch.chdir(tmp_path / "dst")
+    with pytest.raises(InputError, match="the folder that this runs in"):
+        export_model(small_network(config), ".", Sidecar.build(config, format="paddle"))
+    assert listing(tmp_path) == ["dst", "small.yaml"]
+
+
+def test_an_earlier_export_comes_back_where_the_new_one_cannot_have_its_name(
+    tmp_path, config, monkeypatch
+):
+    target, sidecar = tmp_path / "dst", Sidecar.build(config, format="paddle")
+    export_model(small_network(config), target, sidecar)
+    before = {name: (target / name).read_bytes() for name in listing(target)}
+    rename = os.rename
+
+    def broken(source, destination):
+        if str(source).endswith(".unfinished"):
+            raise OSError(5, os.strerror(5))
+        rename(source, destination)
+
+    monkeypatch.setattr("deploy.export.os.rename", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        export_model(small_network(config, seed=9), target, sidecar)
+    assert {name: (target / name).read_bytes() for name in listing(target)} == before
+    assert listing(tmp_path) == ["dst", "small.yaml"]
+
+
 def test_a_failed_export_leaves_the_earlier_one(tmp_path, config, monkeypatch):
     target, sidecar = tmp_path / "dst", Sidecar.build(config, format="paddle")
     export_model(small_network(config), target, sidecar)

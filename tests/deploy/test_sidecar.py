@@ -92,7 +92,7 @@ WRONG = {
     "architecture": [None, 3],
     "source_sha256": [1],
     "preprocessing": [None, [], {}],
-    "files": [None, {"../x": ""}, {"a/b": ""}, {"x": 1}],
+    "files": [None, {"../x": ""}, {"a/b": ""}, {"..": ""}, {"": ""}, {"a\\b": ""}, {"x": 1}],
 }
 WRONG_PREPROCESSING = {
     "image_size": [0, -1, "32", 10**30],
