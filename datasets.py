@@ -347,10 +347,14 @@ def get_dataloader(
     if config.DATA.FINISH_ON_DEVICE and hasattr(dataset.transform, "unfinished"):
         finish = build_finish(config)
     value_bytes = 4 if finish is None else 1
-    batch_bytes = batches.batch_size * 3 * config.DATA.IMAGE_SIZE**2 * value_bytes
+    image_bytes = 3 * config.DATA.IMAGE_SIZE**2 * value_bytes
+    batch_bytes = batches.batch_size * image_bytes
     if workers:
+        both = 0  # whoever trains evaluates as well, by a loader that stays
+        if is_train:
+            both = image_bytes * (config.DATA.BATCH_SIZE_EVAL or config.DATA.BATCH_SIZE)
         check_memory(
-            batch_bytes=batch_bytes,
+            batch_bytes=batch_bytes + both,
             workers=workers,
             processes=int(os.environ.get("PADDLE_LOCAL_SIZE", world_size)),
         )

@@ -296,7 +296,8 @@ def check_memory(*, batch_bytes: int, workers: int, processes: int) -> None:
     """Find out before training whether the workers' batches fit into the memory.
 
     Args:
-        workers: of each process.
+        batch_bytes: of a batch of each loader that a process has, together.
+        workers: of each loader.
         processes: of the run, on this machine.
 
     Raises:
@@ -312,15 +313,17 @@ def check_memory(*, batch_bytes: int, workers: int, processes: int) -> None:
         )
 
 
-def available_memory_bytes() -> int | None:
+def available_memory_bytes(cgroup: str = "/sys/fs/cgroup") -> int | None:
     """What this machine, or the container that this is, has left; None where it does not say."""
     limits = []
     with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as file:
         limits += [1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable")]
     with contextlib.suppress(OSError, ValueError):  # no such files, or no limit
         used, most = (
-            int(Path("/sys/fs/cgroup", name).read_text())
-            for name in ("memory.current", "memory.max")
+            int(Path(cgroup, name).read_text()) for name in ("memory.current", "memory.max")
         )
-        limits.append(most - used)
+        statistics = dict(map(str.split, Path(cgroup, "memory.stat").read_text().splitlines()))
+        # Files read before count as used, and give way to whoever needs their room.
+        cached = int(statistics["active_file"]) + int(statistics["inactive_file"])
+        limits.append(most - used + cached)
     return min(limits, default=None)

@@ -74,6 +74,8 @@ def find_library() -> Path | None:
 
 def why_missing() -> str:
     """Why `find_library` finds none, and what to do."""
+    if not sys.platform.startswith("linux"):
+        return f"it is for Linux; this is {sys.platform}"
     with contextlib.suppress(OSError):
         failure = (BUILD_FOLDER / f"failed-{library_key()}.txt").read_text(encoding="utf-8")
         return f"its build failed: {failure.splitlines()[0]}; python -m ops.build tries again"
@@ -132,6 +134,7 @@ def build() -> tuple[Path, float]:
                 key = f"{library_key()}-{compiler_key(compiler)}"
                 library = BUILD_FOLDER / f"large_kernel-{key}.so"
                 if library.exists():
+                    os.utime(library)  # from now on the newest, which `find_library` takes
                     return library, 0.0
                 start = time.perf_counter()
                 with tempfile.TemporaryDirectory(dir=BUILD_FOLDER) as folder:
@@ -241,6 +244,10 @@ def main() -> int:
     try:
         library, seconds = build()
     except BuildError as error:
+        with contextlib.suppress(BuildError):
+            if find_library() is not None:
+                print(f"the convolutions built before stay in use; {error}", file=sys.stderr)
+                return 0
         print(
             f"no fast depthwise convolution, {error}; all works without, by Paddle's own",
             file=sys.stderr,

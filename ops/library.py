@@ -35,6 +35,12 @@ class _Shape(ctypes.Structure):
     ]
 
 
+class _Product(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int64) for name in ("batch", "in_channels", "out_channels", "pixels")
+    ]
+
+
 class Library:
     """The C interface of csrc/large_kernel.h over addresses of contiguous float32 arrays.
 
@@ -48,6 +54,7 @@ class Library:
         self.threads = threads
         handle = ctypes.CDLL(str(path))
         shape, pointer, integer = ctypes.POINTER(_Shape), ctypes.c_void_p, ctypes.c_int
+        product = ctypes.POINTER(_Product)
         for name, result, arguments in (
             ("lk_forward", integer, [shape, *[pointer] * 4, integer, integer]),
             ("lk_gradients", integer, [shape, *[pointer] * 5, integer, integer]),
@@ -59,6 +66,8 @@ class Library:
             ("lk_peak_gflops", ctypes.c_double, [integer]),
             ("lk_op_set_threads", None, [integer]),
             ("pw_available", integer, []),
+            ("pw_forward", integer, [product, *[pointer] * 3, integer]),
+            ("pw_gradients", integer, [product, *[pointer] * 5, integer]),
         ):
             function = getattr(handle, name)
             function.restype, function.argtypes = result, arguments
@@ -105,6 +114,12 @@ class Library:
         """y = convolution, with the weight's spectrum."""
         threads = threads or self.threads
         _check(self._lk_forward_cached(_Shape(*shape), x, spectrum, bias, y, threads))
+
+    def pointwise(self, shape, x, weight, dy, y, dx, dweight) -> None:
+        """Output and gradients of a 1x1 convolution; `shape` is (N, C, C', pixels)."""
+        shape = _Product(*shape)
+        _check(self._pw_forward(shape, x, weight, y, self.threads))
+        _check(self._pw_gradients(shape, x, weight, dy, dx, dweight, self.threads))
 
     def choose(self, shape, which: str) -> str:
         """The algorithm that `auto` takes for one of `PASSES`."""
@@ -202,12 +217,31 @@ def self_test(library: Library) -> None:
             for name, ours, right in zip(
                 ("forward", "input gradient", "weight gradient"), got, wanted
             ):
-                error = np.abs(ours - right).max() / np.abs(right).max()
-                if not error <= tolerance:  # nor where it is no number
-                    raise LibraryError(
-                        f"self-test failed: {algorithm}, {name} of {shape}: relative error "
-                        f"{error:.1e}; allowed: {tolerance:.0e}"
-                    )
+                _compare(f"{algorithm}, {name} of {shape}", ours, right, tolerance)
+        spectrum = np.full(library.spectrum_floats(shape), np.nan, "float32")
+        if spectrum.size:
+            y = np.full_like(x, np.nan)
+            library.make_spectrum(shape, weight.ctypes.data, spectrum.ctypes.data)
+            library.forward_cached(
+                shape, x.ctypes.data, spectrum.ctypes.data, bias.ctypes.data, y.ctypes.data
+            )
+            _compare(f"fft, kept spectrum of {shape}", y, wanted[0], SELF_TEST_TOLERANCE["fft"])
+    if library.has_pointwise:
+        x, dy = (rng.standard_normal((2, count, 50), "float32") for count in (19, 70))
+        weight = rng.standard_normal((70, 19), "float32")
+        wanted = weight @ x, weight.T @ dy, np.einsum("nop,nip->oi", dy, x)
+        got = [np.full_like(values, np.nan) for values in wanted]
+        library.pointwise((2, 19, 70, 50), *(array.ctypes.data for array in (x, weight, dy, *got)))
+        for name, ours, right in zip(("output", "input gradient", "weight gradient"), got, wanted):
+            _compare(f"1x1, {name}", ours, right, SELF_TEST_TOLERANCE["direct"])
+
+
+def _compare(what: str, ours: np.ndarray, right: np.ndarray, tolerance: float) -> None:
+    error = np.abs(ours - right).max() / np.abs(right).max()
+    if not error <= tolerance:  # nor where it is no number
+        raise LibraryError(
+            f"self-test failed: {what}: relative error {error:.1e}; allowed: {tolerance:.0e}"
+        )
 
 
 def reference_passes(x, weight, bias, dy) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -5,6 +5,8 @@ a sixth of the processor's speed where it is not its maker's; the oneDNN library
 along runs at nearly all of it (docs/kernels.md).
 """
 
+import logging
+
 import paddle
 from paddle import nn
 
@@ -18,7 +20,11 @@ from ops.dispatch import (
     run_operator,
     use_operator,
 )
-from ops.library import get_library
+from ops.library import LibraryError, get_library
+
+NO_ONEDNN = "this build of Paddle comes without the oneDNN library that they need (libdnnl.so.3)"
+
+logger = logging.getLogger(__name__)
 
 
 @as_one_operation
@@ -34,7 +40,7 @@ def pointwise_conv2d(x: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor:
 
     Raises:
         ValueError: shapes or types that this is not made for.
-        LibraryError: there is no compiled operator.
+        LibraryError: there is no compiled operator, or no oneDNN for it.
     """
     if len(x.shape) != 4 or len(weight.shape) != 4 or list(weight.shape[2:]) != [1, 1]:
         raise ValueError(
@@ -51,7 +57,8 @@ def pointwise_conv2d(x: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor:
             "x and weight must be float32, float16 or bfloat16; got "
             f"x {describe(x)}, weight {describe(weight)}"
         )
-    get_library()
+    if not get_library().has_pointwise:
+        raise LibraryError(NO_ONEDNN)
     return run_operator("pointwise_conv2d", {"X": x, "Weight": weight}, {})
 
 
@@ -99,7 +106,10 @@ def use_fast_pointwise_conv(model: nn.Layer, impl: str = "auto") -> int:
         InputError: an unknown impl, or one that cannot be had here.
     """
     check_impl(impl)
-    fast = use_operator(impl, paddle.device.get_device() == "cpu") and get_library().has_pointwise
+    fast = use_operator(impl, paddle.device.get_device() == "cpu")
+    if fast and not get_library().has_pointwise:
+        logger.warning("1x1 convolutions run on Paddle's own: %s", NO_ONEDNN)
+        fast = False
     layers = [layer for layer in model.sublayers(include_self=True) if is_eligible(layer)]
     for layer in layers:
         layer.__class__ = FastPointwiseConv2D if fast else nn.Conv2D

@@ -22,7 +22,7 @@ from datasets import (
     read_list,
 )
 from errors import InputError, SampleError
-from loader import check_memory
+from loader import available_memory_bytes, check_memory
 from transforms.evaluation import EvalTransform
 
 
@@ -194,6 +194,28 @@ def test_memory_that_the_batches_need_is_checked_before_training(monkeypatch):
     assert isinstance(got.value, InputError)
     monkeypatch.setattr(loader_module, "available_memory_bytes", lambda: None)
     check_memory(batch_bytes=10**15, workers=4, processes=1)  # a machine that does not say
+
+
+def test_both_loaders_of_a_training_run_count(tmp_path, tiny_config_file, monkeypatch):
+    data_with(tmp_path, {})
+    config = configured(tiny_config_file, tmp_path, "DATA.NUM_WORKERS", 1, batch_size_eval=16)
+    needed = (8 + 16) * 3 * 32 * 32 * 3  # images, bytes of each, slots
+    monkeypatch.setattr(loader_module, "available_memory_bytes", lambda: needed)
+    get_dataloader(config, get_dataset(config, True), True)
+    monkeypatch.setattr(loader_module, "available_memory_bytes", lambda: needed - 1)
+    with pytest.raises(InputError, match=r"DATA\.NUM_WORKERS"):
+        get_dataloader(config, get_dataset(config, True), True)
+    get_dataloader(config, get_dataset(config, False), False)
+
+
+def test_files_that_were_read_do_not_count_as_used_memory(tmp_path):
+    machine = available_memory_bytes(str(tmp_path))  # no such files
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 200\ninactive_file 500\nactive_file 200\n")
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert available_memory_bytes(str(tmp_path)) == 1000 - 900 + 700
+    (tmp_path / "memory.max").write_text("max\n")
+    assert abs(available_memory_bytes(str(tmp_path)) - machine) < 0.5 * machine
 
 
 def test_class_names_come_from_the_config_or_beside_the_lists_or_the_project(

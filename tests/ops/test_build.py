@@ -1,5 +1,6 @@
 """Building and loading the library: once, whole, and everything goes on where it fails."""
 
+import ctypes
 import multiprocessing
 import os
 import shutil
@@ -169,35 +170,64 @@ except ops.LibraryError as error:
 
 
 class Wrong:
-    """The library, with an error in one pass."""
+    """The library, with an error in the output of one of its functions."""
 
     def __init__(self, library, broken, change):
         self.library, self.broken, self.change = library, broken, change
 
-    def _call(self, name, shape, *pointers, algorithm):
-        getattr(self.library, name)(shape, *pointers, algorithm=algorithm)
-        if (name, algorithm) == self.broken:
-            import ctypes
+    def __getattr__(self, name):
+        value = getattr(self.library, name)
+        if name != self.broken[0]:
+            return value
 
-            batch, channels, height, width, _ = shape
-            address = pointers[-1] if name == "forward" else pointers[-2]
-            buffer = (ctypes.c_float * (batch * channels * height * width)).from_address(address)
-            values = np.frombuffer(buffer, "float32")
-            values[-1] = self.change(values[-1])
+        def call(shape, *pointers, **options):
+            value(shape, *pointers, **options)
+            if options.get("algorithm") == self.broken[1]:
+                last = {"gradients": -2, "pointwise": -3}.get(name, -1)
+                address = pointers[last] + 4 * 17
+                values = np.frombuffer((ctypes.c_float * 1).from_address(address), "float32")
+                values[0] = self.change(values[0])
 
-    def forward(self, *arguments, **options):
-        self._call("forward", *arguments, **options)
-
-    def gradients(self, *arguments, **options):
-        self._call("gradients", *arguments, **options)
+        return call
 
 
-@pytest.mark.parametrize("change", [lambda v: v + 0.01, lambda v: np.float32("nan")])
-@pytest.mark.parametrize("broken", [("forward", "direct"), ("gradients", "fft")])
-def test_self_test_finds_one_wrong_value(operators, broken, change):
+@pytest.mark.parametrize("change", [lambda v: v + 0.1, lambda v: np.float32("nan")])
+@pytest.mark.parametrize(
+    ("broken", "told"),
+    [
+        (("forward", "direct"), "direct, forward"),
+        (("gradients", "fft"), "fft, input gradient"),
+        (("forward_cached", None), "kept spectrum"),
+        (("pointwise", None), "1x1, output"),
+    ],
+)
+def test_self_test_finds_one_wrong_value(operators, broken, told, change):
     self_test(operators)
-    with pytest.raises(LibraryError, match="self-test failed: " + broken[1]):
+    with pytest.raises(LibraryError, match=f"self-test failed: .*{told}"):
         self_test(Wrong(operators, broken, change))
+
+
+def test_the_library_of_this_compiler_is_the_one_that_is_used(fake, tmp_path, monkeypatch):
+    first, _ = build()
+    other = tmp_path / "other-c++"
+    other.write_text(FAKE_COMPILER.replace("fake 1.0", "other 2.0"))
+    other.chmod(0o755)
+    os.utime(first, (1, 1))
+    monkeypatch.setenv("CXX", str(other))
+    second, _ = build()
+    assert build_module.find_library() == second != first
+    os.utime(second, (2, 2))
+    monkeypatch.setenv("CXX", str(tmp_path / "fake-c++"))
+    assert build() == (first, 0.0)
+    assert build_module.find_library() == first
+
+
+def test_what_was_built_stays_in_use_without_a_compiler(fake, monkeypatch, capsys):
+    library, _ = build()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert build_module.main() == 0
+    assert "stay in use" in capsys.readouterr().err
+    assert build_module.find_library() == library
 
 
 def test_threads_are_this_process_cores_shared_by_local_processes():
@@ -210,6 +240,6 @@ def test_threads_are_this_process_cores_shared_by_local_processes():
         "PADDLE_TRAINER_ENDPOINTS": "10.0.0.1:6170,10.0.0.1:6171,10.0.0.2:6170,10.0.0.2:6171",
     }
     assert thread_count(launched) == max(1, cores // 2)
-    for wrong in ("0", "-1", "many", "2.5", ""):
+    for wrong in ("0", "-1", "many", "2.5", "", "65"):
         with pytest.raises(InputError, match="LARGE_KERNEL_THREADS"):
             thread_count({"LARGE_KERNEL_THREADS": wrong})

@@ -178,6 +178,15 @@ def test_cached_spectrum_is_for_one_map_size():
     cached.check(paddle.randn([1, 32, 56, 56]))
 
 
+@pytest.mark.parametrize("channels", [16, 48])
+def test_a_map_of_other_channels_is_refused_and_leaves_nothing_behind(channels):
+    cached = Cached()
+    cached.layer._cached = None
+    with paddle.no_grad(), pytest.raises(ValueError, match="as many channels"):
+        cached.layer(paddle.randn([1, channels, 56, 56]))
+    cached.check()
+
+
 def test_cached_spectrum_is_no_part_of_the_state_and_ends_with_training():
     cached = Cached()
     assert set(cached.layer.state_dict()) == {"weight", "bias"}

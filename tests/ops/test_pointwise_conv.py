@@ -6,7 +6,7 @@ import pytest
 from double_precision import conv_and_gradients, relative_error
 from paddle import nn
 
-from ops import pointwise_conv2d, use_fast_pointwise_conv
+from ops import LibraryError, pointwise_conv2d, use_fast_pointwise_conv
 
 pytestmark = pytest.mark.usefixtures("operators")
 
@@ -104,3 +104,13 @@ def test_bad_input_is_a_value_error_that_shows_it(x, weight, told):
     with pytest.raises(ValueError) as error:
         pointwise_conv2d(paddle.zeros(x), paddle.zeros(weight))
     assert told in str(error.value)
+
+
+def test_without_onednn_layers_stay_paddles_and_one_line_says_so(operators, monkeypatch, caplog):
+    monkeypatch.setattr(type(operators), "has_pointwise", False)
+    layer = nn.Conv2D(3, 4, 1)
+    assert use_fast_pointwise_conv(layer) == 0 and type(layer) is nn.Conv2D
+    [record] = caplog.records
+    assert "libdnnl.so.3" in record.getMessage()
+    with pytest.raises(LibraryError, match="libdnnl"):
+        pointwise_conv2d(paddle.randn([1, 3, 2, 2]), layer.weight)
