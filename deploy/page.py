@@ -17,7 +17,7 @@ import numpy as np
 from deploy.gradcam import grad_cam
 from deploy.images import decode
 from deploy.pictures import overlay
-from deploy.predictor import Predictor, softmax
+from deploy.predictor import Predictor, probabilities
 from errors import InputError
 
 ADDRESS = "127.0.0.1"
@@ -63,7 +63,7 @@ def look(predictor: Predictor, network, path: str):
         path: of a picture.
 
     Raises:
-        InputError: it cannot be decoded.
+        InputError: it cannot be decoded, or the network gives no numbers.
     """
     image = decode(path)
     array = predictor.transform(image)[None]
@@ -71,7 +71,7 @@ def look(predictor: Predictor, network, path: str):
         scores, heat = predictor.scores(array)[0], None
     else:
         logits, heat = grad_cam(network, array)
-        scores = softmax(logits[None])[0]
+        scores = probabilities(logits[None], "dygraph")[0]
         heat = overlay(predictor.transform.pixels(image), heat)
     names = distinct(predictor.class_names)
     top = np.argsort(-scores, kind="stable")[:CLASSES_SHOWN]
@@ -125,7 +125,7 @@ def build_page(predictor: Predictor, network, *, title: str):
             return look(predictor, network, path)
         except InputError as error:
             # Not gradio.Error, which would leave the classes of the picture before.
-            gradio.Warning(f"This file cannot be read as a picture: {error}", duration=None)
+            gradio.Warning(f"This file cannot be classified: {error}", duration=None)
             return None, None
 
     with gradio.Blocks(title=title, analytics_enabled=False) as page:

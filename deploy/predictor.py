@@ -3,6 +3,7 @@
 Pictures are preprocessed as in evaluation, bit for bit, by the pipeline that the model names.
 """
 
+import argparse
 import itertools
 import os
 from collections import deque
@@ -13,12 +14,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from deploy.backends import is_export, load_network, open_backend, use_fast_convolutions
+from config import get_config, update_config
+from deploy.backends import is_export, load_network, open_backend
 from deploy.images import decode
 from errors import InputError
 from replknet import RepLKNet
 from transforms.image import to_rgb
 from zoo import find_record, get_model, list_models
+from zoo.run_folder import run_config_file
 
 BATCH_SIZE = 8  # of a list of images; larger ones gain nothing on a CPU
 MAX_DECODERS = 8  # threads
@@ -51,6 +54,7 @@ class Predictor:
             model; a network of `build_replknet(config)` or `zoo.get_model`; or an open
             `Backend`.
         backend: the name of one, or `auto` for the fastest that is installed.
+        config: of a checkpoint, instead of that of its run folder.
 
     Attributes:
         backend: the open one.
@@ -61,11 +65,11 @@ class Predictor:
         InputError: it cannot be opened.
     """
 
-    def __init__(self, model, *, backend: str = "auto"):
+    def __init__(self, model, *, backend: str = "auto", config=None):
         if hasattr(model, "sidecar"):
             self.backend = model
         else:
-            network = model if isinstance(model, RepLKNet) else open_network(model)
+            network = model if isinstance(model, RepLKNet) else open_network(model, config)
             if network is None:
                 self.backend = open_backend(model, backend)
             else:
@@ -86,29 +90,50 @@ class Predictor:
         return self.transform(decode(image))
 
     def scores(self, images: np.ndarray) -> np.ndarray:
-        """Preprocessed images (N, 3, H, W) -> probabilities (N, num_classes), float32."""
-        logits = self.backend.run(images)
-        if not np.isfinite(logits).all():
-            raise RuntimeError(
-                f"the network's outputs on {self.backend.name} are not finite numbers: its weights "
-                "are broken, or too large for its precision"
-            )
-        return softmax(logits)
+        """Preprocessed images (N, 3, H, W) -> probabilities (N, num_classes), float32.
+
+        Raises:
+            InputError: the network gives no numbers.
+        """
+        return probabilities(self.backend.run(images), self.backend.name)
 
 
-def open_network(model: str | os.PathLike) -> RepLKNet | None:
+def read_config(model: str, cfg: str | None, opts: list[str] | None):
+    """What -cfg and -opts say of a checkpoint; None where neither is given.
+
+    Raises:
+        InputError: what they say cannot be, or `model` is no checkpoint.
+    """
+    if cfg is None and opts is None:
+        return None
+    check_is_checkpoint(model)
+    changes = argparse.Namespace(cfg=cfg, opts=opts)
+    return update_config(get_config(cfg or run_config_file(model)), changes)
+
+
+def check_is_checkpoint(model: str | os.PathLike) -> None:
+    """Raise InputError for a model that brings its configuration: an export or a published one."""
+    if not os.path.exists(model) or is_export(model):
+        raise InputError(
+            f"a configuration (-cfg, -opts) for {model}, which is no checkpoint or run folder; "
+            "allowed: for these alone, since an export and a published model have theirs"
+        )
+
+
+def open_network(model: str | os.PathLike, config=None) -> RepLKNet | None:
     """The network of a run folder, a checkpoint in one, or a published model; None for an export.
+
+    Args:
+        config: of a checkpoint, instead of that of its run folder.
 
     Raises:
         FileNotFoundError: there is no such model.
         InputError: it cannot be opened.
     """
+    if config is not None:
+        check_is_checkpoint(model)
     if os.path.exists(model):
-        if is_export(model):
-            return None
-        network, config = load_network(model)
-        use_fast_convolutions(network, config)
-        return network
+        return None if is_export(model) else load_network(model, config)[0]
     try:
         find_record(str(model))
     except InputError:
@@ -116,9 +141,7 @@ def open_network(model: str | os.PathLike) -> RepLKNet | None:
             f"no model {model}; allowed: an exported folder, a run folder, a checkpoint in one, or "
             f"one of {', '.join(list_models())}"
         ) from None
-    network = get_model(str(model), pretrained=True)
-    use_fast_convolutions(network, network.config)
-    return network
+    return get_model(str(model), pretrained=True)
 
 
 def config_of(network: RepLKNet):
@@ -135,6 +158,20 @@ def config_of(network: RepLKNet):
     return network.config
 
 
+def probabilities(logits: np.ndarray, backend: str) -> np.ndarray:
+    """`softmax` of what a network gave on `backend`.
+
+    Raises:
+        InputError: some are no finite numbers.
+    """
+    if not np.isfinite(logits).all():
+        raise InputError(
+            f"the network's outputs on {backend} are not finite numbers: its weights are broken, "
+            "or too large for its precision"
+        )
+    return softmax(logits)
+
+
 def softmax(logits: np.ndarray) -> np.ndarray:
     """Probabilities (N, classes) of logits (N, classes), float32."""
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True), dtype=np.float32)
@@ -145,8 +182,10 @@ def inference_model(model, image):
     """Classify an image, or a list of them: mmpretrain's function of this name.
 
     Args:
-        model: a `Predictor`, or what it takes. A network runs in Paddle's eager mode. What is given
-            by its path or name is opened in each call, so make a `Predictor` of it for several.
+        model: a `Predictor`, or what it takes. A network runs in Paddle's eager mode; it keeps its
+            mode and its numbers, and from then on computes by the compiled operators where
+            MODEL.CONV_IMPL says so. What is given by its path or name is opened in each call, so
+            make a `Predictor` of it for several.
         image: a path, an array (H, W, 3) uint8 in RGB, a Pillow image, or a list of these.
 
     Returns:

@@ -10,7 +10,7 @@ import signal
 import sys
 
 from deploy.page import build_page, import_gradio, serve
-from deploy.predictor import Predictor, open_network
+from deploy.predictor import Predictor, open_network, read_config
 from errors import InputError
 
 
@@ -19,7 +19,7 @@ def demo(args) -> int:
     if not 1 <= args.port <= 65535:
         raise InputError(f"--port is {args.port}; allowed: an integer from 1 to 65535")
     import_gradio()  # before the model, which takes longer
-    network = open_network(args.model)
+    network = open_network(args.model, read_config(args.model, args.cfg, args.opts))
     predictor = Predictor(args.model) if network is None else Predictor(network, backend="dygraph")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which removes the uploads
     page = build_page(predictor, network, title="RepLKNet")
@@ -37,6 +37,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument(
         "--port", type=int, default=7860, metavar="N", help="of 127.0.0.1 (%(default)s)"
+    )
+    parser.add_argument(
+        "-cfg",
+        "--cfg",
+        metavar="FILE",
+        help="YAML file of a checkpoint; not needed for one in its run folder",
+    )
+    parser.add_argument(
+        "-opts", "--opts", nargs="+", metavar="KEY VALUE", help="other keys of a checkpoint's"
     )
     args = parser.parse_args(argv)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio calling itself

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from deploy.images import ImageFiles
 from deploy.pictures import annotate, check_new_folder, check_new_picture, grid, save
-from deploy.predictor import BATCH_SIZE, Prediction, Predictor, predict_files
+from deploy.predictor import BATCH_SIZE, Prediction, Predictor, predict_files, read_config
 from deploy.results import check_results_file, results_file
 from errors import InputError
 
@@ -151,8 +151,9 @@ def predict(args) -> int:
         check_new_folder(args.save_pictures)
     if args.save_grid is not None:
         check_new_picture(args.save_grid)
+    config = read_config(args.model, args.cfg, args.opts)
     total = files.count()
-    predictor = Predictor(args.model, backend=args.backend)
+    predictor = Predictor(args.model, backend=args.backend, config=config)
     topk = min(args.topk, predictor.num_classes)
     draws = args.save_pictures is not None or args.save_grid is not None
     predictions = predict_files(
@@ -229,6 +230,15 @@ def main(argv: list[str] | None = None) -> int:
         default=BATCH_SIZE,
         metavar="N",
         help="images at once (%(default)s)",
+    )
+    parser.add_argument(
+        "-cfg",
+        "--cfg",
+        metavar="FILE",
+        help="YAML file of a checkpoint; not needed for one in its run folder",
+    )
+    parser.add_argument(
+        "-opts", "--opts", nargs="+", metavar="KEY VALUE", help="other keys of a checkpoint's"
     )
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", module="PIL")  # of pictures that it then reads all the same

@@ -50,5 +50,13 @@ def test_what_is_no_picture_is_an_input_error(run_folder):
         look(Predictor(network, backend="dygraph"), network, FIXTURES / "README.md")
 
 
+def test_outputs_that_are_no_numbers_are_an_input_error(run_folder):
+    network = open_network(run_folder)
+    network.head.bias.set_value(np.full(9, np.nan, "float32"))
+    for model in (network, None):  # with and without a heat map
+        with pytest.raises(InputError, match="dygraph are not finite"):
+            look(Predictor(network, backend="dygraph"), model, PICTURE)
+
+
 def test_classes_of_one_name_stay_apart():
     assert distinct(["crane", "kite", "crane"]) == ["crane (0)", "kite", "crane (2)"]

@@ -186,8 +186,28 @@ def test_outputs_that_are_no_numbers_are_an_error(predictor, value):
         def run(self, images):
             return np.full((len(images), 9), value, "float32")
 
-    with pytest.raises(RuntimeError, match="broken are not finite"):
+    with pytest.raises(InputError, match="broken are not finite"):
         Predictor(Broken()).scores(np.zeros((1, 3, 32, 32), "float32"))
+
+
+def test_a_run_trained_with_the_operator_is_predicted_where_there_is_none(monkeypatch, tmp_path):
+    """What the compiled operator is for is eager mode alone."""
+
+    def missing(*_):
+        raise InputError("not compiled here")
+
+    for name in ("use_fast_depthwise_conv", "use_fast_pointwise_conv"):
+        monkeypatch.setattr(f"deploy.backends.{name}", missing)
+    run = make_run(tmp_path, classes=9)
+    config = get_config(run / "config.yaml").clone()
+    config.defrost()
+    config.MODEL.CONV_IMPL = "direct"
+    config.freeze()
+    (run / "config.yaml").write_text(config.dump())
+    result = deploy.inference_model(Predictor(run, backend="paddle"), PICTURES[0])
+    assert set(result) == {"pred_label", "pred_score", "pred_scores", "pred_class"}
+    with pytest.raises(InputError, match="not compiled here"):
+        Predictor(run, backend="dygraph")
 
 
 def test_softmax_of_large_logits_is_finite_and_sums_to_one():

@@ -62,6 +62,27 @@ def test_a_model_that_there_is_not_is_refused(capsys, tmp_path):
     assert capsys.readouterr().err.startswith(f"error: no model {tmp_path / 'nowhere'}; allowed: ")
 
 
+@pytest.mark.parametrize("flag", ["-cfg=other.yaml", "--opts=SEED", "-opts=SEED"])
+def test_an_export_takes_no_configuration(capsys, tmp_path, flag):
+    pytest.importorskip("gradio", reason="Gradio is not installed (requirements-page.txt)")
+    (tmp_path / "replknet.json").write_text("{}")
+    assert main([str(tmp_path), flag]) == 2
+    assert "which is no checkpoint or run folder; allowed" in capsys.readouterr().err
+
+
+def test_a_checkpoint_takes_a_configuration(capsys, monkeypatch, run_folder):
+    pytest.importorskip("gradio", reason="Gradio is not installed (requirements-page.txt)")
+    shown = []
+    monkeypatch.setattr("tools.demo.serve", lambda *_, **__: None)
+    monkeypatch.setattr("tools.demo.build_page", lambda *given, **_: shown.append(given))
+    monkeypatch.setattr("tools.demo.signal.signal", lambda *_: None)
+    opts = ["-opts", "DATA.CROP_PCT", "0.5"]
+    assert main([str(run_folder), "-cfg", str(run_folder / "config.yaml"), *opts]) == 0
+    ((predictor, network),) = shown
+    assert network.config.DATA.CROP_PCT == 0.5
+    assert predictor.backend.sidecar.preprocessing.crop_pct == 0.5
+
+
 def free_port():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -196,7 +217,7 @@ def test_a_file_that_is_no_picture_is_told_and_the_page_goes_on(page, tmp_path):
     page.wait_for_selector("dd", state="detached")
     (tmp_path / "photo.jpg").write_text("not a picture")
     upload(page, tmp_path / "photo.jpg")
-    page.get_by_text("cannot be read as a picture: cannot identify it as any of").wait_for()
+    page.get_by_text("cannot be classified: cannot identify it as any of").wait_for()
     assert page.locator("dd").count() == 0
     page.get_by_label("Remove Image").click()
     upload(page, PICTURE)

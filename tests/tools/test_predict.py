@@ -16,8 +16,10 @@ from tiny import FIXTURES, ROOT
 import deploy
 from deploy.predictor import open_network
 from deploy.sidecar import FILE, Sidecar
+from tools import reparameterize
 from tools.predict import main
 
+MERGED = ["MODEL.SMALL_KERNEL_MERGED", "True"]
 PICTURES = sorted(map(str, (FIXTURES / "images").glob("[!eR]*")))
 
 
@@ -114,6 +116,17 @@ def test_without_a_file_the_results_are_printed_alone(run_folder, photos):
         str(photos / name) for name in ("a/picture.png", "b/picture.png", "c.JPG", "broken.jpg")
     )
     assert sum(line.count(" %") for line in lines) == 6
+
+
+def test_a_merged_checkpoint_is_predicted_with_its_configuration(run_folder, tmp_path):
+    merged, out = tmp_path / "merged.safetensors", tmp_path / "results.jsonl"
+    assert reparameterize.main(["-pretrained", str(run_folder), str(merged)]) == 0
+    flags = ["-cfg", str(run_folder / "config.yaml"), "-backend", "dygraph", "--out", str(out)]
+    assert main([str(merged), *PICTURES, *flags, "-opts", *MERGED]) == 0
+    expected = deploy.inference_model(open_network(run_folder), PICTURES)
+    for record, result in zip(records(out), expected, strict=True):
+        assert record["pred_label"] == result["pred_label"]
+        assert record["pred_score"] == pytest.approx(result["pred_score"], rel=1e-3)
 
 
 def test_names_cannot_command_the_terminal(run_folder, tmp_path, capsys):
@@ -221,6 +234,11 @@ def bad_inputs(folder, run_folder, export):
         "out nowhere": ([run, picture, f"--out={folder}/no/r.csv"], "there is no folder"),
         "pictures": ([run, picture, f"--save-pictures={folder}/full"], "is not empty"),
         "grid": ([run, picture, f"--save-grid={folder}/there.png"], "there.png exists"),
+        "opts": ([run, picture, "-opts", "MODEL.NAMES", "x"], "MODEL.NAMES"),
+        "no cfg": ([run, picture, f"-cfg={folder}/no.yaml"], "no.yaml"),
+        "cfg of an export": ([str(export), picture, "-cfg=x.yaml"], "no checkpoint or run folder"),
+        "opts of an export": ([str(export), picture, "-opts", *MERGED], "is no checkpoint"),
+        "opts of a name": (["replknet-31b-1k-224", picture, "-opts", *MERGED], "published model"),
     }
 
 
@@ -243,6 +261,11 @@ WHAT = [
     "out nowhere",
     "pictures",
     "grid",
+    "opts",
+    "no cfg",
+    "cfg of an export",
+    "opts of an export",
+    "opts of a name",
 ]
 
 
@@ -253,9 +276,10 @@ def test_bad_input_is_one_message_and_writes_nothing(tmp_path, run_folder, expor
     arguments, says = inputs[what]
     wanted = {"--out": "r.csv", "--save-pictures": "drawn", "--save-grid": "grid.png"}
     given = " ".join(arguments)
-    arguments += [f"{flag}={tmp_path / name}" for flag, name in wanted.items() if flag not in given]
+    flags = [f"{flag}={tmp_path / name}" for flag, name in wanted.items() if flag not in given]
     if arguments[0] == str(run_folder) and "-backend" not in given:
-        arguments.append("-backend=dygraph")  # opens in no time
+        flags.append("-backend=dygraph")  # opens in no time
+    arguments[2:2] = flags
     before = snapshot(tmp_path)
     capfd.readouterr()
     assert main(arguments) == 2
