@@ -98,7 +98,9 @@ def time_backends(
 ) -> list[Row]:
     """Time eager mode and each installed backend of `backends` in each precision that it has.
 
-    INT8 is calibrated with random images, so its speed means something and its deviation little.
+    Eager mode is Paddle alone, with its own convolutions: `tools.benchmark network` has those of
+    `ops/`. INT8 is calibrated with random images, so its speed means something and its deviation
+    little.
 
     Args:
         model: a classifier in evaluation mode; stays as it is.
@@ -203,6 +205,29 @@ def machine() -> str:
     return f"{describe_machine()}, {', '.join(versions)}"
 
 
+def check_output(path: str, suffixes: Sequence[str]) -> None:
+    """Raise InputError if `path` cannot become a file of one of these kinds."""
+    folder = os.path.dirname(path) or "."
+    if os.path.splitext(path)[1].lower() not in suffixes:
+        raise InputError(f"{path}: allowed: a name that ends in {' or '.join(suffixes)}")
+    if os.path.isdir(path):
+        raise InputError(f"{path} is a folder; name a file")
+    if not os.path.isdir(folder):
+        raise InputError(f"{path}: there is no folder {folder}")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{path}: the folder {folder} cannot be written to")
+
+
+def chart_suffixes() -> list[str]:
+    """Endings of the pictures that can be drawn.
+
+    Raises:
+        InputError: matplotlib is missing.
+    """
+    figures = import_extra("matplotlib.figure", "requirements-plots.txt")
+    return [f".{kind}" for kind in sorted(figures.Figure().canvas.get_supported_filetypes())]
+
+
 def write_json(path: str, rows: list[Row], **facts) -> None:
     """Write the rows, and what else is to be known of the run, to a JSON file."""
     unfinished = f"{path}.{os.getpid()}.unfinished"
@@ -215,7 +240,7 @@ def draw_chart(path: str, rows: list[Row], title: str) -> None:
     """Draw images per second as bars, a panel for each batch size, to a picture file.
 
     Raises:
-        InputError: matplotlib is missing, or `path` is no kind of picture.
+        InputError: matplotlib is missing.
     """
     figures = import_extra("matplotlib.figure", "requirements-plots.txt")
     batches = sorted({row.batch for row in rows})
@@ -232,8 +257,5 @@ def draw_chart(path: str, rows: list[Row], title: str) -> None:
         axes.set_xlabel("images/s (labels: median time of a batch)")
     suffix = Path(path).suffix
     unfinished = f"{path}.{os.getpid()}.unfinished{suffix}"
-    try:
-        figure.savefig(unfinished, dpi=120)
-        os.replace(unfinished, path)
-    except ValueError as error:  # a suffix that stands for no kind of picture
-        raise InputError(f"cannot write {path}: {error}") from None
+    figure.savefig(unfinished, dpi=120)
+    os.replace(unfinished, path)

@@ -164,7 +164,9 @@ def run_command_line(
                 ), ""
         run(
             config,
-            open_network=args.backend and partial(open_network, name=args.backend),
+            open_network=(
+                None if args.backend is None else partial(open_network, name=args.backend)
+            ),
         )
     except (InputError, OSError) as error:
         return 2, f"error: {error}"

@@ -16,6 +16,8 @@ from config import get_config, update_config
 from datasets import LIST_FILES, TrainBatches, get_dataset
 from deploy.backends import PACKAGES, installed_backends, load_network
 from deploy.inference_benchmark import (
+    chart_suffixes,
+    check_output,
     draw_chart,
     machine,
     random_images,
@@ -188,6 +190,10 @@ def inference(args) -> None:
     unknown = sorted(set(args.backends) - set(PACKAGES))
     if unknown:
         raise InputError(f"--backends {' '.join(unknown)}; allowed: {' '.join(PACKAGES)}")
+    if args.json:
+        check_output(args.json, [".json"])
+    if args.chart:
+        check_output(args.chart, chart_suffixes())
     size = config.DATA.IMAGE_SIZE
     if args.pretrained:
         model, _ = load_network(args.pretrained, config)

@@ -26,9 +26,12 @@ from zoo.run_folder import run_config_file, weights_of
 
 def export(config, args) -> None:
     """Do what the flags say, and print what came of it."""
-    source, target = weights_of(args.pretrained), Path(args.target)
+    source = weights_of(args.pretrained)
     check_combination(args.format, args.precision)
-    check_target(target)
+    target = check_target(args.target)
+    for flag in ("calibration_images", "validation_images"):
+        if getattr(args, flag) < 1:
+            raise InputError(f"-{flag} {getattr(args, flag)}; allowed: an integer >= 1")
     is_int8 = args.precision == "int8"
     calibration = calibration_set(config, args) if is_int8 else None
     validation = validation_set(config) if is_int8 else None
@@ -80,8 +83,6 @@ def check(model, config, target: Path, validation: ListDataset | None, count: in
 
 def calibration_set(config, args) -> ListDataset:
     """The images of the calibration list, preprocessed as in evaluation."""
-    if args.calibration_images < 1:
-        raise InputError(f"-calibration_images {args.calibration_images}; allowed: an integer >= 1")
     transform = build_eval_transform(config)
     return ListDataset(
         args.calibration or os.path.join(config.DATA.DATA_PATH, "train_list.txt"),

@@ -22,6 +22,24 @@ from zoo.writers import write_safetensors
 CHECKED_PIXELS = 224
 
 
+def check_target(source: str, target: str) -> None:
+    """Check that the merged form of `source` can become the file `target`.
+
+    Raises:
+        InputError: another kind of file, a folder, or the source itself.
+        FileNotFoundError: no folder to write it into.
+    """
+    folder = os.path.dirname(target) or "."
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"no folder {folder} to write {target} into")
+    if os.path.isdir(target):
+        raise InputError(f"{target} is a folder; name a file")
+    if not target.endswith(".safetensors"):
+        raise InputError(f"{target}: allowed: a name that ends in .safetensors")
+    if os.path.exists(target) and os.path.samefile(source, target):
+        raise InputError(f"{target} is the checkpoint to merge; name another file")
+
+
 def reparameterize(config, source: str, target: str) -> list[Form]:
     """Write the merged form of the weights in `source` to the safetensors file `target`.
 
@@ -57,11 +75,12 @@ def main(argv: list[str] | None = None) -> int:
         "-pretrained", "--pretrained", required=True, metavar="FILE", help="weights to merge"
     )
     parser.add_argument("-opts", "--opts", nargs="+", metavar="KEY VALUE", help="other keys")
-    parser.add_argument("target", metavar="DST", help="safetensors file to write")
+    parser.add_argument("target", metavar="DST", help=".safetensors file to write")
     args = parser.parse_args(argv)
     try:
         config = update_config(get_config(args.cfg or run_config_file(args.pretrained)), args)
         source = weights_of(args.pretrained)
+        check_target(source, args.target)
         forms = reparameterize(config, source, args.target)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

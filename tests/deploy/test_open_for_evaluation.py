@@ -79,6 +79,7 @@ def test_an_export_folder_is_evaluated(evaluate, weights):
 @pytest.mark.parametrize(
     "weights_name, flags, says",
     [
+        ("file", ["-backend="], "backend ''; allowed: auto, dygraph, paddle"),
         ("file", ["-backend=tensorrt"], "allowed: auto, dygraph, paddle"),
         ("export", ["-backend=onnxruntime"], "format paddle"),
         ("export", ["-backend=auto", "-opts", "MODEL.NUM_CLASSES", "7"], "num_classes is 4"),

@@ -124,11 +124,29 @@ def test_inference_times_each_backend_and_says_how_far_it_is_off(
         (["--rounds", "0"], "integers >= 1"),
         (["--batch_sizes", "1", "0"], "integers >= 1"),
         (["-opts", "MODEL.OUT_INDICES", "[3]"], "MODEL.OUT_INDICES"),
+        (["--json", "b.txt"], "b.txt: allowed: a name that ends in .json"),
+        (["--json", "nowhere/b.json"], "there is no folder nowhere"),
+        (["--chart", "b.json"], "b.json: allowed: a name that ends in"),
+        (["--chart", "nowhere/b.png"], "there is no folder nowhere"),
     ],
 )
-def test_bad_flags_of_inference_are_one_message(tiny_config_file, capsys, flags, says):
+def test_bad_flags_of_inference_are_one_message(
+    tiny_config_file, tmp_path, monkeypatch, capsys, flags, says
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(benchmark, "time_backends", lambda *_, **__: pytest.fail("measures"))
     assert main(["inference", "-cfg", str(tiny_config_file), *flags]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_chart_without_matplotlib_is_told_before_measuring(tiny_config_file, monkeypatch, capsys):
+    def missing(name):
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr("deploy.extras.importlib.import_module", missing)
+    monkeypatch.setattr(benchmark, "time_backends", lambda *_, **__: pytest.fail("measures"))
+    assert main(["inference", "-cfg", str(tiny_config_file), "--chart", "b.png"]) == 2
+    assert "pip install -r requirements-plots.txt" in capsys.readouterr().err
 
 
 def test_inference_needs_a_configuration(capsys):

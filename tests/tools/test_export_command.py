@@ -101,13 +101,15 @@ def bad_inputs(folder, run):
         "no names": ([*good, "-class_names", str(folder / "none.txt")], "dst", "none.txt"),
         "no data": ([*int8, "-data_path", str(folder / "no_data")], "dst", "no_data"),
         "no image": ([*int8, "-calibration_images", "0"], "dst", "calibration_images 0"),
+        "no validation": ([*int8, "-validation_images", "0"], "dst", "-validation_images 0; al"),
+        "less than none": ([*good, "-validation_images", "-1"], "dst", "-validation_images -1"),
     }
 
 
 WHAT = [
     "format", "precision", "int8 paddle", "no checkpoint", "no weights in the run",
     "another network", "occupied", "no parent", "three names", "names", "no names", "no data",
-    "no image",
+    "no image", "no validation", "less than none",
 ]  # fmt: skip
 
 

@@ -140,6 +140,7 @@ def bad_inputs(folder):
             folder / "occupied.safetensors",
             "occupied.safetensors",
         ),
+        "target of another kind": (SOURCE, good_config, folder / "out.pdparams", ".safetensors"),
     }
 
 
@@ -159,6 +160,7 @@ WHAT = [
     "no such folder",
     "below a file",
     "target is a folder",
+    "target of another kind",
 ]
 
 
@@ -177,6 +179,26 @@ def test_bad_input_is_one_message_and_writes_nothing(tmp_path, config_file, caps
     assert captured.err.startswith("error: ") and says in captured.err
     assert captured.err.count("error: ") == 1 and "Traceback" not in captured.err
     assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["source.safetensors", "link.safetensors"])
+def test_the_source_is_not_overwritten(tmp_path, config_file, capsys, name):
+    source = tmp_path / "source.safetensors"
+    assert main(["-cfg", str(config_file), "-pretrained", str(SOURCE), str(source)]) == 0
+    os.link(source, tmp_path / "link.safetensors")
+    before = source.read_bytes()
+    merged = ["-opts", "MODEL.SMALL_KERNEL_MERGED", "True"]
+    arguments = ["-cfg", str(config_file), "-pretrained", str(source), str(tmp_path / name)]
+    assert main([*arguments, *merged]) == 2
+    assert f"{tmp_path / name} is the checkpoint to merge" in capsys.readouterr().err
+    assert source.read_bytes() == before
+
+
+def test_bad_targets_are_told_before_anything_is_computed(tmp_path, config_file, monkeypatch):
+    monkeypatch.setattr("tools.reparameterize.load_network", lambda *_: pytest.fail("computes"))
+    for target in ("out.pdparams", "nowhere/out.safetensors", "."):
+        flags = ["-cfg", str(config_file), "-pretrained", str(SOURCE)]
+        assert main([*flags, str(tmp_path / target)]) == 2
 
 
 def test_a_failed_merge_keeps_the_older_file(tmp_path, config_file):
