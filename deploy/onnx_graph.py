@@ -1,6 +1,7 @@
 """The ONNX graph of a folded RepLKNet, built from its layers one by one.
 
-A folded network is five operators: Conv, Relu, Gelu, Add and, at the end, an average and a Gemm.
+A folded network is seven operators: Conv, Relu, Gelu, Add and, at the end, GlobalAveragePool,
+Flatten and Gemm.
 Building them takes a page and works with every Paddle, where a converter of Paddle's programs
 follows Paddle's releases.
 """
