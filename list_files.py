@@ -204,8 +204,8 @@ def check_data(
 
     Args:
         root: folder of the lists that are there, train_list.txt, val_list.txt or both.
-        num_classes: labels must be below; None: the largest label of train_list.txt, plus one, but no
-            more than it has lines.
+        num_classes: labels must be below; None: the largest label of train_list.txt, plus one, but
+            no more than it has lines.
         allow_outside: as DATA.ALLOW_OUTSIDE.
         workers: processes that decode.
         progress: (findings, how many) -> the same findings, showing how far it is.
