@@ -24,7 +24,7 @@ WIDTH_B, WIDTH_L, WIDTH_XL = (
     [256, 512, 1024, 2048],
 )
 
-# FACTS 2 and 1: what each published row's figure was measured with. The short side that an image
+# What each published row's figure was measured with. The short side that an image
 # is resized to is in the table where it is cropped, for that is what gives the figure.
 # file: size, resize mode, short side, (mean, std), classes, channels, kernels, small, dw ratio
 PUBLISHED = {
@@ -38,7 +38,7 @@ PUBLISHED = {
     "replknet_31l_22k_384": (384, "warp", None, IMAGENET, 21841, WIDTH_L, K31, 5, 1.0),
 }
 
-# FACTS 4. file: global batch, epochs, warm-up, rate, min rate, weight decay, drop path,
+# The official recipes. file: global batch, epochs, warm-up, rate, min rate, weight decay, drop path,
 # (mixup, cutmix), EMA, layer decay, image size, classes
 RECIPES = {
     "replknet_31b": (2048, 300, 10, 4e-3, 1e-6, 0.05, 0.5, (0.8, 1.0), True, None, 224, 1000),

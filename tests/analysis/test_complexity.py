@@ -13,7 +13,7 @@ from analysis.complexity import count_macs, count_parameters
 from config import get_config, update_config
 from replknet import RepLKNet, build_replknet
 
-# FACTS 1. config: parameters, merged parameters, {image size: (MACs, merged MACs)}
+# Of the official code. config: parameters, merged parameters, {image size: (MACs, merged MACs)}
 COUNTS = {
     "replknet_31b": (
         79_864_168,

@@ -75,7 +75,7 @@ def tiny(tiny_config_file, tiny_data, tmp_path):
     return [f"-cfg={tiny_config_file}", f"-data_path={tiny_data}", f"-output={tmp_path / 'run'}"]
 
 
-# ---- bad input of issue 2, one by one
+# ---- bad input, one by one
 
 
 def test_no_such_config(refused):
