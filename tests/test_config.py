@@ -38,8 +38,8 @@ PUBLISHED = {
     "replknet_31l_22k_384": (384, "warp", None, IMAGENET, 21841, WIDTH_L, K31, 5, 1.0),
 }
 
-# The official recipes. file: global batch, epochs, warm-up, rate, min rate, weight decay, drop path,
-# (mixup, cutmix), EMA, layer decay, image size, classes
+# The official recipes. file: global batch, epochs, warm-up, rate, min rate, weight decay,
+# drop path, (mixup, cutmix), EMA, layer decay, image size, classes
 RECIPES = {
     "replknet_31b": (2048, 300, 10, 4e-3, 1e-6, 0.05, 0.5, (0.8, 1.0), True, None, 224, 1000),
     "replknet_31b_384": (1024, 30, 1, 4e-4, 1e-6, 1e-8, 0.8, (0, 0), True, 0.7, 384, 1000),
