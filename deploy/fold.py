@@ -152,6 +152,11 @@ def compare_forms(model: RepLKNet, images: np.ndarray) -> list[Form]:
     return forms
 
 
+def random_images(count: int, size: int) -> np.ndarray:
+    """Normalized noise, float32 (count, 3, size, size), the same in each call."""
+    return np.random.default_rng(0).normal(size=(count, 3, size, size)).astype("float32")
+
+
 def largest_deviation(outputs: np.ndarray, reference: np.ndarray) -> float:
     """Largest difference of two arrays of logits, relative to the largest logit of `reference`."""
     largest = np.abs(reference).max()

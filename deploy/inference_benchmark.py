@@ -16,7 +16,7 @@ from analysis.timing import describe_machine, summarize, time_in_turn
 from deploy.backends import Backend, DygraphBackend, open_backend
 from deploy.export import export_model, write_paddle_model
 from deploy.extras import import_extra
-from deploy.fold import largest_deviation
+from deploy.fold import largest_deviation, random_images
 from deploy.sidecar import Sidecar
 from errors import InputError
 from replknet import RepLKNet
@@ -79,11 +79,6 @@ def set_statistics(model: RepLKNet, images: np.ndarray) -> None:
     model.eval()
     for norm, momentum in zip(norms, momenta):
         norm._momentum = momentum
-
-
-def random_images(count: int, size: int) -> np.ndarray:
-    """Normalized noise, float32 (count, 3, size, size), the same in each call."""
-    return np.random.default_rng(0).normal(size=(count, 3, size, size)).astype("float32")
 
 
 def time_backends(

@@ -4,7 +4,6 @@ It holds all that predicting needs and the model file does not: how images becom
 input, what the classes are called, and which checkpoint the weights are from.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from errors import InputError
 from transforms.evaluation import MODES, EvalTransform
+from zoo.download import file_sha256
 
 FILE = "replknet.json"
 FORMAT_VERSION = 1
@@ -283,12 +283,3 @@ def _wrong_entries(entries: dict, rules: dict, prefix: str):
             shown = json.dumps(value)
             shown = shown if len(shown) <= 100 else f"{shown[:100]}..."
             yield f"{prefix}{key} is {shown}; allowed: {allowed}"
-
-
-def file_sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()

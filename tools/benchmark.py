@@ -15,12 +15,12 @@ from analysis.timing import describe_machine, median_ratio, summarize
 from config import get_config, update_config
 from datasets import LIST_FILES, TrainBatches, get_dataset
 from deploy.backends import PACKAGES, installed_backends, load_network
+from deploy.fold import random_images
 from deploy.inference_benchmark import (
     chart_suffixes,
     check_output,
     draw_chart,
     machine,
-    random_images,
     set_statistics,
     table,
     time_backends,

@@ -9,18 +9,18 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import paddle
 
 from config import get_config, update_config
-from datasets import ListDataset, get_class_names, get_dataset
+from datasets import LIST_FILES, ListDataset, get_class_names, get_dataset
 from deploy.backends import DygraphBackend, load_network, open_backend
 from deploy.export import check_combination, check_target, export_model
-from deploy.fold import largest_deviation
+from deploy.fold import largest_deviation, random_images
 from deploy.quantize import compare, spread_batches
-from deploy.sidecar import FORMATS, PRECISIONS, Sidecar, file_sha256
+from deploy.sidecar import FORMATS, PRECISIONS, Sidecar
 from errors import InputError
 from transforms import build_eval_transform
+from zoo.download import file_sha256
 from zoo.run_folder import run_config_file, weights_of
 
 
@@ -68,7 +68,7 @@ def check(model, config, target: Path, validation: ListDataset | None, count: in
         print(f"not compared with the checkpoint, since it does not run here: {error}")
         return
     size = config.DATA.IMAGE_SIZE
-    images = np.random.default_rng(0).normal(size=(2, 3, size, size)).astype("float32")
+    images = random_images(2, size)
     eager = DygraphBackend(model, backend.sidecar)
     deviation = largest_deviation(backend.run(images), eager.run(images))
     print(
@@ -83,11 +83,10 @@ def check(model, config, target: Path, validation: ListDataset | None, count: in
 
 def calibration_set(config, args) -> ListDataset:
     """The images of the calibration list, preprocessed as in evaluation."""
-    transform = build_eval_transform(config)
     return ListDataset(
-        args.calibration or os.path.join(config.DATA.DATA_PATH, "train_list.txt"),
+        args.calibration or os.path.join(config.DATA.DATA_PATH, LIST_FILES[True]),
         config.DATA.DATA_PATH,
-        lambda image, _: transform(image),
+        build_eval_transform(config),
         num_classes=config.MODEL.NUM_CLASSES,
     )
 

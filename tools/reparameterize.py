@@ -9,11 +9,9 @@ import argparse
 import os
 import sys
 
-import numpy as np
-
 from config import get_config, update_config
 from deploy.backends import load_network
-from deploy.fold import Form, compare_forms
+from deploy.fold import Form, compare_forms, random_images
 from errors import InputError
 from zoo.run_folder import run_config_file, weights_of
 from zoo.writers import write_safetensors
@@ -48,7 +46,7 @@ def reparameterize(config, source: str, target: str) -> list[Form]:
     """
     model, _ = load_network(source, config)
     size = min(config.DATA.IMAGE_SIZE, CHECKED_PIXELS)
-    images = np.random.default_rng(0).normal(size=(2, 3, size, size)).astype("float32")
+    images = random_images(2, size)
     forms = compare_forms(model, images)
     model.structural_reparam()
     write_safetensors(

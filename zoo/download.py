@@ -125,7 +125,7 @@ def download(
                 ) from error
             logger.warning("%s: %s after %d bytes; trying again", url, error, size)
             time.sleep(pause_seconds * 2**attempt)
-    found = _sha256(part)
+    found = file_sha256(part)
     if not found.startswith(sha256_start):
         part.unlink()
         raise InputError(
@@ -188,7 +188,8 @@ def _receive(response) -> bytes:
         raise _Interrupted(f"the connection broke ({error or type(error).__name__})") from error
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK_BYTES):

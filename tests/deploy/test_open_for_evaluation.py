@@ -10,7 +10,8 @@ from config import get_config
 from deploy import open_for_evaluation
 from deploy.backends import PACKAGES
 from deploy.export import export_model
-from deploy.inference_benchmark import random_images, set_statistics
+from deploy.fold import random_images
+from deploy.inference_benchmark import set_statistics
 from deploy.sidecar import Sidecar
 from engine.cli import main
 from replknet import build_replknet
