@@ -31,8 +31,7 @@ from deploy.extras import REQUIREMENTS, import_extra, is_installed
 from deploy.onnx_graph import INPUT
 from deploy.sidecar import AGAIN, FILE, PRECISIONS, Sidecar
 from errors import InputError
-from ops import thread_count, use_fast_depthwise_conv, use_fast_pointwise_conv
-from ops.library import THREADS_VARIABLE
+from ops import core_share, use_fast_depthwise_conv, use_fast_pointwise_conv
 from replknet import RepLKNet, build_replknet
 from zoo.convert import load_pretrained
 from zoo.run_folder import run_config_file, weights_of
@@ -121,8 +120,7 @@ def open_backend(
     if name not in ("auto", *PACKAGES):
         raise InputError(f"backend {name!r}; allowed: auto, {', '.join(PACKAGES)}")
     if threads is None:
-        # LARGE_KERNEL_THREADS is for the compiled operators alone.
-        threads = thread_count({k: v for k, v in os.environ.items() if k != THREADS_VARIABLE})
+        threads = core_share()
     if threads < 1:
         raise InputError(f"threads is {threads}; allowed: an integer >= 1")
     if isinstance(source, RepLKNet):

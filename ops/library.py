@@ -141,8 +141,7 @@ def _check(status: int) -> None:
 def thread_count(environment=os.environ) -> int:
     """Threads of this process's convolutions.
 
-    `LARGE_KERNEL_THREADS` where it is set, else the cores that this process may use, shared
-    equally among the processes of the run on this machine. `OMP_NUM_THREADS` says nothing here:
+    `LARGE_KERNEL_THREADS` where it is set, else `core_share`. `OMP_NUM_THREADS` says nothing here:
     Paddle and its launcher set it to 1 wherever the user does not.
 
     Raises:
@@ -155,6 +154,12 @@ def thread_count(environment=os.environ) -> int:
                 f"{THREADS_VARIABLE} is {wanted!r}; allowed: an integer from 1 to {MAX_THREADS}"
             )
         return int(wanted)
+    return core_share(environment)
+
+
+def core_share(environment=os.environ) -> int:
+    """The cores that this process may use, shared equally among the processes of the run on this
+    machine; at most `MAX_THREADS`."""
     here = environment.get("PADDLE_CURRENT_ENDPOINT", "").rpartition(":")[0]
     endpoints = environment.get("PADDLE_TRAINER_ENDPOINTS", "").split(",")
     processes = sum(endpoint.rpartition(":")[0] == here for endpoint in endpoints) if here else 1
