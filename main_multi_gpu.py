@@ -11,8 +11,8 @@ as well. `-h` lists the flags; configs/ holds the recipes.
 
 import sys
 
-from deploy import open_for_evaluation
-from engine.cli import main
+from replknet_paddle.deploy import open_for_evaluation
+from replknet_paddle.commands.train import main
 
 if __name__ == "__main__":
     sys.exit(main(script=__file__, multi=True, open_network=open_for_evaluation))

@@ -8,8 +8,8 @@
 
 import sys
 
-from deploy import open_for_evaluation
-from engine.cli import main
+from replknet_paddle.deploy import open_for_evaluation
+from replknet_paddle.commands.train import main
 
 if __name__ == "__main__":
     sys.exit(main(script=__file__, multi=False, open_network=open_for_evaluation))

@@ -17,7 +17,7 @@ check() { # the environment whose Python is $1
     "$python" -m pytest -n "$cores" "$@"
 }
 
-python=$(sh setup_env.sh requirements-test.txt)
+python=$(sh setup_env.sh requirements/test.txt)
 echo "== ruff"
 "$python" -m ruff check .
 "$python" -m ruff format --check .
@@ -25,8 +25,8 @@ echo "== import-linter"
 "$python" -c 'import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports())'
 check "$python" "$@"
 if [ -z "${PYTHON:-}" ]; then
-    python=$(VENV=.venv-paddle2 PIP_CONSTRAINT=constraints-paddle2.txt \
-        sh setup_env.sh requirements-test.txt requirements-page.txt)
+    python=$(VENV=.venv-paddle2 PIP_CONSTRAINT=requirements/constraints-paddle2.txt \
+        sh setup_env.sh requirements/test.txt requirements/page.txt)
     # The kernels by themselves know no Paddle: once is enough.
     check "$python" --ignore tests/ops/test_csrc.py "$@"
 fi

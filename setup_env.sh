@@ -33,7 +33,7 @@ if [ -n "${PYTHON:-}" ]; then
     case "$*" in *test*) modules="$modules, sklearn, pytest, xdist, ruff, importlinter" ;; esac
     "$PYTHON" -c "import $modules" >&2 ||
         fail "PYTHON=$PYTHON lacks the package named above; install there what" \
-            "requirements-common.txt and ${*:-requirements-cpu.txt} list, or unset PYTHON to have" \
+            "requirements/common.txt and ${*:-requirements/cpu.txt} list, or unset PYTHON to have" \
             "an environment made"
     compile_ops "$PYTHON"
     command -v "$PYTHON"
@@ -55,7 +55,7 @@ fi
 if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
     paddle=requirements.txt
 else
-    paddle=requirements-cpu.txt
+    paddle=requirements/cpu.txt
 fi
 
 wanted="$paddle $* $(cat requirements*.txt constraints*.txt | cksum)"

@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 def pytest_sessionstart(session):
     """Compile the operators before anything runs: a run and its repetition must both have them."""
-    from ops.build import BuildError, build
+    from replknet_paddle.ops.build import BuildError, build
 
     with contextlib.suppress(BuildError):  # the tests that need them are skipped and say why
         build()
@@ -22,8 +22,8 @@ def pytest_sessionstart(session):
 @pytest.fixture
 def operators():
     """The compiled operators; skips where there are none for want of a compiler."""
-    from ops.build import BuildError, find_compiler, find_library
-    from ops.library import get_library
+    from replknet_paddle.ops.build import BuildError, find_compiler, find_library
+    from replknet_paddle.ops.library import get_library
 
     try:
         find_compiler()

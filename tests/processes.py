@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tiny import ROOT
 
-from engine.checkpoint import checkpoints, load_checkpoint
+from replknet_paddle.checkpoints.training import checkpoints, load_checkpoint
 
 CONTEXT = multiprocessing.get_context("forkserver")
 
@@ -26,7 +26,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 @functools.cache
 def start_server() -> None:
     """Import everything once, in a process that every run is forked from."""
-    CONTEXT.set_forkserver_preload(["engine.cli"])
+    CONTEXT.set_forkserver_preload(["replknet_paddle.commands.train"])
     before = dict(os.environ)
     os.environ.update(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(ROOT), *sys.path]))
     try:
@@ -92,7 +92,7 @@ def _child(arguments, output, target, environment):
 
 def main_status(arguments: list[str]) -> int:
     """`main_multi_gpu.py` with these arguments, in this process."""
-    from engine.cli import main
+    from replknet_paddle.commands.train import main
 
     return main(arguments, script=str(ROOT / "main_multi_gpu.py"), multi=True)
 

@@ -9,9 +9,9 @@ import yaml
 from tiny import ROOT, flags
 from yacs.config import CfgNode
 
-import config as config_module
-from config import get_config, update_config
-from errors import InputError
+from replknet_paddle import config as config_module
+from replknet_paddle.config import get_config, update_config
+from replknet_paddle.runtime.errors import InputError
 
 CONFIGS = ROOT / "configs"
 ALL_CONFIGS = sorted(path.name for path in CONFIGS.glob("*.yaml"))
@@ -240,7 +240,7 @@ def test_paddlevit_file_loads_unchanged_and_means_what_it_meant(load):
 
 
 def test_paddlevit_rate_scales_with_the_global_batch(load):
-    from optim.schedule import base_learning_rate
+    from replknet_paddle.optim.schedule import base_learning_rate
 
     train = load(PADDLEVIT).TRAIN
     assert base_learning_rate(train.BASE_LR, 2048, train.LINEAR_SCALED_LR) == pytest.approx(0.032)

@@ -8,10 +8,10 @@ import pytest
 from paddle import nn
 from tiny import ROOT
 
-import replknet
-from analysis.complexity import count_macs, count_parameters
-from config import get_config, update_config
-from replknet import RepLKNet, build_replknet
+from replknet_paddle import model as replknet
+from replknet_paddle.analysis.complexity import count_macs, count_parameters
+from replknet_paddle.config import get_config, update_config
+from replknet_paddle.model import RepLKNet, build_replknet
 
 # Of the official code. config: parameters, merged parameters, {image size: (MACs, merged MACs)}
 COUNTS = {

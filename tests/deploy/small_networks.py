@@ -3,8 +3,8 @@
 import numpy as np
 import paddle
 
-from config import get_config
-from replknet import build_replknet
+from replknet_paddle.config import get_config
+from replknet_paddle.model import build_replknet
 
 FORMS = {
     "31B": "  SMALL_KERNEL: 5",

@@ -10,14 +10,14 @@ import paddle
 import pytest
 from small_networks import CONFIG, FORMS, assert_same, images, logits, small_config, small_network
 
-from deploy import backends as module
-from deploy import inference_model, installed_backends, open_backend
-from deploy.backends import PACKAGES, Backend, open_for_evaluation
-from deploy.export import export_model
-from deploy.extras import is_installed
-from deploy.sidecar import FILE, Sidecar
-from errors import InputError
-from zoo.writers import write_safetensors
+from replknet_paddle.deploy import backends as module
+from replknet_paddle.deploy import inference_model, installed_backends, open_backend
+from replknet_paddle.deploy.backends import PACKAGES, Backend, open_for_evaluation
+from replknet_paddle.deploy.export import export_model
+from replknet_paddle.deploy.extras import is_installed
+from replknet_paddle.deploy.sidecar import FILE, Sidecar
+from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.checkpoints.writers import write_safetensors
 
 
 def needs(name):
@@ -120,7 +120,7 @@ def test_auto_takes_the_first_of_the_order_that_is_installed(
 
 def test_auto_on_an_onnx_export_without_its_readers_says_what_to_install(monkeypatch):
     monkeypatch.setattr(module, "installed_backends", lambda: ["dygraph", "paddle"])
-    with pytest.raises(InputError, match="openvino or onnxruntime.*requirements-deploy.txt"):
+    with pytest.raises(InputError, match="openvino or onnxruntime.*requirements/deploy.txt"):
         module.choose(["onnxruntime", "openvino"], "int8")
 
 
@@ -129,8 +129,8 @@ def test_a_missing_extra_is_named_with_the_command(monkeypatch, config, name):
     def missing(package):
         raise ImportError(f"No module named {package!r}")
 
-    monkeypatch.setattr("deploy.extras.importlib.import_module", missing)
-    with pytest.raises(InputError, match=r"needs onnx .*pip install -r requirements-deploy\.txt"):
+    monkeypatch.setattr("replknet_paddle.deploy.extras.importlib.import_module", missing)
+    with pytest.raises(InputError, match=r"needs onnx .*pip install -r requirements/deploy\.txt"):
         open_backend(small_network(config), name, config=config)
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from small_networks import FORMS, assert_same, images, logits, small_config, small_network
 
-from deploy import open_backend
-from deploy.export import export_model
-from deploy.sidecar import FILE, Sidecar
-from errors import InputError
+from replknet_paddle.deploy import open_backend
+from replknet_paddle.deploy.export import export_model
+from replknet_paddle.deploy.sidecar import FILE, Sidecar
+from replknet_paddle.runtime.errors import InputError
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_what_comes_while_it_is_exported_stays(tmp_path, config, monkeypatch):
     target, sidecar = tmp_path / "dst", Sidecar.build(config, format="paddle")
     target.mkdir()
     monkeypatch.setattr(
-        "deploy.export.write_paddle_model", lambda *_: (target / "precious").write_text("precious")
+        "replknet_paddle.deploy.export.write_paddle_model", lambda *_: (target / "precious").write_text("precious")
     )
     with pytest.raises(InputError, match="no earlier export"):
         export_model(small_network(config), target, sidecar)
@@ -153,7 +153,7 @@ def test_an_earlier_export_comes_back_where_the_new_one_cannot_have_its_name(
             raise OSError(5, os.strerror(5))
         rename(source, destination)
 
-    monkeypatch.setattr("deploy.export.os.rename", broken)
+    monkeypatch.setattr("replknet_paddle.deploy.export.os.rename", broken)
     with pytest.raises(OSError, match="Input/output"):
         export_model(small_network(config, seed=9), target, sidecar)
     assert {name: (target / name).read_bytes() for name in listing(target)} == before
@@ -168,7 +168,7 @@ def test_a_failed_export_leaves_the_earlier_one(tmp_path, config, monkeypatch):
     def full(*_):
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr("deploy.export.write_paddle_model", full)
+    monkeypatch.setattr("replknet_paddle.deploy.export.write_paddle_model", full)
     with pytest.raises(OSError, match="No space"):
         export_model(small_network(config, seed=9), target, sidecar)
     assert {name: (target / name).read_bytes() for name in listing(target)} == before
@@ -197,8 +197,8 @@ def test_onnx_without_its_package_says_what_to_install(tmp_path, config, monkeyp
     def missing(name):
         raise ImportError(f"No module named {name!r}")
 
-    monkeypatch.setattr("deploy.extras.importlib.import_module", missing)
-    with pytest.raises(InputError, match=r"needs onnx.*pip install -r requirements-deploy\.txt"):
+    monkeypatch.setattr("replknet_paddle.deploy.extras.importlib.import_module", missing)
+    with pytest.raises(InputError, match=r"needs onnx.*pip install -r requirements/deploy\.txt"):
         sidecar = Sidecar.build(config, format="onnx")
         export_model(small_network(config), tmp_path / "dst", sidecar)
     assert listing(tmp_path) == ["small.yaml"]

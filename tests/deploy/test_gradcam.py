@@ -4,8 +4,8 @@ import numpy as np
 import paddle
 import pytest
 
-from deploy.gradcam import grad_cam
-from replknet import RepLKNet
+from replknet_paddle.deploy.gradcam import grad_cam
+from replknet_paddle.model import RepLKNet
 
 CLASSES = 5
 

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from tiny import FIXTURES
 
-from deploy.images import ImageFiles, decode, image_suffixes
-from errors import InputError
+from replknet_paddle.deploy.images import ImageFiles, decode, image_suffixes
+from replknet_paddle.runtime.errors import InputError
 
 PICTURES = sorted((FIXTURES / "images").glob("[!eR]*"))
 

@@ -6,16 +6,16 @@ import logging
 import pytest
 from tiny import ROOT
 
-from config import get_config
-from deploy import open_for_evaluation
-from deploy.backends import PACKAGES
-from deploy.export import export_model
-from deploy.fold import random_images
-from deploy.inference_benchmark import set_statistics
-from deploy.sidecar import Sidecar
-from engine.cli import main
-from replknet import build_replknet
-from zoo.writers import write_safetensors
+from replknet_paddle.config import get_config
+from replknet_paddle.deploy import open_for_evaluation
+from replknet_paddle.deploy.backends import PACKAGES
+from replknet_paddle.deploy.export import export_model
+from replknet_paddle.deploy.fold import random_images
+from replknet_paddle.bench.inference import set_statistics
+from replknet_paddle.deploy.sidecar import Sidecar
+from replknet_paddle.commands.train import main
+from replknet_paddle.model import build_replknet
+from replknet_paddle.checkpoints.writers import write_safetensors
 
 
 @pytest.fixture(autouse=True)

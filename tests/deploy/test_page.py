@@ -6,11 +6,11 @@ from PIL import Image
 from runs import make_run
 from tiny import FIXTURES
 
-from deploy.gradcam import grad_cam
-from deploy.page import distinct, look
-from deploy.pictures import overlay
-from deploy.predictor import Predictor, inference_model, open_network
-from errors import InputError
+from replknet_paddle.deploy.gradcam import grad_cam
+from replknet_paddle.deploy.page import distinct, look
+from replknet_paddle.deploy.pictures import overlay
+from replknet_paddle.deploy.predictor import Predictor, inference_model, open_network
+from replknet_paddle.runtime.errors import InputError
 
 PICTURE = FIXTURES / "images" / "portrait_301x400.jpg"
 

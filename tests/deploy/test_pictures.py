@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deploy.pictures import BAR, annotate, check_new_folder, check_new_picture, grid, overlay, save
-from errors import InputError
+from replknet_paddle.deploy.pictures import BAR, annotate, check_new_folder, check_new_picture, grid, overlay, save
+from replknet_paddle.runtime.errors import InputError
 
 RED = (255, 0, 0)
 

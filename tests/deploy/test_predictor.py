@@ -11,14 +11,14 @@ from PIL import Image
 from runs import make_run
 from tiny import FIXTURES
 
-import deploy
-from config import get_config
-from datasets import get_dataset
-from deploy.predictor import Prediction, Predictor, open_network, predict_files, softmax
-from deploy.sidecar import Sidecar
-from errors import InputError
-from replknet import RepLKNet, build_replknet
-from zoo import get_model
+from replknet_paddle import deploy
+from replknet_paddle.config import get_config
+from replknet_paddle.data.dataset import get_dataset
+from replknet_paddle.deploy.predictor import Prediction, Predictor, open_network, predict_files, softmax
+from replknet_paddle.deploy.sidecar import Sidecar
+from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.model import RepLKNet, build_replknet
+from replknet_paddle.zoo import get_model
 
 PICTURES = sorted(map(str, (FIXTURES / "images").glob("[!eR]*")))
 
@@ -134,7 +134,7 @@ def test_a_published_name_is_built_with_its_weights(monkeypatch, network):
         asked.append((name, pretrained))
         return network
 
-    monkeypatch.setattr("deploy.predictor.get_model", published)
+    monkeypatch.setattr("replknet_paddle.deploy.predictor.get_model", published)
     name = "replknet-31B_3rdparty_in1k"
     assert open_network(name) is network and asked == [(name, True)]
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from small_networks import images, logits, small_config, small_network
 
-from deploy import open_backend
-from deploy.export import export_model
-from deploy.quantize import compare, spread_batches
-from deploy.sidecar import Sidecar
-from errors import InputError
+from replknet_paddle.deploy import open_backend
+from replknet_paddle.deploy.export import export_model
+from replknet_paddle.deploy.quantize import compare, spread_batches
+from replknet_paddle.deploy.sidecar import Sidecar
+from replknet_paddle.runtime.errors import InputError
 
 
 @pytest.fixture

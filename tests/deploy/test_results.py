@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from deploy.predictor import Prediction
-from deploy.results import check_results_file, results_file
-from errors import InputError
+from replknet_paddle.deploy.predictor import Prediction
+from replknet_paddle.deploy.results import check_results_file, results_file
+from replknet_paddle.runtime.errors import InputError
 
 NAMES = ["cat", 'a "big", dog', "蛇"]
 PREDICTIONS = [

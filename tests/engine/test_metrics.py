@@ -4,7 +4,7 @@ import numpy as np
 import paddle
 import pytest
 
-from engine.metrics import Metrics, MetricSums, label_ranks
+from replknet_paddle.engine.metrics import Metrics, MetricSums, label_ranks
 
 
 def ranks(logits, labels):

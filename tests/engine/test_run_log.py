@@ -6,9 +6,9 @@ import logging
 import pytest
 from tiny import flags
 
-from config import get_config, update_config
-from engine.run_log import RunLog, check_run_folder
-from errors import InputError
+from replknet_paddle.config import get_config, update_config
+from replknet_paddle.engine.run_log import RunLog, check_run_folder
+from replknet_paddle.runtime.errors import InputError
 
 CONFIG = update_config(get_config(), flags(output="elsewhere", resume="some/checkpoint"))
 
@@ -81,7 +81,7 @@ def test_metrics_switch_off(tmp_path):
 
 
 def test_visualdl_gets_every_number_by_epoch(tmp_path):
-    visualdl = pytest.importorskip("visualdl", reason="optional: requirements-plots.txt")
+    visualdl = pytest.importorskip("visualdl", reason="optional: requirements/plots.txt")
     config = update_config(CONFIG, flags(opts=["LOG.VISUALDL", "True"]))
     log = opened(tmp_path / "run", config=config)
     log.write_metrics({"epoch": 1, "val_loss": 0.5})

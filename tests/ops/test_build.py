@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from tiny import ROOT
 
-from errors import InputError
-from ops import build as build_module
-from ops.build import BuildError, build
-from ops.library import LibraryError, self_test, thread_count
+from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.ops import build as build_module
+from replknet_paddle.ops.build import BuildError, build
+from replknet_paddle.ops.library import LibraryError, self_test, thread_count
 
 FAKE_COMPILER = """#!/bin/sh
 # Writes an empty file where a compiler would write its output, and counts.
@@ -98,7 +98,7 @@ def test_failure_is_told_and_remembered(fake, monkeypatch, compiler, told):
     with pytest.raises(BuildError, match=told):
         build()
     assert build_module.find_library() is None
-    assert told in build_module.why_missing() and "ops.build" in build_module.why_missing()
+    assert told in build_module.why_missing() and "replknet_paddle.ops.build" in build_module.why_missing()
     monkeypatch.setenv("CXX", str(fake.parent / "fake-c++"))
     assert build()[0] == build_module.find_library()
 
@@ -141,8 +141,8 @@ def test_without_the_library_all_works_and_one_line_says_why(tmp_path):
 import logging
 logging.basicConfig(format="%(message)s")
 import paddle
-from replknet import RepLKNet
-from ops import use_fast_depthwise_conv, use_fast_pointwise_conv
+from replknet_paddle.model import RepLKNet
+from replknet_paddle.ops import use_fast_depthwise_conv, use_fast_pointwise_conv
 model = RepLKNet(large_kernel_sizes=[7] * 4, layers=[1] * 4, channels=[4] * 4)
 assert use_fast_depthwise_conv(model) == use_fast_pointwise_conv(model) == 0
 assert model(paddle.randn([1, 3, 32, 32])).shape == [1, 1000]

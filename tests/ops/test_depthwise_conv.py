@@ -9,10 +9,10 @@ import pytest
 from double_precision import conv_and_gradients, relative_error
 from paddle import nn
 
-import ops.dispatch
-from errors import InputError
-from ops import large_kernel_depthwise_conv2d, large_kernel_depthwise_conv2d_reference
-from ops.library import LibraryError, reference_passes
+from replknet_paddle.ops import dispatch
+from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.ops import large_kernel_depthwise_conv2d, large_kernel_depthwise_conv2d_reference
+from replknet_paddle.ops.library import LibraryError, reference_passes
 
 pytestmark = pytest.mark.usefixtures("operators")
 

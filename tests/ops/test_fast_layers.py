@@ -8,9 +8,9 @@ import paddle
 import pytest
 from paddle import nn
 
-from ops import FastDepthwiseConv2D, use_fast_depthwise_conv, use_fast_pointwise_conv
-from optim.ema import ModelEma
-from replknet import RepLKNet
+from replknet_paddle.ops import FastDepthwiseConv2D, use_fast_depthwise_conv, use_fast_pointwise_conv
+from replknet_paddle.optim.ema import ModelEma
+from replknet_paddle.model import RepLKNet
 
 pytestmark = pytest.mark.usefixtures("operators")
 

@@ -6,7 +6,7 @@ import pytest
 from double_precision import conv_and_gradients, relative_error
 from paddle import nn
 
-from ops import LibraryError, pointwise_conv2d, use_fast_pointwise_conv
+from replknet_paddle.ops import LibraryError, pointwise_conv2d, use_fast_pointwise_conv
 
 pytestmark = pytest.mark.usefixtures("operators")
 

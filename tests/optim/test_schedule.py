@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from optim.schedule import base_learning_rate, get_lr
+from replknet_paddle.optim.schedule import base_learning_rate, get_lr
 
 RECIPE = dict(
     base_lr=4e-3, min_lr=1e-6, warmup_start_lr=0.0, warmup_steps=6250, total_steps=187500

@@ -6,7 +6,7 @@ import numpy as np
 import paddle
 from paddle.nn import functional as F
 
-from replknet import RepLKNet
+from replknet_paddle.model import RepLKNet
 
 LAYERS = [1, 1, 3, 1]
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from config import get_config
-from replknet import build_replknet
+from replknet_paddle.config import get_config
+from replknet_paddle.model import build_replknet
 
 TINY31 = """
 DATA: {IMAGE_SIZE: 64, NUM_WORKERS: 0}

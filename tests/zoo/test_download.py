@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import zoo
-import zoo.download
-from errors import InputError
-from zoo.convert import load_state
-from zoo.download import CACHE_VARIABLE, download, fetch
-from zoo.readers import read_safetensors_metadata
-from zoo.records import PublishedModel
+from replknet_paddle import zoo
+from replknet_paddle.zoo import download as download_module
+from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.checkpoints.convert import load_state
+from replknet_paddle.zoo.download import CACHE_VARIABLE, download, fetch
+from replknet_paddle.checkpoints.readers import read_safetensors_metadata
+from replknet_paddle.zoo.records import PublishedModel
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 ROOT = FIXTURES.parent.parent

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.cli import main
+from replknet_paddle.commands.train import main
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 REFERENCE_FILES = sorted(path.name for path in FIXTURES.glob("tiny*.p[td]*"))

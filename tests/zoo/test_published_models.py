@@ -5,13 +5,13 @@ import numpy as np
 import paddle
 import pytest
 
-import zoo.docs
-from analysis.complexity import count_macs, count_parameters
-from config import get_config
-from errors import InputError
-from replknet import build_replknet
-from zoo import find_record, get_model, list_models
-from zoo.records import MODELS
+from replknet_paddle.zoo import docs
+from replknet_paddle.analysis.complexity import count_macs, count_parameters
+from replknet_paddle.config import get_config
+from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.model import build_replknet
+from replknet_paddle.zoo import find_record, get_model, list_models
+from replknet_paddle.zoo.records import MODELS
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 CONFIGS = FIXTURES.parent.parent / "configs"
@@ -115,20 +115,20 @@ def test_missing_file(config_file, tmp_path):
 
 @pytest.mark.parametrize("path", zoo.docs.TABLES, ids=lambda path: path.name)
 def test_document_has_the_table_that_the_records_give(path):
-    assert path.read_text(encoding="utf-8") == zoo.docs.with_table(path), "run: python -m zoo.docs"
+    assert path.read_text(encoding="utf-8") == docs.with_table(path), "run: python -m replknet_paddle.zoo.docs"
 
 
 def test_command_writes_and_checks_documents(tmp_path, monkeypatch, capsys):
     path = tmp_path / "README.md"
     path.write_text("before <!-- zoo table: begin -->\nold<!-- zoo table: end --> after")
     monkeypatch.setattr(zoo.docs, "TABLES", {path: "| a table |"})
-    assert zoo.docs.main(["--check"]) == 1
-    assert "python -m zoo.docs" in capsys.readouterr().err
-    assert zoo.docs.main([]) == 0
+    assert docs.main(["--check"]) == 1
+    assert "python -m replknet_paddle.zoo.docs" in capsys.readouterr().err
+    assert docs.main([]) == 0
     assert path.read_text() == (
         "before <!-- zoo table: begin -->\n| a table |\n<!-- zoo table: end --> after"
     )
-    assert zoo.docs.main(["--check"]) == 0
+    assert docs.main(["--check"]) == 0
     path.write_text("no marks")
     with pytest.raises(ValueError, match="once each"):
-        zoo.docs.main([])
+        docs.main([])

@@ -1,0 +1,172 @@
+"""How fast convolutions are: a layer at a time beside Paddle's, and by kinds of layer in a network.
+
+The work that counts is that of taps inside the map: a 31x31 kernel on a 14x14 map has 961 taps, of
+which an output needs 169 on average.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import paddle
+from paddle import nn
+
+from replknet_paddle.bench.timing import time_in_turn
+from replknet_paddle.ops import FastDepthwiseConv2D, get_library, large_kernel_depthwise_conv2d
+
+ALGORITHMS = ("direct", "fft")
+
+# RepLKNet-31B at 224: channels, side of the map, kernel.
+STAGES = ((128, 56, 31), (256, 28, 29), (512, 14, 27), (1024, 7, 13))
+
+# Table 5 of the paper, which times 24 depthwise layers.
+GRID_LAYERS = 24
+GRID = tuple(
+    (384, side, kernel) for side in (16, 32, 64) for kernel in (3, 5, 7, 9, 13, 17, 21, 27, 29, 31)
+)
+
+
+@dataclass(frozen=True)
+class ConvCase:
+    """One depthwise layer: `batch` maps of `channels` x `side` x `side`, and its kernel size."""
+
+    batch: int
+    channels: int
+    side: int
+    kernel: int
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """(N, C, H, W, K)."""
+        return (self.batch, self.channels, self.side, self.side, self.kernel)
+
+    @property
+    def useful_flops(self) -> int:
+        """Floating-point operations of one forward pass: two for each tap inside the map.
+
+        Each of the two gradients has as many.
+        """
+        half = self.kernel // 2
+        taps = sum(
+            min(self.side, i + half + 1) - max(0, i - half) for i in range(self.side)
+        )  # along one axis, over all outputs
+        return 2 * self.batch * self.channels * taps**2
+
+
+def time_conv(case: ConvCase, *, rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each pass of a layer, by Paddle's convolution and by each algorithm, in turn.
+
+    Args:
+        rounds: how often each is timed.
+
+    Returns:
+        By pass - forward, forward with a cached spectrum, input gradient, weight gradient, both
+        gradients - and implementation.
+    """
+    paddle.seed(0)
+    shape = [case.batch, case.channels, case.side, case.side]
+    x, dy = paddle.randn(shape), paddle.randn(shape)
+    weight = paddle.randn([case.channels, 1, case.kernel, case.kernel])
+    impls = ("paddle", *ALGORITHMS)
+    passes = {"forward": {}, "input gradient": {}, "weight gradient": {}, "both gradients": {}}
+    for impl in impls:
+        passes["forward"][impl] = _forward(x, weight, impl)
+        passes["both gradients"][impl] = _backward(x, weight, dy, impl, True, True)
+    passes["input gradient"]["paddle"] = _backward(x, weight, dy, "paddle", True, False)
+    passes["weight gradient"]["paddle"] = _backward(x, weight, dy, "paddle", False, True)
+    dx, dweight = paddle.empty_like(x), paddle.empty_like(weight)
+    for impl in ALGORITHMS:  # the operator gives both; its kernels can leave one out
+        for name, targets in (("input gradient", (dx, None)), ("weight gradient", (None, dweight))):
+            passes[name][impl] = _gradient(case, x, weight, dy, targets, impl)
+    layer = nn.Conv2D(
+        case.channels,
+        case.channels,
+        case.kernel,
+        padding=case.kernel // 2,
+        groups=case.channels,
+        bias_attr=False,
+    )
+    layer.__class__ = FastDepthwiseConv2D
+    layer.eval()
+    passes["forward"]["layer in evaluation"] = _evaluated(layer, x)
+    return {name: time_in_turn(calls, rounds=rounds) for name, calls in passes.items()}
+
+
+def _forward(x, weight, impl) -> Callable[[], None]:
+    def call():
+        with paddle.no_grad():
+            large_kernel_depthwise_conv2d(x, weight, impl=impl)
+
+    return call
+
+
+def _evaluated(layer, x) -> Callable[[], None]:
+    def call():
+        with paddle.no_grad():
+            layer(x)
+
+    return call
+
+
+def _backward(x, weight, dy, impl, by_input: bool, by_weight: bool) -> Callable[[], None]:
+    x, weight = x.detach(), weight.detach()
+    x.stop_gradient, weight.stop_gradient = not by_input, not by_weight
+    wanted = [t for t in (x, weight) if not t.stop_gradient]
+    y = large_kernel_depthwise_conv2d(x, weight, impl=impl)
+
+    def call():
+        paddle.grad(y, wanted, dy, retain_graph=True)
+
+    return call
+
+
+def _gradient(case, x, weight, dy, targets, impl) -> Callable[[], None]:
+    library = get_library()
+    pointers = [None if t is None else t.data_ptr() for t in (x, weight, dy, *targets)]
+
+    def call():
+        library.gradients(case.shape, *pointers, algorithm=impl)
+        return targets  # keeps them alive
+
+    return call
+
+
+def seconds_by_layer(model: nn.Layer, run: Callable[[], object]) -> dict[str, float]:
+    """Seconds that one `run` of the model spends in the forward pass of each kind of layer.
+
+    Only layers without sublayers count; what `forward` methods of others compute, such as ReLU,
+    GELU and additions, goes under "between layers". The hooks stay no longer than this.
+    """
+    seconds: dict[str, float] = defaultdict(float)
+    hooks, started = [], {}
+
+    def before(layer, _):
+        started[id(layer)] = time.perf_counter()
+
+    def after(layer, _, output):
+        seconds[_kind(layer)] += time.perf_counter() - started[id(layer)]
+
+    for layer in model.sublayers():
+        if not list(layer.children()):
+            hooks.append(layer.register_forward_pre_hook(before))
+            hooks.append(layer.register_forward_post_hook(after))
+    try:
+        start = time.perf_counter()
+        run()
+        total = time.perf_counter() - start
+    finally:
+        for hook in hooks:
+            hook.remove()
+    seconds["between layers"] = total - sum(seconds.values())
+    return dict(seconds)
+
+
+def _kind(layer: nn.Layer) -> str:
+    if not isinstance(layer, nn.Conv2D):
+        return type(layer).__name__
+    kernel, stride = layer._kernel_size[0], layer._stride
+    stride = stride if isinstance(stride, int) else stride[0]
+    name = "1x1" if kernel == 1 else f"{kernel}x{kernel}"
+    name += " depthwise" if layer._groups > 1 else ""
+    return f"{name} convolution" + (f", stride {stride}" if stride > 1 else "")

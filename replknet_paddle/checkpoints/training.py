@@ -1,0 +1,243 @@
+"""Checkpoints of a training run: one safetensors file each, which says what it is.
+
+Tensors are `model.*`, `model_ema.*` (where an average is kept) and `optimizer.*`, under native
+parameter names; the file's metadata holds, as JSON, the schema version, the configuration and how
+far the run had come. No pickle: reading one cannot run code.
+
+    RUN/checkpoints/epoch_0010_step_00012510.safetensors    and others
+    RUN/last, RUN/best                                      links to two of them
+
+A checkpoint is written under another name and renamed when it is whole, so a file that has its
+name is a whole one.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import zlib
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.checkpoints.convert import METADATA_KEY
+from replknet_paddle.checkpoints.readers import is_safetensors, read_checkpoint, read_safetensors_metadata
+from replknet_paddle.checkpoints.writers import write_safetensors
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+PARTS = ("model", "model_ema", "optimizer")
+FOLDER = "checkpoints"
+NAME = re.compile(r"epoch_(\d+)_step_(\d+)\.safetensors")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        epoch: epochs done.
+        batch: forward passes done, on each process, in the epoch after those.
+        batches: how many an epoch has.
+        step: optimizer steps done in all.
+        batch_size, accum_iter: of those, images on all processes, and how many make a step.
+        best_top1_percent: best accuracy so far, of the weights or of their average.
+        best_checkpoint: name of the file that had it.
+        epoch_sums: loss times images, and images, of the epoch under way.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    batches: int = 0
+    batch_size: int = 0
+    accum_iter: int = 0
+    step: int = 0
+    best_top1_percent: float = -1.0
+    best_checkpoint: str = ""
+    epoch_sums: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory.
+
+    Attributes:
+        config: YAML.
+        model, model_ema, optimizer: arrays by parameter name.
+        scaler: of the loss, with float16.
+        path: where it was read from.
+    """
+
+    config: str
+    progress: Progress
+    model: dict[str, np.ndarray]
+    model_ema: dict[str, np.ndarray] = field(default_factory=dict)
+    optimizer: dict[str, np.ndarray] = field(default_factory=dict)
+    scaler: dict[str, float] = field(default_factory=dict)
+    path: str = ""
+
+
+def save_checkpoint(path: str, checkpoint: Checkpoint) -> None:
+    """Write `checkpoint` such that `path` is the old file, or none, until the new one is whole.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    tensors = {}
+    for part in PARTS:
+        for name, value in getattr(checkpoint, part).items():
+            tensors[f"{part}.{name}"] = np.ascontiguousarray(value).reshape(value.shape)
+    body = json.dumps(
+        {
+            "config": checkpoint.config,
+            "progress": asdict(checkpoint.progress),
+            "scaler": checkpoint.scaler,
+        }
+    )
+    metadata = {"schema_version": SCHEMA_VERSION, "crc32": checksum(body, tensors), "body": body}
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    try:
+        write_safetensors(path, tensors, {METADATA_KEY: json.dumps(metadata)})
+    except OSError as error:  # a full disk, mostly
+        free = shutil.disk_usage(os.path.dirname(path)).free
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        raise OSError(
+            f"cannot write {path}: {error.strerror}; {size / 2**20:.1f} MiB are needed "
+            f"and {free / 2**20:.0f} MiB free there. Checkpoints written before are "
+            "as they were"
+        ) from None
+
+
+def load_checkpoint(path: str) -> Checkpoint:
+    """Read a checkpoint file of `save_checkpoint`.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        InputError: something else, or a damaged or newer file.
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no checkpoint {path} to resume from")
+    tensors = read_checkpoint(path)
+    metadata = read_safetensors_metadata(path) if is_safetensors(path) else {}
+    if METADATA_KEY not in metadata:
+        raise InputError(
+            f"{path} is no training checkpoint of this program, which alone can be "
+            "resumed; -pretrained starts a new run from weights"
+        )
+    try:
+        metadata = json.loads(metadata[METADATA_KEY])
+        version = metadata["schema_version"]
+        if version == SCHEMA_VERSION:
+            body = metadata["body"]
+            is_whole = metadata["crc32"] == checksum(body, tensors)
+    except (ValueError, TypeError, KeyError):
+        version, is_whole = SCHEMA_VERSION, False
+    if version != SCHEMA_VERSION:
+        raise InputError(
+            f"{path} has schema version {version}; this program reads version {SCHEMA_VERSION}"
+        )
+    if not is_whole:
+        raise InputError(f"{path} is damaged: what it holds is not what was written")
+    parts = {part: {} for part in PARTS}
+    for key, value in tensors.items():
+        part, name = key.split(".", 1)
+        parts[part][name] = value
+    body = json.loads(body)
+    progress = body["progress"]
+    progress["epoch_sums"] = tuple(progress["epoch_sums"])
+    return Checkpoint(
+        body["config"], Progress(**progress), **parts, scaler=body["scaler"], path=path
+    )
+
+
+def checksum(body: str, tensors: dict[str, np.ndarray]) -> int:
+    """CRC-32 over metadata, names and bytes of all tensors: finds what the length does not show."""
+    crc = zlib.crc32(f"{SCHEMA_VERSION} {body}".encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tensor.shape}".encode(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view("uint8"), crc)
+    return crc
+
+
+def newest_whole_checkpoint(run_folder: str) -> str | None:
+    """The newest checkpoint of a run that can be read, with a warning for each that cannot."""
+    for path in reversed(checkpoints(run_folder)):
+        try:
+            load_checkpoint(path)
+        except InputError as error:
+            logger.warning("%s; trying the one before it", error)
+        else:
+            return path
+    return None
+
+
+def checkpoint_path(run_folder: str, progress: Progress) -> str:
+    """Where the checkpoint of this moment belongs."""
+    return os.path.join(
+        run_folder, FOLDER, f"epoch_{progress.epoch:04d}_step_{progress.step:08d}.safetensors"
+    )
+
+
+def checkpoints(run_folder: str) -> list[str]:
+    """All checkpoints of a run, the oldest first."""
+    folder = os.path.join(run_folder, FOLDER)
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    steps = {
+        name: tuple(map(int, match.groups())) for name in names if (match := NAME.fullmatch(name))
+    }
+    return [os.path.join(folder, name) for name in sorted(steps, key=steps.get)]
+
+
+def point_to(run_folder: str, name: str, path: str) -> None:
+    """Make RUN/`name` stand for the checkpoint `path`, in one instant."""
+    link = os.path.join(run_folder, name)
+    unfinished = f"{link}.unfinished"
+    if os.path.lexists(unfinished):
+        os.unlink(unfinished)
+    try:
+        os.symlink(os.path.relpath(path, run_folder), unfinished)
+    except OSError:  # a file system without links
+        shutil.copyfile(path, unfinished)
+    os.replace(unfinished, link)
+
+
+def remove_superseded(run_folder: str, *, keep_every: int, keep_newest: int) -> None:
+    """Delete old checkpoints, and what a killed run left unfinished.
+
+    `last`, `best`, the `keep_newest` newest and those at the end of every `keep_every`-th epoch
+    stay.
+    """
+    paths = checkpoints(run_folder)
+    linked = {os.path.realpath(os.path.join(run_folder, name)) for name in ("last", "best")}
+    kept_epochs = set()
+    for path in paths:  # an epoch's first is the one at the end of the epoch before
+        epoch = int(NAME.fullmatch(os.path.basename(path)).group(1))
+        is_kept = epoch % keep_every == 0 and epoch > 0 and epoch not in kept_epochs
+        kept_epochs.add(epoch)
+        if not (is_kept or os.path.realpath(path) in linked or path in paths[-keep_newest:]):
+            os.unlink(path)
+    folder = os.path.join(run_folder, FOLDER)
+    for name in os.listdir(folder):
+        if name.endswith(".unfinished"):
+            os.unlink(os.path.join(folder, name))
+
+
+def set_aside_later(run_folder: str, progress: Progress) -> None:
+    """Move the checkpoints beyond `progress`, where a run goes on anew, to RUN/superseded.
+
+    They are of a past that the run no longer has; among its own they would pass for the newest.
+    """
+    best = os.path.realpath(os.path.join(run_folder, "best"))
+    for path in checkpoints(run_folder):
+        place = tuple(map(int, NAME.fullmatch(os.path.basename(path)).groups()))
+        if place > (progress.epoch, progress.step):
+            os.makedirs(os.path.join(run_folder, "superseded"), exist_ok=True)
+            moved = os.path.join(run_folder, "superseded", os.path.basename(path))
+            os.replace(path, moved)
+            logger.warning("%s is beyond what is resumed; moved to %s", path, moved)
+            if os.path.realpath(path) == best:
+                point_to(run_folder, "best", moved)

@@ -1,0 +1,159 @@
+"""Mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899) of a batch, with timm's meaning.
+
+Sample i is mixed with sample N - 1 - i, the whole batch with one draw ("batch" mode). In a
+batch of odd size the middle sample meets itself and stays as it is, and so does a batch of
+one: nothing needs to be refused.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+
+from replknet_paddle.runtime.errors import InputError
+
+Box = tuple[int, int, int, int]
+
+
+class Mix(NamedTuple):
+    """What is done to one batch.
+
+    lam: weight of a sample's own label, [0, 1].
+    box: (top, left, bottom, right) taken from the partner (CutMix); None to blend (mixup).
+    """
+
+    lam: float
+    box: Box | None
+
+
+def cutmix_box(height: int, width: int, lam: float, rng: np.random.Generator) -> Box:
+    """A box of the image's shape and (1 - lam) of its area around a uniform centre, clipped."""
+    side = np.sqrt(1 - lam)
+    box_height, box_width = int(height * side), int(width * side)
+    top = int(rng.integers(height)) - box_height // 2
+    left = int(rng.integers(width)) - box_width // 2
+    return max(top, 0), max(left, 0), min(top + box_height, height), min(left + box_width, width)
+
+
+def cutmix_box_minmax(
+    height: int, width: int, minmax: tuple[float, float], rng: np.random.Generator
+) -> Box:
+    """A box inside the image whose sides are uniform shares of the image's, in `minmax`."""
+    least, most = minmax
+
+    def side(length: int) -> int:
+        shortest = int(length * least)
+        return int(rng.integers(shortest, max(int(length * most), shortest + 1)))
+
+    box_height, box_width = side(height), side(width)
+    top = int(rng.integers(0, height - box_height, endpoint=True))
+    left = int(rng.integers(0, width - box_width, endpoint=True))
+    return top, left, top + box_height, left + box_width
+
+
+class Mixup:
+    """Mix a batch of images and turn its labels into soft targets.
+
+    Args:
+        mixup_alpha: lam ~ Beta(alpha, alpha); 0 switches mixup off.
+        cutmix_alpha: the same for CutMix.
+        cutmix_minmax: (least, most) share of the image's sides for those of the CutMix box;
+            switches CutMix on and takes the place of `cutmix_alpha`. None: not used.
+        prob: chance that a batch is mixed at all.
+        switch_prob: chance of CutMix where both are on.
+        label_smoothing: share of the label spread evenly over all classes, [0, 1).
+        num_classes: length of a soft target.
+
+    Raises:
+        InputError: an argument outside its legal values, or both ways of mixing off.
+    """
+
+    def __init__(
+        self,
+        *,
+        mixup_alpha: float,
+        cutmix_alpha: float,
+        cutmix_minmax: tuple[float, float] | None,
+        prob: float,
+        switch_prob: float,
+        label_smoothing: float,
+        num_classes: int,
+    ):
+        if cutmix_minmax is not None:
+            if not 0 <= cutmix_minmax[0] <= cutmix_minmax[1] <= 1:
+                raise InputError(f"cutmix min-max {cutmix_minmax}: must be 0 <= least <= most <= 1")
+            cutmix_alpha = 1.0
+        if min(mixup_alpha, cutmix_alpha) < 0 or max(mixup_alpha, cutmix_alpha) == 0:
+            raise InputError(
+                f"mixup alpha {mixup_alpha}, cutmix alpha {cutmix_alpha}: "
+                "neither may be negative, and one must be above 0"
+            )
+        for name, value in (("prob", prob), ("switch_prob", switch_prob)):
+            if not 0 <= value <= 1:
+                raise InputError(f"mixup {name} {value}: must be in [0, 1]")
+        if not 0 <= label_smoothing < 1:
+            raise InputError(f"label smoothing {label_smoothing}: must be in [0, 1)")
+        self.mixup_alpha = mixup_alpha
+        self.cutmix_alpha = cutmix_alpha
+        self.cutmix_minmax = cutmix_minmax
+        self.prob = prob
+        self.switch_prob = switch_prob
+        self.label_smoothing = label_smoothing
+        self.num_classes = num_classes
+
+    def __call__(
+        self, images: paddle.Tensor, labels: paddle.Tensor, rng: np.random.Generator
+    ) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """Mix one batch on the device it is on.
+
+        Args:
+            images: (N, C, H, W) float32, or half precision on a GPU; left unchanged.
+            labels: (N,) integers in [0, num_classes).
+            rng: the only source of randomness.
+
+        Returns:
+            Images (N, C, H, W) of the same type, and soft targets (N, num_classes) float32.
+        """
+        mix = self.draw(*images.shape[-2:], rng)
+        targets = mix_labels(
+            labels, mix.lam, num_classes=self.num_classes, label_smoothing=self.label_smoothing
+        )
+        return mix_images(images, mix), targets
+
+    def draw(self, height: int, width: int, rng: np.random.Generator) -> Mix:
+        """Draw what to do to a batch of images of this size."""
+        if rng.random() >= self.prob:
+            return Mix(1.0, None)
+        if self.cutmix_alpha == 0 or (self.mixup_alpha > 0 and rng.random() >= self.switch_prob):
+            return Mix(float(rng.beta(self.mixup_alpha, self.mixup_alpha)), None)
+        if self.cutmix_minmax is not None:
+            box = cutmix_box_minmax(height, width, self.cutmix_minmax, rng)
+        else:
+            lam = rng.beta(self.cutmix_alpha, self.cutmix_alpha)
+            box = cutmix_box(height, width, lam, rng)
+        top, left, bottom, right = box
+        # The area pasted, not the area drawn: the image's border may have clipped the box.
+        return Mix(1 - (bottom - top) * (right - left) / (height * width), box)
+
+
+def mix_images(images: paddle.Tensor, mix: Mix) -> paddle.Tensor:
+    """Mix each image of (N, C, H, W) with its partner; `images` is left unchanged."""
+    if mix.lam == 1:
+        return images
+    # [::-1] rather than flip(0): twice as fast on CPU.
+    if mix.box is None:
+        return images * mix.lam + images[::-1] * (1 - mix.lam)
+    top, left, bottom, right = mix.box
+    mixed = images.clone()
+    mixed[:, :, top:bottom, left:right] = images[::-1, :, top:bottom, left:right]
+    return mixed
+
+
+def mix_labels(
+    labels: paddle.Tensor, lam: float, *, num_classes: int, label_smoothing: float
+) -> paddle.Tensor:
+    """Labels (N,) -> soft targets (N, num_classes) float32 of sum 1, smoothed, then mixed."""
+    own = F.one_hot(labels, num_classes)
+    mixed = own if lam == 1 else own * lam + own[::-1] * (1 - lam)
+    return mixed * (1 - label_smoothing) + label_smoothing / num_classes

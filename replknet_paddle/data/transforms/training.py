@@ -1,0 +1,184 @@
+"""Training pipeline: random resized crop, flip, one photometric policy, normalize, erase.
+
+The steps, their order and their distributions are those of the official recipe (timm's
+`create_transform` with bicubic interpolation). Every random number comes from the generator
+passed with the image, so a sample depends on nothing but the seed of that generator.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from PIL import Image
+
+from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.data.transforms.augment import brightness, color, contrast
+from replknet_paddle.data.transforms.erasing import RandomErasing
+from replknet_paddle.data.transforms.finish import Unfinished
+from replknet_paddle.data.transforms.image import load, normalize, to_rgb
+from replknet_paddle.data.transforms.pixels import Pixels, get_pixels
+
+MAX_TRIES = 10  # draws of a crop that fits before falling back to the centre
+REDUCED_MARGIN = 1.5  # pixels of a reduced crop over pixels wanted, on either side
+
+
+def sample_crop(
+    width: int, height: int, scale: tuple, ratio: tuple, rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Draw the box (left, top, right, bottom) of a random resized crop.
+
+    Args:
+        width, height: of the image, pixels.
+        scale: (least, most) share of the image's area; uniform in between.
+        ratio: (least, most) width / height; log-uniform in between.
+
+    After `MAX_TRIES` draws that do not fit, the largest central box whose shape lies within
+    `ratio`, whatever its area.
+    """
+    for _ in range(MAX_TRIES):
+        area = rng.uniform(*scale) * width * height
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        crop_width = round(math.sqrt(area * aspect))
+        crop_height = round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top = int(rng.integers(0, height - crop_height, endpoint=True))
+            left = int(rng.integers(0, width - crop_width, endpoint=True))
+            return left, top, left + crop_width, top + crop_height
+    # A strip one pixel thin would round to nothing at extreme ratios.
+    crop_width = max(1, min(width, round(height * ratio[1])))
+    crop_height = max(1, min(height, round(width / ratio[0])))
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    return left, top, left + crop_width, top + crop_height
+
+
+class ColorJitter:
+    """Brightness, contrast and saturation by random factors, in random order.
+
+    Args:
+        strength: each factor is uniform in [max(0, 1 - strength), 1 + strength].
+    """
+
+    enhancers = (brightness, contrast, color)
+
+    def __init__(self, *, strength: float):
+        if strength < 0:
+            raise InputError(f"colour jitter {strength}: must not be negative")
+        self.strength = strength
+
+    def __call__(self, px: Pixels, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """(H, W, 3) uint8 -> the same."""
+        for i in rng.permutation(len(self.enhancers)):
+            factor = rng.uniform(max(0.0, 1 - self.strength), 1 + self.strength)
+            image = self.enhancers[i](px, image, factor, None)
+        return image
+
+
+class TrainTransform:
+    """One image and one generator to one training sample.
+
+    Args:
+        image_size: side of the result, pixels.
+        crop_scale, crop_ratio: see `sample_crop`.
+        hflip_prob: chance of a left-right flip.
+        photometric: called with (elementary operations, RGB pixels, generator), returns pixels
+            of the same shape; or None.
+        erasing: applied last, to the normalized image; or None.
+        mean, std: three each, per RGB channel, in units of the [0, 1] scale.
+        pixels: the elementary operations; None: the compiled ones, where possible.
+        reduced_decode: decode a JPEG at a half, a quarter or an eighth of its size where the crop
+            still has `REDUCED_MARGIN` times the pixels wanted, on either side.
+
+    Raises:
+        InputError: an argument outside its legal values.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        crop_scale: tuple[float, float],
+        crop_ratio: tuple[float, float],
+        hflip_prob: float,
+        photometric: Callable | None,
+        erasing: RandomErasing | None,
+        mean: Sequence[float],
+        std: Sequence[float],
+        pixels: Pixels | None = None,
+        reduced_decode: bool = False,
+    ):
+        if image_size < 1:
+            raise InputError(f"image_size {image_size}: must be at least 1")
+        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+            raise InputError(f"crop scale {crop_scale}: must be 0 < least <= most <= 1")
+        if not 0 < crop_ratio[0] <= crop_ratio[1]:
+            raise InputError(f"crop ratio {crop_ratio}: must be 0 < least <= most")
+        if not 0 <= hflip_prob <= 1:
+            raise InputError(f"flip probability {hflip_prob}: must be in [0, 1]")
+        self.image_size = image_size
+        self.crop_scale = tuple(crop_scale)
+        self.crop_ratio = tuple(crop_ratio)
+        self.hflip_prob = hflip_prob
+        self.photometric = photometric
+        self.erasing = erasing
+        self.mean = np.asarray(mean, np.float32)
+        self.std = np.asarray(std, np.float32)
+        self.px = pixels or get_pixels(True)
+        self.reduced_decode = reduced_decode
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
+        """Any Pillow image -> (3, image_size, image_size) float32, normalized and erased."""
+        sample = normalize(self.pixels(image, rng), self.mean, self.std)
+        return self.erasing(sample, rng) if self.erasing else sample
+
+    def unfinished(self, image: Image.Image, rng: np.random.Generator) -> Unfinished:
+        """The same sample before its last two steps, which `FinishBatch` does on the device."""
+        pixels = self.pixels(image, rng)
+        boxes = self.erasing.boxes(*pixels.shape[:2], rng) if self.erasing else ()
+        return Unfinished(pixels, boxes, int(rng.integers(2**31)) if boxes else 0)
+
+    def pixels(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
+        """Any Pillow image -> (image_size, image_size, 3) uint8 RGB, all but the last two steps.
+
+        Raises:
+            InputError: the image is damaged or cannot become RGB.
+        """
+        box = sample_crop(*image.size, self.crop_scale, self.crop_ratio, rng)
+        if self.reduced_decode:
+            box = _reduce(image, box, self.image_size)
+        load(image)
+        # Nothing from outside the crop may bleed into its border. Where the crop ends within a
+        # pixel of a reduced image, that pixel counts, by the share that the box says.
+        left, top, right, bottom = crop = _outer(box)
+        if image.mode != "RGB":  # convert only what is kept
+            image, crop = to_rgb(image.crop(crop)), None
+        pixels = self.px.resize(
+            image,
+            (self.image_size, self.image_size),
+            crop=crop,
+            box=(box[0] - left, box[1] - top, box[2] - left, box[3] - top),
+            flip=rng.random() < self.hflip_prob,
+        )
+        return self.photometric(self.px, pixels, rng) if self.photometric else pixels
+
+
+def _outer(box: tuple) -> tuple[int, int, int, int]:
+    """The whole pixels that a box touches."""
+    return math.floor(box[0]), math.floor(box[1]), math.ceil(box[2]), math.ceil(box[3])
+
+
+def _reduce(image: Image.Image, box: tuple, image_size: int) -> tuple:
+    """Have a JPEG decoded at a lower resolution if `box` is large; the box in the new pixels.
+
+    The decoder then computes fewer pixels from the same coefficients, which is averaging: what is
+    lost is detail that resizing would average away as well.
+    """
+    side = min(box[2] - box[0], box[3] - box[1])
+    factor = int(side // (image_size * REDUCED_MARGIN))
+    if image.format != "JPEG" or factor < 2:
+        return box
+    width, height = image.size
+    image.draft("RGB", (-(-width // factor), -(-height // factor)))
+    if image.size == (width, height):
+        return box
+    ratio = round(width / image.size[0])  # 2, 4 or 8; sizes are rounded up
+    return tuple(min(edge / ratio, limit) for edge, limit in zip(box, image.size * 2))

@@ -1,0 +1,176 @@
+"""Writing a network for inference: an export folder with the model and its sidecar."""
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import paddle
+from paddle import nn
+from paddle.nn import functional as F
+
+from replknet_paddle.deploy.fold import folded
+from replknet_paddle.deploy.onnx_graph import INPUT, onnx_model
+from replknet_paddle.deploy.quantize import quantize
+from replknet_paddle.deploy.sidecar import FILE, FORMATS, PRECISIONS, Sidecar
+from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.model import RepLKNet
+
+PADDLE_MODEL_FILES = ("model.json", "model.pdmodel")  # of Paddle 3 and Paddle 2
+PADDLE_WEIGHTS_FILE = "model.pdiparams"
+ONNX_MODEL_FILE = "model.onnx"
+# Half precisions that ONNX files keep weights in; Paddle converts what it loads.
+HALF_WEIGHTS = {"fp16": "FLOAT16", "bf16": "BFLOAT16"}
+
+
+def export_model(
+    model: RepLKNet,
+    target: str | os.PathLike,
+    sidecar: Sidecar,
+    *,
+    calibration: Iterable[np.ndarray] = (),
+) -> None:
+    """Write `model` and `sidecar` to the folder `target`, which appears when it is whole.
+
+    Args:
+        model: a classifier of any form; stays as it is.
+        target: a new or empty folder, or an earlier export, which is replaced; or a link to one.
+        sidecar: says the format and precision.
+        calibration: for INT8: preprocessed images float32 (N, 3, H, W), batch by batch.
+
+    Raises:
+        InputError: `target` is something else, or a combination that there is not.
+        OSError: it cannot be written.
+    """
+    target = check_target(target)
+    unfinished = target.with_name(f"{target.name}.{os.getpid()}.unfinished")
+    try:
+        unfinished.mkdir()
+        write_model(
+            model,
+            unfinished,
+            format=sidecar.format,
+            precision=sidecar.precision,
+            calibration=calibration,
+        )
+        sidecar.write(unfinished)
+        check_target(target)  # what came meanwhile
+        replace_folder(unfinished, target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def check_target(target: str | os.PathLike) -> Path:
+    """The folder that an export to `target` makes or replaces, links followed.
+
+    Raises:
+        FileNotFoundError: there is no folder to write it into.
+        InputError: something would go that no export wrote.
+    """
+    target = Path(os.path.realpath(target))
+    allowed = "allowed: a new or empty folder, or an earlier export and nothing else"
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"no folder {target.parent} to write {target.name} into")
+    if not target.exists():
+        return target
+    is_folder = target.is_dir()
+    if is_folder and target.samefile("."):
+        raise InputError(f"{target} is the folder that this runs in; run it from another one")
+    if is_folder and not any(target.iterdir()):
+        return target
+    if not (target / FILE).is_file():
+        raise InputError(
+            f"{target} is there and is no earlier export (it has no {FILE}); {allowed}"
+        )
+    written = {FILE, *Sidecar.read(target).files}
+    others = sorted(
+        entry.name for entry in target.iterdir() if entry.name not in written or entry.is_dir()
+    )
+    if others:
+        shown = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+        raise InputError(f"{target} holds what no export wrote: {shown}; {allowed}")
+    return target
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Let the folder `new` take the name `target`, the old one going away."""
+    old = target.with_name(f"{target.name}.{os.getpid()}.old")
+    is_there = target.exists()
+    if is_there:
+        os.rename(target, old)
+    try:
+        os.rename(new, target)
+    except BaseException:
+        if is_there:
+            os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_combination(format: str, precision: str) -> None:
+    """Raise InputError for a format or precision that there is not, or not together."""
+    if format not in FORMATS:
+        raise InputError(f"-format {format}; allowed: {', '.join(FORMATS)}")
+    if precision not in PRECISIONS:
+        raise InputError(f"-precision {precision}; allowed: {', '.join(PRECISIONS)}")
+    if precision == "int8" and format != "onnx":
+        raise InputError(f"-precision int8 with -format {format}; allowed: -format onnx")
+
+
+def write_model(
+    model: RepLKNet,
+    folder: Path,
+    *,
+    format: str,
+    precision: str,
+    calibration: Iterable[np.ndarray] = (),
+) -> None:
+    """Write the model file or files of one format into `folder`.
+
+    Raises:
+        InputError: a combination that there is not, a backbone, or a package that is missing.
+    """
+    check_combination(format, precision)
+    if model.out_indices is not None:
+        raise InputError(
+            f"MODEL.OUT_INDICES is {list(model.out_indices)}, which makes a backbone without a "
+            "head; allowed for an export: None"
+        )
+    model = folded(model)
+    if format == "paddle":
+        write_paddle_model(model, folder)
+        return
+    path = folder / ONNX_MODEL_FILE
+    write_onnx_model(model, path, HALF_WEIGHTS.get(precision))
+    if precision == "int8":
+        float_path = folder / "float.onnx"
+        os.replace(path, float_path)
+        quantize(float_path, path, calibration)
+        float_path.unlink()
+
+
+def write_onnx_model(model: RepLKNet, path: Path, half_weights: str | None) -> None:
+    """Write the ONNX file of a folded network."""
+    path.write_bytes(onnx_model(model, half_weights=half_weights).SerializeToString())
+
+
+class InferenceForm(nn.Layer):
+    """A classifier whose average is a pooling, which Paddle Inference runs in oneDNN."""
+
+    def __init__(self, model: RepLKNet):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: paddle.Tensor) -> paddle.Tensor:
+        x = self.model.norm(self.model.forward_stages(images)[-1])
+        return self.model.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def write_paddle_model(model: RepLKNet, folder: Path) -> None:
+    """Write the program and weights of a classifier as Paddle Inference reads them."""
+    form = InferenceForm(model)
+    form.eval()
+    spec = paddle.static.InputSpec([None, 3, None, None], "float32", INPUT)
+    paddle.jit.save(form, str(folder / "model"), input_spec=[spec])
+    (folder / "model.pdiparams.info").unlink(missing_ok=True)  # Paddle 2's, for training on

@@ -1,0 +1,163 @@
+"""Fewer layers for inference: small kernels merged into large ones, batch norms into convolutions.
+
+In evaluation mode a batch norm is one multiplication and one addition per channel. After a
+convolution they go into its weights and bias; before one they do too, as long as the convolution
+pads nothing: padded zeros come after the norm, so folding the norm into a padded convolution would
+change the borders. The final norm goes through the global average into the head, for averages
+commute with it. What cannot be folded exactly (the norms of single stage maps, where a backbone
+has them) stays.
+
+All sums are in float64 and are rounded to float32 once.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from replknet_paddle.model import ConvFFN, ConvNorm, RepLKBlock, RepLKNet
+
+
+def merged(model: RepLKNet) -> RepLKNet:
+    """A copy of `model` in evaluation mode with its small kernels merged into the large ones."""
+    result = copy.deepcopy(model)
+    result.structural_reparam()
+    result.eval()
+    return result
+
+
+def folded(model: RepLKNet) -> RepLKNet:
+    """A copy of `model` in evaluation mode, merged, with every batch norm folded that can be.
+
+    Outputs stay the same up to rounding. Its parameters have other names and shapes than those of
+    a checkpoint, and it cannot be trained.
+
+    Args:
+        model: any RepLKNet, of any form; stays as it is.
+    """
+    result = merged(model)
+    with paddle.no_grad():
+        for layer in result.sublayers():
+            if isinstance(layer, ConvNorm):
+                fold_norm_after(layer)
+        for layer in result.sublayers():
+            if isinstance(layer, RepLKBlock):
+                layer.pre_large_kernel_bn = fold_norm_before(
+                    layer.pre_large_kernel_bn, layer.pw_conv_1.conv
+                )
+            elif isinstance(layer, ConvFFN):
+                layer.pre_ffn_bn = fold_norm_before(layer.pre_ffn_bn, layer.pw_conv_1.conv)
+        if result.out_indices is None:
+            fold_final_norm(result)
+    return result
+
+
+def scale_and_shift(norm: nn.Layer) -> tuple[np.ndarray, np.ndarray]:
+    """What a batch norm multiplies by and then adds in evaluation mode: float64, (channels,)."""
+    mean, variance, gamma, beta = (
+        tensor.numpy().astype("float64")
+        for tensor in (norm._mean, norm._variance, norm.weight, norm.bias)
+    )
+    scale = gamma / np.sqrt(variance + norm._epsilon)
+    return scale, beta - mean * scale
+
+
+def biased(conv: nn.Conv2D, weight: np.ndarray, bias: np.ndarray) -> None:
+    """Give a convolution this weight and bias, in its own precision."""
+    if conv.bias is None:
+        conv.bias = conv.create_parameter([weight.shape[0]], dtype=conv.weight.dtype, is_bias=True)
+    conv.weight.set_value(paddle.to_tensor(weight).astype(conv.weight.dtype))
+    conv.bias.set_value(paddle.to_tensor(bias).astype(conv.weight.dtype))
+
+
+def weight_and_bias(conv: nn.Conv2D) -> tuple[np.ndarray, np.ndarray]:
+    """Those of a convolution, float64; a bias of zeros where it has none."""
+    weight = conv.weight.numpy().astype("float64")
+    if conv.bias is None:
+        return weight, np.zeros(weight.shape[0])
+    return weight, conv.bias.numpy().astype("float64")
+
+
+def fold_norm_after(layer: ConvNorm) -> None:
+    """Turn `layer` into a convolution with bias (and its ReLU)."""
+    if isinstance(layer.norm, nn.Identity):
+        return
+    weight, bias = weight_and_bias(layer.conv)
+    scale, shift = scale_and_shift(layer.norm)
+    biased(layer.conv, weight * scale[:, None, None, None], bias * scale + shift)
+    layer.norm = nn.Identity()
+
+
+def fold_norm_before(norm: nn.Layer, conv: nn.Conv2D) -> nn.Layer:
+    """What has to stand before `conv`, which takes over `norm` if that is exact."""
+    is_exact = not np.any(conv._padding) and conv._groups == 1
+    if isinstance(norm, nn.Identity) or not is_exact:
+        return norm
+    weight, bias = weight_and_bias(conv)
+    scale, shift = scale_and_shift(norm)
+    biased(conv, weight * scale[None, :, None, None], bias + np.einsum("oihw,i->o", weight, shift))
+    return nn.Identity()
+
+
+def fold_final_norm(model: RepLKNet) -> None:
+    """Move the final norm behind the global average, into the head."""
+    if isinstance(model.norm, nn.Identity):
+        return
+    scale, shift = scale_and_shift(model.norm)
+    weight = model.head.weight.numpy().astype("float64")  # (in, out)
+    bias = model.head.bias.numpy().astype("float64")
+    dtype = model.head.weight.dtype
+    model.head.weight.set_value(paddle.to_tensor(weight * scale[:, None]).astype(dtype))
+    model.head.bias.set_value(paddle.to_tensor(bias + shift @ weight).astype(dtype))
+    model.norm = nn.Identity()
+
+
+@dataclass(frozen=True)
+class Form:
+    """What one form of a network is: its size, and how far its outputs are from the first form's.
+
+    Attributes:
+        parameters: numbers in it, running statistics among them.
+        deviation: largest difference of outputs, relative to the largest output; None for the
+            first.
+    """
+
+    name: str
+    parameters: int
+    deviation: float | None
+
+    def __str__(self) -> str:
+        size = f"{self.name}: {self.parameters:,} numbers, {4 * self.parameters / 1e6:.1f} MB"
+        if self.deviation is None:
+            return size
+        return f"{size}; outputs differ by at most {self.deviation:.2g} of the largest"
+
+
+def compare_forms(model: RepLKNet, images: np.ndarray) -> list[Form]:
+    """`model` as it is, merged, and folded, on the same images (N, 3, H, W)."""
+    forms, reference = [], None
+    for name, build in {"as it is": lambda m: m, "merged": merged, "folded": folded}.items():
+        form = build(model)
+        form.eval()
+        with paddle.no_grad():
+            outputs = form(paddle.to_tensor(images))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs = np.concatenate([output.numpy().reshape(-1) for output in outputs])
+        parameters = sum(int(np.prod(value.shape)) for value in form.state_dict().values())
+        deviation = None if reference is None else largest_deviation(outputs, reference)
+        forms.append(Form(name, parameters, deviation))
+        reference = outputs if reference is None else reference
+    return forms
+
+
+def random_images(count: int, size: int) -> np.ndarray:
+    """Normalized noise, float32 (count, 3, size, size), the same in each call."""
+    return np.random.default_rng(0).normal(size=(count, 3, size, size)).astype("float32")
+
+
+def largest_deviation(outputs: np.ndarray, reference: np.ndarray) -> float:
+    """Largest difference of two arrays of logits, relative to the largest logit of `reference`."""
+    largest = np.abs(reference).max()
+    return float(np.abs(outputs - reference).max() / largest) if largest else float("nan")

@@ -1,0 +1,143 @@
+"""The ONNX graph of a folded RepLKNet, built from its layers one by one.
+
+A folded network is seven operators: Conv, Relu, Gelu, Add and, at the end, GlobalAveragePool,
+Flatten and Gemm.
+Building them takes a page and works with every Paddle, where a converter of Paddle's programs
+follows Paddle's releases.
+"""
+
+import numpy as np
+from paddle import nn
+
+from replknet_paddle.deploy.extras import import_extra
+from replknet_paddle.model import ConvFFN, ConvNorm, RepLKNet
+
+OPSET = 20  # the first with Gelu
+IR_VERSION = 10  # of onnx 1.16; later ones say nothing more here, and older readers refuse them
+INPUT, OUTPUT = "images", "logits"
+
+
+class GraphBuilder:
+    """Nodes and weights of a graph in the making; each method adds what gives its result's name.
+
+    Args:
+        half_weights: None, or the onnx name of the half precision that weights are stored in; a
+            Cast brings them back to float32, in which everything is computed.
+    """
+
+    def __init__(self, half_weights: str | None = None):
+        self.onnx = import_extra("onnx")
+        self.half_weights = half_weights
+        self.nodes = []
+        self.initializers = []
+
+    def node(self, op: str, name: str, inputs: list[str], **attributes) -> str:
+        node = self.onnx.helper.make_node(op, inputs, [f"{name}:out"], name=name, **attributes)
+        self.nodes.append(node)
+        return node.output[0]
+
+    def weight(self, name: str, value: np.ndarray) -> str:
+        value = np.ascontiguousarray(value, dtype=np.float32)
+        onnx = self.onnx
+        if self.half_weights is None or value.ndim == 1:  # biases are small, and add up
+            self.initializers.append(onnx.numpy_helper.from_array(value, name))
+            return name
+        dtype = onnx.TensorProto.DataType.Value(self.half_weights)
+        half = value.astype(onnx.helper.tensor_dtype_to_np_dtype(dtype))
+        self.initializers.append(
+            onnx.helper.make_tensor(f"{name}:half", dtype, value.shape, half.tobytes(), raw=True)
+        )
+        return self.node("Cast", name, [f"{name}:half"], to=onnx.TensorProto.FLOAT)
+
+    def conv(self, name: str, layer: nn.Conv2D, x: str) -> str:
+        return self.node(
+            "Conv",
+            name,
+            [
+                x,
+                self.weight(f"{name}.weight", layer.weight.numpy()),
+                self.weight(f"{name}.bias", layer.bias.numpy()),
+            ],
+            kernel_shape=list(layer._kernel_size),
+            strides=list(layer._stride),
+            pads=[layer._padding] * 4,
+            group=layer._groups,
+        )
+
+    def conv_norm(self, name: str, layer: ConvNorm, x: str) -> str:
+        x = self.conv(f"{name}.conv", layer.conv, x)
+        return self.node("Relu", f"{name}.relu", [x]) if layer.relu else x
+
+    def block(self, name: str, block, x: str) -> str:
+        y = self.conv_norm(f"{name}.pw_conv_1", block.pw_conv_1, x)
+        if isinstance(block, ConvFFN):
+            y = self.node("Gelu", f"{name}.gelu", [y])
+        else:
+            large = f"{name}.large_kernel.large_kernel_reparam"
+            y = self.conv(large, block.large_kernel.large_kernel_reparam, y)
+            y = self.node("Relu", f"{name}.relu", [y])
+        y = self.conv_norm(f"{name}.pw_conv_2", block.pw_conv_2, y)
+        return self.node("Add", f"{name}.add", [x, y])
+
+
+def onnx_model(model: RepLKNet, *, half_weights: str | None = None):
+    """The graph of a folded classifier: images (N, 3, H, W) -> logits (N, num_classes), float32.
+
+    Args:
+        model: of `deploy.fold.folded`.
+        half_weights: None, `FLOAT16` or `BFLOAT16`, in which to store weights.
+
+    Returns:
+        An `onnx.ModelProto` with free batch size, height and width.
+
+    Raises:
+        InputError: the package onnx is missing.
+    """
+    if not all(isinstance(layer, nn.Identity) for layer in norms(model)):
+        raise ValueError("a norm is left; give a classifier that deploy.fold.folded returned")
+    graph = GraphBuilder(half_weights)
+    helper, types = graph.onnx.helper, graph.onnx.TensorProto
+    x = INPUT
+    for i, layer in enumerate(model.stem):
+        x = graph.conv_norm(f"stem.{i}", layer, x)
+    for i, stage in enumerate(model.stages):
+        if i > 0:
+            for j, layer in enumerate(model.transitions[i - 1]):
+                x = graph.conv_norm(f"transitions.{i - 1}.{j}", layer, x)
+        for j, block in enumerate(stage.blocks):
+            x = graph.block(f"stages.{i}.blocks.{j}", block, x)
+    x = graph.node("GlobalAveragePool", "pool", [x])
+    x = graph.node("Flatten", "flatten", [x], axis=1)
+    head = [
+        graph.weight("head.weight", model.head.weight.numpy()),
+        graph.weight("head.bias", model.head.bias.numpy()),
+    ]
+    graph.nodes.append(helper.make_node("Gemm", [x, *head], [OUTPUT], name="head"))
+
+    in_channels, num_classes = model.stem[0].conv._in_channels, model.head.weight.shape[1]
+    proto = helper.make_model(
+        helper.make_graph(
+            graph.nodes,
+            "RepLKNet",
+            [
+                helper.make_tensor_value_info(
+                    INPUT, types.FLOAT, ["batch", in_channels, "height", "width"]
+                )
+            ],
+            [helper.make_tensor_value_info(OUTPUT, types.FLOAT, ["batch", num_classes])],
+            graph.initializers,
+        ),
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name="RepLKNet in PaddlePaddle",
+    )
+    return proto
+
+
+def norms(model: RepLKNet):
+    """The places of all norms of a classifier's path, whatever stands there."""
+    for layer in model.sublayers():
+        for name in ("norm", "pre_large_kernel_bn", "pre_ffn_bn"):
+            if name in layer._sub_layers and not hasattr(layer, "blocks"):
+                yield layer._sub_layers[name]
+    yield model.norm

@@ -1,0 +1,304 @@
+"""From a picture to classes and their probabilities: mmpretrain's `inference_model`, and streams.
+
+Pictures are preprocessed as in evaluation, bit for bit, by the pipeline that the model names.
+"""
+
+import argparse
+import itertools
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+
+from replknet_paddle.config import get_config, update_config
+from replknet_paddle.deploy.backends import is_export, load_network, open_backend
+from replknet_paddle.deploy.images import decode
+from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.model import RepLKNet
+from replknet_paddle.data.transforms.image import to_rgb
+from replknet_paddle.zoo import find_record, get_model, list_models
+from replknet_paddle.checkpoints.run_folder import run_config_file
+
+BATCH_SIZE = 8  # of a list of images; larger ones gain nothing on a CPU
+MAX_DECODERS = 8  # threads
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the network says of one file, or why it says nothing.
+
+    Attributes:
+        path: the file; or a folder that could not be listed.
+        labels: the most probable classes, the first one first.
+        scores: their probabilities.
+        picture: the picture, RGB, reduced to fit the size that was asked for, if one was.
+        problem: why there is no prediction; None where there is one.
+    """
+
+    path: str
+    labels: tuple[int, ...] = ()
+    scores: tuple[float, ...] = ()
+    picture: Image.Image | None = None
+    problem: str | None = None
+
+
+class Predictor:
+    """An open model with what goes before and after it.
+
+    Args:
+        model: an export folder, a run folder, a checkpoint in one, or the name of a published
+            model; a network of `build_replknet(config)` or `zoo.get_model`; or an open
+            `Backend`.
+        backend: the name of one, or `auto` for the fastest that is installed.
+        config: of a checkpoint, instead of that of its run folder.
+
+    Attributes:
+        backend: the open one.
+        class_names: text for each class; their numbers where the model brings no names.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        InputError: it cannot be opened.
+    """
+
+    def __init__(self, model, *, backend: str = "auto", config=None):
+        if hasattr(model, "sidecar"):
+            self.backend = model
+        else:
+            network = model if isinstance(model, RepLKNet) else open_network(model, config)
+            if network is None:
+                self.backend = open_backend(model, backend)
+            else:
+                self.backend = open_backend(network, backend, config=config_of(network))
+        sidecar = self.backend.sidecar
+        self.transform = sidecar.build_eval_transform()
+        self.num_classes = sidecar.num_classes
+        names = sidecar.class_names or map(str, range(self.num_classes))
+        # JSON has text that no file can hold: halves of letters.
+        self.class_names = [name.encode("utf-8", "replace").decode() for name in names]
+
+    def preprocess(self, image) -> np.ndarray:
+        """A path, an array (H, W, 3) uint8 or a Pillow image -> (3, size, size) float32.
+
+        Raises:
+            InputError: it cannot be decoded, or not become what the network takes.
+        """
+        return self.transform(decode(image))
+
+    def scores(self, images: np.ndarray) -> np.ndarray:
+        """Preprocessed images (N, 3, H, W) -> probabilities (N, num_classes), float32.
+
+        Raises:
+            InputError: the network gives no numbers.
+        """
+        return probabilities(self.backend.run(images), self.backend.name)
+
+
+def read_config(model: str, cfg: str | None, opts: list[str] | None):
+    """What -cfg and -opts say of a checkpoint; None where neither is given.
+
+    Raises:
+        InputError: what they say cannot be, or `model` is no checkpoint.
+    """
+    if cfg is None and opts is None:
+        return None
+    check_is_checkpoint(model)
+    changes = argparse.Namespace(cfg=cfg, opts=opts)
+    return update_config(get_config(cfg or run_config_file(model)), changes)
+
+
+def check_is_checkpoint(model: str | os.PathLike) -> None:
+    """Raise InputError for a model that brings its configuration: an export or a published one."""
+    if not os.path.exists(model) or is_export(model):
+        raise InputError(
+            f"a configuration (-cfg, -opts) for {model}, which is no checkpoint or run folder; "
+            "allowed: for these alone, since an export and a published model have theirs"
+        )
+
+
+def open_network(model: str | os.PathLike, config=None) -> RepLKNet | None:
+    """The network of a run folder, a checkpoint in one, or a published model; None for an export.
+
+    Args:
+        config: of a checkpoint, instead of that of its run folder.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        InputError: it cannot be opened.
+    """
+    if config is not None:
+        check_is_checkpoint(model)
+    if os.path.exists(model):
+        return None if is_export(model) else load_network(model, config)[0]
+    try:
+        find_record(str(model))
+    except InputError:
+        raise FileNotFoundError(
+            f"no model {model}; allowed: an exported folder, a run folder, a checkpoint in one, or "
+            f"one of {', '.join(list_models())}"
+        ) from None
+    return get_model(str(model), pretrained=True)
+
+
+def config_of(network: RepLKNet):
+    """The configuration that a network was built from, which says how images are preprocessed.
+
+    Raises:
+        InputError: it was built without one.
+    """
+    if not hasattr(network, "config"):
+        raise InputError(
+            "this network was built without a configuration, which has its preprocessing; "
+            "allowed: networks of build_replknet(config) and of zoo.get_model"
+        )
+    return network.config
+
+
+def probabilities(logits: np.ndarray, backend: str) -> np.ndarray:
+    """`softmax` of what a network gave on `backend`.
+
+    Raises:
+        InputError: some are no finite numbers.
+    """
+    if not np.isfinite(logits).all():
+        raise InputError(
+            f"the network's outputs on {backend} are not finite numbers: its weights are broken, "
+            "or too large for its precision"
+        )
+    return softmax(logits)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities (N, classes) of logits (N, classes), float32."""
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True), dtype=np.float32)
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
+def inference_model(model, image):
+    """Classify an image, or a list of them: mmpretrain's function of this name.
+
+    Args:
+        model: a `Predictor`, or what it takes. A network runs in Paddle's eager mode; it keeps its
+            mode and its numbers, and from then on computes by the compiled operators where
+            MODEL.CONV_IMPL says so. What is given by its path or name is opened in each call, so
+            make a `Predictor` of it for several.
+        image: a path, an array (H, W, 3) uint8 in RGB, a Pillow image, or a list of these.
+
+    Returns:
+        A dict, or for a list a list of them: `pred_label`, the number of the most probable class;
+        `pred_score`, its probability; `pred_scores`, those of all classes, float32 (num_classes,);
+        `pred_class`, its name, or its number as text where the model brings no names.
+
+    Raises:
+        FileNotFoundError, InputError: the model cannot be opened, or an image cannot be decoded.
+    """
+    if isinstance(model, RepLKNet):
+        # Exporting it for a faster backend would take longer than most lists of images.
+        predictor = Predictor(model, backend="dygraph")
+    else:
+        predictor = model if isinstance(model, Predictor) else Predictor(model)
+    several = isinstance(image, (list, tuple))
+    images = image if several else [image]
+    results = []
+    for start in range(0, len(images), BATCH_SIZE):
+        arrays = []
+        for i, one in enumerate(images[start : start + BATCH_SIZE], start):
+            try:
+                arrays.append(predictor.preprocess(one))
+            except InputError as error:
+                raise InputError(f"cannot read image {_name(one, i)}: {error}") from None
+        for scores in predictor.scores(np.stack(arrays)):
+            label = int(scores.argmax())
+            results.append(
+                {
+                    "pred_scores": scores,
+                    "pred_label": label,
+                    "pred_score": float(scores[label]),
+                    "pred_class": predictor.class_names[label],
+                }
+            )
+    return results if several else results[0]
+
+
+def _name(image, position: int) -> str:
+    return str(image) if isinstance(image, (str, os.PathLike)) else f"{position} (from 0)"
+
+
+def predict_files(
+    predictor: Predictor,
+    files: Iterable[tuple[str, str | None]],
+    *,
+    topk: int,
+    batch_size: int = BATCH_SIZE,
+    picture_pixels: int = 0,
+) -> Iterator[Prediction]:
+    """Classify any number of files, in their order and in constant memory.
+
+    Threads decode the next files (Pillow lets go of Python's lock) while the network runs.
+
+    Args:
+        files: pairs as `images.ImageFiles` gives them: a path and None, or a path and a problem.
+        topk: how many classes to give; at most all.
+        batch_size: images that the network gets at once.
+        picture_pixels: largest side of the `Prediction.picture` to keep; 0 for none.
+
+    Yields:
+        A `Prediction` for each file, with a `problem` for what cannot be read.
+    """
+
+    def read(path: str, problem: str | None):
+        if problem is not None:
+            return Prediction(path, problem=problem), None
+        try:
+            image = decode(path)
+            array = predictor.transform(image)
+            picture = _reduced(image, picture_pixels) if picture_pixels else None
+        except (InputError, MemoryError) as error:
+            return Prediction(path, problem=str(error) or "out of memory"), None
+        return Prediction(path, picture=picture), array
+
+    def results(batch: list) -> Iterator[Prediction]:
+        arrays = [array for _, array in batch if array is not None]
+        scores = iter(predictor.scores(np.stack(arrays)) if arrays else ())
+        for prediction, array in batch:
+            if array is None:
+                yield prediction
+                continue
+            of_image = next(scores)
+            labels = np.argsort(-of_image, kind="stable")[:topk]
+            yield replace(
+                prediction,
+                labels=tuple(int(label) for label in labels),
+                scores=tuple(float(of_image[label]) for label in labels),
+            )
+
+    threads = min(os.cpu_count() or 1, MAX_DECODERS)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+    try:
+        ahead = deque()
+        batch = []
+        remaining = iter(files)
+        while True:
+            for file in itertools.islice(remaining, batch_size + threads - len(ahead)):
+                ahead.append(pool.submit(read, *file))
+            if not ahead:
+                break
+            batch.append(ahead.popleft().result())
+            if len(batch) == batch_size:
+                yield from results(batch)
+                batch = []
+        yield from results(batch)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _reduced(image: Image.Image, pixels: int) -> Image.Image:
+    """A copy of `image`, RGB, whose sides are at most `pixels` long."""
+    image = to_rgb(image)
+    scale = min(1, pixels / max(image.size))
+    size = tuple(max(1, round(side * scale)) for side in image.size)
+    return image.resize(size, Image.Resampling.BICUBIC)

@@ -1,0 +1,118 @@
+"""INT8 by post-training quantization, with ONNX Runtime's quantizer.
+
+Weights become 8-bit integers with a scale per output channel, activations 8-bit integers with a
+scale per tensor, from the smallest and largest values that calibration images give. The stem,
+which reads pixels, and the head, which makes logits, stay in float32: they are a small part of the
+work and much of the loss. The result is an ordinary ONNX file of QuantizeLinear and
+DequantizeLinear operators, which OpenVINO and ONNX Runtime both compute in integers.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from replknet_paddle.data.dataset import ListDataset
+from replknet_paddle.deploy.extras import import_extra
+from replknet_paddle.deploy.onnx_graph import INPUT
+from replknet_paddle.runtime.errors import InputError
+
+
+def quantize(source: Path, target: Path, batches: Iterable[np.ndarray]) -> None:
+    """Write the INT8 form of the ONNX file `source` to `target`.
+
+    Args:
+        source: of `deploy.onnx_graph`, float32.
+        batches: float32 (N, 3, H, W), preprocessed as in evaluation.
+
+    Raises:
+        InputError: the packages are missing, or there is no batch.
+    """
+    onnx = import_extra("onnx")
+    import_extra("onnxruntime")
+    quantization = import_extra("onnxruntime.quantization")
+
+    class Reader(quantization.CalibrationDataReader):
+        def __init__(self):
+            self.batches = iter(batches)
+            self.count = 0
+
+        def get_next(self):
+            batch = next(self.batches, None)
+            if batch is None:
+                return None
+            self.count += len(batch)
+            return {INPUT: batch}
+
+    reader = Reader()
+    nodes = onnx.load(str(source), load_external_data=False).graph.node
+    root = logging.getLogger()
+    level = root.level
+    try:
+        root.setLevel(logging.ERROR)  # its advice is about graphs with shapes left to infer
+        quantization.quantize_static(
+            str(source),
+            str(target),
+            reader,
+            quant_format=quantization.QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=quantization.QuantType.QInt8,
+            weight_type=quantization.QuantType.QInt8,
+            nodes_to_exclude=[
+                node.name for node in nodes if node.name.startswith(("stem.", "head"))
+            ],
+        )
+    except ValueError as error:
+        if reader.count:
+            raise
+        raise InputError(f"no image to calibrate INT8 with ({error})") from None
+    finally:
+        root.setLevel(level)
+
+
+def spread_batches(
+    dataset: ListDataset, count: int, batch_size: int = 8
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """At most `count` images of a data set, evenly spread over its list, which often is sorted.
+
+    Yields:
+        Images float32 (N, 3, H, W) and labels int64 (N,), N at most `batch_size`.
+    """
+    count = min(count, len(dataset))
+    indices = np.linspace(0, len(dataset) - 1, count).round().astype(int)
+    for start in range(0, count, batch_size):
+        samples = [dataset[0, int(i)] for i in indices[start : start + batch_size]]
+        yield (
+            np.stack([np.asarray(image) for image, _ in samples]),
+            np.array([label for _, label in samples]),
+        )
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What two networks say of the same images: how many labels each hits, and both share."""
+
+    images: int
+    before: int
+    after: int
+    same: int
+
+    def __str__(self) -> str:
+        before, after = (100 * hits / self.images for hits in (self.before, self.after))
+        return (
+            f"top-1 {before:.2f} % ({self.before}/{self.images}) before, "
+            f"{after:.2f} % ({self.after}/{self.images}) after; "
+            f"{self.same} of {self.images} get the same label"
+        )
+
+
+def compare(before, after, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Agreement:
+    """Top-1 of two backends on labelled batches."""
+    sums = np.zeros(4, dtype=int)
+    for images, labels in batches:
+        first, second = (backend.run(images).argmax(axis=1) for backend in (before, after))
+        hits = (first == labels).sum(), (second == labels).sum(), (first == second).sum()
+        sums += [len(labels), *hits]
+    return Agreement(*map(int, sums))

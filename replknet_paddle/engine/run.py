@@ -1,0 +1,491 @@
+"""One run, from a frozen configuration to its results: the only place that builds and wires parts.
+
+Values derived from the configuration (learning rate, number of steps) live here and in the log;
+the configuration itself stays as given.
+"""
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import paddle
+
+from replknet_paddle.runtime import processes
+from replknet_paddle.config import config_changes
+from replknet_paddle.data.dataset import get_dataloader, get_dataset
+from replknet_paddle.checkpoints.training import (
+    FOLDER,
+    Checkpoint,
+    Progress,
+    checkpoint_path,
+    load_checkpoint,
+    newest_whole_checkpoint,
+    point_to,
+    remove_superseded,
+    save_checkpoint,
+    set_aside_later,
+)
+from replknet_paddle.engine.evaluate import evaluate
+from replknet_paddle.engine.metrics import Metrics
+from replknet_paddle.engine.precision import Precision
+from replknet_paddle.engine.run_log import RunLog, config_text
+from replknet_paddle.engine.signals import Stopped, StopSignals
+from replknet_paddle.engine.train import Step, train_epoch
+from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.data.loader import Loader
+from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from replknet_paddle.ops import describe_operator, use_fast_depthwise_conv, use_fast_pointwise_conv
+from replknet_paddle.optim.ema import ModelEma
+from replknet_paddle.optim.optimizer import build_optimizer, load_optimizer_state, master_weights, optimizer_state
+from replknet_paddle.optim.schedule import base_learning_rate, get_lr
+from replknet_paddle.model import RepLKNet, build_replknet
+from replknet_paddle.data.transforms import build_mixup
+from replknet_paddle.checkpoints.convert import load_pretrained
+
+logger = logging.getLogger(__name__)
+
+
+def run(config, *, open_network: Callable | None = None) -> Metrics:
+    """Train or evaluate as `config` says, in this process and those launched beside it.
+
+    Args:
+        config: of config.py, with SAVE, the run folder, set.
+        open_network: config -> what to evaluate instead of the network in Paddle's eager mode, with
+            the weights of MODEL.PRETRAINED: a layer, images (N, 3, H, W) -> logits (N, classes).
+
+    Returns:
+        The last evaluation's metrics.
+
+    Raises:
+        InputError, FileNotFoundError: what the configuration names cannot be used.
+        DivergedError: the loss became infinite or no number.
+        Stopped: SIGTERM or SIGINT ended training, after a checkpoint was written.
+    """
+    processes.init()
+    paddle.seed(processes.random_seed(config.SEED))
+    log = RunLog(is_main=processes.rank() == 0)
+    logger.info(
+        "%s, %d process(es) on %s, Paddle %s, run folder %s",
+        config.MODEL.NAME,
+        processes.world_size(),
+        paddle.device.get_device(),
+        paddle.__version__,
+        config.SAVE,
+    )
+    if config.MODEL.OUT_INDICES is not None:
+        raise InputError(
+            f"MODEL.OUT_INDICES is {config.MODEL.OUT_INDICES}, which makes a backbone "
+            "without a head; training and evaluation need it to be None"
+        )
+    if config.AMP and not processes.on_gpu():
+        logger.warning("-amp has no effect on CPU: computing in float32")
+    if config.EVAL:
+        return run_evaluation(config, log, open_network)
+    return Training(config, log).run()
+
+
+def run_evaluation(config, log: RunLog, open_network: Callable | None) -> Metrics:
+    """Evaluate MODEL.PRETRAINED on the validation list."""
+    loader = build_loader(config, is_train=False)
+    precision = build_precision(config)
+    if open_network is not None:
+        model = open_network(config)
+    else:
+        model = build_network(config)
+        if config.MODEL.PRETRAINED is None:
+            logger.warning("no -pretrained weights: evaluating a freshly initialized network")
+        else:
+            load_weights(model, config)
+        precision.prepare(model)
+    log.open(config.SAVE, config)
+    start = time.perf_counter()
+    with loader:
+        metrics = evaluate(model=model, loader=loader, precision=precision, progress=log.bar)
+    seconds = time.perf_counter() - start
+    log.write_metrics({"epoch": 0, **metrics.record("val"), "val_seconds": round(seconds, 3)})
+    logger.info(
+        "%d images in %.1f s, %.1f images/s", metrics.images, seconds, metrics.images / seconds
+    )
+    logger.info("%s", metrics)
+    return metrics
+
+
+class Training:
+    """The parts of one training run, wired together, and its epochs."""
+
+    def __init__(self, config, log: RunLog):
+        self.config = config
+        self.log = log
+        resumed = find_resumed(config)
+        self.train_loader = build_loader(config, is_train=True)
+        self.val_loader = build_loader(config, is_train=False)
+        self.batches = len(self.train_loader.batch_sampler)  # an epoch's, on each process
+        self.steps_per_epoch = -(-self.batches // config.TRAIN.ACCUM_ITER)
+        self.mixup = build_mixup(config)
+        self.criterion = (
+            SoftTargetCrossEntropy()
+            if self.mixup is not None
+            else LabelSmoothingCrossEntropy(config.TRAIN.SMOOTHING)
+        )
+
+        self.model = build_network(config)
+        if resumed is not None:
+            load_pretrained(self.model, resumed.path)
+        elif config.MODEL.PRETRAINED is not None:
+            load_weights(self.model, config)
+        self.learning_rate = self.build_schedule()
+        self.precision = build_precision(config)
+        self.optimizer = build_optimizer(
+            config,
+            self.model,
+            lr=self.learning_rate(0),
+            multi_precision=self.precision.half_weights,
+        )
+        self.ema = None
+        if config.TRAIN.MODEL_EMA:
+            self.ema = ModelEma(self.model, decay=config.TRAIN.MODEL_EMA_DECAY)
+        self.precision.prepare(self.model, self.optimizer)
+
+        self.progress = Progress(
+            epoch=config.TRAIN.LAST_EPOCH,
+            batches=self.batches,
+            batch_size=config.DATA.BATCH_SIZE * processes.world_size(),
+            accum_iter=config.TRAIN.ACCUM_ITER,
+            step=config.TRAIN.LAST_EPOCH * self.steps_per_epoch,
+        )
+        if resumed is not None:
+            self.restore(resumed)
+        self.saved_at = time.monotonic()
+
+    def build_schedule(self) -> Callable[[int], float]:
+        """The learning rate of each optimizer step of the run."""
+        train = self.config.TRAIN
+        global_batch = self.config.DATA.BATCH_SIZE * train.ACCUM_ITER * processes.world_size()
+        peak = base_learning_rate(train.BASE_LR, global_batch, train.LINEAR_SCALED_LR)
+        logger.info(
+            "%d training and %d validation images; global batch %d = %d x %d accumulated "
+            "x %d process(es); %d steps an epoch; peak learning rate %.4g",
+            len(self.train_loader.dataset),
+            len(self.val_loader.dataset),
+            global_batch,
+            self.config.DATA.BATCH_SIZE,
+            train.ACCUM_ITER,
+            processes.world_size(),
+            self.steps_per_epoch,
+            peak,
+        )
+        return partial(
+            get_lr,
+            base_lr=peak,
+            min_lr=train.END_LR,
+            warmup_start_lr=train.WARMUP_START_LR,
+            warmup_steps=train.WARMUP_EPOCHS * self.steps_per_epoch,
+            total_steps=train.NUM_EPOCHS * self.steps_per_epoch,
+        )
+
+    def restore(self, resumed: Checkpoint) -> None:
+        """Take over everything but the weights from a checkpoint."""
+        here = {
+            name: getattr(self.progress, name) for name in ("batches", "batch_size", "accum_iter")
+        }
+        there = {name: getattr(resumed.progress, name) for name in here}
+        self.progress = replace(resumed.progress, **here)
+        if resumed.progress.batch == 0:
+            self.progress = replace(self.progress, step=self.progress.epoch * self.steps_per_epoch)
+        elif here != there:
+            raise InputError(
+                f"{resumed.path} stopped after {resumed.progress.batch} of {there['batches']} "
+                f"batches of an epoch, which has {here['batches']} here (images of all processes "
+                f"in one: {there['batch_size']}, here {here['batch_size']}; accumulated: "
+                f"{there['accum_iter']}, here {here['accum_iter']}); resume it with the same data, "
+                "batch size, accumulation and number of processes, or resume a checkpoint from the "
+                "end of an epoch"
+            )
+        load_optimizer_state(self.optimizer, self.model, resumed.optimizer)
+        self.precision.load_state(resumed.scaler)
+        if self.ema is not None:
+            self.ema.load_state(resumed.model_ema)
+
+    def run(self) -> Metrics:
+        """Train the remaining epochs, evaluating and saving as configured."""
+        config, log = self.config, self.log
+        log.open(config.SAVE, config, resume=config.MODEL.RESUME)
+        log.forget_metrics_after(self.progress.epoch)
+        processes.sum_over_ranks([0])  # until all have read, nothing may be moved
+        if processes.rank() == 0:
+            set_aside_later(config.SAVE, self.progress)
+            best = os.path.join(config.SAVE, FOLDER, self.progress.best_checkpoint)
+            if os.path.isfile(best):  # a crash may have come between the file and its link
+                point_to(config.SAVE, "best", best)
+        if self.progress.epoch >= config.TRAIN.NUM_EPOCHS:
+            logger.info("all %d epochs of TRAIN.NUM_EPOCHS are done", config.TRAIN.NUM_EPOCHS)
+        elif self.progress.step:
+            logger.info("going on after epoch %d, step %d", self.progress.epoch, self.progress.step)
+        metrics = None
+        with self.train_loader, self.val_loader, StopSignals() as signals:
+            while self.progress.epoch < config.TRAIN.NUM_EPOCHS:
+                record = self.train_one_epoch(signals)
+                epoch = self.progress.epoch
+                is_best = False
+                if epoch % config.VALIDATE_FREQ == 0 or epoch == config.TRAIN.NUM_EPOCHS:
+                    metrics, is_best = self.validate(record)
+                log.write_metrics(record)
+                self.save(is_best=is_best)
+                self.stop_if_asked(signals)
+        return metrics
+
+    def train_one_epoch(self, signals: StopSignals) -> dict:
+        """Train through the epoch under way; returns its part of metrics.jsonl."""
+        config, start = self.config, self.progress
+        started, waited, images_here = time.perf_counter(), 0.0, 0
+        with self.log.bar(
+            total=self.batches,
+            initial=start.batch,
+            desc=f"epoch {start.epoch + 1}/{config.TRAIN.NUM_EPOCHS}",
+        ) as bar:
+            steps = train_epoch(
+                model=self.model,
+                loader=self.train_loader,
+                mixup=self.mixup,
+                criterion=self.criterion,
+                precision=self.precision,
+                optimizer=self.optimizer,
+                learning_rate=self.learning_rate,
+                ema=self.ema,
+                accum_iter=config.TRAIN.ACCUM_ITER,
+                seed=config.SEED,
+                epoch=start.epoch,
+                first_batch=start.batch,
+                first_step=start.step,
+            )
+            for step in steps if start.batch < self.batches else ():
+                loss_sum, images = self.progress.epoch_sums
+                self.progress = replace(
+                    self.progress,
+                    batch=step.batch,
+                    step=self.progress.step + 1,
+                    epoch_sums=(loss_sum + step.loss * step.images, images + step.images),
+                )
+                images_here += step.images
+                waited += step.data_seconds
+                seconds = time.perf_counter() - started
+                self.report(bar, step, images_here / seconds, waited / seconds)
+                self.log.write_step(self.progress.step)
+                if step.batch < self.batches:  # else the end of the epoch does all this
+                    self.save_if_due()
+                    self.stop_if_asked(signals, save=True)
+        loss_sum, images = self.progress.epoch_sums
+        seconds = time.perf_counter() - started
+        self.progress = replace(
+            self.progress, epoch=start.epoch + 1, batch=0, epoch_sums=(0.0, 0.0)
+        )
+        return {
+            "epoch": self.progress.epoch,
+            "step": self.progress.step,
+            "learning_rate": self.learning_rate(self.progress.step - 1),
+            "train_loss": loss_sum / images,
+            "train_seconds": round(seconds, 3),
+            "train_images_per_second": round(images_here / seconds, 3),
+        }
+
+    def report(self, bar, step: Step, images_per_second: float, wait_share: float) -> None:
+        """Show one step on the bar or, every REPORT_FREQ forward passes, in a line."""
+        if not bar.disable:
+            bar.update(step.batch - bar.n)
+            bar.set_postfix_str(
+                f"loss {step.loss:.4f}, lr {step.lr:.3g}, "
+                f"{images_per_second:.1f} images/s, data wait {wait_share:.0%}"
+            )
+        elif (
+            step.batch % self.config.REPORT_FREQ < self.config.TRAIN.ACCUM_ITER
+            or step.batch == self.batches
+        ):
+            logger.info(
+                "epoch %d/%d, batch %d/%d, loss %.4f, lr %.3g, %.1f images/s, data wait %.0f %%",
+                self.progress.epoch + 1,
+                self.config.TRAIN.NUM_EPOCHS,
+                step.batch,
+                self.batches,
+                step.loss,
+                step.lr,
+                images_per_second,
+                100 * wait_share,
+            )
+
+    def validate(self, record: dict) -> tuple[Metrics, bool]:
+        """Evaluate the weights and their average; adds to `record`.
+
+        Returns:
+            The better of the two metrics, and whether it is the best of the run.
+        """
+        loop = partial(
+            evaluate,
+            model=self.model,
+            loader=self.val_loader,
+            precision=self.precision,
+            progress=self.log.bar,
+        )
+        results = {"val": loop()}
+        if self.ema is not None:
+            with self.ema.applied_to(self.model):
+                results["val_ema"] = loop()
+        for name, metrics in results.items():
+            record.update(metrics.record(name))
+            logger.info(
+                "epoch %d, %s: %s",
+                self.progress.epoch,
+                "average of weights" if name == "val_ema" else "weights",
+                metrics,
+            )
+        best = max(results.values(), key=lambda metrics: metrics.top1_percent)
+        is_best = best.top1_percent > self.progress.best_top1_percent
+        if is_best:
+            self.progress = replace(self.progress, best_top1_percent=best.top1_percent)
+        return best, is_best
+
+    def save_if_due(self) -> None:
+        """Save in mid-epoch, every SAVE_STEPS steps or SAVE_MINUTES."""
+        steps, minutes = self.config.SAVE_STEPS, self.config.SAVE_MINUTES
+        if (steps is not None and self.progress.step % steps == 0) or (
+            minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
+        ):
+            self.save()
+
+    def stop_if_asked(self, signals: StopSignals, *, save: bool = False) -> None:
+        """Raise Stopped, on all processes, if any of them has had a signal."""
+        asked = processes.sum_over_ranks(
+            [signals.received == signal.SIGINT, signals.received == signal.SIGTERM]
+        )
+        if not asked.any():
+            return
+        if save:
+            self.save()
+        processes.sum_over_ranks([0])  # whoever exits first ends the others: rank 0 must be done
+        number = signal.SIGINT if asked[0] else signal.SIGTERM
+        logger.info(
+            "stopped by %s after epoch %d, step %d; -resume=%s goes on",
+            number.name,
+            self.progress.epoch,
+            self.progress.step,
+            self.config.SAVE,
+        )
+        raise Stopped(number)
+
+    def save(self, *, is_best: bool = False) -> None:
+        """Write a checkpoint of this moment and drop those that it makes needless."""
+        self.saved_at = time.monotonic()
+        if processes.rank() != 0:
+            return
+        folder = self.config.SAVE
+        path = checkpoint_path(folder, self.progress)
+        if is_best:
+            self.progress = replace(self.progress, best_checkpoint=os.path.basename(path))
+        save_checkpoint(
+            path,
+            Checkpoint(
+                config=config_text(self.config),
+                progress=self.progress,
+                model=float32_weights(self.model, self.optimizer),
+                model_ema={} if self.ema is None else self.ema.state(),
+                optimizer=optimizer_state(self.optimizer, self.model),
+                scaler=self.precision.state(),
+            ),
+        )
+        point_to(folder, "last", path)
+        if is_best:
+            point_to(folder, "best", path)
+        remove_superseded(
+            folder, keep_every=self.config.SAVE_FREQ, keep_newest=self.config.SAVE_KEEP
+        )
+
+
+def float32_weights(model: paddle.nn.Layer, optimizer) -> dict[str, np.ndarray]:
+    """All of a model's tensors; of half-precision weights, the masters they are rounded from."""
+    tensors = {**model.state_dict(), **master_weights(optimizer, model)}
+    return {name: tensor.astype("float32").numpy() for name, tensor in tensors.items()}
+
+
+def build_loader(config, *, is_train: bool) -> Loader:
+    """This process's loader of the training or the validation set."""
+    return get_dataloader(
+        config,
+        get_dataset(config, is_train),
+        is_train,
+        rank=processes.rank(),
+        world_size=processes.world_size(),
+    )
+
+
+def build_network(config) -> RepLKNet:
+    """The network on this process's device, with fast convolutions and synchronized BN where those
+    apply."""
+    several_gpus = processes.on_gpu() and processes.world_size() > 1
+    sync_bn = config.MODEL.SYNC_BN and several_gpus and not config.EVAL
+    if config.MODEL.SYNC_BN and processes.world_size() > 1 and not several_gpus:
+        logger.warning(
+            "MODEL.SYNC_BN needs GPUs: each process normalizes by its own batches, "
+            "and running statistics are averaged over the processes"
+        )
+    model = build_replknet(config, sync_bn=sync_bn)
+    depthwise = use_fast_depthwise_conv(model, config.MODEL.CONV_IMPL)
+    pointwise = use_fast_pointwise_conv(model, config.MODEL.CONV_IMPL)
+    if depthwise:
+        logger.info(
+            "%d depthwise and %d 1x1 convolutions by the %s",
+            depthwise,
+            pointwise,
+            describe_operator(),
+        )
+    else:
+        logger.info("all convolutions are Paddle's own")
+    return model
+
+
+def build_precision(config) -> Precision:
+    """How to compute: mixed precision where asked for and possible."""
+    return Precision(enabled=config.AMP, level=config.AMP_LEVEL, dtype=config.AMP_DTYPE)
+
+
+def load_weights(model: RepLKNet, config) -> None:
+    """Put MODEL.PRETRAINED into the network."""
+    load_pretrained(
+        model,
+        config.MODEL.PRETRAINED,
+        weights=config.MODEL.PRETRAINED_WEIGHTS,
+        drop_head=config.MODEL.DROP_HEAD,
+    )
+
+
+def find_resumed(config) -> Checkpoint | None:
+    """The checkpoint that MODEL.RESUME means, if any, after a look at whether it can go on here."""
+    path = config.MODEL.RESUME
+    if path is None:
+        return None
+    if path == "auto":
+        path = newest_whole_checkpoint(config.SAVE)
+        if path is None:
+            logger.info("-resume auto: no checkpoint in %s, starting afresh", config.SAVE)
+            return None
+    elif os.path.isdir(path):
+        path = os.path.join(path, "last")
+    checkpoint = load_checkpoint(path)
+    logger.info("resuming %s", path)
+    for change in config_changes(checkpoint.config, config_text(config)):
+        logger.warning("other than in the run resumed: %s", change)
+    epoch = checkpoint.progress.epoch
+    if config.TRAIN.LAST_EPOCH > epoch:
+        raise InputError(
+            f"-last_epoch {config.TRAIN.LAST_EPOCH} contradicts {path}, which has "
+            f"{epoch} epochs behind it; leave -last_epoch out"
+        )
+    if config.TRAIN.MODEL_EMA != bool(checkpoint.model_ema):
+        raise InputError(
+            f"{path} was trained with TRAIN.MODEL_EMA {bool(checkpoint.model_ema)}; "
+            f"got {config.TRAIN.MODEL_EMA}"
+        )
+    return checkpoint

@@ -1,0 +1,266 @@
+"""The compiled library: found, loaded, tried out, and told how many threads to use.
+
+`get_library` loads it once per process, on first use, and compares what it computes with a
+reference before anyone relies on it. Nothing is compiled here: `ops.build` does that at set-up.
+"""
+
+import ctypes
+import functools
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+from replknet_paddle.runtime.errors import InputError
+
+ALGORITHMS = {"auto": 0, "direct": 1, "fft": 2}
+PASSES = {"forward": 0, "gradients": 1, "forward_cached": 2}
+ISA_NAMES = ("portable code", "AVX2", "AVX-512")
+THREADS_VARIABLE = "LARGE_KERNEL_THREADS"
+MAX_THREADS = 64  # of csrc/cpu/pool.h
+
+# Largest error over the largest value, for each algorithm; well above what either has.
+SELF_TEST_TOLERANCE = {"direct": 1e-5, "fft": 1e-4}
+
+
+class LibraryError(RuntimeError):
+    """Why the compiled operator cannot be used here, and what to do."""
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "channels", "height", "width")] + [
+        ("kernel", ctypes.c_int)
+    ]
+
+
+class _Product(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int64) for name in ("batch", "in_channels", "out_channels", "pixels")
+    ]
+
+
+class Library:
+    """The C interface of csrc/large_kernel.h over addresses of contiguous float32 arrays.
+
+    Args:
+        path: the shared library.
+        threads: for all that it computes unless told otherwise.
+    """
+
+    def __init__(self, path: Path, *, threads: int):
+        self.path = path
+        self.threads = threads
+        handle = ctypes.CDLL(str(path))
+        shape, pointer, integer = ctypes.POINTER(_Shape), ctypes.c_void_p, ctypes.c_int
+        product = ctypes.POINTER(_Product)
+        for name, result, arguments in (
+            ("lk_forward", integer, [shape, *[pointer] * 4, integer, integer]),
+            ("lk_gradients", integer, [shape, *[pointer] * 5, integer, integer]),
+            ("lk_spectrum_floats", ctypes.c_int64, [shape]),
+            ("lk_make_spectrum", integer, [shape, pointer, pointer, integer]),
+            ("lk_forward_cached", integer, [shape, *[pointer] * 4, integer]),
+            ("lk_choose", integer, [shape, integer]),
+            ("lk_isa", integer, []),
+            ("lk_peak_gflops", ctypes.c_double, [integer]),
+            ("lk_op_set_threads", None, [integer]),
+            ("pw_available", integer, []),
+            ("pw_forward", integer, [product, *[pointer] * 3, integer]),
+            ("pw_gradients", integer, [product, *[pointer] * 5, integer]),
+        ):
+            function = getattr(handle, name)
+            function.restype, function.argtypes = result, arguments
+            setattr(self, f"_{name}", function)
+        self._lk_op_set_threads(threads)
+        self._memcmp = ctypes.CDLL(None).memcmp
+        self._memcmp.argtypes = [pointer, pointer, ctypes.c_size_t]
+
+    def same_bytes(self, a: int, b: int, size: int) -> bool:
+        """Whether `size` bytes at two addresses are the same."""
+        return self._memcmp(a, b, size) == 0
+
+    @property
+    def isa(self) -> str:
+        """The instructions in use."""
+        return ISA_NAMES[self._lk_isa()]
+
+    @property
+    def has_pointwise(self) -> bool:
+        """Whether Paddle's package has the oneDNN that 1x1 convolutions need."""
+        return bool(self._pw_available())
+
+    def forward(self, shape, x, weight, bias, y, *, algorithm="auto", threads=None) -> None:
+        """y = convolution; `shape` is (N, C, H, W, K), the others addresses, `bias` or None."""
+        threads = threads or self.threads
+        _check(self._lk_forward(_Shape(*shape), x, weight, bias, y, ALGORITHMS[algorithm], threads))
+
+    def gradients(
+        self, shape, x, weight, dy, dx, dweight, *, algorithm="auto", threads=None
+    ) -> None:
+        """Gradients by input and weight; either address may be None."""
+        code, threads = ALGORITHMS[algorithm], threads or self.threads
+        _check(self._lk_gradients(_Shape(*shape), x, weight, dy, dx, dweight, code, threads))
+
+    def spectrum_floats(self, shape) -> int:
+        """Size of a weight's spectrum for maps of this shape; 0 where none is worth while."""
+        return self._lk_spectrum_floats(_Shape(*shape))
+
+    def make_spectrum(self, shape, weight, spectrum, *, threads=None) -> None:
+        """Fill `spectrum`, of `spectrum_floats(shape)` values."""
+        _check(self._lk_make_spectrum(_Shape(*shape), weight, spectrum, threads or self.threads))
+
+    def forward_cached(self, shape, x, spectrum, bias, y, *, threads=None) -> None:
+        """y = convolution, with the weight's spectrum."""
+        threads = threads or self.threads
+        _check(self._lk_forward_cached(_Shape(*shape), x, spectrum, bias, y, threads))
+
+    def pointwise(self, shape, x, weight, dy, y, dx, dweight) -> None:
+        """Output and gradients of a 1x1 convolution; `shape` is (N, C, C', pixels)."""
+        shape = _Product(*shape)
+        _check(self._pw_forward(shape, x, weight, y, self.threads))
+        _check(self._pw_gradients(shape, x, weight, dy, dx, dweight, self.threads))
+
+    def choose(self, shape, which: str) -> str:
+        """The algorithm that `auto` takes for one of `PASSES`."""
+        code = self._lk_choose(_Shape(*shape), PASSES[which])
+        return next(name for name, value in ALGORITHMS.items() if value == code)
+
+    def peak_gflops(self, threads: int) -> float:
+        """Measured rate of multiply-adds from registers, 1e9 operations per second."""
+        return self._lk_peak_gflops(threads)
+
+
+def _check(status: int) -> None:
+    if status == 2:
+        raise MemoryError("no memory left for a large-kernel depthwise convolution")
+    if status != 0:
+        raise ValueError(f"the kernels refuse these arguments, status {status}")
+
+
+def thread_count(environment=os.environ) -> int:
+    """Threads of this process's convolutions.
+
+    `LARGE_KERNEL_THREADS` where it is set, else `core_share`. `OMP_NUM_THREADS` says nothing here:
+    Paddle and its launcher set it to 1 wherever the user does not.
+
+    Raises:
+        InputError: LARGE_KERNEL_THREADS is no positive number.
+    """
+    wanted = environment.get(THREADS_VARIABLE)
+    if wanted is not None:
+        if not (wanted.isascii() and wanted.isdigit() and 1 <= int(wanted) <= MAX_THREADS):
+            raise InputError(
+                f"{THREADS_VARIABLE} is {wanted!r}; allowed: an integer from 1 to {MAX_THREADS}"
+            )
+        return int(wanted)
+    return core_share(environment)
+
+
+def core_share(environment=os.environ) -> int:
+    """The cores that this process may use, shared equally among the processes of the run on this
+    machine; at most `MAX_THREADS`."""
+    here = environment.get("PADDLE_CURRENT_ENDPOINT", "").rpartition(":")[0]
+    endpoints = environment.get("PADDLE_TRAINER_ENDPOINTS", "").split(",")
+    processes = sum(endpoint.rpartition(":")[0] == here for endpoint in endpoints) if here else 1
+    return min(MAX_THREADS, max(1, len(os.sched_getaffinity(0)) // max(1, processes)))
+
+
+_lock = threading.Lock()
+
+
+def get_library() -> Library:
+    """The library, ready to use.
+
+    Raises:
+        LibraryError: there is none that works here; the message says why.
+        InputError: see `thread_count`.
+    """
+    with _lock:  # functools.cache alone would load it twice when two threads come first
+        outcome = _load()
+    if isinstance(outcome, LibraryError):
+        raise outcome
+    return outcome
+
+
+@functools.cache
+def _load() -> Library | LibraryError:
+    # Not above: `replknet build` imports this package first, and warns where it finds itself.
+    from replknet_paddle.ops.build import BuildError, find_library, why_missing
+
+    try:
+        path = find_library()
+        if path is None:
+            return LibraryError(why_missing())
+        library = Library(path, threads=thread_count())
+        paddle.utils.cpp_extension.load_op_meta_info_and_register_op(str(path))
+        self_test(library)
+    except (BuildError, LibraryError, OSError, AttributeError, RuntimeError) as error:
+        return LibraryError(" ".join(str(error).split())[:500])
+    return library
+
+
+def self_test(library: Library) -> None:
+    """Compare every pass of both algorithms with plain sums in float64.
+
+    Raises:
+        LibraryError: something differs.
+    """
+    rng = np.random.default_rng(0)
+    for shape in ((1, 17, 19, 20, 15), (2, 5, 6, 9, 7)):
+        batch, channels, height, width, kernel = shape
+        x, dy = rng.standard_normal((2, batch, channels, height, width), "float32")
+        weight = rng.standard_normal((channels, 1, kernel, kernel), "float32")
+        bias = rng.standard_normal(channels, "float32")
+        wanted = reference_passes(x, weight, bias, dy)
+        for algorithm, tolerance in SELF_TEST_TOLERANCE.items():
+            got = [np.full_like(values, np.nan, "float32") for values in wanted]
+            pointers = [array.ctypes.data for array in (x, weight, bias, dy, *got)]
+            px, pweight, pbias, pdy, py, pdx, pdweight = pointers
+            library.forward(shape, px, pweight, pbias, py, algorithm=algorithm)
+            library.gradients(shape, px, pweight, pdy, pdx, pdweight, algorithm=algorithm)
+            for name, ours, right in zip(
+                ("forward", "input gradient", "weight gradient"), got, wanted
+            ):
+                _compare(f"{algorithm}, {name} of {shape}", ours, right, tolerance)
+        spectrum = np.full(library.spectrum_floats(shape), np.nan, "float32")
+        if spectrum.size:
+            y = np.full_like(x, np.nan)
+            library.make_spectrum(shape, weight.ctypes.data, spectrum.ctypes.data)
+            library.forward_cached(
+                shape, x.ctypes.data, spectrum.ctypes.data, bias.ctypes.data, y.ctypes.data
+            )
+            _compare(f"fft, kept spectrum of {shape}", y, wanted[0], SELF_TEST_TOLERANCE["fft"])
+    if library.has_pointwise:
+        x, dy = (rng.standard_normal((2, count, 50), "float32") for count in (19, 70))
+        weight = rng.standard_normal((70, 19), "float32")
+        wanted = weight @ x, weight.T @ dy, np.einsum("nop,nip->oi", dy, x)
+        got = [np.full_like(values, np.nan) for values in wanted]
+        library.pointwise((2, 19, 70, 50), *(array.ctypes.data for array in (x, weight, dy, *got)))
+        for name, ours, right in zip(("output", "input gradient", "weight gradient"), got, wanted):
+            _compare(f"1x1, {name}", ours, right, SELF_TEST_TOLERANCE["direct"])
+
+
+def _compare(what: str, ours: np.ndarray, right: np.ndarray, tolerance: float) -> None:
+    error = np.abs(ours - right).max() / np.abs(right).max()
+    if not error <= tolerance:  # nor where it is no number
+        raise LibraryError(
+            f"self-test failed: {what}: relative error {error:.1e}; allowed: {tolerance:.0e}"
+        )
+
+
+def reference_passes(x, weight, bias, dy) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Output, input gradient and weight gradient in float64, tap by tap."""
+    half, (height, width) = weight.shape[-1] // 2, x.shape[2:]
+    margins = ((0, 0), (0, 0), (half, half), (half, half))
+    padded = np.pad(x.astype("float64"), margins)
+    y = np.zeros(x.shape)
+    dpadded, dweight = np.zeros_like(padded), np.zeros(weight.shape)
+    for u, v in np.ndindex(*weight.shape[2:]):
+        window = (..., slice(u, u + height), slice(v, v + width))
+        tap = weight[:, 0, u, v].astype("float64")[:, None, None]
+        y += tap * padded[window]
+        dpadded[window] += tap * dy
+        dweight[:, 0, u, v] = (padded[window] * dy).sum((0, 2, 3))
+    y += bias.astype("float64")[:, None, None]
+    return y, dpadded[..., half : half + height, half : half + width], dweight

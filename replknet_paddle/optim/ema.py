@@ -1,0 +1,123 @@
+"""Exponential moving average of the weights.
+
+After each optimizer step, average = decay * average + (1 - decay) * weights, in float32, over the
+parameters and batch norm's running statistics alike, as timm's ModelEma does, which the official
+recipe uses with decay 0.9999. One departure: of half-precision parameters the optimizer's float32
+masters are averaged, because a step's change is often below the half format's resolution.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from replknet_paddle.optim.state import check_fits
+
+
+class ModelEma:
+    """The average, starting from the model's present weights.
+
+    It is a pure function of the weights seen, so ranks that hold equal weights hold equal averages.
+
+    Args:
+        model: whose `state_dict()` is averaged; not wrapped, for wrappers rename.
+        decay: in [0, 1); 0 follows the weights, 0.9999 averages over about 10,000 steps.
+
+    Raises:
+        ValueError: decay out of range.
+    """
+
+    @paddle.no_grad()
+    def __init__(self, model: nn.Layer, *, decay: float):
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"decay must lie in [0, 1); got {decay}")
+        self.average = {
+            name: tensor.clone().astype("float32") for name, tensor in named_tensors(model).items()
+        }
+        self.new_weight = paddle.full([], 1.0 - decay, dtype="float32")
+
+    @paddle.no_grad()
+    def update(self, model: nn.Layer, masters: dict[str, paddle.Tensor] | None = None) -> None:
+        """Take in the weights of `model`; call once after every optimizer step.
+
+        Args:
+            model: the model, or one with the same names and shapes.
+            masters: float32 tensors to average instead of the model's own, by structured name:
+                `optim.optimizer.master_weights()` under AMP O2.
+
+        Raises:
+            ValueError: a model with other names than the one averaged so far.
+        """
+        masters = masters or {}
+        for name, tensor in self._tensors(model).items():
+            tensor = masters.get(name, tensor)
+            if tensor.dtype != paddle.float32:
+                tensor = tensor.astype("float32")
+            self.average[name].lerp_(tensor, self.new_weight)
+
+    @contextlib.contextmanager
+    def applied_to(self, model: nn.Layer) -> Iterator[None]:
+        """Within the context `model` carries the averaged weights, cast to its own types.
+
+        Afterwards, whatever happened inside, it has its own weights and statistics again, bit for
+        bit. Costs one more copy of the model for as long as it lasts.
+
+        Raises:
+            ValueError: a model with other names than the one averaged.
+        """
+        tensors = self._tensors(model)
+        with paddle.no_grad():
+            own = {name: tensor.clone() for name, tensor in tensors.items()}
+        try:
+            overwrite(tensors, self.average)
+            yield
+        finally:
+            overwrite(tensors, own)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The averages, float32, by structured name: weights that a bare model can load."""
+        return {name: tensor.numpy() for name, tensor in self.average.items()}
+
+    def load_state(self, state: dict[str, np.ndarray]) -> None:
+        """Continue from what `state()` returned, bit for bit.
+
+        Raises:
+            InputError: names that are missing, unknown or of another shape; nothing is loaded.
+        """
+        check_fits(
+            state,
+            {name: tensor.shape for name, tensor in self.average.items()},
+            "the average of the weights",
+        )
+        overwrite(
+            self.average,
+            {name: paddle.to_tensor(state[name], dtype="float32") for name in self.average},
+        )
+
+    def _tensors(self, model: nn.Layer) -> dict[str, paddle.Tensor]:
+        """The live tensors of `model`, once it is known to have the averaged names."""
+        tensors = named_tensors(model)
+        if tensors.keys() != self.average.keys():
+            odd = sorted(tensors.keys() ^ self.average.keys())
+            raise ValueError(
+                f"the model is not the one averaged so far; names in only one of them: {odd}"
+            )
+        return tensors
+
+
+def named_tensors(model: nn.Layer) -> dict[str, paddle.Tensor]:
+    """What `model.state_dict()` holds: parameters, running statistics among them, and buffers.
+
+    Paddle 2.6's own takes time quadratic in the number of layers: 34 ms for RepLKNet-31B, against
+    2 ms here, which matters once per step.
+    """
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+@paddle.no_grad()
+def overwrite(tensors: dict[str, paddle.Tensor], values: dict[str, paddle.Tensor]) -> None:
+    """Copy `values` into `tensors` in place, cast to their types."""
+    for name, tensor in tensors.items():
+        tensor.copy_(values[name].astype(tensor.dtype), True)

@@ -1,0 +1,507 @@
+import logging
+import pickle
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import paddle
+import pytest
+
+import zoo
+import zoo.convert
+from replknet_paddle.config import get_config
+from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.checkpoints.convert import (
+    LAYOUTS,
+    convert_file,
+    from_native,
+    load_pretrained,
+    load_state,
+    parameter_shapes,
+)
+from replknet_paddle.checkpoints.readers import read_checkpoint
+from replknet_paddle.checkpoints.writers import write_pdparams, write_safetensors
+
+FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
+CONFIGS = FIXTURES.parent.parent / "configs"
+REFERENCE_FILES = sorted(path.name for path in FIXTURES.glob("tiny*.p[td]*"))
+
+
+def reference(name: str) -> dict[str, np.ndarray]:
+    """Images and what the reference implementation computes from them: see fixtures' README."""
+    return dict(np.load(FIXTURES / f"{name.split('_')[0]}_expected.npz"))
+
+
+def keys_for(file_name: str) -> dict:
+    return {"SMALL_KERNEL_MERGED": True} if "merged" in file_name else {}
+
+
+@paddle.no_grad()
+def logits(model, name: str) -> np.ndarray:
+    return model(paddle.to_tensor(reference(name)["images"])).numpy()
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def assert_same_bits(found: dict, wanted: dict) -> None:
+    assert sorted(found) == sorted(wanted)
+    for name, value in wanted.items():
+        assert found[name].shape == value.shape and found[name].dtype == value.dtype, name
+        np.testing.assert_array_equal(bits(found[name]), bits(value), err_msg=name)
+
+
+def random_state(model) -> dict[str, np.ndarray]:
+    """Random values under the names and in the shapes of a network's parameters."""
+    rng = np.random.default_rng(0)
+    return {
+        name: rng.standard_normal(tuple(value.shape)).astype("f4")
+        for name, value in model.state_dict().items()
+    }
+
+
+# Reference files
+
+
+@pytest.mark.parametrize("file_name", REFERENCE_FILES)
+def test_reference_file_gives_the_reference_logits(file_name, network):
+    model = network(file_name.split("_")[0], **keys_for(file_name))
+    load_pretrained(model, FIXTURES / file_name)
+    tolerance = 2e-2 if "fp16" in file_name else 1e-4
+    assert abs(logits(model, file_name) - reference(file_name)["logits"]).max() <= tolerance
+
+
+@pytest.mark.parametrize("file_name", REFERENCE_FILES)
+def test_reference_file_through_get_model(file_name, config_file):
+    path = config_file(file_name.split("_")[0], **keys_for(file_name))
+    model = zoo.get_model(path, pretrained=FIXTURES / file_name)
+    assert not model.training
+    tolerance = 2e-2 if "fp16" in file_name else 1e-4
+    assert abs(logits(model, file_name) - reference(file_name)["logits"]).max() <= tolerance
+
+
+def test_moving_average_of_a_training_checkpoint(network):
+    path = FIXTURES / "tiny31_official_train_ckpt.pth"
+    plain, average = network("tiny31"), network("tiny31")
+    load_pretrained(plain, path)
+    load_pretrained(average, path, weights="model_ema")
+    # The file's average is 1.01 times the model (fixtures' README).
+    by_hand = network("tiny31")
+    by_hand.set_state_dict(
+        {name: value * np.float32(1.01) for name, value in load_state(path).items()}
+    )
+    np.testing.assert_array_equal(logits(average, "tiny31"), logits(by_hand, "tiny31"))
+    assert abs(logits(plain, "tiny31") - logits(average, "tiny31")).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["tiny31", "tinyxl"])
+def test_stage_maps_of_a_network_without_head(name, network):
+    model = network(name, OUT_INDICES=[0, 1, 2, 3])
+    load_pretrained(model, FIXTURES / f"{name}_official.pth")  # final norm and head are left out
+    maps = model(paddle.to_tensor(reference(name)["images"]))
+    for i, found in enumerate(maps):
+        assert abs(found.numpy() - reference(name)[f"stage{i}"]).max() <= 1e-4
+
+
+# Conversion there and back
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "keys", [{}, {"SMALL_KERNEL_MERGED": True}, {"NUM_CLASSES": 21841}], ids=str
+)
+@pytest.mark.parametrize("name", ["tiny31", "tinyxl"])
+def test_names_there_and_back_bit_for_bit(name, keys, layout, network, tmp_path):
+    state = random_state(network(name, **keys))
+    path = tmp_path / "converted.safetensors"
+    write_safetensors(path, from_native(state, layout), {})
+    assert_same_bits(load_state(path), state)
+
+
+@pytest.mark.parametrize("layout", ["official", "mmpretrain"])
+@pytest.mark.parametrize("name", ["tiny31", "tinyxl"])
+def test_names_are_those_of_the_reference_files(name, layout):
+    """Back from native, a reference file's tensors are what the reference program saved."""
+    path = FIXTURES / f"{name}_{layout}.pth"
+    original = read_checkpoint(path)
+    original = original.get("state_dict", original)
+    converted = from_native(load_state(path), layout)
+    counts = {key for key in original if key.endswith("num_batches_tracked")}
+    assert {key for key in converted if key.endswith("num_batches_tracked")} == counts
+    assert_same_bits(
+        {key: value for key, value in converted.items() if key not in counts},
+        {key: value for key, value in original.items() if key not in counts},
+    )
+
+
+def test_native_names_are_those_of_paddlevit_and_of_the_network(network):
+    state = load_state(FIXTURES / "tiny31_paddlevit.pdparams")
+    assert sorted(state) == sorted(network("tiny31").state_dict())
+    assert_same_bits(load_state(FIXTURES / "tiny31_official.pth"), state)
+
+
+@pytest.mark.parametrize("layout", ["official", "mmpretrain"])
+def test_backbone_with_norms_of_stage_maps(layout, network, tmp_path):
+    model = network("tinyxl", OUT_INDICES=[0, 1, 2, 3], NORM_INTER_FEATURES=True)
+    state = random_state(model)
+    assert "stages.3.norm.weight" in state
+    path = tmp_path / "backbone.safetensors"
+    write_safetensors(path, from_native(state, layout), {})
+    assert_same_bits(load_state(path), state)
+    load_pretrained(model, path)
+    assert_same_bits({key: value.numpy() for key, value in model.state_dict().items()}, state)
+
+
+def test_classifier_weights_in_a_backbone_with_fresh_norms(network, caplog):
+    model = network("tinyxl", OUT_INDICES=[3], NORM_INTER_FEATURES=True)
+    with caplog.at_level(logging.WARNING):
+        load_pretrained(model, FIXTURES / "tinyxl_official.pth")
+    assert "has no norms for the maps" in caplog.text
+    assert float(model.stages[3].norm.weight.sum()) == 32
+
+
+def test_two_final_norms_have_one_mmpretrain_name(network):
+    state = random_state(network("tinyxl", NORM_INTER_FEATURES=True))
+    with pytest.raises(InputError, match="one place"):
+        from_native(state, "mmpretrain")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pdparams"])
+def test_converted_file_gives_the_same_logits(suffix, config_file, network, tmp_path):
+    config = get_config(str(config_file("tiny31")))
+    path = tmp_path / f"native{suffix}"
+    convert_file(FIXTURES / "tiny31_mmpretrain.pth", path, config)
+    model = network("tiny31")
+    load_pretrained(model, path)
+    assert abs(logits(model, "tiny31") - reference("tiny31")["logits"]).max() <= 1e-4
+
+
+def test_written_pdparams_load_with_paddle_itself(network, tmp_path):
+    path = str(tmp_path / "native.pdparams")
+    model = network("tiny31")
+    write_pdparams(path, load_state(FIXTURES / "tiny31_official.pth"))
+    model.set_state_dict(paddle.load(path))
+    assert abs(logits(model, "tiny31") - reference("tiny31")["logits"]).max() <= 1e-4
+
+
+def test_written_safetensors_are_what_the_library_reads(tmp_path):
+    from safetensors import safe_open
+    from safetensors.numpy import load_file
+
+    rng = np.random.default_rng(0)
+    tensors = {
+        "a": rng.standard_normal((3, 4)).astype("f4").T,
+        "half": np.ones(3, "f2"),
+        "count": np.zeros((), np.int64),
+        "empty": np.zeros((0, 2), "f4"),
+    }
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, tensors, {"format": "pt"})
+    assert_same_bits(load_file(path), tensors)
+    assert_same_bits(read_checkpoint(path), tensors)
+    with safe_open(path, framework="numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_failed_writing_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"a": np.ones(2, "f4")}, {})
+    with pytest.raises(KeyError):
+        write_safetensors(path, {"a": np.ones(2, "complex64")}, {})
+    with pytest.raises(AttributeError):
+        write_pdparams(path, {"a": lambda: None})
+    assert list(read_checkpoint(path)) == ["a"]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+# Containers and precision
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"model": state, "model_ema": {}, "optimizer": {}, "epoch": 3},
+        lambda state: {"state_dict": state, "meta": {}},
+        lambda state: {f"module.{name}": value for name, value in state.items()},
+        lambda state: {"model": {f"module.module.{name}": value for name, value in state.items()}},
+        lambda state: {**state, "StructuredToParameterName@@": {"head.weight": "linear_0.w_0"}},
+    ],
+    ids=["training", "state_dict", "module", "module twice", "paddle names"],
+)
+def test_containers(wrap, network, tmp_path):
+    state = random_state(network("tiny31"))
+    path = tmp_path / "x.pdparams"
+    path.write_bytes(pickle.dumps(wrap(state), protocol=4))
+    assert_same_bits(load_state(path), state)
+
+
+def test_training_checkpoints_of_this_project(network, tmp_path):
+    model, average = (random_state(network("tiny31")) for _ in range(2))
+    average = {name: value * 2 for name, value in average.items()}
+    tensors = {
+        **{f"model.{name}": value for name, value in model.items()},
+        **{f"model_ema.{name}": value for name, value in average.items()},
+        "optimizer.head.weight.moment1": np.zeros(3, "f4"),
+    }
+    path = tmp_path / "epoch.safetensors"
+    write_safetensors(path, tensors, {"replknet_paddle": '{"schema_version": 1}'})
+    assert_same_bits(load_state(path), model)
+    assert_same_bits(load_state(path, weights="model_ema"), average)
+    del tensors["optimizer.head.weight.moment1"]
+    write_safetensors(
+        path,
+        {name: value for name, value in tensors.items() if not name.startswith("model_ema")},
+        {"replknet_paddle": "{}"},
+    )
+    with pytest.raises(InputError, match="holds no model_ema; it holds model"):
+        load_state(path, weights="model_ema")
+
+
+@pytest.mark.parametrize(
+    "narrow, wide",
+    [
+        (lambda x: x.astype("f2"), lambda x: x.astype("f2").astype("f4")),
+        (lambda x: x.astype("f8"), lambda x: x),
+        # Paddle's own files hold the bits of bfloat16.
+        (
+            lambda x: (x.view("u4") >> 16).astype("u2"),
+            lambda x: (x.view("u4") >> 16 << 16).view("f4"),
+        ),
+    ],
+    ids=["half", "double", "bfloat16"],
+)
+def test_other_precisions_become_float32(narrow, wide, network, tmp_path):
+    state = random_state(network("tinyxl"))
+    path = tmp_path / "x.pdparams"
+    path.write_bytes(pickle.dumps({name: narrow(value) for name, value in state.items()}))
+    assert_same_bits(load_state(path), {name: wide(value) for name, value in state.items()})
+
+
+def test_loaded_arrays_are_aligned():
+    state = load_state(FIXTURES / "tiny31_official_ddp_fp16_legacy.pth")
+    assert all(value.flags.aligned and value.flags.c_contiguous for value in state.values())
+
+
+# What does not fit
+
+
+def shapes(config_name: str, **keys) -> dict[str, tuple]:
+    config = get_config(str(CONFIGS / f"{config_name}.yaml"))
+    config.defrost()
+    config.MODEL.update(keys)
+    return parameter_shapes(config)
+
+
+def zeros(shapes: dict[str, tuple]) -> dict[str, np.ndarray]:
+    """Tensors of full size that take no memory."""
+    return {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+
+
+class Network(NamedTuple):
+    """All that loading sees of a network before it finds that a file does not fit."""
+
+    parameters: dict[str, np.ndarray]
+
+    def state_dict(self):
+        return self.parameters
+
+
+@pytest.fixture
+def misfit(monkeypatch):
+    """The message when a file of one state is loaded into a network of given shapes."""
+
+    def load(state: dict, network_shapes: dict, **options) -> str:
+        path = FIXTURES / "tiny31_official.pth"
+        monkeypatch.setattr(zoo.convert, "read_checkpoint", lambda path: state)
+        with pytest.raises(InputError) as caught:
+            load_pretrained(Network(zeros(network_shapes)), path, **options)
+        assert str(caught.value).startswith(f"{path}: ")
+        return str(caught.value)
+
+    return load
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "file, network, words",
+    [
+        (
+            ("replknet_xl", {}),
+            ("replknet_31b", {}),
+            [
+                "the file is RepLKNet-XL (train form, 1000 classes)",
+                "the network is RepLKNet-31B",
+                "MODEL.CHANNELS: [256, 512, 1024, 2048]",
+                "MODEL.DW_RATIO: 1.5",
+                "MODEL.SMALL_KERNEL: None",
+                "MODEL.LARGE_KERNEL_SIZES: [27, 27, 27, 13]",
+                "120 missing from the file",
+                "24 x stages.*.blocks.*.large_kernel.small_kernel_conv.conv.weight",
+            ],
+        ),
+        (
+            ("replknet_31l_22k1k_384", {}),
+            ("replknet_31b", {}),
+            [
+                "the file is RepLKNet-31L",
+                "MODEL.CHANNELS: [192, 384, 768, 1536]",
+                "4 x stem.*.conv.weight, the first: file (192, 3, 3, 3), network (128, 3, 3, 3)",
+            ],
+        ),
+        (
+            ("replknet_31b_22k", {}),
+            ("replknet_31b", {}),
+            [
+                "21841 classes",
+                "set MODEL.NUM_CLASSES: 21841",
+                "set MODEL.DROP_HEAD: True",
+                "2 of another shape",
+                "2 x head.{weight, bias}, the first: file (1024, 21841), network (1024, 1000)",
+            ],
+        ),
+        (
+            ("replknet_31b", {"SMALL_KERNEL_MERGED": True}),
+            ("replknet_31b", {}),
+            [
+                "RepLKNet-31B (merged",
+                "set MODEL.SMALL_KERNEL_MERGED: True",
+                "48 unexpected in the file",
+            ],
+        ),
+        (
+            ("replknet_31b", {}),
+            ("replknet_31b", {"SMALL_KERNEL_MERGED": True}),
+            [
+                "RepLKNet-31B (train form",
+                "set MODEL.SMALL_KERNEL_MERGED: False",
+                "merge the network",
+            ],
+        ),
+        (("replknet_31b", {"SMALL_KERNEL": 7}), ("replknet_31b", {}), ["MODEL.SMALL_KERNEL: 7"]),
+        (("replknet_31b", {"FFN_RATIO": 2.0}), ("replknet_31b", {}), ["MODEL.FFN_RATIO: 2.0"]),
+        (
+            ("replknet_31b", {"LAYERS": [2, 2, 6, 2]}),
+            ("replknet_31b", {}),
+            ["MODEL.LAYERS: [2, 2, 6, 2]"],
+        ),
+        (
+            ("replknet_31b", {"OUT_INDICES": [3]}),
+            ("replknet_31b", {}),
+            ["no head", "6 missing from the file", "2 x head.{weight, bias}"],
+        ),
+    ],
+    ids=[
+        "XL into 31B",
+        "31L into 31B",
+        "22K head into 1K",
+        "merged into train form",
+        "train form into merged",
+        "small kernel",
+        "ffn ratio",
+        "layers",
+        "no head",
+    ],
+)
+def test_wrong_pairs_say_what_the_file_is_and_what_to_change(file, network, words, layout, misfit):
+    state = from_native(zeros(shapes(file[0], **file[1])), layout)
+    message = misfit(state, shapes(network[0], **network[1]))
+    for word in words:
+        assert word in message
+    assert len(message.splitlines()) < 100
+
+
+def test_unrelated_network(misfit):
+    state = {
+        name: np.zeros(3, "f4")
+        for name in ("conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "fc.weight")
+    }
+    message = misfit(state, shapes("replknet_31b"))
+    assert "is no RepLKNet" in message and "conv1.weight, bn1.running_mean" in message
+    assert "is no RepLKNet" in misfit({}, shapes("replknet_31b"))
+
+
+def test_every_wrong_name_is_listed(misfit):
+    wanted = shapes("replknet_31b")
+    state = zeros(wanted)
+    state["stages.2.blocks.9.extra"] = state.pop("stages.2.blocks.9.pw_conv_2.norm._mean")
+    state["stem.0.conv.weight"] = state["stem.0.conv.weight"][:5]
+    message = misfit(state, wanted)
+    assert "1 missing from the file:\n    stages.2.blocks.9.pw_conv_2.norm._mean\n" in message
+    assert "1 unexpected in the file:\n    stages.2.blocks.9.extra\n" in message
+    assert "1 of another shape:\n    stem.0.conv.weight: file (5, 3, 3, 3), network" in message
+
+
+def test_things_that_are_not_tensors(misfit):
+    wanted = shapes("replknet_31b")
+    state = zeros(wanted)
+    assert "is a list, not a tensor" in misfit({**state, "head.bias": [1]}, wanted)
+    assert "holds int64" in misfit({**state, "head.bias": np.zeros(1000, "i8")}, wanted)
+    assert "both stem.0.norm.weight" in misfit(
+        {**from_native(state, "official"), "stem.0.norm.weight": np.zeros(3, "f4")}, wanted
+    )
+    assert "holds a list" in misfit([1], wanted)
+    for content in ({1: 2}, {"model": {1: np.zeros(3, "f4")}}, {(1, "x"): 2}):
+        assert "under numbers, not tensors by name" in misfit(content, wanted)
+
+
+def test_weights_that_the_file_does_not_have(misfit, network):
+    wanted = shapes("replknet_31b")
+    assert "no moving average" in misfit(zeros(wanted), wanted, weights="model_ema")
+    assert "holds no model_ema; it holds model, epoch" in misfit(
+        {"model": {}, "epoch": 3}, wanted, weights="model_ema"
+    )
+    with pytest.raises(InputError, match="allowed: model, model_ema"):
+        load_state(FIXTURES / "tiny31_official.pth", weights="ema")
+
+
+def test_nothing_is_loaded_from_a_file_that_does_not_fit(network):
+    model = network("tiny31")
+    before = {name: value.numpy() for name, value in model.state_dict().items()}
+    with pytest.raises(InputError):
+        load_pretrained(model, FIXTURES / "tinyxl_official.pth")
+    assert_same_bits({name: value.numpy() for name, value in model.state_dict().items()}, before)
+
+
+def test_head_of_other_classes_is_dropped_on_demand(network, caplog):
+    model = network("tiny31", NUM_CLASSES=3)
+    head = model.head.weight.numpy()
+    with caplog.at_level(logging.WARNING):
+        load_pretrained(model, FIXTURES / "tiny31_official.pth", drop_head=True)
+    assert re.search(r"head of .* \(10 classes\) is not loaded.* 3 classes", caplog.text)
+    np.testing.assert_array_equal(model.head.weight.numpy(), head)
+    np.testing.assert_array_equal(
+        model.norm.weight.numpy(), load_state(FIXTURES / "tiny31_official.pth")["norm.weight"]
+    )
+
+
+def test_head_that_fits_is_loaded_even_if_it_may_be_dropped(network):
+    model = network("tiny31")
+    load_pretrained(model, FIXTURES / "tiny31_official.pth", drop_head=True)
+    assert abs(logits(model, "tiny31") - reference("tiny31")["logits"]).max() <= 1e-4
+
+
+# Full size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["official", "mmpretrain"])
+@pytest.mark.parametrize("config_name", ["replknet_31b", "replknet_31l_22k1k_384", "replknet_xl"])
+def test_full_size_file_of_torch_there_and_back(config_name, layout, tmp_path):
+    torch = pytest.importorskip("torch", reason="PyTorch itself has to write the file")
+    config = get_config(str(CONFIGS / f"{config_name}.yaml"))
+    rng = np.random.default_rng(0)
+    state = from_native(zeros(parameter_shapes(config)), layout)
+    for name, value in state.items():
+        if value.dtype == np.float32:
+            state[name] = rng.standard_normal(value.shape, dtype="f4")
+    tensors = {name: torch.from_numpy(value) for name, value in state.items()}
+    torch.save({"state_dict": tensors} if layout == "mmpretrain" else tensors, tmp_path / "x.pth")
+    del tensors
+    convert_file(tmp_path / "x.pth", tmp_path / "native.safetensors", config)
+    convert_file(
+        tmp_path / "native.safetensors", tmp_path / "back.safetensors", config, layout=layout
+    )
+    assert_same_bits(read_checkpoint(tmp_path / "back.safetensors"), state)

@@ -1,0 +1,491 @@
+"""Checkpoint files: whole or not there, and which of them a run keeps and goes on from."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import ROOT
+
+from replknet_paddle.engine import checkpoint as module
+from replknet_paddle.checkpoints.training import (
+    Checkpoint,
+    Progress,
+    checkpoint_path,
+    checkpoints,
+    load_checkpoint,
+    newest_whole_checkpoint,
+    point_to,
+    remove_superseded,
+    save_checkpoint,
+)
+from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.checkpoints.run_folder import run_config_file, run_folder_of
+
+PROGRESS = Progress(
+    epoch=3,
+    batch=14,
+    batches=20,
+    step=37,
+    best_top1_percent=100 / 3,
+    epoch_sums=(0.1 + 0.2, 128.0),
+)
+
+
+def example(progress=PROGRESS, seed=0, size=3) -> Checkpoint:
+    rng = np.random.default_rng(seed)
+
+    def tensors(**shapes):
+        return {
+            name.replace("_", "."): rng.normal(size=shape).astype("float32")
+            for name, shape in shapes.items()
+        }
+
+    odd = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45, 3.4e38], "float32")
+    return Checkpoint(
+        config="SEED: 1\nMODEL:\n  NAME: tiny é\n",
+        progress=progress,
+        model={
+            **tensors(stem_weight=(size, 3, 3, 3), stem_bias=(size,)),
+            "odd": odd,
+            "scalar": np.array(2.5, "float32"),
+            "none": np.zeros((0, 4), "float32"),
+            "turned": rng.normal(size=(4, 5)).astype("float32").T,
+        },
+        model_ema=tensors(stem_weight=(size, 3, 3, 3), stem_bias=(size,)),
+        optimizer=tensors(stem_weight_moment1=(size, 3, 3, 3), stem_weight_beta1=(1,)),
+        scaler={"scale": 32768.0, "incr_count": 3, "use_dynamic_loss_scaling": True},
+    )
+
+
+def save_at(run_folder, epoch, step, batch=0, **options) -> str:
+    progress = replace(PROGRESS, epoch=epoch, step=step, batch=batch)
+    path = checkpoint_path(str(run_folder), progress)
+    save_checkpoint(path, example(progress, seed=step, **options))
+    return path
+
+
+def assert_same(got: Checkpoint, wanted: Checkpoint) -> None:
+    assert got.config == wanted.config
+    assert got.progress == wanted.progress
+    assert got.scaler == wanted.scaler
+    for part in ("model", "model_ema", "optimizer"):
+        left, right = getattr(got, part), getattr(wanted, part)
+        assert left.keys() == right.keys()
+        for name in left:
+            assert left[name].shape == right[name].shape, name
+            assert left[name].dtype == right[name].dtype, name
+            assert left[name].tobytes() == right[name].tobytes(), name
+
+
+def names(folder) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+# ---- writing and reading
+
+
+def test_everything_returns_bit_for_bit(tmp_path):
+    path = str(tmp_path / "run" / "checkpoints" / "a.safetensors")
+    save_checkpoint(path, example())
+    got = load_checkpoint(path)
+    assert_same(got, example())
+    assert got.path == path
+    assert isinstance(got.progress.epoch_sums, tuple)
+
+
+def test_parts_that_a_run_does_not_have_are_empty(tmp_path):
+    path = str(tmp_path / "a.safetensors")
+    save_checkpoint(path, Checkpoint("", Progress(), {"w": np.ones(2, "float32")}))
+    got = load_checkpoint(path)
+    assert got.model_ema == {} and got.optimizer == {} and got.scaler == {}
+    assert got.progress == Progress()
+
+
+def test_other_programs_can_read_it(tmp_path):
+    numpy_reader = pytest.importorskip("safetensors.numpy", reason="another reader of the format")
+    path = str(tmp_path / "a.safetensors")
+    save_checkpoint(path, example())
+    tensors = numpy_reader.load_file(path)
+    assert {name.split(".")[0] for name in tensors} == {"model", "model_ema", "optimizer"}
+    np.testing.assert_array_equal(tensors["model.turned"], example().model["turned"])
+
+
+# ---- all or nothing
+
+
+@pytest.mark.parametrize("moment", ["write", "fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, moment):
+    path = save_at(tmp_path, 1, 5)
+    before = Path(path).read_bytes()
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    if moment == "write":
+        big = example(size=3)
+        monkeypatch.setattr("builtins.open", refusing_writes(open))
+    else:
+        big = example(seed=9)
+        monkeypatch.setattr(os, moment, fail)
+    with pytest.raises(OSError, match="cannot write .*No space left on device") as caught:
+        save_checkpoint(path, big)
+    monkeypatch.undo()
+    assert path in str(caught.value)
+    assert "MiB are needed" in str(caught.value) and "MiB free" in str(caught.value)
+    assert Path(path).read_bytes() == before
+    assert names(os.path.dirname(path)) == [os.path.basename(path)]
+
+
+def refusing_writes(real):
+    class Full:
+        def __init__(self, *arguments, **options):
+            self.file = real(*arguments, **options)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, data):
+            self.file.write(bytes(data)[:10])
+            self.file.flush()
+            raise OSError(28, "No space left on device")
+
+    return lambda name, mode="r", **options: (
+        Full(name, mode, **options) if "w" in mode else real(name, mode, **options)
+    )
+
+
+def test_an_interrupt_in_mid_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = save_at(tmp_path, 1, 5)
+    before = Path(path).read_bytes()
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(path, example(seed=9))
+    assert Path(path).read_bytes() == before
+    assert names(os.path.dirname(path)) == [os.path.basename(path)]
+
+
+LIMITED = """
+import resource, signal, sys
+sys.path.insert(0, {root!r})
+import numpy as np
+from replknet_paddle.checkpoints.training import Checkpoint, Progress, save_checkpoint
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    save_checkpoint({path!r}, Checkpoint("", Progress(), {{"w": np.ones(1_000_000, "float32")}}))
+except OSError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_a_disk_that_really_takes_no_more_leaves_the_old_file(tmp_path):
+    path = save_at(tmp_path, 1, 5)
+    before = Path(path).read_bytes()
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED.format(root=str(ROOT), path=path)],
+        text=True,
+        capture_output=True,
+        timeout=60,
+    )
+    assert done.returncode == 1, done.stderr
+    message = done.stderr.strip().splitlines()[-1]
+    assert message.startswith(f"cannot write {path}: File too large; 3.8 MiB are needed and ")
+    assert "Checkpoints written before are as they were" in message
+    assert Path(path).read_bytes() == before
+    assert names(os.path.dirname(path)) == [os.path.basename(path)]
+
+
+def test_a_checkpoint_folder_that_cannot_be_written_is_an_os_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError):
+        save_checkpoint(str(tmp_path / "file" / "checkpoints" / "a.safetensors"), example())
+
+
+# ---- files that cannot be resumed
+
+
+def header_length(content: bytes) -> int:
+    return 8 + int.from_bytes(content[:8], "little")
+
+
+def test_nothing_there():
+    with pytest.raises(FileNotFoundError, match="no checkpoint /no/such/file"):
+        load_checkpoint("/no/such/file")
+
+
+@pytest.mark.parametrize("where", [0.0, 0.25, 0.5, 0.999])
+def test_a_flipped_bit_in_a_tensor_is_found(tmp_path, where):
+    path = save_at(tmp_path, 1, 5)
+    content = bytearray(Path(path).read_bytes())
+    start = header_length(content)
+    content[start + int(where * (len(content) - start))] ^= 1
+    Path(path).write_bytes(content)
+    with pytest.raises(InputError, match="is damaged"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 7, 8, 9, 100, 0.1, 0.5, 0.9, -100, -1])
+def test_a_truncated_file_is_refused(tmp_path, keep):
+    path = save_at(tmp_path, 1, 5)
+    content = Path(path).read_bytes()
+    keep = int(keep * len(content)) if isinstance(keep, float) else keep
+    Path(path).write_bytes(content[:keep])
+    with pytest.raises(InputError, match="a.safetensors|epoch_0001_step_00000005.safetensors"):
+        load_checkpoint(path)
+
+
+def test_a_file_of_zeros_is_refused(tmp_path):
+    """What a power cut can leave behind where a file system writes data after names."""
+    path = save_at(tmp_path, 1, 5)
+    Path(path).write_bytes(bytes(os.path.getsize(path)))
+    with pytest.raises(InputError):
+        load_checkpoint(path)
+
+
+def test_no_flipped_byte_of_the_header_gives_another_checkpoint_or_a_traceback(tmp_path):
+    path = save_at(tmp_path, 1, 5)
+    content = Path(path).read_bytes()
+    wanted = load_checkpoint(path)
+    wrong = []
+    for position in range(header_length(content)):
+        damaged = bytearray(content)
+        damaged[position] ^= 2
+        Path(path).write_bytes(damaged)
+        try:
+            got = load_checkpoint(path)
+        except InputError:
+            continue
+        except Exception as error:
+            wrong.append((position, content[position - 20 : position + 20], repr(error)))
+            continue
+        try:
+            assert_same(got, wanted)
+        except AssertionError:
+            wrong.append((position, content[position - 20 : position + 20], "another checkpoint"))
+    assert not wrong, f"{len(wrong)} of {header_length(content)} positions, e.g. {wrong[:5]}"
+
+
+def rewrite_metadata(path, change) -> None:
+    content = Path(path).read_bytes()
+    start = header_length(content)
+    header = json.loads(content[8:start])
+    change(header)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    Path(path).write_bytes(len(text).to_bytes(8, "little") + text + content[start:])
+
+
+def test_a_newer_schema_is_named(tmp_path):
+    path = save_at(tmp_path, 1, 5)
+
+    def newer(header):
+        ((key, text),) = header["__metadata__"].items()
+        header["__metadata__"][key] = json.dumps({**json.loads(text), "schema_version": 2})
+
+    rewrite_metadata(path, newer)
+    with pytest.raises(InputError, match="schema version 2.*reads version 1"):
+        load_checkpoint(path)
+
+
+def test_a_newer_schema_of_another_layout_is_named(tmp_path):
+    path = save_at(tmp_path, 1, 5)
+
+    def newer(header):
+        (key,) = header["__metadata__"]
+        header["__metadata__"][key] = json.dumps({"schema_version": 7, "something": "else"})
+
+    rewrite_metadata(path, newer)
+    with pytest.raises(InputError, match="schema version 7"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["tiny31_paddlevit.pdparams", "tiny31_official_train_ckpt.pth"])
+def test_weights_of_another_program_are_pointed_to_pretrained(name):
+    with pytest.raises(InputError, match="no training checkpoint.*-pretrained"):
+        load_checkpoint(str(ROOT / "tests" / "fixtures" / name))
+
+
+def test_safetensors_of_another_program_are_pointed_to_pretrained(tmp_path):
+    path = save_at(tmp_path, 1, 5)
+    rewrite_metadata(path, lambda header: header.pop("__metadata__"))
+    with pytest.raises(InputError, match="no training checkpoint.*-pretrained"):
+        load_checkpoint(path)
+
+
+def test_a_folder_is_no_checkpoint(tmp_path):
+    with pytest.raises((InputError, OSError)):
+        load_checkpoint(str(tmp_path))
+
+
+# ---- which one to go on from
+
+
+def test_newest_is_by_epoch_and_step_not_by_text_or_time(tmp_path):
+    old = save_at(tmp_path, 9, 99999998)
+    new = save_at(tmp_path, 10000, 100000000)  # one digit more than the names have room for
+    os.utime(old)
+    assert checkpoints(str(tmp_path)) == [old, new]
+    assert newest_whole_checkpoint(str(tmp_path)) == new
+
+
+@pytest.mark.parametrize("damaged", [1, 2, 3])
+def test_damaged_checkpoints_are_passed_over_with_a_warning_each(tmp_path, caplog, damaged):
+    paths = [save_at(tmp_path, 1, step) for step in (5, 6, 7)]
+    for number, path in enumerate(paths[-damaged:]):
+        content = Path(path).read_bytes()
+        half = len(content) // 2
+        cut = [content[:half], content[:-1] + bytes([content[-1] ^ 255]), b""][number]
+        Path(path).write_bytes(cut)
+    with caplog.at_level(logging.WARNING):
+        newest = newest_whole_checkpoint(str(tmp_path))
+    assert newest == (paths[2 - damaged] if damaged < 3 else None)
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == damaged
+    for path in paths[-damaged:]:
+        assert any(path in warning for warning in warnings)
+
+
+def test_a_run_without_checkpoints_has_no_newest(tmp_path):
+    assert newest_whole_checkpoint(str(tmp_path)) is None
+    assert newest_whole_checkpoint(str(tmp_path / "no such run")) is None
+    (tmp_path / "checkpoints").mkdir()
+    unfinished = "epoch_0001_step_00000005.safetensors.123.unfinished"
+    (tmp_path / "checkpoints" / unfinished).write_bytes(b"half")
+    assert newest_whole_checkpoint(str(tmp_path)) is None
+
+
+# ---- links
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_last_and_best_stand_for_checkpoints(tmp_path, monkeypatch, links):
+    first, second = save_at(tmp_path, 1, 5), save_at(tmp_path, 2, 10)
+    if not links:
+
+        def refuse(*_):
+            raise OSError(95, "Operation not supported")
+
+        monkeypatch.setattr(os, "symlink", refuse)
+    for path in (first, second):
+        point_to(str(tmp_path), "last", path)
+        got = load_checkpoint(str(tmp_path / "last"))
+        assert_same(got, replace(load_checkpoint(path), path=got.path))
+    assert names(tmp_path) == ["checkpoints", "last"]
+    assert os.path.islink(tmp_path / "last") == links
+
+
+def test_a_run_folder_that_moves_keeps_its_links(tmp_path):
+    (tmp_path / "before").mkdir()
+    path = save_at(tmp_path / "before", 1, 5)
+    point_to(str(tmp_path / "before"), "last", path)
+    os.rename(tmp_path / "before", tmp_path / "after")
+    assert load_checkpoint(str(tmp_path / "after" / "last")).progress.step == 5
+
+
+def test_what_a_killed_process_left_of_a_link_is_no_obstacle(tmp_path):
+    path = save_at(tmp_path, 1, 5)
+    os.symlink("nowhere", tmp_path / "last.unfinished")
+    point_to(str(tmp_path), "last", path)
+    assert load_checkpoint(str(tmp_path / "last")).progress.step == 5
+    assert names(tmp_path) == ["checkpoints", "last"]
+
+
+# ---- which ones stay
+
+
+def steps_left(run_folder) -> list[int]:
+    return [int(os.path.basename(path)[16:24]) for path in checkpoints(str(run_folder))]
+
+
+def test_newest_and_every_kth_epoch_stay(tmp_path):
+    for epoch in range(1, 8):
+        save_at(tmp_path, epoch, 10 * epoch)
+    remove_superseded(str(tmp_path), keep_every=3, keep_newest=2)
+    assert steps_left(tmp_path) == [30, 60, 70]
+
+
+def test_of_a_kth_epoch_its_end_stays_and_not_what_follows(tmp_path):
+    for epoch, step in ((2, 20), (2, 25), (3, 30), (3, 33), (3, 36), (4, 40), (4, 44)):
+        save_at(tmp_path, epoch, step, batch=step % 10)
+    remove_superseded(str(tmp_path), keep_every=3, keep_newest=1)
+    assert steps_left(tmp_path) == [30, 44]
+
+
+def test_the_beginning_of_the_first_epoch_is_no_epoch(tmp_path):
+    for epoch, step in ((0, 2), (0, 4), (0, 6)):
+        save_at(tmp_path, epoch, step, batch=step)
+    remove_superseded(str(tmp_path), keep_every=1, keep_newest=1)
+    assert steps_left(tmp_path) == [6]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_best_stays(tmp_path, monkeypatch, links):
+    paths = [save_at(tmp_path, epoch, 10 * epoch) for epoch in range(1, 6)]
+    if not links:
+        monkeypatch.setattr(os, "symlink", lambda *_: (_ for _ in ()).throw(OSError(95, "no")))
+    point_to(str(tmp_path), "best", paths[1])
+    remove_superseded(str(tmp_path), keep_every=100, keep_newest=1)
+    assert load_checkpoint(str(tmp_path / "best")).progress.step == 20
+    assert steps_left(tmp_path) == ([20, 50] if links else [50])
+
+
+def test_unfinished_files_go_and_whole_ones_stay(tmp_path):
+    path = save_at(tmp_path, 1, 5)
+    unfinished = f"{path}.4711.unfinished"
+    Path(unfinished).write_bytes(b"half a checkpoint")
+    remove_superseded(str(tmp_path), keep_every=100, keep_newest=1)
+    assert names(tmp_path / "checkpoints") == [os.path.basename(path)]
+
+
+# ---- where a checkpoint belongs
+
+
+@pytest.mark.parametrize(
+    "named", ["run", "run/last", "run/checkpoints/epoch_0001_step_00000005.safetensors", "link"]
+)
+def test_a_checkpoint_knows_its_run_folder(tmp_path, named):
+    run = tmp_path / "run"
+    path = save_at(run, 1, 5)
+    (run / "config.yaml").write_text("SEED: 1\n")
+    point_to(str(run), "last", path)
+    os.symlink(path, tmp_path / "link")
+    assert os.path.realpath(run_folder_of(str(tmp_path / named))) == os.path.realpath(run)
+    assert os.path.realpath(run_config_file(str(tmp_path / named))) == str(run / "config.yaml")
+
+
+@pytest.mark.parametrize("named", ["last", "./last", "checkpoints/../last", "."])
+def test_a_checkpoint_named_from_inside_its_run_folder(tmp_path, monkeypatch, named):
+    path = save_at(tmp_path, 1, 5)
+    (tmp_path / "config.yaml").write_text("SEED: 1\n")
+    point_to(str(tmp_path), "last", path)
+    monkeypatch.chdir(tmp_path)
+    folder = run_folder_of(named)
+    assert folder, repr(folder)  # '' is no value of SAVE
+    assert os.path.realpath(folder) == str(tmp_path)
+
+
+def test_a_checkpoint_alone_has_no_run_folder(tmp_path):
+    path = str(tmp_path / "a.safetensors")
+    save_checkpoint(path, example())
+    assert run_folder_of(path) is None
+    with pytest.raises(InputError, match="-cfg"):
+        run_config_file(path)
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        run_config_file(str(tmp_path / "nothing"))
+
+
+def test_schema_version_is_the_one_these_tests_know():
+    assert module.SCHEMA_VERSION == 1

@@ -1,0 +1,154 @@
+"""The benchmark commands work and measure what they say; no timing decides a test."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from replknet_paddle.bench.conv import ConvCase
+from replknet_paddle.bench.timing import median_ratio, summarize, time_in_turn
+from replknet_paddle.commands import benchmark
+from replknet_paddle.commands.benchmark import main
+
+
+def test_alternatives_are_timed_in_turn_after_the_warmup():
+    calls = []
+    seconds = time_in_turn(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warmup=2
+    )
+    assert calls == ["a", "b"] * 5
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+    assert all(value >= 0 for values in seconds.values() for value in values)
+
+
+def test_summary_and_ratio():
+    timing = summarize([0.003, 0.001, 0.002])
+    assert (timing.median_seconds, timing.min_seconds, timing.max_seconds) == (0.002, 0.001, 0.003)
+    assert str(timing) == "median 2.00 ms (1.00 to 3.00, n = 3)"
+    # The machine slows down tenfold half-way: the ratio of neighbours does not care.
+    assert median_ratio([2, 2, 20, 20], [1, 1, 10, 10]) == 2
+
+
+def test_train_loop_prints_both_sides_and_their_ratio(tiny_config_file, capsys):
+    status = main(["train_loop", "-cfg", str(tiny_config_file), "--steps", "2", "--rounds", "2"])
+    out = capsys.readouterr().out
+    assert status == 0
+    assert "loop: median" in out and "bare: median" in out and "of the bare step's time" in out
+    assert "Paddle" in out and "cores" in out
+
+
+def test_bad_config_is_one_message(tmp_path, capsys):
+    assert main(["train_loop", "-cfg", str(tmp_path / "none.yaml")]) == 2
+    assert "no config file" in capsys.readouterr().err
+
+
+def test_what_to_measure_must_be_named():
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2
+
+
+def test_data_prints_each_pipeline_beside_plain_decoding(capsys):
+    arguments = ["data", "--rounds", "2", "--epochs", "1", "--workers", "1"]
+    assert main([*arguments, "-opts", "DATA.IMAGE_SIZE", "32"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "photographs of 500x375 pixels, quality 90" in lines[1]
+    plain = next(line for line in lines if line.startswith("plain Pillow decoding"))
+    assert plain.split()[-1] == "1.000"
+    for name in ("evaluation, 8 bits", "training, normalized and erased", "training loader, 1"):
+        assert any(line.startswith(name) for line in lines)
+
+
+def test_data_refuses_rounds_below_one(capsys):
+    assert main(["data", "--rounds", "0"]) == 2
+    assert "--rounds at least 1" in capsys.readouterr().err
+
+
+def test_conv_prints_every_pass_and_algorithm(operators, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "STAGES", ((4, 9, 5), (3, 6, 13)))
+    assert main(["conv", "--shapes", "stages", "--rounds", "1"]) == 0
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if line.lstrip().startswith("1x")]
+    assert len(lines) == 2 * (4 + 3 + 3 + 3)  # forward has the layer in evaluation besides
+    assert "Paddle" in out and "peak" in out and "(auto)" in out
+
+
+def test_useful_work_leaves_taps_outside_the_map_out():
+    # 1x1 maps see the middle tap alone; 3x3 maps under a 3x3 kernel 4 to 9 taps of each output.
+    assert ConvCase(2, 5, 1, 31).useful_flops == 2 * 2 * 5
+    assert ConvCase(1, 1, 3, 3).useful_flops == 2 * (4 * 4 + 4 * 6 + 9)
+
+
+def test_network_prints_both_sides_and_the_parts(operators, tiny_config_file, capsys):
+    status = main(["network", "-cfg", str(tiny_config_file), "--rounds", "1", "--step_batch", "2"])
+    out = capsys.readouterr().out
+    assert status == 0
+    for words in ("forward, batch 1, operators: median", "training step, batch 2, Paddle's own"):
+        assert words in out
+    for part in ("7x7 depthwise convolution", "1x1 convolution", "BatchNorm2D", "backward"):
+        assert f"    {part} " in out
+
+
+@pytest.mark.parametrize("flags", [["conv", "--rounds", "0"], ["network", "--rounds", "0"]])
+def test_no_rounds_are_bad_input(flags, capsys):
+    assert main(flags) == 2
+    assert "--rounds 0" in capsys.readouterr().err
+
+
+def test_inference_times_each_backend_and_says_how_far_it_is_off(
+    tiny_config_file, tmp_path, capsys
+):
+    files = ["--json", str(tmp_path / "b.json"), "--chart", str(tmp_path / "b.png")]
+    flags = ["--backends", "dygraph", "paddle", "--batch_sizes", "1", "2", "--rounds", "1"]
+    assert main(["inference", "-cfg", str(tiny_config_file), *flags, *files]) == 0
+    out = capsys.readouterr().out
+    assert "Paddle" in out and "x eager" in out and "images/s" in out
+    content = json.loads((tmp_path / "b.json").read_text())
+    rows = content["rows"]
+    assert {row["batch"] for row in rows} == {1, 2}
+    assert {row["backend"] for row in rows} == {"dygraph", "paddle"}
+    for row in rows:
+        assert 0 < row["min_ms"] <= row["median_ms"] <= row["max_ms"]
+        if row["precision"] == "fp32":
+            assert row["deviation"] < 1e-4
+        assert row["images_per_second"] == pytest.approx(1e3 * row["batch"] / row["median_ms"])
+    with Image.open(tmp_path / "b.png") as picture:
+        assert picture.size[0] > 500
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.json", "b.png"]
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--backends", "tensorrt"], "allowed: dygraph paddle"),
+        (["--rounds", "0"], "integers >= 1"),
+        (["--batch_sizes", "1", "0"], "integers >= 1"),
+        (["-opts", "MODEL.OUT_INDICES", "[3]"], "MODEL.OUT_INDICES"),
+        (["--json", "b.txt"], "b.txt: allowed: a name that ends in .json"),
+        (["--json", "nowhere/b.json"], "there is no folder nowhere"),
+        (["--chart", "b.json"], "b.json: allowed: a name that ends in"),
+        (["--chart", "nowhere/b.png"], "there is no folder nowhere"),
+    ],
+)
+def test_bad_flags_of_inference_are_one_message(
+    tiny_config_file, tmp_path, monkeypatch, capsys, flags, says
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(benchmark, "time_backends", lambda *_, **__: pytest.fail("measures"))
+    assert main(["inference", "-cfg", str(tiny_config_file), *flags]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_chart_without_matplotlib_is_told_before_measuring(tiny_config_file, monkeypatch, capsys):
+    def missing(name):
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr("replknet_paddle.deploy.extras.importlib.import_module", missing)
+    monkeypatch.setattr(benchmark, "time_backends", lambda *_, **__: pytest.fail("measures"))
+    assert main(["inference", "-cfg", str(tiny_config_file), "--chart", "b.png"]) == 2
+    assert "pip install -r requirements/plots.txt" in capsys.readouterr().err
+
+
+def test_inference_needs_a_configuration(capsys):
+    assert main(["inference"]) == 2
+    assert "-cfg" in capsys.readouterr().err

@@ -1,0 +1,114 @@
+"""The command line that prints a network's figures."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from tiny import ROOT
+
+from replknet_paddle.commands.model_info import main
+
+
+def figures(text):
+    """{form: (parameters, multiply-adds)} of what was printed."""
+    rows = {}
+    for line in text.splitlines():
+        form, *numbers = line.split()
+        if form in ("train", "merged"):
+            rows[form] = tuple(int(number.replace(",", "")) for number in numbers)
+    return rows
+
+
+def run(*arguments, cwd=ROOT):
+    return subprocess.run(
+        [sys.executable, "-m", "replknet_paddle.commands.model_info", *map(str, arguments)],
+        cwd=cwd,
+        text=True,
+        capture_output=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_figures_of_31b_are_the_papers():
+    done = run("-cfg", "configs/replknet_31b.yaml")
+    assert done.returncode == 0, done.stderr
+    assert figures(done.stdout) == {
+        "train": (79_864_168, 15_431_298_048),
+        "merged": (79_527_272, 15_353_525_248),
+    }
+    assert "replknet_31b" in done.stdout and "224" in done.stdout and "1000" in done.stdout
+
+
+def test_other_keys_count(tiny_config_file, capsys):
+    printed = []
+    for opts in ([], ["DATA.IMAGE_SIZE", "64"], ["MODEL.NUM_CLASSES", "5"]):
+        arguments = ["-opts", *opts] if opts else []
+        assert main(["--cfg", str(tiny_config_file), *arguments]) == 0
+        printed.append(figures(capsys.readouterr().out))
+    plain, larger, wider = printed
+    assert larger["train"][0] == plain["train"][0]
+    assert 3 < larger["train"][1] / plain["train"][1] <= 4
+    assert wider["train"][0] == plain["train"][0] + 11 and wider["train"][1] == (
+        plain["train"][1] + 10
+    )
+
+
+def test_a_merged_or_single_kernel_network_prints_what_it_is(tiny_config_file, capsys):
+    assert main(["-cfg", str(tiny_config_file)]) == 0
+    both = figures(capsys.readouterr().out)
+    opts = ["-opts", "MODEL.SMALL_KERNEL_MERGED", "True"]
+    assert main(["-cfg", str(tiny_config_file), *opts]) == 0
+    assert figures(capsys.readouterr().out) == {"merged": both["merged"]}
+    assert main(["-cfg", str(tiny_config_file), "-opts", "MODEL.SMALL_KERNEL", "None"]) == 0
+    single = figures(capsys.readouterr().out)
+    assert single["merged"] == both["merged"]
+    assert single["train"][1] == single["merged"][1]
+
+
+def test_a_backbone_has_figures_too(tiny_config_file, capsys):
+    assert main(["-cfg", str(tiny_config_file), "-opts", "MODEL.OUT_INDICES", "[0, 3]"]) == 0
+    assert figures(capsys.readouterr().out).keys() == {"train", "merged"}
+
+
+def test_bad_input_ends_with_status_2_and_no_traceback(tmp_path):
+    done = run("-cfg", tmp_path / "nowhere.yaml")
+    assert done.returncode == 2 and done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"error: no config file {tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "text, opts, says",
+    [
+        ("MODLE: {NAME: x}", [], "did you mean MODEL.NAME?"),
+        ("DATA: {IMAGE_SIZE: 0}", [], "DATA.IMAGE_SIZE is 0; allowed"),
+        ("{", [], "not valid YAML"),
+        ("", ["SED", "1"], "did you mean SEED?"),
+        ("", ["SEED"], "SEED has no value"),
+        ("MODEL: {LARGE_KERNEL_SIZES: [30, 29, 27, 13]}", [], "odd"),
+        ("MODEL: {CHANNELS: [4, 4, 4, 4], DW_RATIO: 0.01}", [], "MODEL.DW_RATIO"),
+    ],
+)
+def test_a_wrong_config_is_one_message(tmp_path, capsys, text, opts, says):
+    (tmp_path / "user.yaml").write_text(text)
+    arguments = ["-opts", *opts] if opts else []
+    assert main(["-cfg", str(tmp_path / "user.yaml"), *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    [line] = captured.err.splitlines()
+    assert line.startswith("error: ") and says in line
+
+
+def test_a_folder_is_no_config(tmp_path, capsys):
+    assert main(["-cfg", str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["-cfg"], ["-cfg", "a", "-wrong"]])
+def test_wrong_flags_show_the_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: replknet model-info" in capsys.readouterr().err

@@ -1,0 +1,323 @@
+"""replknet predict from the command line: results, pictures, statuses, and bad input of every kind."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from runs import make_run
+from tiny import FIXTURES, ROOT
+
+from replknet_paddle import deploy
+from replknet_paddle.deploy.predictor import open_network
+from replknet_paddle.deploy.sidecar import FILE, Sidecar
+from replknet_paddle.commands import merge
+from replknet_paddle.commands.predict import main
+
+MERGED = ["MODEL.SMALL_KERNEL_MERGED", "True"]
+PICTURES = sorted(map(str, (FIXTURES / "images").glob("[!eR]*")))
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"), classes=9)
+
+
+@pytest.fixture(scope="module")
+def export(run_folder, tmp_path_factory):
+    network = open_network(run_folder)
+    folder = tmp_path_factory.mktemp("exports") / "export"
+    names = [f"class {letter}" for letter in "abcdefghi"]
+    deploy.export_model(
+        network, folder, Sidecar.build(network.config, format="paddle", class_names=names)
+    )
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder as people have them: 3 pictures, 2 of them of one name, and what is none."""
+    folder = tmp_path / "photos"
+    for name in ("a/picture.png", "b/picture.png", "c.JPG"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(PICTURES[len(name) % len(PICTURES)]) as image:
+            image.convert("RGB").save(folder / name)
+    (folder / "notes.txt").write_text("seen in May")
+    (folder / "broken.jpg").write_bytes(Path(PICTURES[1]).read_bytes()[:900])
+    return folder
+
+
+def snapshot(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_results_are_those_of_inference_model(run_folder, tmp_path, capsys):
+    out = tmp_path / "results.jsonl"
+    flags = ["-backend", "dygraph", "--topk", "3", "--out", str(out)]
+    assert main([str(run_folder), *PICTURES, *flags]) == 0
+    expected = deploy.inference_model(open_network(run_folder), PICTURES)
+    for record, path, result in zip(records(out), PICTURES, expected, strict=True):
+        assert record["path"] == path
+        assert record["pred_label"] == result["pred_label"]
+        assert record["pred_score"] == pytest.approx(result["pred_score"], rel=1e-4)
+        order = np.argsort(-result["pred_scores"])[:3]
+        assert [entry["label"] for entry in record["topk"]] == list(order)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.endswith(f"classified {len(PICTURES)} images, skipped 0\n")
+
+
+def test_an_export_is_all_it_takes_and_brings_the_names_of_the_classes(export, tmp_path):
+    out = tmp_path / "results.csv"
+    assert main([str(export), PICTURES[0], "--out", str(out), "--topk", "100"]) == 0
+    with open(out, newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert sorted(row[f"class_{i}"] for i in range(1, 10)) == [f"class {c}" for c in "abcdefghi"]
+    assert "class_10" not in row
+    assert sum(float(row[f"score_{i}"]) for i in range(1, 10)) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_folder_is_classified_and_what_does_not_decode_is_skipped_and_told(
+    run_folder, photos, tmp_path, capsys
+):
+    out = tmp_path / "results.jsonl"
+    assert main([str(run_folder), str(photos), "--out", str(out), "-backend", "dygraph"]) == 1
+    by_path = {record["path"]: record for record in records(out)}
+    assert len(by_path) == 4
+    assert "truncated" in by_path[str(photos / "broken.jpg")]["problem"]
+    assert "pred_label" in by_path[str(photos / "c.JPG")]
+    error = capsys.readouterr().err
+    assert "classified 3 images, skipped 1, passed over 1 files" in error
+    assert f"  {photos / 'broken.jpg'}: " in error
+
+
+def test_without_a_file_the_results_are_printed_alone(run_folder, photos):
+    """Paddle prints to standard output as well, from C++."""
+    done = subprocess.run(
+        [sys.executable, "-m", "replknet_paddle.commands.predict", str(run_folder), str(photos), "--topk=2"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 1, done.stderr
+    lines = sorted(done.stdout.splitlines())
+    assert [line.split(": ")[0] for line in lines] == sorted(
+        str(photos / name) for name in ("a/picture.png", "b/picture.png", "c.JPG", "broken.jpg")
+    )
+    assert sum(line.count(" %") for line in lines) == 6
+
+
+def test_a_merged_checkpoint_is_predicted_with_its_configuration(run_folder, tmp_path):
+    merged, out = tmp_path / "merged.safetensors", tmp_path / "results.jsonl"
+    assert merge.main(["-pretrained", str(run_folder), str(merged)]) == 0
+    flags = ["-cfg", str(run_folder / "config.yaml"), "-backend", "dygraph", "--out", str(out)]
+    assert main([str(merged), *PICTURES, *flags, "-opts", *MERGED]) == 0
+    expected = deploy.inference_model(open_network(run_folder), PICTURES)
+    for record, result in zip(records(out), expected, strict=True):
+        assert record["pred_label"] == result["pred_label"]
+        assert record["pred_score"] == pytest.approx(result["pred_score"], rel=1e-3)
+
+
+def test_names_cannot_command_the_terminal(run_folder, tmp_path, capsys):
+    path = tmp_path / "\x1b[31mred\n.png"
+    Image.new("RGB", (40, 40)).save(path)
+    assert main([str(run_folder), str(tmp_path), "-backend", "dygraph"]) == 0
+    captured = capsys.readouterr()
+    assert "\x1b" not in captured.out + captured.err and len(captured.out.splitlines()) == 1
+    assert "\\x1b[31mred\\n.png" in captured.out
+
+
+def test_saved_pictures_are_one_for_each_and_touch_no_input(run_folder, photos, capsys):
+    before = snapshot(photos)
+    drawn = photos / "drawn"  # within what is searched
+    flags = ["--save-pictures", str(drawn), "-backend", "dygraph"]
+    assert main([str(run_folder), str(photos), *flags]) == 1
+    assert {path: content for path, content in snapshot(photos).items() if path in before} == before
+    names = sorted(path.name for path in drawn.iterdir())
+    assert [name[:7] for name in names] == ["000001_", "000002_", "000003_"]
+    assert sorted(name[7:] for name in names) == ["c.jpg", "picture.jpg", "picture.jpg"]
+    for path in drawn.iterdir():
+        with Image.open(path) as image:
+            assert image.format == "JPEG" and image.size == (1440, 480)
+
+
+def test_a_grid_holds_the_first_pictures(run_folder, tmp_path):
+    grid = tmp_path / "grid.png"
+    arguments = [str(run_folder), *(PICTURES * 2)[:14], "--save-grid", str(grid)]
+    assert main([*arguments, "-backend", "dygraph"]) == 0
+    with Image.open(grid) as image:
+        assert image.size == (3 * 480, 4 * 160)
+        pixels = np.asarray(image.convert("L"))
+    for row in range(4):
+        for column in range(3):
+            cell = pixels[160 * row : 160 * row + 160, 480 * column : 480 * column + 480]
+            assert cell[:, :240].std() > 20, (row, column)  # a picture, rather than white
+    assert list(tmp_path.iterdir()) == [grid]
+
+
+def test_an_interruption_says_where_the_results_are(run_folder, tmp_path, monkeypatch, capsys):
+    class Interrupted:
+        def __init__(self, *_):
+            self.count = 0
+
+        def add(self, prediction):
+            self.count += 1
+            if self.count == 3:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr("replknet_paddle.commands.predict.Summary", Interrupted)
+    out = tmp_path / "r.jsonl"
+    flags = ["--out", str(out), "-backend", "dygraph"]
+    assert main([str(run_folder), *PICTURES, *flags]) == 130
+    assert f"interrupted; the results so far are in {out}.unfinished" in capsys.readouterr().err
+    assert len(records(tmp_path / "r.jsonl.unfinished")) == 2 and not out.exists()
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly(run_folder, monkeypatch, capsys):
+    def closed(*_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("replknet_paddle.commands.predict.Console.write", closed)
+    assert main([str(run_folder), *PICTURES, "-backend", "dygraph"]) == 141
+    assert capsys.readouterr().err == ""
+
+
+def bad_inputs(folder, run_folder, export):
+    """{what: (arguments, part of the message)}, with the files that they need."""
+    picture = PICTURES[0]
+    (folder / "empty").mkdir()
+    (folder / "text.txt").write_text("no picture")
+    (folder / "full").mkdir()
+    (folder / "full" / "file").touch()
+    (folder / "there.png").write_bytes(b"precious")
+    Image.new("1", (20_000, 20_000)).save(folder / "huge.png")
+    for name, change in {
+        "no_sidecar": lambda path: (path / FILE).unlink(),
+        "other_version": lambda path: (path / FILE).write_text(
+            (path / FILE).read_text().replace('"format_version": 1', '"format_version": 99')
+        ),
+        "no_json": lambda path: (path / FILE).write_text("{"),
+        "no_model": lambda path: (path / "model.pdiparams").unlink(),
+    }.items():
+        (folder / name).mkdir()
+        for file in export.iterdir():
+            (folder / name / file.name).write_bytes(file.read_bytes())
+        change(folder / name)
+    run, folder = str(run_folder), str(folder)
+    return {
+        "no model": ([f"{folder}/nowhere", picture], f"no model {folder}/nowhere; allowed: "),
+        "no sidecar": ([f"{folder}/no_sidecar", picture], f"has no {FILE}"),
+        "other version": ([f"{folder}/other_version", picture], "format_version 99"),
+        "no json": ([f"{folder}/no_json", picture], "not valid JSON"),
+        "no model file": ([f"{folder}/no_model", picture], "model.pdiparams"),
+        "a model that is a picture": ([picture, picture], picture),
+        "no image": ([run, f"{folder}/nowhere.png"], f"no image, folder or pattern {folder}/nowh"),
+        "no match": ([run, f"{folder}/*.gif"], f"no file matches {folder}/*.gif"),
+        "an empty folder": ([run, f"{folder}/empty"], f"no image in the folder {folder}/empty"),
+        "not an image": ([run, f"{folder}/text.txt"], "text.txt: cannot identify it as any of"),
+        "a huge image": ([run, f"{folder}/huge.png"], "could be decompression bomb"),
+        "topk 0": ([run, picture, "--topk=0"], "--topk is 0; allowed: an integer >= 1"),
+        "batch 0": ([run, picture, "-batch_size=0"], "-batch_size is 0; allowed"),
+        "backend": ([run, picture, "-backend=fastest"], "fastest"),
+        "out": ([run, picture, f"--out={folder}/r.txt"], "neither of .jsonl and .csv"),
+        "out nowhere": ([run, picture, f"--out={folder}/no/r.csv"], "there is no folder"),
+        "pictures": ([run, picture, f"--save-pictures={folder}/full"], "is not empty"),
+        "grid": ([run, picture, f"--save-grid={folder}/there.png"], "there.png exists"),
+        "opts": ([run, picture, "-opts", "MODEL.NAMES", "x"], "MODEL.NAMES"),
+        "no cfg": ([run, picture, f"-cfg={folder}/no.yaml"], "no.yaml"),
+        "cfg of an export": ([str(export), picture, "-cfg=x.yaml"], "no checkpoint or run folder"),
+        "opts of an export": ([str(export), picture, "-opts", *MERGED], "is no checkpoint"),
+        "opts of a name": (["replknet-31b-1k-224", picture, "-opts", *MERGED], "published model"),
+    }
+
+
+WHAT = [
+    "no model",
+    "no sidecar",
+    "other version",
+    "no json",
+    "no model file",
+    "a model that is a picture",
+    "no image",
+    "no match",
+    "an empty folder",
+    "not an image",
+    "a huge image",
+    "topk 0",
+    "batch 0",
+    "backend",
+    "out",
+    "out nowhere",
+    "pictures",
+    "grid",
+    "opts",
+    "no cfg",
+    "cfg of an export",
+    "opts of an export",
+    "opts of a name",
+]
+
+
+@pytest.mark.parametrize("what", WHAT)
+def test_bad_input_is_one_message_and_writes_nothing(tmp_path, run_folder, export, capfd, what):
+    inputs = bad_inputs(tmp_path, run_folder, export)
+    assert list(inputs) == WHAT
+    arguments, says = inputs[what]
+    wanted = {"--out": "r.csv", "--save-pictures": "drawn", "--save-grid": "grid.png"}
+    given = " ".join(arguments)
+    flags = [f"{flag}={tmp_path / name}" for flag, name in wanted.items() if flag not in given]
+    if arguments[0] == str(run_folder) and "-backend" not in given:
+        flags.append("-backend=dygraph")  # opens in no time
+    arguments[2:2] = flags
+    before = snapshot(tmp_path)
+    capfd.readouterr()
+    assert main(arguments) == 2
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    error = captured.err[captured.err.index("error: ") :]
+    assert says in error
+    assert captured.err.count("error: ") == 1 and "Traceback" not in captured.err
+    assert snapshot(tmp_path) == before
+    assert not (tmp_path / "drawn").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_many_files_take_no_more_memory_than_few(run_folder, tmp_path):
+    """The peak of 2,000 files in one folder against that of 200, in a process of their own."""
+    for name, count in (("few", 200), ("many", 2000)):
+        (tmp_path / name).mkdir()
+        small = tmp_path / name / "0.png"
+        Image.fromarray(np.zeros((64, 64, 3), "uint8")).save(small)
+        for i in range(1, count):
+            os.link(small, tmp_path / name / f"{i}.png")
+    code = """
+import resource, sys
+from replknet_paddle.commands.predict import main
+for name in ("few", "many"):
+    assert main([sys.argv[1], f"{sys.argv[2]}/{name}", f"--out={sys.argv[2]}/{name}.jsonl",
+                 "-backend=dygraph", "-batch_size=50"]) == 0
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(run_folder), str(tmp_path)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    few_kib, many_kib = map(int, done.stdout.split())
+    # A preprocessed image is 12 KiB: kept, 1,800 of them would take 21 MiB.
+    assert many_kib - few_kib < 10 * 1024

@@ -1,0 +1,238 @@
+"""Writing and checking list files, on sets with every kind of damage."""
+
+import json
+import os
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.data.list_files import KINDS, check_data, make_lists, read_synsets
+from replknet_paddle.commands import check_data as check_data_tool
+from replknet_paddle.commands import make_lists as make_lists_tool
+
+
+def jpeg(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (24, 32, 3), np.uint8)
+    buffer = BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def write(path, content: bytes):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def tree(folder, images: list[str]):
+    for seed, image in enumerate(images):
+        write(folder / image, jpeg(seed))
+
+
+def lines(folder, split: str) -> list[str]:
+    return (folder / f"{split}_list.txt").read_text().splitlines()
+
+
+# ---- writing
+
+
+def test_lists_of_folder_trees_number_the_sorted_classes(tmp_path):
+    tree(
+        tmp_path,
+        ["train/dog/2.JPG", "train/dog/10.jpg", "train/Cat/sub folder/a.png", "train/ant/b.webp"]
+        + ["val/dog/1.jpeg", "train/dog/notes.txt", "train/dog/.hidden.jpg", "train/.git/x.jpg"],
+    )
+    written = make_lists(str(tmp_path), train="train", val="val")
+    assert written == {"train_list.txt": 4, "val_list.txt": 1, "class_names.txt": 3}
+    assert lines(tmp_path, "train") == [
+        "train/Cat/sub folder/a.png 0",
+        "train/ant/b.webp 1",
+        "train/dog/10.jpg 2",
+        "train/dog/2.JPG 2",
+    ]
+    assert lines(tmp_path, "val") == ["val/dog/1.jpeg 2"]
+    assert (tmp_path / "class_names.txt").read_text().splitlines() == ["Cat", "ant", "dog"]
+
+
+def imagenet(folder, *, compressed: bool):
+    """ImageNet's layout with three classes, whose IDs are not in the order of their synsets."""
+    io = pytest.importorskip("scipy.io")
+    data, kit = folder / "imagenet", folder / "kit" / "data"
+    tree(data, [f"train/{name}/{name}_1.JPEG" for name in ("n03", "n01", "n02")])
+    tree(data, [f"val/ILSVRC2012_val_0000000{i}.JPEG" for i in range(1, 5)])
+    kit.mkdir(parents=True)
+    (kit / "ILSVRC2012_validation_ground_truth.txt").write_text("3\n1\n2\n1\n")
+    fields = [("ILSVRC2012_ID", object), ("WNID", object), ("words", object), ("hist", object)]
+    synsets = np.array(
+        [(1, "n02", "kit fox, Vulpes", np.arange(3.0)), (2, "n03", "setter", np.arange(2))]
+        + [(3, "n01", "x", np.zeros(0)), (1001, "n99", "an inner node", np.zeros(1))],
+        dtype=fields,
+    ).reshape(4, 1)
+    io.savemat(kit / "meta.mat", {"synsets": synsets}, do_compression=compressed)
+    return data, folder / "kit"
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_ground_truth_becomes_labels_in_the_order_of_the_synsets(tmp_path, compressed):
+    data, kit = imagenet(tmp_path, compressed=compressed)
+    written = make_lists(str(data), train="train", val="val", devkit=str(kit))
+    assert written == {"train_list.txt": 3, "val_list.txt": 4, "class_names.txt": 3}
+    # The ground truth says 3, 1, 2, 1: n01, n02, n03, n02.
+    assert [line.split()[1] for line in lines(data, "val")] == ["0", "1", "2", "1"]
+    assert lines(data, "train")[0] == "train/n01/n01_1.JPEG 0"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_damaged_meta_is_refused(tmp_path, seed):
+    _, kit = imagenet(tmp_path, compressed=seed % 2 == 0)
+    rng, meta = np.random.default_rng(seed), kit / "data" / "meta.mat"
+    content = bytearray(meta.read_bytes())
+    for _ in range(50):
+        content[rng.integers(128, len(content))] = rng.integers(256)
+    meta.write_bytes(content[: rng.integers(100, len(content))])
+    with pytest.raises(InputError, match="not the meta.mat"):
+        read_synsets(str(meta))
+
+
+def test_what_cannot_become_a_list_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="train"):
+        make_lists(str(tmp_path), train="train", val="val")
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    with pytest.raises(InputError, match="no images"):
+        make_lists(str(tmp_path), train="train", val="val")
+    tree(tmp_path, ["train/a/1.jpg", "val/a/1.jpg", "val/b/1.jpg"])
+    with pytest.raises(InputError, match="val/b: no such class"):
+        make_lists(str(tmp_path), train="train", val="val")
+    write(tmp_path / "train" / "a" / "line\nbreak.jpg", jpeg(0))
+    with pytest.raises(InputError, match="line breaks"):
+        make_lists(str(tmp_path), train="train", val="train")
+    assert not list(tmp_path.glob("*.txt*"))
+
+
+def test_command_line_replaces_lists_only_when_told(tmp_path, capsys):
+    tree(tmp_path, ["train/a/1.jpg", "val/a/1.jpg"])
+    assert make_lists_tool.main([str(tmp_path)]) == 0
+    assert "train_list.txt: 1 lines" in capsys.readouterr().out
+    assert make_lists_tool.main([str(tmp_path)]) == 2
+    assert "-overwrite" in capsys.readouterr().err
+    assert make_lists_tool.main([str(tmp_path), "-overwrite"]) == 0
+    assert make_lists_tool.main([str(tmp_path / "nothing")]) == 2
+
+
+# ---- checking
+
+
+def damaged(folder):
+    """A data set with each kind of damage; returns {kind: [(list, line)]}."""
+    tree(folder, [f"train/{i}.jpg" for i in range(8)] + ["val/0.jpg", "val/1.jpg"])
+    write(folder.parent / "outside.jpg", jpeg(100))
+    (folder / "train" / "link.jpg").symlink_to(folder.parent / "outside.jpg")
+    write(folder / "train" / "text.jpg", b"no image at all")
+    half = jpeg(50)
+    write(folder / "train" / "half.jpg", half[: len(half) // 2])
+    write(folder / "train" / "empty.jpg", b"")
+    png = BytesIO()
+    Image.effect_noise((40, 40), 50).save(png, "PNG")
+    broken = bytearray(png.getvalue())
+    broken[60] ^= 255
+    write(folder / "train" / "broken.png", bytes(broken))
+    deep = np.full((8, 8), 40_000, np.uint16)
+    Image.fromarray(deep).save(folder / "train" / "deep.png")
+    write(folder / "val" / "copy.jpg", (folder / "train" / "3.jpg").read_bytes())
+    train = [
+        ("train/0.jpg 0", None),
+        ("train/1.jpg 1", None),
+        ("train/2.jpg", "line"),
+        ("train/3.jpg 4", None),
+        ("train/4.jpg 5", "label"),
+        ("train/5.jpg -1", "label"),
+        ("train/1.jpg 1", "duplicate"),
+        ("../outside.jpg 1", "outside"),
+        ("/etc/hostname 1", "outside"),
+        ("train/link.jpg 1", "outside"),
+        ("train/none.jpg 1", "missing"),
+        ("", None),
+        ("train/text.jpg 1", "undecodable"),
+        ("train/half.jpg 1", "truncated"),
+        ("train/empty.jpg 1", "truncated"),
+        ("train/broken.png 3", "undecodable"),
+        ("train/deep.png 1", "undecodable"),
+    ]
+    val = [
+        ("val/0.jpg 0", None),
+        ("val/1.jpg 1", None),
+        ("train/0.jpg 0", "overlap"),
+        ("val/copy.jpg 1", "overlap"),
+        ("val/1.jpg one", "line"),
+    ]
+    expected = [("empty class", "train_list.txt", 0)]  # 2
+    for name, content in (("train_list.txt", train), ("val_list.txt", val)):
+        (folder / name).write_text("".join(f"{line}\n" for line, _ in content))
+        expected += [(kind, name, number) for number, (_, kind) in enumerate(content, 1) if kind]
+    return sorted(expected)
+
+
+def test_every_kind_of_damage_is_found_and_nothing_else(tmp_path):
+    expected = damaged(tmp_path / "data")
+    report = check_data(str(tmp_path / "data"), num_classes=5, workers=2)
+    found = [(problem["kind"], problem["list"], problem["line"]) for problem in report["problems"]]
+    assert sorted(found) == expected
+    assert {kind for kind, _, _ in found} == set(KINDS)
+    assert report["counts"] == {kind: [k for k, _, _ in found].count(kind) for kind in KINDS}
+    assert report["lists"]["val_list.txt"]["images_per_class"] == [2, 2, 0, 0, 0]
+
+
+def test_command_line_reports_and_says_so_by_its_status(tmp_path, capsys):
+    damaged(tmp_path / "data")
+    report = tmp_path / "report.json"
+    arguments = [str(tmp_path / "data"), "-num_classes", "5", "-workers", "1"]
+    assert check_data_tool.main([*arguments, "-report", str(report)]) == 1
+    assert len(json.loads(report.read_text())["problems"]) == 17
+    out = capsys.readouterr().out
+    assert "train_list.txt, line 3: line: " in out and out.endswith("wrong\n")
+
+    tree(tmp_path / "good", ["train/a/0.jpg"])
+    tree(tmp_path / "good", ["other/b/0.jpg", "val/a/1.jpg"])
+    make_lists(str(tmp_path / "good"), train="train", val="val")
+    assert check_data_tool.main([str(tmp_path / "good"), "-workers", "1"]) == 0
+    assert capsys.readouterr().out.endswith("all right\n")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nowhere"], [".", "-num_classes", "0"], [".", "-workers", "0"]]
+)
+def test_command_line_that_cannot_check_exits_2(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    assert check_data_tool.main(arguments) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_paths_outside_can_be_allowed(tmp_path):
+    write(tmp_path / "outside.jpg", jpeg(0))
+    write(tmp_path / "data" / "a.jpg", jpeg(1))
+    absolute = os.path.abspath(tmp_path / "outside.jpg")
+    (tmp_path / "data" / "train_list.txt").write_text(f"a.jpg 0\n../outside.jpg 0\n{absolute} 0\n")
+    for allow, wrong in ((False, 2), (True, 0)):
+        report = check_data(str(tmp_path / "data"), allow_outside=allow)
+        assert len(report["problems"]) == wrong
+
+
+def test_one_absurd_label_makes_no_million_classes(tmp_path):
+    tree(tmp_path, ["train/a/1.jpg", "train/b/1.jpg"])
+    lines = "train/a/1.jpg 0\ntrain/b/1.jpg 99999999999\ntrain/b/1.jpg 123456789012345678901\n"
+    (tmp_path / "train_list.txt").write_text(lines)
+    report = check_data(str(tmp_path))
+    assert report["num_classes"] == 3
+    wrong = [(p["line"], p["kind"]) for p in report["problems"] if p["kind"] == "label"]
+    assert wrong == [(2, "label"), (3, "label")]
+
+
+def test_kinds_of_problems_do_not_depend_on_names(tmp_path):
+    lines = "my data folder/a.jpg\nlabel.jpg x\n../label 0\n"
+    (tmp_path / "train_list.txt").write_text(lines)
+    report = check_data(str(tmp_path))
+    kinds = [p["kind"] for p in report["problems"] if p["line"]]
+    assert kinds == ["line", "line", "outside"]

@@ -1,0 +1,202 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+
+from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.data.transforms.mixup import Mix, Mixup, cutmix_box, cutmix_box_minmax, mix_images, mix_labels
+
+GOLDENS = Path(__file__).parent / "goldens"  # what made them: see make_goldens.py there
+DRAWS = json.loads((GOLDENS / "timm_draws.json").read_text())
+
+
+def mixup(**changed) -> Mixup:
+    """The official recipe's, for 10 classes."""
+    return Mixup(
+        **(
+            {
+                "mixup_alpha": 0.8,
+                "cutmix_alpha": 1.0,
+                "cutmix_minmax": None,
+                "prob": 1.0,
+                "switch_prob": 0.5,
+                "label_smoothing": 0.1,
+                "num_classes": 10,
+            }
+            | changed
+        )
+    )
+
+
+def draws(mixer: Mixup, count: int = 4000) -> list[Mix]:
+    return [mixer.draw(48, 65, np.random.default_rng(seed)) for seed in range(count)]
+
+
+def batch(size: int) -> paddle.Tensor:
+    values = np.random.default_rng(size).standard_normal((size, 3, 8, 9), np.float32)
+    return paddle.to_tensor(values)
+
+
+def test_draws_equal_timm():
+    for row in DRAWS["mixes"]:
+        mixer = mixup(
+            **{key: row[key] for key in ("mixup_alpha", "cutmix_alpha", "prob", "switch_prob")}
+        )
+        mix = mixer.draw(row["height"], row["width"], np.random.default_rng(row["seed"]))
+        assert mix.lam == row["lam"], row["seed"]
+        assert (None if mix.box is None else list(mix.box)) == row["box"], row["seed"]
+
+
+def test_minmax_boxes_equal_timm():
+    for row in DRAWS["minmax_boxes"]:
+        box = cutmix_box_minmax(
+            row["height"], row["width"], row["minmax"], np.random.default_rng(row["seed"])
+        )
+        assert list(box) == row["box"], row["seed"]
+
+
+@pytest.mark.parametrize("prob", [0.0, 0.3, 1.0])
+def test_share_of_batches_mixed(prob):
+    mixed = np.mean([mix != Mix(1.0, None) for mix in draws(mixup(prob=prob))])
+    assert mixed == pytest.approx(prob, abs=0.03 if 0 < prob < 1 else 1e-12)
+
+
+@pytest.mark.parametrize("switch_prob", [0.0, 0.3, 1.0])
+def test_switch_probability_is_that_of_cutmix(switch_prob):
+    cut = np.mean([mix.box is not None for mix in draws(mixup(switch_prob=switch_prob))])
+    assert cut == pytest.approx(switch_prob, abs=0.03 if 0 < switch_prob < 1 else 1e-12)
+
+
+def test_one_kind_alone_ignores_the_switch_probability():
+    assert all(mix.box is None for mix in draws(mixup(cutmix_alpha=0.0, switch_prob=1.0), 50))
+    assert all(mix.box is not None for mix in draws(mixup(mixup_alpha=0.0, switch_prob=0.0), 50))
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.8, 1.0])
+def test_mixup_lam_is_beta_distributed(alpha):
+    lam = np.array([mix.lam for mix in draws(mixup(mixup_alpha=alpha, cutmix_alpha=0.0))])
+    assert lam.mean() == pytest.approx(0.5, abs=0.025)
+    assert lam.var() == pytest.approx(0.25 / (2 * alpha + 1), abs=0.01)
+
+
+def test_cutmix_lam_is_the_share_left_of_the_own_image():
+    for mix in draws(mixup(mixup_alpha=0.0), 500):
+        top, left, bottom, right = mix.box
+        assert 0 <= top <= bottom <= 48 and 0 <= left <= right <= 65
+        kept = np.ones((48, 65))
+        kept[top:bottom, left:right] = 0
+        assert mix.lam == pytest.approx(kept.mean(), abs=1e-12)
+
+
+@pytest.mark.parametrize("lam, shape", [(0.0, (40, 60)), (1.0, (0, 0)), (0.75, (20, 30))])
+def test_cutmix_box_has_the_shape_of_the_image(lam, shape):
+    boxes = np.array([cutmix_box(40, 60, lam, np.random.default_rng(seed)) for seed in range(500)])
+    sides = boxes[:, 2:] - boxes[:, :2]
+    assert tuple(sides.max(axis=0)) == shape  # the border clips the others
+
+
+@pytest.mark.parametrize("minmax", [(0.2, 0.8), (0.5, 0.5), (0.0, 0.0), (1.0, 1.0), (0.0, 1.0)])
+def test_minmax_sides_keep_their_limits(minmax):
+    for mix in draws(mixup(mixup_alpha=0.0, cutmix_alpha=0.0, cutmix_minmax=minmax), 200):
+        top, left, bottom, right = mix.box
+        assert int(48 * minmax[0]) <= bottom - top <= 48 * minmax[1]
+        assert int(65 * minmax[0]) <= right - left <= 65 * minmax[1]
+        assert 0 <= top <= bottom <= 48 and 0 <= left <= right <= 65
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 8])
+def test_blend_is_linear_in_the_pairs(size):
+    images = batch(size)
+    mixed = mix_images(images, Mix(0.3, None)).numpy()
+    x = images.numpy()
+    np.testing.assert_allclose(mixed, 0.3 * x + 0.7 * x[::-1], atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 8])
+def test_cutmix_pastes_the_partner_and_nothing_else(size):
+    images = batch(size)
+    x = images.numpy().copy()
+    expected = x.copy()
+    expected[:, :, 2:5, 1:9] = x[::-1, :, 2:5, 1:9]
+    mixed = mix_images(images, Mix(1 - 24 / 72, (2, 1, 5, 9)))
+    np.testing.assert_array_equal(mixed.numpy(), expected)
+    np.testing.assert_array_equal(images.numpy(), x)  # the input is left alone
+
+
+@pytest.mark.parametrize("mix", [Mix(1.0, None), Mix(1.0, (3, 4, 3, 4))])
+def test_nothing_to_mix(mix):
+    images = batch(4)
+    np.testing.assert_array_equal(mix_images(images, mix).numpy(), images.numpy())
+
+
+def test_whole_box_swaps_the_pair():
+    images = batch(4)
+    mixed = mix_images(images, Mix(0.0, (0, 0, 8, 9)))
+    np.testing.assert_array_equal(mixed.numpy(), images.numpy()[::-1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(paddle.device.cuda.device_count() == 0, reason="needs a GPU")
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float32", 1e-6), ("float16", 4e-3), ("bfloat16", 4e-2)]
+)
+@pytest.mark.parametrize("mix", [Mix(0.25, None), Mix(0.5, (0, 0, 4, 9))])
+def test_gpu_equals_cpu_in_every_precision(dtype, tolerance, mix):
+    expected = mix_images(batch(5), mix).numpy()
+    mixed = mix_images(batch(5).cuda().astype(dtype), mix)
+    assert mixed.place.is_gpu_place()
+    assert mixed.astype("float32").astype(dtype).dtype == mixed.dtype
+    np.testing.assert_allclose(mixed.astype("float32").numpy(), expected, atol=tolerance)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_soft_targets(lam, smoothing):
+    labels = np.array([4, 0, 2, 4, 3])
+    targets = mix_labels(paddle.to_tensor(labels), lam, num_classes=6, label_smoothing=smoothing)
+    one_hot = np.eye(6)[labels]
+    smooth = np.where(one_hot == 1, 1 - smoothing + smoothing / 6, smoothing / 6)
+    assert targets.dtype == paddle.float32
+    np.testing.assert_allclose(targets.numpy(), lam * smooth + (1 - lam) * smooth[::-1], atol=1e-6)
+    np.testing.assert_allclose(targets.numpy().sum(1, dtype=np.float64), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_call_mixes_images_and_labels_with_one_draw(size):
+    images, labels = batch(size), paddle.arange(size)
+    for seed in range(8):
+        mixed, targets = mixup()(images, labels, np.random.default_rng(seed))
+        mix = mixup().draw(8, 9, np.random.default_rng(seed))
+        np.testing.assert_array_equal(mixed.numpy(), mix_images(images, mix).numpy())
+        expected = mix_labels(labels, mix.lam, num_classes=10, label_smoothing=0.1)
+        np.testing.assert_array_equal(targets.numpy(), expected.numpy())
+
+
+def test_paddles_and_numpys_global_generators_are_not_touched():
+    paddle.seed(0)
+    np.random.seed(0)
+    expected = paddle.rand([4]).numpy(), np.random.rand(4)
+    paddle.seed(0)
+    np.random.seed(0)
+    mixup()(batch(4), paddle.arange(4), np.random.default_rng(0))
+    np.testing.assert_array_equal(paddle.rand([4]).numpy(), expected[0])
+    np.testing.assert_array_equal(np.random.rand(4), expected[1])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"mixup_alpha": -1.0},
+        {"mixup_alpha": 0.0, "cutmix_alpha": 0.0},
+        {"prob": 1.2},
+        {"switch_prob": -0.1},
+        {"label_smoothing": 1.0},
+        {"cutmix_minmax": (0.8, 0.2)},
+        {"cutmix_minmax": (0.2, 1.2)},
+    ],
+)
+def test_illegal_arguments_are_refused(wrong):
+    with pytest.raises(InputError):
+        mixup(**wrong)

@@ -1,0 +1,631 @@
+"""Whole runs: stopped, resumed, killed and spread over processes, they end as straight ones do.
+
+Most runs are forks of one process that has imported everything (processes.py); those that test how
+processes are started are started as people start them.
+"""
+
+import contextlib
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from processes import (
+    Run,
+    assert_same_end,
+    finish,
+    finish_ranks,
+    free_ports,
+    metrics,
+    step_of,
+    wait_for,
+    whole_steps,
+)
+from tiny import ROOT, make_data
+
+from replknet_paddle.checkpoints.training import checkpoints, load_checkpoint, newest_whole_checkpoint
+
+pytest_plugins = ["run_fixtures"]
+
+# ---- evaluation
+
+
+def evaluation(run_folder) -> tuple:
+    (record,) = metrics(run_folder)
+    counts = [record[f"val_top{k}_percent"] * 101 / 100 for k in (1, 5)]
+    return counts, record["val_loss"]
+
+
+def test_evaluation_is_the_same_for_any_processes_and_batch_size(
+    tiny_data, straight, tmp_path, run_main
+):
+    weights = straight / "last"
+    results = {}
+    for batch_size in (1, 8, 128):
+        flags = [f"-pretrained={weights}", f"-data_path={tiny_data}", "-eval"]
+        folder = tmp_path / f"batch{batch_size}"
+        finish([*flags, f"-batch_size={batch_size}", f"-output={folder}"], output=tmp_path / "log")
+        results[1, batch_size] = evaluation(folder)
+    for processes, batch_size in ((2, 8), (3, 7)):
+        folder = tmp_path / f"nproc{processes}"
+        done = run_main(
+            *flags, f"-batch_size={batch_size}", f"-nproc={processes}", f"-output={folder}"
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "(101/101)" in done.stdout  # top-5 of 4 classes: every image once
+        results[processes, batch_size] = evaluation(folder)
+    counts, loss = results[1, 8]
+    (recorded,) = [record for record in metrics(straight) if record["epoch"] == 4]
+    assert recorded["val_loss"] == pytest.approx(loss, rel=1e-6)
+    for key, (got_counts, got_loss) in results.items():
+        assert got_counts == counts, (key, results)
+        assert got_loss == pytest.approx(loss, abs=1e-6, rel=1e-6), (key, results)
+
+
+@pytest.mark.parametrize("weights", ["model", "model_ema"])
+def test_evaluation_of_a_checkpoint_gives_what_training_recorded(
+    tiny_data, straight, tmp_path, weights
+):
+    flags = [f"-pretrained={straight / 'last'}", f"-data_path={tiny_data}", "-eval"]
+    finish(
+        [*flags, f"-output={tmp_path / 'run'}", "-opts", "MODEL.PRETRAINED_WEIGHTS", weights],
+        output=tmp_path / "log",
+    )
+    prefix = "val" if weights == "model" else "val_ema"
+    assert metrics(tmp_path / "run")[0]["val_loss"] == metrics(straight)[-1][f"{prefix}_loss"]
+
+
+def test_a_broken_image_of_another_rank_is_named_on_the_console(
+    tiny_config_file, tmp_path, run_main
+):
+    bad_line = 2  # rank 1 of 2 has the second image, the fourth, ...
+    folder = tmp_path / "data"
+    make_data(folder, train=16, val=101)
+    line = (folder / "val_list.txt").read_text().splitlines()[bad_line - 1]
+    (folder / line.rsplit(" ", 1)[0]).write_bytes(b"no image")
+    done = run_main(
+        f"-cfg={tiny_config_file}", f"-data_path={folder}", f"-output={tmp_path / 'run'}",
+        "-eval", "-nproc=2",
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    assert done.returncode == 2, said
+    assert f"{folder / 'val_list.txt'}, line {bad_line}: cannot read image" in said, said
+
+
+# ---- the same seed
+
+
+def test_same_seed_same_weights_another_seed_others(run_flags, straight, tmp_path):
+    finish([*run_flags, f"-output={tmp_path / 'same'}"], output=tmp_path / "log")
+    assert_same_end(tmp_path / "same", straight)
+    finish(
+        [*run_flags, f"-output={tmp_path / 'other'}", "-opts", "SEED", "1"],
+        output=tmp_path / "log",
+    )
+    ours, theirs = (
+        load_checkpoint(str(folder / "last")).model["head.weight"]
+        for folder in (straight, tmp_path / "other")
+    )
+    assert not np.allclose(ours, theirs)
+
+
+def test_a_run_started_as_people_start_it_is_the_same(run_flags, straight, tmp_path, run_main):
+    done = run_main(*run_flags, f"-output={tmp_path / 'run'}", script="main_single_gpu.py")
+    assert done.returncode == 0, done.stderr
+    assert_same_end(tmp_path / "run", straight)
+
+
+# ---- stopping and going on
+
+
+def stop_when(flags, folder, condition, number, tmp_path) -> int:
+    """Run until `condition()`, then signal; the exit status."""
+    run = Run([*flags, f"-output={folder}"], output=tmp_path / "stopped.log")
+    wait_for(lambda: condition() or not run.process.is_alive())
+    run.send(number)
+    return run.wait()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_epochs_stop_and_two_more_are_four(run_flags, straight, tmp_path, workers):
+    """The checkpoint of epoch 2 in a folder of its own: as after a stop between two epochs."""
+    flags = [*run_flags, "-opts", "DATA.NUM_WORKERS", workers]
+    finish([*flags, f"-output={tmp_path / 'run'}"], output=tmp_path / "log")
+    assert_same_end(tmp_path / "run", straight)  # whatever the workers
+
+    first = tmp_path / "first"
+    first.mkdir()
+    (first / "checkpoints").mkdir()
+    shutil.copy(straight / "config.yaml", first)
+    lines = (straight / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (first / "metrics.jsonl").write_text("".join(lines[:2]))
+    name = "epoch_0002_step_00000006.safetensors"
+    shutil.copy(straight / "checkpoints" / name, first / "checkpoints")
+    os.symlink(f"checkpoints/{name}", first / "last")
+    said = finish([f"-resume={first}", *flags], output=tmp_path / "log")
+    assert "going on after epoch 2, step 6" in said
+    assert_same_end(first, straight)
+
+
+@pytest.mark.parametrize(
+    "number, status, step",
+    [
+        (signal.SIGTERM, 143, 1),
+        (signal.SIGINT, 130, 4),
+        (signal.SIGTERM, 143, 6),  # the end of an epoch: the average's evaluation follows
+        (signal.SIGINT, 130, 8),
+    ],
+)
+def test_a_signal_at_any_step_saves_and_the_run_goes_on(
+    run_flags, straight, tmp_path, number, status, step
+):
+    folder = tmp_path / "run"
+    flags = [*run_flags, "-opts", "SAVE_STEPS", "2"]
+    got = stop_when(flags, folder, lambda: step_of(folder) >= step, number, tmp_path)
+    said = (tmp_path / "stopped.log").read_text()
+    assert got == status, said
+    stopped_at = step_of(folder)
+    assert f"stopped by {signal.Signals(number).name} after epoch " in said
+    assert load_checkpoint(str(folder / "last")).progress.step == stopped_at >= step
+    assert "Traceback" not in said
+    assert not [n for n in os.listdir(folder / "checkpoints") if "unfinished" in n]
+    finish([*flags, f"-output={folder}", "-resume=auto"], output=tmp_path / "log")
+    assert_same_end(folder, straight)
+
+
+def test_a_signal_with_loader_workers_saves_too(run_flags, straight, tmp_path):
+    folder = tmp_path / "run"
+    flags = [*run_flags, "-opts", "DATA.NUM_WORKERS", "2"]
+    condition = lambda: step_of(folder) >= 5  # noqa: E731
+    assert stop_when(flags, folder, condition, signal.SIGTERM, tmp_path) == 143
+    finish([*flags, f"-output={folder}", "-resume=auto"], output=tmp_path / "log")
+    assert_same_end(folder, straight)
+
+
+def start_really(arguments, **options) -> subprocess.Popen:
+    """main_multi_gpu.py in a process group of its own, as a shell starts it."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "main_multi_gpu.py"), *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **options},
+    )
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_two_processes_stop_together_and_go_on(
+    run_flags, straight_on_two, tmp_path, number, status
+):
+    """SIGTERM to the program alone; SIGINT to its whole group, as Ctrl-C sends it."""
+    folder = tmp_path / "run"
+    flags = [*run_flags, "-batch_size=4", f"-output={folder}", "-opts", "DATA.NUM_WORKERS", "1"]
+    process = start_really([*flags, "-nproc=2"])
+    try:
+        wait_for(lambda: step_of(folder) >= 4 or process.poll() is not None)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == status, said
+    # The launcher may pass on nothing any more: what the workers said is in their logs.
+    said += (folder / "workers" / "workerlog.0").read_text()
+    assert "stopped by SIG" in said, said
+    assert load_checkpoint(str(folder / "last")).progress.step >= 4
+    finish_ranks([*flags, "-resume=auto"], folder=tmp_path)
+    assert_same_end(folder, straight_on_two)
+
+
+def test_going_on_from_an_older_checkpoint_loses_neither_it_nor_what_follows(run_flags, tmp_path):
+    """The way out of a run that diverged: an earlier checkpoint with another learning rate."""
+    folder = tmp_path / "run"
+    finish([*run_flags, f"-output={folder}", "-opts", "SAVE_FREQ", "1"], output=tmp_path / "log")
+    flags = [*run_flags, "-opts", "TRAIN.BASE_LR", "1e-5", "SAVE_FREQ", "100", "SAVE_KEEP", "1"]
+    old = folder / "checkpoints" / "epoch_0001_step_00000003.safetensors"
+    run = Run([*flags, f"-resume={old}"], output=tmp_path / "log")
+    wait_for(lambda: step_of(folder) == 7 or not run.process.is_alive())  # 12 at first
+    run.send(signal.SIGTERM)
+    assert run.wait() == 143, run.text()
+    step = step_of(folder)
+    assert 7 <= step < 12
+    assert load_checkpoint(str(folder / "last")).progress.step == step
+    newest = newest_whole_checkpoint(str(folder))
+    assert load_checkpoint(newest).progress.step == step  # not step 12 of the run before
+
+
+def test_resuming_into_the_folder_of_another_run_is_refused(run_flags, straight, tmp_path):
+    other = tmp_path / "other"
+    (other / "checkpoints").mkdir(parents=True)
+    theirs = other / "checkpoints" / "epoch_0003_step_00000009.safetensors"
+    theirs.write_bytes(b"theirs")
+    said = finish(
+        [*run_flags, f"-resume={straight}", f"-output={other}"],
+        output=tmp_path / "log",
+        status=2,
+    )
+    assert "holds the checkpoints of another run" in said
+    assert theirs.read_bytes() == b"theirs" and os.listdir(other) == ["checkpoints"]
+
+
+def test_resume_auto_passes_over_a_damaged_checkpoint(run_flags, straight, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder, symlinks=True)
+    for name, length in (("epoch_0004_step_00000012", 1000), ("epoch_0003_step_00000009", 0)):
+        os.truncate(folder / "checkpoints" / f"{name}.safetensors", length)
+    said = finish([*run_flags, f"-output={folder}", "-resume=auto"], output=tmp_path / "log")
+    assert said.count("trying the one before it") == 2
+    assert "going on after epoch 2, step 6" in said
+    assert_same_end(folder, straight)
+
+
+def test_a_checkpoint_in_mid_epoch_needs_the_same_batches(run_flags, tmp_path):
+    folder = tmp_path / "run"
+    flags = [*run_flags, "-opts", "SAVE_STEPS", "1"]
+    stop_when(flags, folder, lambda: 4 in whole_steps(folder), signal.SIGKILL, tmp_path)
+    paths = [p for p in checkpoints(str(folder)) if load_checkpoint(p).progress.batch]
+    said = finish(
+        [*run_flags, f"-output={folder}", f"-resume={paths[-1]}", "-batch_size=5"],
+        output=tmp_path / "log",
+        status=2,
+    )
+    assert re.search(r"stopped after \d of 5 batches of an epoch, which has 8 here", said), said
+
+
+def test_a_finished_run_that_is_resumed_changes_nothing(run_flags, straight, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder, symlinks=True)
+    finish([*run_flags, f"-output={folder}", "-resume=auto"], output=tmp_path / "log")
+    assert_same_end(folder, straight)
+
+
+# ---- several processes
+
+
+def frozen_step(arguments: list[str]) -> int:
+    """One optimizer step on this process's share of a global batch of 8, batch norm frozen.
+
+    Keeps the averaged gradients. To be run under the launcher, or as the forks of finish_ranks.
+    """
+    cfg, data_path, output = arguments
+    import paddle
+
+    from replknet_paddle.runtime import processes
+    from replknet_paddle.config import get_config, update_config
+    from replknet_paddle.data.dataset import get_dataloader, get_dataset
+    from replknet_paddle.engine.precision import Precision
+    from replknet_paddle.engine.train import train_epoch
+    from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy
+    from replknet_paddle.model import build_replknet
+
+    class Flags:
+        opts = ["DATA.DATA_PATH", data_path, "MODEL.DROPPATH", "0"]
+        batch_size = None
+
+    processes.init()
+    Flags.batch_size = 8 // processes.world_size()
+    config = update_config(get_config(cfg), Flags)
+    paddle.seed(0)
+    model = build_replknet(config)
+    loader = get_dataloader(
+        config, get_dataset(config, True), True,
+        rank=processes.rank(), world_size=processes.world_size(),
+    )  # fmt: skip
+    train = model.train
+
+    def train_but_batch_norm():
+        train()
+        for layer in model.sublayers():
+            if isinstance(layer, paddle.nn.BatchNorm2D):
+                layer.eval()
+
+    model.train = train_but_batch_norm
+    gradients = []
+
+    class Recorder(paddle.optimizer.SGD):
+        def step(self):
+            gradients.append(
+                {name: p.grad.numpy() for name, p in model.named_parameters() if p.trainable}
+            )
+            super().step()
+
+    for _ in train_epoch(
+        model=model,
+        loader=loader,
+        mixup=None,
+        criterion=LabelSmoothingCrossEntropy(0.1),
+        precision=Precision(),
+        optimizer=Recorder(parameters=model.parameters()),
+        learning_rate=lambda step: 0.1,
+        ema=None,
+        accum_iter=2,
+        seed=0,
+        epoch=0,
+        first_batch=0,
+        first_step=0,
+    ):
+        pass
+    values = {f"{i}/{name}": g for i, step in enumerate(gradients) for name, g in step.items()}
+    np.savez(f"{output}.{processes.world_size()}.{processes.rank()}.npz", **values)
+    return 0
+
+
+def test_gradients_of_two_ranks_are_those_of_one_with_twice_the_batch(
+    tiny_config_file, tiny_data, tmp_path
+):
+    arguments = [str(tiny_config_file), str(tiny_data), str(tmp_path / "gradients")]
+    finish(arguments, output=tmp_path / "log", target=frozen_step)
+    finish_ranks(arguments, folder=tmp_path, target=frozen_step)
+    alone, first, second = (
+        dict(np.load(tmp_path / f"gradients.{name}.npz")) for name in ("1.0", "2.0", "2.1")
+    )
+    assert len({name.split("/")[0] for name in alone}) == 3
+    for step in "012":
+        keys = [name for name in alone if name.startswith(f"{step}/")]
+        for ours in (first, second):
+            error = sum(((ours[key] - alone[key]) ** 2).sum() for key in keys)
+            assert error**0.5 <= 1e-6 * sum((alone[key] ** 2).sum() for key in keys) ** 0.5
+        assert all(first[key].tobytes() == second[key].tobytes() for key in keys)
+
+
+def all_ranks_states(arguments: list[str]) -> int:
+    """A run whose every rank keeps, at its end, what it would save."""
+    from processes import main_status
+
+    from replknet_paddle.runtime import processes
+    from replknet_paddle.engine import run as module
+    from replknet_paddle.checkpoints.training import Checkpoint, save_checkpoint
+    from replknet_paddle.optim.optimizer import optimizer_state
+
+    *arguments, output = arguments
+    train_epochs = module.Training.run
+
+    def run_and_keep(self):
+        result = train_epochs(self)
+        path = f"{output}.{processes.rank()}.safetensors"
+        save_checkpoint(
+            path,
+            Checkpoint(
+                "",
+                self.progress,
+                module.float32_weights(self.model, self.optimizer),
+                self.ema.state(),
+                optimizer_state(self.optimizer, self.model),
+            ),
+        )
+        return result
+
+    module.Training.run = run_and_keep
+    return main_status(arguments)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_all_ranks_end_alike_with_recompute_and_without(
+    run_flags, straight_on_two, tmp_path, recompute
+):
+    """Weights, averages, optimizer state and batch norm's buffers."""
+    finish_ranks(
+        [*run_flags, "-batch_size=4", f"-output={tmp_path / 'run'}",
+         "-opts", "MODEL.RECOMPUTE", recompute, tmp_path / "rank"],
+        folder=tmp_path, target=all_ranks_states,
+    )  # fmt: skip
+    ranks = [load_checkpoint(str(tmp_path / f"rank.{rank}.safetensors")) for rank in (0, 1)]
+    assert any(name.endswith("_mean") for name in ranks[0].model)
+    for part in ("model", "model_ema", "optimizer"):
+        ours, theirs = (getattr(state, part) for state in ranks)
+        assert ours.keys() == theirs.keys()
+        assert not [name for name in ours if ours[name].tobytes() != theirs[name].tobytes()]
+    assert_same_end(tmp_path / "run", straight_on_two)
+
+
+def test_recompute_in_one_process_changes_nothing(run_flags, straight, tmp_path):
+    finish(
+        [*run_flags, f"-output={tmp_path / 'run'}", "-opts", "MODEL.RECOMPUTE", "True"],
+        output=tmp_path / "log",
+    )
+    assert_same_end(tmp_path / "run", straight)
+
+
+def test_two_machines_give_the_weights_of_one(run_flags, straight_on_two, tmp_path):
+    """Two launchers over loopback, which share the run folder."""
+    (port,) = free_ports(1)
+    flags = [*run_flags, "-batch_size=4", f"-output={tmp_path / 'run'}"]
+    nodes = [
+        start_really(flags, NNODES="2", MASTER=f"127.0.0.1:{port}", NPROC_PER_NODE="1")
+        for _ in range(2)
+    ]
+    try:
+        said = [node.communicate(timeout=120)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert_same_end(tmp_path / "run", straight_on_two)
+
+
+def test_a_loss_that_is_no_number_ends_all_ranks_with_status_1(run_flags, tmp_path):
+    said = finish_ranks(
+        [*run_flags, "-batch_size=4", f"-output={tmp_path / 'run'}",
+         "-opts", "TRAIN.BASE_LR", "1e30", "TRAIN.WARMUP_EPOCHS", "0"],
+        folder=tmp_path, status=1,
+    )  # fmt: skip
+    for text in said:
+        assert re.search(r"error: epoch \d, step \d+, loss (nan|inf|-inf), learning rate", text)
+        assert "Traceback" not in text
+
+
+# ---- learning
+
+
+def make_patterns(folder) -> None:
+    """64 noisy images of 4 patterns, which no augmentation turns into one another; all are both
+    the training and the validation set."""
+    rng = np.random.default_rng(0)
+    waves = np.sin(np.arange(40) * 1.2) > 0
+    patterns = [
+        np.broadcast_to(waves, (40, 40)),
+        np.broadcast_to(waves[:, None], (40, 40)),
+        waves ^ waves[:, None],
+        np.zeros((40, 40)),
+    ]
+    folder.mkdir()
+    lines = []
+    for i in range(64):
+        pixels = 80 * patterns[i % 4][..., None] + rng.integers(40, 100, (40, 40, 3))
+        Image.fromarray(pixels.astype("uint8")).save(folder / f"{i}.png")
+        lines.append(f"{i}.png {i % 4}\n")
+    for split in ("train", "val"):
+        (folder / f"{split}_list.txt").write_text("".join(lines))
+
+
+def test_the_full_recipe_overfits_64_images(tiny_config_file, tmp_path):
+    """RandAugment, erasing, mixup, cutmix, smoothing, drop path, EMA and accumulation: all on."""
+    make_patterns(tmp_path / "data")
+    options = {
+        "TRAIN.NUM_EPOCHS": 50,
+        "TRAIN.WARMUP_EPOCHS": 2,
+        "TRAIN.BASE_LR": 1e-2,
+        "TRAIN.RAND_AUGMENT": True,
+        "TRAIN.RAND_AUGMENT_MAGNITUDE": 1,
+        "TRAIN.RAND_AUGMENT_LAYERS": 1,
+        "TRAIN.MIXUP_PROB": 0.2,
+        "TRAIN.CROP_SCALE": "[0.9,1.0]",
+        "TRAIN.GRAD_CLIP": 5,
+        "TRAIN.LAYER_DECAY": 0.9,
+        "MODEL.DROPPATH": 0.05,
+        "MODEL.CHANNELS": "[12,16,24,32]",
+        "DATA.BATCH_SIZE": 16,
+        "VALIDATE_FREQ": 50,
+    }
+    finish(
+        [f"-cfg={tiny_config_file}", f"-data_path={tmp_path / 'data'}",
+         f"-output={tmp_path / 'run'}", "-opts",
+         *(item for pair in options.items() for item in pair)],
+        output=tmp_path / "log",
+    )  # fmt: skip
+    last = metrics(tmp_path / "run")[-1]
+    assert last["val_top1_percent"] == 100.0, last
+    assert last["val_ema_top1_percent"] == 100.0, last
+
+
+# ---- killed at random moments
+
+# 50 kills take a minute: KILLS=50 python -m pytest tests/test_run.py -k killed
+KILLS = int(os.environ.get("KILLS", 12))
+
+
+def slow_disk(arguments: list[str]) -> int:
+    """A run whose checkpoints take a while to write, so that many kills meet one half written."""
+    import builtins
+
+    from processes import main_status
+
+    really_open = builtins.open
+
+    class Slow:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, data):
+            self.file.flush()
+            time.sleep(0.0003)
+            return self.file.write(data)
+
+    def slow_open(name, mode="r", *rest, **options):
+        file = really_open(name, mode, *rest, **options)
+        return Slow(file) if str(name).endswith(".unfinished") and "b" in mode else file
+
+    builtins.open = slow_open
+    return main_status(arguments)
+
+
+def test_runs_killed_at_random_moments_lose_nothing_saved(run_flags, straight, tmp_path):
+    seed = int(os.environ.get("KILLS_SEED", time.time()))
+    rng = random.Random(seed)
+    flags = [*run_flags, "-opts", "SAVE_STEPS", "1"]
+    folder, log = tmp_path / "run", tmp_path / "log"
+    halves = kills = runs = 0
+    stages = set()
+    while kills < KILLS:
+        saved = max(whole_steps(folder), default=0)
+        if saved == 12:  # the run is through: once more
+            assert_same_end(folder, straight)
+            shutil.rmtree(folder)
+            saved, runs = 0, runs + 1
+        run = Run([*flags, f"-output={folder}", "-resume=auto"], output=log, target=slow_disk)
+        if rng.random() < 0.6:  # while a checkpoint is written, or soon after
+            target = saved + rng.randrange(4)
+            wait_for(
+                lambda run=run, target=target: (
+                    not run.process.is_alive()
+                    or max(whole_steps(folder), default=0) >= target
+                    and unfinished(folder, run.pid)
+                ),
+                every=0.0005,
+            )
+            time.sleep(rng.uniform(0, 0.3))
+        else:
+            time.sleep(rng.uniform(0, 2.5))
+        run.send(signal.SIGKILL)
+        status = run.wait()
+        assert status in (0, -signal.SIGKILL), f"seed {seed}: {run.text()}"
+        kills += status != 0
+        halves += bool(folder.exists() and unfinished(folder, run.pid))
+        steps = whole_steps(folder)
+        stages.add(max(steps, default=0))
+        assert max(steps, default=0) >= saved, f"seed {seed}"
+        newest = newest_whole_checkpoint(str(folder))
+        if steps:  # every file of a checkpoint's name is a whole one
+            assert load_checkpoint(newest).progress.step == max(steps), f"seed {seed}"
+    finish([*flags, f"-output={folder}", "-resume=auto"], output=log)
+    assert_same_end(folder, straight)
+    assert not [n for n in os.listdir(folder / "checkpoints") if "unfinished" in n]
+    print(
+        f"{kills} kills, {halves} of them in mid-write, {runs + 1} runs, "
+        f"newest checkpoints {sorted(stages)}, seed {seed}"
+    )
+    assert halves >= KILLS // 8, f"only {halves} of {kills} kills met a half-written checkpoint"
+
+
+def test_loader_workers_die_with_a_killed_run(run_flags, tmp_path):
+    run = Run(
+        [*run_flags, f"-output={tmp_path / 'run'}", "-opts", "DATA.NUM_WORKERS", "2"],
+        output=tmp_path / "log",
+    )
+    workers = wait_for(lambda: len(children(run.pid)) >= 2 and children(run.pid))
+    run.send(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in workers), timeout=20)
+
+
+def children(pid: int) -> list[int]:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return [int(child) for child in open(f"/proc/{pid}/task/{pid}/children").read().split()]
+    return []
+
+
+def unfinished(folder, pid) -> list[str]:
+    """Checkpoints that process `pid` has begun to write."""
+    where = folder / "checkpoints"
+    names = os.listdir(where) if where.exists() else []
+    return [name for name in names if name.endswith(f".{pid}.unfinished")]

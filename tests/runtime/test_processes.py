@@ -1,0 +1,198 @@
+"""Seeds, buckets, and sums over processes that really run."""
+
+import os
+
+import numpy as np
+import paddle
+import pytest
+from tiny import ROOT
+
+from replknet_paddle.runtime import processes
+
+CHECKS = """
+import sys
+
+sys.path.insert(0, {root!r})
+import numpy as np
+import paddle
+from replknet_paddle.runtime import processes
+from replknet_paddle.runtime.processes import average_over_ranks, rank, sum_over_ranks, world_size
+
+processes = int(sys.argv[1])
+assert processes.is_launched()
+processes.init()
+assert world_size() == processes and 0 <= rank() < processes
+mean_rank = (processes - 1) / 2
+
+
+def check(got, wanted, what):
+    got = np.asarray(got)
+    wanted = np.broadcast_to(wanted, got.shape)
+    assert np.allclose(got, wanted, rtol=1e-6), (rank(), what, got, wanted)
+
+
+# sums: any shape, in float64, the same everywhere
+for shape in ((), (1,), (3,), (2, 3), (2, 1, 4)):
+    own = np.arange(np.prod(shape)).reshape(shape) + 10.0 * rank()
+    total = sum_over_ranks(own)
+    assert total.shape == shape and total.dtype == np.float64, (shape, total)
+    check(total, processes * (own - 10 * rank() + 10 * mean_rank), shape)
+large = sum_over_ranks(np.array([2 ** 40 + 1, 1], dtype="int64"))
+assert large.tolist() == [processes * (2 ** 40 + 1), processes], large
+kept = np.ones(2)
+sum_over_ranks(kept)
+assert kept.tolist() == [1, 1]
+
+# averages: dtypes and shapes mixed, in many buckets and in one
+for bucket_bytes in (1, 40, 10 ** 9):
+    processes.BUCKET_BYTES = bucket_bytes
+    tensors = []
+    for i, (shape, dtype) in enumerate([
+            ([2, 3], "float32"), ([5], "float32"), ([], "float32"), ([4], "float64"),
+            ([1, 1, 2], "float64"), ([3], "float32"), ([64], "float32")]):
+        tensors.append(paddle.full(shape, i + 1 + rank(), dtype))
+    same = list(tensors)
+    assert average_over_ranks(tensors) is None
+    for i, (tensor, before) in enumerate(zip(tensors, same)):
+        assert tensor is before
+        check(tensor.numpy(), i + 1 + mean_rank, (bucket_bytes, i))
+    assert [t.shape for t in tensors] == [[2, 3], [5], [], [4], [1, 1, 2], [3], [64]]
+    assert [str(t.numpy().dtype) for t in tensors] == ["float32"] * 3 + ["float64"] * 2 + [
+        "float32"] * 2
+average_over_ranks([])
+
+# parameters and their gradients, in place, and still trainable afterwards
+processes.BUCKET_BYTES = 20
+layer = paddle.nn.Linear(3, 2)
+for parameter in layer.parameters():
+    parameter.set_value(np.full(parameter.shape, rank(), dtype="float32"))
+average_over_ranks(list(layer.parameters()))
+for parameter in layer.parameters():
+    check(parameter.numpy(), mean_rank, "parameter")
+    assert not parameter.stop_gradient and parameter.is_leaf
+layer(paddle.full([1, 3], 1.0 + rank())).sum().backward()
+gradients = [parameter.grad for parameter in layer.parameters()]
+average_over_ranks(gradients)
+check(layer.weight.grad.numpy(), 1 + mean_rank, "gradient")
+check(layer.bias.grad.numpy(), 1, "gradient of the bias")
+optimizer = paddle.optimizer.SGD(1.0, parameters=layer.parameters())
+optimizer.step()
+check(layer.weight.numpy(), mean_rank - 1 - mean_rank, "weight after a step")
+
+# statistics of batch norm
+norm = paddle.nn.BatchNorm2D(2)
+norm._mean.set_value(np.full(2, rank(), dtype="float32"))
+average_over_ranks([norm._mean, norm._variance])
+check(norm._mean.numpy(), mean_rank, "mean")
+check(norm._variance.numpy(), 1, "variance")
+with open({folder!r} + "/rank" + str(rank()), "w") as file:
+    file.write(sys.argv[2])
+"""
+
+
+def test_seeds_are_31_bit_numbers_that_depend_on_every_number_and_their_order():
+    names = [(0,), (1,), (42,), (2**31 - 1,), (0, 1), (1, 2), (2, 1), (1, 2, 3), (3, 2, 1)]
+    names += [
+        (42, epoch, batch, rank) for epoch in range(4) for batch in range(5) for rank in (1, 2)
+    ]
+    seeds = [processes.random_seed(*name) for name in names]
+    assert all(type(seed) is int and 0 <= seed < 2**31 for seed in seeds)
+    assert len(set(seeds)) == len(seeds)
+    assert seeds == [processes.random_seed(*name) for name in names]
+
+
+@pytest.mark.parametrize("first, second", [((7,), (7, 0)), ((7, 0), (7, 0, 0)), ((0,), (0, 0))])
+def test_a_seed_depends_on_zeros_too(first, second):
+    assert processes.random_seed(*first) != processes.random_seed(*second)
+
+
+@pytest.mark.parametrize("number", [-1, 1.5])
+def test_a_number_that_is_no_seed_is_refused(number):
+    with pytest.raises((ValueError, TypeError)):
+        processes.random_seed(1, number)
+
+
+@pytest.mark.parametrize("limit", [1, 16, 40, 100, 10**9])
+def test_buckets_keep_order_dtype_and_size(limit, monkeypatch):
+    monkeypatch.setattr(distributed, "BUCKET_BYTES", limit)
+    sizes = [4, 4, 1, 30, 2, 2, 2, 8]
+    kinds = ["float32"] * 4 + ["float64"] * 2 + ["float32"] * 2
+    tensors = [paddle.zeros([size], kind) for size, kind in zip(sizes, kinds)]
+    buckets = list(processes._buckets(tensors))
+    assert [id(t) for bucket in buckets for t in bucket] == [id(t) for t in tensors]
+    totals = []
+    for bucket in buckets:
+        assert bucket and len({t.dtype for t in bucket}) == 1
+        totals.append(sum(t.size * t.element_size() for t in bucket))
+        assert totals[-1] <= limit or len(bucket) == 1
+    for bucket, total, after in zip(buckets, totals, buckets[1:]):  # none ends too early
+        first = after[0]
+        assert first.dtype != bucket[0].dtype or total + first.size * first.element_size() > limit
+
+
+def test_no_tensors_need_no_bucket():
+    assert list(processes._buckets([])) == []
+
+
+def test_alone_nothing_is_exchanged():
+    assert (processes.rank(), processes.world_size()) == (0, 1)
+    assert processes.sum_over_ranks(np.array([1, 2])).tolist() == [1.0, 2.0]
+    assert processes.sum_over_ranks(3).dtype == np.float64
+    tensor = paddle.to_tensor([1.0, 2.0])
+    processes.average_over_ranks([tensor])
+    assert tensor.tolist() == [1.0, 2.0]
+
+
+def test_is_launched_means_by_paddles_launcher(monkeypatch):
+    monkeypatch.delenv("PADDLE_TRAINERS_NUM", raising=False)
+    assert not processes.is_launched()
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "1")
+    assert processes.is_launched()
+
+
+def test_on_cpu_there_is_no_gpu():
+    if paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count():
+        pytest.skip("there is one")
+    assert processes.visible_devices() == 0 and not processes.on_gpu()
+
+
+def launch(tmp_path, script, arguments, processes):
+    path = tmp_path / "script of a worker.py"
+    path.write_text(script)
+    return distributed.launch(
+        str(path), arguments, processes=processes, log_dir=str(tmp_path / "workers")
+    )
+
+
+def worker_logs(tmp_path):
+    return "\n".join(path.read_text() for path in sorted((tmp_path / "workers").glob("workerlog*")))
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_add_up_and_agree(tmp_path, processes, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    script = CHECKS.format(root=str(ROOT), folder=str(tmp_path))
+    status = launch(tmp_path, script, [str(processes), "an argument with spaces"], processes)
+    assert status == 0, worker_logs(tmp_path)
+    for rank in range(processes):
+        assert (tmp_path / f"rank{rank}").read_text() == "an argument with spaces"
+    assert "PADDLE_DISTRI_BACKEND" not in os.environ
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("status", [2])
+def test_the_status_of_a_failing_worker_comes_through(tmp_path, status, failing):
+    script = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from replknet_paddle.runtime.processes import leave_status
+if os.environ["PADDLE_TRAINER_ID"] == "{failing}":
+    leave_status({status})
+    sys.exit({status})
+time.sleep(60)
+"""
+    assert launch(tmp_path, script, [], 2) == status
+
+
+def test_workers_that_all_fail_alike_give_their_status(tmp_path):
+    assert launch(tmp_path, "import sys; sys.exit(2)", [], 2) == 2

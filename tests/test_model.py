@@ -1,0 +1,277 @@
+"""The network against reference implementations, its merging, and its training."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import paddle
+import pytest
+from tiny import FIXTURES, ROOT
+
+from replknet_paddle.config import get_config
+from replknet_paddle.ops import use_fast_depthwise_conv, use_fast_pointwise_conv
+from replknet_paddle.model import RepLKNet, build_replknet
+
+REFERENCE_CONFIG = """
+DATA:
+  IMAGE_SIZE: 64
+MODEL:
+  NUM_CLASSES: 10
+  DROPPATH: 0.1
+  LAYERS: [1, 1, 2, 1]
+  CHANNELS: [8, 16, 24, 32]
+"""
+REFERENCES = {
+    "tiny31": REFERENCE_CONFIG + "  LARGE_KERNEL_SIZES: [31, 29, 27, 13]\n",
+    "tinyxl": REFERENCE_CONFIG
+    + """\
+  LARGE_KERNEL_SIZES: [27, 27, 27, 13]
+  SMALL_KERNEL: None
+  DW_RATIO: 1.5
+""",
+}
+SIZES = {"large_kernel_sizes": [7, 7, 5, 5], "layers": [1, 1, 2, 1], "channels": [4, 8, 8, 12]}
+
+
+def reference(name, tmp_path, extra=""):
+    """The network of a fixture with its weights, in evaluation mode, and what is expected of it."""
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(REFERENCES[name] + extra)
+    model = build_replknet(get_config(path))
+    model.set_state_dict(paddle.load(str(FIXTURES / f"{name}_paddlevit.pdparams")))
+    model.eval()
+    expected = np.load(FIXTURES / f"{name}_expected.npz")
+    return model, paddle.to_tensor(expected["images"]), expected
+
+
+def randomize_statistics(model, seed=0):
+    """Give every batch norm statistics and factors far from its fresh 0 and 1."""
+    rng = np.random.default_rng(seed)
+    for name, tensor in model.state_dict().items():
+        if name.endswith("._mean") or name.endswith(".bias"):
+            tensor.set_value(rng.normal(0, 0.3, tensor.shape).astype("float32"))
+        elif name.endswith("._variance") or ".norm.weight" in name or "_bn.weight" in name:
+            tensor.set_value(rng.uniform(0.5, 1.5, tensor.shape).astype("float32"))
+
+
+@paddle.no_grad()
+def test_readme_snippet_gives_the_reference_logits(tmp_path):
+    (tmp_path / "tiny31.yaml").write_text(REFERENCES["tiny31"])
+    snippet = f"""
+import numpy as np
+import paddle
+from replknet_paddle.config import get_config
+from replknet_paddle.model import build_replknet
+# config files in ./configs/
+config = get_config({str(tmp_path / "tiny31.yaml")!r})
+# build model
+model = build_replknet(config)
+# load pretrained weights
+model_state_dict = paddle.load({str(FIXTURES / "tiny31_paddlevit.pdparams")!r})
+model.set_state_dict(model_state_dict)
+model.eval()
+expected = np.load({str(FIXTURES / "tiny31_expected.npz")!r})
+logits = model(paddle.to_tensor(expected['images']))
+assert np.abs(logits.numpy() - expected['logits']).max() < 1e-4
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", snippet],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("impl", ["paddle", "auto", "direct", "fft"])
+@pytest.mark.parametrize("name", REFERENCES)
+def test_logits_and_every_stage_map_equal_the_reference(name, impl, tmp_path, operators):
+    model, images, expected = reference(name, tmp_path)
+    assert bool(use_fast_depthwise_conv(model, impl)) == (impl != "paddle")
+    assert bool(use_fast_pointwise_conv(model, impl)) == (impl != "paddle")
+    with paddle.no_grad():
+        logits, maps = model(images), model.extract_feat(images)
+    np.testing.assert_allclose(logits.numpy(), expected["logits"], atol=1e-4)
+    assert isinstance(maps, tuple) and len(maps) == 4
+    for i, stage_map in enumerate(maps):
+        np.testing.assert_allclose(stage_map.numpy(), expected[f"stage{i}"], atol=1e-4)
+
+
+@pytest.mark.parametrize("indices", [[0], [3], [1, 2], [0, 1, 2, 3], [3, 0]])
+@pytest.mark.parametrize("name", REFERENCES)
+def test_out_indices_give_the_listed_stages_in_order(name, indices, tmp_path):
+    model, images, expected = reference(name, tmp_path, f"  OUT_INDICES: {indices}\n")
+    with paddle.no_grad():
+        maps = model(images)
+    assert len(maps) == len(indices)
+    for index, stage_map in zip(indices, maps):
+        np.testing.assert_allclose(stage_map.numpy(), expected[f"stage{index}"], atol=1e-4)
+
+
+def test_backbone_has_no_head_and_its_maps_their_own_norms():
+    model = RepLKNet(**SIZES, out_indices=[0, 2], norm_inter_features=True)
+    names = set(model.state_dict())
+    assert not {name for name in names if name.startswith(("head.", "norm."))}
+    model.eval()
+    randomize_statistics(model)
+    norm = model.stages[2].norm
+    with paddle.no_grad():
+        images = paddle.randn([1, 3, 32, 32])
+        plain, normalized = model.forward_stages(images)[2], model(images)[1]
+        np.testing.assert_allclose(normalized.numpy(), norm(plain).numpy(), rtol=1e-6)
+        assert not np.allclose(normalized.numpy(), plain.numpy())
+
+
+@pytest.mark.parametrize("small_kernel, dw_ratio", [(5, 1.0), (3, 1.5), (None, 1.5)])
+def test_merging_keeps_logits_and_a_second_merge_changes_nothing(small_kernel, dw_ratio):
+    model = RepLKNet(**SIZES, small_kernel=small_kernel, dw_ratio=dw_ratio, num_classes=10)
+    randomize_statistics(model)
+    model.eval()
+    with paddle.no_grad():
+        images = paddle.randn([2, 3, 64, 64])
+        before = model(images).numpy()
+        model.structural_reparam()
+        merged = model(images).numpy()
+        state = {name: value.numpy() for name, value in model.state_dict().items()}
+        model.switch_to_deploy()
+    assert np.abs(merged - before).max() < 1e-5 * np.abs(before).max()
+    again = model.state_dict()
+    assert state.keys() == again.keys()
+    assert all(np.array_equal(value, again[name].numpy()) for name, value in state.items())
+    assert not [name for name in state if "small_kernel_conv" in name or "origin" in name]
+
+
+def test_merged_convolution_is_the_same_kind_of_layer_with_integer_geometry():
+    model = RepLKNet(**SIZES)
+    before = model.stages[0].blocks[0].large_kernel.large_kernel_origin.conv
+    model.structural_reparam()
+    after = model.stages[0].blocks[0].large_kernel.large_kernel_reparam
+    assert type(after) is type(before)
+    assert after._padding == before._padding == 3 and isinstance(after._padding, int)
+    assert after._stride == before._stride == [1, 1]
+    assert after._groups == before._groups and after._kernel_size == before._kernel_size
+
+
+def test_merged_weights_load_into_a_network_built_merged():
+    model = RepLKNet(**SIZES)
+    randomize_statistics(model)
+    model.eval()
+    model.structural_reparam()
+    built = RepLKNet(**SIZES, small_kernel_merged=True)
+    assert list(built.state_dict()) == list(model.state_dict())
+    built.set_state_dict(model.state_dict())
+    built.eval()
+    with paddle.no_grad():
+        images = paddle.randn([1, 3, 32, 32])
+        assert np.array_equal(built(images).numpy(), model(images).numpy())
+
+
+@pytest.mark.parametrize("height, width", [(224, 224), (97, 61), (32, 32)])
+def test_maps_have_strides_4_to_32(height, width):
+    model = RepLKNet(**SIZES)
+    model.eval()
+    with paddle.no_grad():
+        maps = model.extract_feat(paddle.zeros([1, 3, height, width]))
+    for i, stage_map in enumerate(maps):
+        stride = 2 ** (i + 2)
+        assert stage_map.shape == [
+            1,
+            SIZES["channels"][i],
+            -(-height // stride),
+            -(-width // stride),
+        ]
+
+
+def test_initial_weights_are_uniform_in_the_range_of_the_fan_in():
+    model = RepLKNet(
+        large_kernel_sizes=[31, 29, 27, 13], layers=[1, 1, 1, 1], channels=[32, 64, 64, 64]
+    )
+    for layer, fan_in in (
+        (model.stem[0].conv, 27),
+        (model.stages[1].blocks[1].pw_conv_2.conv, 256),
+        (model.stages[0].blocks[0].large_kernel.large_kernel_origin.conv, 961),
+    ):
+        weight, bound = layer.weight.numpy(), fan_in**-0.5
+        assert 0.97 * bound < np.abs(weight).max() <= bound
+        assert weight.std() == pytest.approx(bound / 3**0.5, rel=0.05)
+
+
+def test_training_from_scratch_fits_a_batch():
+    paddle.seed(0)
+    model = RepLKNet(**SIZES, num_classes=8)
+    optimizer = paddle.optimizer.AdamW(
+        1e-2, parameters=[p for p in model.parameters() if not p.stop_gradient]
+    )
+    images, labels = paddle.randn([8, 3, 32, 32]), paddle.arange(8)
+    losses = []
+    for _ in range(60):
+        loss = paddle.nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.clear_grad()
+        losses.append(float(loss))
+    assert losses[0] < 2 * np.log(8)  # logits start small: the head's scale is right
+    assert losses[-1] < 0.1
+
+
+def test_stochastic_depth_grows_linearly_and_both_blocks_of_a_pair_share_it():
+    model = RepLKNet(
+        large_kernel_sizes=[7, 7, 5, 5],
+        layers=[2, 1, 1, 1],
+        channels=[4, 4, 4, 4],
+        drop_path_rate=0.4,
+    )
+    rates = [block.drop_path.rate for stage in model.stages for block in stage.blocks]
+    np.testing.assert_allclose(rates, np.repeat([0, 0.1, 0.2, 0.3, 0.4], 2))
+
+
+def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
+    paddle.seed(0)
+    drop_path = RepLKNet(**SIZES, drop_path_rate=0.25).stages[3].blocks[0].drop_path
+    out = drop_path(paddle.ones([4000, 2, 3, 3])).numpy()
+    assert set(np.unique(out)) == {np.float32(0), np.float32(1 / 0.75)}
+    assert (out == out[:, :1, :1, :1]).all()
+    assert out.mean() == pytest.approx(1, abs=0.05)
+    drop_path.eval()
+    assert (drop_path(paddle.ones([10, 2, 3, 3])).numpy() == 1).all()
+
+
+def test_recompute_gives_the_same_gradients_and_statistics():
+    results = []
+    for recompute in (False, True):
+        paddle.seed(3)
+        model = RepLKNet(**SIZES, recompute=recompute, drop_path_rate=0.5)
+        images = paddle.to_tensor(np.random.default_rng(0).normal(size=(4, 3, 32, 32)), "float32")
+        paddle.seed(4)
+        model(images).square().sum().backward()
+        gradients = {
+            name: p.grad.numpy() for name, p in model.named_parameters() if not p.stop_gradient
+        }
+        statistics = {
+            name: value.numpy() for name, value in model.state_dict().items() if value.stop_gradient
+        }
+        results.append((gradients, statistics))
+    for plain, recomputed in zip(*results):
+        assert plain.keys() == recomputed.keys()
+        for name in plain:
+            assert np.array_equal(plain[name], recomputed[name]), name
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"large_kernel_sizes": [30, 29, 27, 13]}, r"odd.*\[30\]"),
+        ({"large_kernel_sizes": [31, 29, 27]}, "large_kernel_sizes must be 4"),
+        ({"channels": [8, 0, 8, 8]}, "channels must be 4 positive"),
+        ({"small_kernel": 4}, "small_kernel.*got 4"),
+        ({"small_kernel": 9}, r"at most the smallest large kernel \(5\)"),
+        ({"out_indices": [4]}, r"got \[4\]"),
+        ({"out_indices": []}, r"got \[\]"),
+        ({"out_indices": [1, 1]}, r"got \[1, 1\]"),
+    ],
+)
+def test_impossible_sizes_are_refused_by_name(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        RepLKNet(**{**SIZES, **wrong})
