@@ -11,8 +11,7 @@ as well. `-h` lists the flags; configs/ holds the recipes.
 
 import sys
 
-from replknet_paddle.deploy import open_for_evaluation
-from replknet_paddle.commands.train import main
+from replknet_paddle.commands import run_command
 
 if __name__ == "__main__":
-    sys.exit(main(script=__file__, multi=True, open_network=open_for_evaluation))
+    sys.exit(run_command("train", sys.argv[1:], prog="python main_multi_gpu.py"))

@@ -8,8 +8,8 @@
 
 import sys
 
-from replknet_paddle.deploy import open_for_evaluation
-from replknet_paddle.commands.train import main
+from replknet_paddle.commands import run_command
 
 if __name__ == "__main__":
-    sys.exit(main(script=__file__, multi=False, open_network=open_for_evaluation))
+    # The last of two equal flags wins, and this is about one process, whatever is asked for.
+    sys.exit(run_command("train", [*sys.argv[1:], "-nproc=1"], prog="python main_single_gpu.py"))

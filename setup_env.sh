@@ -7,7 +7,7 @@
 #   sh setup_env.sh --find                  make nothing: an environment that is there, or an error
 #
 # Does nothing where the environment is up to date with the requirements files. Where there is a C++
-# compiler (CXX, or c++, g++, clang++) the operator of ops/ is compiled as well.
+# compiler (CXX, or c++, g++, clang++) the operators are compiled as well.
 set -eu
 cd "$(dirname "$0")"
 
@@ -16,10 +16,10 @@ fail() {
     exit 2
 }
 
-# The fast depthwise convolution of ops/, for the Python $1. Says so, and no more, if it cannot be
-# had: everything works without. Does nothing, in 0.1 s, where it is up to date.
+# The compiled operators, for the Python $1. Says so, and no more, if they cannot be built:
+# everything works without. Does nothing where they are up to date.
 compile_ops() {
-    "$1" ops/build.py || true
+    "$1" -m replknet_paddle build >&2 || true
 }
 
 if [ -n "${PYTHON:-}" ]; then
@@ -33,7 +33,7 @@ if [ -n "${PYTHON:-}" ]; then
     case "$*" in *test*) modules="$modules, sklearn, pytest, xdist, ruff, importlinter" ;; esac
     "$PYTHON" -c "import $modules" >&2 ||
         fail "PYTHON=$PYTHON lacks the package named above; install there what" \
-            "requirements/common.txt and ${*:-requirements/cpu.txt} list, or unset PYTHON to have" \
+            "requirements/common.txt ${*:-} list, or unset PYTHON to have" \
             "an environment made"
     compile_ops "$PYTHON"
     command -v "$PYTHON"
@@ -58,7 +58,7 @@ else
     paddle=requirements/cpu.txt
 fi
 
-wanted="$paddle $* $(cat requirements*.txt constraints*.txt | cksum)"
+wanted="$paddle $* $(cat requirements.txt requirements/*.txt pyproject.toml | cksum)"
 if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
     if [ ! -x "$venv/bin/python" ]; then
         base=
@@ -74,7 +74,7 @@ sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1; then
         echo "making $venv with $base" >&2
         "$base" -m venv "$venv"
     fi
-    set -- "$paddle" "$@"
+    set -- "$paddle" requirements/common.txt "$@"
     echo "installing $* into $venv" >&2
     requirements=
     for file in "$@"; do
@@ -83,6 +83,10 @@ sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1; then
     # shellcheck disable=SC2086  # names of files of this folder, without spaces
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check $requirements >&2 ||
         fail "pip could not install $* into $venv; its message is above"
+    # The command `replknet`, of this very checkout.
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+        --no-build-isolation --no-deps --editable . >&2 ||
+        fail "pip could not install this checkout into $venv; its message is above"
     echo "$wanted" > "$venv/installed"
 fi
 compile_ops "$venv/bin/python"

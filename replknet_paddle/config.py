@@ -10,12 +10,19 @@ import ast
 import difflib
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 from yacs.config import CfgNode
 
 from replknet_paddle.runtime.errors import InputError
+
+_PACKAGE = Path(__file__).resolve().parent
+# In an installed package the YAML files lie inside it, in a checkout beside it.
+CONFIG_FOLDER = next(
+    folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir()
+)
 
 
 class Rule(NamedTuple):
@@ -341,9 +348,15 @@ def _leaves(tree: dict, path: str, problems: list[str], prefix: str = ""):
             problems.append(f"{path}: {name} is {value!r}; allowed: a section with keys")
 
 
+def _find_config(path: str) -> str:
+    """`path`, or the project's file of that name where there is no such file here."""
+    own = CONFIG_FOLDER.parent / path
+    is_missing = not os.path.isabs(path) and not os.path.exists(path)
+    return str(own) if is_missing and own.is_file() else path
+
+
 def _configs_hint(path: str) -> str:
-    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    names = sorted(os.listdir(CONFIG_FOLDER))
     near = difflib.get_close_matches(os.path.basename(path), names, n=1)
     return f"; did you mean configs/{near[0]}?" if near else "; the ones here are in configs/"
 
@@ -399,11 +412,13 @@ def _checked(values: dict[str, Any], problems: list[str], source: str) -> CfgNod
     return _tree(values)
 
 
-def get_config(cfg_file: str | None = None) -> CfgNode:
+def get_config(cfg_file: str | os.PathLike | None = None, **overrides: Any) -> CfgNode:
     """The configuration of a YAML file, or the defaults; frozen.
 
     Args:
-        cfg_file: a file of configs/, of PaddleViT's, or `config.yaml` of a run folder.
+        cfg_file: a file of configs/, of PaddleViT's, or `config.yaml` of a run folder. A relative
+            path that does not exist here is looked up beside the project's configs/.
+        overrides: keys over it, with two underscores for a dot: `MODEL__NUM_CLASSES=10`.
 
     Raises:
         FileNotFoundError: no such file, or no such BASE.
@@ -412,7 +427,9 @@ def get_config(cfg_file: str | None = None) -> CfgNode:
     values = {key: default for key, (default, _) in _KEYS.items()}
     problems: list[str] = []
     if cfg_file:
-        _merge_file(values, str(cfg_file), problems)
+        _merge_file(values, _find_config(str(cfg_file)), problems)
+    for name, value in overrides.items():
+        _set(values, name.replace("__", "."), value, "get_config", problems)
     return _checked(values, problems, str(cfg_file or "defaults"))
 
 

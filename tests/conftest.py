@@ -4,31 +4,36 @@ import contextlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from tiny import ROOT, TINY, make_data
+import yaml
+from tiny import ROOT, TINY, TINY31, TINYXL, make_data
 
-sys.path.insert(0, str(ROOT))
+from replknet_paddle.config import get_config
+from replknet_paddle.model import build_replknet
 
 
 def pytest_sessionstart(session):
     """Compile the operators before anything runs: a run and its repetition must both have them."""
-    from replknet_paddle.ops.build import BuildError, build
+    from replknet_paddle.ops.build import operators_library
+    from replknet_paddle.runtime.compiler import BuildError
 
     with contextlib.suppress(BuildError):  # the tests that need them are skipped and say why
-        build()
+        operators_library().build()
 
 
 @pytest.fixture
 def operators():
     """The compiled operators; skips where there are none for want of a compiler."""
-    from replknet_paddle.ops.build import BuildError, find_compiler, find_library
+    from replknet_paddle.ops.build import operators_library
     from replknet_paddle.ops.library import get_library
+    from replknet_paddle.runtime.compiler import BuildError, find_compiler
 
     try:
         find_compiler()
     except BuildError as error:
-        if find_library() is None:
+        if operators_library().find() is None:
             pytest.skip(str(error))
     return get_library()
 
@@ -64,3 +69,30 @@ def run_main():
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def config_file(tmp_path_factory):
+    """Path of the YAML of a reference network: name 'tiny31' or 'tinyxl', and more MODEL keys."""
+    folder = tmp_path_factory.mktemp("configs")
+
+    def write(name: str, **keys) -> Path:
+        tree = yaml.safe_load({"tiny31": TINY31, "tinyxl": TINYXL}[name])
+        tree["MODEL"].update(keys)
+        path = folder / f"{name}{len(list(folder.iterdir()))}.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def network(config_file):
+    """A fresh reference network in evaluation mode: name, and more MODEL keys."""
+
+    def build(name: str, **keys):
+        model = build_replknet(get_config(str(config_file(name, **keys))))
+        model.eval()
+        return model
+
+    return build

@@ -26,7 +26,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 @functools.cache
 def start_server() -> None:
     """Import everything once, in a process that every run is forked from."""
-    CONTEXT.set_forkserver_preload(["replknet_paddle.commands.train"])
+    CONTEXT.set_forkserver_preload(["replknet_paddle.engine.run", "replknet_paddle.commands.train"])
     before = dict(os.environ)
     os.environ.update(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(ROOT), *sys.path]))
     try:
@@ -42,7 +42,7 @@ class Run:
     Args:
         arguments: of the command line.
         output: file for what it prints.
-        target: what to call instead of `engine.cli.main`: (arguments) -> exit status.
+        target: what to call instead of the command `train`: (arguments) -> exit status.
         environment: variables beside those of this process.
     """
 
@@ -92,9 +92,9 @@ def _child(arguments, output, target, environment):
 
 def main_status(arguments: list[str]) -> int:
     """`main_multi_gpu.py` with these arguments, in this process."""
-    from replknet_paddle.commands.train import main
+    from replknet_paddle.commands import run_command
 
-    return main(arguments, script=str(ROOT / "main_multi_gpu.py"), multi=True)
+    return run_command("train", arguments)
 
 
 def finish(arguments, *, output: Path, status: int = 0, **options) -> str:

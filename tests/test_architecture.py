@@ -1,5 +1,4 @@
-"""The directions of DESIGN that import-linter, which follows packages alone, cannot see; and what
-no file of the project may do."""
+"""What no file of the project may do. Directions between packages are import-linter's part."""
 
 import ast
 import os
@@ -9,69 +8,18 @@ import sys
 import pytest
 from tiny import ROOT
 
-MODULES = {path.stem for path in ROOT.glob("*.py")}
-FOLDERS = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
-
-# What each file of the top level may import of the project.
-ALLOWED = {
-    "errors": set(),
-    "config": {"errors"},
-    "replknet": set(),
-    "losses": {"errors"},
-    "distributed": {"errors"},
-    "loader": {"errors", "transforms"},
-    "datasets": {"errors", "transforms", "loader"},
-    "list_files": {"errors", "transforms", "datasets"},
-    "main_single_gpu": {"deploy", "engine"},
-    "main_multi_gpu": {"deploy", "engine"},
-}
-
-# What the folders may import of the files of the top level; import-linter checks the folders
-# among themselves.
-ALLOWED_OF_FOLDERS = {
-    "transforms": {"errors"},
-    "optim": {"errors"},
-    "ops": {"errors"},
-    "analysis": {"errors"},
-    "zoo": {"errors", "config", "replknet"},
-    "engine": {"errors", "config", "replknet", "losses", "distributed", "datasets", "loader"},
-    "deploy": {"errors", "config", "replknet", "losses", "distributed", "datasets", "loader"},
-    "tools": {
-        "errors",
-        "config",
-        "replknet",
-        "losses",
-        "distributed",
-        "datasets",
-        "loader",
-        "list_files",
-    },
-}
+FACES = ("replknet.py", "datasets.py", "config.py", "main_single_gpu.py", "main_multi_gpu.py")
+PACKAGE = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "replknet_paddle").rglob("*.py"))
+FILES = sorted([*FACES, *PACKAGE])
 
 # Modules that run code from the data they read.
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 
-# The zoo reads pickles by an interpreter of its own, which needs the names of the opcodes, and
-# writes .pdparams, which are pickles; neither loads one.
-ALLOWED_PICKLE = {"zoo/readers.py", "zoo/unpickle.py", "zoo/writers.py"}
-
-
-def project_files():
-    """The Python files that are, or can be, under version control, tests left out."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        check=False,
-    )
-    names = listed.stdout.splitlines() if listed.returncode == 0 else []
-    if not names:  # no checkout
-        names = [str(path.relative_to(ROOT)) for path in ROOT.glob("*.py")]
-        names += [
-            str(p.relative_to(ROOT)) for name in FOLDERS for p in ROOT.glob(f"{name}/**/*.py")
-        ]
-    return sorted(n for n in names if not n.startswith("tests/") and (ROOT / n).is_file())
+# These interpret pickles themselves, for which they need the names of the opcodes, and write
+# .pdparams, which are pickles; neither loads one.
+ALLOWED_PICKLE = {
+    f"replknet_paddle/checkpoints/{name}.py" for name in ("readers", "unpickle", "writers")
+}
 
 
 def tree_of(name):
@@ -79,16 +27,14 @@ def tree_of(name):
 
 
 def imports(name):
-    """Top-level names of all that a file imports, wherever it does."""
+    """Top-level names of everything that a file imports, wherever it does."""
     found = set()
     for node in ast.walk(tree_of(name)):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            if node.level:  # relative: within its own folder
-                assert "/" in name, f"{name} imports relatively"
-            else:
-                found.add(node.module.split(".")[0])
+            assert not node.level, f"{name} imports relatively"
+            found.add(node.module.split(".")[0])
     return found
 
 
@@ -109,7 +55,7 @@ def calls(name):
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             known |= {alias.asname or alias.name: alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
+        elif isinstance(node, ast.ImportFrom):
             known |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
@@ -117,33 +63,19 @@ def calls(name):
             yield ".".join([known.get(first, first), *rest]), node
 
 
-FILES = project_files()
-
-
-def test_every_file_of_the_top_level_has_its_directions_here():
-    assert MODULES == ALLOWED.keys()
-    assert FOLDERS <= ALLOWED_OF_FOLDERS.keys()
-
-
-@pytest.mark.parametrize("module", sorted(ALLOWED))
-def test_a_file_of_the_top_level_imports_what_it_may(module):
-    assert imports(f"{module}.py") & (MODULES | FOLDERS) <= ALLOWED[module]
-
-
 def test_the_network_imports_paddle_alone():
-    assert imports("replknet.py") == {"paddle", "math"}
+    assert imports("replknet_paddle/model.py") == {"paddle", "math"}
 
 
-@pytest.mark.parametrize("folder", sorted(FOLDERS))
-def test_a_folder_imports_of_the_top_level_what_it_may(folder):
-    for name in FILES:
-        if name.startswith(f"{folder}/"):
-            assert imports(name) & MODULES <= ALLOWED_OF_FOLDERS[folder], name
+def test_the_package_imports_no_face_and_no_test():
+    names = {name.removesuffix(".py") for name in FACES} | {"tests", "conftest", "pytest"}
+    for name in PACKAGE:
+        assert not imports(name) & names, name
 
 
-def test_the_project_imports_no_tests():
-    for name in FILES:
-        assert not imports(name) & {"tests", "conftest", "pytest"}, name
+@pytest.mark.parametrize("name", FACES)
+def test_a_face_is_a_few_lines(name):
+    assert len((ROOT / name).read_text().splitlines()) <= 20
 
 
 def test_nothing_imports_what_can_unpickle():
@@ -152,7 +84,7 @@ def test_nothing_imports_what_can_unpickle():
 
 
 @pytest.mark.parametrize("name", sorted(ALLOWED_PICKLE))
-def test_the_zoo_uses_of_pickle_opcodes_and_writing_alone(name):
+def test_of_pickle_only_opcodes_and_writing_are_used(name):
     tree = tree_of(name)
     aliases = set()
     for node in ast.walk(tree):
@@ -160,23 +92,14 @@ def test_the_zoo_uses_of_pickle_opcodes_and_writing_alone(name):
             aliases |= {a.asname or a.name for a in node.names if a.name == "pickle"}
         elif isinstance(node, ast.ImportFrom):
             assert node.module != "pickle", "import the module, so that its uses can be seen"
-    used = {
-        node.attr
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and dotted(node.value) in aliases
-    }
-    harmless = {attribute for attribute in used if attribute.isupper()} | {
-        "dump",
-        "dumps",
-        "Pickler",
-    }
-    assert used <= harmless
-    bare = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id in aliases]
     attributes = [
         node
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and dotted(node.value) in aliases
     ]
+    harmless = {"dump", "dumps", "Pickler"}
+    assert all(node.attr.isupper() or node.attr in harmless for node in attributes)
+    bare = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id in aliases]
     assert len(bare) == len(attributes)  # the module itself is handed to nobody: getattr(op, ...)
 
 
@@ -194,31 +117,43 @@ def test_no_file_runs_code_from_data(name):
             )
 
 
-def test_import_prints_nothing():
-    """Of ours: Paddle's own import may warn, so it goes first."""
-    code = """
-import sys
-import numpy, paddle, PIL.Image, yaml, yacs.config
-for stream in (sys.stdout, sys.stderr):
-    print("-- ours from here", file=stream, flush=True)
-import config, replknet, datasets
-import losses, distributed, errors
-config.get_config()
-"""
-    done = subprocess.run(
+def run_python(code, **options):
+    return subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
         text=True,
         capture_output=True,
         timeout=120,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **options,
     )
+
+
+def test_import_prints_nothing():
+    """Of ours: Paddle's own import may warn, so it goes first."""
+    done = run_python("""
+import sys
+import numpy, paddle, PIL.Image, yaml, yacs.config
+for stream in (sys.stdout, sys.stderr):
+    print("-- ours from here", file=stream, flush=True)
+import config, replknet, datasets
+import replknet_paddle.engine.run
+config.get_config()
+""")
     assert done.returncode == 0, done.stderr
     for output in (done.stdout, done.stderr):
         assert output.split("-- ours from here\n")[1] == ""
 
 
-def test_config_and_errors_need_no_paddle():
-    """So that a mistake in a config is told at once."""
-    code = "import sys, config; config.get_config(); sys.exit('paddle' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import replknet_paddle; replknet_paddle.get_config(); replknet_paddle.list_models()",
+        "from replknet_paddle.commands import COMMANDS, command_module\n"
+        "list(map(command_module, COMMANDS))",
+    ],
+    ids=["config and model names", "help of every command"],
+)
+def test_what_must_answer_at_once_does_not_import_paddle(code):
+    done = run_python(f"import sys\n{code}\nsys.exit('paddle' in sys.modules)")
+    assert done.returncode == 0, done.stderr

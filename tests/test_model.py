@@ -10,8 +10,8 @@ import pytest
 from tiny import FIXTURES, ROOT
 
 from replknet_paddle.config import get_config
-from replknet_paddle.ops import use_fast_depthwise_conv, use_fast_pointwise_conv
 from replknet_paddle.model import RepLKNet, build_replknet
+from replknet_paddle.ops import use_fast_depthwise_conv, use_fast_pointwise_conv
 
 REFERENCE_CONFIG = """
 DATA:

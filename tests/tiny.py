@@ -4,10 +4,13 @@ Not in conftest.py, for there are several of that name, and forked processes imp
 """
 
 import argparse
+import functools
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from replknet_paddle.commands import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -33,6 +36,24 @@ TRAIN:
 SAVE_FREQ: 2
 """
 
+# The two networks of the reference files in tests/fixtures.
+TINY31 = """
+DATA: {IMAGE_SIZE: 64, NUM_WORKERS: 0}
+MODEL:
+  NUM_CLASSES: 10
+  LARGE_KERNEL_SIZES: [31, 29, 27, 13]
+  LAYERS: [1, 1, 2, 1]
+  CHANNELS: [8, 16, 24, 32]
+"""
+
+TINYXL = (
+    TINY31.replace("[31, 29, 27, 13]", "[27, 27, 27, 13]")
+    + """
+  SMALL_KERNEL: None
+  DW_RATIO: 1.5
+"""
+)
+
 
 def make_data(folder: Path, *, train: int, val: int, classes: int = 4) -> None:
     """Write a data set in list files: one folder a class, JPEGs of assorted sizes."""
@@ -48,6 +69,11 @@ def make_data(folder: Path, *, train: int, val: int, classes: int = 4) -> None:
             Image.fromarray(pixels.astype("uint8")).save(folder / path)
             lines.append(f"{path} {label}\n")
         (folder / f"{split}_list.txt").write_text("".join(lines))
+
+
+def command(name: str):
+    """`replknet NAME` as a function: arguments -> exit status, in this process."""
+    return functools.partial(run_command, name)
 
 
 def flags(**values) -> argparse.Namespace:

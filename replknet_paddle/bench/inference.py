@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,13 +12,15 @@ import numpy as np
 import paddle
 
 from replknet_paddle.bench.timing import describe_machine, summarize, time_in_turn
-from replknet_paddle.deploy.backends import Backend, DygraphBackend, open_backend
+from replknet_paddle.deploy.backends import open_backend
 from replknet_paddle.deploy.export import export_model, write_paddle_model
 from replknet_paddle.deploy.extras import import_extra
 from replknet_paddle.deploy.fold import largest_deviation, random_images
+from replknet_paddle.deploy.runtimes import Backend, DygraphBackend
 from replknet_paddle.deploy.sidecar import Sidecar
-from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.model import RepLKNet
+from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.files import written_whole
 
 # What there is to time besides eager mode, as (backend, precision); fp16 on GPU alone.
 CANDIDATES = (
@@ -200,19 +201,6 @@ def machine() -> str:
     return f"{describe_machine()}, {', '.join(versions)}"
 
 
-def check_output(path: str, suffixes: Sequence[str]) -> None:
-    """Raise InputError if `path` cannot become a file of one of these kinds."""
-    folder = os.path.dirname(path) or "."
-    if os.path.splitext(path)[1].lower() not in suffixes:
-        raise InputError(f"{path}: allowed: a name that ends in {' or '.join(suffixes)}")
-    if os.path.isdir(path):
-        raise InputError(f"{path} is a folder; name a file")
-    if not os.path.isdir(folder):
-        raise InputError(f"{path}: there is no folder {folder}")
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"{path}: the folder {folder} cannot be written to")
-
-
 def chart_suffixes() -> list[str]:
     """Endings of the pictures that can be drawn.
 
@@ -225,10 +213,8 @@ def chart_suffixes() -> list[str]:
 
 def write_json(path: str, rows: list[Row], **facts) -> None:
     """Write the rows, and what else is to be known of the run, to a JSON file."""
-    unfinished = f"{path}.{os.getpid()}.unfinished"
-    with open(unfinished, "w", encoding="utf-8") as file:
+    with written_whole(path) as file:
         json.dump({**facts, "rows": [asdict(row) for row in rows]}, file, indent=2)
-    os.replace(unfinished, path)
 
 
 def draw_chart(path: str, rows: list[Row], title: str) -> None:
@@ -250,7 +236,5 @@ def draw_chart(path: str, rows: list[Row], title: str) -> None:
         axes.margins(x=0.2)
         axes.set_title(f"batch {batch}")
         axes.set_xlabel("images/s (labels: median time of a batch)")
-    suffix = Path(path).suffix
-    unfinished = f"{path}.{os.getpid()}.unfinished{suffix}"
-    figure.savefig(unfinished, dpi=120)
-    os.replace(unfinished, path)
+    with written_whole(path, "wb") as file:
+        figure.savefig(file, dpi=120, format=Path(path).suffix[1:])

@@ -8,13 +8,13 @@ import paddle
 
 from replknet_paddle.bench.conv import seconds_by_layer
 from replknet_paddle.bench.timing import time_in_turn
-from replknet_paddle.data.dataset import TrainBatches
+from replknet_paddle.data.samplers import TrainBatches
 from replknet_paddle.engine.precision import Precision
 from replknet_paddle.engine.train import train_epoch
-from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy
-from replknet_paddle.ops import use_fast_depthwise_conv, use_fast_pointwise_conv
-from replknet_paddle.optim.optimizer import build_optimizer
 from replknet_paddle.model import build_replknet
+from replknet_paddle.ops import use_fast_depthwise_conv, use_fast_pointwise_conv
+from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy
+from replknet_paddle.optim.optimizer import build_optimizer
 
 
 class Batches(list):

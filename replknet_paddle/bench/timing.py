@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy
 import paddle
 
+from replknet_paddle.runtime.cores import available_cores
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -77,7 +79,7 @@ def describe_machine() -> str:
         names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         processor = names[0].split(":", 1)[1].strip() if names else processor
     return (
-        f"{processor}, {len(os.sched_getaffinity(0))} cores, "
+        f"{processor}, {available_cores()} cores, "
         f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}, "
         f"{paddle.device.get_device()}, Python {platform.python_version()}, "
         f"Paddle {paddle.__version__}, numpy {numpy.__version__}"

@@ -19,10 +19,14 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.model import build_replknet
-from replknet_paddle.checkpoints.readers import is_safetensors, read_checkpoint, read_safetensors_metadata
+from replknet_paddle.checkpoints.readers import (
+    is_safetensors,
+    read_checkpoint,
+    read_safetensors_metadata,
+)
 from replknet_paddle.checkpoints.writers import write_pdparams, write_safetensors
+from replknet_paddle.model import build_replknet
+from replknet_paddle.runtime.errors import InputError
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 
-from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.checkpoints.unpickle import (
     DTYPES,
     PLAIN_GLOBALS,
@@ -35,6 +34,7 @@ from replknet_paddle.checkpoints.unpickle import (
     shown,
     table,
 )
+from replknet_paddle.runtime.errors import InputError
 
 BFLOAT16 = "bfloat16"  # stands where a numpy type would, if numpy had it
 

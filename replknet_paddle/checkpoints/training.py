@@ -21,10 +21,14 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.checkpoints.convert import METADATA_KEY
-from replknet_paddle.checkpoints.readers import is_safetensors, read_checkpoint, read_safetensors_metadata
+from replknet_paddle.checkpoints.readers import (
+    is_safetensors,
+    read_checkpoint,
+    read_safetensors_metadata,
+)
 from replknet_paddle.checkpoints.writers import write_safetensors
+from replknet_paddle.runtime.errors import InputError
 
 logger = logging.getLogger(__name__)
 

@@ -3,11 +3,11 @@
 import json
 import os
 import pickle
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import BinaryIO
+from collections.abc import Mapping
 
 import numpy as np
+
+from replknet_paddle.runtime.files import written_whole
 
 _SAFETENSORS_TYPES = {"f2": "F16", "f4": "F32", "f8": "F64", "i8": "I64", "i4": "I32"}
 _ALIGNMENT_BYTES = 8
@@ -38,12 +38,10 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT_BYTES)
 
-    def write(file: BinaryIO) -> None:
+    with written_whole(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for value in tensors.values():
             file.write(np.require(value, value.dtype.newbyteorder("<"), ["C"]).data)
-
-    _replace(path, write)
 
 
 def write_pdparams(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
@@ -54,23 +52,7 @@ def write_pdparams(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -
     """
     state = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
 
-    def write(file: BinaryIO) -> None:
+    with written_whole(path, "wb") as file:
         pickler = pickle.Pickler(file, protocol=4)
         pickler.fast = True  # no memo, which would keep a copy of every tensor
         pickler.dump(state)
-
-    _replace(path, write)
-
-
-def _replace(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> None:
-    """Let `write` fill a file that takes the name `path` when it is complete."""
-    path = Path(path)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    try:
-        with open(unfinished, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

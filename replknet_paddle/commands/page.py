@@ -4,20 +4,31 @@ MODEL is a run folder or a checkpoint in one (output/RUN/best), the name of a pu
 an exported folder, which gives no heat map.
 """
 
-import argparse
 import logging
 import signal
 import sys
 
-from replknet_paddle.deploy.page import build_page, import_gradio, serve
-from replknet_paddle.deploy.predictor import Predictor, open_network, read_config
+from replknet_paddle.commands.flags import add_config_flags
 from replknet_paddle.runtime.errors import InputError
 
+EXAMPLES = "example: replknet page output/RUN/best"
 
-def demo(args) -> int:
-    """Open the model and serve it until Ctrl-C; the exit status."""
+
+def add_arguments(parser) -> None:
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument(
+        "--port", type=int, default=7860, metavar="N", help="of 127.0.0.1 (%(default)s)"
+    )
+    add_config_flags(parser)
+
+
+def run(args) -> int:
+    from replknet_paddle.deploy.page import build_page, import_gradio, serve
+    from replknet_paddle.deploy.predictor import Predictor, open_network, read_config
+
     if not 1 <= args.port <= 65535:
         raise InputError(f"--port is {args.port}; allowed: an integer from 1 to 65535")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio calling itself
     import_gradio()  # before the model, which takes longer
     network = open_network(args.model, read_config(args.model, args.cfg, args.opts))
     predictor = Predictor(args.model) if network is None else Predictor(network, backend="dygraph")
@@ -25,36 +36,3 @@ def demo(args) -> int:
     page = build_page(predictor, network, title="RepLKNet")
     serve(page, port=args.port)
     return 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="replknet page",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: replknet page output/RUN/best",
-    )
-    parser.add_argument("model", metavar="MODEL")
-    parser.add_argument(
-        "--port", type=int, default=7860, metavar="N", help="of 127.0.0.1 (%(default)s)"
-    )
-    parser.add_argument(
-        "-cfg",
-        "--cfg",
-        metavar="FILE",
-        help="YAML file of a checkpoint; not needed for one in its run folder",
-    )
-    parser.add_argument(
-        "-opts", "--opts", nargs="+", metavar="KEY VALUE", help="other keys of a checkpoint's"
-    )
-    args = parser.parse_args(argv)
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio calling itself
-    try:
-        return demo(args)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,31 +1,18 @@
-"""Draw the loss and accuracy curves of one or several training runs to a picture."""
+"""Draw the loss and accuracy curves of one or several training runs."""
 
-import argparse
-import sys
-
-from replknet_paddle.analysis.curves import plot_metrics
-from replknet_paddle.runtime.errors import InputError
+EXAMPLES = "example: replknet plot output/a output/b --out curves.png"
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="replknet plot",
-        description=__doc__,
-        epilog="example: replknet plot output/a output/b --out curves.png",
-    )
+def add_arguments(parser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
     parser.add_argument(
         "--out", default="metrics.png", metavar="FILE", help="picture to write (%(default)s)"
     )
-    args = parser.parse_args(argv)
-    try:
-        plot_metrics(args.runs, args.out)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+
+def run(args) -> int:
+    from replknet_paddle.analysis.curves import plot_metrics
+
+    plot_metrics(args.runs, args.out)
     print(f"wrote {args.out}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,7 +5,6 @@ a published model. A folder stands for the images in and below it, in no particu
 pattern in quotes, such as 'photos/**/*.jpg', for the files that it matches.
 """
 
-import argparse
 import contextlib
 import os
 import sys
@@ -14,11 +13,9 @@ from collections.abc import Iterable
 
 from tqdm import tqdm
 
-from replknet_paddle.deploy.images import ImageFiles
-from replknet_paddle.deploy.pictures import annotate, check_new_folder, check_new_picture, grid, save
-from replknet_paddle.deploy.predictor import BATCH_SIZE, Prediction, Predictor, predict_files, read_config
-from replknet_paddle.deploy.results import check_results_file, results_file
+from replknet_paddle.commands.flags import add_config_flags, add_flag
 from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.files import PARTIAL_SUFFIX, check_file_target, check_new_folder
 
 PICTURE_HEIGHT = 480  # pixels, of the saved pictures
 GRID_COLUMNS = 3
@@ -26,7 +23,7 @@ GRID_HEIGHT = 160  # pixels, of each picture in the grid
 GRID_PICTURES = 12
 NAMED_PROBLEMS = 10
 
-EPILOG = """\
+EXAMPLES = """\
 example: replknet predict output/RUN/best photos --out results.jsonl
 
 exit status: 0 all were classified; 1 some were skipped, which are named at the end and in the
@@ -35,15 +32,47 @@ in FILE.unfinished
 """
 
 
+def add_arguments(parser) -> None:
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder or pattern")
+    parser.add_argument(
+        "--topk", type=int, default=5, metavar="K", help="classes to give (%(default)s)"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="results, as .jsonl or .csv by its name; without it they are printed",
+    )
+    parser.add_argument(
+        "--save-pictures",
+        metavar="DIR",
+        help="new or empty folder for the pictures with their classes drawn beside",
+    )
+    parser.add_argument(
+        "--save-grid",
+        metavar="FILE",
+        help=f"new .png or .jpg file for the first {GRID_PICTURES} of them in one",
+    )
+    add_flag(
+        parser,
+        "backend",
+        "what runs the network (%(default)s: the fastest that is there)",
+        default="auto",
+        metavar="NAME",
+    )
+    add_flag(parser, "batch_size", "images at once (%(default)s)", type=int, default=8, metavar="N")
+    add_config_flags(parser)
+
+
 class Summary:
-    """What is told at the end: how many were classified, and the first that were not."""
+    """What is reported at the end: how many were classified, and the first that were not."""
 
     def __init__(self):
         self.classified = 0
         self.skipped = 0
         self.problems = []
 
-    def add(self, prediction: Prediction) -> None:
+    def add(self, prediction) -> None:
         if prediction.problem is None:
             self.classified += 1
             return
@@ -67,7 +96,7 @@ class Console:
     def __init__(self, class_names):
         self.class_names = class_names
 
-    def write(self, prediction: Prediction) -> None:
+    def write(self, prediction) -> None:
         said = prediction.problem
         if said is None:
             said = ", ".join(
@@ -86,21 +115,24 @@ class Drawings:
         self.grid_file = grid_file
         self.count = 0
         self.cells = []
+        from replknet_paddle.deploy.pictures import annotate, grid, save
 
-    def add(self, prediction: Prediction) -> None:
+        self.annotate, self.grid, self.save = annotate, grid, save
+
+    def add(self, prediction) -> None:
         self.count += 1
         if self.folder is not None:
             os.makedirs(self.folder, exist_ok=True)
             # The number keeps apart what has one name in several folders.
             stem = os.path.splitext(os.path.basename(prediction.path))[0]
             name = f"{self.count:06d}_{stem[:50]}.jpg"
-            save(self.draw(prediction, PICTURE_HEIGHT), os.path.join(self.folder, name))
+            self.save(self.draw(prediction, PICTURE_HEIGHT), os.path.join(self.folder, name))
         if self.grid_file is not None and len(self.cells) < GRID_PICTURES:
             self.cells.append(self.draw(prediction, GRID_HEIGHT))
 
-    def draw(self, prediction: Prediction, height: int):
+    def draw(self, prediction, height: int):
         folder, name = os.path.split(prediction.path)
-        return annotate(
+        return self.annotate(
             prediction.picture,
             [self.class_names[label] for label in prediction.labels],
             prediction.scores,
@@ -110,7 +142,7 @@ class Drawings:
 
     def finish(self) -> None:
         if self.cells:
-            save(grid(self.cells, GRID_COLUMNS), self.grid_file)
+            self.save(self.grid(self.cells, GRID_COLUMNS), self.grid_file)
 
 
 @contextlib.contextmanager
@@ -139,18 +171,35 @@ def printable(name: str) -> str:
     return name if name.isprintable() else ascii(name)
 
 
+def run(args) -> int:
+    warnings.filterwarnings("ignore", module="PIL")  # of pictures that it then reads all the same
+    try:
+        with results_alone_on_stdout():
+            return predict(args)
+    except KeyboardInterrupt:
+        unfinished = f"{args.out}{PARTIAL_SUFFIX}"
+        kept = f"; the results so far are in {unfinished}" if os.path.exists(unfinished) else ""
+        print(f"interrupted{kept}", file=sys.stderr)
+        return 130
+
+
 def predict(args) -> int:
-    """Do what the flags say; the exit status."""
+    """Classify the files; the exit status."""
+    from replknet_paddle.deploy.images import ImageFiles
+    from replknet_paddle.deploy.pictures import PICTURE_FORMATS
+    from replknet_paddle.deploy.predictor import Predictor, predict_files, read_config
+    from replknet_paddle.deploy.results import SUFFIXES, results_file
+
     for flag, value in (("--topk", args.topk), ("-batch_size", args.batch_size)):
         if value < 1:
             raise InputError(f"{flag} is {value}; allowed: an integer >= 1")
     files = ImageFiles(args.images, leave_out=args.save_pictures)
     if args.out is not None:
-        check_results_file(args.out)
+        check_file_target(args.out, SUFFIXES)
     if args.save_pictures is not None:
         check_new_folder(args.save_pictures)
     if args.save_grid is not None:
-        check_new_picture(args.save_grid)
+        check_file_target(args.save_grid, tuple(PICTURE_FORMATS), must_be_new=True)
     config = read_config(args.model, args.cfg, args.opts)
     total = files.count()
     predictor = Predictor(args.model, backend=args.backend, config=config)
@@ -179,7 +228,7 @@ def predict(args) -> int:
     return 1 if summary.skipped else 0
 
 
-def write_all(predictions: Iterable[Prediction], results, drawings, summary: Summary) -> None:
+def write_all(predictions: Iterable, results, drawings, summary: Summary) -> None:
     for prediction in predictions:
         summary.add(prediction)
         results.write(prediction)
@@ -187,75 +236,3 @@ def write_all(predictions: Iterable[Prediction], results, drawings, summary: Sum
             drawings.add(prediction)
     if summary.classified == 0:
         raise InputError("nothing could be classified:\n" + "\n".join(summary.problems))
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="replknet predict",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=EPILOG,
-    )
-    parser.add_argument("model", metavar="MODEL")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder or pattern")
-    parser.add_argument(
-        "--topk", type=int, default=5, metavar="K", help="classes to give (%(default)s)"
-    )
-    parser.add_argument(
-        "--out",
-        metavar="FILE",
-        help="results, as .jsonl or .csv by its name; without it they are printed",
-    )
-    parser.add_argument(
-        "--save-pictures",
-        metavar="DIR",
-        help="new or empty folder for the pictures with their classes drawn beside",
-    )
-    parser.add_argument(
-        "--save-grid",
-        metavar="FILE",
-        help=f"new .png or .jpg file for the first {GRID_PICTURES} of them in one",
-    )
-    parser.add_argument(
-        "-backend",
-        "--backend",
-        default="auto",
-        metavar="NAME",
-        help="what runs the network (%(default)s: the fastest that is there)",
-    )
-    parser.add_argument(
-        "-batch_size",
-        "--batch_size",
-        type=int,
-        default=BATCH_SIZE,
-        metavar="N",
-        help="images at once (%(default)s)",
-    )
-    parser.add_argument(
-        "-cfg",
-        "--cfg",
-        metavar="FILE",
-        help="YAML file of a checkpoint; not needed for one in its run folder",
-    )
-    parser.add_argument(
-        "-opts", "--opts", nargs="+", metavar="KEY VALUE", help="other keys of a checkpoint's"
-    )
-    args = parser.parse_args(argv)
-    warnings.filterwarnings("ignore", module="PIL")  # of pictures that it then reads all the same
-    try:
-        with results_alone_on_stdout():
-            return predict(args)
-    except BrokenPipeError:  # what reads the results has seen enough
-        return 141
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        unfinished = f"{args.out}.unfinished"
-        kept = f"; the results so far are in {unfinished}" if os.path.exists(unfinished) else ""
-        print(f"interrupted{kept}", file=sys.stderr)
-        return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,66 +1,42 @@
-"""The command line of both mains: PaddleViT's flags, each with a --double-dash twin.
+"""Train a network, or with -eval evaluate one, on every visible device.
 
-    python main_multi_gpu.py -cfg=./configs/replknet_31b.yaml -data_path=/dataset/imagenet \\
-        -batch_size=256 -eval -pretrained=./replknet_31b.pdparams -amp
+The flags are PaddleViT's, each with a --double-dash twin. `main_multi_gpu.py` is this command.
 """
 
-import argparse
 import os
 import re
 import socket
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 
-from replknet_paddle.config import get_config, update_config
-from replknet_paddle.data.dataset import get_dataset
-from replknet_paddle.runtime.processes import another_failed, is_launched, launch, leave_status, visible_devices
-from replknet_paddle.engine.run import run
-from replknet_paddle.engine.run_log import check_run_folder
-from replknet_paddle.engine.signals import Stopped
-from replknet_paddle.engine.train import DivergedError
+from replknet_paddle.checkpoints.run_folder import run_folder_of
+from replknet_paddle.commands.flags import add_config_flags, add_flag, config_from
+from replknet_paddle.config import update_config
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.checkpoints.run_folder import run_config_file, run_folder_of
+
+EXAMPLES = """\
+example: python main_multi_gpu.py -cfg=./configs/replknet_31b.yaml -data_path=/dataset/imagenet \\
+             -batch_size=256 -eval -pretrained=./replknet_31b.pdparams -amp
+"""
+
+# What runs in each process, in the same environment.
+PROGRAM = (sys.executable, "-u", "-m", "replknet_paddle", "train")
 
 
-def build_parser(prog: str) -> argparse.ArgumentParser:
+def add_arguments(parser) -> None:
     """The flags. A flag that is not given leaves the configuration's value."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        allow_abbrev=False,
-        usage=f"{prog} -cfg=FILE [FLAGS] [-opts KEY VALUE ...]",
-        description="Train or evaluate RepLKNet.",
-        epilog=f"example: python {prog} -cfg=./configs/replknet_31b.yaml "
-        "-data_path=/dataset/imagenet -batch_size=256 -eval "
-        "-pretrained=./replknet_31b.pdparams -amp",
-    )
-
-    def flag(group, name, help_text, **options):
-        group.add_argument(f"-{name}", f"--{name}", help=help_text, **options)
-
-    flag(
-        parser,
-        "cfg",
-        "YAML file of configs/; not needed for a checkpoint in its run folder",
-        metavar="FILE",
-    )
+    flag = add_flag
+    add_config_flags(parser)
     flag(
         parser,
         "print_config",
         "print the configuration that all this amounts to, and stop",
         action="store_true",
     )
-    flag(
-        parser,
-        "opts",
-        "any other keys, e.g. -opts TRAIN.BASE_LR 1e-3 SEED 1",
-        nargs="+",
-        metavar="KEY VALUE",
-    )
 
     data = parser.add_argument_group("data")
-    flag(data, "dataset", "kind of data set: imagenet2012, list files", metavar="NAME")
+    flag(data, "dataset", "kind of dataset: imagenet2012, list files", metavar="NAME")
     flag(data, "data_path", "folder of train_list.txt and val_list.txt", metavar="DIR")
     flag(data, "batch_size", "images per process, in training and in evaluation", metavar="N")
     flag(data, "batch_size_eval", "images per process in evaluation", metavar="N")
@@ -72,7 +48,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     flag(
         what,
         "resume",
-        "checkpoint or run folder to go on from; auto: the newest whole checkpoint of -output",
+        "checkpoint or run folder to continue; auto: the newest whole checkpoint of -output",
         metavar="PATH",
     )
     flag(what, "last_epoch", "epochs that -pretrained weights have behind them", metavar="N")
@@ -82,7 +58,6 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         "run folder; default that of -resume, or output/NAME-train-TIME, or output/NAME-eval-TIME",
         metavar="DIR",
     )
-
     flag(
         what,
         "backend",
@@ -94,80 +69,70 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     how = parser.add_argument_group("how")
     flag(how, "accum_iter", "forward passes per optimizer step", metavar="N")
     flag(how, "amp", "automatic mixed precision", action="store_true")
-    return parser
+    flag(
+        how,
+        "nproc",
+        "processes on this machine; default one per visible GPU, or one on CPU",
+        type=int,
+        metavar="N",
+    )
 
 
-def main(
-    argv: list[str] | None = None,
-    *,
-    script: str,
-    multi: bool,
-    open_network: Callable | None = None,
-) -> int:
-    """Run a command line.
-
-    Args:
-        argv: the arguments; None for those of this process.
-        script: the file that was started, which the launcher starts again in each process.
-        multi: use every visible device, and offer -nproc.
-        open_network: (config, backend name) -> what `-eval -backend NAME` evaluates.
+def run(args) -> int:
+    """Do what the flags say.
 
     Returns:
-        Exit status: 0; 2 for bad input; 1 for a run that diverged; 143 or 130 for one that saved
-        and stopped at a SIGTERM or SIGINT.
+        0; 2 for bad input; 1 for a run that diverged; 143 or 130 for one that saved and stopped
+        at a SIGTERM or SIGINT.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    parser = build_parser(os.path.basename(script))
-    if multi:
-        parser.add_argument(
-            "-nproc",
-            "--nproc",
-            type=int,
-            default=None,
-            metavar="N",
-            help="processes on this machine; default one per visible GPU, or one on CPU",
-        )
-    status, message = run_command_line(
-        parser.parse_args(argv), argv, script=script, multi=multi, open_network=open_network
-    )
+    from replknet_paddle.runtime.launch import leave_status
+
+    status, message = train_or_evaluate(args)
     if message:
         print(message, file=sys.stderr)
     leave_status(status, message)
     return status
 
 
-def run_command_line(
-    args, argv: list[str], *, script: str, multi: bool, open_network: Callable | None
-) -> tuple[int, str]:
-    """Do what the flags say; the exit status of `main`, and what to say of it."""
+def train_or_evaluate(args) -> tuple[int, str]:
+    """The exit status of `run`, and what to report."""
     try:
         config = read_config(args)
         if args.print_config:
             print(config.dump(), end="")
             return 0, ""
+    except (InputError, OSError) as error:
+        return 2, f"error: {error}"
+
+    # Paddle is imported once the configuration is known to be right.
+    from replknet_paddle.deploy import open_for_evaluation
+    from replknet_paddle.engine.run import run as run_config
+    from replknet_paddle.engine.signals import Stopped
+    from replknet_paddle.engine.train import DivergedError
+    from replknet_paddle.runtime.launch import another_failed, launch
+    from replknet_paddle.runtime.processes import is_launched
+
+    try:
         if args.backend is not None and not config.EVAL:
             raise InputError(f"-backend {args.backend} without -eval; allowed: with -eval")
         if config.SAVE is None:
             args.output = default_run_folder(config)
             config = update_config(config, args)
-        if multi and not is_launched():
+        if not is_launched():
             nodes, master, processes = places(args.nproc)
             if nodes * processes > 1:
                 check_inputs(config)
                 return launch(
-                    script,
-                    [*argv, f"-output={config.SAVE}"],
+                    [*PROGRAM, *args.argv, f"-output={config.SAVE}"],
                     processes=processes,
                     log_dir=worker_log_dir(config.SAVE, nodes),
                     nodes=nodes,
                     master=master,
                 ), ""
-        run(
-            config,
-            open_network=(
-                None if args.backend is None else partial(open_network, name=args.backend)
-            ),
-        )
+        open_network = None
+        if args.backend is not None:
+            open_network = partial(open_for_evaluation, name=args.backend)
+        run_config(config, open_network=open_network)
     except (InputError, OSError) as error:
         return 2, f"error: {error}"
     except DivergedError as error:
@@ -184,14 +149,8 @@ def run_command_line(
 
 def read_config(args):
     """The configuration that the flags amount to."""
-    if args.cfg is None:
-        checkpoint = args.output if args.resume == "auto" else args.resume or args.pretrained
-        if checkpoint is None:
-            raise InputError(
-                "no configuration; give one by -cfg, e.g. -cfg=configs/replknet_31b.yaml"
-            )
-        args.cfg = run_config_file(checkpoint)
-    return update_config(get_config(args.cfg), args)
+    checkpoint = args.output if args.resume == "auto" else args.resume or args.pretrained
+    return config_from(args, checkpoint)
 
 
 def default_run_folder(config) -> str:
@@ -216,6 +175,8 @@ def places(nproc: int | None) -> tuple[int, str | None, int]:
         raise InputError(
             f"NNODES is {nodes}; MASTER must be HOST:PORT of one of these machines, got {master}"
         )
+    from replknet_paddle.runtime.processes import visible_devices
+
     devices = visible_devices()
     if nproc is not None:
         processes = positive_integer("-nproc", nproc)
@@ -247,6 +208,9 @@ def worker_log_dir(run_folder: str, nodes: int) -> str:
 
 def check_inputs(config) -> None:
     """Find the usual mistakes once, before they become the same message from every process."""
+    from replknet_paddle.data.dataset import get_dataset
+    from replknet_paddle.engine.run_log import check_run_folder
+
     path = config.MODEL.RESUME or config.MODEL.PRETRAINED
     if path not in (None, "auto") and not os.path.exists(path):
         raise FileNotFoundError(

@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from replknet_paddle.runtime.errors import InputError, SampleError
 from replknet_paddle.data.transforms.finish import FinishBatch
+from replknet_paddle.runtime.errors import InputError, SampleError
 
 # How many images after an unreadable one are tried in its place.
 MAX_REPLACEMENTS = 10

@@ -14,8 +14,8 @@ from replknet_paddle.deploy.fold import folded
 from replknet_paddle.deploy.onnx_graph import INPUT, onnx_model
 from replknet_paddle.deploy.quantize import quantize
 from replknet_paddle.deploy.sidecar import FILE, FORMATS, PRECISIONS, Sidecar
-from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.model import RepLKNet
+from replknet_paddle.runtime.errors import InputError
 
 PADDLE_MODEL_FILES = ("model.json", "model.pdmodel")  # of Paddle 3 and Paddle 2
 PADDLE_WEIGHTS_FILE = "model.pdiparams"

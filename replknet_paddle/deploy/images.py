@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from PIL import Image
 
-from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.data.transforms.image import FORMATS, load, open_image
+from replknet_paddle.runtime.errors import InputError
 
 
 def image_suffixes() -> set[str]:

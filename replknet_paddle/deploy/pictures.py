@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.files import written_whole
 
 PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG"}
 
@@ -120,39 +120,11 @@ def fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     return picture.resize(target, Image.Resampling.NEAREST if few else Image.Resampling.BICUBIC)
 
 
-def check_new_folder(path: str) -> None:
-    """Raise InputError unless `path` is, or can become, a folder without files to overwrite."""
-    if os.path.isdir(path):
-        if os.listdir(path):
-            raise InputError(f"the folder {path} is not empty; name a new one")
-        if not os.access(path, os.W_OK):
-            raise InputError(f"the folder {path} cannot be written to")
-    elif os.path.lexists(path):
-        raise InputError(f"{path} is a file; name a new folder")
-
-
-def check_new_picture(path: str) -> None:
-    """Raise InputError unless `path` can become a new picture file."""
-    if os.path.splitext(path)[1].lower() not in PICTURE_FORMATS:
-        raise InputError(f"{path}: ends in none of {', '.join(PICTURE_FORMATS)}")
-    if os.path.lexists(path):
-        raise InputError(f"{path} exists; name a new file")
-    folder = os.path.dirname(path) or "."
-    if not os.path.isdir(folder):
-        raise InputError(f"{path}: there is no folder {folder}")
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"{path}: the folder {folder} cannot be written to")
-
-
 def save(picture: Image.Image, path: str) -> None:
     """Write a picture file that has its name when it is whole."""
-    unfinished = f"{path}.unfinished"
-    try:
-        picture.save(unfinished, PICTURE_FORMATS[os.path.splitext(path)[1].lower()], quality=90)
-        os.replace(unfinished, path)
-    finally:
-        if os.path.exists(unfinished):
-            os.unlink(unfinished)
+    suffix = os.path.splitext(path)[1].lower()
+    with written_whole(path, "wb") as file:
+        picture.save(file, PICTURE_FORMATS[suffix], quality=90)
 
 
 def font_for(text: str, pixels: int) -> ImageFont.ImageFont:

@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
+from replknet_paddle.checkpoints.run_folder import run_config_file
 from replknet_paddle.config import get_config, update_config
+from replknet_paddle.data.transforms.image import to_rgb
 from replknet_paddle.deploy.backends import is_export, load_network, open_backend
 from replknet_paddle.deploy.images import decode
-from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.model import RepLKNet
-from replknet_paddle.data.transforms.image import to_rgb
+from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.zoo import find_record, get_model, list_models
-from replknet_paddle.checkpoints.run_folder import run_config_file
 
 BATCH_SIZE = 8  # of a list of images; larger ones gain nothing on a CPU
 MAX_DECODERS = 8  # threads

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from replknet_paddle.deploy.predictor import Prediction
 from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.files import check_file_target, written_whole
 
 SUFFIXES = (".jsonl", ".csv")
 
@@ -63,21 +64,6 @@ class Csv:
         self.rows.writerow([prediction.path, *values, prediction.problem or ""])
 
 
-def check_results_file(path: str) -> None:
-    """Raise InputError if `path` cannot become a file of results."""
-    if os.path.splitext(path)[1].lower() not in SUFFIXES:
-        raise InputError(
-            f"{path}: ends in neither of {' and '.join(SUFFIXES)}, which set the format"
-        )
-    folder = os.path.dirname(path) or "."
-    if os.path.isdir(path):
-        raise InputError(f"{path} is a folder; name a file")
-    if not os.path.isdir(folder):
-        raise InputError(f"{path}: there is no folder {folder}")
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"{path}: the folder {folder} cannot be written to")
-
-
 @contextlib.contextmanager
 def results_file(path: str, class_names: Sequence[str], topk: int) -> Iterator[Results]:
     """Results as they come, in a file that gets the name `path` when the block is left.
@@ -86,19 +72,20 @@ def results_file(path: str, class_names: Sequence[str], topk: int) -> Iterator[R
     `path`.unfinished; not so if nothing was, or if the exception is an InputError.
 
     Raises:
-        InputError: as `check_results_file`.
+        InputError: as `check_file_target`.
     """
-    check_results_file(path)
-    unfinished = f"{path}.unfinished"
-    # Names of files are bytes: those that are no UTF-8 are written as the bytes that they are.
-    with open(unfinished, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+    check_file_target(path, SUFFIXES)
+    started = 0
+
+    def is_worth_keeping(error: BaseException) -> bool:
+        return os.path.getsize(partial) > started and not isinstance(error, InputError)
+
+    # Names of files are bytes: those that are not UTF-8 are written as the bytes that they are.
+    with written_whole(
+        path, keep_partial=is_worth_keeping, errors="surrogateescape", newline=""
+    ) as file:
+        partial = file.name
         is_csv = path.lower().endswith(".csv")
         results = Csv(file, class_names, topk) if is_csv else JsonLines(file, class_names)
-        start = file.tell()
-        try:
-            yield results
-        except BaseException as error:
-            if file.tell() == start or isinstance(error, InputError):
-                os.unlink(unfinished)
-            raise
-    os.replace(unfinished, path)
+        started = file.tell()
+        yield results

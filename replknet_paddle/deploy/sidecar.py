@@ -10,9 +10,9 @@ import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.data.transforms.evaluation import MODES, EvalTransform
-from replknet_paddle.zoo.download import file_sha256
+from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.files import file_sha256, write_text
 
 FILE = "replknet.json"
 FORMAT_VERSION = 1
@@ -161,9 +161,7 @@ class Sidecar:
         text = json.dumps(
             {"format_version": FORMAT_VERSION, **asdict(complete)}, indent=2, ensure_ascii=False
         )
-        unfinished = path.with_name(f"{FILE}.{os.getpid()}.unfinished")
-        unfinished.write_text(text + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        write_text(path, text + "\n")
 
     def verify(self, folder: str | os.PathLike) -> None:
         """Check that the export's files are those that were written.

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import paddle
 
+from replknet_paddle.data.loader import Loader
 from replknet_paddle.engine.metrics import Metrics, MetricSums
 from replknet_paddle.engine.precision import Precision
-from replknet_paddle.data.loader import Loader
 
 
 @paddle.no_grad()

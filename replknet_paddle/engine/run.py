@@ -15,9 +15,7 @@ from functools import partial
 import numpy as np
 import paddle
 
-from replknet_paddle.runtime import processes
-from replknet_paddle.config import config_changes
-from replknet_paddle.data.dataset import get_dataloader, get_dataset
+from replknet_paddle.checkpoints.convert import load_pretrained
 from replknet_paddle.checkpoints.training import (
     FOLDER,
     Checkpoint,
@@ -30,22 +28,29 @@ from replknet_paddle.checkpoints.training import (
     save_checkpoint,
     set_aside_later,
 )
+from replknet_paddle.config import config_changes
+from replknet_paddle.data.dataset import get_dataloader, get_dataset
+from replknet_paddle.data.loader import Loader
+from replknet_paddle.data.transforms import build_mixup
 from replknet_paddle.engine.evaluate import evaluate
 from replknet_paddle.engine.metrics import Metrics
 from replknet_paddle.engine.precision import Precision
 from replknet_paddle.engine.run_log import RunLog, config_text
 from replknet_paddle.engine.signals import Stopped, StopSignals
 from replknet_paddle.engine.train import Step, train_epoch
-from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.data.loader import Loader
-from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from replknet_paddle.model import RepLKNet, build_replknet
 from replknet_paddle.ops import describe_operator, use_fast_depthwise_conv, use_fast_pointwise_conv
 from replknet_paddle.optim.ema import ModelEma
-from replknet_paddle.optim.optimizer import build_optimizer, load_optimizer_state, master_weights, optimizer_state
+from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from replknet_paddle.optim.optimizer import (
+    build_optimizer,
+    load_optimizer_state,
+    master_weights,
+    optimizer_state,
+)
 from replknet_paddle.optim.schedule import base_learning_rate, get_lr
-from replknet_paddle.model import RepLKNet, build_replknet
-from replknet_paddle.data.transforms import build_mixup
-from replknet_paddle.checkpoints.convert import load_pretrained
+from replknet_paddle.runtime import processes
+from replknet_paddle.runtime.errors import InputError
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,10 @@ import sys
 
 from tqdm import tqdm
 
+from replknet_paddle.checkpoints.run_folder import run_folder_of
 from replknet_paddle.checkpoints.training import checkpoints
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.checkpoints.run_folder import run_folder_of
+from replknet_paddle.runtime.files import write_text
 
 
 def check_run_folder(folder: str, *, resume: str | None) -> None:
@@ -72,18 +73,6 @@ def visualdl_writer(folder: str):
     return LogWriter(logdir=folder)
 
 
-def replace_text(path: str, text: str) -> None:
-    """Write a text file such that `path` is the old one, or none, until the new one is whole."""
-    unfinished = f"{path}.unfinished"
-    try:
-        with open(unfinished, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(unfinished, path)
-    finally:
-        if os.path.exists(unfinished):
-            os.unlink(unfinished)
-
-
 class RunLog:
     """Writes one run's folder and console; other ranks than 0 say what is wrong, and no more.
 
@@ -104,7 +93,9 @@ class RunLog:
         root.setLevel(logging.INFO if is_main else logging.ERROR)
         root.handlers[:] = [console, self.early]
         # Each process has images of its own to complain of.
-        logging.getLogger("loader").setLevel(logging.INFO if is_main else logging.WARNING)
+        logging.getLogger("replknet_paddle.data.loader").setLevel(
+            logging.INFO if is_main else logging.WARNING
+        )
 
     def open(self, folder: str, config, *, resume: str | None = None) -> None:
         """Make the run folder: log.txt, and config.yaml, which can stand for `-cfg`.
@@ -123,7 +114,7 @@ class RunLog:
         root.addHandler(file)
         self.early.setTarget(file)
         self.early.flush()
-        replace_text(os.path.join(folder, "config.yaml"), config_text(config))
+        write_text(os.path.join(folder, "config.yaml"), config_text(config))
         self.step_file = os.open(os.path.join(folder, "step"), os.O_WRONLY | os.O_CREAT, 0o644)
         self.metrics_jsonl = config.LOG.METRICS_JSONL
         if config.LOG.VISUALDL:
@@ -159,7 +150,7 @@ class RunLog:
                 with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged by a crash
                     if json.loads(line)["epoch"] <= epoch and line.endswith("\n"):
                         kept.append(line)
-        replace_text(self._metrics_file(), "".join(kept))
+        write_text(self._metrics_file(), "".join(kept))
 
     def _metrics_file(self) -> str:
         return os.path.join(self.folder, "metrics.jsonl")

@@ -7,11 +7,17 @@ from dataclasses import dataclass
 import numpy as np
 import paddle
 
-from replknet_paddle.runtime.processes import average_over_ranks, random_seed, rank, sum_over_ranks, world_size
-from replknet_paddle.engine.precision import LossScaleError, Precision
 from replknet_paddle.data.loader import Loader
+from replknet_paddle.engine.precision import LossScaleError, Precision
 from replknet_paddle.optim.ema import ModelEma
 from replknet_paddle.optim.optimizer import master_weights
+from replknet_paddle.runtime.processes import (
+    average_over_ranks,
+    random_seed,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
 
 
 class DivergedError(RuntimeError):

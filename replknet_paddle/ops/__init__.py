@@ -7,14 +7,17 @@ from replknet_paddle.ops.depthwise_conv import (
     use_fast_depthwise_conv,
 )
 from replknet_paddle.ops.dispatch import describe_operator
-from replknet_paddle.ops.library import LibraryError, core_share, get_library, thread_count
-from replknet_paddle.ops.pointwise_conv import FastPointwiseConv2D, pointwise_conv2d, use_fast_pointwise_conv
+from replknet_paddle.ops.library import LibraryError, get_library, thread_count
+from replknet_paddle.ops.pointwise_conv import (
+    FastPointwiseConv2D,
+    pointwise_conv2d,
+    use_fast_pointwise_conv,
+)
 
 __all__ = [
     "FastDepthwiseConv2D",
     "FastPointwiseConv2D",
     "LibraryError",
-    "core_share",
     "describe_operator",
     "get_library",
     "large_kernel_depthwise_conv2d",

@@ -5,8 +5,8 @@ import os
 
 import paddle
 
-from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.ops.library import LibraryError, get_library
+from replknet_paddle.runtime.errors import InputError
 
 IMPLS = ("auto", "paddle", "direct", "fft")
 DTYPES = (paddle.float32, paddle.float16, paddle.bfloat16)

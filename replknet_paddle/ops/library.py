@@ -13,6 +13,9 @@ from pathlib import Path
 import numpy as np
 import paddle
 
+from replknet_paddle.ops.build import operators_library
+from replknet_paddle.runtime.compiler import BuildError
+from replknet_paddle.runtime.cores import core_share
 from replknet_paddle.runtime.errors import InputError
 
 ALGORITHMS = {"auto": 0, "direct": 1, "fft": 2}
@@ -154,16 +157,7 @@ def thread_count(environment=os.environ) -> int:
                 f"{THREADS_VARIABLE} is {wanted!r}; allowed: an integer from 1 to {MAX_THREADS}"
             )
         return int(wanted)
-    return core_share(environment)
-
-
-def core_share(environment=os.environ) -> int:
-    """The cores that this process may use, shared equally among the processes of the run on this
-    machine; at most `MAX_THREADS`."""
-    here = environment.get("PADDLE_CURRENT_ENDPOINT", "").rpartition(":")[0]
-    endpoints = environment.get("PADDLE_TRAINER_ENDPOINTS", "").split(",")
-    processes = sum(endpoint.rpartition(":")[0] == here for endpoint in endpoints) if here else 1
-    return min(MAX_THREADS, max(1, len(os.sched_getaffinity(0)) // max(1, processes)))
+    return min(MAX_THREADS, core_share(environment))
 
 
 _lock = threading.Lock()
@@ -185,13 +179,8 @@ def get_library() -> Library:
 
 @functools.cache
 def _load() -> Library | LibraryError:
-    # Not above: `replknet build` imports this package first, and warns where it finds itself.
-    from replknet_paddle.ops.build import BuildError, find_library, why_missing
-
     try:
-        path = find_library()
-        if path is None:
-            return LibraryError(why_missing())
+        path = operators_library().find_or_build()
         library = Library(path, threads=thread_count())
         paddle.utils.cpp_extension.load_op_meta_info_and_register_op(str(path))
         self_test(library)

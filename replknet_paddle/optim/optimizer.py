@@ -17,9 +17,9 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.optim.parameter_groups import parameter_groups
 from replknet_paddle.optim.state import check_fits
+from replknet_paddle.runtime.errors import InputError
 
 # Paddle's names for AdamW's tensors; a master of a half-precision parameter has its own name.
 TENSOR_NAME = re.compile(

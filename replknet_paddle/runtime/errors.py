@@ -1,6 +1,6 @@
-"""The one exception for mistakes in what a user gave: configs, lists, images, checkpoints.
+"""The exceptions for mistakes in what a user gave: configs, lists, images, checkpoints.
 
-Command lines print its message without a traceback and exit with status 2; anything else
+Command lines print the message without a traceback and exit with status 2. Any other exception
 that escapes is a defect of the program and keeps its traceback.
 """
 
@@ -10,4 +10,4 @@ class InputError(ValueError):
 
 
 class SampleError(InputError):
-    """An image that cannot be read; the message has the list, the line and the path."""
+    """An image that cannot be read. The message names the list, the line and the path."""

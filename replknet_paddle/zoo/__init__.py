@@ -14,8 +14,6 @@ from pathlib import Path
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.zoo.records import MODELS, PublishedModel
 
-_CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
-
 
 def list_models(pattern: str = "*") -> list[str]:
     """Names of the published models.
@@ -48,9 +46,9 @@ def get_model(name, pretrained: bool | str | os.PathLike = False, *, weights: st
         InputError: no such model, or weights that cannot be had, read, or fitted to it.
     """
     # Here because they import Paddle, which takes seconds that `list_models` can do without.
-    from replknet_paddle.config import get_config
-    from replknet_paddle.model import build_replknet
     from replknet_paddle.checkpoints.convert import load_pretrained
+    from replknet_paddle.config import CONFIG_FOLDER, get_config
+    from replknet_paddle.model import build_replknet
     from replknet_paddle.zoo.download import fetch
 
     record = None
@@ -60,7 +58,7 @@ def get_model(name, pretrained: bool | str | os.PathLike = False, *, weights: st
         config = get_config(str(name))
     else:
         record = find_record(str(name))
-        config = get_config(str(_CONFIG_FOLDER / record.config))
+        config = get_config(CONFIG_FOLDER / record.config)
     if pretrained is True:
         if record is None:
             raise InputError(

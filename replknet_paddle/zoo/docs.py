@@ -13,7 +13,7 @@ from pathlib import Path
 
 from replknet_paddle.zoo.records import MODELS, OFFICIAL_PAGE, PADDLEVIT_PAGE, PublishedModel
 
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parents[2]
 _BEGIN, _END = "<!-- zoo table: begin -->", "<!-- zoo table: end -->"
 
 
@@ -108,7 +108,10 @@ def main(argv: list[str] | None = None) -> int:
         if path.read_text(encoding="utf-8") == text:
             continue
         if args.check:
-            print(f"{path} does not match zoo/records.py; run: python -m replknet_paddle.zoo.docs", file=sys.stderr)
+            print(
+                f"{path} does not match zoo/records.py; run: python -m replknet_paddle.zoo.docs",
+                file=sys.stderr,
+            )
             status = 1
         else:
             path.write_text(text, encoding="utf-8")

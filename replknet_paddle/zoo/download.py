@@ -6,8 +6,6 @@ there is complete, because it got its name only after it was. Without a network 
 is needed.
 """
 
-import contextlib
-import hashlib
 import http.client
 import logging
 import os
@@ -18,31 +16,19 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.checkpoints.convert import load_state
-from replknet_paddle.zoo.records import PublishedModel
 from replknet_paddle.checkpoints.writers import write_safetensors
-
-try:
-    import fcntl
-except ImportError:  # Windows: two processes that download the same file are not kept apart
-    fcntl = None
+from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.files import cache_folder, file_sha256, locked
+from replknet_paddle.zoo.records import PublishedModel
 
 logger = logging.getLogger(__name__)
-
-CACHE_VARIABLE = "REPLKNET_PADDLE_CACHE"
 
 _CHUNK_BYTES = 2**20
 
 
 class _Interrupted(Exception):
     """The connection failed before the end; what arrived is kept."""
-
-
-def cache_folder() -> Path:
-    """Where weights are kept."""
-    setting = os.environ.get(CACHE_VARIABLE)
-    return Path(setting).expanduser() if setting else Path.home() / ".cache" / "replknet_paddle"
 
 
 def fetch(model: PublishedModel) -> Path:
@@ -60,7 +46,7 @@ def fetch(model: PublishedModel) -> Path:
     if converted.exists():
         return converted
     folder.mkdir(parents=True, exist_ok=True)
-    with _one_at_a_time(converted.with_suffix(".lock")):
+    with locked(converted.with_suffix(".lock")):
         if converted.exists():
             return converted
         by_hand = [folder / f"{model.name}{suffix}" for suffix in (".pth", ".pdparams")]
@@ -186,21 +172,3 @@ def _receive(response) -> bytes:
         return response.read(_CHUNK_BYTES)
     except (OSError, http.client.HTTPException) as error:
         raise _Interrupted(f"the connection broke ({error or type(error).__name__})") from error
-
-
-def file_sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _one_at_a_time(path: Path):
-    """Keeps the processes of a job from writing the same file; the others wait for the first."""
-    with open(path, "w") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

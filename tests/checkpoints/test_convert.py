@@ -8,10 +8,8 @@ import numpy as np
 import paddle
 import pytest
 
-import zoo
-import zoo.convert
-from replknet_paddle.config import get_config
-from replknet_paddle.runtime.errors import InputError
+from replknet_paddle import zoo
+from replknet_paddle.checkpoints import convert
 from replknet_paddle.checkpoints.convert import (
     LAYOUTS,
     convert_file,
@@ -22,6 +20,8 @@ from replknet_paddle.checkpoints.convert import (
 )
 from replknet_paddle.checkpoints.readers import read_checkpoint
 from replknet_paddle.checkpoints.writers import write_pdparams, write_safetensors
+from replknet_paddle.config import get_config
+from replknet_paddle.runtime.errors import InputError
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 CONFIGS = FIXTURES.parent.parent / "configs"
@@ -315,7 +315,7 @@ def misfit(monkeypatch):
 
     def load(state: dict, network_shapes: dict, **options) -> str:
         path = FIXTURES / "tiny31_official.pth"
-        monkeypatch.setattr(zoo.convert, "read_checkpoint", lambda path: state)
+        monkeypatch.setattr(convert, "read_checkpoint", lambda path: state)
         with pytest.raises(InputError) as caught:
             load_pretrained(Network(zeros(network_shapes)), path, **options)
         assert str(caught.value).startswith(f"{path}: ")

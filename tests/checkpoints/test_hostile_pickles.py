@@ -23,8 +23,8 @@ from handmade import (
     torch_zip,
 )
 
-from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.checkpoints.readers import read_checkpoint
+from replknet_paddle.runtime.errors import InputError
 
 BASE = numbers(4)
 

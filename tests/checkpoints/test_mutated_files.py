@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from handmade import every_format
 
-from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.checkpoints.readers import read_checkpoint, read_safetensors_metadata
+from replknet_paddle.runtime.errors import InputError
 
 FILES = 5000
 SHARDS = 20

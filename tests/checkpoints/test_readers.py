@@ -29,9 +29,13 @@ from handmade import (
     torch_zip,
 )
 
-from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.checkpoints.readers import _zip_members, read_checkpoint, read_safetensors_metadata
+from replknet_paddle.checkpoints.readers import (
+    _zip_members,
+    read_checkpoint,
+    read_safetensors_metadata,
+)
 from replknet_paddle.checkpoints.unpickle import MappedFile
+from replknet_paddle.runtime.errors import InputError
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 ROOT = FIXTURES.parent.parent

@@ -4,11 +4,13 @@ import json
 
 import pytest
 from PIL import Image
+from tiny import command
 
 from replknet_paddle.bench.conv import ConvCase
 from replknet_paddle.bench.timing import median_ratio, summarize, time_in_turn
 from replknet_paddle.commands import benchmark
-from replknet_paddle.commands.benchmark import main
+
+main = command("benchmark")
 
 
 def test_alternatives_are_timed_in_turn_after_the_warmup():

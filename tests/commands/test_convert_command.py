@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import command
 
-from replknet_paddle.commands.convert import main
 from replknet_paddle.checkpoints.convert import load_state
 from replknet_paddle.checkpoints.readers import read_checkpoint, read_safetensors_metadata
+
+main = command("convert")
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 ROOT = FIXTURES.parent.parent
@@ -109,7 +111,8 @@ def test_command_line_as_people_type_it(cfg, tmp_path):
         [
             sys.executable,
             "-m",
-            "replknet_paddle.commands.convert",
+            "replknet_paddle",
+            "convert",
             str(FIXTURES / "tiny31_official.pth"),
             str(tmp_path / "x.txt"),
             "-cfg",

@@ -9,13 +9,14 @@ import sys
 import numpy as np
 import paddle
 import pytest
-from tiny import ROOT, TINY
+from tiny import ROOT, TINY, command
 
+from replknet_paddle.checkpoints.writers import write_safetensors
 from replknet_paddle.config import get_config
 from replknet_paddle.deploy import open_backend
 from replknet_paddle.model import build_replknet
-from replknet_paddle.commands.export import main
-from replknet_paddle.checkpoints.writers import write_safetensors
+
+main = command("export")
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,7 @@ def test_bad_input_is_one_message_and_writes_nothing(tmp_path, run_folder, capsy
 def test_the_command_runs_from_the_shell(tmp_path, run_folder):
     for source, status in ((run_folder / "best", 0), (tmp_path / "nowhere", 2)):
         done = subprocess.run(
-            [sys.executable, "-m", "replknet_paddle.commands.export", "--pretrained", str(source)]
+            [sys.executable, "-m", "replknet_paddle", "export", "--pretrained", str(source)]
             + [str(tmp_path / f"dst{status}")],
             cwd=ROOT,
             text=True,

@@ -5,9 +5,11 @@ import hashlib
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import command
 
 from replknet_paddle.data.dataset import ListDataset
-from replknet_paddle.commands.make_digits import main
+
+main = command("make-digits")
 
 load_digits = pytest.importorskip(
     "sklearn.datasets", reason="scikit-learn (requirements/demo.txt) carries the digits"

@@ -7,12 +7,13 @@ import sys
 import numpy as np
 import paddle
 import pytest
-from tiny import FIXTURES, ROOT
+from tiny import FIXTURES, ROOT, command
 
+from replknet_paddle.checkpoints.convert import load_pretrained
 from replknet_paddle.config import get_config, update_config
 from replknet_paddle.model import build_replknet
-from replknet_paddle.commands.merge import main
-from replknet_paddle.checkpoints.convert import load_pretrained
+
+main = command("merge")
 
 SOURCE = FIXTURES / "tiny31_paddlevit.pdparams"
 CONFIG = """
@@ -90,7 +91,7 @@ def test_the_command_runs_from_the_shell(tmp_path, config_file):
     for source, status in ((SOURCE, 0), (tmp_path / "nowhere", 2)):
         target.unlink(missing_ok=True)
         done = subprocess.run(
-            [sys.executable, "-m", "replknet_paddle.commands.merge", "--cfg", str(config_file)]
+            [sys.executable, "-m", "replknet_paddle", "merge", "--cfg", str(config_file)]
             + ["--pretrained", str(source), str(target)],
             cwd=ROOT,
             text=True,
@@ -195,7 +196,9 @@ def test_the_source_is_not_overwritten(tmp_path, config_file, capsys, name):
 
 
 def test_bad_targets_are_told_before_anything_is_computed(tmp_path, config_file, monkeypatch):
-    monkeypatch.setattr("replknet_paddle.commands.merge.load_network", lambda *_: pytest.fail("computes"))
+    monkeypatch.setattr(
+        "replknet_paddle.deploy.merge.load_network", lambda *_: pytest.fail("computes")
+    )
     for target in ("out.pdparams", "nowhere/out.safetensors", "."):
         flags = ["-cfg", str(config_file), "-pretrained", str(SOURCE)]
         assert main([*flags, str(tmp_path / target)]) == 2

@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from tiny import ROOT
+from tiny import ROOT, command
 
-from replknet_paddle.commands.model_info import main
+main = command("model-info")
 
 
 def figures(text):
@@ -22,7 +22,7 @@ def figures(text):
 
 def run(*arguments, cwd=ROOT):
     return subprocess.run(
-        [sys.executable, "-m", "replknet_paddle.commands.model_info", *map(str, arguments)],
+        [sys.executable, "-m", "replknet_paddle", "model-info", *map(str, arguments)],
         cwd=cwd,
         text=True,
         capture_output=True,

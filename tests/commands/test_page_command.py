@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from runs import make_run
-from tiny import FIXTURES, ROOT
+from tiny import FIXTURES, ROOT, command
 
 from replknet_paddle.deploy.page import look
 from replknet_paddle.deploy.predictor import Predictor, open_network
-from replknet_paddle.commands.page import main
+
+main = command("page")
 
 PICTURE = FIXTURES / "images" / "landscape_499x375.jpg"
 ROTATED = FIXTURES / "images" / "exif_rotated_400x300.jpg"
@@ -73,8 +74,10 @@ def test_an_export_takes_no_configuration(capsys, tmp_path, flag):
 def test_a_checkpoint_takes_a_configuration(capsys, monkeypatch, run_folder):
     pytest.importorskip("gradio", reason="Gradio is not installed (requirements/page.txt)")
     shown = []
-    monkeypatch.setattr("replknet_paddle.commands.page.serve", lambda *_, **__: None)
-    monkeypatch.setattr("replknet_paddle.commands.page.build_page", lambda *given, **_: shown.append(given))
+    monkeypatch.setattr("replknet_paddle.deploy.page.serve", lambda *_, **__: None)
+    monkeypatch.setattr(
+        "replknet_paddle.deploy.page.build_page", lambda *given, **_: shown.append(given)
+    )
     monkeypatch.setattr("replknet_paddle.commands.page.signal.signal", lambda *_: None)
     opts = ["-opts", "DATA.CROP_PCT", "0.5"]
     assert main([str(run_folder), "-cfg", str(run_folder / "config.yaml"), *opts]) == 0
@@ -106,7 +109,14 @@ class Server:
         self.temporary.mkdir()
         (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "replknet_paddle.commands.page", str(run_folder), f"--port={self.port}"],
+            [
+                sys.executable,
+                "-m",
+                "replknet_paddle",
+                "page",
+                str(run_folder),
+                f"--port={self.port}",
+            ],
             cwd=ROOT,
             text=True,
             stdout=subprocess.PIPE,

@@ -4,8 +4,10 @@ import json
 
 import pytest
 from PIL import Image
+from tiny import command
 
-from replknet_paddle.commands.plot import main
+main = command("plot")
+
 
 pytest.importorskip("matplotlib", reason="optional: requirements/plots.txt")
 

@@ -1,4 +1,4 @@
-"""replknet predict from the command line: results, pictures, statuses, and bad input of every kind."""
+"""`replknet predict`: results, pictures, statuses, and bad input of every kind."""
 
 import csv
 import json
@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 from runs import make_run
-from tiny import FIXTURES, ROOT
+from tiny import FIXTURES, ROOT, command
 
 from replknet_paddle import deploy
+from replknet_paddle.commands import merge
 from replknet_paddle.deploy.predictor import open_network
 from replknet_paddle.deploy.sidecar import FILE, Sidecar
-from replknet_paddle.commands import merge
-from replknet_paddle.commands.predict import main
+
+main = command("predict")
 
 MERGED = ["MODEL.SMALL_KERNEL_MERGED", "True"]
 PICTURES = sorted(map(str, (FIXTURES / "images").glob("[!eR]*")))
@@ -103,7 +104,15 @@ def test_a_folder_is_classified_and_what_does_not_decode_is_skipped_and_told(
 def test_without_a_file_the_results_are_printed_alone(run_folder, photos):
     """Paddle prints to standard output as well, from C++."""
     done = subprocess.run(
-        [sys.executable, "-m", "replknet_paddle.commands.predict", str(run_folder), str(photos), "--topk=2"],
+        [
+            sys.executable,
+            "-m",
+            "replknet_paddle",
+            "predict",
+            str(run_folder),
+            str(photos),
+            "--topk=2",
+        ],
         cwd=ROOT,
         text=True,
         capture_output=True,
@@ -303,7 +312,6 @@ def test_many_files_take_no_more_memory_than_few(run_folder, tmp_path):
             os.link(small, tmp_path / name / f"{i}.png")
     code = """
 import resource, sys
-from replknet_paddle.commands.predict import main
 for name in ("few", "many"):
     assert main([sys.argv[1], f"{sys.argv[2]}/{name}", f"--out={sys.argv[2]}/{name}.jsonl",
                  "-backend=dygraph", "-batch_size=50"]) == 0

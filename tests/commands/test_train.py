@@ -8,12 +8,13 @@ import sys
 import numpy as np
 import pytest
 import yaml
-from tiny import FIXTURES, ROOT, make_data
+from tiny import FIXTURES, ROOT, command, make_data
 
-from replknet_paddle.config import get_config
-from replknet_paddle.commands.train import main
-from replknet_paddle.model import RepLKNet
 from replknet_paddle.checkpoints.writers import write_safetensors
+from replknet_paddle.config import get_config
+from replknet_paddle.model import RepLKNet
+
+main = command("train")
 
 RECIPES = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 
@@ -41,10 +42,9 @@ def start(capsys, monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
 
     def run(*arguments, multi=True):
-        script = ROOT / ("main_multi_gpu.py" if multi else "main_single_gpu.py")
         capsys.readouterr()
         try:
-            status = main([str(a) for a in arguments], script=str(script), multi=multi)
+            status = main([*map(str, arguments), *([] if multi else ["-nproc=1"])])
         except SystemExit as stop:  # argparse
             status = stop.code
         captured = capsys.readouterr()
@@ -321,7 +321,9 @@ def test_numbers_of_the_environment(refused, tiny, monkeypatch, name, value):
 def test_a_master_that_is_no_address(refused, tiny, monkeypatch, master):
     monkeypatch.setenv("NNODES", "2")
     monkeypatch.setenv("MASTER", master)
-    monkeypatch.setattr("replknet_paddle.commands.train.launch", lambda *_, **__: 99)  # it would wait for ever
+    monkeypatch.setattr(
+        "replknet_paddle.runtime.launch.launch", lambda *_, **__: 99
+    )  # it would wait for ever
     message = refused(*tiny)
     assert "MASTER" in message and "HOST:PORT" in message and master in message
 
@@ -422,9 +424,10 @@ def test_a_mistake_ends_the_real_program_with_one_line_and_status_2(run_main, sc
     assert not (tmp_path / "run").exists()
 
 
-def test_importing_the_mains_does_nothing(monkeypatch):
+def test_importing_the_mains_does_nothing(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["x", "-h"])
     import main_multi_gpu
     import main_single_gpu
 
-    assert main_multi_gpu.main is main_single_gpu.main is main
+    assert main_multi_gpu.run_command is main_single_gpu.run_command
+    assert capsys.readouterr() == ("", "")

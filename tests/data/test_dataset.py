@@ -13,16 +13,11 @@ from PIL import Image, features
 from tiny import flags, make_data
 
 from replknet_paddle.config import get_config, update_config
-from replknet_paddle.data.dataset import (
-    EvalBatches,
-    ListDataset,
-    TrainBatches,
-    get_dataloader,
-    get_dataset,
-    read_list,
-)
-from replknet_paddle.runtime.errors import InputError, SampleError
+from replknet_paddle.data.dataset import ListDataset, get_dataloader, get_dataset
+from replknet_paddle.data.lists import read_list
+from replknet_paddle.data.samplers import EvalBatches, TrainBatches
 from replknet_paddle.data.transforms.evaluation import EvalTransform
+from replknet_paddle.runtime.errors import InputError, SampleError
 
 
 def parse(tmp_path, content: bytes, num_classes=1000):

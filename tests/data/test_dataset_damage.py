@@ -12,18 +12,14 @@ import pytest
 from PIL import Image
 from tiny import flags
 
-from replknet_paddle.data import loader as loader_module
 from replknet_paddle.config import get_config, update_config
-from replknet_paddle.data.dataset import (
-    ListDataset,
-    get_class_names,
-    get_dataloader,
-    get_dataset,
-    read_list,
-)
-from replknet_paddle.runtime.errors import InputError, SampleError
+from replknet_paddle.data import loader as loader_module
+from replknet_paddle.data.class_names import get_class_names
+from replknet_paddle.data.dataset import ListDataset, get_dataloader, get_dataset
+from replknet_paddle.data.lists import read_list
 from replknet_paddle.data.loader import available_memory_bytes, check_memory
 from replknet_paddle.data.transforms.evaluation import EvalTransform
+from replknet_paddle.runtime.errors import InputError, SampleError
 
 
 def configured(tiny_config_file, folder, *opts, **values):

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.data.list_files import KINDS, check_data, make_lists, read_synsets
 from replknet_paddle.commands import check_data as check_data_tool
 from replknet_paddle.commands import make_lists as make_lists_tool
+from replknet_paddle.data.check_lists import KINDS, check_data
+from replknet_paddle.data.make_lists import make_lists, read_synsets
+from replknet_paddle.runtime.errors import InputError
 
 
 def jpeg(seed: int) -> bytes:

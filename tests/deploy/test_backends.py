@@ -10,14 +10,15 @@ import paddle
 import pytest
 from small_networks import CONFIG, FORMS, assert_same, images, logits, small_config, small_network
 
+from replknet_paddle.checkpoints.writers import write_safetensors
 from replknet_paddle.deploy import backends as module
 from replknet_paddle.deploy import inference_model, installed_backends, open_backend
-from replknet_paddle.deploy.backends import PACKAGES, Backend, open_for_evaluation
+from replknet_paddle.deploy.backends import PACKAGES, open_for_evaluation
 from replknet_paddle.deploy.export import export_model
 from replknet_paddle.deploy.extras import is_installed
+from replknet_paddle.deploy.runtimes import Backend
 from replknet_paddle.deploy.sidecar import FILE, Sidecar
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.checkpoints.writers import write_safetensors
 
 
 def needs(name):

@@ -114,7 +114,8 @@ def test_what_comes_while_it_is_exported_stays(tmp_path, config, monkeypatch):
     target, sidecar = tmp_path / "dst", Sidecar.build(config, format="paddle")
     target.mkdir()
     monkeypatch.setattr(
-        "replknet_paddle.deploy.export.write_paddle_model", lambda *_: (target / "precious").write_text("precious")
+        "replknet_paddle.deploy.export.write_paddle_model",
+        lambda *_: (target / "precious").write_text("precious"),
     )
     with pytest.raises(InputError, match="no earlier export"):
         export_model(small_network(config), target, sidecar)

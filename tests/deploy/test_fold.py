@@ -6,7 +6,13 @@ import pytest
 from paddle import nn
 from small_networks import FORMS, assert_same, images, logits, small_config, small_network
 
-from replknet_paddle.deploy.fold import compare_forms, fold_norm_before, folded, largest_deviation, merged
+from replknet_paddle.deploy.fold import (
+    compare_forms,
+    fold_norm_before,
+    folded,
+    largest_deviation,
+    merged,
+)
 
 
 @pytest.mark.parametrize("form", FORMS)

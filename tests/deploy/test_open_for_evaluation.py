@@ -4,18 +4,18 @@ import json
 import logging
 
 import pytest
-from tiny import ROOT
+from tiny import command
 
+from replknet_paddle.bench.inference import set_statistics
+from replknet_paddle.checkpoints.writers import write_safetensors
 from replknet_paddle.config import get_config
-from replknet_paddle.deploy import open_for_evaluation
 from replknet_paddle.deploy.backends import PACKAGES
 from replknet_paddle.deploy.export import export_model
 from replknet_paddle.deploy.fold import random_images
-from replknet_paddle.bench.inference import set_statistics
 from replknet_paddle.deploy.sidecar import Sidecar
-from replknet_paddle.commands.train import main
 from replknet_paddle.model import build_replknet
-from replknet_paddle.checkpoints.writers import write_safetensors
+
+main = command("train")
 
 
 @pytest.fixture(autouse=True)
@@ -44,12 +44,7 @@ def weights(tiny_config_file, tmp_path_factory):
 def evaluate(tiny_config_file, tiny_data, tmp_path):
     def run(weights, *flags):
         flags = [f"-cfg={tiny_config_file}", f"-data_path={tiny_data}", *flags]
-        return main(
-            ["-eval", f"-pretrained={weights}", f"-output={tmp_path / 'run'}", *flags],
-            script=str(ROOT / "main_single_gpu.py"),
-            multi=False,
-            open_network=open_for_evaluation,
-        )
+        return main(["-eval", f"-pretrained={weights}", f"-output={tmp_path / 'run'}", *flags])
 
     def metrics(weights, *flags):
         assert run(weights, *flags) == 0
@@ -98,5 +93,5 @@ def test_what_cannot_be_evaluated_is_one_message(
 
 def test_a_backend_is_for_evaluation(tiny_config_file, capsys):
     flags = [f"-cfg={tiny_config_file}", "-backend=auto"]
-    assert main(flags, script="main_single_gpu.py", multi=False) == 2
+    assert main(flags) == 2
     assert "-backend auto without -eval" in capsys.readouterr().err

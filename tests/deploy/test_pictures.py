@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from replknet_paddle.deploy.pictures import BAR, annotate, check_new_folder, check_new_picture, grid, overlay, save
+from replknet_paddle.deploy.pictures import BAR, PICTURE_FORMATS, annotate, grid, overlay, save
 from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.files import check_file_target, check_new_folder
 
 RED = (255, 0, 0)
 
@@ -108,15 +109,15 @@ def test_what_would_be_overwritten_is_refused(tmp_path):
     (tmp_path / "there.png").touch()
     check_new_folder(str(tmp_path / "empty"))
     check_new_folder(str(tmp_path / "new"))
-    check_new_picture(str(tmp_path / "new.png"))
+    check_file_target(tmp_path / "new.png", list(PICTURE_FORMATS), must_be_new=True)
     for path, says in (("full", "is not empty"), ("there.png", "is a file")):
         with pytest.raises(InputError, match=says):
             check_new_folder(str(tmp_path / path))
     for path, says in (
         ("there.png", "exists"),
-        ("new.bmp", "ends in none of .png, .jpg"),
-        ("no/new.png", "there is no folder"),
+        ("new.bmp", "must end in .png or .jpg"),
+        ("no/new.png", "no folder"),
     ):
-        with pytest.raises(InputError, match=says):
-            check_new_picture(str(tmp_path / path))
+        with pytest.raises((InputError, FileNotFoundError), match=says):
+            check_file_target(tmp_path / path, list(PICTURE_FORMATS), must_be_new=True)
     assert not (tmp_path / "new").exists()

@@ -14,10 +14,16 @@ from tiny import FIXTURES
 from replknet_paddle import deploy
 from replknet_paddle.config import get_config
 from replknet_paddle.data.dataset import get_dataset
-from replknet_paddle.deploy.predictor import Prediction, Predictor, open_network, predict_files, softmax
+from replknet_paddle.deploy.predictor import (
+    Prediction,
+    Predictor,
+    open_network,
+    predict_files,
+    softmax,
+)
 from replknet_paddle.deploy.sidecar import Sidecar
-from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.model import RepLKNet, build_replknet
+from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.zoo import get_model
 
 PICTURES = sorted(map(str, (FIXTURES / "images").glob("[!eR]*")))

@@ -7,8 +7,9 @@ import os
 import pytest
 
 from replknet_paddle.deploy.predictor import Prediction
-from replknet_paddle.deploy.results import check_results_file, results_file
+from replknet_paddle.deploy.results import SUFFIXES, results_file
 from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.files import check_file_target
 
 NAMES = ["cat", 'a "big", dog', "蛇"]
 PREDICTIONS = [
@@ -112,13 +113,13 @@ def test_without_a_result_nothing_stays(tmp_path, writes):
 @pytest.mark.parametrize(
     "name, says",
     [
-        ("r.txt", "neither of .jsonl and .csv"),
-        ("r", "neither of .jsonl and .csv"),
+        ("r.txt", "must end in .jsonl or .csv"),
+        ("r", "must end in .jsonl or .csv"),
         ("folder.csv", "is a folder"),
-        ("no/r.csv", "there is no folder"),
+        ("no/r.csv", "no folder"),
     ],
 )
 def test_what_cannot_become_a_file_of_results_is_refused(tmp_path, name, says):
     (tmp_path / "folder.csv").mkdir()
-    with pytest.raises(InputError, match=says):
-        check_results_file(str(tmp_path / name))
+    with pytest.raises((InputError, FileNotFoundError), match=says):
+        check_file_target(tmp_path / name, SUFFIXES)

@@ -9,10 +9,10 @@ from PIL import Image
 from small_networks import small_config
 from tiny import FIXTURES
 
+from replknet_paddle.data.transforms import build_eval_transform
 from replknet_paddle.deploy.sidecar import FILE, Sidecar
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.data.transforms import build_eval_transform
-from replknet_paddle.zoo.download import file_sha256
+from replknet_paddle.runtime.files import file_sha256
 
 NAMES = ["Ähre", "b", "c", "d", "e"]
 

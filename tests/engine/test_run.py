@@ -30,7 +30,11 @@ from processes import (
 )
 from tiny import ROOT, make_data
 
-from replknet_paddle.checkpoints.training import checkpoints, load_checkpoint, newest_whole_checkpoint
+from replknet_paddle.checkpoints.training import (
+    checkpoints,
+    load_checkpoint,
+    newest_whole_checkpoint,
+)
 
 pytest_plugins = ["run_fixtures"]
 
@@ -301,13 +305,13 @@ def frozen_step(arguments: list[str]) -> int:
     cfg, data_path, output = arguments
     import paddle
 
-    from replknet_paddle.runtime import processes
     from replknet_paddle.config import get_config, update_config
     from replknet_paddle.data.dataset import get_dataloader, get_dataset
     from replknet_paddle.engine.precision import Precision
     from replknet_paddle.engine.train import train_epoch
-    from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy
     from replknet_paddle.model import build_replknet
+    from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy
+    from replknet_paddle.runtime import processes
 
     class Flags:
         opts = ["DATA.DATA_PATH", data_path, "MODEL.DROPPATH", "0"]
@@ -383,10 +387,10 @@ def all_ranks_states(arguments: list[str]) -> int:
     """A run whose every rank keeps, at its end, what it would save."""
     from processes import main_status
 
-    from replknet_paddle.runtime import processes
-    from replknet_paddle.engine import run as module
     from replknet_paddle.checkpoints.training import Checkpoint, save_checkpoint
+    from replknet_paddle.engine import run as module
     from replknet_paddle.optim.optimizer import optimizer_state
+    from replknet_paddle.runtime import processes
 
     *arguments, output = arguments
     train_epochs = module.Training.run

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from replknet_paddle.runtime import processes
 from replknet_paddle.checkpoints.training import load_checkpoint
+from replknet_paddle.runtime import processes
 
 GPUS = processes.visible_devices()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS == 0, reason="needs a GPU")]

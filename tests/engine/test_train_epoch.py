@@ -4,12 +4,12 @@ import numpy as np
 import paddle
 import pytest
 
+from replknet_paddle.data.transforms.mixup import Mixup
 from replknet_paddle.engine.precision import LOSS_SCALE_FLOOR, Precision
 from replknet_paddle.engine.train import DivergedError, train_epoch
-from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from replknet_paddle.optim.ema import ModelEma
 from replknet_paddle.model import RepLKNet
-from replknet_paddle.data.transforms.mixup import Mixup
+from replknet_paddle.optim.ema import ModelEma
+from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 CLASSES = 4
 

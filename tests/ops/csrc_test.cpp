@@ -19,8 +19,8 @@
 #include <thread>
 #include <vector>
 
-#include "../../ops/csrc/large_kernel.h"
-#include "../../ops/csrc/pointwise.h"
+#include "../../replknet_paddle/ops/csrc/large_kernel.h"
+#include "../../replknet_paddle/ops/csrc/pointwise.h"
 
 namespace {
 

@@ -3,7 +3,6 @@
 import ctypes
 import multiprocessing
 import os
-import shutil
 import subprocess
 import sys
 
@@ -11,10 +10,12 @@ import numpy as np
 import pytest
 from tiny import ROOT
 
-from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.commands import run_command
 from replknet_paddle.ops import build as build_module
-from replknet_paddle.ops.build import BuildError, build
+from replknet_paddle.ops.build import operators_library
 from replknet_paddle.ops.library import LibraryError, self_test, thread_count
+from replknet_paddle.runtime.compiler import BuildError, build_folder
+from replknet_paddle.runtime.errors import InputError
 
 FAKE_COMPILER = """#!/bin/sh
 # Writes an empty file where a compiler would write its output, and counts.
@@ -36,107 +37,107 @@ def fake(tmp_path, monkeypatch):
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
-    monkeypatch.setattr(build_module, "BUILD_FOLDER", tmp_path / "build")
+    monkeypatch.setenv("REPLKNET_PADDLE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "calls"
 
 
 def test_is_built_once_and_kept(fake):
-    library, seconds = build()
+    library, seconds = operators_library().build()
     calls = fake.read_text()
     assert library.exists() and seconds > 0
-    assert len(calls.splitlines()) == len(build_module.sources()) + 1  # and the linking
-    assert build() == (library, 0.0)
+    assert len(calls.splitlines()) == len(operators_library().sources) + 1  # and the linking
+    assert operators_library().build() == (library, 0.0)
     assert fake.read_text() == calls
-    assert build_module.find_library() == library
+    assert operators_library().find() == library
 
 
 def test_several_processes_build_once(fake):
     context = multiprocessing.get_context("fork")
-    children = [context.Process(target=build) for _ in range(4)]
+    children = [context.Process(target=operators_library().build) for _ in range(4)]
     for child in children:
         child.start()
     for child in children:
         child.join(60)
     assert [child.exitcode for child in children] == [0] * 4
-    assert len(fake.read_text().splitlines()) == len(build_module.sources()) + 1
-    left = {path.suffix for path in build_module.BUILD_FOLDER.iterdir()}
+    assert len(fake.read_text().splitlines()) == len(operators_library().sources) + 1
+    left = {path.suffix for path in build_folder().iterdir()}
     assert left == {".so", ".o", ""}  # the lock has no suffix; no temporary folder stays
 
 
 def test_another_paddle_shares_the_kernels_and_not_the_library(fake, tmp_path, monkeypatch):
-    first, _ = build()
+    first, _ = operators_library().build()
     calls = len(fake.read_text().splitlines())
     other = tmp_path / "paddle"
     (other / "version").mkdir(parents=True)
     (other / "version" / "__init__.py").write_text("full_version = '9.9'")
     monkeypatch.setattr(build_module, "paddle_folder", lambda: other)
-    assert build_module.find_library() is None
-    second, _ = build()
+    assert operators_library().find() is None
+    second, _ = operators_library().build()
     assert second != first
     assert len(fake.read_text().splitlines()) == calls + 2  # the operator, and the linking
 
 
 def test_another_compiler_makes_another_library(fake):
-    first, _ = build()
+    first, _ = operators_library().build()
     path = os.environ["CXX"]
     with open(path) as file:
         text = file.read()
     with open(path, "w") as file:
         file.write(text.replace("fake 1.0", "fake 2.0"))
-    assert build()[0] != first
+    assert operators_library().build()[0] != first
 
 
 @pytest.mark.parametrize(
     "compiler, told",
     [
-        ("no-such-compiler", "CXX=no-such-compiler is no program"),
+        ("no-such-compiler", "CXX=no-such-compiler is not a program"),
         ("false", "false failed with status 1"),
     ],
 )
 def test_failure_is_told_and_remembered(fake, monkeypatch, compiler, told):
     monkeypatch.setenv("CXX", compiler)
     with pytest.raises(BuildError, match=told):
-        build()
-    assert build_module.find_library() is None
-    assert told in build_module.why_missing() and "replknet_paddle.ops.build" in build_module.why_missing()
+        operators_library().build()
+    assert operators_library().find() is None
+    if compiler == "false":  # the failure is remembered until `replknet build`
+        with pytest.raises(BuildError, match=f"its build failed: {told}.*; replknet build tries"):
+            operators_library().find_or_build()
     monkeypatch.setenv("CXX", str(fake.parent / "fake-c++"))
-    assert build()[0] == build_module.find_library()
+    assert operators_library().build()[0] == operators_library().find()
 
 
 def test_no_compiler_at_all_is_told(fake, monkeypatch):
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(fake.parent))
     with pytest.raises(BuildError, match="no C.. compiler: none of c.., g.., clang.."):
-        build()
-
-
-def checkout(folder):
-    """A copy of what the network needs, with nothing built."""
-    for name in ("ops", "errors.py", "config.py", "replknet.py"):
-        source = ROOT / name
-        copy = shutil.copytree if source.is_dir() else shutil.copy
-        copy(source, folder / name)
-    return folder
+        operators_library().build()
 
 
 def run(code, folder, **environment):
     return subprocess.run(
         [sys.executable, *code],
-        cwd=folder,
+        cwd=ROOT,
         text=True,
         capture_output=True,
         timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "REPLKNET_PADDLE_CACHE": str(folder),
+            **environment,
+        },
     )
 
 
 def test_without_the_library_all_works_and_one_line_says_why(tmp_path):
-    folder = checkout(tmp_path)
-    done = run(["ops/build.py"], folder, CXX="false")
+    done = run(["-m", "replknet_paddle", "build"], tmp_path, CXX="false")
     assert done.returncode == 1
-    assert len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("no fast depthwise convolution, false failed with status 1: ")
-    assert done.stderr.endswith("; all works without, by Paddle's own\n")
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(
+        "no compiled convolution operators, so Paddle's or Pillow's are used: "
+        "false failed with status 1: "
+    )
+    assert lines[1].startswith("no compiled image operations, so ") and len(lines) == 2
     code = """
 import logging
 logging.basicConfig(format="%(message)s")
@@ -147,7 +148,7 @@ model = RepLKNet(large_kernel_sizes=[7] * 4, layers=[1] * 4, channels=[4] * 4)
 assert use_fast_depthwise_conv(model) == use_fast_pointwise_conv(model) == 0
 assert model(paddle.randn([1, 3, 32, 32])).shape == [1, 1000]
 """
-    done = run(["-W", "ignore", "-c", code], folder)
+    done = run(["-W", "ignore", "-c", code], tmp_path, CXX="false")
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if "operator" in line]
     assert len(lines) == 1 and "false failed with status 1" in lines[0]
@@ -155,17 +156,15 @@ assert model(paddle.randn([1, 3, 32, 32])).shape == [1, 1000]
 
 def test_damaged_library_is_not_used(fake):
     """The fake compiler's is empty."""
-    build()
-    folder = checkout(fake.parent / "copy") if (fake.parent / "copy").mkdir() is None else None
-    shutil.copytree(build_module.BUILD_FOLDER, folder / "build" / "ops")
+    operators_library().build()
     code = """
-import ops
+from replknet_paddle import ops
 try:
     ops.get_library()
 except ops.LibraryError as error:
     print("told:", error)
 """
-    done = run(["-W", "ignore", "-c", code], folder)
+    done = run(["-W", "ignore", "-c", code], os.environ["REPLKNET_PADDLE_CACHE"])
     assert "told:" in done.stdout and "large_kernel" in done.stdout, done.stderr
 
 
@@ -208,26 +207,26 @@ def test_self_test_finds_one_wrong_value(operators, broken, told, change):
 
 
 def test_the_library_of_this_compiler_is_the_one_that_is_used(fake, tmp_path, monkeypatch):
-    first, _ = build()
+    first, _ = operators_library().build()
     other = tmp_path / "other-c++"
     other.write_text(FAKE_COMPILER.replace("fake 1.0", "other 2.0"))
     other.chmod(0o755)
     os.utime(first, (1, 1))
     monkeypatch.setenv("CXX", str(other))
-    second, _ = build()
-    assert build_module.find_library() == second != first
+    second, _ = operators_library().build()
+    assert operators_library().find() == second != first
     os.utime(second, (2, 2))
     monkeypatch.setenv("CXX", str(tmp_path / "fake-c++"))
-    assert build() == (first, 0.0)
-    assert build_module.find_library() == first
+    assert operators_library().build() == (first, 0.0)
+    assert operators_library().find() == first
 
 
 def test_what_was_built_stays_in_use_without_a_compiler(fake, monkeypatch, capsys):
-    library, _ = build()
+    library, _ = operators_library().build()
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert build_module.main() == 0
-    assert "stay in use" in capsys.readouterr().err
-    assert build_module.find_library() == library
+    assert run_command("build", []) == 1  # the image operations were never built
+    assert "convolution operators built before stay in use" in capsys.readouterr().out
+    assert operators_library().find() == library
 
 
 def test_threads_are_this_process_cores_shared_by_local_processes():

@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
-    *sorted((ROOT / "ops/csrc/cpu").glob("*.cpp")),
-    ROOT / "ops/csrc/pointwise.cpp",
+    *sorted((ROOT / "replknet_paddle/ops/csrc/cpu").glob("*.cpp")),
+    ROOT / "replknet_paddle/ops/csrc/pointwise.cpp",
     Path(__file__).parent / "csrc_test.cpp",
 ]
 STUB = Path(__file__).parent / "dnnl_stub.cpp"

@@ -9,10 +9,13 @@ import pytest
 from double_precision import conv_and_gradients, relative_error
 from paddle import nn
 
-from replknet_paddle.ops import dispatch
-from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.ops import large_kernel_depthwise_conv2d, large_kernel_depthwise_conv2d_reference
+from replknet_paddle.ops import (
+    dispatch,
+    large_kernel_depthwise_conv2d,
+    large_kernel_depthwise_conv2d_reference,
+)
 from replknet_paddle.ops.library import LibraryError, reference_passes
+from replknet_paddle.runtime.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("operators")
 
@@ -283,7 +286,7 @@ def test_without_the_operator_auto_falls_back_and_says_so_once(monkeypatch, capl
     def get_library():
         raise LibraryError("it is raining")
 
-    monkeypatch.setattr(ops.dispatch, "get_library", get_library)
+    monkeypatch.setattr(dispatch, "get_library", get_library)
     x, weight = paddle.randn([1, 4, 9, 9]), paddle.randn([4, 1, 5, 5])
     with caplog.at_level("WARNING"):
         for _ in range(3):

@@ -8,9 +8,13 @@ import paddle
 import pytest
 from paddle import nn
 
-from replknet_paddle.ops import FastDepthwiseConv2D, use_fast_depthwise_conv, use_fast_pointwise_conv
-from replknet_paddle.optim.ema import ModelEma
 from replknet_paddle.model import RepLKNet
+from replknet_paddle.ops import (
+    FastDepthwiseConv2D,
+    use_fast_depthwise_conv,
+    use_fast_pointwise_conv,
+)
+from replknet_paddle.optim.ema import ModelEma
 
 pytestmark = pytest.mark.usefixtures("operators")
 

@@ -3,9 +3,9 @@ import paddle
 import pytest
 from tiny_training import assert_identical, make_config, make_model, train, weights
 
-from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.optim.ema import ModelEma
 from replknet_paddle.optim.optimizer import build_optimizer
+from replknet_paddle.runtime.errors import InputError
 
 
 @pytest.fixture

@@ -6,9 +6,14 @@ import paddle
 import pytest
 from tiny_training import assert_identical, make_config, make_model, train, weights
 
-from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.optim.optimizer import build_optimizer, load_optimizer_state, master_weights, optimizer_state
+from replknet_paddle.optim.optimizer import (
+    build_optimizer,
+    load_optimizer_state,
+    master_weights,
+    optimizer_state,
+)
 from replknet_paddle.optim.parameter_groups import layer_id
+from replknet_paddle.runtime.errors import InputError
 
 KINDS = ("moment1", "moment2", "beta1_pow", "beta2_pow")
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.optim.state import check_fits
+from replknet_paddle.runtime.errors import InputError
 
 
 def test_a_state_that_fits_passes():

@@ -7,6 +7,7 @@ import paddle
 import pytest
 from tiny import ROOT
 
+from replknet_paddle.runtime import launch as launch_module
 from replknet_paddle.runtime import processes
 
 CHECKS = """
@@ -18,11 +19,11 @@ import paddle
 from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.processes import average_over_ranks, rank, sum_over_ranks, world_size
 
-processes = int(sys.argv[1])
+count = int(sys.argv[1])
 assert processes.is_launched()
 processes.init()
-assert world_size() == processes and 0 <= rank() < processes
-mean_rank = (processes - 1) / 2
+assert world_size() == count and 0 <= rank() < count
+mean_rank = (count - 1) / 2
 
 
 def check(got, wanted, what):
@@ -36,9 +37,9 @@ for shape in ((), (1,), (3,), (2, 3), (2, 1, 4)):
     own = np.arange(np.prod(shape)).reshape(shape) + 10.0 * rank()
     total = sum_over_ranks(own)
     assert total.shape == shape and total.dtype == np.float64, (shape, total)
-    check(total, processes * (own - 10 * rank() + 10 * mean_rank), shape)
+    check(total, count * (own - 10 * rank() + 10 * mean_rank), shape)
 large = sum_over_ranks(np.array([2 ** 40 + 1, 1], dtype="int64"))
-assert large.tolist() == [processes * (2 ** 40 + 1), processes], large
+assert large.tolist() == [count * (2 ** 40 + 1), count], large
 kept = np.ones(2)
 sum_over_ranks(kept)
 assert kept.tolist() == [1, 1]
@@ -114,7 +115,7 @@ def test_a_number_that_is_no_seed_is_refused(number):
 
 @pytest.mark.parametrize("limit", [1, 16, 40, 100, 10**9])
 def test_buckets_keep_order_dtype_and_size(limit, monkeypatch):
-    monkeypatch.setattr(distributed, "BUCKET_BYTES", limit)
+    monkeypatch.setattr(processes, "BUCKET_BYTES", limit)
     sizes = [4, 4, 1, 30, 2, 2, 2, 8]
     kinds = ["float32"] * 4 + ["float64"] * 2 + ["float32"] * 2
     tensors = [paddle.zeros([size], kind) for size, kind in zip(sizes, kinds)]
@@ -159,8 +160,8 @@ def test_on_cpu_there_is_no_gpu():
 def launch(tmp_path, script, arguments, processes):
     path = tmp_path / "script of a worker.py"
     path.write_text(script)
-    return distributed.launch(
-        str(path), arguments, processes=processes, log_dir=str(tmp_path / "workers")
+    return launch_module.launch(
+        [str(path), *arguments], processes=processes, log_dir=str(tmp_path / "workers")
     )
 
 
@@ -185,7 +186,7 @@ def test_the_status_of_a_failing_worker_comes_through(tmp_path, status, failing)
     script = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from replknet_paddle.runtime.processes import leave_status
+from replknet_paddle.runtime.launch import leave_status
 if os.environ["PADDLE_TRAINER_ID"] == "{failing}":
     leave_status({status})
     sys.exit({status})

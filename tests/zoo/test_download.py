@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from replknet_paddle import zoo
-from replknet_paddle.zoo import download as download_module
-from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.checkpoints.convert import load_state
-from replknet_paddle.zoo.download import CACHE_VARIABLE, download, fetch
 from replknet_paddle.checkpoints.readers import read_safetensors_metadata
+from replknet_paddle.runtime import files
+from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.files import CACHE_VARIABLE, cache_folder
+from replknet_paddle.zoo.download import download, fetch
 from replknet_paddle.zoo.records import PublishedModel
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
@@ -266,14 +267,15 @@ def test_model_without_a_direct_link_says_what_to_do(tmp_path, monkeypatch):
 
 def test_default_cache_is_below_the_home_folder(monkeypatch):
     monkeypatch.delenv(CACHE_VARIABLE, raising=False)
-    assert zoo.download.cache_folder() == Path.home() / ".cache" / "replknet_paddle"
+    assert cache_folder() == Path.home() / ".cache" / "replknet_paddle"
 
 
-@pytest.mark.skipif(zoo.download.fcntl is None, reason="processes are kept apart by POSIX locks")
+@pytest.mark.skipif(files.fcntl is None, reason="processes are kept apart by POSIX locks")
 def test_processes_that_ask_at_once_download_once(published, server, tmp_path):
     server.behaviours = ["slow"]
     program = (
-        "import sys; from zoo.download import fetch; from zoo.records import PublishedModel\n"
+        "import sys; from replknet_paddle.zoo.download import fetch\n"
+        "from replknet_paddle.zoo.records import PublishedModel\n"
         "class Published(PublishedModel):\n"
         f"    url = {server.url!r}\n"
         f"    sha256_start = {SHA256!r}\n"

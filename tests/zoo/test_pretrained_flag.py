@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny import command
 
-from replknet_paddle.commands.train import main
+main = command("train")
+
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 REFERENCE_FILES = sorted(path.name for path in FIXTURES.glob("tiny*.p[td]*"))
@@ -27,9 +29,7 @@ def evaluate(config_file, tiny_data, tmp_path):
                 f"-pretrained={FIXTURES / file_name}",
                 f"-output={output}",
                 *flags,
-            ],
-            script="main_single_gpu.py",
-            multi=False,
+            ]
         )
         metrics = output / "metrics.jsonl"
         return status, json.loads(metrics.read_text().splitlines()[-1]) if status == 0 else {}

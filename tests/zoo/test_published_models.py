@@ -5,12 +5,11 @@ import numpy as np
 import paddle
 import pytest
 
-from replknet_paddle.zoo import docs
 from replknet_paddle.analysis.complexity import count_macs, count_parameters
 from replknet_paddle.config import get_config
-from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.model import build_replknet
-from replknet_paddle.zoo import find_record, get_model, list_models
+from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.zoo import docs, find_record, get_model, list_models
 from replknet_paddle.zoo.records import MODELS
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
@@ -113,15 +112,15 @@ def test_missing_file(config_file, tmp_path):
         get_model(config_file("tiny31"), pretrained=tmp_path / "absent.pth")
 
 
-@pytest.mark.parametrize("path", zoo.docs.TABLES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", docs.TABLES, ids=lambda path: path.name)
 def test_document_has_the_table_that_the_records_give(path):
-    assert path.read_text(encoding="utf-8") == docs.with_table(path), "run: python -m replknet_paddle.zoo.docs"
+    assert path.read_text(encoding="utf-8") == docs.with_table(path), docs.__doc__
 
 
 def test_command_writes_and_checks_documents(tmp_path, monkeypatch, capsys):
     path = tmp_path / "README.md"
     path.write_text("before <!-- zoo table: begin -->\nold<!-- zoo table: end --> after")
-    monkeypatch.setattr(zoo.docs, "TABLES", {path: "| a table |"})
+    monkeypatch.setattr(docs, "TABLES", {path: "| a table |"})
     assert docs.main(["--check"]) == 1
     assert "python -m replknet_paddle.zoo.docs" in capsys.readouterr().err
     assert docs.main([]) == 0

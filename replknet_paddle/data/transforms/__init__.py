@@ -4,7 +4,6 @@
 arguments.
 """
 
-from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.data.transforms.augment import AutoAugment, RandAugment, fill_color
 from replknet_paddle.data.transforms.erasing import RandomErasing
 from replknet_paddle.data.transforms.evaluation import EvalTransform
@@ -12,6 +11,7 @@ from replknet_paddle.data.transforms.finish import FinishBatch
 from replknet_paddle.data.transforms.mixup import Mixup
 from replknet_paddle.data.transforms.pixels import get_pixels
 from replknet_paddle.data.transforms.training import ColorJitter, TrainTransform
+from replknet_paddle.runtime.errors import InputError
 
 
 def build_eval_transform(config) -> EvalTransform:

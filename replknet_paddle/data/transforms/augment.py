@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.data.transforms.pixels import Pixels
+from replknet_paddle.runtime.errors import InputError
 
 MAX_MAGNITUDE = 10.0
 

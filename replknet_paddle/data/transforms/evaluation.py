@@ -16,10 +16,10 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.data.transforms.finish import Unfinished
 from replknet_paddle.data.transforms.image import load, normalize, to_rgb
 from replknet_paddle.data.transforms.pixels import Pixels, get_pixels
+from replknet_paddle.runtime.errors import InputError
 
 MODES = ("short_crop", "warp")
 

@@ -11,21 +11,16 @@ so a photograph becomes the same pixels whichever release decoded it.
 import contextlib
 import ctypes
 import functools
-import hashlib
 import logging
-import os
-import platform
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "pixels.cpp")
-BUILD_FOLDER = os.path.join(os.path.dirname(os.path.dirname(SOURCE)), "build")
-BUILD_SECONDS = 120  # a compiler that takes longer is stuck
+from replknet_paddle.runtime.compiler import BuildError, SharedLibrary
+
+SOURCE = Path(__file__).resolve().with_name("pixels.cpp")
 
 Size = tuple[int, int]  # width, height
 Box = tuple[float, float, float, float]  # left, top, right, bottom
@@ -257,58 +252,31 @@ def get_pixels(native: bool) -> Pixels:
     if not native:
         return PillowPixels()
     try:
-        return NativePixels(ctypes.CDLL(_build()))
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or error
+        return NativePixels(ctypes.CDLL(str(pixels_library().find_or_build())))
+    except (BuildError, OSError) as error:
         logger.warning(
             "no compiled image operations, so Pillow does them: the same pixels at a third to "
             "half the speed. CXX names a C++ compiler; DATA.NATIVE_PIXELS False avoids this "
             "message. The reason: %s",
-            str(reason).strip()[:1000],
+            error,
         )
         return PillowPixels()
 
 
-def _build() -> str:
-    """Compile pixels.cpp, unless that has been done; returns the library's path."""
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-    if compiler is None:
-        raise OSError("no C++ compiler found")
-    options = [
-        "-O3",
-        "-std=c++17",
-        "-shared",
-        "-fPIC",
-        "-ffp-contract=off",
-        "-fno-trapping-math",
-        "-fno-math-errno",
-        "-Wno-psabi",
-    ]
-    flags = _processor_flags()
-    if "avx2" in flags.split():
-        options.append("-march=native")
-    with open(SOURCE, "rb") as file:
-        key = hashlib.sha256(file.read() + " ".join([compiler, *options, flags]).encode())
-    name = f"pixels-{sys.platform}-{platform.machine()}-{key.hexdigest()[:16]}.so"
-    path = os.path.join(BUILD_FOLDER, name)
-    if not os.path.exists(path):
-        os.makedirs(BUILD_FOLDER, exist_ok=True)
-        unfinished = f"{path}.{os.getpid()}"  # several processes may be at it
-        try:
-            subprocess.run(
-                [*compiler.split(), *options, SOURCE, "-o", unfinished],
-                check=True,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                env={**os.environ, "LC_ALL": "C"},
-                timeout=BUILD_SECONDS,
-            )
-            os.replace(unfinished, path)
-        finally:
-            if os.path.exists(unfinished):
-                os.unlink(unfinished)
-    return path
+def pixels_library() -> SharedLibrary:
+    """The compiled operations, for this machine's processor alone."""
+    processor = _processor_flags()
+    native = ("-march=native",) if "avx2" in processor.split() else ()
+    return SharedLibrary(
+        name="pixels",
+        sources=(SOURCE,),
+        flags=(
+            *("-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-Wno-psabi"),
+            *native,
+        ),
+        must_match=processor.encode(),
+        dependent=(SOURCE.name,),
+    )
 
 
 def _processor_flags() -> str:

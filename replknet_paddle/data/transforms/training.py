@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image
 
-from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.data.transforms.augment import brightness, color, contrast
 from replknet_paddle.data.transforms.erasing import RandomErasing
 from replknet_paddle.data.transforms.finish import Unfinished
 from replknet_paddle.data.transforms.image import load, normalize, to_rgb
 from replknet_paddle.data.transforms.pixels import Pixels, get_pixels
+from replknet_paddle.runtime.errors import InputError
 
 MAX_TRIES = 10  # draws of a crop that fits before falling back to the centre
 REDUCED_MARGIN = 1.5  # pixels of a reduced crop over pixels wanted, on either side

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.data.transforms.augment import (
     AUTO_AUGMENT,
     RAND_AUGMENT,
@@ -17,6 +16,7 @@ from replknet_paddle.data.transforms.augment import (
     operation_argument,
 )
 from replknet_paddle.data.transforms.pixels import get_pixels
+from replknet_paddle.runtime.errors import InputError
 
 GOLDENS = Path(__file__).parent / "goldens"  # what made them: see make_goldens.py there
 PIXELS = np.load(GOLDENS / "timm_operations.npz")

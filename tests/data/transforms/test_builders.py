@@ -5,10 +5,15 @@ import pytest
 from PIL import Image
 
 from replknet_paddle.config import get_config
-from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.data.transforms import build_eval_transform, build_mixup, build_train_transform
-from replknet_paddle.data.transforms.augment import RAND_AUGMENT, RAND_AUGMENT_INCREASING, AutoAugment, RandAugment
+from replknet_paddle.data.transforms.augment import (
+    RAND_AUGMENT,
+    RAND_AUGMENT_INCREASING,
+    AutoAugment,
+    RandAugment,
+)
 from replknet_paddle.data.transforms.training import ColorJitter
+from replknet_paddle.runtime.errors import InputError
 
 IMAGES = Path(__file__).parent.parent / "fixtures" / "images"
 

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.data.transforms.evaluation import EvalTransform, center_offset, short_side_size
 from replknet_paddle.data.transforms.image import normalize, to_rgb
 from replknet_paddle.data.transforms.pixels import get_pixels
+from replknet_paddle.runtime.errors import InputError
 
 IMAGES = Path(__file__).parent.parent / "fixtures" / "images"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -5,8 +5,15 @@ import numpy as np
 import paddle
 import pytest
 
+from replknet_paddle.data.transforms.mixup import (
+    Mix,
+    Mixup,
+    cutmix_box,
+    cutmix_box_minmax,
+    mix_images,
+    mix_labels,
+)
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.data.transforms.mixup import Mix, Mixup, cutmix_box, cutmix_box_minmax, mix_images, mix_labels
 
 GOLDENS = Path(__file__).parent / "goldens"  # what made them: see make_goldens.py there
 DRAWS = json.loads((GOLDENS / "timm_draws.json").read_text())

@@ -9,7 +9,12 @@ import pytest
 from PIL import Image
 
 from replknet_paddle.data.transforms import pixels as module
-from replknet_paddle.data.transforms.pixels import NativePixels, PillowPixels, get_pixels, rows_first
+from replknet_paddle.data.transforms.pixels import (
+    NativePixels,
+    PillowPixels,
+    get_pixels,
+    rows_first,
+)
 
 IMAGES = Path(__file__).parent.parent / "fixtures" / "images"
 PILLOW_MAJOR = int(Image.__version__.split(".")[0])

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.data.transforms.augment import RandAugment
 from replknet_paddle.data.transforms.erasing import RandomErasing
 from replknet_paddle.data.transforms.pixels import get_pixels
 from replknet_paddle.data.transforms.training import ColorJitter, TrainTransform, sample_crop
+from replknet_paddle.runtime.errors import InputError
 
 IMAGES = Path(__file__).parent.parent / "fixtures" / "images"
 GOLDENS = Path(__file__).parent / "goldens"  # what made them: see make_goldens.py there

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from tiny import ROOT
 
-from replknet_paddle.engine import checkpoint as module
+from replknet_paddle.checkpoints import training as module
+from replknet_paddle.checkpoints.run_folder import run_config_file, run_folder_of
 from replknet_paddle.checkpoints.training import (
     Checkpoint,
     Progress,
@@ -25,7 +26,6 @@ from replknet_paddle.checkpoints.training import (
     save_checkpoint,
 )
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.checkpoints.run_folder import run_config_file, run_folder_of
 
 PROGRESS = Progress(
     epoch=3,

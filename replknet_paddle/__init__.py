@@ -1,0 +1,33 @@
+"""RepLKNet (arXiv 2203.06717) in PaddlePaddle: networks with convolution kernels up to 31x31.
+
+    import replknet_paddle
+
+    replknet_paddle.list_models("*384*")
+    model = replknet_paddle.get_model("replknet-31b-1k-224", pretrained=True)
+
+What is listed in `__all__` is imported when it is first used, so that `import replknet_paddle`
+takes no time.
+"""
+
+import importlib
+
+__version__ = "0.2.0"
+
+_PLACES = {
+    "build_replknet": "replknet_paddle.model",
+    "get_config": "replknet_paddle.config",
+    "get_model": "replknet_paddle.zoo",
+    "inference_model": "replknet_paddle.deploy",
+    "list_models": "replknet_paddle.zoo",
+}
+__all__ = ["__version__", *_PLACES]
+
+
+def __getattr__(name: str):
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

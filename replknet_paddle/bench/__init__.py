@@ -1,0 +1,1 @@
+"""Everything that measures time: convolutions, networks, training, input pipeline, inference."""

@@ -1,0 +1,46 @@
+"""Flags that several commands share, each declared here once, and what they amount to."""
+
+import argparse
+
+
+def add_flag(parser, name: str, help_text: str, **options) -> None:
+    """A flag in PaddleViT's style, -NAME, with its twin --NAME."""
+    parser.add_argument(f"-{name}", f"--{name}", help=help_text, **options)
+
+
+def add_config_flags(parser: argparse.ArgumentParser, *, required=False, default=None) -> None:
+    """-cfg and -opts, which describe a network.
+
+    Args:
+        required: there is no checkpoint whose run folder could have the configuration.
+        default: YAML file.
+    """
+    text = "YAML file of the network"
+    if not required and default is None:
+        text += "; not needed for a checkpoint in its run folder"
+    elif default is not None:
+        text += " (%(default)s)"
+    add_flag(parser, "cfg", text, metavar="FILE", required=required, default=default)
+    add_flag(
+        parser,
+        "opts",
+        "any other keys, e.g. -opts TRAIN.BASE_LR 1e-3 SEED 1",
+        nargs="+",
+        metavar="KEY VALUE",
+    )
+
+
+def config_from(args: argparse.Namespace, checkpoint: str | None = None):
+    """The configuration of -cfg, or else of the checkpoint's run folder, with -opts over it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        InputError: wrong keys or values, or no configuration at all.
+    """
+    from replknet_paddle.checkpoints.run_folder import run_config_file
+    from replknet_paddle.config import get_config, update_config
+    from replknet_paddle.runtime.errors import InputError
+
+    if args.cfg is None and checkpoint is None:
+        raise InputError("no configuration; give one by -cfg, e.g. -cfg=configs/replknet_31b.yaml")
+    return update_config(get_config(args.cfg or run_config_file(checkpoint)), args)

@@ -1,0 +1,1 @@
+"""List files, class names, datasets, dataloaders and transforms."""

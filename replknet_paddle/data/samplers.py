@@ -1,0 +1,59 @@
+"""Which samples make which batch, on each rank.
+
+Samples are named by (epoch, index), and all that is random in one depends on nothing but the seed
+and that name: neither the number of workers nor a restart changes what the network sees.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import paddle
+
+
+class TrainBatches(paddle.io.Sampler):
+    """The (epoch, index) names of one rank's training batches, epoch by epoch.
+
+    All ranks shuffle alike, and each takes its part of every global batch, so two ranks with
+    batch b see in each step what one rank with batch 2b sees. The images of an incomplete last
+    global batch wait for another epoch.
+    """
+
+    def __init__(self, length: int, batch_size: int, *, rank: int, world_size: int, seed: int):
+        self.length = length
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.epoch = 0
+        self.first_batch = 0
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """What the next iteration gives: this epoch, from this batch on."""
+        self.epoch = epoch
+        self.first_batch = first_batch
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch, for this rank as for any other."""
+        return self.length // (self.batch_size * self.world_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        step = self.batch_size * self.world_size
+        for batch in range(self.first_batch, len(self)):
+            start = batch * step + self.rank * self.batch_size
+            yield [(self.epoch, int(index)) for index in order[start : start + self.batch_size]]
+
+
+class EvalBatches(paddle.io.Sampler):
+    """The names of one rank's evaluation batches: every image once over all ranks, none twice."""
+
+    def __init__(self, length: int, batch_size: int, *, rank: int, world_size: int):
+        self.indices = range(rank, length, world_size)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for start in range(0, len(self.indices), self.batch_size):
+            yield [(0, index) for index in self.indices[start : start + self.batch_size]]

@@ -1,0 +1,160 @@
+"""Files: written whole or not at all, locked, checked before work starts, and their digests."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from replknet_paddle.runtime.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows: processes are not kept apart
+    fcntl = None
+
+CACHE_VARIABLE = "REPLKNET_PADDLE_CACHE"
+PARTIAL_SUFFIX = ".unfinished"
+
+_CHUNK_BYTES = 2**20
+
+Path_ = str | os.PathLike
+
+
+def cache_folder() -> Path:
+    """The folder for downloaded weights and compiled libraries.
+
+    `~/.cache/replknet_paddle`, or the folder that `REPLKNET_PADDLE_CACHE` names.
+    """
+    setting = os.environ.get(CACHE_VARIABLE)
+    return Path(setting).expanduser() if setting else Path.home() / ".cache" / "replknet_paddle"
+
+
+@contextlib.contextmanager
+def written_whole(path: Path_, mode: str = "w", *, keep_partial=None, **options) -> Iterator[IO]:
+    """Open a temporary file that becomes `path` when the block ends without an exception.
+
+    Until then `path` stays as it was, or does not exist. The bytes are on the disk before the file
+    gets its name.
+
+    Args:
+        path: the file to write or replace.
+        mode: "w" or "wb".
+        keep_partial: (exception) -> whether to keep what has been written as `path`.unfinished.
+            By default it is deleted.
+        options: of `open`; text is UTF-8 by default.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    if "b" not in mode:
+        options.setdefault("encoding", "utf-8")
+    try:
+        with open(partial, mode, **options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        if keep_partial is not None and partial.exists() and keep_partial(error):
+            os.replace(partial, f"{path}{PARTIAL_SUFFIX}")
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path_, text: str) -> None:
+    """Write a text file, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with written_whole(path) as file:
+        file.write(text)
+
+
+def sync_folder(folder: Path_) -> None:
+    """Make a rename in `folder` survive a power failure, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def locked(path: Path_) -> Iterator[None]:
+    """Let one process at a time into the block; the others wait.
+
+    The system releases the lock of a process that dies. Nothing is locked on Windows.
+
+    Args:
+        path: the lock file, which is created and stays.
+    """
+    with open(path, "w") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def file_sha256(path: Path_) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_file_target(path: Path_, suffixes: Sequence[str] = (), *, must_be_new=False) -> None:
+    """Check before work starts that the file `path` can be written.
+
+    Args:
+        suffixes: allowed endings of the name; empty: any.
+        must_be_new: refuse to replace an existing file.
+
+    Raises:
+        FileNotFoundError: its folder does not exist.
+        InputError: another suffix, a folder, an existing file, or a folder that is read-only.
+    """
+    path = os.fspath(path)
+    if suffixes and os.path.splitext(path)[1].lower() not in suffixes:
+        raise InputError(f"{path}: the name must end in {' or '.join(suffixes)}")
+    if os.path.isdir(path):
+        raise InputError(f"{path} is a folder; name a file")
+    if must_be_new and os.path.lexists(path):
+        raise InputError(f"{path} exists; name a new file")
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"no folder {folder} to write {os.path.basename(path)} into")
+    _check_folder_is_writable(folder)
+
+
+def check_new_folder(path: Path_) -> None:
+    """Check before work starts that `path` is an empty folder, or can become one.
+
+    Raises:
+        InputError: a file, a folder that is not empty, or one that is read-only.
+    """
+    path = os.fspath(path)
+    if os.path.isdir(path):
+        if os.listdir(path):
+            raise InputError(f"folder {path} is not empty; name a new one")
+        _check_folder_is_writable(path)
+    elif os.path.lexists(path):
+        raise InputError(f"{path} is a file; name a new folder")
+    else:
+        parent = os.path.abspath(path)
+        while not os.path.isdir(parent):
+            parent = os.path.dirname(parent)
+        _check_folder_is_writable(parent)
+
+
+def _check_folder_is_writable(folder: str) -> None:
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"folder {folder} is not writable; name another one")
