@@ -75,7 +75,8 @@ def test_the_wheel_holds_configs_and_sources_and_no_tests(built):
 
 def test_the_sdist_holds_what_a_wheel_is_built_from(built):
     (sdist,) = built.glob("*.tar.gz")
-    names = {name.split("/", 1)[-1] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
     wanted = {"configs/replknet_31b.yaml", "configs/imagenet1k_class_names.txt", "README.md"}
     wanted |= {"requirements/common.txt", "replknet_paddle/ops/csrc/cpu/kernels.inc", "setup.py"}
     assert wanted <= names

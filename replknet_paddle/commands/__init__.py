@@ -71,7 +71,7 @@ def run_command(name: str, argv: list[str], prog: str | None = None) -> int:
     try:
         return module.run(args)
     except BrokenPipeError:  # the reader of the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  Python's last flush must not fail
         return 141
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -14,7 +14,6 @@ from runs import make_run
 from tiny import FIXTURES, ROOT, command
 
 from replknet_paddle import deploy
-from replknet_paddle.commands import merge
 from replknet_paddle.deploy.predictor import open_network
 from replknet_paddle.deploy.sidecar import FILE, Sidecar
 
@@ -129,7 +128,7 @@ def test_without_a_file_the_results_are_printed_alone(run_folder, photos):
 
 def test_a_merged_checkpoint_is_predicted_with_its_configuration(run_folder, tmp_path):
     merged, out = tmp_path / "merged.safetensors", tmp_path / "results.jsonl"
-    assert merge.main(["-pretrained", str(run_folder), str(merged)]) == 0
+    assert command("merge")(["-pretrained", str(run_folder), str(merged)]) == 0
     flags = ["-cfg", str(run_folder / "config.yaml"), "-backend", "dygraph", "--out", str(out)]
     assert main([str(merged), *PICTURES, *flags, "-opts", *MERGED]) == 0
     expected = deploy.inference_model(open_network(run_folder), PICTURES)
@@ -239,8 +238,8 @@ def bad_inputs(folder, run_folder, export):
         "topk 0": ([run, picture, "--topk=0"], "--topk is 0; allowed: an integer >= 1"),
         "batch 0": ([run, picture, "-batch_size=0"], "-batch_size is 0; allowed"),
         "backend": ([run, picture, "-backend=fastest"], "fastest"),
-        "out": ([run, picture, f"--out={folder}/r.txt"], "neither of .jsonl and .csv"),
-        "out nowhere": ([run, picture, f"--out={folder}/no/r.csv"], "there is no folder"),
+        "out": ([run, picture, f"--out={folder}/r.txt"], "must end in .jsonl or .csv"),
+        "out nowhere": ([run, picture, f"--out={folder}/no/r.csv"], "no folder"),
         "pictures": ([run, picture, f"--save-pictures={folder}/full"], "is not empty"),
         "grid": ([run, picture, f"--save-grid={folder}/there.png"], "there.png exists"),
         "opts": ([run, picture, "-opts", "MODEL.NAMES", "x"], "MODEL.NAMES"),
@@ -312,9 +311,10 @@ def test_many_files_take_no_more_memory_than_few(run_folder, tmp_path):
             os.link(small, tmp_path / name / f"{i}.png")
     code = """
 import resource, sys
+from replknet_paddle.commands import run_command
 for name in ("few", "many"):
-    assert main([sys.argv[1], f"{sys.argv[2]}/{name}", f"--out={sys.argv[2]}/{name}.jsonl",
-                 "-backend=dygraph", "-batch_size=50"]) == 0
+    assert run_command("predict", [sys.argv[1], f"{sys.argv[2]}/{name}", "-backend=dygraph",
+        f"--out={sys.argv[2]}/{name}.jsonl", "-batch_size=50"]) == 0
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
     done = subprocess.run(

@@ -378,11 +378,6 @@ def test_values_may_follow_after_a_space_and_abbreviations_are_refused(start):
     assert done.status == 2
 
 
-def test_only_the_multi_main_has_nproc(start):
-    done = start(f"-cfg={ROOT}/configs/replknet_31b.yaml", "-nproc=2", multi=False)
-    assert done.status == 2 and "-nproc=2" in done.err
-
-
 @pytest.mark.parametrize("multi", [True, False])
 def test_help_shows_an_example_and_every_flag(start, multi):
     done = start("-h", multi=multi)
