@@ -16,7 +16,7 @@ from replknet_paddle.deploy import inference_model, installed_backends, open_bac
 from replknet_paddle.deploy.backends import PACKAGES, open_for_evaluation
 from replknet_paddle.deploy.export import export_model
 from replknet_paddle.deploy.extras import is_installed
-from replknet_paddle.deploy.runtimes import Backend
+from replknet_paddle.deploy.runtimes import Backend, check_images
 from replknet_paddle.deploy.sidecar import FILE, Sidecar
 from replknet_paddle.runtime.errors import InputError
 
@@ -160,9 +160,9 @@ def test_images_of_another_shape_or_type_are_refused(config, name):
 
 def test_an_export_for_one_size_refuses_others(config):
     sidecar = dataclasses.replace(Sidecar.build(config, format="onnx"), input_size=(32, 32))
-    module.check_images(images(1), sidecar)
+    check_images(images(1), sidecar)
     with pytest.raises(InputError, match="takes 32 x 32 alone"):
-        module.check_images(images(1, size=64), sidecar)
+        check_images(images(1, size=64), sidecar)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_processes_of_this_machine_alone_share_its_cores(monkeypatch, config):
     def opener(path, sidecar, threads, precision):
         given.append(threads)
 
-    monkeypatch.setitem(module._OPENERS, "paddle", opener)
+    monkeypatch.setitem(module.OPENERS, "paddle", opener)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(12))
     monkeypatch.setenv("LARGE_KERNEL_THREADS", "5")
     monkeypatch.setenv("PADDLE_TRAINERS_NUM", "6")

@@ -92,8 +92,8 @@ def test_a_picture_file_appears_when_it_is_whole(tmp_path, monkeypatch):
     save(Image.new("RGB", (4, 4), RED), str(tmp_path / "a.png"))
     assert Image.open(tmp_path / "a.png").getpixel((0, 0)) == RED
 
-    def full(_, path, *__, **___):
-        open(path, "w").close()
+    def full(_, file, *__, **___):
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)

@@ -66,7 +66,7 @@ def test_no_folder(tmp_path):
 
 
 def test_a_folder_without_a_sidecar_is_no_export(tmp_path):
-    with pytest.raises(InputError, match=r"no replknet\.json; python -m tools\.export"):
+    with pytest.raises(InputError, match=r"no replknet\.json; replknet export"):
         Sidecar.read(tmp_path)
 
 
