@@ -7,9 +7,8 @@ from io import BytesIO
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import command
 
-from replknet_paddle.commands import check_data as check_data_tool
-from replknet_paddle.commands import make_lists as make_lists_tool
 from replknet_paddle.data.check_lists import KINDS, check_data
 from replknet_paddle.data.make_lists import make_lists, read_synsets
 from replknet_paddle.runtime.errors import InputError
@@ -115,12 +114,12 @@ def test_what_cannot_become_a_list_is_refused(tmp_path):
 
 def test_command_line_replaces_lists_only_when_told(tmp_path, capsys):
     tree(tmp_path, ["train/a/1.jpg", "val/a/1.jpg"])
-    assert make_lists_tool.main([str(tmp_path)]) == 0
+    assert command("make-lists")([str(tmp_path)]) == 0
     assert "train_list.txt: 1 lines" in capsys.readouterr().out
-    assert make_lists_tool.main([str(tmp_path)]) == 2
+    assert command("make-lists")([str(tmp_path)]) == 2
     assert "-overwrite" in capsys.readouterr().err
-    assert make_lists_tool.main([str(tmp_path), "-overwrite"]) == 0
-    assert make_lists_tool.main([str(tmp_path / "nothing")]) == 2
+    assert command("make-lists")([str(tmp_path), "-overwrite"]) == 0
+    assert command("make-lists")([str(tmp_path / "nothing")]) == 2
 
 
 # ---- checking
@@ -190,16 +189,16 @@ def test_command_line_reports_and_says_so_by_its_status(tmp_path, capsys):
     damaged(tmp_path / "data")
     report = tmp_path / "report.json"
     arguments = [str(tmp_path / "data"), "-num_classes", "5", "-workers", "1"]
-    assert check_data_tool.main([*arguments, "-report", str(report)]) == 1
+    assert command("check-data")([*arguments, "-report", str(report)]) == 1
     assert len(json.loads(report.read_text())["problems"]) == 17
     out = capsys.readouterr().out
-    assert "train_list.txt, line 3: line: " in out and out.endswith("wrong\n")
+    assert "train_list.txt, line 3: line: " in out and out.endswith("Problems found: 17\n")
 
     tree(tmp_path / "good", ["train/a/0.jpg"])
     tree(tmp_path / "good", ["other/b/0.jpg", "val/a/1.jpg"])
     make_lists(str(tmp_path / "good"), train="train", val="val")
-    assert check_data_tool.main([str(tmp_path / "good"), "-workers", "1"]) == 0
-    assert capsys.readouterr().out.endswith("all right\n")
+    assert command("check-data")([str(tmp_path / "good"), "-workers", "1"]) == 0
+    assert capsys.readouterr().out.endswith("No problems found\n")
 
 
 @pytest.mark.parametrize(
@@ -207,7 +206,7 @@ def test_command_line_reports_and_says_so_by_its_status(tmp_path, capsys):
 )
 def test_command_line_that_cannot_check_exits_2(tmp_path, monkeypatch, capsys, arguments):
     monkeypatch.chdir(tmp_path)
-    assert check_data_tool.main(arguments) == 2
+    assert command("check-data")(arguments) == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 

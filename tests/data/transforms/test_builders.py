@@ -15,7 +15,7 @@ from replknet_paddle.data.transforms.augment import (
 from replknet_paddle.data.transforms.training import ColorJitter
 from replknet_paddle.runtime.errors import InputError
 
-IMAGES = Path(__file__).parent.parent / "fixtures" / "images"
+IMAGES = Path(__file__).parents[2] / "fixtures" / "images"
 
 
 def config(*options):

@@ -10,7 +10,7 @@ from replknet_paddle.data.transforms.image import normalize, to_rgb
 from replknet_paddle.data.transforms.pixels import get_pixels
 from replknet_paddle.runtime.errors import InputError
 
-IMAGES = Path(__file__).parent.parent / "fixtures" / "images"
+IMAGES = Path(__file__).parents[2] / "fixtures" / "images"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 

@@ -1,6 +1,5 @@
 """The compiled operations and Pillow's, which must not differ in a single bit."""
 
-import os
 import pickle
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from replknet_paddle.data.transforms import pixels as module
 from replknet_paddle.data.transforms.pixels import (
     NativePixels,
     PillowPixels,
@@ -16,7 +14,7 @@ from replknet_paddle.data.transforms.pixels import (
     rows_first,
 )
 
-IMAGES = Path(__file__).parent.parent / "fixtures" / "images"
+IMAGES = Path(__file__).parents[2] / "fixtures" / "images"
 PILLOW_MAJOR = int(Image.__version__.split(".")[0])
 
 
@@ -165,19 +163,19 @@ def test_workers_that_are_started_afresh_get_the_same(native):
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
 def test_without_a_compiler_pillow_does_it_and_says_so(monkeypatch, caplog, tmp_path, compiler):
     monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setattr(module, "BUILD_FOLDER", str(tmp_path))
+    monkeypatch.setenv("REPLKNET_PADDLE_CACHE", str(tmp_path))
     assert isinstance(get_pixels.__wrapped__(True), PillowPixels)
     assert "CXX" in caplog.text and "DATA.NATIVE_PIXELS" in caplog.text
-    assert not os.listdir(tmp_path)
+    assert not list(tmp_path.rglob("*.so"))
 
 
 def test_the_library_is_built_once(native, monkeypatch, tmp_path):
-    monkeypatch.setattr(module, "BUILD_FOLDER", str(tmp_path))
+    monkeypatch.setenv("REPLKNET_PADDLE_CACHE", str(tmp_path))
     assert isinstance(get_pixels.__wrapped__(True), NativePixels)
-    [name] = os.listdir(tmp_path)
-    built = os.stat(tmp_path / name).st_mtime_ns
+    (library,) = tmp_path.rglob("*.so")
+    built = library.stat().st_mtime_ns
     get_pixels.__wrapped__(True)
-    assert os.stat(tmp_path / name).st_mtime_ns == built
+    assert library.stat().st_mtime_ns == built
 
 
 def test_a_config_can_have_pillow():

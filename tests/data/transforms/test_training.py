@@ -12,7 +12,7 @@ from replknet_paddle.data.transforms.pixels import get_pixels
 from replknet_paddle.data.transforms.training import ColorJitter, TrainTransform, sample_crop
 from replknet_paddle.runtime.errors import InputError
 
-IMAGES = Path(__file__).parent.parent / "fixtures" / "images"
+IMAGES = Path(__file__).parents[2] / "fixtures" / "images"
 GOLDENS = Path(__file__).parent / "goldens"  # what made them: see make_goldens.py there
 SAMPLES = np.load(GOLDENS / "timm_samples.npz")
 SCALE, RATIO = (0.08, 1.0), (0.75, 1.3333333)

@@ -1,7 +1,7 @@
 """Write the goldens beside this file: what timm does, given chosen draws or replayed ones.
 
 Run by hand where timm 1.0.31, torch, torchvision and Pillow 13 are installed (the project
-needs none of the first three): `python tests/transforms/goldens/make_goldens.py`.
+needs none of the first three): `python tests/data/transforms/goldens/make_goldens.py`.
 
 - `timm_operations.npz`: a small image, and what each operation makes of it at several
   magnitudes, with timm's random sign forced both ways.
@@ -26,7 +26,7 @@ from PIL import Image
 from timm.data import auto_augment, create_transform, mixup, random_erasing, transforms
 
 HERE = Path(__file__).parent
-IMAGES = HERE.parent.parent / "fixtures" / "images"
+IMAGES = HERE.parents[2] / "fixtures" / "images"
 MADE_BY = f"timm {timm.__version__}, Pillow {PIL.__version__}"
 FILL = (124, 116, 104)
 HPARAMS = {"img_mean": FILL, "interpolation": Image.Resampling.BICUBIC}
