@@ -20,7 +20,7 @@ def restore_logging():
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
-    logging.getLogger("loader").setLevel(logging.NOTSET)
+    logging.getLogger("replknet_paddle.data.loader").setLevel(logging.NOTSET)
 
 
 def opened(folder, *, config=CONFIG, is_main=True):
@@ -59,7 +59,7 @@ def test_ranks_other_than_0_write_nothing(tmp_path, capsys):
 
 def test_ranks_other_than_0_say_which_images_they_cannot_read(tmp_path, capsys):
     opened(tmp_path / "run", is_main=False)
-    logging.getLogger("loader").warning("line 3: cannot read image a.jpg")
+    logging.getLogger("replknet_paddle.data.loader").warning("line 3: cannot read image a.jpg")
     assert capsys.readouterr().out == "line 3: cannot read image a.jpg\n"
 
 
