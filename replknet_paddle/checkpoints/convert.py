@@ -148,14 +148,7 @@ def _read_native(path: str | os.PathLike, weights: str) -> dict[str, np.ndarray]
     state = {name: value for name, value in state.items() if name.split(".")[-1] not in _SKIPPED}
     while state and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
-    layout = recognize(state)
-    if layout is None:
-        names = ", ".join(list(state)[:4])
-        raise InputError(
-            f"{path}: is no RepLKNet: none of its {len(state)} names is like "
-            f"stages.0.blocks.0.prelkb_bn.weight; it begins with {names or 'nothing'}. Give a "
-            "RepLKNet checkpoint under PaddleViT, official PyTorch or mmpretrain names"
-        )
+    layout = recognize(state, path)
     native = {}
     for name, value in state.items():
         new_name = layout.to_native(name)

@@ -4,6 +4,7 @@ PaddleViT's names are native here; the official PyTorch repository and mmpretrai
 the same tensors. A file's layout is recognized by its names.
 """
 
+import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -140,9 +141,14 @@ def from_native(state: Mapping[str, np.ndarray], layout: str) -> dict[str, np.nd
     return converted
 
 
-def recognize(names: Collection[str]) -> Layout | None:
-    """The layout that these names are of; None if they are of no RepLKNet."""
+def recognize(names: Collection[str], path: str | os.PathLike) -> Layout:
+    """The layout of the names in the file `path`; InputError if they are of no RepLKNet."""
     for layout in LAYOUTS.values():
         if any(layout.mark.match(name) for name in names):
             return layout
-    return None
+    first = ", ".join(list(names)[:4])
+    raise InputError(
+        f"{path}: is no RepLKNet: none of its {len(names)} names is like "
+        f"stages.0.blocks.0.prelkb_bn.weight; it begins with {first or 'nothing'}. Give a RepLKNet "
+        "checkpoint under PaddleViT, official PyTorch or mmpretrain names"
+    )
