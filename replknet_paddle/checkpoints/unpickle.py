@@ -1,156 +1,45 @@
-"""Reading a pickle as data: an interpreter of pickle's opcodes that has nothing to call.
+"""Reading a pickle as data: Python's own unpickler, which here has nothing to call.
 
 `pickle.load` (and `paddle.load`, `torch.load` through it) looks up any function that a file
-names and calls it with arguments from the file, so opening a file can run any program. Here a
-file may only name entries of a table, and each entry is a function of this package that builds
-plain data: arrays, dictionaries, numbers. Every other name is refused, and named in the error.
+names and calls it with arguments from the file, so opening a file can run any program. Here
+`find_class` looks nothing up: a name stays text, and calling it reaches an entry of a table, whose
+functions build plain data: arrays, dictionaries, numbers. All other names are refused, and named
+in the error.
 
-The size of a result is bounded as well. Everything built is charged to the `MappedFile` it
-came from, which allows about twice the file's size in all, and large byte strings are views of
-the memory-mapped file rather than copies.
+Everything built is charged to the `MappedFile` it comes from, which allows about twice the file's
+size in all, and large byte strings are views of the memory-mapped file, not copies.
+
+The opcodes are those of `pickle._Unpickler`, which is `pickle.Unpickler` in Python and has been the
+same from Python 3.10 to 3.13. The one in C also has `find_class` and `persistent_load`, but some of
+its opcodes need more care and cannot be replaced: LONG_BINPUT in a file of 9 bytes fills up to
+64 GiB with zeros (index 2**26: 1 GiB, measured), a key made of nested tuples takes twice the time
+to hash with every 5 bytes more (0.1 s for 127 bytes), and BUILD sets attributes of any object.
 """
 
 import codecs
 import math
-import mmap
-import pickle as op  # for the names of the opcodes only: nothing in this package unpickles with it
-import struct
-import sys
+import pickle as op  # for its opcodes and `_Unpickler`; `load` itself is used nowhere
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from struct import calcsize, unpack
 
 import numpy as np
 
+from replknet_paddle.checkpoints.mapped_file import DTYPES, MappedFile
 from replknet_paddle.runtime.errors import InputError
 
-# Python objects weigh more than the bytes that describe them: an opcode of one byte can make an
-# empty set of 200. The allowance lets small files through, whose objects outweigh their tensors.
-_BYTES_PER_OPCODE = 128
-_ALLOWANCE_BYTES = 8 * 2**20
+# The largest object that one opcode makes is an empty set of 216 bytes; and its place on the stack.
+_BYTES_PER_OPCODE = 256
 
 # Longer strings stay in the file until something needs their content.
 _LARGE_BYTES = 4 * 2**10
 
-# Everything that numpy could read from a pickle, less objects, structures and text.
-DTYPES = {
-    code: np.dtype("<" + code)
-    for code in ("b1", "u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8")
-}
 
-
-class MappedFile:
-    """A file's bytes, memory-mapped, with a bound on what may be built out of them.
-
-    A file that is cut short by another process while it is mapped ends the process with SIGBUS;
-    writers therefore have to replace checkpoints, not overwrite them, as this project's do.
-
-    Args:
-        path: a regular file that is not empty.
-
-    Raises:
-        FileNotFoundError: there is nothing at `path`.
-        InputError: `path` is a directory, empty or not readable.
-    """
-
-    def __init__(self, path: Path):
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{path}: there is no such file; docs/model_zoo.md has the published ones"
-            )
-        if not path.is_file():
-            raise InputError("is not a file; give the checkpoint file itself")
-        try:
-            with path.open("rb") as file:
-                self.size = path.stat().st_size
-                if self.size == 0:
-                    raise InputError("the file is empty; copy or download it again")
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise InputError(f"cannot be read: {error.strerror or error}") from error
-        self.size = len(self._map)
-        self._bytes = memoryview(self._map)
-        self._left = 2 * self.size + _ALLOWANCE_BYTES
-
-    def spend(self, nbytes: int) -> None:
-        """Charges memory that is about to be used; raises InputError when it would be too much."""
-        self._left -= nbytes
-        if self._left < 0:
-            raise InputError(
-                f"would take more than twice its {self.size} bytes in memory, which no honest "
-                "checkpoint does; get the file from its publisher again"
-            )
-
-    def view(self, start: int, length: int) -> memoryview:
-        """The bytes [start, start + length) without copying them."""
-        if start < 0 or length < 0 or start + length > self.size:
-            raise InputError(
-                f"ends too early: {length} bytes are announced at byte {start} of "
-                f"{self.size}; copy or download it again"
-            )
-        return self._bytes[start : start + length]
-
-    def unpack(self, layout: str, start: int) -> tuple:
-        """Numbers in the `struct` module's notation, read at byte `start`."""
-        return struct.unpack(layout, self.view(start, struct.calcsize(layout)))
-
-    def find(self, needle: bytes, start: int) -> int:
-        """Where `needle` first occurs from `start` on; -1 if it does not."""
-        return self._map.find(needle, start)
-
-    def rfind(self, needle: bytes, start: int) -> int:
-        """Where `needle` last occurs at or after `start`; -1 if it does not."""
-        return self._map.rfind(needle, max(start, 0))
-
-    def release(self, start: int, length: int) -> None:
-        """Lets the system drop these bytes from memory; they are read again when needed."""
-        if not hasattr(self._map, "madvise"):
-            return
-        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = (start + length - first) // mmap.PAGESIZE * mmap.PAGESIZE
-        if length > 0:
-            self._map.madvise(mmap.MADV_DONTNEED, first, length)
-
-
-@dataclass(frozen=True, eq=False)
-class Global:
-    """What stands for a class or function that a pickle names.
-
-    `build` makes the value when the pickle calls it: `build(file, *arguments)`. None: the name
-    may be mentioned (as the type of a storage is) but not called.
-    """
-
-    name: str
-    build: Callable | None = None
+class Name(str):
+    """The full name of a class or function that a pickle mentions; nothing is looked up."""
 
 
 class Attributes(dict):
     """The attributes of an object such as `argparse.Namespace`, as a dictionary."""
-
-
-@dataclass(frozen=True, eq=False)
-class _LargeText:
-    """A long string that is still in the file: UTF-8 at [start, start + length)."""
-
-    file: MappedFile
-    start: int
-    length: int
-
-    def decode(self) -> str:
-        self.file.spend(4 * self.length)
-        return str(self.file.view(self.start, self.length), "utf-8", "surrogatepass")
-
-    def latin1(self) -> bytes:
-        """The bytes that pickle protocol 2 disguises as text, for want of an opcode for bytes."""
-        self.file.spend(self.length)
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        raw = self.file.view(self.start, self.length)
-        parts = [
-            decoder.decode(raw[at : at + 2**20], at + 2**20 >= self.length).encode("latin1")
-            for at in range(0, self.length, 2**20)
-        ]
-        self.file.release(self.start, self.length)
-        return b"".join(parts)
 
 
 class _LateArray:
@@ -177,9 +66,10 @@ def _attributes(file: MappedFile) -> Attributes:
 
 def _reconstructed(file: MappedFile, cls, base, state) -> object:
     """`copyreg._reconstructor`: how protocols 0 and 1 begin an object."""
-    if not isinstance(cls, Global) or cls.build not in (_attributes, _mapping) or state is not None:
+    build = PLAIN_GLOBALS.get(cls) if isinstance(cls, Name) else None
+    if build not in (_attributes, _mapping) or state is not None:
         raise InputError("holds an object of a form that is not known")
-    return cls.build(file)
+    return build(file)
 
 
 def _set(file: MappedFile, items=()) -> set:
@@ -194,12 +84,12 @@ def _counted(file: MappedFile, items):
 
 def _bytes(file: MappedFile, text="", encoding="latin1") -> bytes:
     """`bytes` and `_codecs.encode`: how protocol 2 writes byte strings."""
-    if encoding != "latin1" or not isinstance(text, (str, _LargeText)):
-        raise InputError(f"encodes text as {shown(encoding)}; only bytes in latin1 are known")
-    if isinstance(text, _LargeText):
-        return text.latin1()
-    file.spend(len(text))
-    return text.encode("latin1")
+    if isinstance(text, str) and encoding == "latin1":
+        file.spend(len(text))
+        return text.encode("latin1")
+    if isinstance(text, bytes) and encoding == "latin1":  # by `Unpickler.load_text`
+        return text
+    raise InputError(f"encodes text as {shown(encoding)}; only bytes in latin1 are known")
 
 
 def _dtype(file: MappedFile, code, align=False, copy=False) -> np.dtype:
@@ -218,9 +108,7 @@ def _array(file: MappedFile, data, dtype, shape, order="C") -> np.ndarray:
     Raises:
         InputError: the type is not known, or shape and length of the data do not agree.
     """
-    if isinstance(data, _LargeText):  # Python 2 wrote byte strings with the opcode of text
-        data = data.latin1()
-    elif isinstance(data, str):
+    if isinstance(data, str):  # a short string of Python 2, which had one type for text and bytes
         data = data.encode("latin1")
     if not isinstance(dtype, np.dtype) or not isinstance(data, (bytes, memoryview)):
         raise InputError("holds a numpy array whose content is not plain numbers")
@@ -247,7 +135,7 @@ def checked_sizes(sizes: object) -> tuple[int, ...]:
 
 
 def checked_key(key: object) -> object:
-    """`key` if it may be one, which is to say if it is flat."""
+    """`key` if it may be one, that is, if it is flat."""
     if not _is_flat(key):
         raise InputError(f"uses a {type(key).__name__} as a key; only text and numbers are read")
     return key
@@ -269,58 +157,90 @@ def shown(value: object) -> str:
     return f"{value!r:.80}" if _is_flat(value) else f"a {type(value).__name__}"
 
 
-def table(*entries: tuple[str, Callable | None]) -> dict[str, Global]:
-    """Name -> what stands for it, from (name, builder) pairs."""
-    return {name: Global(name, build) for name, build in entries}
-
-
+# What a pickle may mention -> what builds it; None: it may be mentioned, as a type is, not called.
 # Both names of a thing that moved: Python 2 and 3 (protocol 2 writes Python 2's), numpy 1 and 2.
-PLAIN_GLOBALS = table(
-    ('collections.OrderedDict', _mapping),
-    ('collections.Counter', _mapping),
-    ('collections.defaultdict', _default_dict),
-    ('argparse.Namespace', _attributes),
-    ('types.SimpleNamespace', _attributes),
-    ('copyreg._reconstructor', _reconstructed),
-    ('copy_reg._reconstructor', _reconstructed),
-    ('_codecs.encode', _bytes),
-    *((f'{module}.{name}', None) for module in ('builtins', '__builtin__')
-      for name in ('object', 'dict', 'list', 'int', 'float', 'str', 'bool')),
-    *((f'{module}.{name}', build) for module in ('builtins', '__builtin__')
-      for name, build in (('set', _set), ('frozenset', _set), ('bytes', _bytes))),
-    ('numpy.ndarray', None),
-    ('numpy.dtype', _dtype),
-    *((f'numpy.{core}.{name}', build) for core in ('core', '_core')
-      for name, build in (
-          ('multiarray._reconstruct', _late_array),
-          ('multiarray.scalar', _scalar),
-          ('numeric._frombuffer', _array),
-      )),
-)  # fmt: skip
-
-_CONSTANTS = {op.NONE: None, op.NEWTRUE: True, op.NEWFALSE: False}
-_EMPTY = {op.EMPTY_LIST: list, op.EMPTY_DICT: dict, op.EMPTY_TUPLE: tuple, op.EMPTY_SET: set}
-_NUMBERS = {op.BININT1: "<B", op.BININT2: "<H", op.BININT: "<i", op.BINFLOAT: ">d"}
-_LONGS = {op.LONG1: "<B", op.LONG4: "<i"}
-_TEXTS = {op.SHORT_BINUNICODE: "<B", op.BINUNICODE: "<I", op.BINUNICODE8: "<Q"}
-_BYTESTRINGS = {op.SHORT_BINBYTES: "<B", op.BINBYTES: "<I", op.BINBYTES8: "<Q", op.BYTEARRAY8: "<Q"}
-_PYTHON2_STRINGS = {op.SHORT_BINSTRING: "<B", op.BINSTRING: "<i"}
-_TUPLES = {op.TUPLE1: 1, op.TUPLE2: 2, op.TUPLE3: 3}
-_GETS = {op.BINGET: "<B", op.LONG_BINGET: "<I"}
-_PUTS = {op.BINPUT: "<B", op.LONG_BINPUT: "<I"}
-_SKIPPED = {op.PROTO: 1, op.FRAME: 8}
+PLAIN_GLOBALS: dict[str, Callable | None] = {
+    'collections.OrderedDict': _mapping,
+    'collections.Counter': _mapping,
+    'collections.defaultdict': _default_dict,
+    'argparse.Namespace': _attributes,
+    'types.SimpleNamespace': _attributes,
+    'copyreg._reconstructor': _reconstructed,
+    'copy_reg._reconstructor': _reconstructed,
+    '_codecs.encode': _bytes,
+    **{f'{module}.{name}': None for module in ('builtins', '__builtin__')
+       for name in ('object', 'dict', 'list', 'int', 'float', 'str', 'bool')},
+    **{f'{module}.{name}': build for module in ('builtins', '__builtin__')
+       for name, build in (('set', _set), ('frozenset', _set), ('bytes', _bytes))},
+    'numpy.ndarray': None,
+    'numpy.dtype': _dtype,
+    **{f'numpy.{core}.{name}': build for core in ('core', '_core')
+       for name, build in (
+           ('multiarray._reconstruct', _late_array),
+           ('multiarray.scalar', _scalar),
+           ('numeric._frombuffer', _array),
+       )},
+}  # fmt: skip
 
 
-class Unpickler:
+class _Stream:
+    """The file as the unpickler reads it, from a position on."""
+
+    def __init__(self, file: MappedFile, position: int):
+        self.file = file
+        self.position = position
+
+    def read(self, length: int) -> bytes | memoryview:
+        view = self.file.view(self.position, length)
+        self.position += length
+        return view if length > _LARGE_BYTES else bytes(view)
+
+    def readline(self) -> bytes:
+        end = self.file.find(b"\n", self.position)
+        if end < 0 or end - self.position > 1000:
+            raise InputError("holds a name without an end")
+        return self.read(end + 1 - self.position)
+
+
+class _Memo(dict):
+    """What later parts of the pickle refer to."""
+
+    def __getitem__(self, index: int) -> object:
+        value = super().__getitem__(index)
+        if not isinstance(value, _LateArray):
+            return value
+        if value.value is None:
+            raise InputError("uses a numpy array before its content is known")
+        return value.value
+
+
+class _Steps(dict):
+    """Opcode -> method; each use is charged."""
+
+    def __init__(self, file: MappedFile):
+        super().__init__(_STEPS)
+        self.file = file
+
+    def __getitem__(self, opcode: int) -> Callable:
+        self.file.spend(_BYTES_PER_OPCODE)
+        if opcode not in self:
+            raise InputError(
+                f"uses pickle opcode {bytes([opcode])}, which no known program writes into a "
+                "checkpoint"
+            )
+        return super().__getitem__(opcode)
+
+
+class Unpickler(op._Unpickler):
     """Reads one pickle of protocol 2 to 5.
 
     Containers come back as dict, list, tuple and set; byte strings over 4 KiB as read-only
-    views of the file; arrays as read-only numpy arrays.
+    views of the file; arrays as read-only numpy arrays; names of classes as text.
 
     Args:
         file: where the pickle is.
         start: the byte it begins at.
-        known: name -> stand-in, for all that it may mention.
+        known: name -> builder or None, for all that it may mention.
         persistent_load: makes the value of a persistent id (PyTorch: a reference to a tensor's
             storage). None: such references are refused.
     """
@@ -329,16 +249,18 @@ class Unpickler:
         self,
         file: MappedFile,
         start: int,
-        known: dict[str, Global],
+        known: dict[str, Callable | None],
         persistent_load: Callable[[object], object] | None = None,
     ):
         self.file = file
-        self.position = start
+        self.stream = _Stream(file, start)
+        super().__init__(self.stream)
+        self.memo = _Memo()
+        self.dispatch = _Steps(file)
         self.known = known
-        self.persistent_load = persistent_load
-        self.memo: dict[int, object] = {}
-        self.stack: list = []
-        self.marks: list[list] = []  # the stacks that were set aside at each MARK
+        self.late_arrays: list[_LateArray] = []
+        if persistent_load is not None:
+            self.persistent_load = persistent_load
 
     def load(self) -> object:
         """The pickle's value; `position` is then the byte after it.
@@ -348,254 +270,128 @@ class Unpickler:
             ValueError, TypeError, KeyError, IndexError and others: it is damaged. Callers turn
                 these into InputError.
         """
-        while True:
-            self.file.spend(_BYTES_PER_OPCODE)
-            code = bytes(self.file.view(self.position, 1))
-            self.position += 1
-            if code == op.STOP:
-                return self._pop_value()
-            self._step(code)
-
-    def _step(self, code: bytes) -> None:
-        stack = self.stack
-        if code in _CONSTANTS:
-            stack.append(_CONSTANTS[code])
-        elif code in _EMPTY:
-            stack.append(_EMPTY[code]())
-        elif code in _NUMBERS:
-            stack.append(self._number(_NUMBERS[code]))
-        elif code in _LONGS:
-            raw = self._take(self._number(_LONGS[code]))
-            stack.append(int.from_bytes(raw, "little", signed=True))
-        elif code in _TEXTS:
-            stack.append(self._text(self._number(_TEXTS[code])))
-        elif code in _BYTESTRINGS:
-            raw = self._take(self._number(_BYTESTRINGS[code]))
-            stack.append(raw if len(raw) > _LARGE_BYTES else bytes(raw))
-        elif code in _PYTHON2_STRINGS:
-            raw = self._take(self._number(_PYTHON2_STRINGS[code]))
-            self.file.spend(2 * len(raw))
-            stack.append(str(raw, "latin1"))
-        elif code in _TUPLES:
-            items = [self._pop() for _ in range(_TUPLES[code])]
-            stack.append(tuple(reversed(items)))
-        elif code in _GETS:
-            stack.append(self._finished(self.memo[self._number(_GETS[code])]))
-        elif code in _PUTS:
-            self.memo[self._number(_PUTS[code])] = stack[-1]
-        elif code == op.MEMOIZE:
-            self.memo[len(self.memo)] = stack[-1]
-        elif code in _SKIPPED:
-            self._take(_SKIPPED[code])
-        elif code in self._STEPS:
-            self._STEPS[code](self)
-        else:
-            raise InputError(
-                f"uses pickle opcode {code!r}, which no known program writes into a checkpoint"
-            )
-
-    # ---- arguments, and values from the stack
-
-    def _take(self, length: int) -> memoryview:
-        view = self.file.view(self.position, length)
-        self.position += length
-        return view
-
-    def _number(self, layout: str):
-        return struct.unpack(layout, self._take(struct.calcsize(layout)))[0]
-
-    def _text(self, length: int):
-        raw = self._take(length)
-        if length > _LARGE_BYTES:
-            return _LargeText(self.file, self.position - length, length)
-        text = str(raw, "utf-8", "surrogatepass")
-        self.file.spend(sys.getsizeof(text))
-        return text
-
-    def _line(self) -> str:
-        end = self.file.find(b"\n", self.position)
-        if end < 0 or end - self.position > 1000:
-            raise InputError("holds a name without an end")
-        text = str(self._take(end - self.position), "utf-8")
-        self.position += 1
-        return text
-
-    def _finished(self, value: object) -> object:
-        """`value`, or the array that it became."""
-        if not isinstance(value, _LateArray):
-            return value
-        if value.value is None:
+        try:
+            value = super().load()
+        except op.UnpicklingError as error:
+            raise ValueError(error) from None
+        if any(array.value is None for array in self.late_arrays):
             raise InputError("uses a numpy array before its content is known")
-        return value.value
+        return value
 
-    def _pop(self) -> object:
-        return self._finished(self.stack.pop())
+    @property
+    def position(self) -> int:
+        return self.stream.position
 
-    def _pop_value(self) -> object:
-        """A value to keep: no stand-ins, and long text decoded."""
-        return self._kept(self.stack.pop())
-
-    def _kept(self, value: object) -> object:
-        if isinstance(value, Global):
-            return value.name
-        if isinstance(value, _LargeText):
-            return value.decode()
-        return self._finished(value)
-
-    def _pop_mark(self) -> list:
-        items = self.stack
-        self.stack = self.marks.pop()
-        return [self._finished(item) for item in items]
-
-    # ---- opcodes with a method of their own
-
-    def _mark(self) -> None:
-        self.marks.append(self.stack)
-        self.stack = []
-
-    def _append(self) -> None:
-        value = self._pop_value()
-        self._top(list).append(value)
-
-    def _appends(self) -> None:
-        items = [self._kept(item) for item in self._pop_mark()]
-        self._top(list).extend(items)
-
-    def _set_item(self) -> None:
-        value, key = self._pop_value(), self._pop()
-        self._top(dict)[checked_key(key)] = value
-
-    def _set_items(self) -> None:
-        items = self._pop_mark()
-        self._fill(self._top(dict), items)
-
-    def _fill(self, target: dict, items: list) -> None:
-        if len(items) % 2:
-            raise InputError("holds a dictionary with a key that has no value")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            target[checked_key(key)] = self._kept(value)
-
-    def _add_items(self) -> None:
-        items = self._pop_mark()
-        self._top(set).update(checked_key(item) for item in items)
-
-    def _new_list(self) -> None:
-        items = self._pop_mark()
-        self.stack.append([self._kept(item) for item in items])
-
-    def _new_dict(self) -> None:
-        items, target = self._pop_mark(), {}
-        self._fill(target, items)
-        self.stack.append(target)
-
-    def _new_set(self) -> None:
-        items = self._pop_mark()
-        self.stack.append({checked_key(item) for item in items})
-
-    def _new_tuple(self) -> None:
-        items = self._pop_mark()
-        self.stack.append(tuple(items))
-
-    def _top(self, kind: type):
-        if not isinstance(self.stack[-1], kind):
-            raise InputError(f"adds items to a {type(self.stack[-1]).__name__}")
-        return self.stack[-1]
-
-    def _find(self, module: object, name: object) -> Global:
-        if not isinstance(module, str) or not isinstance(name, str):
-            raise InputError("asks for something whose name is not text")
-        full_name = f"{module}.{name}"
+    def find_class(self, module: str, name: str) -> Name:
+        full_name = Name(f"{module}.{name}")
         if full_name not in self.known:
             raise InputError(
                 f"asks for {shown(full_name)}, which is not plain data; the usual way of loading "
                 "would run code that the file chose. Nothing was run. If you trust the author of "
                 "the file, ask for one that holds the weights alone (a state dict)"
             )
-        return self.known[full_name]
+        return full_name
 
-    def _global(self) -> None:
-        module, name = self._line(), self._line()
-        self.stack.append(self._find(module, name))
+    def persistent_load(self, reference: object) -> object:
+        raise InputError("refers to data outside of the pickle, which this format does not do")
 
-    def _stack_global(self) -> None:
-        name, module = self._pop(), self._pop()
-        self.stack.append(self._find(module, name))
+    # ---- opcodes that do something else than in Python's unpickler
 
-    def _call(self, function: object, arguments: object) -> object:
-        if not isinstance(function, Global) or not isinstance(arguments, tuple):
+    def load_reduce(self) -> None:
+        """A call, or an object of a class: an entry of the table builds the value."""
+        arguments, function = self.stack.pop(), self.stack.pop()
+        if not isinstance(function, Name) or not isinstance(arguments, tuple):
             raise InputError("calls something that is not a function")
-        if function.build is None:
-            raise InputError(f"makes a {function.name}, which is not plain data")
-        return function.build(self.file, *arguments)
+        build = self.known[function]
+        if build is None:
+            raise InputError(f"makes a {function}, which is not plain data")
+        value = build(self.file, *arguments)
+        if isinstance(value, _LateArray):
+            self.late_arrays.append(value)
+        self.append(value)
 
-    def _reduce(self) -> None:
-        arguments, function = self._pop(), self._pop()
-        self.stack.append(self._call(function, arguments))
-
-    def _new_object(self) -> None:
-        arguments, cls = self._pop(), self._pop()
-        self.stack.append(self._call(cls, arguments))
-
-    def _new_object_with_keywords(self) -> None:
-        keywords = self._pop()
-        if keywords != {}:
-            raise InputError("makes an object with keyword arguments")
-        self._new_object()
-
-    def _instance(self) -> None:
-        module, name = self._line(), self._line()
-        arguments = self._pop_mark()
-        self.stack.append(self._call(self._find(module, name), tuple(arguments)))
-
-    def _build(self) -> None:
-        """Gives the object on top its state; in a genuine pickle it was made just before."""
-        state, target = self._pop(), self.stack[-1]
+    def load_build(self) -> None:
+        """The state of the object on top; in a genuine pickle it was made just before."""
+        state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, _LateArray):
-            self.stack[-1] = target.value = self._filled(state)
+            if type(state) is not tuple or len(state) not in (4, 5):
+                raise InputError("holds a numpy array of a form that is not known")
+            shape, dtype, fortran, data = state[-4:]
+            target.value = _array(self.file, data, dtype, shape, "F" if fortran else "C")
+            self.stack[-1] = target.value
         elif isinstance(target, np.dtype):
-            self._check_dtype_state(state)
+            plain = type(state) is tuple and len(state) >= 5 and state[2:5] == (None, None, None)
+            if not plain or state[1] not in ("<", "|", "="):
+                raise InputError("holds numpy arrays that are big-endian or have fields")
         elif isinstance(target, Attributes) and isinstance(state, dict):
             target.update(state)
         elif not (type(target) is dict and isinstance(state, dict)):
             # On an ordered dict the state is PyTorch's `_metadata`: versions of its layers.
             raise InputError(f"sets the state of a {type(target).__name__}")
 
-    def _filled(self, state: object) -> np.ndarray:
-        if type(state) is not tuple or len(state) not in (4, 5):
-            raise InputError("holds a numpy array of a form that is not known")
-        shape, dtype, fortran, data = state[-4:]
-        return _array(self.file, data, dtype, shape, "F" if fortran else "C")
+    def load_text(self, layout: str) -> None:
+        (length,) = unpack(layout, self.read(calcsize(layout)))
+        raw = self.read(length)
+        if length > _LARGE_BYTES and self._is_top("_codecs.encode"):
+            # Bytes that protocol 2 disguises as text, for want of an opcode. As text they would
+            # stay in the memo, next to the bytes. (Short ones are text: Python shares its strings
+            # of one character, so a key of that name may refer to the memo.)
+            self.file.spend(length)
+            decoder = codecs.getincrementaldecoder("utf-8")()
+            parts = [
+                decoder.decode(raw[at : at + 2**20], at + 2**20 >= length).encode("latin1")
+                for at in range(0, length, 2**20)
+            ]
+            self.append(b"".join(parts))
+            self.file.release(self.position - length, length)
+        else:
+            self.file.spend(4 * length)
+            self.append(str(raw, "utf-8", "surrogatepass"))
 
-    def _check_dtype_state(self, state: object) -> None:
-        plain = isinstance(state, tuple) and len(state) >= 5 and state[2:5] == (None, None, None)
-        if not plain or state[1] not in ("<", "|", "="):
-            raise InputError("holds numpy arrays that are big-endian or have fields")
+    def _is_top(self, name: str) -> bool:
+        return bool(self.stack) and isinstance(self.stack[-1], Name) and self.stack[-1] == name
 
-    def _persistent(self) -> None:
-        if self.persistent_load is None:
-            raise InputError("refers to data outside of the pickle, which this format does not do")
-        self.stack.append(self.persistent_load(self._pop()))
+    def _decode_string(self, value: bytes | memoryview) -> str | memoryview:
+        """Python 2's only type of strings: text if it is short, else an array's content."""
+        return value if len(value) > _LARGE_BYTES else str(value, "latin1")
 
-    _STEPS = {
-        op.MARK: _mark,
-        op.POP: lambda self: self.stack.pop() if self.stack else self._pop_mark(),
-        op.POP_MARK: _pop_mark,
-        op.DUP: lambda self: self.stack.append(self._finished(self.stack[-1])),
-        op.APPEND: _append,
-        op.APPENDS: _appends,
-        op.SETITEM: _set_item,
-        op.SETITEMS: _set_items,
-        op.ADDITEMS: _add_items,
-        op.LIST: _new_list,
-        op.DICT: _new_dict,
-        op.FROZENSET: _new_set,
-        op.TUPLE: _new_tuple,
-        op.GLOBAL: _global,
-        op.STACK_GLOBAL: _stack_global,
-        op.REDUCE: _reduce,
-        op.NEWOBJ: _new_object,
-        op.NEWOBJ_EX: _new_object_with_keywords,
-        op.INST: _instance,
-        op.BUILD: _build,
-        op.BINPERSID: _persistent,
-    }
+
+def _with_checked_keys(opcode: bytes, keys: slice) -> Callable:
+    """Python's method for an opcode that hashes these values of the stack."""
+    step = op._Unpickler.dispatch[opcode[0]]
+
+    def load(self: Unpickler) -> None:
+        for key in self.stack[keys]:
+            checked_key(key)
+        step(self)
+
+    return load
+
+
+_PYTHONS_OWN = b"".join(
+    (
+        op.PROTO, op.STOP, op.MARK, op.POP, op.POP_MARK, op.NONE, op.NEWTRUE, op.NEWFALSE,
+        op.BININT, op.BININT1, op.BININT2, op.LONG1, op.LONG4, op.BINFLOAT, op.BINBYTES,
+        op.SHORT_BINBYTES, op.BINBYTES8, op.BINSTRING, op.SHORT_BINSTRING, op.SHORT_BINUNICODE,
+        op.EMPTY_LIST, op.EMPTY_DICT, op.EMPTY_SET, op.EMPTY_TUPLE, op.TUPLE, op.TUPLE1, op.TUPLE2,
+        op.TUPLE3, op.LIST, op.APPEND, op.APPENDS, op.BINPUT, op.LONG_BINPUT, op.MEMOIZE, op.BINGET,
+        op.LONG_BINGET, op.GLOBAL, op.STACK_GLOBAL, op.INST, op.BINPERSID,
+    )
+)  # fmt: skip
+
+# What is left out, Python writes in protocols 0 and 1 or for extensions and buffers elsewhere.
+_STEPS: dict[int, Callable] = {
+    **{code: op._Unpickler.dispatch[code] for code in _PYTHONS_OWN},
+    op.FRAME[0]: lambda self: self.read(8),  # a hint for readers of streams
+    op.BYTEARRAY8[0]: op._Unpickler.load_binbytes8,
+    op.BINUNICODE[0]: lambda self: self.load_text("<I"),
+    op.BINUNICODE8[0]: lambda self: self.load_text("<Q"),
+    op.SETITEM[0]: _with_checked_keys(op.SETITEM, slice(-2, -1)),
+    op.SETITEMS[0]: _with_checked_keys(op.SETITEMS, slice(None, None, 2)),
+    op.DICT[0]: _with_checked_keys(op.DICT, slice(None, None, 2)),
+    op.ADDITEMS[0]: _with_checked_keys(op.ADDITEMS, slice(None)),
+    op.FROZENSET[0]: _with_checked_keys(op.FROZENSET, slice(None)),
+    op.REDUCE[0]: Unpickler.load_reduce,
+    op.NEWOBJ[0]: Unpickler.load_reduce,
+    op.BUILD[0]: Unpickler.load_build,
+}

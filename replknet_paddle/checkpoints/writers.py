@@ -1,4 +1,10 @@
-"""Writing weights to files that other programs read."""
+"""Writing weights to files that other programs read.
+
+The `safetensors` library reads what is written here but does not write it. It would write a
+transposed array with its values in the wrong order, put several metadata entries in another
+order in every process (so equal runs would differ in bytes), give files mode 0600, leave its
+own temporary file behind when it is killed, and report a full disk without its errno.
+"""
 
 import json
 import os

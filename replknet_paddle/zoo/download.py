@@ -1,11 +1,14 @@
-"""Getting a published model's weights: from the cache, or downloaded, checked and converted.
+"""A published model's weights: from the cache, or downloaded, checked and converted.
 
-The cache folder is `~/.cache/replknet_paddle`, or the one that the environment variable
-`REPLKNET_PADDLE_CACHE` names. It holds one safetensors file per model, under native names; a file
-there is complete, because it got its name only after it was. Without a network it is all that
-is needed.
+The cache folder holds one safetensors file per model, under native names. A file has its name
+there only when it is complete, and without a network it is all that is needed.
+
+The download uses the standard library. `requests` and `pooch` begin again where a connection
+breaks (pooch checks hashes), `paddle.utils.download` too, and checks MD5 only; continuing,
+SHA-256 and the retries would be ours with each of them.
 """
 
+import contextlib
 import http.client
 import logging
 import os
@@ -17,12 +20,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from replknet_paddle.checkpoints.convert import load_state
+from replknet_paddle.checkpoints.readers import read_safetensors_metadata
 from replknet_paddle.checkpoints.writers import write_safetensors
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import cache_folder, file_sha256, locked
 from replknet_paddle.zoo.records import PublishedModel
 
 logger = logging.getLogger(__name__)
+
+# Metadata entry of a converted file: SHA-256 of the file that it was made from.
+_DIGEST_KEY = "source_sha256"
 
 _CHUNK_BYTES = 2**20
 
@@ -34,41 +41,73 @@ class _Interrupted(Exception):
 def fetch(model: PublishedModel) -> Path:
     """The model's weights as a native safetensors file in the cache, which is filled if need be.
 
-    A file that a person has put into the cache folder as `<name>.pth` or `<name>.pdparams` is
-    converted; else the file behind `model.url` is downloaded.
+    The source is the first of these files in the cache folder, and a file that replaces it is
+    converted anew:
+
+    - `NAME.pth` or `NAME.pdparams`, which a person has put there;
+    - the published file under its own name, if its hash is right. It is deleted once converted.
+
+    If there is none and the model has not been converted, the file behind `model.url` is
+    downloaded.
 
     Raises:
-        InputError: it cannot be downloaded by a program, the download failed, or the file is not
-            the published one. The message says what to do by hand.
+        InputError: no program can download it, the download failed, or the file is not the
+            published one. The message says what to do by hand.
     """
     folder = cache_folder()
     converted = folder / f"{model.name}.safetensors"
-    if converted.exists():
-        return converted
+    # Another process may convert the published file meanwhile, and delete it.
+    with contextlib.suppress(FileNotFoundError):
+        if _is_current(converted, _find_source(folder, model)):
+            return converted
     folder.mkdir(parents=True, exist_ok=True)
     with locked(converted.with_suffix(".lock")):
-        if converted.exists():
+        source = _find_source(folder, model)
+        if _is_current(converted, source):
             return converted
-        by_hand = [folder / f"{model.name}{suffix}" for suffix in (".pth", ".pdparams")]
-        source = next((path for path in by_hand if path.exists()), None)
-        if source is None and model.url is None:
-            raise InputError(
-                f"{model.name} cannot be downloaded by a program. Download the PyTorch file from "
-                f"{model.page} or the .pdparams file from {model.paddlevit_page} in a browser, and "
-                f"save it as {by_hand[0]} or {by_hand[1]}"
-            )
-        downloaded = source is None
-        if downloaded:
-            source = folder / model.mmpretrain_file
-            if not source.exists():
-                download(model.url, source, sha256_start=model.sha256_start)
-        write_safetensors(
-            converted, load_state(source), {"model": model.name, "source": model.url or source.name}
-        )
-        if downloaded:
+        if source is None:
+            source = _download_published(folder, model)
+        digest, origin = file_sha256(source), source.name
+        is_published = source.name == model.mmpretrain_file
+        if is_published:
+            origin = model.url
+            if not digest.startswith(model.sha256_start):
+                raise InputError(
+                    f"{source}: its SHA-256 begins with {digest[: len(model.sha256_start)]} "
+                    f"instead of {model.sha256_start}, so it is not the published file. Copy it "
+                    "again, or delete it to have it downloaded; a file of your own is named "
+                    f"{model.name}.pth"
+                )
+        metadata = {"model": model.name, "source": origin, _DIGEST_KEY: digest}
+        write_safetensors(converted, load_state(source), metadata)
+        if is_published:
             source.unlink()
     logger.info("%s is cached as %s", model.name, converted)
     return converted
+
+
+def _find_source(folder: Path, model: PublishedModel) -> Path | None:
+    names = [f"{model.name}.pth", f"{model.name}.pdparams", model.mmpretrain_file]
+    return next((folder / name for name in names if name and (folder / name).exists()), None)
+
+
+def _is_current(converted: Path, source: Path | None) -> bool:
+    """Whether the model has been converted, and from this source if there is one."""
+    if source is None or not converted.exists():
+        return converted.exists()
+    return read_safetensors_metadata(converted).get(_DIGEST_KEY) == file_sha256(source)
+
+
+def _download_published(folder: Path, model: PublishedModel) -> Path:
+    if model.url is None:
+        raise InputError(
+            f"no program can download {model.name}. Download the PyTorch file from {model.page} "
+            f"or the .pdparams file from {model.paddlevit_page} in a browser, and save it as "
+            f"{folder / model.name}.pth or {folder / model.name}.pdparams"
+        )
+    path = folder / model.mmpretrain_file
+    download(model.url, path, sha256_start=model.sha256_start)
+    return path
 
 
 def download(
@@ -151,18 +190,10 @@ def _continue_download(url: str, part: Path, timeout_seconds: float) -> None:
         total = start + int(length) if length.isdigit() else None
         with (
             open(part, "ab" if start else "wb") as file,
-            tqdm(
-                total=total,
-                initial=start,
-                unit="B",
-                unit_scale=True,
-                unit_divisor=1024,
-                desc=part.stem,
-            ) as bar,
+            tqdm.wrapattr(file, "write", total=total, initial=start, desc=part.stem) as out,
         ):
             while chunk := _receive(response):
-                file.write(chunk)
-                bar.update(len(chunk))
+                out.write(chunk)
     if total is not None and part.stat().st_size < total:
         raise _Interrupted(f"the connection ended before byte {total}")
 

@@ -16,6 +16,7 @@ import pytest
 from replknet_paddle import zoo
 from replknet_paddle.checkpoints.convert import load_state
 from replknet_paddle.checkpoints.readers import read_safetensors_metadata
+from replknet_paddle.checkpoints.writers import write_pdparams, write_safetensors
 from replknet_paddle.runtime import files
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import CACHE_VARIABLE, cache_folder
@@ -237,20 +238,75 @@ def test_model_is_downloaded_once_then_works_offline(published, server, tmp_path
 
 def test_cached_file_says_where_it_came_from(published, server):
     metadata = read_safetensors_metadata(fetch(published))
-    assert metadata == {"model": "tiny31", "source": server.url}
+    assert metadata == {"model": "tiny31", "source": server.url, "source_sha256": SHA256}
 
 
 def test_file_put_into_the_cache_by_hand(published, server, tmp_path):
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "tiny31.pth").write_bytes(CONTENT)
+    place(tmp_path, "tiny31.pth", CONTENT)
     zoo.get_model("tiny31", pretrained=True)
     assert server.requests == []
     assert cached(tmp_path) == ["tiny31.pth", "tiny31.safetensors"]
+    metadata = read_safetensors_metadata(fetch(published))
+    assert metadata == {"model": "tiny31", "source": "tiny31.pth", "source_sha256": SHA256}
+
+
+def place(tmp_path: Path, name: str, content: bytes) -> Path:
+    path = tmp_path / "cache" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def head_bias(path: Path) -> np.ndarray:
+    return load_state(path)["head.bias"]
+
+
+def test_file_by_hand_under_the_published_name_is_checked_first(published, server, tmp_path):
+    """Even where it would load: here it is another file with weights of the same network."""
+    other = (FIXTURES / "tiny31_official.pth").read_bytes()
+    path = place(tmp_path, published.mmpretrain_file, other)
+    with pytest.raises(InputError) as caught:
+        fetch(published)
+    found = hashlib.sha256(other).hexdigest()[:8]
+    assert str(caught.value).startswith(f"{path}: its SHA-256 begins with {found} instead of")
+    assert path.read_bytes() == other and cached(tmp_path) == [path.name]
+    path.write_bytes(CONTENT)
+    fetch(published)
+    assert server.requests == [] and cached(tmp_path) == ["tiny31.safetensors"]
+
+
+def test_corrected_file_replaces_what_was_converted(published, server, tmp_path):
+    """Whatever its time says; and an unchanged one is not converted again."""
+    right = load_state(FIXTURES / "tiny31_official.pth")
+    wrong = {**right, "head.bias": right["head.bias"] + np.float32(1)}
+    source = tmp_path / "cache" / "tiny31.pdparams"
+    source.parent.mkdir()
+    write_pdparams(source, wrong)
+    converted = fetch(published)
+    np.testing.assert_array_equal(head_bias(converted), wrong["head.bias"])
+    when = converted.stat().st_mtime_ns
+    assert fetch(published).stat().st_mtime_ns == when
+
+    write_pdparams(source, right)
+    os.utime(source, (0, 0))
+    np.testing.assert_array_equal(head_bias(fetch(published)), right["head.bias"])
+    source.unlink()
+    np.testing.assert_array_equal(head_bias(fetch(published)), right["head.bias"])
+    assert server.requests == []
+
+
+def test_file_by_hand_replaces_a_download_and_a_conversion_of_older_versions(published, tmp_path):
+    state = load_state(FIXTURES / "tiny31_official.pth")
+    state["head.bias"] = state["head.bias"] * np.float32(2)
+    for metadata in ({"model": "tiny31", "source": "url", "source_sha256": SHA256}, {}):
+        write_safetensors(place(tmp_path, "tiny31.safetensors", b""), state, metadata)
+        np.testing.assert_array_equal(head_bias(fetch(published)), state["head.bias"])
+    place(tmp_path, "tiny31.pth", CONTENT)
+    np.testing.assert_array_equal(head_bias(fetch(published)), state["head.bias"] / np.float32(2))
 
 
 def test_finished_download_is_not_repeated_after_a_crash(published, server, tmp_path):
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / published.mmpretrain_file).write_bytes(CONTENT)
+    place(tmp_path, published.mmpretrain_file, CONTENT)
     fetch(published)
     assert server.requests == [] and cached(tmp_path) == ["tiny31.safetensors"]
 

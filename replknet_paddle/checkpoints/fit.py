@@ -1,0 +1,183 @@
+"""Whether a file's tensors are those of a network; if not, what the file is and what to change."""
+
+import logging
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+
+from replknet_paddle.runtime.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+_LISTED_KINDS = 40
+
+
+def fitting_names(
+    found: Mapping[str, tuple],
+    wanted: Mapping[str, tuple],
+    path: str | os.PathLike,
+    *,
+    drop_head: bool = False,
+) -> list[str]:
+    """The names to load, if the file and the network agree, except in what is allowed to differ.
+
+    Args:
+        found: shape of each of the file's tensors, by native name.
+        wanted: the same of the network.
+        path: the file, for messages.
+        drop_head: leave out the head where it differs.
+
+    Raises:
+        InputError: they do not agree; the message lists all that is wrong.
+    """
+    head = {"head.weight", "head.bias"}
+    if not head & wanted.keys():
+        found = {
+            name: shape for name, shape in found.items() if not name.startswith(("norm.", "head."))
+        }
+    elif drop_head and any(found.get(name) != wanted[name] for name in head):
+        logger.warning(
+            "the head of %s (%s) is not loaded; the network keeps its fresh one for %d classes",
+            path,
+            _classes(found),
+            wanted["head.bias"][0],
+        )
+        found = {name: shape for name, shape in found.items() if name not in head}
+        wanted = {name: shape for name, shape in wanted.items() if name not in head}
+    stage_norms = {name for name in wanted if re.match(r"stages\.\d+\.norm\.", name)}
+    if stage_norms and not stage_norms & found.keys():
+        logger.warning(
+            "%s has no norms for the maps of stages; the network keeps its fresh ones", path
+        )
+        wanted = {name: shape for name, shape in wanted.items() if name not in stage_norms}
+
+    missing = [name for name in wanted if name not in found]
+    unexpected = [name for name in found if name not in wanted]
+    misshaped = [name for name in wanted if name in found and found[name] != wanted[name]]
+    if not missing and not unexpected and not misshaped:
+        return list(wanted)
+    lines = [f"{path}: does not fit the network"]
+    lines += _advice(_architecture(found), _architecture(wanted))
+    # Under native names, whatever the file's are.
+    lines += _listed("missing from the file", missing)
+    lines += _listed("unexpected in the file", unexpected)
+    lines += _listed(
+        "of another shape", misshaped, lambda name: f"file {found[name]}, network {wanted[name]}"
+    )
+    raise InputError("\n".join(lines))
+
+
+def _classes(shapes: Mapping[str, tuple]) -> str:
+    return f"{shapes['head.bias'][0]} classes" if "head.bias" in shapes else "none"
+
+
+def _listed(title: str, names: list[str], detail: Callable[[str], str] | None = None) -> list[str]:
+    """Lines that list all `names`; a layer's tensors share one, as do layers of other indices."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        layer = re.sub(r"\.\d+(?=\.)", ".*", name).rpartition(".")[0]
+        groups.setdefault(layer, []).append(name)
+    lines = [f"  {len(names)} {title}:"] if names else []
+    for layer, members in list(groups.items())[:_LISTED_KINDS]:
+        tensors = list(dict.fromkeys(name.rpartition(".")[2] for name in members))
+        line = f"    {members[0]}"
+        if len(members) > 1:
+            tensor = tensors[0] if len(tensors) == 1 else f"{{{', '.join(tensors)}}}"
+            line = f"    {len(members)} x {layer}.{tensor}"
+        if detail is not None:
+            line += f"{', the first' if len(members) > 1 else ''}: {detail(members[0])}"
+        lines.append(line)
+    if len(groups) > _LISTED_KINDS:
+        lines.append(f"    and {len(groups) - _LISTED_KINDS} more kinds")
+    return lines
+
+
+_VARIANTS = {
+    "31B": {"MODEL.CHANNELS": [128, 256, 512, 1024], "MODEL.LARGE_KERNEL_SIZES": [31, 29, 27, 13]},
+    "31L": {"MODEL.CHANNELS": [192, 384, 768, 1536], "MODEL.LARGE_KERNEL_SIZES": [31, 29, 27, 13]},
+    "XL": {"MODEL.CHANNELS": [256, 512, 1024, 2048], "MODEL.LARGE_KERNEL_SIZES": [27, 27, 27, 13]},
+    "13": {"MODEL.CHANNELS": [128, 256, 512, 1024], "MODEL.LARGE_KERNEL_SIZES": [13, 13, 13, 13]},
+}
+
+
+def _architecture(shapes: Mapping[str, tuple]) -> dict[str, object] | None:
+    """The configuration of the network that has these parameters; None if no RepLKNet has them.
+
+    SMALL_KERNEL is left out for merged networks and NUM_CLASSES for those without a head.
+    """
+    try:
+        first = [f"stages.{stage}.blocks.0." for stage in range(4)]
+        merged = f"{first[0]}large_kernel.large_kernel_reparam.weight" in shapes
+        large = "large_kernel_reparam" if merged else "large_kernel_origin.conv"
+        kernels = [shapes[f"{prefix}large_kernel.{large}.weight"] for prefix in first]
+        channels = [shapes[f"{prefix}pre_large_kernel_bn.weight"][0] for prefix in first]
+        hidden = shapes["stages.0.blocks.1.pw_conv_1.conv.weight"][0]
+        found = {
+            "MODEL.CHANNELS": channels,
+            "MODEL.LAYERS": [_count_blocks(shapes, stage) // 2 for stage in range(4)],
+            "MODEL.LARGE_KERNEL_SIZES": [kernel[-1] for kernel in kernels],
+            "MODEL.DW_RATIO": kernels[0][0] / channels[0],
+            "MODEL.FFN_RATIO": hidden / channels[0],
+            "MODEL.SMALL_KERNEL_MERGED": merged,
+        }
+        if not merged:
+            small = shapes.get(f"{first[0]}large_kernel.small_kernel_conv.conv.weight")
+            found["MODEL.SMALL_KERNEL"] = small[-1] if small else None
+        if "head.bias" in shapes:
+            found["MODEL.NUM_CLASSES"] = shapes["head.bias"][0]
+        return found
+    except (KeyError, IndexError, ZeroDivisionError):
+        return None
+
+
+def _count_blocks(shapes: Iterable[str], stage: int) -> int:
+    prefix = f"stages.{stage}.blocks."
+    return len({name.split(".")[3] for name in shapes if name.startswith(prefix)})
+
+
+def _advice(file: dict[str, object] | None, network: dict[str, object] | None) -> list[str]:
+    """Lines that say what the file is, what the network is, and which keys make them agree."""
+    if file is None or network is None:
+        return []
+    lines = [f"  the file is {_title(file)}; the network is {_title(network)}"]
+    change = {
+        key: value
+        for key, value in file.items()
+        if key in network and not _equal(value, network[key])
+    }
+    if not change:
+        return lines
+    if change.get("MODEL.SMALL_KERNEL_MERGED") is False:
+        lines.append(
+            "  to load it, set MODEL.SMALL_KERNEL_MERGED: False, and merge the network "
+            "once it is loaded"
+        )
+        del change["MODEL.SMALL_KERNEL_MERGED"]
+    if change:
+        keys = ", ".join(f"{key}: {value}" for key, value in change.items())
+        lines.append(f"  to load it, use its own config, or set {keys}")
+    if set(change) == {"MODEL.NUM_CLASSES"}:
+        lines.append("  to fine-tune from it with a fresh head, set MODEL.DROP_HEAD: True")
+    return lines
+
+
+def _equal(one: object, other: object) -> bool:
+    if isinstance(one, float):
+        return math.isclose(one, other, rel_tol=1e-3)
+    return one == other
+
+
+def _title(architecture: dict[str, object]) -> str:
+    name = next(
+        (
+            f"RepLKNet-{variant}"
+            for variant, keys in _VARIANTS.items()
+            if keys.items() <= architecture.items()
+        ),
+        f"a RepLKNet of channels {architecture['MODEL.CHANNELS']} and large kernels "
+        f"{architecture['MODEL.LARGE_KERNEL_SIZES']}",
+    )
+    form = "merged" if architecture["MODEL.SMALL_KERNEL_MERGED"] else "train form"
+    classes = architecture.get("MODEL.NUM_CLASSES")
+    return f"{name} ({form}, {f'{classes} classes' if classes else 'no head'})"
