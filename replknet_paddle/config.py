@@ -428,9 +428,24 @@ def get_config(cfg_file: str | os.PathLike | None = None, **overrides: Any) -> C
     problems: list[str] = []
     if cfg_file:
         _merge_file(values, _find_config(str(cfg_file)), problems)
-    for name, value in overrides.items():
-        _set(values, name.replace("__", "."), value, "get_config", problems)
+    _set_all(values, overrides, problems)
     return _checked(values, problems, str(cfg_file or "defaults"))
+
+
+def override(config: CfgNode, **overrides: Any) -> CfgNode:
+    """`config` with keys changed, as in `get_config`: `MODEL__NUM_CLASSES=10`; frozen.
+
+    Raises:
+        InputError: every unknown key, wrong value and contradiction, a line each.
+    """
+    values, problems = _flat(config), []
+    _set_all(values, overrides, problems)
+    return _checked(values, problems, "configuration")
+
+
+def _set_all(values: dict[str, Any], overrides: dict[str, Any], problems: list[str]) -> None:
+    for name, value in overrides.items():
+        _set(values, name.replace("__", "."), value, "argument", problems)
 
 
 def config_changes(before: str, after: str) -> list[str]:

@@ -8,156 +8,18 @@ the two up into one kernel for inference.
 
 Parameter names are those of the published `.pdparams` files, so that
 `model.set_state_dict(paddle.load(path))` works. One departure from those files' own code: the
-network gives feature maps of any list of stages, and a merged convolution keeps integer stride
-and padding, so that it is the same kind of layer as the one before.
+network gives feature maps of any list of stages.
 """
 
-import math
+from dataclasses import dataclass
 
 import paddle
 from paddle import nn
 from paddle.nn import functional as F
 
+from replknet_paddle.layers import ConvNorm, DropPath, ReparamLargeKernelConv, uniform
+
 NUM_STAGES = 4
-
-
-def uniform(fan_in: int) -> paddle.ParamAttr:
-    """Uniform in +-1/sqrt(fan_in): the initialization that the paper's models were trained from."""
-    bound = 1.0 / math.sqrt(fan_in)
-    return paddle.ParamAttr(initializer=nn.initializer.Uniform(-bound, bound))
-
-
-def conv2d(
-    in_channels: int,
-    out_channels: int,
-    kernel_size: int,
-    *,
-    stride: int = 1,
-    groups: int = 1,
-    bias: bool = False,
-) -> nn.Conv2D:
-    """A convolution with "same" padding; a depthwise one where groups equals the channels."""
-    fan_in = in_channels // groups * kernel_size**2
-    return nn.Conv2D(
-        in_channels,
-        out_channels,
-        kernel_size,
-        stride=stride,
-        padding=kernel_size // 2,
-        groups=groups,
-        weight_attr=uniform(fan_in),
-        bias_attr=uniform(fan_in) if bias else False,
-    )
-
-
-class ConvNorm(nn.Layer):
-    """Convolution and batch normalization, then ReLU where `relu` is set."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        *,
-        stride: int = 1,
-        groups: int = 1,
-        relu: bool = False,
-        norm_layer=nn.BatchNorm2D,
-    ):
-        super().__init__()
-        self.conv = conv2d(in_channels, out_channels, kernel_size, stride=stride, groups=groups)
-        self.norm = norm_layer(out_channels)
-        self.relu = relu
-
-    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        x = self.norm(self.conv(x))
-        return F.relu(x) if self.relu else x
-
-
-class DropPath(nn.Layer):
-    """Stochastic depth (arXiv 1603.09382): drops a sample's branch with probability `rate`."""
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        if self.rate == 0.0 or not self.training:
-            return x
-        keep = 1.0 - self.rate
-        mask = paddle.bernoulli(paddle.full([x.shape[0], 1, 1, 1], keep, dtype="float32"))
-        return x * (mask / keep).astype(x.dtype)
-
-
-class ReparamLargeKernelConv(nn.Layer):
-    """Large depthwise convolution with a parallel small one, which merge into a single kernel.
-
-    Three forms: large and small kernel in training; large alone where `small_kernel` is None
-    (RepLKNet-XL); one biased convolution after `merge_kernel`, or when built `merged`.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        kernel_size: int,
-        small_kernel: int | None,
-        *,
-        merged: bool = False,
-        norm_layer=nn.BatchNorm2D,
-    ):
-        super().__init__()
-        if merged:
-            self.large_kernel_reparam = conv2d(
-                channels, channels, kernel_size, groups=channels, bias=True
-            )
-            return
-        self.large_kernel_origin = ConvNorm(
-            channels, channels, kernel_size, groups=channels, norm_layer=norm_layer
-        )
-        if small_kernel is not None:
-            self.small_kernel_conv = ConvNorm(
-                channels, channels, small_kernel, groups=channels, norm_layer=norm_layer
-            )
-
-    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        if hasattr(self, "large_kernel_reparam"):
-            return self.large_kernel_reparam(x)
-        out = self.large_kernel_origin(x)
-        if hasattr(self, "small_kernel_conv"):
-            out = out + self.small_kernel_conv(x)
-        return out
-
-    @paddle.no_grad()
-    def merge_kernel(self) -> None:
-        """Replace the branches by the one convolution that computes their sum in evaluation."""
-        if hasattr(self, "large_kernel_reparam"):
-            return
-        weight, bias = fuse_conv_norm(self.large_kernel_origin)
-        large = weight.shape[-1]
-        if hasattr(self, "small_kernel_conv"):
-            small_weight, small_bias = fuse_conv_norm(self.small_kernel_conv)
-            margin = (large - small_weight.shape[-1]) // 2
-            weight = weight + F.pad(small_weight, [margin] * 4)
-            bias = bias + small_bias
-            del self.small_kernel_conv
-        merged = self.large_kernel_origin.conv  # stays the kind of layer that it has become
-        dtype = merged.weight.dtype
-        merged.bias = merged.create_parameter([weight.shape[0]], is_bias=True, dtype=dtype)
-        merged.weight.set_value(weight.astype(dtype))
-        merged.bias.set_value(bias.astype(dtype))
-        del self.large_kernel_origin
-        self.large_kernel_reparam = merged
-
-
-def fuse_conv_norm(layer: ConvNorm) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """Weight and bias, in float64, of the convolution that equals `layer` in evaluation mode."""
-    norm = layer.norm
-    mean, variance, gamma, beta = (
-        t.astype("float64") for t in (norm._mean, norm._variance, norm.weight, norm.bias)
-    )
-    scale = gamma / paddle.sqrt(variance + norm._epsilon)
-    weight = layer.conv.weight.astype("float64") * scale.reshape([-1, 1, 1, 1])
-    return weight, beta - mean * scale
 
 
 class RepLKBlock(nn.Layer):
@@ -206,44 +68,47 @@ class ConvFFN(nn.Layer):
         return x + self.drop_path(self.pw_conv_2(y))
 
 
+@dataclass(frozen=True)
+class StageOptions:
+    """What all four stages have in common; see `RepLKNet` for the meanings."""
+
+    small_kernel: int | None
+    dw_ratio: float
+    ffn_ratio: float
+    merged: bool
+    norm_inter_features: bool
+    recompute: bool
+    norm_layer: type
+
+
 class RepLKNetStage(nn.Layer):
     """RepLK blocks and ConvFFNs in turn; `norm` is for stage maps alone, not for the next stage."""
 
     def __init__(
-        self,
-        channels: int,
-        kernel_size: int,
-        small_kernel: int | None,
-        *,
-        drop_paths: list[float],
-        dw_ratio: float,
-        ffn_ratio: float,
-        merged: bool = False,
-        norm_inter_features: bool = False,
-        recompute: bool = False,
-        norm_layer=nn.BatchNorm2D,
+        self, channels: int, kernel_size: int, drop_paths: list[float], options: StageOptions
     ):
         super().__init__()
-        self.recompute = recompute
+        self.recompute = options.recompute
         self.blocks = nn.LayerList()
+        norm_layer = options.norm_layer
+        dw_channels = int(channels * options.dw_ratio)
+        hidden_channels = int(channels * options.ffn_ratio)
         for drop_path in drop_paths:
             self.blocks.append(
                 RepLKBlock(
                     channels,
-                    int(channels * dw_ratio),
+                    dw_channels,
                     kernel_size,
-                    small_kernel,
+                    options.small_kernel,
                     drop_path=drop_path,
-                    merged=merged,
+                    merged=options.merged,
                     norm_layer=norm_layer,
                 )
             )
             self.blocks.append(
-                ConvFFN(
-                    channels, int(channels * ffn_ratio), drop_path=drop_path, norm_layer=norm_layer
-                )
+                ConvFFN(channels, hidden_channels, drop_path=drop_path, norm_layer=norm_layer)
             )
-        self.norm = norm_layer(channels) if norm_inter_features else nn.Identity()
+        self.norm = norm_layer(channels) if options.norm_inter_features else nn.Identity()
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         for block in self.blocks:
@@ -281,6 +146,14 @@ def recompute_block(block: nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
     return recompute(run, x)
 
 
+def transition(channels: int, wider: int, norm_layer: type) -> nn.Sequential:
+    """Between two stages: (N, C, H, W) -> (N, C', H/2, W/2)."""
+    return nn.Sequential(
+        ConvNorm(channels, wider, 1, relu=True, norm_layer=norm_layer),
+        ConvNorm(wider, wider, 3, stride=2, groups=wider, relu=True, norm_layer=norm_layer),
+    )
+
+
 class RepLKNet(nn.Layer):
     """The network, as a classifier or, with `out_indices`, as a backbone.
 
@@ -300,6 +173,10 @@ class RepLKNet(nn.Layer):
         norm_inter_features: one more batch norm on each stage's map (official XL backbones).
         sync_bn: batch statistics over all devices (GPU only).
         recompute: keep only the blocks' inputs in training and compute the rest twice.
+
+    Attributes:
+        feature_channels: channels of each map that `extract_feat` returns.
+        feature_strides: of the same maps, input pixels per position.
 
     Raises:
         ValueError: a size that no network can be built from.
@@ -326,7 +203,19 @@ class RepLKNet(nn.Layer):
         super().__init__()
         check_sizes(large_kernel_sizes, layers, channels, small_kernel, out_indices)
         self.out_indices = None if out_indices is None else tuple(out_indices)
+        indices = range(NUM_STAGES) if out_indices is None else out_indices
+        self.feature_channels = tuple(channels[i] for i in indices)
+        self.feature_strides = tuple(4 * 2**i for i in indices)
         norm_layer = nn.SyncBatchNorm if sync_bn else nn.BatchNorm2D
+        options = StageOptions(
+            small_kernel,
+            dw_ratio,
+            ffn_ratio,
+            small_kernel_merged,
+            norm_inter_features,
+            recompute,
+            norm_layer,
+        )
 
         # (N, 3, H, W) -> (N, C0, H/4, W/4)
         stem = channels[0]
@@ -345,37 +234,10 @@ class RepLKNet(nn.Layer):
         self.transitions = nn.LayerList()
         for i, width in enumerate(channels):
             first = sum(layers[:i])
-            self.stages.append(
-                RepLKNetStage(
-                    width,
-                    large_kernel_sizes[i],
-                    small_kernel,
-                    drop_paths=rates[first : first + layers[i]],
-                    dw_ratio=dw_ratio,
-                    ffn_ratio=ffn_ratio,
-                    merged=small_kernel_merged,
-                    norm_inter_features=norm_inter_features,
-                    recompute=recompute,
-                    norm_layer=norm_layer,
-                )
-            )
+            drop_paths = rates[first : first + layers[i]]
+            self.stages.append(RepLKNetStage(width, large_kernel_sizes[i], drop_paths, options))
             if i + 1 < NUM_STAGES:
-                # (N, C, H, W) -> (N, C', H/2, W/2)
-                wider = channels[i + 1]
-                self.transitions.append(
-                    nn.Sequential(
-                        ConvNorm(width, wider, 1, relu=True, norm_layer=norm_layer),
-                        ConvNorm(
-                            wider,
-                            wider,
-                            3,
-                            stride=2,
-                            groups=wider,
-                            relu=True,
-                            norm_layer=norm_layer,
-                        ),
-                    )
-                )
+                self.transitions.append(transition(width, channels[i + 1], norm_layer))
 
         if self.out_indices is None:
             self.norm = norm_layer(channels[-1])
@@ -434,10 +296,7 @@ def check_sizes(large_kernel_sizes, layers, channels, small_kernel, out_indices)
     sizes = {"large_kernel_sizes": large_kernel_sizes, "layers": layers, "channels": channels}
     for name, values in sizes.items():
         if len(values) != NUM_STAGES or any(v < 1 for v in values):
-            raise ValueError(
-                f"{name} must be {NUM_STAGES} positive numbers, one for each stage; "
-                f"got {list(values)}"
-            )
+            raise ValueError(f"{name} must be {NUM_STAGES} positive numbers; got {list(values)}")
     even = [k for k in large_kernel_sizes if k % 2 == 0]
     if even:
         raise ValueError(f"large_kernel_sizes must be odd, to keep the map size; got {even}")
@@ -445,8 +304,8 @@ def check_sizes(large_kernel_sizes, layers, channels, small_kernel, out_indices)
         small_kernel % 2 == 0 or not 1 <= small_kernel <= min(large_kernel_sizes)
     ):
         raise ValueError(
-            f"small_kernel must be None, or odd and at most the smallest large kernel "
-            f"({min(large_kernel_sizes)}); got {small_kernel}"
+            f"small_kernel must be None, or odd and at most {min(large_kernel_sizes)}, the "
+            f"smallest large kernel; got {small_kernel}"
         )
     if out_indices is not None and (
         not out_indices
@@ -454,8 +313,7 @@ def check_sizes(large_kernel_sizes, layers, channels, small_kernel, out_indices)
         or not all(0 <= i < NUM_STAGES for i in out_indices)
     ):
         raise ValueError(
-            f"out_indices must be None or distinct stages out of "
-            f"{list(range(NUM_STAGES))}; got {list(out_indices)}"
+            f"out_indices must be None or distinct stages from 0 to 3; got {list(out_indices)}"
         )
 
 

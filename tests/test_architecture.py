@@ -62,7 +62,9 @@ def calls(name):
 
 
 def test_the_network_imports_paddle_alone():
-    assert imports("replknet_paddle/model.py") == {"paddle", "math"}
+    assert imports("replknet_paddle/layers.py") == {"paddle", "math"}
+    assert imports("replknet_paddle/model.py") == {"paddle", "dataclasses", "replknet_paddle"}
+    assert "from replknet_paddle.layers import" in (ROOT / "replknet_paddle/model.py").read_text()
 
 
 def test_the_package_imports_no_face_and_no_test():

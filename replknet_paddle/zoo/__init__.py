@@ -9,7 +9,9 @@ model = get_model('replknet-31B_3rdparty_in1k', pretrained='my_weights.pth')
 
 import fnmatch
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.zoo.records import MODELS, PublishedModel
@@ -28,26 +30,40 @@ def list_models(pattern: str = "*") -> list[str]:
     ]
 
 
-def get_model(name, pretrained: bool | str | os.PathLike = False, *, weights: str = "model"):
+def get_model(
+    name,
+    *,
+    pretrained: bool | str | os.PathLike = False,
+    num_classes: int | None = None,
+    out_indices: Sequence[int] | None = None,
+    weights: str = "model",
+    **overrides: Any,
+):
     """Build a RepLKNet, with weights if asked for.
 
     Args:
         name: name of a published model, ours or mmpretrain's; or a YAML file; or a configuration
-            from `config.get_config`.
+            from `get_config`.
         pretrained: False for fresh weights, True for the published ones (downloaded on first use,
             from the cache afterwards), or a checkpoint file of any known format and layout.
-        weights: 'model', or 'model_ema' for the moving average in a training checkpoint.
+        num_classes: size of the head. Where the weights have another one, the head stays freshly
+            initialized, and a warning says so.
+        out_indices: stages, from 0 to 3, whose maps a backbone without a head returns.
+        weights: 'model', or 'model_ema' for the EMA weights of a training checkpoint.
+        overrides: keys of the configuration, as for `get_config`: `MODEL__DROPPATH=0.1`.
 
     Returns:
-        A `replknet.RepLKNet` in evaluation mode; call `.train()` to train it.
+        A `RepLKNet` in evaluation mode; call `.train()` to train it. Its `feature_channels` and
+        `feature_strides` describe the maps of `extract_feat`.
 
     Raises:
         FileNotFoundError: there is no such checkpoint file.
-        InputError: no such model, or weights that cannot be had, read, or fitted to it.
+        InputError: no such model, wrong keys, or weights that are unavailable, cannot be read, or
+            do not fit.
     """
     # Here because they import Paddle, which takes seconds that `list_models` can do without.
     from replknet_paddle.checkpoints.convert import load_pretrained
-    from replknet_paddle.config import CONFIG_FOLDER, get_config
+    from replknet_paddle.config import CONFIG_FOLDER, get_config, override
     from replknet_paddle.model import build_replknet
     from replknet_paddle.zoo.download import fetch
 
@@ -55,10 +71,15 @@ def get_model(name, pretrained: bool | str | os.PathLike = False, *, weights: st
     if not isinstance(name, (str, os.PathLike)):
         config = name
     elif Path(name).suffix in (".yaml", ".yml"):
-        config = get_config(str(name))
+        config = get_config(name)
     else:
         record = find_record(str(name))
         config = get_config(CONFIG_FOLDER / record.config)
+    if num_classes is not None:
+        overrides["MODEL__NUM_CLASSES"] = num_classes
+    if out_indices is not None:
+        overrides["MODEL__OUT_INDICES"] = list(out_indices)
+    config = override(config, **overrides)
     if pretrained is True:
         if record is None:
             raise InputError(
@@ -68,7 +89,7 @@ def get_model(name, pretrained: bool | str | os.PathLike = False, *, weights: st
         pretrained = fetch(record)
     model = build_replknet(config)
     if pretrained is not False and pretrained is not None:
-        load_pretrained(model, pretrained, weights=weights)
+        load_pretrained(model, pretrained, weights=weights, drop_head=num_classes is not None)
     model.eval()
     return model
 

@@ -1,0 +1,64 @@
+"""`get_model` as users of timm and mmpretrain call it."""
+
+import logging
+
+import numpy as np
+import paddle
+import pytest
+from tiny import FIXTURES
+
+from replknet_paddle import get_config, get_model
+from replknet_paddle.runtime.errors import InputError
+
+WEIGHTS = FIXTURES / "tiny31_paddlevit.pdparams"
+
+
+def test_a_new_head_is_made_for_other_classes_and_said(config_file, caplog):
+    with caplog.at_level(logging.WARNING):
+        model = get_model(config_file("tiny31"), pretrained=WEIGHTS, num_classes=3)
+    assert "10 classes" in caplog.text and "fresh one for 3 classes" in caplog.text
+    assert model.head.weight.shape == [32, 3]
+    same = get_model(config_file("tiny31"), pretrained=WEIGHTS)
+    for name, value in same.state_dict().items():
+        if not name.startswith("head."):
+            assert np.array_equal(model.state_dict()[name].numpy(), value.numpy()), name
+
+
+def test_the_head_of_the_file_is_kept_where_it_fits(config_file, caplog):
+    with caplog.at_level(logging.WARNING):
+        model = get_model(config_file("tiny31"), pretrained=WEIGHTS, num_classes=10)
+    assert "fresh" not in caplog.text
+    same = get_model(config_file("tiny31"), pretrained=WEIGHTS)
+    assert np.array_equal(model.head.weight.numpy(), same.head.weight.numpy())
+
+
+@pytest.mark.parametrize("indices", [None, (0, 1, 2, 3), (3,), (2, 0)])
+def test_features_are_as_announced(config_file, indices):
+    model = get_model(config_file("tiny31"), out_indices=indices)
+    maps = model.extract_feat(paddle.zeros([1, 3, 64, 64]))
+    assert tuple(m.shape[1] for m in maps) == model.feature_channels
+    assert tuple(64 // m.shape[2] for m in maps) == model.feature_strides
+    assert hasattr(model, "head") == (indices is None)
+
+
+def test_published_backbones_announce_their_maps():
+    model = get_model("replknet-31b-1k-224", out_indices=(1, 3), MODEL__LAYERS=[1, 1, 1, 1])
+    assert (model.feature_channels, model.feature_strides) == ((256, 1024), (8, 32))
+
+
+def test_keys_are_overridden_and_checked(config_file):
+    model = get_model(config_file("tiny31"), MODEL__DROPPATH=0.25)
+    assert model.config.MODEL.DROPPATH == 0.25
+    assert get_config(config_file("tiny31"), SEED=7, MODEL__NUM_CLASSES=5).SEED == 7
+    with pytest.raises(InputError, match="unknown key MODEL.DROP_PATH; did you mean MODEL.DROPP"):
+        get_model(config_file("tiny31"), MODEL__DROP_PATH=0.25)
+    with pytest.raises(InputError, match="MODEL.NUM_CLASSES is 0; allowed: an integer >= 1"):
+        get_model(config_file("tiny31"), num_classes=0)
+
+
+def test_configs_of_the_project_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert get_config("configs/replknet_nano.yaml").MODEL.NUM_CLASSES == 10
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "replknet_nano.yaml").write_text("MODEL: {NUM_CLASSES: 4}")
+    assert get_config("configs/replknet_nano.yaml").MODEL.NUM_CLASSES == 4  # one's own comes first
