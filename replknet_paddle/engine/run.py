@@ -130,7 +130,7 @@ class Training:
         self.train_loader = build_loader(config, is_train=True)
         self.val_loader = build_loader(config, is_train=False)
         self.batches = len(self.train_loader.batch_sampler)  # an epoch's, on each process
-        self.steps_per_epoch = -(-self.batches // config.TRAIN.ACCUM_ITER)
+        self.steps_per_epoch = self.batches // config.TRAIN.ACCUM_ITER
         self.mixup = build_mixup(config)
         self.criterion = (
             SoftTargetCrossEntropy()
@@ -172,16 +172,19 @@ class Training:
         train = self.config.TRAIN
         global_batch = self.config.DATA.BATCH_SIZE * train.ACCUM_ITER * processes.world_size()
         peak = base_learning_rate(train.BASE_LR, global_batch, train.LINEAR_SCALED_LR)
+        images = len(self.train_loader.dataset)
         logger.info(
             "%d training and %d validation images; global batch %d = %d x %d accumulated "
-            "x %d process(es); %d steps an epoch; peak learning rate %.4g",
-            len(self.train_loader.dataset),
+            "x %d process(es); %d steps per epoch, which leave %d images out of each epoch; "
+            "peak learning rate %.4g",
+            images,
             len(self.val_loader.dataset),
             global_batch,
             self.config.DATA.BATCH_SIZE,
             train.ACCUM_ITER,
             processes.world_size(),
             self.steps_per_epoch,
+            max(0, images - self.steps_per_epoch * global_batch),
             peak,
         )
         return partial(

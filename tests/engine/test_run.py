@@ -284,7 +284,7 @@ def test_a_checkpoint_in_mid_epoch_needs_the_same_batches(run_flags, tmp_path):
         output=tmp_path / "log",
         status=2,
     )
-    assert re.search(r"stopped after \d of 5 batches of an epoch, which has 8 here", said), said
+    assert re.search(r"stopped after \d of 6 batches of an epoch, which has 12 here", said), said
 
 
 def test_a_finished_run_that_is_resumed_changes_nothing(run_flags, straight, tmp_path):
