@@ -21,12 +21,12 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from replknet_paddle.checkpoints.convert import METADATA_KEY
 from replknet_paddle.checkpoints.readers import (
     is_safetensors,
     read_checkpoint,
     read_safetensors_metadata,
 )
+from replknet_paddle.checkpoints.run_folder import METADATA_KEY
 from replknet_paddle.checkpoints.writers import write_safetensors
 from replknet_paddle.runtime.errors import InputError
 
@@ -50,6 +50,8 @@ class Progress:
         batch_size, accum_iter: of those, images on all processes, and how many make a step.
         best_top1_percent: best accuracy so far, of the weights or of their average.
         best_checkpoint: name of the file that had it.
+        better_weights: 'model' or 'model_ema', whichever had the higher accuracy in the latest
+            evaluation.
         epoch_sums: loss times images, and images, of the epoch under way.
     """
 
@@ -61,6 +63,7 @@ class Progress:
     step: int = 0
     best_top1_percent: float = -1.0
     best_checkpoint: str = ""
+    better_weights: str = "model"
     epoch_sums: tuple[float, float] = (0.0, 0.0)
 
 

@@ -10,7 +10,6 @@ import sys
 import time
 from functools import partial
 
-from replknet_paddle.checkpoints.run_folder import run_folder_of
 from replknet_paddle.commands.flags import add_config_flags, add_flag, config_from
 from replknet_paddle.config import update_config
 from replknet_paddle.runtime.errors import InputError
@@ -148,13 +147,28 @@ def train_or_evaluate(args) -> tuple[int, str]:
 
 
 def read_config(args):
-    """The configuration that the flags amount to."""
+    """The configuration that the flags amount to.
+
+    Raises:
+        InputError: as `config_from`; or a run would start afresh by the configuration of its run
+            folder, which does not say what it started from.
+    """
+    if args.cfg is None and args.resume == "auto" and args.output is not None:
+        from replknet_paddle.checkpoints.training import checkpoints
+
+        if os.path.isdir(args.output) and not checkpoints(args.output):
+            raise InputError(
+                f"{args.output} has no checkpoint to resume; start the run again with -cfg and "
+                "the other flags that it was started with"
+            )
     checkpoint = args.output if args.resume == "auto" else args.resume or args.pretrained
     return config_from(args, checkpoint)
 
 
 def default_run_folder(config) -> str:
     """The run folder of MODEL.RESUME, or output/NAME-train-TIME, or output/NAME-eval-TIME."""
+    from replknet_paddle.checkpoints.run_folder import run_folder_of
+
     if config.MODEL.RESUME is not None:  # not auto, which needs SAVE
         folder = run_folder_of(config.MODEL.RESUME)
         if folder is not None:

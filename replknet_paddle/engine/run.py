@@ -16,6 +16,7 @@ import numpy as np
 import paddle
 
 from replknet_paddle.checkpoints.convert import load_pretrained
+from replknet_paddle.checkpoints.run_folder import WEIGHTS, weights_of
 from replknet_paddle.checkpoints.training import (
     FOLDER,
     Checkpoint,
@@ -105,7 +106,7 @@ def run_evaluation(config, log: RunLog, open_network: Callable | None) -> Metric
         if config.MODEL.PRETRAINED is None:
             logger.warning("no -pretrained weights: evaluating a freshly initialized network")
         else:
-            load_weights(model, config)
+            load_weights(model, config, drop_head=False)
         precision.prepare(model)
     log.open(config.SAVE, config)
     start = time.perf_counter()
@@ -140,9 +141,9 @@ class Training:
 
         self.model = build_network(config)
         if resumed is not None:
-            load_pretrained(self.model, resumed.path)
+            load_pretrained(self.model, resumed.path, weights="model")
         elif config.MODEL.PRETRAINED is not None:
-            load_weights(self.model, config)
+            load_weights(self.model, config, drop_head=config.MODEL.DROP_HEAD)
         self.learning_rate = self.build_schedule()
         self.precision = build_precision(config)
         self.optimizer = build_optimizer(
@@ -326,7 +327,7 @@ class Training:
             )
 
     def validate(self, record: dict) -> tuple[Metrics, bool]:
-        """Evaluate the weights and their average; adds to `record`.
+        """Evaluate the weights and the EMA weights; adds to `record`.
 
         Returns:
             The better of the two metrics, and whether it is the best of the run.
@@ -342,15 +343,18 @@ class Training:
         if self.ema is not None:
             with self.ema.applied_to(self.model):
                 results["val_ema"] = loop()
+        kinds = {"val": "model", "val_ema": "model_ema"}
         for name, metrics in results.items():
             record.update(metrics.record(name))
             logger.info(
                 "epoch %d, %s: %s",
                 self.progress.epoch,
-                "average of weights" if name == "val_ema" else "weights",
+                WEIGHTS[kinds[name]],
                 metrics,
             )
-        best = max(results.values(), key=lambda metrics: metrics.top1_percent)
+        better = max(results, key=lambda name: results[name].top1_percent)
+        best = results[better]
+        self.progress = replace(self.progress, better_weights=kinds[better])
         is_best = best.top1_percent > self.progress.best_top1_percent
         if is_best:
             self.progress = replace(self.progress, best_top1_percent=best.top1_percent)
@@ -459,13 +463,13 @@ def build_precision(config) -> Precision:
     return Precision(enabled=config.AMP, level=config.AMP_LEVEL, dtype=config.AMP_DTYPE)
 
 
-def load_weights(model: RepLKNet, config) -> None:
+def load_weights(model: RepLKNet, config, *, drop_head: bool) -> None:
     """Put MODEL.PRETRAINED into the network."""
     load_pretrained(
         model,
-        config.MODEL.PRETRAINED,
+        weights_of(config.MODEL.PRETRAINED),
         weights=config.MODEL.PRETRAINED_WEIGHTS,
-        drop_head=config.MODEL.DROP_HEAD,
+        drop_head=drop_head,
     )
 
 

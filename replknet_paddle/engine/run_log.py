@@ -15,8 +15,19 @@ from tqdm import tqdm
 
 from replknet_paddle.checkpoints.run_folder import run_folder_of
 from replknet_paddle.checkpoints.training import checkpoints
+from replknet_paddle.config import get_config
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import write_text
+
+# What only concerns the start of a run. A resumed run has another start, and a checkpoint that is
+# opened by the configuration of its run folder must not be opened as the run's first weights were.
+START_KEYS = (
+    ("MODEL", "RESUME"),
+    ("MODEL", "PRETRAINED"),
+    ("MODEL", "PRETRAINED_WEIGHTS"),
+    ("MODEL", "DROP_HEAD"),
+    ("TRAIN", "LAST_EPOCH"),
+)
 
 
 def check_run_folder(folder: str, *, resume: str | None) -> None:
@@ -50,11 +61,14 @@ def is_same(folder: str | None, other: str) -> bool:
 
 
 def config_text(config) -> str:
-    """YAML of all that defines a run, without what holds for one start of it alone."""
+    """YAML of what a run folder says about its checkpoints: the configuration without the keys of
+    `START_KEYS`, which have their defaults."""
+    defaults = get_config()
     config = config.clone()
     config.defrost()
-    config.SAVE = None
-    config.MODEL.RESUME = None
+    config.SAVE = defaults.SAVE
+    for section, key in START_KEYS:
+        config[section][key] = defaults[section][key]
     return config.dump()
 
 
@@ -90,7 +104,8 @@ class RunLog:
         console = logging.StreamHandler(sys.stdout)
         console.setFormatter(logging.Formatter("%(message)s"))
         root = logging.getLogger()
-        root.setLevel(logging.INFO if is_main else logging.ERROR)
+        for logger in (root, logging.getLogger("replknet_paddle")):
+            logger.setLevel(logging.INFO if is_main else logging.ERROR)
         root.handlers[:] = [console, self.early]
         # Each process has images of its own to complain of.
         logging.getLogger("replknet_paddle.data.loader").setLevel(

@@ -16,7 +16,6 @@ import time
 
 import numpy as np
 import pytest
-from PIL import Image
 from processes import (
     Run,
     assert_same_end,
@@ -467,60 +466,6 @@ def test_a_loss_that_is_no_number_ends_all_ranks_with_status_1(run_flags, tmp_pa
     for text in said:
         assert re.search(r"error: epoch \d, step \d+, loss (nan|inf|-inf), learning rate", text)
         assert "Traceback" not in text
-
-
-# ---- learning
-
-
-def make_patterns(folder) -> None:
-    """64 noisy images of 4 patterns, which no augmentation turns into one another; all are both
-    the training and the validation set."""
-    rng = np.random.default_rng(0)
-    waves = np.sin(np.arange(40) * 1.2) > 0
-    patterns = [
-        np.broadcast_to(waves, (40, 40)),
-        np.broadcast_to(waves[:, None], (40, 40)),
-        waves ^ waves[:, None],
-        np.zeros((40, 40)),
-    ]
-    folder.mkdir()
-    lines = []
-    for i in range(64):
-        pixels = 80 * patterns[i % 4][..., None] + rng.integers(40, 100, (40, 40, 3))
-        Image.fromarray(pixels.astype("uint8")).save(folder / f"{i}.png")
-        lines.append(f"{i}.png {i % 4}\n")
-    for split in ("train", "val"):
-        (folder / f"{split}_list.txt").write_text("".join(lines))
-
-
-def test_the_full_recipe_overfits_64_images(tiny_config_file, tmp_path):
-    """RandAugment, erasing, mixup, cutmix, smoothing, drop path, EMA and accumulation: all on."""
-    make_patterns(tmp_path / "data")
-    options = {
-        "TRAIN.NUM_EPOCHS": 50,
-        "TRAIN.WARMUP_EPOCHS": 2,
-        "TRAIN.BASE_LR": 1e-2,
-        "TRAIN.RAND_AUGMENT": True,
-        "TRAIN.RAND_AUGMENT_MAGNITUDE": 1,
-        "TRAIN.RAND_AUGMENT_LAYERS": 1,
-        "TRAIN.MIXUP_PROB": 0.2,
-        "TRAIN.CROP_SCALE": "[0.9,1.0]",
-        "TRAIN.GRAD_CLIP": 5,
-        "TRAIN.LAYER_DECAY": 0.9,
-        "MODEL.DROPPATH": 0.05,
-        "MODEL.CHANNELS": "[12,16,24,32]",
-        "DATA.BATCH_SIZE": 16,
-        "VALIDATE_FREQ": 50,
-    }
-    finish(
-        [f"-cfg={tiny_config_file}", f"-data_path={tmp_path / 'data'}",
-         f"-output={tmp_path / 'run'}", "-opts",
-         *(item for pair in options.items() for item in pair)],
-        output=tmp_path / "log",
-    )  # fmt: skip
-    last = metrics(tmp_path / "run")[-1]
-    assert last["val_top1_percent"] == 100.0, last
-    assert last["val_ema_top1_percent"] == 100.0, last
 
 
 # ---- killed at random moments
