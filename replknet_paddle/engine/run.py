@@ -90,6 +90,7 @@ def run(config, *, open_network: Callable | None = None) -> Metrics:
         )
     if config.AMP and not processes.on_gpu():
         logger.warning("-amp has no effect on CPU: computing in float32")
+    log.lock(config.SAVE, resume=config.MODEL.RESUME)
     if config.EVAL:
         return run_evaluation(config, log, open_network)
     return Training(config, log).run()

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from replknet_paddle.checkpoints.run_folder import run_folder_of
 from replknet_paddle.checkpoints.training import checkpoints
 from replknet_paddle.config import get_config
+from replknet_paddle.engine.run_lock import RunLock
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import write_text
 
@@ -30,14 +31,14 @@ START_KEYS = (
 )
 
 
-def check_run_folder(folder: str, *, resume: str | None) -> None:
-    """Make the run folder, if it is not there.
+def check_is_own(folder: str, *, resume: str | None) -> None:
+    """Check that a run folder does not hold another run, whose checkpoints this one would replace.
 
     Args:
-        resume: what MODEL.RESUME names; 'auto', or a checkpoint of this folder, goes on in it.
+        resume: what MODEL.RESUME names; 'auto', or a checkpoint of this folder, continues the run.
 
     Raises:
-        InputError: it cannot be written, or holds another run, which this one would spoil.
+        InputError: it does.
     """
     goes_on = resume == "auto" or (resume is not None and is_same(run_folder_of(resume), folder))
     if not goes_on and checkpoints(folder):
@@ -45,6 +46,28 @@ def check_run_folder(folder: str, *, resume: str | None) -> None:
             f"{folder} holds the checkpoints of another run; -resume {folder} goes "
             "on with it, another -output starts afresh"
         )
+
+
+def check_run_folder(folder: str, *, resume: str | None) -> None:
+    """Make the run folder, if it is not there, and check that a run may use it.
+
+    Args:
+        resume: as for `check_is_own`.
+
+    Raises:
+        InputError: it cannot be written, holds another run, or is in use.
+    """
+    check_is_own(folder, resume=resume)
+    make_run_folder(folder)
+    RunLock(folder).release()
+
+
+def make_run_folder(folder: str) -> None:
+    """Make a run folder with its log, where they do not exist.
+
+    Raises:
+        InputError: it cannot be written.
+    """
     try:
         os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, "log.txt"), "a", encoding="utf-8"):
@@ -99,6 +122,7 @@ class RunLog:
         self.metrics_jsonl = False
         self.visualdl = None
         self.is_main = is_main
+        self.run_lock = None
         self.on_terminal = is_main and sys.stdout.isatty()
         self.early = logging.handlers.MemoryHandler(capacity=10**6, flushOnClose=False)
         console = logging.StreamHandler(sys.stdout)
@@ -112,6 +136,19 @@ class RunLog:
             logging.INFO if is_main else logging.WARNING
         )
 
+    def lock(self, folder: str, *, resume: str | None) -> None:
+        """Keep other runs out of a run folder until this process ends.
+
+        To be called before it is read which checkpoint is the newest: a run that is just ending
+        may still write one. A folder that does not exist yet is locked by `open`.
+
+        Raises:
+            InputError: as `check_run_folder`.
+        """
+        if self.is_main and os.path.isdir(folder):
+            check_is_own(folder, resume=resume)
+            self.run_lock = RunLock(folder)
+
     def open(self, folder: str, config, *, resume: str | None = None) -> None:
         """Make the run folder: log.txt, and config.yaml, which can stand for `-cfg`.
 
@@ -122,7 +159,10 @@ class RunLog:
         root.removeHandler(self.early)
         if not self.is_main:
             return
-        check_run_folder(folder, resume=resume)
+        check_is_own(folder, resume=resume)
+        make_run_folder(folder)
+        if self.run_lock is None:
+            self.run_lock = RunLock(folder)
         self.folder = folder
         file = logging.FileHandler(os.path.join(folder, "log.txt"), encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
