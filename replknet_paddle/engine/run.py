@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,20 +17,17 @@ import numpy as np
 import paddle
 
 from replknet_paddle.checkpoints.convert import load_pretrained
-from replknet_paddle.checkpoints.run_folder import WEIGHTS, weights_of
+from replknet_paddle.checkpoints.run_folder import WEIGHTS
 from replknet_paddle.checkpoints.training import (
     FOLDER,
     Checkpoint,
     Progress,
     checkpoint_path,
-    load_checkpoint,
-    newest_whole_checkpoint,
     point_to,
     remove_superseded,
     save_checkpoint,
     set_aside_later,
 )
-from replknet_paddle.config import config_changes
 from replknet_paddle.data.dataset import get_dataloader, get_dataset
 from replknet_paddle.data.loader import Loader
 from replknet_paddle.data.transforms import build_mixup
@@ -38,7 +36,8 @@ from replknet_paddle.engine.metrics import Metrics
 from replknet_paddle.engine.precision import Precision
 from replknet_paddle.engine.run_log import RunLog, config_text
 from replknet_paddle.engine.signals import Stopped, StopSignals
-from replknet_paddle.engine.train import Step, train_epoch
+from replknet_paddle.engine.start import check_same_weights, find_resumed, from_rank_0, load_weights
+from replknet_paddle.engine.train import DivergedError, Step, train_epoch
 from replknet_paddle.model import RepLKNet, build_replknet
 from replknet_paddle.ops import describe_operator, use_fast_depthwise_conv, use_fast_pointwise_conv
 from replknet_paddle.optim.ema import ModelEma
@@ -51,7 +50,8 @@ from replknet_paddle.optim.optimizer import (
 )
 from replknet_paddle.optim.schedule import base_learning_rate, get_lr
 from replknet_paddle.runtime import processes
-from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.errors import InputError, SystemFault
+from replknet_paddle.runtime.launch import PeerLost, is_lost_peer
 
 logger = logging.getLogger(__name__)
 
@@ -70,11 +70,28 @@ def run(config, *, open_network: Callable | None = None) -> Metrics:
     Raises:
         InputError, FileNotFoundError: what the configuration names cannot be used.
         DivergedError: the loss became infinite or no number.
+        SystemFault: the system failed once training was under way, or another process ended.
         Stopped: SIGTERM or SIGINT ended training, after a checkpoint was written.
     """
     processes.init()
     paddle.seed(processes.random_seed(config.SEED))
     log = RunLog(is_main=processes.rank() == 0)
+    try:
+        return run_logged(config, log, open_network)
+    except Stopped:
+        raise
+    except (InputError, OSError, SystemFault, DivergedError) as error:
+        log.write_end(str(error))
+        raise
+    except BaseException as error:
+        if is_lost_peer(error):  # and its end is what matters
+            raise PeerLost("another process of this run has ended") from None
+        log.write_end(traceback.format_exc())
+        raise
+
+
+def run_logged(config, log: RunLog, open_network: Callable | None) -> Metrics:
+    """`run`, with a log for what ends it."""
     logger.info(
         "%s, %d process(es) on %s, Paddle %s, run folder %s",
         config.MODEL.NAME,
@@ -90,7 +107,7 @@ def run(config, *, open_network: Callable | None = None) -> Metrics:
         )
     if config.AMP and not processes.on_gpu():
         logger.warning("-amp has no effect on CPU: computing in float32")
-    log.lock(config.SAVE, resume=config.MODEL.RESUME)
+    from_rank_0(lambda: log.lock(config.SAVE, resume=config.MODEL.RESUME))
     if config.EVAL:
         return run_evaluation(config, log, open_network)
     return Training(config, log).run()
@@ -108,6 +125,7 @@ def run_evaluation(config, log: RunLog, open_network: Callable | None) -> Metric
             logger.warning("no -pretrained weights: evaluating a freshly initialized network")
         else:
             load_weights(model, config, drop_head=False)
+        check_same_weights(model)
         precision.prepare(model)
     log.open(config.SAVE, config)
     start = time.perf_counter()
@@ -145,6 +163,7 @@ class Training:
             load_pretrained(self.model, resumed.path, weights="model")
         elif config.MODEL.PRETRAINED is not None:
             load_weights(self.model, config, drop_head=config.MODEL.DROP_HEAD)
+        check_same_weights(self.model)
         self.learning_rate = self.build_schedule()
         self.precision = build_precision(config)
         self.optimizer = build_optimizer(
@@ -236,16 +255,29 @@ class Training:
             logger.info("all %d epochs of TRAIN.NUM_EPOCHS are done", config.TRAIN.NUM_EPOCHS)
         elif self.progress.step:
             logger.info("going on after epoch %d, step %d", self.progress.epoch, self.progress.step)
+        first_step = self.progress.step
+        try:
+            with StopSignals() as signals, self.train_loader, self.val_loader:
+                return self.train_epochs(signals)
+        except OSError as error:
+            if self.progress.step == first_step:
+                raise
+            raise SystemFault(str(error)) from error
+
+    def train_epochs(self, signals: StopSignals) -> Metrics | None:
+        """Train, evaluate and save epoch by epoch; the last evaluation, if there was any."""
+        config = self.config
         metrics = None
-        with self.train_loader, self.val_loader, StopSignals() as signals:
-            while self.progress.epoch < config.TRAIN.NUM_EPOCHS:
-                record = self.train_one_epoch(signals)
-                epoch = self.progress.epoch
-                is_best = False
-                if epoch % config.VALIDATE_FREQ == 0 or epoch == config.TRAIN.NUM_EPOCHS:
-                    metrics, is_best = self.validate(record)
-                log.write_metrics(record)
-                self.save(is_best=is_best)
+        while self.progress.epoch < config.TRAIN.NUM_EPOCHS:
+            record = self.train_one_epoch(signals)
+            epoch = self.progress.epoch
+            is_finished = epoch == config.TRAIN.NUM_EPOCHS
+            is_best = False
+            if epoch % config.VALIDATE_FREQ == 0 or is_finished:
+                metrics, is_best = self.validate(record)
+            self.log.write_metrics(record)
+            self.save(is_best=is_best)
+            if not is_finished:
                 self.stop_if_asked(signals)
         return metrics
 
@@ -462,43 +494,3 @@ def build_network(config) -> RepLKNet:
 def build_precision(config) -> Precision:
     """How to compute: mixed precision where asked for and possible."""
     return Precision(enabled=config.AMP, level=config.AMP_LEVEL, dtype=config.AMP_DTYPE)
-
-
-def load_weights(model: RepLKNet, config, *, drop_head: bool) -> None:
-    """Put MODEL.PRETRAINED into the network."""
-    load_pretrained(
-        model,
-        weights_of(config.MODEL.PRETRAINED),
-        weights=config.MODEL.PRETRAINED_WEIGHTS,
-        drop_head=drop_head,
-    )
-
-
-def find_resumed(config) -> Checkpoint | None:
-    """The checkpoint that MODEL.RESUME means, if any, after a look at whether it can go on here."""
-    path = config.MODEL.RESUME
-    if path is None:
-        return None
-    if path == "auto":
-        path = newest_whole_checkpoint(config.SAVE)
-        if path is None:
-            logger.info("-resume auto: no checkpoint in %s, starting afresh", config.SAVE)
-            return None
-    elif os.path.isdir(path):
-        path = os.path.join(path, "last")
-    checkpoint = load_checkpoint(path)
-    logger.info("resuming %s", path)
-    for change in config_changes(checkpoint.config, config_text(config)):
-        logger.warning("other than in the run resumed: %s", change)
-    epoch = checkpoint.progress.epoch
-    if config.TRAIN.LAST_EPOCH > epoch:
-        raise InputError(
-            f"-last_epoch {config.TRAIN.LAST_EPOCH} contradicts {path}, which has "
-            f"{epoch} epochs behind it; leave -last_epoch out"
-        )
-    if config.TRAIN.MODEL_EMA != bool(checkpoint.model_ema):
-        raise InputError(
-            f"{path} was trained with TRAIN.MODEL_EMA {bool(checkpoint.model_ema)}; "
-            f"got {config.TRAIN.MODEL_EMA}"
-        )
-    return checkpoint

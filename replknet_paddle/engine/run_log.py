@@ -10,6 +10,7 @@ import logging
 import logging.handlers
 import os
 import sys
+import time
 
 from tqdm import tqdm
 
@@ -19,6 +20,9 @@ from replknet_paddle.config import get_config
 from replknet_paddle.engine.run_lock import RunLock
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import write_text
+
+LOG_FILE = "log.txt"
+LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 # What only concerns the start of a run. A resumed run has another start, and a checkpoint that is
 # opened by the configuration of its run folder must not be opened as the run's first weights were.
@@ -70,7 +74,7 @@ def make_run_folder(folder: str) -> None:
     """
     try:
         os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, "log.txt"), "a", encoding="utf-8"):
+        with open(os.path.join(folder, LOG_FILE), "a", encoding="utf-8"):
             pass
     except OSError as error:
         raise InputError(
@@ -110,6 +114,23 @@ def visualdl_writer(folder: str):
     return LogWriter(logdir=folder)
 
 
+def append_to_log(folder: str, message: str) -> None:
+    """Leave word in the log.txt of a run folder, if there is one, of an error that rank 0 did not
+    see: that of another rank, or that a process was killed."""
+    path = os.path.join(folder, LOG_FILE)
+    if message and os.path.exists(path):
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
+            file.write(f"{now} ERROR the run ended: {message.rstrip()}\n")
+
+
+class LogFile(logging.FileHandler):
+    """log.txt, which does without a line that cannot be written: a checkpoint matters more."""
+
+    def handleError(self, record) -> None:
+        pass
+
+
 class RunLog:
     """Writes one run's folder and console; other ranks than 0 say what is wrong, and no more.
 
@@ -118,6 +139,7 @@ class RunLog:
 
     def __init__(self, *, is_main: bool):
         self.folder = None
+        self.file = None
         self.step_file = None
         self.metrics_jsonl = False
         self.visualdl = None
@@ -164,16 +186,22 @@ class RunLog:
         if self.run_lock is None:
             self.run_lock = RunLock(folder)
         self.folder = folder
-        file = logging.FileHandler(os.path.join(folder, "log.txt"), encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        root.addHandler(file)
-        self.early.setTarget(file)
+        self.file = LogFile(os.path.join(folder, LOG_FILE), encoding="utf-8")
+        self.file.setFormatter(logging.Formatter(LOG_FORMAT))
+        root.addHandler(self.file)
+        self.early.setTarget(self.file)
         self.early.flush()
         write_text(os.path.join(folder, "config.yaml"), config_text(config))
         self.step_file = os.open(os.path.join(folder, "step"), os.O_WRONLY | os.O_CREAT, 0o644)
         self.metrics_jsonl = config.LOG.METRICS_JSONL
         if config.LOG.VISUALDL:
             self.visualdl = visualdl_writer(os.path.join(folder, "visualdl"))
+
+    def write_end(self, reason: str) -> None:
+        """Leave word in log.txt of what ends the run. Whoever handles the error prints it."""
+        if self.file is not None:
+            values = (logging.ERROR, __file__, 0, "the run ended: %s", (reason,), None)
+            self.file.handle(logging.LogRecord(__name__, *values))
 
     def write_metrics(self, record: dict) -> None:
         """Append one object to metrics.jsonl, and its numbers to VisualDL's scalars."""
