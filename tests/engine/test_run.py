@@ -4,14 +4,11 @@ Most runs are forks of one process that has imported everything (processes.py); 
 processes are started are started as people start them.
 """
 
-import contextlib
 import os
 import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -19,15 +16,17 @@ import pytest
 from processes import (
     Run,
     assert_same_end,
+    children,
     finish,
     finish_ranks,
     free_ports,
     metrics,
+    start_really,
     step_of,
     wait_for,
     whole_steps,
 )
-from tiny import ROOT, make_data
+from tiny import make_data
 
 from replknet_paddle.checkpoints.training import (
     checkpoints,
@@ -190,19 +189,6 @@ def test_a_signal_with_loader_workers_saves_too(run_flags, straight, tmp_path):
     assert stop_when(flags, folder, condition, signal.SIGTERM, tmp_path) == 143
     finish([*flags, f"-output={folder}", "-resume=auto"], output=tmp_path / "log")
     assert_same_end(folder, straight)
-
-
-def start_really(arguments, **options) -> subprocess.Popen:
-    """main_multi_gpu.py in a process group of its own, as a shell starts it."""
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "main_multi_gpu.py"), *map(str, arguments)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **options},
-    )
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -565,12 +551,6 @@ def test_loader_workers_die_with_a_killed_run(run_flags, tmp_path):
     run.send(signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL
     wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in workers), timeout=20)
-
-
-def children(pid: int) -> list[int]:
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return [int(child) for child in open(f"/proc/{pid}/task/{pid}/children").read().split()]
-    return []
 
 
 def unfinished(folder, pid) -> list[str]:
