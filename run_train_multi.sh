@@ -9,8 +9,9 @@
 #   NNODES=4 MASTER=10.0.0.1:8090 sh run_train_multi.sh -output=/shared/31b
 # NPROC_PER_NODE is the number of processes on this machine; by default one for each visible GPU.
 #
-# MAX_RESTARTS=N goes on from the newest whole checkpoint, up to N times, when the run fails; one
-# that fails twice at the same step stops. Bad input, SIGTERM and SIGINT are not restarted.
+# MAX_RESTARTS=N goes on from the newest whole checkpoint, up to N times, when the run fails or one of
+# its processes is killed; one that fails twice at the same step stops. Bad input, SIGTERM and SIGINT
+# are not restarted.
 #
 # PYTHON names the Python to use; by default that of .venv, if setup_env.sh made one.
 set -eu
@@ -91,7 +92,8 @@ while :; do
         say "failed with status $status at step $step; all $restarts restarts are used up"
         exit "$status"
     fi
-    failed_at=$step
+    # Being killed, with a status above 128, says nothing of the step.
+    if [ "$status" -gt 128 ]; then failed_at=none; else failed_at=$step; fi
     done_restarts=$((done_restarts + 1))
     # A run that resumes another's checkpoint does so again, until it has one of its own.
     [ -n "$resumed" ] && [ ! -e "$run/last" ] || auto=-resume=auto

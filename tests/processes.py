@@ -168,9 +168,13 @@ class Script:
         try:
             said, _ = self.process.communicate(timeout=timeout)
         finally:
-            if self.process.poll() is None:
-                os.killpg(self.process.pid, signal.SIGKILL)
+            self.kill()
         return self.process.returncode, said
+
+    def kill(self) -> None:
+        """End the script and the program that it has started, if they have not ended."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 def children(pid: int) -> list[int]:

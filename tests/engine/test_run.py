@@ -5,18 +5,15 @@ processes are started are started as people start them.
 """
 
 import os
-import random
 import re
 import shutil
 import signal
-import time
 
 import numpy as np
 import pytest
 from processes import (
     Run,
     assert_same_end,
-    children,
     finish,
     finish_ranks,
     free_ports,
@@ -452,109 +449,3 @@ def test_a_loss_that_is_no_number_ends_all_ranks_with_status_1(run_flags, tmp_pa
     for text in said:
         assert re.search(r"error: epoch \d, step \d+, loss (nan|inf|-inf), learning rate", text)
         assert "Traceback" not in text
-
-
-# ---- killed at random moments
-
-# 50 kills take a minute: KILLS=50 python -m pytest tests/test_run.py -k killed
-KILLS = int(os.environ.get("KILLS", 12))
-
-
-def slow_disk(arguments: list[str]) -> int:
-    """A run whose checkpoints take a while to write, so that many kills meet one half written."""
-    import builtins
-
-    from processes import main_status
-
-    really_open = builtins.open
-
-    class Slow:
-        def __init__(self, file):
-            self.file = file
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-        def write(self, data):
-            self.file.flush()
-            time.sleep(0.0003)
-            return self.file.write(data)
-
-    def slow_open(name, mode="r", *rest, **options):
-        file = really_open(name, mode, *rest, **options)
-        return Slow(file) if str(name).endswith(".unfinished") and "b" in mode else file
-
-    builtins.open = slow_open
-    return main_status(arguments)
-
-
-def test_runs_killed_at_random_moments_lose_nothing_saved(run_flags, straight, tmp_path):
-    seed = int(os.environ.get("KILLS_SEED", time.time()))
-    rng = random.Random(seed)
-    flags = [*run_flags, "-opts", "SAVE_STEPS", "1"]
-    folder, log = tmp_path / "run", tmp_path / "log"
-    halves = kills = runs = 0
-    stages = set()
-    while kills < KILLS:
-        saved = max(whole_steps(folder), default=0)
-        if saved == 12:  # the run is through: once more
-            assert_same_end(folder, straight)
-            shutil.rmtree(folder)
-            saved, runs = 0, runs + 1
-        run = Run([*flags, f"-output={folder}", "-resume=auto"], output=log, target=slow_disk)
-        if rng.random() < 0.6:  # while a checkpoint is written, or soon after
-            target = saved + rng.randrange(4)
-            wait_for(
-                lambda run=run, target=target: (
-                    not run.process.is_alive()
-                    or max(whole_steps(folder), default=0) >= target
-                    and unfinished(folder, run.pid)
-                ),
-                every=0.0005,
-            )
-            time.sleep(rng.uniform(0, 0.3))
-        else:
-            time.sleep(rng.uniform(0, 2.5))
-        run.send(signal.SIGKILL)
-        status = run.wait()
-        assert status in (0, -signal.SIGKILL), f"seed {seed}: {run.text()}"
-        kills += status != 0
-        halves += bool(folder.exists() and unfinished(folder, run.pid))
-        steps = whole_steps(folder)
-        stages.add(max(steps, default=0))
-        assert max(steps, default=0) >= saved, f"seed {seed}"
-        newest = newest_whole_checkpoint(str(folder))
-        if steps:  # every file of a checkpoint's name is a whole one
-            assert load_checkpoint(newest).progress.step == max(steps), f"seed {seed}"
-    finish([*flags, f"-output={folder}", "-resume=auto"], output=log)
-    assert_same_end(folder, straight)
-    assert not [n for n in os.listdir(folder / "checkpoints") if "unfinished" in n]
-    print(
-        f"{kills} kills, {halves} of them in mid-write, {runs + 1} runs, "
-        f"newest checkpoints {sorted(stages)}, seed {seed}"
-    )
-    assert halves >= KILLS // 8, f"only {halves} of {kills} kills met a half-written checkpoint"
-
-
-def test_loader_workers_die_with_a_killed_run(run_flags, tmp_path):
-    run = Run(
-        [*run_flags, f"-output={tmp_path / 'run'}", "-opts", "DATA.NUM_WORKERS", "2"],
-        output=tmp_path / "log",
-    )
-    workers = wait_for(lambda: len(children(run.pid)) >= 2 and children(run.pid))
-    run.send(signal.SIGKILL)
-    assert run.wait() == -signal.SIGKILL
-    wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in workers), timeout=20)
-
-
-def unfinished(folder, pid) -> list[str]:
-    """Checkpoints that process `pid` has begun to write."""
-    where = folder / "checkpoints"
-    names = os.listdir(where) if where.exists() else []
-    return [name for name in names if name.endswith(f".{pid}.unfinished")]
