@@ -16,17 +16,15 @@ from functools import partial
 import numpy as np
 import paddle
 
-from replknet_paddle.checkpoints.convert import load_pretrained
 from replknet_paddle.checkpoints.run_folder import WEIGHTS
 from replknet_paddle.checkpoints.training import (
-    FOLDER,
     Checkpoint,
     Progress,
     checkpoint_path,
     point_to,
     remove_superseded,
     save_checkpoint,
-    set_aside_later,
+    take_up,
 )
 from replknet_paddle.data.dataset import get_dataloader, get_dataset
 from replknet_paddle.data.loader import Loader
@@ -36,8 +34,8 @@ from replknet_paddle.engine.metrics import Metrics
 from replknet_paddle.engine.precision import Precision
 from replknet_paddle.engine.run_log import RunLog, config_text
 from replknet_paddle.engine.signals import Stopped, StopSignals
-from replknet_paddle.engine.start import check_same_weights, find_resumed, from_rank_0, load_weights
-from replknet_paddle.engine.train import DivergedError, Step, train_epoch
+from replknet_paddle.engine.start import find_resumed, from_rank_0, load_start
+from replknet_paddle.engine.train import DivergedError, train_epoch
 from replknet_paddle.model import RepLKNet, build_replknet
 from replknet_paddle.ops import describe_operator, use_fast_depthwise_conv, use_fast_pointwise_conv
 from replknet_paddle.optim.ema import ModelEma
@@ -123,9 +121,7 @@ def run_evaluation(config, log: RunLog, open_network: Callable | None) -> Metric
         model = build_network(config)
         if config.MODEL.PRETRAINED is None:
             logger.warning("no -pretrained weights: evaluating a freshly initialized network")
-        else:
-            load_weights(model, config, drop_head=False)
-        check_same_weights(model)
+        load_start(model, config)
         precision.prepare(model)
     log.open(config.SAVE, config)
     start = time.perf_counter()
@@ -159,11 +155,7 @@ class Training:
         )
 
         self.model = build_network(config)
-        if resumed is not None:
-            load_pretrained(self.model, resumed.path, weights="model")
-        elif config.MODEL.PRETRAINED is not None:
-            load_weights(self.model, config, drop_head=config.MODEL.DROP_HEAD)
-        check_same_weights(self.model)
+        load_start(self.model, config, resumed)
         self.learning_rate = self.build_schedule()
         self.precision = build_precision(config)
         self.optimizer = build_optimizer(
@@ -219,22 +211,13 @@ class Training:
 
     def restore(self, resumed: Checkpoint) -> None:
         """Take over everything but the weights from a checkpoint."""
-        here = {
-            name: getattr(self.progress, name) for name in ("batches", "batch_size", "accum_iter")
-        }
-        there = {name: getattr(resumed.progress, name) for name in here}
-        self.progress = replace(resumed.progress, **here)
-        if resumed.progress.batch == 0:
+        self.progress = resumed.progress_with(
+            batches=self.progress.batches,
+            batch_size=self.progress.batch_size,
+            accum_iter=self.progress.accum_iter,
+        )
+        if self.progress.batch == 0:
             self.progress = replace(self.progress, step=self.progress.epoch * self.steps_per_epoch)
-        elif here != there:
-            raise InputError(
-                f"{resumed.path} stopped after {resumed.progress.batch} of {there['batches']} "
-                f"batches of an epoch, which has {here['batches']} here (images of all processes "
-                f"in one: {there['batch_size']}, here {here['batch_size']}; accumulated: "
-                f"{there['accum_iter']}, here {here['accum_iter']}); resume it with the same data, "
-                "batch size, accumulation and number of processes, or resume a checkpoint from the "
-                "end of an epoch"
-            )
         load_optimizer_state(self.optimizer, self.model, resumed.optimizer)
         self.precision.load_state(resumed.scaler)
         if self.ema is not None:
@@ -247,10 +230,7 @@ class Training:
         log.forget_metrics_after(self.progress.epoch)
         processes.sum_over_ranks([0])  # until all have read, nothing may be moved
         if processes.rank() == 0:
-            set_aside_later(config.SAVE, self.progress)
-            best = os.path.join(config.SAVE, FOLDER, self.progress.best_checkpoint)
-            if os.path.isfile(best):  # a crash may have come between the file and its link
-                point_to(config.SAVE, "best", best)
+            take_up(config.SAVE, self.progress)
         if self.progress.epoch >= config.TRAIN.NUM_EPOCHS:
             logger.info("all %d epochs of TRAIN.NUM_EPOCHS are done", config.TRAIN.NUM_EPOCHS)
         elif self.progress.step:
@@ -285,11 +265,8 @@ class Training:
         """Train through the epoch under way; returns its part of metrics.jsonl."""
         config, start = self.config, self.progress
         started, waited, images_here = time.perf_counter(), 0.0, 0
-        with self.log.bar(
-            total=self.batches,
-            initial=start.batch,
-            desc=f"epoch {start.epoch + 1}/{config.TRAIN.NUM_EPOCHS}",
-        ) as bar:
+        title = f"epoch {start.epoch + 1}/{config.TRAIN.NUM_EPOCHS}"
+        with self.log.bar(total=self.batches, initial=start.batch, desc=title) as bar:
             steps = train_epoch(
                 model=self.model,
                 loader=self.train_loader,
@@ -316,7 +293,14 @@ class Training:
                 images_here += step.images
                 waited += step.data_seconds
                 seconds = time.perf_counter() - started
-                self.report(bar, step, images_here / seconds, waited / seconds)
+                self.log.show_step(
+                    bar,
+                    f"loss {step.loss:.4f}, lr {step.lr:.3g}, {images_here / seconds:.1f} "
+                    f"images/s, data wait {waited / seconds:.0%}",
+                    title=title,
+                    batch=step.batch,
+                    is_due=step.batch % config.REPORT_FREQ < config.TRAIN.ACCUM_ITER,
+                )
                 self.log.write_step(self.progress.step)
                 if step.batch < self.batches:  # else the end of the epoch does all this
                     self.save_if_due()
@@ -334,30 +318,6 @@ class Training:
             "train_seconds": round(seconds, 3),
             "train_images_per_second": round(images_here / seconds, 3),
         }
-
-    def report(self, bar, step: Step, images_per_second: float, wait_share: float) -> None:
-        """Show one step on the bar or, every REPORT_FREQ forward passes, in a line."""
-        if not bar.disable:
-            bar.update(step.batch - bar.n)
-            bar.set_postfix_str(
-                f"loss {step.loss:.4f}, lr {step.lr:.3g}, "
-                f"{images_per_second:.1f} images/s, data wait {wait_share:.0%}"
-            )
-        elif (
-            step.batch % self.config.REPORT_FREQ < self.config.TRAIN.ACCUM_ITER
-            or step.batch == self.batches
-        ):
-            logger.info(
-                "epoch %d/%d, batch %d/%d, loss %.4f, lr %.3g, %.1f images/s, data wait %.0f %%",
-                self.progress.epoch + 1,
-                self.config.TRAIN.NUM_EPOCHS,
-                step.batch,
-                self.batches,
-                step.loss,
-                step.lr,
-                images_per_second,
-                100 * wait_share,
-            )
 
     def validate(self, record: dict) -> tuple[Metrics, bool]:
         """Evaluate the weights and the EMA weights; adds to `record`.

@@ -21,6 +21,8 @@ from replknet_paddle.engine.run_lock import RunLock
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import write_text
 
+logger = logging.getLogger(__name__)
+
 LOG_FILE = "log.txt"
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
@@ -150,8 +152,8 @@ class RunLog:
         console = logging.StreamHandler(sys.stdout)
         console.setFormatter(logging.Formatter("%(message)s"))
         root = logging.getLogger()
-        for logger in (root, logging.getLogger("replknet_paddle")):
-            logger.setLevel(logging.INFO if is_main else logging.ERROR)
+        for level_of in (root, logging.getLogger("replknet_paddle")):
+            level_of.setLevel(logging.INFO if is_main else logging.ERROR)
         root.handlers[:] = [console, self.early]
         # Each process has images of its own to complain of.
         logging.getLogger("replknet_paddle.data.loader").setLevel(
@@ -237,6 +239,20 @@ class RunLog:
 
     def _metrics_file(self) -> str:
         return os.path.join(self.folder, "metrics.jsonl")
+
+    def show_step(self, bar: tqdm, text: str, *, title: str, batch: int, is_due: bool) -> None:
+        """Show one step of an epoch on its bar, or in a line where there is no terminal.
+
+        Args:
+            title: of the line.
+            batch: forward passes done in this epoch.
+            is_due: whether a line is due; the last batch of an epoch always gets one.
+        """
+        if not bar.disable:
+            bar.update(batch - bar.n)
+            bar.set_postfix_str(text)
+        elif is_due or batch == bar.total:
+            logger.info("%s, batch %d/%d, %s", title, batch, bar.total, text)
 
     def bar(self, batches=None, **options) -> tqdm:
         """tqdm's progress bar over batches; invisible where there is no terminal."""

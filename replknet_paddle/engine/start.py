@@ -79,16 +79,28 @@ def resumed_path(config) -> str:
     return path or ""
 
 
-def load_weights(model, config, *, drop_head: bool) -> None:
-    """Put MODEL.PRETRAINED into the network; the same on all ranks.
+def load_start(model, config, resumed: Checkpoint | None = None) -> None:
+    """Load the weights of `resumed`, or else those of MODEL.PRETRAINED, if there are any.
+
+    Afterwards all ranks hold the same weights and statistics.
 
     Raises:
-        FileNotFoundError, InputError: it does not exist, cannot be read, or does not fit.
-        SystemFault: another rank does not see it.
+        OSError, InputError: the file does not exist, cannot be read, or does not fit; or the ranks
+            hold different weights.
+        SystemFault: another rank does not see the file.
     """
-    path = from_rank_0(lambda: weights_of(config.MODEL.PRETRAINED))
-    wait_for_file(path)
-    load_pretrained(model, path, weights=config.MODEL.PRETRAINED_WEIGHTS, drop_head=drop_head)
+    if resumed is not None:
+        load_pretrained(model, resumed.path, weights="model")
+    elif config.MODEL.PRETRAINED is not None:
+        path = from_rank_0(lambda: weights_of(config.MODEL.PRETRAINED))
+        wait_for_file(path)
+        load_pretrained(
+            model,
+            path,
+            weights=config.MODEL.PRETRAINED_WEIGHTS,
+            drop_head=config.MODEL.DROP_HEAD and not config.EVAL,
+        )
+    check_same_weights(model)
 
 
 def from_rank_0(decide: Callable[[], str]) -> str:
