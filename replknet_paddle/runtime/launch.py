@@ -96,9 +96,13 @@ def launch(
     number = killed_by(status)
     if number is None:
         return status, message
+    by = f" by {signal_name(number)}"
+    if number == signal.SIGTERM:
+        # Nobody asked this run to stop: the launcher ended the process that it reports, after
+        # another one that was killed, and does not say how.
+        number, by = signal.SIGKILL, ""
     return 128 + number, (
-        f"error: a process of this run was killed by {signal_name(number)}; the output of each is "
-        f"in {log_dir}"
+        f"error: a process of this run was killed{by}; the output of each is in {log_dir}"
     )
 
 

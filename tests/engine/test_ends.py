@@ -116,7 +116,7 @@ def test_a_killed_process_is_one_line_and_128_plus_the_signal(two_processes, tmp
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGKILL, said
     line = "a process of this run was killed by signal 9 (SIGKILL); the output of each is in "
-    assert said.count(line) == 1
+    assert said.count(line) == 1, said
     assert "Traceback" not in said and "gloo" not in said, said
     log = (run_folder / "log.txt").read_text()
     assert re.search(rf"ERROR the run ended: error: {re.escape(line)}", log), log
