@@ -71,12 +71,11 @@ def chosen_weights(path: str | os.PathLike, weights: str) -> str:
         raise InputError(f"weights is {weights!r}; allowed: auto, {', '.join(WEIGHTS)}")
     if not os.path.isfile(path) or not is_safetensors(path):
         return "model"
-    record = read_safetensors_metadata(path).get(METADATA_KEY)
-    if record is None:
-        return "model"
+    record = read_safetensors_metadata(path).get(METADATA_KEY, "{}")
     try:
-        better = json.loads(json.loads(record)["body"])["progress"].get("better_weights", "model")
-    except (ValueError, TypeError, KeyError, AttributeError):
+        body = json.loads(json.loads(record).get("body", "{}"))
+        better = body.get("progress", {}).get("better_weights", "model")
+    except (ValueError, TypeError, AttributeError):
         better = None
     if better not in WEIGHTS:
         raise InputError(f"{path} is damaged: its metadata is not what training writes")
