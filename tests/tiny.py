@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from yacs.config import CfgNode
 
 from replknet_paddle.commands import run_command
 
@@ -95,6 +96,17 @@ def make_patterns(folder) -> None:
 def command(name: str):
     """`replknet NAME` as a function: arguments -> exit status, in this process."""
     return functools.partial(run_command, name)
+
+
+def leaves(node, prefix=""):
+    """{dotted key: value} of a config."""
+    values = {}
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            values |= leaves(value, f"{prefix}{key}.")
+        else:
+            values[prefix + key] = value
+    return values
 
 
 def flags(**values) -> argparse.Namespace:
