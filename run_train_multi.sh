@@ -69,7 +69,7 @@ child=
 trap '[ -z "$child" ] || kill -TERM "$child"' TERM
 trap '[ -z "$child" ] || kill -INT "$child"' INT
 done_restarts=0
-failed_at=none
+failed_at=
 auto=
 while :; do
     "$PYTHON" main_multi_gpu.py "$@" $auto &
@@ -84,7 +84,8 @@ while :; do
 
     step=none
     [ ! -f "$run/step" ] || step=$(tr -d ' ' < "$run/step")
-    if [ "$done_restarts" -gt 0 ] && [ "$step" = "$failed_at" ]; then
+    # A status above 128 is that of a process that was killed, which says nothing of the step.
+    if [ "$status" -le 128 ] && [ "$step" = "$failed_at" ]; then
         say "failed with status $status at step $step for the second time; not restarting"
         exit "$status"
     fi
@@ -92,8 +93,8 @@ while :; do
         say "failed with status $status at step $step; all $restarts restarts are used up"
         exit "$status"
     fi
-    # Being killed, with a status above 128, says nothing of the step.
-    if [ "$status" -gt 128 ]; then failed_at=none; else failed_at=$step; fi
+    failed_at=killed
+    [ "$status" -gt 128 ] || failed_at=$step
     done_restarts=$((done_restarts + 1))
     # A run that resumes another's checkpoint does so again, until it has one of its own.
     [ -n "$resumed" ] && [ ! -e "$run/last" ] || auto=-resume=auto

@@ -173,7 +173,8 @@ def test_any_process_of_a_restarted_run_may_be_killed(
             running = descendants(script.process.pid)
             if script.process.poll() is not None:
                 status, said = script.finish()
-                assert status in (0, 1), f"seed {seed}: status {status}\n{said}"
+                gave_up = status == 1 and "for the second time" in said
+                assert status == 0 or gave_up, f"seed {seed}: {killed}, status {status}\n{said}"
                 if status == 0:
                     assert_same_end(folder, straight_on_two)
                     shutil.rmtree(folder)
