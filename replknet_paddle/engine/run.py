@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -35,7 +34,7 @@ from replknet_paddle.engine.precision import Precision
 from replknet_paddle.engine.run_log import RunLog, config_text
 from replknet_paddle.engine.signals import Stopped, StopSignals
 from replknet_paddle.engine.start import find_resumed, from_rank_0, load_start
-from replknet_paddle.engine.train import DivergedError, train_epoch
+from replknet_paddle.engine.train import train_epoch
 from replknet_paddle.model import RepLKNet, build_replknet
 from replknet_paddle.ops import describe_operator, use_fast_depthwise_conv, use_fast_pointwise_conv
 from replknet_paddle.optim.ema import ModelEma
@@ -49,7 +48,6 @@ from replknet_paddle.optim.optimizer import (
 from replknet_paddle.optim.schedule import base_learning_rate, get_lr
 from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.errors import InputError, SystemFault
-from replknet_paddle.runtime.launch import PeerLost, is_lost_peer
 
 logger = logging.getLogger(__name__)
 
@@ -74,18 +72,8 @@ def run(config, *, open_network: Callable | None = None) -> Metrics:
     processes.init()
     paddle.seed(processes.random_seed(config.SEED))
     log = RunLog(is_main=processes.rank() == 0)
-    try:
+    with log.with_its_end():
         return run_logged(config, log, open_network)
-    except Stopped:
-        raise
-    except (InputError, OSError, SystemFault, DivergedError) as error:
-        log.write_end(str(error))
-        raise
-    except BaseException as error:
-        if is_lost_peer(error):  # and its end is what matters
-            raise PeerLost("another process of this run has ended") from None
-        log.write_end(traceback.format_exc())
-        raise
 
 
 def run_logged(config, log: RunLog, open_network: Callable | None) -> Metrics:

@@ -11,6 +11,8 @@ import logging.handlers
 import os
 import sys
 import time
+import traceback
+from collections.abc import Iterator
 
 from tqdm import tqdm
 
@@ -18,8 +20,11 @@ from replknet_paddle.checkpoints.run_folder import run_folder_of
 from replknet_paddle.checkpoints.training import checkpoints
 from replknet_paddle.config import get_config
 from replknet_paddle.engine.run_lock import RunLock
-from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.engine.signals import Stopped
+from replknet_paddle.engine.train import DivergedError
+from replknet_paddle.runtime.errors import InputError, SystemFault
 from replknet_paddle.runtime.files import write_text
+from replknet_paddle.runtime.launch import PeerLost, is_lost_peer
 
 logger = logging.getLogger(__name__)
 
@@ -199,8 +204,28 @@ class RunLog:
         if config.LOG.VISUALDL:
             self.visualdl = visualdl_writer(os.path.join(folder, "visualdl"))
 
-    def write_end(self, reason: str) -> None:
-        """Leave word in log.txt of what ends the run. Whoever handles the error prints it."""
+    @contextlib.contextmanager
+    def with_its_end(self) -> Iterator[None]:
+        """Leave word in log.txt of an error that ends the run in this context. Whoever handles the
+        error prints it.
+
+        Raises:
+            PeerLost: for what a collective raises when it has lost another process.
+        """
+        try:
+            yield
+        except Stopped:
+            raise
+        except (InputError, OSError, SystemFault, DivergedError) as error:
+            self._write_end(str(error))
+            raise
+        except BaseException as error:
+            if is_lost_peer(error):
+                raise PeerLost("another process of this run has ended") from None
+            self._write_end(traceback.format_exc())
+            raise
+
+    def _write_end(self, reason: str) -> None:
         if self.file is not None:
             values = (logging.ERROR, __file__, 0, "the run ended: %s", (reason,), None)
             self.file.handle(logging.LogRecord(__name__, *values))
