@@ -151,11 +151,9 @@ _KEYS: dict[str, tuple[Any, Rule]] = {
     "MODEL.RESUME": (None, optional(text())),  # checkpoint or run folder to go on from; auto: the
     # newest whole checkpoint of SAVE, or a fresh start where there is none
     "MODEL.PRETRAINED": (None, optional(text())),  # weights to evaluate or to start training from
-    "MODEL.PRETRAINED_WEIGHTS": (
-        "model",
-        choice("model", "model_ema"),
-    ),  # (+) which of those that a
-    # training checkpoint holds: the weights, or their moving average
+    "MODEL.PRETRAINED_WEIGHTS": ("auto", choice("auto", "model", "model_ema")),  # (+) which of a
+    # training checkpoint: its weights, the EMA weights, or those of the two that the run found
+    # better, which are the weights for files without that record
     "MODEL.DROP_HEAD": (False, boolean()),  # (+) start with a fresh head where PRETRAINED has other
     # classes
     "MODEL.NUM_CLASSES": (1000, integer(1)),

@@ -48,9 +48,9 @@ def tiny_config_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
-    """40 training and 101 validation pictures of noise, each class brighter than the last."""
+    """60 training and 101 validation pictures of noise, each class brighter than the last."""
     folder = tmp_path_factory.mktemp("data")
-    make_data(folder, train=40, val=101)
+    make_data(folder, train=60, val=101)
     return folder
 
 

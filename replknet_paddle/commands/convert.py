@@ -23,9 +23,10 @@ def add_arguments(parser) -> None:
     add_flag(
         parser,
         "weights",
-        "which weights to take from a training checkpoint (%(default)s)",
-        choices=("model", "model_ema"),
-        default="model",
+        "which weights to take from a training checkpoint; auto: those that its run found better "
+        "(%(default)s)",
+        choices=("auto", "model", "model_ema"),
+        default="auto",
     )
 
 

@@ -114,18 +114,24 @@ def get_dataloader(
     """Batches (images (N, 3, H, W) float32, labels (N,) int64) of one rank.
 
     Raises:
-        InputError: fewer training images than one batch of all ranks, or less shared memory than
+        InputError: fewer training images than one global batch, or less shared memory than
             the workers' batches need.
     """
     if is_train:
         batches = TrainBatches(
-            len(dataset), config.DATA.BATCH_SIZE, rank=rank, world_size=world_size, seed=config.SEED
+            len(dataset),
+            config.DATA.BATCH_SIZE,
+            rank=rank,
+            world_size=world_size,
+            seed=config.SEED,
+            accum_iter=config.TRAIN.ACCUM_ITER,
         )
         if len(batches) == 0:
             raise InputError(
-                f"{dataset.list_file} lists {len(dataset)} images, fewer than one batch "
-                f"(DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} x {world_size} processes); "
-                "give a smaller -batch_size"
+                f"{dataset.list_file} lists {len(dataset)} images, fewer than one global batch "
+                f"(DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} x TRAIN.ACCUM_ITER "
+                f"{config.TRAIN.ACCUM_ITER} x {world_size} processes); "
+                "give a smaller -batch_size or -accum_iter"
             )
     else:
         batches = EvalBatches(

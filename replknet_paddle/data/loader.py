@@ -25,7 +25,7 @@ import numpy as np
 import paddle
 
 from replknet_paddle.data.transforms.finish import FinishBatch
-from replknet_paddle.runtime.errors import InputError, SampleError
+from replknet_paddle.runtime.errors import InputError, SampleError, SystemFault
 
 # How many images after an unreadable one are tried in its place.
 MAX_REPLACEMENTS = 10
@@ -74,7 +74,7 @@ class Loader:
 
     Raises (while iterating):
         SampleError: an image cannot be read and none may take its place.
-        RuntimeError: a worker was killed.
+        SystemFault: a worker was killed.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class Loader:
                 free.append(slot)
         except BrokenProcessPool:
             self._pool = None
-            raise RuntimeError(
+            raise SystemFault(
                 f"a loader worker of {self.dataset.list_file} was killed; if the machine was out "
                 "of memory, lower DATA.NUM_WORKERS or the batch size"
             ) from None

@@ -9,5 +9,9 @@ class InputError(ValueError):
     """Input that cannot be used. The message names the thing, its value, and what is allowed."""
 
 
+class SystemFault(RuntimeError):
+    """The system, not the input, failed: a disk, memory, a file limit. A restart may succeed."""
+
+
 class SampleError(InputError):
     """An image that cannot be read. The message names the list, the line and the path."""
