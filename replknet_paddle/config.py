@@ -137,6 +137,8 @@ _KEYS: dict[str, tuple[Any, Rule]] = {
     # class_names.txt beside the lists, if there is one, else the project's for 1000 classes
     "DATA.MAX_BAD_IMAGES": (10, integer(0)),  # (+) unreadable training images, per process, to
     # replace by others before the run stops; evaluation stops at the first
+    "DATA.WORKER_TIMEOUT": (600.0, number(1)),  # (+) seconds to wait for one batch of the loader
+    # processes before the run ends with status 1: their storage hangs
     "DATA.ALLOW_OUTSIDE": (False, boolean()),  # (+) list lines may lead out of DATA_PATH: by .., as
     # absolute paths, through links
     "DATA.NATIVE_PIXELS": (True, boolean()),  # (+) resize and augment in compiled code, which gives

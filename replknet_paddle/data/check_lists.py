@@ -1,7 +1,6 @@
 """Checking a dataset: every line of its lists, and every image that they name."""
 
 import hashlib
-import io
 import os
 import re
 from collections import Counter, defaultdict
@@ -11,7 +10,8 @@ from functools import partial
 from typing import NamedTuple
 
 from replknet_paddle.data.lists import LIST_FILES, Line, parse_list, resolve
-from replknet_paddle.data.transforms.image import load, open_image, to_rgb
+from replknet_paddle.data.storage import describe, read_patiently
+from replknet_paddle.data.transforms.image import load, open_image, read_file, to_rgb
 from replknet_paddle.runtime.errors import InputError
 
 
@@ -74,6 +74,7 @@ def check_data(
 
     Raises:
         FileNotFoundError: no such folder, or no list in it.
+        SystemFault: the system fails, time and again, so that nothing can be said of the data.
     """
     names = [name for name in LIST_FILES.values() if os.path.isfile(os.path.join(root, name))]
     if not names:
@@ -120,21 +121,25 @@ def check_data(
 
 
 def check_image(root: str, path: str, *, allow_outside: bool = False) -> Finding:
-    """Read one image as training does, and decode all of it."""
+    """Read one image as training does, and decode all of it.
+
+    Raises:
+        SystemFault: the system fails, time and again.
+    """
     try:
-        full = resolve(root, path, allow_outside=allow_outside)
+        full = read_patiently(lambda: resolve(root, path, allow_outside=allow_outside), path)
     except InputError as error:
         return Finding("outside", str(error), b"")
-    if os.path.exists(full) and not os.path.isfile(full):
-        return Finding("undecodable", "not a regular file", b"")
-    try:
-        with open(full, "rb") as file:
-            data = file.read()
     except OSError as error:
-        kind = "missing" if isinstance(error, FileNotFoundError) else "undecodable"
-        return Finding(kind, (error.strerror or str(error)).lower(), b"")
+        return Finding("missing", describe(error), b"")
     try:
-        with open_image(io.BytesIO(data)) as image:
+        data = read_patiently(lambda: read_file(full), path)
+    except InputError as error:
+        return Finding("undecodable", str(error), b"")
+    except OSError as error:
+        return Finding("missing", describe(error), b"")
+    try:
+        with open_image(data) as image:
             load(image)
             to_rgb(image)
     except (OSError, InputError) as error:

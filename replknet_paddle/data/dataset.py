@@ -9,6 +9,7 @@ import paddle
 from replknet_paddle.data.lists import LAYOUT, LIST_FILES, printable, read_list, resolve
 from replknet_paddle.data.loader import Loader, check_memory
 from replknet_paddle.data.samplers import EvalBatches, TrainBatches
+from replknet_paddle.data.storage import describe, read_patiently
 from replknet_paddle.data.transforms import (
     build_eval_transform,
     build_finish,
@@ -33,6 +34,7 @@ class ListDataset(paddle.io.Dataset):
     Raises:
         FileNotFoundError: no such folder or list.
         InputError: a line that cannot be right; the message has the file and the line number.
+        SystemFault: the list cannot be read, time and again.
     """
 
     def __init__(
@@ -50,6 +52,8 @@ class ListDataset(paddle.io.Dataset):
             raise FileNotFoundError(f"no data folder {root}; {LAYOUT}")
         if not os.path.isfile(list_file):
             raise FileNotFoundError(f"no list file {list_file}; {LAYOUT}")
+        if not os.access(list_file, os.R_OK):
+            raise InputError(f"no permission to read {list_file}")
         self.list_file = list_file
         self.root = root
         self.transform = transform
@@ -57,8 +61,8 @@ class ListDataset(paddle.io.Dataset):
         self.allow_outside = allow_outside
         # Bytes and arrays rather than lists of str: reading a list's items writes to their
         # reference counts, and that copies the whole list into every worker process.
-        self._paths, self._ends, self._lines, self.labels = read_list(
-            list_file, num_classes, allow_outside=allow_outside
+        self._paths, self._ends, self._lines, self.labels = read_patiently(
+            lambda: read_list(list_file, num_classes, allow_outside=allow_outside), list_file
         )
 
     def __len__(self) -> int:
@@ -73,24 +77,36 @@ class ListDataset(paddle.io.Dataset):
         """The image (3, H, W) and label of sample (epoch, index)."""
         return self.read(*sample, self.transform), self.labels[sample[1]]
 
-    def read(self, epoch: int, index: int, transform: Callable):
+    def describe(self, index: int) -> str:
+        """The path of image `index`, and the line that names it."""
+        where = f"{self.list_file}, line {self._lines[index]}"
+        return f"image {printable(self.path(index))} ({where})"
+
+    def read(
+        self, epoch: int, index: int, transform: Callable, *, failures: list[str] | None = None
+    ):
         """What `transform` makes of image `index`.
 
+        Args:
+            failures: gets a message for each failure of the system that a repetition cured.
+
         Raises:
-            SampleError: it cannot be read.
+            SampleError: it does not exist, or cannot be decoded.
+            SystemFault: the system fails, time and again.
         """
         path = self.path(index)
-        try:
+
+        def sample():
             full = resolve(self.root, path, allow_outside=self.allow_outside)
             with open_image(full) as image:
                 return transform(image, np.random.default_rng((self.seed, epoch, index)))
+
+        try:
+            return read_patiently(sample, self.describe(index), failures)
         except (OSError, InputError) as error:
-            reason = error
-            if isinstance(error, OSError) and error.strerror:
-                reason = error.strerror.lower()  # without the path, which is named already
             raise SampleError(
                 f"{self.list_file}, line {self._lines[index]}: cannot read image "
-                f"{printable(path)}: {printable(str(reason))}"
+                f"{printable(path)}: {printable(describe(error))}"
             ) from None
 
 
@@ -163,4 +179,5 @@ def get_dataloader(
         batch_bytes=batch_bytes,
         finish=finish,
         max_bad_images=config.DATA.MAX_BAD_IMAGES if is_train else None,
+        timeout_seconds=config.DATA.WORKER_TIMEOUT,
     )

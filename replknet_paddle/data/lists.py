@@ -8,6 +8,7 @@ The label is what follows the last white space, so paths may hold spaces.
 
 import functools
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -135,14 +136,16 @@ def resolve(root: str, path: str, *, allow_outside: bool) -> str:
     """Where the image `path` of the data folder `root` lies.
 
     Raises:
+        OSError: there is no such file, or the file system fails.
         InputError: it leads out of the data folder, which `allow_outside` does not allow.
     """
     if allow_outside:
         return os.path.join(root, path)
     folder, name = os.path.split(path)
     full = os.path.join(_real_folder(root, folder), name)
-    if os.path.islink(full):
-        full = os.path.realpath(full)
+    # Unlike os.path.islink and a realpath that is not strict, which take any error for "no link".
+    if stat.S_ISLNK(os.lstat(full).st_mode):
+        full = os.path.realpath(full, strict=True)
         _check_inside(full, root)
     return full
 
@@ -154,13 +157,13 @@ def printable(text: str) -> str:
 
 @functools.lru_cache(maxsize=65536)  # ImageNet-22K has 21,841 folders
 def _real_folder(root: str, folder: str) -> str:
-    real = os.path.realpath(os.path.join(root, folder))
+    real = os.path.realpath(os.path.join(root, folder), strict=True)
     _check_inside(real, root)
     return real
 
 
 def _check_inside(real: str, root: str) -> None:
-    real_root = os.path.realpath(root)
+    real_root = os.path.realpath(root, strict=True)
     if os.path.commonpath([real, real_root]) != real_root:
         raise InputError(
             f"it leads to {printable(real)}, outside the data folder; "
