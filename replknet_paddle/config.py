@@ -134,7 +134,9 @@ _KEYS: dict[str, tuple[Any, Rule]] = {
     # to IMAGE_SIZE / CROP_PCT and centre crop, or both sides to IMAGE_SIZE
     "DATA.NUM_WORKERS": (2, integer(0)),  # loader processes for each training process
     "DATA.CLASS_NAMES": (None, optional(text())),  # (+) file of one class name per line; None:
-    # class_names.txt beside the lists, if there is one, else the project's for 1000 classes
+    # class_names.txt beside the lists, if there is one, or as IMAGENET_NAMES says
+    "DATA.IMAGENET_NAMES": (False, boolean()),  # (+) 1000 classes that nothing else names are
+    # ImageNet-1K's, in the order of its synsets; set by the configs of published models
     "DATA.MAX_BAD_IMAGES": (10, integer(0)),  # (+) unreadable training images, per process, to
     # replace by others before the run stops; evaluation stops at the first
     "DATA.WORKER_TIMEOUT": (600.0, number(1)),  # (+) seconds to wait for one batch of the loader

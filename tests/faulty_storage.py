@@ -68,7 +68,7 @@ def flaky_for_a_second(arguments) -> int:
 
 
 def broken_for_ever(arguments) -> int:
-    """Each image from number 20 of training on gives EIO; the pauses are a tenth of the real ones."""
+    """One image gives EIO whenever it is read; the pauses are a tenth of the real ones."""
     from replknet_paddle.data import storage
 
     storage.PAUSES_SECONDS = tuple(pause / 10 for pause in storage.PAUSES_SECONDS)

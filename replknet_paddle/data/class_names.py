@@ -10,8 +10,10 @@ IMAGENET_NAMES = os.path.join(CONFIG_FOLDER, "imagenet1k_class_names.txt")
 
 
 def get_class_names(config) -> list[str] | None:
-    """The names of the classes: DATA.CLASS_NAMES, or class_names.txt beside the lists, or, where
-    there are 1000 classes, those of ImageNet-1K; None where nothing names them.
+    """The names of the classes, or None where nothing names them.
+
+    In this order: the file DATA.CLASS_NAMES; class_names.txt beside the lists; with
+    DATA.IMAGENET_NAMES and 1000 classes, ImageNet-1K's.
 
     Raises:
         FileNotFoundError: no file DATA.CLASS_NAMES.
@@ -21,7 +23,7 @@ def get_class_names(config) -> list[str] | None:
     path = config.DATA.CLASS_NAMES
     if path is None and os.path.isfile(beside):
         path = beside
-    if path is None and config.MODEL.NUM_CLASSES == 1000:
+    if path is None and config.DATA.IMAGENET_NAMES and config.MODEL.NUM_CLASSES == 1000:
         path = IMAGENET_NAMES
     return None if path is None else read_class_names(path, config.MODEL.NUM_CLASSES)
 

@@ -239,10 +239,10 @@ class Loader:
         self._pool = None
 
     def _start_workers(self) -> ProcessPoolExecutor:
-        if "fork" not in multiprocessing.get_all_start_methods():
+        if not hasattr(os, "fork"):
             raise InputError(
                 f"DATA.NUM_WORKERS is {self.workers}, but this system cannot fork the processes "
-                "of a loader; set it to 0"
+                "of a loader; allowed here: 0"
             )
         return ProcessPoolExecutor(
             self.workers,
@@ -347,7 +347,8 @@ def _set_up_worker(parent: int, read: _ReadBatch) -> None:
     """Let a worker live just as long as its parent.
 
     Ctrl-C and Paddle's launcher signal the whole group of a training process, which then needs its
-    workers until it has saved: each leaves that group. And it dies with a parent that was killed.
+    workers until it has saved: each leaves that group. On Linux it dies with a parent that was
+    killed; other systems have no such call, and workers stay behind there.
     """
     global _read
     _read = read

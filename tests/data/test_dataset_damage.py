@@ -20,6 +20,7 @@ from replknet_paddle.data.lists import read_list
 from replknet_paddle.data.loader import available_memory_bytes, check_memory
 from replknet_paddle.data.transforms.evaluation import EvalTransform
 from replknet_paddle.runtime.errors import InputError, SampleError
+from replknet_paddle.zoo import find_record, list_models
 
 
 def configured(tiny_config_file, folder, *opts, **values):
@@ -233,12 +234,25 @@ def test_class_names_come_from_the_config_or_beside_the_lists_or_the_project(
 
 
 def test_imagenet_names_are_in_the_order_of_the_synsets(tmp_path, tiny_config_file):
-    config = configured(tiny_config_file, tmp_path, "MODEL.NUM_CLASSES", 1000)
+    config = get_config("configs/replknet_31b.yaml")
     names = get_class_names(config)
     assert len(set(names)) == 1000
     known = {0: "tench", 134: "crane bird", 207: "golden retriever", 388: "giant panda"}
     known |= {517: "crane", 638: "maillot", 999: "toilet tissue"}
     assert {index: names[index] for index in known} == known
+
+
+def test_only_a_config_that_says_so_gets_imagenets_names(tmp_path, tiny_config_file):
+    other = configured(tiny_config_file, tmp_path, "MODEL.NUM_CLASSES", 1000)
+    assert get_class_names(other) is None
+    for record in list_models():
+        config = get_config(f"configs/{find_record(record).config}", DATA__DATA_PATH=str(tmp_path))
+        assert (get_class_names(config) is not None) == (config.MODEL.NUM_CLASSES == 1000)
+    tuned = get_config("configs/replknet_31b.yaml", MODEL__NUM_CLASSES=5)
+    assert get_class_names(tuned) is None
+    (tmp_path / "class_names.txt").write_text("own\n" * 1000)
+    own = get_config("configs/replknet_31b.yaml", DATA__DATA_PATH=str(tmp_path))
+    assert get_class_names(own) == ["own"] * 1000
 
 
 # ---- fuzzing
