@@ -38,7 +38,9 @@ KINDS = {
     "truncated": "files that end too early",
     "duplicate": "lines whose path is in the list already",
     "overlap": "validation images that training has as well, by path or by content",
+    "conflict": "files with the same bytes as one of another class",
     "empty class": "classes without a training image",
+    "no validation": "classes with training images and without a validation image",
 }
 
 
@@ -102,8 +104,14 @@ def check_data(
                 problems.append(
                     _problem(found[line.path].kind, name, line, found[line.path].message)
                 )
+    problems += _conflicts(lines, found)
     if len(names) == 2:
         problems += _overlap(lines, found)
+        train, val = (_per_class(lines[name], num_classes) for name in names)
+        for label in range(num_classes):
+            if train[label] and not val[label]:
+                message = f"class {label} has no image, and {train[label]} in training"
+                problems.append(Problem("no validation", names[1], 0, "", message))
     counts = Counter(problem.kind for problem in problems)
     return {
         "data_path": root,
@@ -186,6 +194,25 @@ def _overlap(lines: dict[str, list[Line]], found: dict[bytes, Finding]) -> Itera
                     LIST_FILES[False],
                     line,
                     f"also in line {number} of {LIST_FILES[True]}",
+                )
+
+
+def _conflicts(lines: dict[str, list[Line]], found: dict[bytes, Finding]) -> Iterator[Problem]:
+    """Files whose bytes have occurred with another label before."""
+    first: dict[bytes, tuple[str, Line]] = {}
+    for name, part in lines.items():
+        for line in part:
+            digest = b"" if line.problem else found[line.path].digest
+            if not digest:
+                continue
+            other, before = first.setdefault(digest, (name, line))
+            if before.label != line.label:
+                yield _problem(
+                    "conflict",
+                    name,
+                    line,
+                    f"class {line.label}; the same bytes have class {before.label} in line "
+                    f"{before.number} of {other}",
                 )
 
 

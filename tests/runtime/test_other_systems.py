@@ -14,9 +14,9 @@ from tiny import FIXTURES, ROOT, make_data
 PROGRAM = """
 import ctypes, json, logging, multiprocessing, os, pkgutil, sys
 
-import http.server, concurrent.futures, numpy, paddle, paddle.inference, PIL.Image, tqdm, yacs.config
+import concurrent.futures, http.server, numpy, paddle, paddle.inference, PIL.Image, tqdm, yacs
 
-for extra in ("matplotlib.figure", "onnx", "onnxruntime", "openvino", "scipy.io", "sklearn.datasets"):
+for extra in "matplotlib.figure onnx onnxruntime openvino scipy.io sklearn.datasets".split():
     try:
         __import__(extra)
     except ImportError:
