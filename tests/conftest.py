@@ -1,6 +1,7 @@
 """Puts the repository's root on the path, and makes tiny configurations and data sets."""
 
 import contextlib
+import ctypes
 import os
 import subprocess
 import sys
@@ -25,6 +26,9 @@ def pytest_sessionstart(session):
 
     with contextlib.suppress(BuildError):  # the tests that need them are skipped and say why
         operators_library().build()
+        if "LK_ISA" in os.environ:  # run_tests.sh: 0 for portable code, 1 for AVX2
+            kernels = ctypes.CDLL(str(operators_library().find()))
+            assert kernels.lk_set_isa(int(os.environ["LK_ISA"])) == 0
 
 
 @pytest.fixture

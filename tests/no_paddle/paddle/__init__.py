@@ -1,4 +1,4 @@
-"""In Paddle's place where this folder's parent is on PYTHONPATH: it can be imported, and not called.
+"""A stand-in for Paddle, where tests/no_paddle is on PYTHONPATH: it is imported, but not called.
 
 Tests that pass with it do not depend on Paddle, so run_tests.sh runs them once and not on each
 version. Classes can be derived from what it has, as `ListDataset` is from `paddle.io.Dataset`.
