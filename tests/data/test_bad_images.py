@@ -20,8 +20,9 @@ def test_unreadable_training_images_are_replaced_and_named_once(
 ):
     data_with(tmp_path, {5: b"text", 6: picture(6)[:300]})  # 5's successor is unreadable as well
     config = configured(
-        tiny_config_file, tmp_path, "DATA.MAX_BAD_IMAGES", 2, "DATA.NUM_WORKERS", workers
-    )
+        tiny_config_file, tmp_path, "DATA.MAX_BAD_IMAGES", 2, "DATA.NUM_WORKERS", workers,
+        "TRAIN.ACCUM_ITER", 1,
+    )  # fmt: skip
     loader = get_dataloader(config, get_dataset(config, True), True)
     with caplog.at_level(logging.WARNING, logger="loader"):
         batches = [batch for number in range(2) for batch in epoch(loader, number)]

@@ -75,7 +75,7 @@ def test_samples_are_the_same_whatever_the_workers(tiny_config_file, tiny_data):
             loader.batch_sampler.set_epoch(epoch)
             epochs += batches(loader)
         seen.append(epochs)
-    assert len(seen[0]) == 10 and same(*seen)
+    assert len(seen[0]) == 12 and same(*seen)
     images, labels = seen[0][0]
     assert images.shape == (8, 3, 32, 32) and images.dtype == np.float32
     assert labels.shape == (8,) and labels.dtype == np.int64
@@ -109,7 +109,7 @@ def test_evaluation_samples_depend_on_the_image_alone(tiny_config_file, tiny_dat
 def test_get_dataset_takes_list_seed_and_classes_from_the_config(tiny_config_file, tiny_data):
     config = configured(tiny_config_file, tiny_data, opts=["SEED", "9"])
     train, val = get_dataset(config, True), get_dataset(config, False)
-    assert (len(train), len(val), train.seed) == (40, 101, 9)
+    assert (len(train), len(val), train.seed) == (60, 101, 9)
     assert train.path(0).startswith("train/class 0/") and val.path(0).startswith("val/class 0/")
     assert val.labels.tolist() == [i % 4 for i in range(101)]
     with pytest.raises(InputError, match="label 3 is outside"):
@@ -145,7 +145,7 @@ def test_loaders_of_ranks_share_the_images(tiny_config_file, tiny_data):
         for rank in range(3):
             loader = get_dataloader(config, data[is_train], is_train, rank=rank, world_size=3)
             names += [name for batch in loader.batch_sampler for name in batch]
-        assert len(set(names)) == len(names) == (24 if is_train else 101)
+        assert len(set(names)) == len(names) == (48 if is_train else 101)
 
 
 def test_an_iteration_may_be_left_and_begun_anew(tiny_config_file, tiny_data):
@@ -183,26 +183,28 @@ def test_persistent_workers_follow_set_epoch(tiny_config_file, tiny_data):
         for epoch, first_batch in ((1, 2), (2, 0), (0, 0), (2, 0)):
             loader.batch_sampler.set_epoch(epoch, first_batch)
             out.append(batches(loader))
-    assert [len(epoch) for epoch in expected] == [3, 5, 5, 5]
+    assert [len(epoch) for epoch in expected] == [4, 6, 6, 6]
     assert all(same(*epochs) for epochs in zip(expected, seen))
     assert same(expected[1], expected[3]) and not same(expected[1], expected[2])
 
 
-@pytest.mark.parametrize("world_size, batch_size", [(1, 41), (2, 21), (3, 14)])
-def test_too_few_images_for_a_batch_is_said(tiny_config_file, tiny_data, world_size, batch_size):
+@pytest.mark.parametrize("world_size, batch_size", [(1, 31), (2, 16), (3, 11)])
+def test_too_few_images_for_a_global_batch_are_an_error(
+    tiny_config_file, tiny_data, world_size, batch_size
+):
     config = configured(tiny_config_file, tiny_data, batch_size=batch_size)
     data = get_dataset(config, True)
     with pytest.raises(InputError) as caught:
         get_dataloader(config, data, True, world_size=world_size)
-    for part in ("train_list.txt", "40 images", f"{batch_size}", f"{world_size} ", "-batch_size"):
+    for part in ("train_list.txt", "60 images", f"{batch_size}", f"{world_size} ", "-batch_size"):
         assert part in str(caught.value)
     get_dataloader(config, get_dataset(config, False), False, world_size=world_size)
 
 
 def test_as_many_images_as_a_batch_are_enough(tmp_path, tiny_config_file):
-    make_data(tmp_path, train=8, val=1)
+    make_data(tmp_path, train=16, val=1)
     config = configured(tiny_config_file, tmp_path, batch_size=4)
     loader = get_dataloader(config, get_dataset(config, True), True, world_size=2)
-    assert len(loader) == 1 and len(batches(loader)) == 1
+    assert len(loader) == 2 and len(batches(loader)) == 2
     val = get_dataloader(config, get_dataset(config, False), False, rank=1, world_size=2)
     assert len(val) == 0 and batches(val) == []  # a rank without images

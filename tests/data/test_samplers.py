@@ -25,6 +25,13 @@ def test_ranks_partition_each_global_batch(length, batch_size, world_size):
     assert {index for _, index in seen} <= set(range(length))
 
 
+@pytest.mark.parametrize("accum_iter", [1, 2, 3, 16])
+def test_an_epoch_has_whole_optimizer_steps_only(accum_iter):
+    for length in range(100):
+        batches = TrainBatches(length, 2, rank=1, world_size=3, seed=0, accum_iter=accum_iter)
+        assert len(batches) == len(list(batches)) == length // (6 * accum_iter) * accum_iter
+
+
 @pytest.mark.parametrize("length, batch_size", [(16, 4), (47, 3), (100, 1)])
 def test_two_ranks_see_in_each_step_what_one_sees_with_twice_the_batch(length, batch_size):
     one = TrainBatches(length, 2 * batch_size, rank=0, world_size=1, seed=5)
