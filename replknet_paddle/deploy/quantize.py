@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from replknet_paddle.data.dataset import ListDataset
-from replknet_paddle.deploy.extras import import_extra
 from replknet_paddle.deploy.onnx_graph import INPUT
 from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.extras import import_extra
 
 
 def quantize(source: Path, target: Path, batches: Iterable[np.ndarray]) -> None:
@@ -30,9 +30,9 @@ def quantize(source: Path, target: Path, batches: Iterable[np.ndarray]) -> None:
     Raises:
         InputError: the packages are missing, or there is no batch.
     """
-    onnx = import_extra("onnx")
-    import_extra("onnxruntime")
-    quantization = import_extra("onnxruntime.quantization")
+    onnx = import_extra("onnx", "deploy")
+    import_extra("onnxruntime", "deploy")
+    quantization = import_extra("onnxruntime.quantization", "deploy")
 
     class Reader(quantization.CalibrationDataReader):
         def __init__(self):

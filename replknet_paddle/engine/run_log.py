@@ -16,6 +16,7 @@ from tqdm import tqdm
 from replknet_paddle.checkpoints.run_folder import run_folder_of
 from replknet_paddle.checkpoints.training import checkpoints
 from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.extras import import_extra
 from replknet_paddle.runtime.files import write_text
 
 
@@ -64,13 +65,7 @@ def visualdl_writer(folder: str):
     Raises:
         InputError: VisualDL is not installed.
     """
-    try:
-        from visualdl import LogWriter
-    except ImportError as error:
-        raise InputError(
-            f"LOG.VISUALDL needs VisualDL ({error}); pip install -r requirements/plots.txt"
-        ) from None
-    return LogWriter(logdir=folder)
+    return import_extra("visualdl", "plots").LogWriter(logdir=folder)
 
 
 class RunLog:
