@@ -28,10 +28,10 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "fastest_backend"  # in the cache
 LARGEST_BATCH = 8  # larger batches keep the ratios of this one
-ROUNDS = 3
+ROUNDS = 5
 MAX_SECONDS = 15  # after which no further round begins
 TURN_SECONDS = 0.05  # at least, of each candidate in each round
-LONG_SECONDS = 0.5  # a call of this length is timed on its own
+LONG_SECONDS = 0.5  # after which a candidate's turn ends
 MAX_RATIO = 1.5  # slower ones leave after their first round
 # Intel's OpenMP, which Paddle brings, lets idle threads spin for 0.2 s.
 SETTLE_SECONDS = 0.25
@@ -103,7 +103,7 @@ def measure(opened: dict[str, Backend], images: np.ndarray) -> dict[str, float]:
     best: dict[str, float] = {}
     racing = dict(opened)
     end = time.monotonic() + MAX_SECONDS
-    for turn in range(ROUNDS):
+    for _ in range(ROUNDS):
         for name in list(racing):
             time.sleep(SETTLE_SECONDS)
             try:
@@ -116,16 +116,16 @@ def measure(opened: dict[str, Backend], images: np.ndarray) -> dict[str, float]:
             best[name] = min(seconds, best.get(name, seconds))
         if not best:
             raise InputError("no backend runs this network; the warnings above say why")
-        racing = {
-            name: racing[name] for name in racing if best[name] < MAX_RATIO * min(best.values())
-        }
+        limit = MAX_RATIO * min(best.values())
+        racing = {name: racing[name] for name in racing if best[name] < limit}
         if len(racing) == 1 or time.monotonic() > end:
             break
     return {name: 1e3 * seconds for name, seconds in best.items()}
 
 
 def _time_turn(backend: Backend, images: np.ndarray) -> float:
-    """Median seconds of a few runs, the first one left out unless it is long."""
+    """Median seconds of a few runs after one that is not timed."""
+    backend.run(images)
     seconds = []
     while len(seconds) < 3 or sum(seconds) < TURN_SECONDS:
         start = time.perf_counter()
@@ -133,7 +133,7 @@ def _time_turn(backend: Backend, images: np.ndarray) -> float:
         seconds.append(time.perf_counter() - start)
         if sum(seconds) > LONG_SECONDS:
             break
-    return statistics.median(seconds[1:] or seconds)
+    return statistics.median(seconds)
 
 
 def _open_all(names: Sequence[str], open_one: Callable[[str], Backend]) -> dict[str, Backend]:

@@ -12,8 +12,8 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import paddle
@@ -120,11 +120,11 @@ def open_backend(
     check_network_precision(precision, name)
     if class_names is None:
         class_names = get_class_names(config)
-    sidecar = partial(Sidecar.build, config, precision=precision, class_names=class_names)
+    sidecar = Sidecar.build(config, format="paddle", precision=precision, class_names=class_names)
     if name == "dygraph":
         use_fast_convolutions(model, config)
-        return DygraphBackend(model, sidecar(format="paddle"))
-    return _open_network(model, lambda format: sidecar(format=format), name, threads, batch_size)
+        return DygraphBackend(model, sidecar)
+    return _open_network(model, sidecar, name, threads, batch_size)
 
 
 def is_export(source) -> bool:
@@ -189,25 +189,16 @@ def _open_export(
 
 
 def _open_network(
-    model: RepLKNet,
-    sidecar: Callable[[str], Sidecar],
-    name: str,
-    threads: int,
-    batch_size: int,
+    model: RepLKNet, sidecar: Sidecar, name: str, threads: int, batch_size: int
 ) -> Backend:
-    """Open a network in memory.
-
-    Args:
-        sidecar: of its export in a format.
-    """
-    precision = sidecar("paddle").precision
+    precision = sidecar.precision
     names = candidates(list(FORMAT), precision) if name == "auto" else [name]
     with tempfile.TemporaryDirectory(prefix="replknet-") as folder:
 
         def open_one(backend: str) -> Backend:
             for package in PACKAGES[backend]:
                 import_extra(package, "deploy")
-            written = sidecar(FORMAT[backend])
+            written = replace(sidecar, format=FORMAT[backend])
             target = Path(folder, written.format)
             if not target.exists():
                 target.mkdir()
@@ -220,7 +211,7 @@ def _open_network(
         shapes = sorted((key, list(value.shape)) for key, value in model.state_dict().items())
         facts = {
             "network": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(),
-            "image_size": sidecar("paddle").preprocessing.image_size,
+            "image_size": sidecar.preprocessing.image_size,
             "precision": precision,
             "threads": threads,
         }
