@@ -44,9 +44,18 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    from replknet_paddle.deploy.export_checkpoint import export_checkpoint
-
     if args.class_names is not None:
         args.opts = [*(args.opts or ()), "DATA.CLASS_NAMES", args.class_names]
-    export_checkpoint(config_from(args, args.pretrained), args)
+    config = config_from(args, args.pretrained)
+
+    from replknet_paddle.deploy.export_checkpoint import Int8Images, export_checkpoint
+
+    export_checkpoint(
+        config,
+        source=args.pretrained,
+        target=args.target,
+        format=args.format,
+        precision=args.precision,
+        int8_images=Int8Images(args.calibration, args.calibration_images, args.validation_images),
+    )
     return 0

@@ -113,6 +113,7 @@ def test_auto_on_an_onnx_export_without_its_readers_says_what_to_install(monkeyp
         module.candidates(["onnxruntime", "openvino"], "int8")
 
 
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
 def test_a_missing_extra_is_named_with_the_command(monkeypatch, config, name):
     def missing(package):
         raise ImportError(f"No module named {package!r}")
