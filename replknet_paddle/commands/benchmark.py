@@ -3,6 +3,7 @@
 Medians with their spread, both sides of a comparison in one run.
 """
 
+from replknet_paddle.commands.console import log_to_stderr
 from replknet_paddle.commands.flags import add_config_flags, add_flag, config_from
 from replknet_paddle.runtime.errors import InputError
 
@@ -91,6 +92,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
+    log_to_stderr()
     {
         "train_loop": train_loop,
         "data": data,

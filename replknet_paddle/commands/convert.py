@@ -1,5 +1,6 @@
 """Convert a checkpoint to another format, or to the parameter names of another framework."""
 
+from replknet_paddle.commands.console import log_to_stderr
 from replknet_paddle.commands.flags import add_config_flags, add_flag, config_from
 from replknet_paddle.runtime.files import check_file_target
 
@@ -12,7 +13,7 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "source",
         metavar="SRC",
-        help="run folder, or .pth, .pdparams or .safetensors file, in any known layout",
+        help="run folder, or .pth, .pdparams or .safetensors file in any known layout",
     )
     parser.add_argument("destination", metavar="DST", help=".safetensors or .pdparams file")
     add_config_flags(parser)
@@ -33,6 +34,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
+    log_to_stderr()
     check_file_target(args.destination)
     config = config_from(args, args.source)
 

@@ -4,6 +4,7 @@ The folder is enough to predict with, and docs/deployment.md says what runs it. 
 on images of the training list, and its accuracy is compared on images of the validation list.
 """
 
+from replknet_paddle.commands.console import log_to_stderr
 from replknet_paddle.commands.flags import add_config_flags, add_flag, config_from
 
 EXAMPLES = """\
@@ -44,6 +45,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
+    log_to_stderr()
     if args.class_names is not None:
         args.opts = [*(args.opts or ()), "DATA.CLASS_NAMES", args.class_names]
     config = config_from(args, args.pretrained)

@@ -6,7 +6,6 @@ quotes, such as 'photos/**/*.jpg', for the files that it matches. A film (film.m
 frame a second; `webcam` for what it sees until Ctrl-C, and `webcam:1` for the second one.
 """
 
-import contextlib
 import os
 import sys
 import warnings
@@ -14,6 +13,12 @@ from collections.abc import Iterable
 
 from tqdm import tqdm
 
+from replknet_paddle.commands.console import (
+    log_to_stderr,
+    printable,
+    results_alone_on_stdout,
+    until_interrupted,
+)
 from replknet_paddle.commands.flags import add_config_flags, add_flag
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import PARTIAL_SUFFIX, check_file_target, check_new_folder
@@ -120,33 +125,8 @@ class Console:
         tqdm.write(f"{printable(prediction.path)}: {said}")
 
 
-@contextlib.contextmanager
-def results_alone_on_stdout():
-    """Send what libraries of C++ print to standard error, so that standard output has results."""
-    try:
-        number = sys.stdout.fileno()
-    except (OSError, ValueError):  # no file
-        yield
-        return
-    sys.stdout.flush()
-    stdout = sys.stdout
-    with os.fdopen(os.dup(number), "w", encoding=stdout.encoding, errors=stdout.errors) as results:
-        os.dup2(sys.stderr.fileno(), number)
-        sys.stdout = results
-        try:
-            yield
-            results.flush()
-        finally:
-            os.dup2(results.fileno(), number)
-            sys.stdout = stdout
-
-
-def printable(name: str) -> str:
-    """The name of a file or class for a terminal, which it may hold commands for."""
-    return name if name.isprintable() else ascii(name)
-
-
 def run(args) -> int:
+    log_to_stderr()
     warnings.filterwarnings("ignore", module="PIL")  # of pictures that it then reads all the same
     try:
         with results_alone_on_stdout():
@@ -186,7 +166,7 @@ def predict(args) -> int:
     draws = args.save_pictures is not None or args.save_grid is not None
     predictions = predict_files(
         predictor,
-        files,
+        until_interrupted(files) if files.is_live else files,
         topk=topk,
         batch_size=batch_size,
         picture_pixels=2 * PICTURE_HEIGHT if draws else 0,

@@ -17,6 +17,7 @@ from replknet_paddle.deploy.video import (
     Frame,
     count_frames,
     frames,
+    import_opencv,
     is_film,
     is_webcam,
     open_capture,
@@ -115,7 +116,11 @@ class ImageFiles:
                 open_capture(argument).release()
                 continue
             if is_film(argument):
-                total += count_frames(argument, self.frame_seconds)
+                import_opencv()
+                try:
+                    total += count_frames(argument, self.frame_seconds)
+                except InputError:  # reported in its place
+                    total += 1
                 continue
             self.other_files = 0
             found = 0

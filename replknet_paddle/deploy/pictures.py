@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 
 from replknet_paddle.runtime.files import written_whole
 from replknet_paddle.runtime.fonts import draw_text, shortened, text_length
@@ -21,9 +21,8 @@ RIGHT = (0, 130, 110)
 WRONG = (205, 75, 0)
 
 # Dark blue, violet, orange, light yellow: brightness grows all the way.
-_HEAT = np.array(
-    [[10, 8, 50], [90, 20, 110], [190, 55, 85], [245, 125, 20], [250, 245, 160]], np.float32
-)
+HEAT_COLOURS = ("#0a0832", "#5a146e", "#be3755", "#f57d14", "#faf5a0")
+_HEAT = np.array([ImageColor.getrgb(colour) for colour in HEAT_COLOURS], np.float32)
 
 
 def annotate(
@@ -62,12 +61,8 @@ def annotate(
         is_right = bool(texts) and texts[0] == truth
         colour = RIGHT if is_right else WRONG
         edge = max(2, margin // 4)
-        frame = (
-            left - edge,
-            top - edge,
-            left + shown.width + edge - 1,
-            top + shown.height + edge - 1,
-        )
+        right, bottom = left + shown.width + edge - 1, top + shown.height + edge - 1
+        frame = (left - edge, top - edge, right, bottom)
         draw.rectangle(frame, outline=colour, width=edge)
         verdict = shortened("right" if is_right else f"wrong: {truth}", small, width)
         place = (middle, height - margin - small - margin // 2)

@@ -45,9 +45,10 @@ def import_opencv():
     Raises:
         InputError: it is not installed.
     """
-    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # read when it is imported
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    return import_extra("cv2", "video")
+    cv2 = import_extra("cv2", "video")
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    return cv2
 
 
 def open_capture(argument: str):
