@@ -47,6 +47,15 @@ img {{ image-orientation: none !important; }}
 #seen .ends {{ display: flex; justify-content: space-between; max-width: {SEEN_PIXELS}px; }}
 :focus-visible {{ outline: 3px solid #1a5fb4 !important; outline-offset: 2px; }}
 """
+# Gradio gives the uploaded picture no description.
+SCRIPT = """() => {
+  document.documentElement.lang = "en";
+  const describe = () => document.querySelectorAll("#picture img").forEach((image) => {
+    if (!image.alt) image.alt = "The picture to classify, as it is stored";
+  });
+  new MutationObserver(describe).observe(document.body, { childList: true, subtree: true });
+  describe();
+}"""
 
 
 def import_gradio():
@@ -220,6 +229,7 @@ def build_page(predictor: Predictor, network, facts: PageFacts):
             with gradio.Column():
                 upload = gradio.Image(
                     label="Picture",
+                    elem_id="picture",
                     type="filepath",
                     image_mode=None,
                     sources=["upload", "clipboard"],
@@ -259,5 +269,5 @@ def build_page(predictor: Predictor, network, facts: PageFacts):
         run_history=False,
         theme=gradio.themes.Default(font=FONTS, font_mono=["monospace"]),
         css=CSS,
-        js="() => document.documentElement.setAttribute('lang', 'en')",
+        js=SCRIPT,
     )
