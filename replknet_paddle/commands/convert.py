@@ -1,6 +1,8 @@
 """Convert a checkpoint to another format, or to the parameter names of another framework."""
 
+from replknet_paddle.commands.console import log_to_stderr
 from replknet_paddle.commands.flags import add_config_flags, add_flag, config_from
+from replknet_paddle.runtime.files import check_file_target
 
 EXAMPLES = """\
 example: replknet convert output/RUN/best replknet.safetensors -to mmpretrain
@@ -9,7 +11,9 @@ example: replknet convert output/RUN/best replknet.safetensors -to mmpretrain
 
 def add_arguments(parser) -> None:
     parser.add_argument(
-        "source", metavar="SRC", help=".pth, .pdparams or .safetensors file, in any known layout"
+        "source",
+        metavar="SRC",
+        help="run folder, or .pth, .pdparams or .safetensors file in any known layout",
     )
     parser.add_argument("destination", metavar="DST", help=".safetensors or .pdparams file")
     add_config_flags(parser)
@@ -31,12 +35,17 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
+    log_to_stderr()
+    check_file_target(args.destination)
+    config = config_from(args, args.source)
+
     from replknet_paddle.checkpoints.convert import convert_file
+    from replknet_paddle.checkpoints.run_folder import weights_of
 
     count = convert_file(
-        args.source,
+        weights_of(args.source),
         args.destination,
-        config_from(args, args.source),
+        config,
         weights=args.weights,
         layout=args.to,
     )

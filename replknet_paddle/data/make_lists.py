@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from replknet_paddle.data.class_names import CLASS_NAMES_FILE
 from replknet_paddle.data.lists import LIST_FILES
 from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.extras import import_extra
 from replknet_paddle.runtime.files import written_whole
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -151,14 +152,9 @@ def read_synsets(meta: str) -> dict[int, str]:
     Raises:
         InputError: the file is something else, or SciPy is missing.
     """
+    scipy_io = import_extra("scipy.io", "imagenet")
     try:
-        from scipy.io import loadmat
-    except ImportError:
-        raise InputError(
-            f"reading {meta} needs SciPy: pip install -r requirements/imagenet.txt"
-        ) from None
-    try:
-        rows = loadmat(meta, squeeze_me=True, variable_names=["synsets"])["synsets"]
+        rows = scipy_io.loadmat(meta, squeeze_me=True, variable_names=["synsets"])["synsets"]
         return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in rows}
     except Exception as error:  # damaged files make SciPy's readers raise almost anything
         raise InputError(f"{meta} is not the meta.mat of ImageNet's development kit") from error

@@ -23,6 +23,7 @@ from replknet_paddle.engine.run_lock import RunLock
 from replknet_paddle.engine.signals import Stopped
 from replknet_paddle.engine.train import DivergedError
 from replknet_paddle.runtime.errors import InputError, SystemFault
+from replknet_paddle.runtime.extras import import_extra
 from replknet_paddle.runtime.files import write_text
 from replknet_paddle.runtime.launch import PeerLost, is_lost_peer
 
@@ -112,13 +113,7 @@ def visualdl_writer(folder: str):
     Raises:
         InputError: VisualDL is not installed.
     """
-    try:
-        from visualdl import LogWriter
-    except ImportError as error:
-        raise InputError(
-            f"LOG.VISUALDL needs VisualDL ({error}); pip install -r requirements/plots.txt"
-        ) from None
-    return LogWriter(logdir=folder)
+    return import_extra("visualdl", "plots").LogWriter(logdir=folder)
 
 
 def append_to_log(folder: str, message: str) -> None:
