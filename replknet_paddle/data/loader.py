@@ -96,7 +96,7 @@ class Loader:
         batch_bytes: int,
         finish: FinishBatch | None,
         max_bad_images: int | None,
-        timeout_seconds: float,
+        timeout_seconds: float = 600.0,
     ):
         self.dataset = dataset
         self.batch_sampler = batch_sampler
