@@ -190,10 +190,10 @@ def default_run_folder(config) -> str:
 
 
 def places(nproc: int | None) -> tuple[int, str | None, int]:
-    """Machines, address of their master, and processes on this one.
+    """The number of machines, the address of their master, and the processes on this machine.
 
     From the environment: NNODES, MASTER (HOST:PORT of one of the machines) and NPROC_PER_NODE; by
-    default this machine alone, with one process for each visible GPU, or one on CPU.
+    default only this machine, with one process for each visible GPU, or one on CPU.
     """
     nodes = positive_integer("NNODES", os.environ.get("NNODES", 1))
     master = os.environ.get("MASTER")
@@ -227,13 +227,13 @@ def positive_integer(name: str, value: str | int) -> int:
 
 
 def worker_log_dir(run_folder: str, nodes: int) -> str:
-    """Where this machine's processes write; machines that share the folder keep apart."""
+    """The log folder of this machine's processes; machines that share RUN have one each."""
     folder = os.path.join(run_folder, "workers")
     return folder if nodes == 1 else os.path.join(folder, f"{socket.gethostname()}-{os.getpid()}")
 
 
 def check_inputs(config) -> None:
-    """Find the usual mistakes once, before they become the same message from every process."""
+    """Check the input once, so that not every process reports the same mistake."""
     from replknet_paddle.data.dataset import get_dataset
     from replknet_paddle.engine.run_log import check_run_folder
 

@@ -65,8 +65,8 @@ def run(config, *, open_network: Callable | None = None) -> Metrics:
 
     Raises:
         InputError, FileNotFoundError: what the configuration names cannot be used.
-        DivergedError: the loss became infinite or no number.
-        SystemFault: the system failed once training was under way, or another process ended.
+        DivergedError: the loss is no longer finite.
+        SystemFault: the system failed after the first step, or another process has ended.
         Stopped: SIGTERM or SIGINT ended training, after a checkpoint was written.
     """
     processes.init()
@@ -77,7 +77,7 @@ def run(config, *, open_network: Callable | None = None) -> Metrics:
 
 
 def run_logged(config, log: RunLog, open_network: Callable | None) -> Metrics:
-    """`run`, with a log for what ends it."""
+    """What `run` does once the processes are connected and there is a log."""
     logger.info(
         "%s, %d process(es) on %s, Paddle %s, run folder %s",
         config.MODEL.NAME,
@@ -216,13 +216,15 @@ class Training:
         config, log = self.config, self.log
         log.open(config.SAVE, config, resume=config.MODEL.RESUME)
         log.forget_metrics_after(self.progress.epoch)
-        processes.sum_over_ranks([0])  # until all have read, nothing may be moved
+        processes.sum_over_ranks([0])  # all ranks have read before files are moved
         if processes.rank() == 0:
             take_up(config.SAVE, self.progress)
         if self.progress.epoch >= config.TRAIN.NUM_EPOCHS:
             logger.info("all %d epochs of TRAIN.NUM_EPOCHS are done", config.TRAIN.NUM_EPOCHS)
         elif self.progress.step:
-            logger.info("going on after epoch %d, step %d", self.progress.epoch, self.progress.step)
+            logger.info(
+                "continuing after epoch %d, step %d", self.progress.epoch, self.progress.step
+            )
         first_step = self.progress.step
         try:
             with StopSignals() as signals, self.train_loader, self.val_loader:
@@ -250,7 +252,7 @@ class Training:
         return metrics
 
     def train_one_epoch(self, signals: StopSignals) -> dict:
-        """Train through the epoch under way; returns its part of metrics.jsonl."""
+        """Train the rest of the current epoch; returns its part of metrics.jsonl."""
         config, start = self.config, self.progress
         started, waited, images_here = time.perf_counter(), 0.0, 0
         title = f"epoch {start.epoch + 1}/{config.TRAIN.NUM_EPOCHS}"
@@ -290,7 +292,7 @@ class Training:
                     is_due=step.batch % config.REPORT_FREQ < config.TRAIN.ACCUM_ITER,
                 )
                 self.log.write_step(self.progress.step)
-                if step.batch < self.batches:  # else the end of the epoch does all this
+                if step.batch < self.batches:  # after the last one, train_epochs does this
                     self.save_if_due()
                     self.stop_if_asked(signals, save=True)
         loss_sum, images = self.progress.epoch_sums
@@ -358,10 +360,10 @@ class Training:
             return
         if save:
             self.save()
-        processes.sum_over_ranks([0])  # whoever exits first ends the others: rank 0 must be done
+        processes.sum_over_ranks([0])  # the first to exit ends the others: rank 0 must have saved
         number = signal.SIGINT if asked[0] else signal.SIGTERM
         logger.info(
-            "stopped by %s after epoch %d, step %d; -resume=%s goes on",
+            "stopped by %s after epoch %d, step %d; -resume=%s continues",
             number.name,
             self.progress.epoch,
             self.progress.step,
@@ -370,7 +372,7 @@ class Training:
         raise Stopped(number)
 
     def save(self, *, is_best: bool = False) -> None:
-        """Write a checkpoint of this moment and drop those that it makes needless."""
+        """Write a checkpoint, and delete those that it supersedes."""
         self.saved_at = time.monotonic()
         if processes.rank() != 0:
             return
