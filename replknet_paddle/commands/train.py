@@ -113,7 +113,7 @@ def train_or_evaluate(args) -> tuple[int, str]:
         return 2, f"error: {error}"
 
     # Paddle is imported once the configuration is known to be right.
-    from replknet_paddle.deploy import open_for_evaluation
+    from replknet_paddle.deploy.backends import is_export, open_for_evaluation
     from replknet_paddle.engine.run import run as run_config
     from replknet_paddle.engine.run_log import append_to_log
     from replknet_paddle.engine.signals import Stopped
@@ -141,8 +141,11 @@ def train_or_evaluate(args) -> tuple[int, str]:
                 append_to_log(config.SAVE, message)
                 return status, message
         open_network = None
-        if args.backend is not None:
-            open_network = partial(open_for_evaluation, name=args.backend)
+        backend = args.backend
+        if backend is None and config.EVAL and config.MODEL.PRETRAINED is not None:
+            backend = "auto" if is_export(config.MODEL.PRETRAINED) else None
+        if backend is not None:
+            open_network = partial(open_for_evaluation, name=backend)
         run_config(config, open_network=open_network)
     except (InputError, OSError) as error:
         return 2, f"error: {error}"
