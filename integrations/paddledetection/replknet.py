@@ -1,4 +1,4 @@
-"""RepLKNet as a backbone of PaddleDetection's develop branch; docs/integrations.md shows its use."""
+"""RepLKNet as a backbone of PaddleDetection (develop branch); see docs/integrations.md."""
 
 from paddle import nn
 from ppdet.core.workspace import register, serializable

@@ -1,4 +1,4 @@
-"""RepLKNet as a backbone of PaddleSeg's develop branch; docs/integrations.md shows its use."""
+"""RepLKNet as a backbone of PaddleSeg (develop branch); see docs/integrations.md."""
 
 from paddleseg.cvlibs import manager
 

@@ -32,7 +32,7 @@ class Field:
     Attributes:
         scores: (S, S) float64, the mean over `images` of the contribution of each input pixel.
         images: names of the images in the mean.
-        skipped: names of the images whose gradient was not finite.
+        skipped: names of the images without finite scores.
         network: digest of the network's weights; empty where unknown.
     """
 
@@ -54,20 +54,24 @@ class Area(NamedTuple):
     ratio: float | None
 
 
-def contribution_scores(model: nn.Layer, image: np.ndarray) -> np.ndarray:
+def contribution_scores(model: nn.Layer, image: np.ndarray) -> np.ndarray | None:
     """The contribution of each pixel of one image, by a network in evaluation mode.
 
     Args:
         model: a `RepLKNet`, or any network whose `forward_stages` returns a list of maps.
-        image: (C, S, S) float32, normalized.
+        image: (C, S, S), normalized, in the type of the network.
 
     Returns:
-        (S, S) float32. Values that are not finite stay.
+        (S, S) in that type; None where the image, a map or the gradient is not finite.
     """
     x = paddle.to_tensor(image[None], stop_gradient=False)
-    last = model.forward_stages(x)[-1]  # (1, C', H, W)
+    maps = model.forward_stages(x)
+    last = maps[-1]  # (1, C', H, W)
     center = F.relu(last[:, :, last.shape[2] // 2, last.shape[3] // 2]).sum()
     (gradient,) = paddle.grad(center, x)
+    # Each is checked, because Paddle's ReLU turns NaN into 0, and so hides it from what follows.
+    if not all(bool(paddle.isfinite(values).all()) for values in (x, *maps, gradient)):
+        return None
     return F.relu(gradient).sum(axis=[0, 1]).numpy()
 
 
@@ -90,7 +94,7 @@ def measure(
         model: as in `contribution_scores`, in evaluation mode.
         names: the images, in the order to use them.
         read: name -> (3, input_size, input_size) float32, normalized.
-        num_images: images to average. An image whose gradient is not finite is skipped.
+        num_images: images to average. An image without finite scores is skipped.
         input_size: side of the input, pixels.
         target: the `.npy` file of `save_field`.
         on_image: called after each image with its name, whether it was used, and how many were.
@@ -118,14 +122,13 @@ def measure(
             if len(result.images) == num_images:
                 break
             scores = contribution_scores(model, read(name))
-            used = bool(np.isfinite(scores).all())
-            if used:
+            if scores is not None:
                 result.images.append(name)
                 result.scores += (scores - result.scores) / len(result.images)
             else:
                 result.skipped.append(name)
             save_field(target, result)
-            on_image(name, used, len(result.images))
+            on_image(name, scores is not None, len(result.images))
     finally:
         for parameter in trainable:
             parameter.stop_gradient = False
@@ -165,7 +168,7 @@ def _too_few(result: Field, names: Sequence[str], num_images: int) -> str:
     skipped = ""
     if result.skipped:
         skipped = (
-            f", and {len(result.skipped)} of them give a gradient that is not finite: "
+            f", and {len(result.skipped)} of them have no finite scores: "
             f"{', '.join(result.skipped[:5])}"
         )
     return (
@@ -239,9 +242,10 @@ def rescaled(scores: np.ndarray) -> np.ndarray:
 
 
 def high_contribution_areas(scores: np.ndarray) -> list[Area]:
-    """For each of `THRESHOLDS`, the smallest centred square of `rescaled` with more than that share.
+    """For each of `THRESHOLDS`, the smallest centred square with more than that share.
 
-    The sides are 2i + 1 around position S // 2, from 3 to S - 1, as in the official script.
+    The shares are of `rescaled` scores. As in the official script, the sides are odd, from 3 to
+    S - 1, and the centre is position S // 2.
 
     Args:
         scores: (S, S), the mean of contribution scores.

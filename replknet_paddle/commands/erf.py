@@ -5,6 +5,7 @@ With a folder of images: compute the contribution of each input pixel, averaged 
 map. With .npy files of earlier runs: print one table and draw them side by side.
 """
 
+import os
 import sys
 
 from replknet_paddle.commands.flags import add_config_flags, add_flag, config_from
@@ -51,8 +52,6 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    import os
-
     from replknet_paddle.analysis.figures import check_figure_target, save_figure
     from replknet_paddle.analysis.heat_maps import draw_heat_maps
     from replknet_paddle.analysis.receptive_field import load_field, rescaled
@@ -94,9 +93,10 @@ def measure_folder(args, out: str):
             raise InputError(f"-{flag} is {value}; allowed: an integer >= {least}")
     if args.pretrained is None:
         raise InputError("give trained weights by -pretrained; an untrained field means nothing")
-    files = ImageFiles(args.paths)
+    (folder,) = args.paths
+    files = ImageFiles([folder])
     files.count()  # raises where there is no image
-    images = sorted(path for path, problem in files if problem is None)
+    names = sorted(os.path.relpath(path, folder) for path, problem in files if problem is None)
     config = config_from(args, args.pretrained)
 
     from replknet_paddle.analysis.receptive_field import measure
@@ -111,7 +111,8 @@ def measure_folder(args, out: str):
         std=config.DATA.IMAGENET_STD,
     )
 
-    def read(path):
+    def read(name):
+        path = os.path.join(folder, name)
         try:
             return transform(decode(path))
         except InputError as error:
@@ -121,14 +122,14 @@ def measure_folder(args, out: str):
     use_fast_convolutions(model, config)
     with tqdm(total=args.num_images, unit="images", disable=None) as bar:
 
-        def on_image(path, used, images_used):
+        def on_image(name, used, images_used):
             bar.update(images_used - bar.n)
             if not used:
-                tqdm.write(f"skipped {path}: its gradient is not finite", file=sys.stderr)
+                tqdm.write(f"skipped {name}: its scores are not finite", file=sys.stderr)
 
         return measure(
             model,
-            images,
+            names,
             read,
             num_images=args.num_images,
             input_size=args.input_size,
@@ -149,5 +150,8 @@ def print_table(fields) -> None:
         for area in high_contribution_areas(field.scores):
             found = area.side_pixels is not None
             cells.append(f"{area.side_pixels}  {area.ratio:.1%}" if found else "none")
-        counts = f"{len(field.images) or '-':>8}{len(field.skipped) or '-':>9}"
+        known = field.network != ""  # else a file that another program wrote
+        counts = (
+            f"{len(field.images) if known else '-':>8}{len(field.skipped) if known else '-':>9}"
+        )
         print(f"{name:{width}}{counts}" + "".join(f"{cell:>12}" for cell in cells))
