@@ -3,6 +3,7 @@
 from paddleseg.cvlibs import manager
 
 from integrations.backbone import build_backbone, map_channels
+from replknet_paddle.runtime.errors import InputError
 
 
 @manager.BACKBONES.add_component
@@ -23,7 +24,7 @@ def RepLKNet(
         A network with `feat_channels`, the channels of its maps.
     """
     if in_channels != 3:
-        raise ValueError(f"in_channels is {in_channels}; allowed: 3, RGB")
+        raise InputError(f"in_channels is {in_channels}; allowed: 3, RGB")
     network = build_backbone(
         variant,
         out_indices=[0, 1, 2, 3],
