@@ -200,7 +200,7 @@ def load_field(path: str | os.PathLike) -> Field:
         InputError: not a square of finite numbers >= 0, or a damaged file.
     """
     if not os.path.exists(path):
-        raise FileNotFoundError(f"no file {path}")
+        raise FileNotFoundError(f"no folder of images or .npy file {path}")
     try:
         with open(path, "rb") as file:
             scores = np.lib.format.read_array(file, allow_pickle=False)

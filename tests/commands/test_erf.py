@@ -141,7 +141,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_array(folder, flags, tmp_path):
         (lambda a: [*a, "-out", "x.npz"], "must end in .npy"),
         (lambda a: [*a, "-pretrained", "none.pth"], "none.pth"),
         (lambda a: a[:1], "-pretrained"),
-        (lambda a: ["none.npy"], "no file none.npy"),
+        (lambda a: ["none.npy"], ".npy file none.npy"),
         (lambda a: [a[0], a[0]], "Is a directory"),
         (lambda a: [str(FIXTURES), *a[1:], "-opts", "MODEL.NUM_CLASSES", "3"], "does not fit"),
     ],
