@@ -24,6 +24,7 @@ def draw_heat_maps(maps: Mapping[str, np.ndarray], *, label: str):
     panels = figure.subplots(1, len(maps), squeeze=False)[0]
     for axes, (title, values) in zip(panels, maps.items()):
         image = axes.imshow(values, cmap=COLORS, vmin=0, vmax=1)
-        axes.set(title=title, xticks=[], yticks=[])
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(title, parse_math=False)  # it may be a file's name
     figure.colorbar(image, ax=list(panels), label=label)
     return figure

@@ -209,7 +209,7 @@ def load_field(path: str | os.PathLike) -> Field:
                 text = np.lib.format.read_array(file, allow_pickle=False).tobytes()
                 record = json.loads(text)
             result = Field(scores.astype(np.float64), **_checked(record))
-    except (ValueError, TypeError, EOFError) as error:
+    except (ValueError, TypeError, EOFError, MemoryError) as error:
         raise InputError(f"{path}: not a .npy file of contribution scores ({error})") from None
     if scores.ndim != 2 or scores.shape[0] != scores.shape[1] or len(scores) < 3:
         raise InputError(f"{path}: its array is {scores.shape}; allowed: a square, 3 or more")
@@ -218,14 +218,16 @@ def load_field(path: str | os.PathLike) -> Field:
     return result
 
 
-def _checked(record) -> dict:
+def _checked(record: object) -> dict:
     """The record of a file, if it has the attributes of `Field` in their types."""
+    if not isinstance(record, dict):
+        raise ValueError("its record is damaged")
     names = [record.get(key, []) for key in ("images", "skipped")]
-    texts = [record.get("network", ""), *(name for part in names for name in part)]
-    if not all(isinstance(part, list) for part in names) or not all(
-        isinstance(text, str) for text in texts
-    ):
-        raise ValueError("its record of images is damaged")
+    texts = [record.get("network", "")]
+    for part in names:
+        texts += part if isinstance(part, list) else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("its record is damaged")
     return record
 
 

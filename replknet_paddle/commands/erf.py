@@ -92,7 +92,7 @@ def measure_folder(args, out: str):
         if value < least:
             raise InputError(f"-{flag} is {value}; allowed: an integer >= {least}")
     if args.pretrained is None:
-        raise InputError("give trained weights by -pretrained; an untrained field means nothing")
+        raise InputError("-pretrained is missing; give trained weights")
     (folder,) = args.paths
     files = ImageFiles([folder])
     files.count()  # raises where there is no image
