@@ -20,8 +20,8 @@ dependencies = ["numpy", "PIL", "tqdm", "yacs", "yaml"]
 def _entry(record):
     """The function that builds a published model."""
 
-    def entry(pretrained=False):
-        return _get_model(record.name, pretrained)
+    def entry(pretrained=False, **options):
+        return _get_model(record.name, pretrained=pretrained, **options)
 
     entry.__name__ = _Path(record.config).stem
     entry.__doc__ = f"""{record.name}: {record.num_classes} classes, {record.image_size} pixels.
@@ -29,6 +29,7 @@ def _entry(record):
     Args:
         pretrained: False for random weights; True for the published ones, downloaded once; or the
             path of a checkpoint in any layout that the project reads.
+        options: further ones of `replknet_paddle.get_model`, such as num_classes or out_indices.
 
     Returns:
         The network in evaluation mode.

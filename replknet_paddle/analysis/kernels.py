@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from replknet_paddle.model import ReparamLargeKernelConv, RepLKNet
+from replknet_paddle.layers import ReparamLargeKernelConv
+from replknet_paddle.model import RepLKNet
 
 
 def kernel_magnitudes(model: RepLKNet) -> list[np.ndarray]:

@@ -118,7 +118,7 @@ def measure_folder(args, out: str):
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
 
-    model = get_model(config, args.pretrained)
+    model = get_model(config, pretrained=args.pretrained)
     use_fast_convolutions(model, config)
     with tqdm(total=args.num_images, unit="images", disable=None) as bar:
 

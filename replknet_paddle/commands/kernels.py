@@ -26,7 +26,7 @@ def run(args) -> int:
     from replknet_paddle.analysis.kernels import kernel_magnitudes
     from replknet_paddle.zoo import get_model
 
-    model = get_model(config, args.pretrained)
+    model = get_model(config, pretrained=args.pretrained)
     model.structural_reparam()
     maps = {
         f"stage {i}, {len(values)} x {len(values)}": values

@@ -70,6 +70,7 @@ def registry(monkeypatch):
 def test_the_yaml_builds_31b(name, channels, strides, drop_path_rate, registry):
     tree = read_yaml(YAMLS[name])
     assert tree[tree["architecture"]]["backbone"] == "RepLKNet"
+    assert tree["RepLKNet"].pop("pretrained") is True
     backbone = registry.create("RepLKNet", **tree["RepLKNet"])
     assert [shape.channels for shape in backbone.out_shape] == channels
     assert [shape.stride for shape in backbone.out_shape] == strides

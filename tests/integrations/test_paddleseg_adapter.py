@@ -46,10 +46,10 @@ def backbone(monkeypatch):
 def test_the_yaml_builds_31b(backbone):
     section = read_yaml(YAML)["model"]["backbone"]
     assert section.pop("type") == "RepLKNet"
+    assert section.pop("pretrained") is True
     network = backbone(in_channels=3, **section)
     assert network.feat_channels == [128, 256, 512, 1024]
     assert network.stages[3].blocks[3].drop_path.rate == 0.5
-    assert network.training
 
 
 def test_it_gives_four_maps_with_the_weights_of_a_classifier(backbone, config_file):
@@ -72,8 +72,8 @@ def test_norms_and_nothing_else_match_the_rule_for_weight_decay(backbone, config
 def test_wrong_arguments_are_refused(backbone, config_file):
     with pytest.raises(InputError, match="in_channels is 4"):
         backbone(in_channels=4)
-    with pytest.raises(FileNotFoundError, match="replknet_31c"):
-        backbone(variant="replknet_31c")
+    with pytest.raises(InputError, match="replknet-31c is not a published model"):
+        backbone(variant="replknet-31c")
     with pytest.raises(InputError, match="does not fit"):
         backbone(pretrained=str(WEIGHTS))
 
