@@ -111,6 +111,6 @@ def test_a_clone_of_paddleseg_trains_it(tmp_path, config_file):
     losses = [float(loss) for loss in re.findall(r", loss: (\S+?),", output)]
     assert len(losses) == 2 and np.isfinite(losses).all()
     saved = read_checkpoint(tmp_path / "output" / "iter_2" / "model.pdparams")
-    name = "stages.3.blocks.1.pw_conv_2.conv.weight"
+    name = "stem.0.conv.weight"  # no stochastic depth leaves it without a gradient
     before, after = load_state(WEIGHTS)[name], saved[f"backbone.{name}"]
     assert 0 < abs(after - before).max() < 1e-3  # trained from what was loaded
