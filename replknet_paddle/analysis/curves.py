@@ -3,10 +3,9 @@
 import json
 import os
 
+from replknet_paddle.analysis.figures import check_figure_target, new_figure, save_figure
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.extras import import_extra
-from replknet_paddle.runtime.files import check_file_target, written_whole
-from replknet_paddle.runtime.fonts import plot_fonts, readable
+from replknet_paddle.runtime.fonts import readable
 
 # Panels and the keys of metrics.jsonl that each shows, with their line styles.
 PANELS = {
@@ -63,21 +62,14 @@ def plot_metrics(run_folders: list[str], target: str) -> None:
         InputError: matplotlib is missing, `target` is no picture, or what `read_metrics` says.
         OSError: it cannot be written.
     """
-    figures = import_extra("matplotlib.figure", "plots")
-    kinds = sorted(figures.Figure().canvas.get_supported_filetypes())
-    check_file_target(target, [f".{kind}" for kind in kinds])
-    figure = build_figure({folder: read_metrics(folder) for folder in run_folders})
-    with written_whole(target, "wb") as file:
-        figure.savefig(file, dpi=120, format=os.path.splitext(target)[1][1:].lower())
+    check_figure_target(target)
+    save_figure(build_figure({folder: read_metrics(folder) for folder in run_folders}), target)
 
 
 def build_figure(runs: dict[str, list[dict]]):
     """The figure of `plot_metrics`, of {run folder: records}."""
-    figures = import_extra("matplotlib.figure", "plots")
-    matplotlib = import_extra("matplotlib", "plots")
     names = [readable(os.path.basename(os.path.abspath(folder))) for folder in runs]
-    with matplotlib.rc_context({"font.family": plot_fonts(names)}):
-        figure = figures.Figure(figsize=(12, 4.8), layout="constrained")
+    with new_figure(12, 4.8, names) as figure:
         figure.suptitle(f"Training: {', '.join(names)}")
         for axes, (title, keys) in zip(figure.subplots(1, len(PANELS)), PANELS.items()):
             for i, (name, records) in enumerate(zip(names, runs.values())):

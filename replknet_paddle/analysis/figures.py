@@ -1,26 +1,31 @@
-"""matplotlib figures without a display, written whole or not at all."""
+"""matplotlib figures without a display, in fonts that have their texts, written whole or not."""
 
+import contextlib
 import os
+from collections.abc import Iterator, Sequence
 
-from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.extras import import_extra
 from replknet_paddle.runtime.files import check_file_target, written_whole
+from replknet_paddle.runtime.fonts import plot_fonts
 
 DOTS_PER_INCH = 120
 
 
-def new_figure(width: float, height: float):
-    """An empty `matplotlib.figure.Figure`, its sides in inches.
+@contextlib.contextmanager
+def new_figure(width: float, height: float, names: Sequence[str]) -> Iterator:
+    """An empty `matplotlib.figure.Figure` to draw on in this block.
+
+    Args:
+        width, height: inches.
+        names: texts of the user's, as `readable` gives them, for which fonts are chosen.
 
     Raises:
         InputError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError(
-            f"plotting needs matplotlib ({error}); pip install -r requirements/plots.txt"
-        ) from None
-    return Figure(figsize=(width, height), layout="constrained")
+    figures = import_extra("matplotlib.figure", "plots")
+    matplotlib = import_extra("matplotlib", "plots")
+    with matplotlib.rc_context({"font.family": plot_fonts(names)}):
+        yield figures.Figure(figsize=(width, height), layout="constrained")
 
 
 def check_figure_target(target: str) -> None:
@@ -30,18 +35,17 @@ def check_figure_target(target: str) -> None:
         FileNotFoundError: its folder does not exist.
         InputError: matplotlib is missing, or `target` is not named as one of its formats.
     """
-    kinds = new_figure(1, 1).canvas.get_supported_filetypes()
-    check_file_target(target, [f".{kind}" for kind in sorted(kinds)])
+    figures = import_extra("matplotlib.figure", "plots")
+    kinds = sorted(figures.Figure().canvas.get_supported_filetypes())
+    check_file_target(target, [f".{kind}" for kind in kinds])
 
 
 def save_figure(figure, target: str) -> None:
     """Write a figure in the format that the suffix of `target` names.
 
     Raises:
-        FileNotFoundError, InputError: what `check_figure_target` says.
         OSError: it cannot be written.
     """
-    check_figure_target(target)
     with written_whole(target, "wb") as file:
         kind = os.path.splitext(target)[1][1:].lower()
         figure.savefig(file, format=kind, dpi=DOTS_PER_INCH)

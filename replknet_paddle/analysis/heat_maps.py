@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from replknet_paddle.analysis.figures import new_figure
+from replknet_paddle.runtime.fonts import readable
 
 COLORS = "inferno"
 PANEL_INCHES = 4.0
@@ -20,11 +21,13 @@ def draw_heat_maps(maps: Mapping[str, np.ndarray], *, label: str):
     Raises:
         InputError: matplotlib is missing.
     """
-    figure = new_figure(PANEL_INCHES * len(maps) + 1, PANEL_INCHES + 0.5)
-    panels = figure.subplots(1, len(maps), squeeze=False)[0]
-    for axes, (title, values) in zip(panels, maps.items()):
-        image = axes.imshow(values, cmap=COLORS, vmin=0, vmax=1)
-        axes.set(xticks=[], yticks=[])
-        axes.set_title(title, parse_math=False)  # it may be a file's name
-    figure.colorbar(image, ax=list(panels), label=label)
+    titles = [readable(title) for title in maps]
+    width, height = PANEL_INCHES * len(maps) + 1, PANEL_INCHES + 0.5
+    with new_figure(width, height, titles) as figure:
+        panels = figure.subplots(1, len(maps), squeeze=False)[0]
+        for axes, title, values in zip(panels, titles, maps.values()):
+            image = axes.imshow(values, cmap=COLORS, vmin=0, vmax=1)
+            axes.set(xticks=[], yticks=[])
+            axes.set_title(title, parse_math=False)  # it may be a file's name
+        figure.colorbar(image, ax=list(panels), label=label)
     return figure
