@@ -53,8 +53,9 @@ def build_chart(rows: Sequence, batches: Sequence[int], title: str):
         axes.scatter(medians, places, color=colours, zorder=3)
         axes.set_yticks(places, [name_of(row) for row in shown])
         for place, row in zip(places, shown):
-            ratio = f", eager / it {eager / row.median_ms:.1f}" if eager else ""
-            text = f"{row.median_ms:.3g} ms{ratio}"
+            text = f"{row.median_ms:,.0f} ms" if row.median_ms >= 100 else f"{row.median_ms:.3g} ms"
+            if eager and row.backend != "dygraph":
+                text += f", eager / {eager / row.median_ms:.1f}"
             axes.annotate(
                 text, (row.max_ms, place), (8, 0), textcoords="offset points", va="center"
             )
