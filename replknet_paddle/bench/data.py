@@ -79,6 +79,7 @@ def report_data(
                 batch_bytes=30 * config.DATA.IMAGE_SIZE**2,
                 finish=lambda pixels, erasures: pixels,  # as if the device were another
                 max_bad_images=0,
+                timeout_seconds=config.DATA.WORKER_TIMEOUT,
             )
             for number in sorted({1, workers} if workers else ())
         }

@@ -45,24 +45,22 @@ def build_chart(rows: Sequence, batches: Sequence[int], title: str):
         shown = [row for row in rows if row.batch == batch][::-1]
         medians = [row.median_ms for row in shown]
         eager = next((row.median_ms for row in shown if row.backend == "dygraph"), None)
-        ranges = [
-            [row.median_ms - row.min_ms for row in shown],
-            [row.max_ms - row.median_ms for row in shown],
-        ]
         places = range(len(shown))
         colours = ["C1" if row.backend == "dygraph" else "C0" for row in shown]
         axes.hlines(places, min(medians) / 1.3, medians, colors="0.85", linewidth=1, zorder=1)
-        axes.errorbar(medians, places, xerr=ranges, fmt="none", ecolor=colours, capsize=3)
+        fastest, slowest = [row.min_ms for row in shown], [row.max_ms for row in shown]
+        axes.hlines(places, fastest, slowest, colors=colours, linewidth=3, zorder=2)
         axes.scatter(medians, places, color=colours, zorder=3)
         axes.set_yticks(places, [name_of(row) for row in shown])
         for place, row in zip(places, shown):
-            ratio = f", eager / it {eager / row.median_ms:.1f}" if eager else ""
-            text = f"{row.median_ms:.3g} ms{ratio}"
+            text = f"{row.median_ms:,.0f} ms" if row.median_ms >= 100 else f"{row.median_ms:.3g} ms"
+            if eager and row.backend != "dygraph":
+                text += f", eager / {eager / row.median_ms:.1f}"
             axes.annotate(
                 text, (row.max_ms, place), (8, 0), textcoords="offset points", va="center"
             )
         axes.set_xscale("log")
-        axes.set_xlim(min(row.min_ms for row in shown) / 1.3, 6 * max(row.max_ms for row in shown))
+        axes.set_xlim(min(fastest) / 1.3, 6 * max(slowest))
         axes.set_ylim(-0.6, len(shown) - 0.4)
         axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axes.xaxis.set_minor_formatter(ticker.NullFormatter())

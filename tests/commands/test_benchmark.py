@@ -9,6 +9,7 @@ from tiny import FIXTURES, command
 
 from replknet_paddle.bench import conv, inference
 from replknet_paddle.bench.conv import ConvCase
+from replknet_paddle.bench.inference_chart import build_chart
 from replknet_paddle.bench.timing import median_ratio, summarize, time_in_turn
 from replknet_paddle.deploy.runtimes import computes_in
 
@@ -156,3 +157,80 @@ def test_a_chart_without_matplotlib_is_told_before_measuring(tiny_config_file, m
 def test_inference_needs_a_configuration(capsys):
     assert main(["inference"]) == 2
     assert "-cfg" in capsys.readouterr().err
+
+
+def row(backend, batch, low, median, high):
+    return inference.Row(backend, "folded", "fp32", batch, median, low, high, 1.0, 3, 0.0)
+
+
+def test_the_chart_has_milliseconds_with_their_ranges_and_a_legible_eager_row():
+    pytest.importorskip("matplotlib", reason="optional: requirements/plots.txt")
+    rows = [row("dygraph", 1, 3000, 3100, 3300), row("openvino", 1, 70, 80, 95)]
+    rows += [row("dygraph", 8, 20_000, 21_000, 22_000), row("openvino", 8, 500, 600, 700)]
+    figure = build_chart(rows, [1, 8], "title")
+    for axes, batch in zip(figure.axes, (1, 8)):
+        shown = [r for r in rows if r.batch == batch][::-1]
+        assert axes.get_xlabel().startswith("milliseconds a batch") and axes.get_xscale() == "log"
+        assert axes.get_title() == f"batch {batch}"
+        ranges = [tuple(path.vertices[:, 0]) for path in axes.collections[1].get_paths()]
+        assert ranges == [(r.min_ms, r.max_ms) for r in shown]
+        medians = axes.collections[2].get_offsets()[:, 0]
+        assert list(medians) == [r.median_ms for r in shown]
+        left, right = axes.get_xlim()
+        assert left < min(r.min_ms for r in shown) and right > 2 * max(r.max_ms for r in shown)
+        names = [label.get_text() for label in axes.get_yticklabels()]
+        assert names == ["openvino fp32, folded", "eager mode (Paddle's own)"]
+
+
+def test_a_candidate_that_fails_is_reported_and_the_others_are_written(
+    tiny_config_file, tmp_path, capsys, monkeypatch
+):
+    """paddle fails when it is opened for bf16, and its folded form when it runs two images."""
+    real = inference.open_backend
+
+    def open_backend(model, name, **options):
+        if options.get("precision") == "bf16":
+            raise RuntimeError("no such\nkernel")
+        backend = real(model, name, **options)
+        run = backend.run
+
+        def failing(images):
+            if options.get("precision") == "fp32" and len(images) == 2:
+                raise RuntimeError("out of registers")
+            return run(images)
+
+        backend.run = failing
+        return backend
+
+    monkeypatch.setattr(inference, "open_backend", open_backend)
+    flags = ["--backends", "paddle", "--precisions", "fp32", "bf16", "--batch_sizes", "1", "2"]
+    flags += ["--rounds", "1", "--json", str(tmp_path / "b.json")]
+    assert main(["inference", "-cfg", str(tiny_config_file), *flags]) == 0
+    out = capsys.readouterr().out
+    assert "left out: paddle in bf16: no such kernel" in out
+    assert "left out: paddle in fp32 at batch 2: out of registers" in out
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    measured = {(r["backend"], r["network"], r["batch"]) for r in rows}
+    assert measured == {
+        *(("dygraph", "trained", batch) for batch in (1, 2)),
+        *(("paddle", "trained", batch) for batch in (1, 2)),
+        ("paddle", "folded", 1),
+    }
+    assert {r["precision"] for r in rows} == {"fp32"}
+
+
+def test_what_was_measured_is_written_if_a_later_batch_is_interrupted(
+    tiny_config_file, tmp_path, monkeypatch
+):
+    real = inference.time_batch
+
+    def time_batch(eager, opened, batch, *rest):
+        if batch == 2:
+            raise KeyboardInterrupt
+        return real(eager, opened, batch, *rest)
+
+    monkeypatch.setattr(inference, "time_batch", time_batch)
+    flags = ["--backends", "dygraph", "--batch_sizes", "1", "2", "--rounds", "1"]
+    flags += ["--json", str(tmp_path / "b.json")]
+    assert main(["inference", "-cfg", str(tiny_config_file), *flags]) == 130
+    assert [r["batch"] for r in json.loads((tmp_path / "b.json").read_text())["rows"]] == [1]

@@ -18,14 +18,13 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from processes import free_ports
 from runs import make_run
-from tiny import FIXTURES, ROOT, command, make_data
+from tiny import FIXTURES, ROOT, make_data
 
 from replknet_paddle.deploy.page import look
 from replknet_paddle.deploy.pictures import fitted
 from replknet_paddle.deploy.predictor import Predictor, open_network
-
-main = command("page")
 
 PICTURE = FIXTURES / "images" / "landscape_499x375.jpg"
 ROTATED = FIXTURES / "images" / "exif_rotated_400x300.jpg"
@@ -50,58 +49,6 @@ sys.addaudithook(note)
 """
 
 
-def test_without_gradio_it_says_what_to_install(monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    assert main([str(tmp_path), f"--port={free_port()}"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: this needs gradio")
-    assert "requirements/page.txt" in error
-
-
-@pytest.mark.parametrize("port", ["0", "-1", "65536"])
-def test_a_port_that_there_is_not_is_refused(capsys, tmp_path, port):
-    assert main([str(tmp_path), f"--port={port}"]) == 2
-    assert capsys.readouterr().err == (
-        f"error: --port is {port}; allowed: an integer from 1 to 65535\n"
-    )
-
-
-def test_a_model_that_there_is_not_is_refused(capsys, tmp_path):
-    pytest.importorskip("gradio", reason="Gradio is not installed (requirements/page.txt)")
-    assert main([str(tmp_path / "nowhere"), f"--port={free_port()}"]) == 2
-    assert capsys.readouterr().err.startswith(f"error: no model {tmp_path / 'nowhere'}; allowed: ")
-
-
-@pytest.mark.parametrize("flag", ["-cfg=other.yaml", "--opts=SEED", "-opts=SEED"])
-def test_an_export_takes_no_configuration(capsys, tmp_path, flag):
-    pytest.importorskip("gradio", reason="Gradio is not installed (requirements/page.txt)")
-    (tmp_path / "replknet.json").write_text("{}")
-    assert main([str(tmp_path), flag, f"--port={free_port()}"]) == 2
-    assert "which is no checkpoint or run folder; allowed" in capsys.readouterr().err
-
-
-def test_a_checkpoint_takes_a_configuration(capsys, monkeypatch, run_folder):
-    pytest.importorskip("gradio", reason="Gradio is not installed (requirements/page.txt)")
-    shown = []
-    monkeypatch.setattr("replknet_paddle.deploy.page_server.serve", lambda *_, **__: None)
-    monkeypatch.setattr(
-        "replknet_paddle.deploy.page.build_page", lambda *given, **_: shown.append(given)
-    )
-    monkeypatch.setattr("replknet_paddle.commands.page.signal.signal", lambda *_: None)
-    opts = ["-opts", "DATA.CROP_PCT", "0.5"]
-    flags = ["-cfg", str(run_folder / "config.yaml"), *opts, f"--port={free_port()}"]
-    assert main([str(run_folder), *flags]) == 0
-    ((predictor, network, _),) = shown
-    assert network.config.DATA.CROP_PCT == 0.5
-    assert predictor.backend.sidecar.preprocessing.crop_pct == 0.5
-
-
-def free_port():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     """A run on 7 classes, of which the validation list has 14 pictures."""
@@ -119,7 +66,7 @@ class Server:
     """The page of `run_folder` in a process of its own."""
 
     def __init__(self, run_folder, folder):
-        self.port = free_port()
+        self.port = free_ports(1)[0]
         self.address = f"http://127.0.0.1:{self.port}"
         self.network_log = folder / "network.txt"
         self.network_log.write_text("")
@@ -453,14 +400,3 @@ def test_only_this_machine_reaches_it(server):
         pass
     with pytest.raises(ConnectionRefusedError):  # another address of this machine
         socket.create_connection(("127.0.0.2", server.port), timeout=10)
-
-
-def test_a_port_in_use_is_reported_before_the_model_is_opened(capsys, tmp_path):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        assert main([str(tmp_path / "no model"), f"--port={port}"]) == 2
-    assert capsys.readouterr().err.startswith(
-        f"error: port {port} of 127.0.0.1 is not available (Address already in use)"
-    )

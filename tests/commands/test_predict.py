@@ -14,6 +14,7 @@ from runs import make_run
 from tiny import FIXTURES, ROOT, command
 
 from replknet_paddle import deploy
+from replknet_paddle.deploy.pictures import RIGHT, WRONG
 from replknet_paddle.deploy.predictor import open_network
 from replknet_paddle.deploy.sidecar import FILE, Sidecar
 
@@ -172,6 +173,40 @@ def test_a_grid_holds_the_first_pictures(run_folder, tmp_path):
             cell = pixels[160 * row : 160 * row + 160, 480 * column : 480 * column + 480]
             assert cell[:, :240].std() > 20, (row, column)  # a picture, rather than white
     assert list(tmp_path.iterdir()) == [grid]
+
+
+def test_folders_named_as_classes_say_what_is_right(run_folder, tmp_path, capsys):
+    """Every picture lies once in the folder of its predicted class, and once in another."""
+    names = [f"class {letter}" for letter in "abcdefghi"]
+    named = tmp_path / "run"
+    named.mkdir()
+    (tmp_path / "names.txt").write_text("\n".join(names) + "\n")
+    settings = (run_folder / "config.yaml").read_text()
+    settings = settings.replace("DATA:", f"DATA:\n  CLASS_NAMES: {tmp_path / 'names.txt'}")
+    (named / "config.yaml").write_text(settings)
+    (named / "best").write_bytes((run_folder / "best").read_bytes())
+    for result, path in zip(
+        deploy.inference_model(open_network(run_folder), PICTURES[:3]), PICTURES
+    ):
+        label = result["pred_label"]
+        for i, name in enumerate((names[label], names[(label + 1) % 9], "elsewhere")):
+            folder = tmp_path / "photos" / name
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{i} {Path(path).name}").write_bytes(Path(path).read_bytes())
+    grid = tmp_path / "grid.png"
+    flags = ["-backend=dygraph", "--save-grid", str(grid)]
+    assert main([str(named), str(tmp_path / "photos"), *flags]) == 0
+    assert "right: 3 of 6 in folders named as classes (50.00 %)" in capsys.readouterr().err
+    with Image.open(grid) as image:
+        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    assert (pixels == RIGHT).all(axis=-1).sum() > 300 < (pixels == WRONG).all(axis=-1).sum()
+
+
+def test_numbers_as_names_of_folders_say_nothing(run_folder, photos, capsys):
+    """A model without class names has their numbers, which folders of years also are."""
+    (photos / "a").rename(photos / "5")
+    assert main([str(run_folder), str(photos), "-backend=dygraph"]) == 1
+    assert "in folders named as classes" not in capsys.readouterr().err
 
 
 def test_an_interruption_says_where_the_results_are(run_folder, tmp_path, monkeypatch, capsys):

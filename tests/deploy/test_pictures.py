@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from replknet_paddle.deploy.pictures import BAR, PICTURE_FORMATS, annotate, grid, overlay, save
+from replknet_paddle.deploy.pictures import (
+    BAR,
+    PICTURE_FORMATS,
+    RIGHT,
+    WRONG,
+    annotate,
+    grid,
+    overlay,
+    save,
+)
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import check_file_target, check_new_folder
 
@@ -60,6 +69,24 @@ def test_long_and_foreign_names_stay_within_the_picture():
         np.testing.assert_array_equal(drawn[:, -12:], plain[:, -12:])  # the margin
         if text == "":
             assert (drawn != plain).any()
+
+
+def pixels_of(drawn, colour):
+    return int((np.asarray(drawn) == colour).all(axis=-1).sum())
+
+
+def test_right_and_wrong_are_told_apart_where_the_class_is_known():
+    def draw(truth):
+        picture = Image.new("RGB", (60, 40), RED)
+        return annotate(picture, ["cat", "dog"], [0.9, 0.1], caption="x", truth=truth)
+
+    right, wrong, unknown = draw("cat"), draw("dog"), draw(None)
+    assert pixels_of(right, RIGHT) > 500 and pixels_of(right, WRONG) == 0
+    assert pixels_of(wrong, WRONG) > 500 and pixels_of(wrong, RIGHT) == 0
+    assert pixels_of(unknown, RIGHT) == pixels_of(unknown, WRONG) == 0
+    # Words as well as colours: the lines below the pictures differ.
+    below = [np.asarray(drawn.convert("L"))[190:, :336] < 200 for drawn in (right, wrong)]
+    assert (below[0] != below[1]).sum() > 30
 
 
 def test_a_grid_has_each_picture_in_its_place():
