@@ -1,8 +1,8 @@
 """Checkpoints of a training run: one self-describing safetensors file each.
 
-Tensors are `model.*`, `model_ema.*` (the EMA weights, if the run has them) and `optimizer.*`, under
-native parameter names; the file's metadata holds, as JSON, the schema version, the configuration and
-the progress of the run. No pickle: reading one cannot run code.
+Tensors are `model.*`, `model_ema.*` (the EMA weights, if the run has them) and `optimizer.*`,
+under native parameter names; the file's metadata holds, as JSON, the schema version, the
+configuration and the progress of the run. No pickle: reading one cannot run code.
 
     RUN/checkpoints/epoch_0010_step_00012510.safetensors    and others
     RUN/last, RUN/best                                      links to two of them
