@@ -73,6 +73,15 @@ class ListDataset(paddle.io.Dataset):
         """The image (3, H, W) and label of sample (epoch, index)."""
         return self.read(*sample, self.transform), self.labels[sample[1]]
 
+    def read_sample(self, epoch: int, index: int, *, unfinished: bool):
+        """What a `Loader` makes batches of: the image and its label.
+
+        Args:
+            unfinished: without the last steps, which `FinishBatch` does.
+        """
+        transform = self.transform.unfinished if unfinished else self.transform
+        return self.read(epoch, index, transform), self.labels[index]
+
     def read(self, epoch: int, index: int, transform: Callable):
         """What `transform` makes of image `index`.
 

@@ -10,7 +10,6 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import paddle
@@ -29,39 +28,34 @@ from replknet_paddle.checkpoints.training import (
     set_aside_later,
 )
 from replknet_paddle.config import config_changes
-from replknet_paddle.data.dataset import get_dataloader, get_dataset
-from replknet_paddle.data.loader import Loader
-from replknet_paddle.data.transforms import build_mixup
 from replknet_paddle.engine.evaluate import evaluate
-from replknet_paddle.engine.metrics import Metrics
 from replknet_paddle.engine.precision import Precision
 from replknet_paddle.engine.run_log import RunLog, config_text
 from replknet_paddle.engine.signals import Stopped, StopSignals
+from replknet_paddle.engine.task import CLASSIFICATION, Task
 from replknet_paddle.engine.train import Step, train_epoch
-from replknet_paddle.model import RepLKNet, build_replknet
 from replknet_paddle.ops import describe_operator, use_fast_depthwise_conv, use_fast_pointwise_conv
 from replknet_paddle.optim.ema import ModelEma
-from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from replknet_paddle.optim.optimizer import (
-    build_optimizer,
     load_optimizer_state,
     master_weights,
     optimizer_state,
 )
-from replknet_paddle.optim.schedule import base_learning_rate, get_lr
+from replknet_paddle.optim.schedule import base_learning_rate
 from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 
-def run(config, *, open_network: Callable | None = None) -> Metrics:
+def run(config, *, task: Task = CLASSIFICATION, open_network: Callable | None = None):
     """Train or evaluate as `config` says, in this process and those launched beside it.
 
     Args:
         config: of config.py, with SAVE, the run folder, set.
+        task: what the network is for.
         open_network: config -> what to evaluate instead of the network in Paddle's eager mode, with
-            the weights of MODEL.PRETRAINED: a layer, images (N, 3, H, W) -> logits (N, classes).
+            the weights of MODEL.PRETRAINED: a layer with the network's inputs and outputs.
 
     Returns:
         The last evaluation's metrics.
@@ -82,35 +76,38 @@ def run(config, *, open_network: Callable | None = None) -> Metrics:
         paddle.__version__,
         config.SAVE,
     )
-    if config.MODEL.OUT_INDICES is not None:
-        raise InputError(
-            f"MODEL.OUT_INDICES is {config.MODEL.OUT_INDICES}, which makes a backbone "
-            "without a head; training and evaluation need it to be None"
-        )
+    task.check(config)
     if config.AMP and not processes.on_gpu():
         logger.warning("-amp has no effect on CPU: computing in float32")
     if config.EVAL:
-        return run_evaluation(config, log, open_network)
-    return Training(config, log).run()
+        return run_evaluation(config, task, log, open_network)
+    return Training(config, task, log).run()
 
 
-def run_evaluation(config, log: RunLog, open_network: Callable | None) -> Metrics:
+def run_evaluation(config, task: Task, log: RunLog, open_network: Callable | None):
     """Evaluate MODEL.PRETRAINED on the validation list."""
-    loader = build_loader(config, is_train=False)
+    loader = task.loader(config, is_train=False)
     precision = build_precision(config)
     if open_network is not None:
         model = open_network(config)
     else:
-        model = build_network(config)
+        model = build_network(config, task)
         if config.MODEL.PRETRAINED is None:
             logger.warning("no -pretrained weights: evaluating a freshly initialized network")
         else:
-            load_weights(model, config)
+            task.load_weights(model, config)
         precision.prepare(model)
     log.open(config.SAVE, config)
     start = time.perf_counter()
     with loader:
-        metrics = evaluate(model=model, loader=loader, precision=precision, progress=log.bar)
+        metrics = evaluate(
+            model=model,
+            inference=task.inference(config, model),
+            loader=loader,
+            precision=precision,
+            sums=task.metric_sums(config),
+            progress=log.bar,
+        )
     seconds = time.perf_counter() - start
     log.write_metrics({"epoch": 0, **metrics.record("val"), "val_seconds": round(seconds, 3)})
     logger.info(
@@ -123,29 +120,26 @@ def run_evaluation(config, log: RunLog, open_network: Callable | None) -> Metric
 class Training:
     """The parts of one training run, wired together, and its epochs."""
 
-    def __init__(self, config, log: RunLog):
+    def __init__(self, config, task: Task, log: RunLog):
         self.config = config
+        self.task = task
         self.log = log
         resumed = find_resumed(config)
-        self.train_loader = build_loader(config, is_train=True)
-        self.val_loader = build_loader(config, is_train=False)
+        self.train_loader = task.loader(config, is_train=True)
+        self.val_loader = task.loader(config, is_train=False)
         self.batches = len(self.train_loader.batch_sampler)  # an epoch's, on each process
         self.steps_per_epoch = -(-self.batches // config.TRAIN.ACCUM_ITER)
-        self.mixup = build_mixup(config)
-        self.criterion = (
-            SoftTargetCrossEntropy()
-            if self.mixup is not None
-            else LabelSmoothingCrossEntropy(config.TRAIN.SMOOTHING)
-        )
+        self.mixup = task.mixup(config)
+        self.criterion = task.criterion(config)
 
-        self.model = build_network(config)
+        self.model = build_network(config, task)
         if resumed is not None:
             load_pretrained(self.model, resumed.path)
         elif config.MODEL.PRETRAINED is not None:
-            load_weights(self.model, config)
+            task.load_weights(self.model, config)
         self.learning_rate = self.build_schedule()
         self.precision = build_precision(config)
-        self.optimizer = build_optimizer(
+        self.optimizer = task.optimizer(
             config,
             self.model,
             lr=self.learning_rate(0),
@@ -184,14 +178,7 @@ class Training:
             self.steps_per_epoch,
             peak,
         )
-        return partial(
-            get_lr,
-            base_lr=peak,
-            min_lr=train.END_LR,
-            warmup_start_lr=train.WARMUP_START_LR,
-            warmup_steps=train.WARMUP_EPOCHS * self.steps_per_epoch,
-            total_steps=train.NUM_EPOCHS * self.steps_per_epoch,
-        )
+        return self.task.schedule(self.config, peak, self.steps_per_epoch)
 
     def restore(self, resumed: Checkpoint) -> None:
         """Take over everything but the weights from a checkpoint."""
@@ -216,7 +203,7 @@ class Training:
         if self.ema is not None:
             self.ema.load_state(resumed.model_ema)
 
-    def run(self) -> Metrics:
+    def run(self):
         """Train the remaining epochs, evaluating and saving as configured."""
         config, log = self.config, self.log
         log.open(config.SAVE, config, resume=config.MODEL.RESUME)
@@ -322,19 +309,24 @@ class Training:
                 100 * wait_share,
             )
 
-    def validate(self, record: dict) -> tuple[Metrics, bool]:
+    def validate(self, record: dict) -> tuple:
         """Evaluate the weights and their average; adds to `record`.
 
         Returns:
             The better of the two metrics, and whether it is the best of the run.
         """
-        loop = partial(
-            evaluate,
-            model=self.model,
-            loader=self.val_loader,
-            precision=self.precision,
-            progress=self.log.bar,
-        )
+        inference = self.task.inference(self.config, self.model)
+
+        def loop():
+            return evaluate(
+                model=self.model,
+                inference=inference,
+                loader=self.val_loader,
+                precision=self.precision,
+                sums=self.task.metric_sums(self.config),
+                progress=self.log.bar,
+            )
+
         results = {"val": loop()}
         if self.ema is not None:
             with self.ema.applied_to(self.model):
@@ -347,10 +339,10 @@ class Training:
                 "average of weights" if name == "val_ema" else "weights",
                 metrics,
             )
-        best = max(results.values(), key=lambda metrics: metrics.top1_percent)
-        is_best = best.top1_percent > self.progress.best_top1_percent
+        best = max(results.values(), key=lambda metrics: metrics.score)
+        is_best = best.score > self.progress.best_score
         if is_best:
-            self.progress = replace(self.progress, best_top1_percent=best.top1_percent)
+            self.progress = replace(self.progress, best_score=best.score)
         return best, is_best
 
     def save_if_due(self) -> None:
@@ -415,18 +407,7 @@ def float32_weights(model: paddle.nn.Layer, optimizer) -> dict[str, np.ndarray]:
     return {name: tensor.astype("float32").numpy() for name, tensor in tensors.items()}
 
 
-def build_loader(config, *, is_train: bool) -> Loader:
-    """This process's loader of the training or the validation set."""
-    return get_dataloader(
-        config,
-        get_dataset(config, is_train),
-        is_train,
-        rank=processes.rank(),
-        world_size=processes.world_size(),
-    )
-
-
-def build_network(config) -> RepLKNet:
+def build_network(config, task: Task) -> paddle.nn.Layer:
     """The network on this process's device, with fast convolutions and synchronized BN where those
     apply."""
     several_gpus = processes.on_gpu() and processes.world_size() > 1
@@ -436,7 +417,7 @@ def build_network(config) -> RepLKNet:
             "MODEL.SYNC_BN needs GPUs: each process normalizes by its own batches, "
             "and running statistics are averaged over the processes"
         )
-    model = build_replknet(config, sync_bn=sync_bn)
+    model = task.network(config, sync_bn=sync_bn)
     depthwise = use_fast_depthwise_conv(model, config.MODEL.CONV_IMPL)
     pointwise = use_fast_pointwise_conv(model, config.MODEL.CONV_IMPL)
     if depthwise:
@@ -454,16 +435,6 @@ def build_network(config) -> RepLKNet:
 def build_precision(config) -> Precision:
     """How to compute: mixed precision where asked for and possible."""
     return Precision(enabled=config.AMP, level=config.AMP_LEVEL, dtype=config.AMP_DTYPE)
-
-
-def load_weights(model: RepLKNet, config) -> None:
-    """Put MODEL.PRETRAINED into the network."""
-    load_pretrained(
-        model,
-        config.MODEL.PRETRAINED,
-        weights=config.MODEL.PRETRAINED_WEIGHTS,
-        drop_head=config.MODEL.DROP_HEAD,
-    )
 
 
 def find_resumed(config) -> Checkpoint | None:
