@@ -15,7 +15,8 @@ from replknet_paddle.runtime.errors import InputError
 
 COMMANDS = (
     *("train", "eval", "predict", "page", "export", "merge", "convert", "benchmark"),
-    *("make-lists", "check-data", "make-digits", "model-info", "plot", "build"),
+    *("make-lists", "check-data", "make-digits", "make-shapes", "model-info", "plot", "build"),
+    "segment",
 )
 
 DESCRIPTION = """\

@@ -1,6 +1,7 @@
 """Convert a checkpoint to another format, or to the parameter names of another framework."""
 
 from replknet_paddle.commands.flags import add_config_flags, add_flag, config_from
+from replknet_paddle.runtime.errors import InputError
 
 EXAMPLES = """\
 example: replknet convert output/RUN/best replknet.safetensors -to mmpretrain
@@ -30,14 +31,20 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    from replknet_paddle.checkpoints.convert import convert_file
+    config = config_from(args, args.source)
+    is_segmentation = config.MODEL.TYPE == "UPerNet"
+    if is_segmentation and args.to == "mmpretrain":
+        raise InputError("-to mmpretrain of a segmentation network; allowed: native, official")
 
+    from replknet_paddle.checkpoints.convert import convert_file
+    from replknet_paddle.model import build_replknet
+    from replknet_paddle.segmentation.upernet import build_upernet
+
+    layout, build = args.to, build_replknet
+    if is_segmentation:
+        layout, build = {"native": "upernet", "official": "mmseg"}[args.to], build_upernet
     count = convert_file(
-        args.source,
-        args.destination,
-        config_from(args, args.source),
-        weights=args.weights,
-        layout=args.to,
+        args.source, args.destination, config, weights=args.weights, layout=layout, build=build
     )
     print(f"{args.destination}: {count} tensors under {args.to} names")
     return 0

@@ -132,7 +132,7 @@ def train_or_evaluate(args) -> tuple[int, str]:
         open_network = None
         if args.backend is not None:
             open_network = partial(open_for_evaluation, name=args.backend)
-        run_config(config, open_network=open_network)
+        run_config(config, task=task_of(config), open_network=open_network)
     except (InputError, OSError) as error:
         return 2, f"error: {error}"
     except DivergedError as error:
@@ -145,6 +145,17 @@ def train_or_evaluate(args) -> tuple[int, str]:
         # What a collective raises when another process has ended, which has said why.
         return 1, ""
     return 0, ""
+
+
+def task_of(config):
+    """What MODEL.TYPE says the run is about."""
+    if config.MODEL.TYPE == "UPerNet":
+        from replknet_paddle.segmentation.task import SEGMENTATION
+
+        return SEGMENTATION
+    from replknet_paddle.engine.task import CLASSIFICATION
+
+    return CLASSIFICATION
 
 
 def read_config(args):
@@ -208,7 +219,6 @@ def worker_log_dir(run_folder: str, nodes: int) -> str:
 
 def check_inputs(config) -> None:
     """Find the usual mistakes once, before they become the same message from every process."""
-    from replknet_paddle.data.dataset import get_dataset
     from replknet_paddle.engine.run_log import check_run_folder
 
     path = config.MODEL.RESUME or config.MODEL.PRETRAINED
@@ -217,5 +227,5 @@ def check_inputs(config) -> None:
             f"no checkpoint {path}; docs/model_zoo.md says where the published ones are"
         )
     for is_train in [False] if config.EVAL else [True, False]:
-        get_dataset(config, is_train)
+        task_of(config).dataset(config, is_train)
     check_run_folder(config.SAVE, resume=config.MODEL.RESUME)

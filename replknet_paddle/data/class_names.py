@@ -6,11 +6,14 @@ from replknet_paddle.config import CONFIG_FOLDER
 from replknet_paddle.runtime.errors import InputError
 
 CLASS_NAMES_FILE = "class_names.txt"
-IMAGENET_NAMES = os.path.join(CONFIG_FOLDER, "imagenet1k_class_names.txt")
+KNOWN_NAMES = {
+    name: os.path.join(CONFIG_FOLDER, f"{name}_class_names.txt")
+    for name in ("imagenet1k", "ade20k", "cityscapes")
+}
 
 
 def get_class_names(config) -> list[str] | None:
-    """The names of the classes: DATA.CLASS_NAMES, or class_names.txt beside the lists, or, where
+    """The names of the classes: of DATA.CLASS_NAMES, or class_names.txt beside the lists, or, where
     there are 1000 classes, those of ImageNet-1K; None where nothing names them.
 
     Raises:
@@ -18,11 +21,11 @@ def get_class_names(config) -> list[str] | None:
         InputError: a file that does not have one name per class.
     """
     beside = os.path.join(config.DATA.DATA_PATH, CLASS_NAMES_FILE)
-    path = config.DATA.CLASS_NAMES
+    path = KNOWN_NAMES.get(config.DATA.CLASS_NAMES, config.DATA.CLASS_NAMES)
     if path is None and os.path.isfile(beside):
         path = beside
     if path is None and config.MODEL.NUM_CLASSES == 1000:
-        path = IMAGENET_NAMES
+        path = KNOWN_NAMES["imagenet1k"]
     return None if path is None else read_class_names(path, config.MODEL.NUM_CLASSES)
 
 

@@ -44,6 +44,52 @@ class TrainBatches(paddle.io.Sampler):
             yield [(self.epoch, int(index)) for index in order[start : start + self.batch_size]]
 
 
+class StepBatches(paddle.io.Sampler):
+    """The (pass, index) names of one rank's training batches, in epochs of a given number.
+
+    Whole passes over the dataset, each shuffled anew, follow one another without regard to epochs:
+    a batch may end one pass and begin the next, and no image is left out.
+
+    Args:
+        batches: of an epoch.
+    """
+
+    def __init__(
+        self, length: int, batch_size: int, *, rank: int, world_size: int, seed: int, batches: int
+    ):
+        self.length = length
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.batches = batches
+        self.epoch = 0
+        self.first_batch = 0
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """What the next iteration gives: this epoch, from this batch on."""
+        self.epoch = epoch
+        self.first_batch = first_batch
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch, for this rank as for any other."""
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order_of, order = -1, None
+        for batch in range(self.first_batch, self.batches):
+            global_batch = self.epoch * self.batches + batch
+            start = (global_batch * self.world_size + self.rank) * self.batch_size
+            names = []
+            for place in range(start, start + self.batch_size):
+                number, position = divmod(place, self.length)
+                if number != order_of:
+                    order = np.random.default_rng((self.seed, number)).permutation(self.length)
+                    order_of = number
+                names.append((number, int(order[position])))
+            yield names
+
+
 class EvalBatches(paddle.io.Sampler):
     """The names of one rank's evaluation batches: every image once over all ranks, none twice."""
 
