@@ -1,6 +1,7 @@
 """Convert a checkpoint to another format, or to the parameter names of another framework."""
 
 from replknet_paddle.commands.flags import add_config_flags, add_flag, config_from
+from replknet_paddle.commands.train import task_of
 from replknet_paddle.runtime.errors import InputError
 
 EXAMPLES = """\
@@ -37,14 +38,14 @@ def run(args) -> int:
         raise InputError("-to mmpretrain of a segmentation network; allowed: native, official")
 
     from replknet_paddle.checkpoints.convert import convert_file
-    from replknet_paddle.model import build_replknet
-    from replknet_paddle.segmentation.upernet import build_upernet
 
-    layout, build = args.to, build_replknet
-    if is_segmentation:
-        layout, build = {"native": "upernet", "official": "mmseg"}[args.to], build_upernet
     count = convert_file(
-        args.source, args.destination, config, weights=args.weights, layout=layout, build=build
+        args.source,
+        args.destination,
+        config,
+        weights=args.weights,
+        layout={"native": "upernet", "official": "mmseg"}[args.to] if is_segmentation else args.to,
+        build=task_of(config).network,
     )
     print(f"{args.destination}: {count} tensors under {args.to} names")
     return 0
