@@ -5,6 +5,7 @@ on images of the training list, and its accuracy is compared on images of the va
 """
 
 from replknet_paddle.commands.flags import add_config_flags, add_flag, config_from
+from replknet_paddle.commands.train import task_of
 
 EXAMPLES = """\
 examples: replknet export -pretrained output/RUN/best -format onnx exported
@@ -48,5 +49,6 @@ def run(args) -> int:
 
     if args.class_names is not None:
         args.opts = [*(args.opts or ()), "DATA.CLASS_NAMES", args.class_names]
-    export_checkpoint(config_from(args, args.pretrained), args)
+    config = config_from(args, args.pretrained)
+    export_checkpoint(config, args, task_of(config).network)
     return 0

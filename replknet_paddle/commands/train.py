@@ -131,7 +131,9 @@ def train_or_evaluate(args) -> tuple[int, str]:
                 ), ""
         open_network = None
         if args.backend is not None:
-            open_network = partial(open_for_evaluation, name=args.backend)
+            open_network = partial(
+                open_for_evaluation, name=args.backend, build=task_of(config).network
+            )
         run_config(config, task=task_of(config), open_network=open_network)
     except (InputError, OSError) as error:
         return 2, f"error: {error}"

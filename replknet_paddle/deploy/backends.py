@@ -10,7 +10,7 @@ temporary place. docs/deployment.md has the measurements behind `CPU_ORDER`.
 import logging
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import paddle
@@ -74,11 +74,12 @@ def open_backend(
     threads: int | None = None,
     precision: str | None = None,
     class_names: list[str] | None = None,
+    build: Callable = build_replknet,
 ) -> Backend:
     """Get a network ready to run.
 
     Args:
-        source: an export folder; or a checkpoint or run folder; or a `RepLKNet`, which keeps its
+        source: an export folder; or a checkpoint or run folder; or a network, which keeps its
             mode and its numbers. `dygraph` runs this very network: its convolutions become the
             compiled operators where MODEL.CONV_IMPL says so.
         name: a backend, or `auto` for the fastest installed one that can run `source`.
@@ -90,6 +91,7 @@ def open_backend(
         precision: to compute in; None for what the export was made for, or fp32. An export made
             for fp32 also runs in `bf16`.
         class_names: of a network or checkpoint; None for those that its config names.
+        build: config -> the network of a checkpoint.
 
     Raises:
         FileNotFoundError: there is nothing at `source`.
@@ -101,14 +103,14 @@ def open_backend(
         threads = core_share()
     if threads < 1:
         raise InputError(f"threads is {threads}; allowed: an integer >= 1")
-    if isinstance(source, RepLKNet):
+    if isinstance(source, nn.Layer):
         if config is None:
             raise ValueError("a network needs its config")
         model = source
     elif is_export(source):
         return _open_export(Path(source), name, threads, precision)
     else:
-        model, config = load_network(source, config)
+        model, config = load_network(source, config, build)
     return _open_network(model, config, name, threads, precision or "fp32", class_names)
 
 
@@ -118,17 +120,20 @@ def is_export(source) -> bool:
     return folder.is_dir() and ((folder / FILE).exists() or not (folder / "config.yaml").exists())
 
 
-def load_network(source, config=None) -> tuple[RepLKNet, object]:
+def load_network(source, config=None, build: Callable = build_replknet) -> tuple[nn.Layer, object]:
     """The network of a checkpoint or run folder with its weights, and its configuration.
 
     Args:
         config: instead of that of the run folder.
+        build: config -> the network.
 
     Raises:
         FileNotFoundError, InputError: there is none, or it does not fit.
     """
     config = get_config(run_config_file(source)) if config is None else config
-    model = build_replknet(config)
+    if config.MODEL.TYPE != "RepLKNet" and build is build_replknet:
+        raise InputError(f"{source} is a segmentation network; `replknet segment predict` runs it")
+    model = build(config)
     load_pretrained(model, weights_of(source), weights=config.MODEL.PRETRAINED_WEIGHTS)
     model.eval()
     return model, config
@@ -251,7 +256,7 @@ def model_path(folder: Path, sidecar: Sidecar, files: Iterable[str]) -> Path:
 
 
 class BackendLayer(nn.Layer):
-    """A backend in the place of a network: tensor (N, 3, H, W) -> tensor (N, num_classes)."""
+    """A backend in the place of a network: tensor (N, 3, H, W) -> tensor of logits."""
 
     def __init__(self, backend: Backend):
         super().__init__()
@@ -261,8 +266,11 @@ class BackendLayer(nn.Layer):
         return paddle.to_tensor(self.backend.run(images.numpy()))
 
 
-def open_for_evaluation(config, name: str) -> nn.Layer:
+def open_for_evaluation(config, name: str, build: Callable = build_replknet) -> nn.Layer:
     """What `-eval -backend NAME` evaluates: MODEL.PRETRAINED, a checkpoint or an export folder.
+
+    Args:
+        build: config -> the network of a checkpoint.
 
     Raises:
         FileNotFoundError, InputError: it cannot be opened so, or an export that is not of the
@@ -276,12 +284,12 @@ def open_for_evaluation(config, name: str) -> nn.Layer:
         wanted = Sidecar.build(config, format=given.format)
         differ = [
             f"{key} is {getattr(given, key)}, in the configuration {getattr(wanted, key)}"
-            for key in ("architecture", "num_classes", "preprocessing")
+            for key in ("architecture", "num_classes", "preprocessing", "segmentation")
             if getattr(given, key) != getattr(wanted, key)
         ]
         if differ:
             raise InputError(f"{source} is not of this configuration: {'; '.join(differ)}")
         config = None
-    backend = open_backend(source, name, config=config)
+    backend = open_backend(source, name, config=config, build=build)
     logger.info("evaluating on backend %s, %s", backend.name, backend.sidecar.precision)
     return BackendLayer(backend)

@@ -5,6 +5,7 @@ validation list.
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import paddle
@@ -15,7 +16,12 @@ from replknet_paddle.data.dataset import ListDataset, get_dataset
 from replknet_paddle.data.lists import LIST_FILES
 from replknet_paddle.data.transforms import build_eval_transform
 from replknet_paddle.deploy.backends import load_network, open_backend
-from replknet_paddle.deploy.export import check_combination, check_target, export_model
+from replknet_paddle.deploy.export import (
+    CLASSIFIERS_ONLY,
+    check_combination,
+    check_target,
+    export_model,
+)
 from replknet_paddle.deploy.fold import largest_deviation, random_images
 from replknet_paddle.deploy.quantize import compare, spread_batches
 from replknet_paddle.deploy.runtimes import DygraphBackend
@@ -24,8 +30,12 @@ from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import file_sha256
 
 
-def export_checkpoint(config, args) -> None:
-    """Do what the flags say, and print what came of it."""
+def export_checkpoint(config, args, build: Callable) -> None:
+    """Do what the flags say, and print what came of it.
+
+    Args:
+        build: config -> the network.
+    """
     source = weights_of(args.pretrained)
     check_combination(args.format, args.precision)
     target = check_target(args.target)
@@ -33,9 +43,11 @@ def export_checkpoint(config, args) -> None:
         if getattr(args, flag) < 1:
             raise InputError(f"-{flag} {getattr(args, flag)}; allowed: an integer >= 1")
     is_int8 = args.precision == "int8"
+    if is_int8 and config.MODEL.TYPE != "RepLKNet":
+        raise InputError(CLASSIFIERS_ONLY)
     calibration = calibration_set(config, args) if is_int8 else None
     validation = validation_set(config) if is_int8 else None
-    model, _ = load_network(source, config)
+    model, _ = load_network(source, config, build)
     sidecar = Sidecar.build(
         config,
         format=args.format,

@@ -56,6 +56,7 @@ class UPerHead(nn.Layer):
     ):
         super().__init__()
         self.align_corners = align_corners
+        self.interpolate = resize  # an export has another one
 
         def conv(inputs: int, kernel_size: int) -> ConvNorm:
             return ConvNorm(inputs, channels, kernel_size, relu=True, norm_layer=norm_layer)
@@ -88,7 +89,8 @@ class UPerHead(nn.Layer):
         return self.bottleneck(paddle.concat([x, *pooled], axis=1))
 
     def resized(self, x: paddle.Tensor, like: paddle.Tensor) -> paddle.Tensor:
-        return resize(x, paddle.shape(like)[2:], align_corners=self.align_corners)
+        """`x` at the size of the map or image `like`."""
+        return self.interpolate(x, paddle.shape(like)[2:], align_corners=self.align_corners)
 
 
 class FCNHead(nn.Layer):

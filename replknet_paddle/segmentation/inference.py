@@ -12,6 +12,7 @@ import numpy as np
 import paddle
 from paddle.nn import functional as F
 
+from replknet_paddle.deploy.sidecar import Sidecar, segmentation_settings
 from replknet_paddle.segmentation.heads import resize
 from replknet_paddle.segmentation.transforms import Box, resized_size
 
@@ -39,14 +40,23 @@ class InferenceSettings:
     @classmethod
     def build(cls, config) -> "InferenceSettings":
         """What `config` says."""
-        settings = config.SEGMENTATION
+        return cls.of(segmentation_settings(config), config.DATA.IMAGE_SIZE)
+
+    @classmethod
+    def from_sidecar(cls, sidecar: Sidecar) -> "InferenceSettings":
+        """What an export's sidecar says."""
+        return cls.of(sidecar.segmentation, sidecar.preprocessing.image_size)
+
+    @classmethod
+    def of(cls, settings: dict, crop_size: int) -> "InferenceSettings":
+        """Those of `Sidecar.segmentation`."""
         return cls(
-            scale=tuple(settings.RESIZE),
-            ratios=tuple(settings.EVAL_RATIOS),
-            flip=settings.EVAL_FLIP,
-            crop_size=config.DATA.IMAGE_SIZE,
-            stride=settings.SLIDE_STRIDE,
-            align_corners=settings.ALIGN_CORNERS,
+            scale=tuple(settings["resize"]),
+            ratios=tuple(settings["eval_ratios"]),
+            flip=settings["eval_flip"],
+            crop_size=crop_size,
+            stride=settings["slide_stride"],
+            align_corners=settings["align_corners"],
         )
 
 

@@ -9,11 +9,14 @@ GOLDEN_RATIO = 0.618033988749895
 OVERLAY_SHARE = 0.5  # of the class's colour in an overlay
 
 
-def get_palette(config) -> np.ndarray:
-    """The colour of each class, uint8 (num_classes, 3): SEGMENTATION.PALETTE, or computed ones."""
-    colours = config.SEGMENTATION.PALETTE
+def palette_of(colours: str | None, num_classes: int) -> np.ndarray:
+    """The colour of each class, uint8 (num_classes, 3).
+
+    Args:
+        colours: as SEGMENTATION.PALETTE has them; None: computed ones.
+    """
     if colours is None:
-        return computed_palette(config.MODEL.NUM_CLASSES)
+        return computed_palette(num_classes)
     return np.array([list(bytes.fromhex(colour)) for colour in colours.split()], np.uint8)
 
 

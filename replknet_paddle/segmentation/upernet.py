@@ -4,7 +4,7 @@ import paddle
 from paddle import nn
 
 from replknet_paddle.model import RepLKNet, build_replknet
-from replknet_paddle.segmentation.heads import FCNHead, UPerHead, resize
+from replknet_paddle.segmentation.heads import FCNHead, UPerHead
 
 AUXILIARY_STAGE = 2  # whose map the auxiliary head looks at
 
@@ -15,10 +15,10 @@ class UPerNet(nn.Layer):
     Args:
         backbone: with all four maps.
         decode_head: whose logits count.
-        auxiliary_head: for a second loss in training; None to have none.
+        auxiliary_head: for a second loss in training.
     """
 
-    def __init__(self, backbone: RepLKNet, decode_head: UPerHead, auxiliary_head: FCNHead | None):
+    def __init__(self, backbone: RepLKNet, decode_head: UPerHead, auxiliary_head: FCNHead):
         super().__init__()
         self.backbone = backbone
         self.decode_head = decode_head
@@ -34,8 +34,13 @@ class UPerNet(nn.Layer):
         logits = self.decode_head(maps)
         if self.training:
             return logits, self.auxiliary_head(maps[AUXILIARY_STAGE])
-        size = paddle.shape(images)[2:]
-        return resize(logits, size, align_corners=self.decode_head.align_corners)
+        return self.decode_head.resized(logits, images)
+
+    def export_form(self):
+        """Its `ExportForm`, for `replknet_paddle.deploy.export`."""
+        from replknet_paddle.segmentation.export import export_form  # what training does not need
+
+        return export_form(self)
 
     def structural_reparam(self) -> None:
         """Merge the backbone's kernels, in place, for inference."""
