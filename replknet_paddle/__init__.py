@@ -10,6 +10,7 @@ takes no time.
 """
 
 import importlib
+import zlib  # noqa: F401 - before Paddle 2.6, which spoils it for what is loaded later
 
 __version__ = "0.2.0"
 

@@ -11,6 +11,7 @@ from typing import IO
 import numpy as np
 from PIL import Image
 
+from replknet_paddle.data.transforms.png import SIGNATURE, decode_png, zlib_is_broken
 from replknet_paddle.runtime.errors import InputError
 
 # What data sets hold. Pillow reads many more, some of them by starting other programs (EPS).
@@ -29,6 +30,8 @@ def open_image(path: str | IO[bytes]) -> Image.Image:
     """
     if isinstance(path, str) and not stat.S_ISREG(os.stat(path).st_mode):
         raise InputError("not a regular file")  # opening a pipe would wait for somebody to write
+    if zlib_is_broken() and (data := png_bytes(path)) is not None:
+        return decode_png(data, max_pixels=MAX_PIXELS)
     try:
         image = Image.open(path, formats=FORMATS)
     except Image.UnidentifiedImageError:
@@ -42,6 +45,17 @@ def open_image(path: str | IO[bytes]) -> Image.Image:
         image.close()
         raise InputError(f"{size} pixels may be a decompression bomb; allowed: {MAX_PIXELS:,}")
     return image
+
+
+def png_bytes(path: str | IO[bytes]) -> bytes | None:
+    """The bytes of a PNG file; None for another one, which is left where it was."""
+    if isinstance(path, str):
+        with open(path, "rb") as file:
+            return png_bytes(file)
+    start = path.tell()
+    is_png = path.read(len(SIGNATURE)) == SIGNATURE
+    path.seek(start)
+    return path.read() if is_png else None
 
 
 def load(image: Image.Image) -> None:
