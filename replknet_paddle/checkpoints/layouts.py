@@ -1,7 +1,8 @@
 """The layouts that name RepLKNet's parameters, and the way between each and the native one.
 
 PaddleViT's names are native here; the official PyTorch repository and mmpretrain have others for
-the same tensors, and mmsegmentation has names for a UPerNet around it. A file's layout is recognized by its names.
+the same tensors, and mmsegmentation has names for a UPerNet around it. A file's layout is
+recognized by its names.
 """
 
 import os

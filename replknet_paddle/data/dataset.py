@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import paddle
 
-from replknet_paddle.data.lists import LAYOUT, LIST_FILES, printable, read_list, resolve
+from replknet_paddle.data.lists import LIST_FILES, check_list, read_list, resolve, unreadable
 from replknet_paddle.data.loader import Loader, check_memory
 from replknet_paddle.data.samplers import EvalBatches, TrainBatches
 from replknet_paddle.data.transforms import (
@@ -16,7 +16,7 @@ from replknet_paddle.data.transforms import (
 )
 from replknet_paddle.data.transforms.image import open_image
 from replknet_paddle.runtime.cores import processes_on_this_machine
-from replknet_paddle.runtime.errors import InputError, SampleError
+from replknet_paddle.runtime.errors import InputError
 
 
 class ListDataset(paddle.io.Dataset):
@@ -46,10 +46,7 @@ class ListDataset(paddle.io.Dataset):
         allow_outside: bool = False,
     ):
         super().__init__()
-        if not os.path.isdir(root):
-            raise FileNotFoundError(f"no data folder {root}; {LAYOUT}")
-        if not os.path.isfile(list_file):
-            raise FileNotFoundError(f"no list file {list_file}; {LAYOUT}")
+        check_list(list_file, root)
         self.list_file = list_file
         self.root = root
         self.transform = transform
@@ -94,13 +91,8 @@ class ListDataset(paddle.io.Dataset):
             with open_image(full) as image:
                 return transform(image, np.random.default_rng((self.seed, epoch, index)))
         except (OSError, InputError) as error:
-            reason = error
-            if isinstance(error, OSError) and error.strerror:
-                reason = error.strerror.lower()  # without the path, which is named already
-            raise SampleError(
-                f"{self.list_file}, line {self._lines[index]}: cannot read image "
-                f"{printable(path)}: {printable(str(reason))}"
-            ) from None
+            place = self.list_file, self._lines[index], f"image {path}"
+            raise unreadable(*place, error) from None
 
 
 def get_dataset(config, is_train: bool) -> ListDataset:

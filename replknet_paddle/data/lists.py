@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.errors import InputError, SampleError
 
 LAYOUT = (
     "-data_path takes a folder with train_list.txt and val_list.txt, whose lines are the "
@@ -22,6 +22,33 @@ LAYOUT = (
     '"train/n01440764/n01440764_10026.JPEG 0"; replknet make-lists writes them'
 )
 LIST_FILES = {True: "train_list.txt", False: "val_list.txt"}
+
+
+def check_list(list_file: str, root: str, layout: str = LAYOUT) -> None:
+    """Raise FileNotFoundError if there is no such data folder or list.
+
+    Args:
+        layout: what to give instead.
+    """
+    if not os.path.isdir(root):
+        raise FileNotFoundError(f"no data folder {root}; {layout}")
+    if not os.path.isfile(list_file):
+        raise FileNotFoundError(f"no list file {list_file}; {layout}")
+
+
+def unreadable(list_file: str, line: int, path: str, error: Exception) -> SampleError:
+    """What to raise for a file of a list that cannot be read.
+
+    Args:
+        line: that has the path, counted from 1.
+        path: with what it is, e.g. `image a.jpg`.
+    """
+    reason = error
+    if isinstance(error, OSError) and error.strerror:
+        reason = error.strerror.lower()  # without the path, which is named already
+    return SampleError(
+        f"{list_file}, line {line}: cannot read {printable(path)}: {printable(str(reason))}"
+    )
 
 
 class Line(NamedTuple):

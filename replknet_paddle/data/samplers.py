@@ -44,7 +44,7 @@ class TrainBatches(paddle.io.Sampler):
             yield [(self.epoch, int(index)) for index in order[start : start + self.batch_size]]
 
 
-class StepBatches(paddle.io.Sampler):
+class StepBatches(TrainBatches):
     """The (pass, index) names of one rank's training batches, in epochs of a given number.
 
     Whole passes over the dataset, each shuffled anew, follow one another without regard to epochs:
@@ -54,25 +54,11 @@ class StepBatches(paddle.io.Sampler):
         batches: of an epoch.
     """
 
-    def __init__(
-        self, length: int, batch_size: int, *, rank: int, world_size: int, seed: int, batches: int
-    ):
-        self.length = length
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.seed = seed
+    def __init__(self, length: int, batch_size: int, *, batches: int, **places):
+        super().__init__(length, batch_size, **places)
         self.batches = batches
-        self.epoch = 0
-        self.first_batch = 0
-
-    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """What the next iteration gives: this epoch, from this batch on."""
-        self.epoch = epoch
-        self.first_batch = first_batch
 
     def __len__(self) -> int:
-        """Batches in a whole epoch, for this rank as for any other."""
         return self.batches
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:

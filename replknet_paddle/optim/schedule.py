@@ -1,4 +1,4 @@
-"""Learning rate per optimizer step: linear warm-up, then a cosine or a line down to the minimum.
+"""Learning rate per optimizer step: warm-up, then a cosine or a line down to the minimum.
 
 The schedule of the official training code (ConvNeXt's step array, used by Swin and BEiT too) as
 a pure function, so that a resumed run needs nothing but the step number.

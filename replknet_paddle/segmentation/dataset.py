@@ -13,13 +13,13 @@ import numpy as np
 import paddle
 from PIL import Image
 
-from replknet_paddle.data.lists import LIST_FILES, printable, resolve
+from replknet_paddle.data.lists import LIST_FILES, check_list, printable, resolve, unreadable
 from replknet_paddle.data.loader import Loader, check_memory
 from replknet_paddle.data.samplers import EvalBatches, StepBatches
 from replknet_paddle.data.transforms.finish import FinishBatch, Unfinished
 from replknet_paddle.data.transforms.image import load, open_image, to_rgb
 from replknet_paddle.runtime.cores import processes_on_this_machine
-from replknet_paddle.runtime.errors import InputError, SampleError
+from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.segmentation.transforms import TrainCrop, read_labels, whole_image
 
 LAYOUT = (
@@ -58,10 +58,7 @@ class SegmentationDataset(paddle.io.Dataset):
         allow_outside: bool = False,
     ):
         super().__init__()
-        if not os.path.isdir(root):
-            raise FileNotFoundError(f"no data folder {root}; {LAYOUT}")
-        if not os.path.isfile(list_file):
-            raise FileNotFoundError(f"no list file {list_file}; {LAYOUT}")
+        check_list(list_file, root, LAYOUT)
         self.list_file = list_file
         self.root = root
         self.transform = transform
@@ -97,13 +94,7 @@ class SegmentationDataset(paddle.io.Dataset):
                     zero_is_ignored=self.zero_is_ignored,
                 )
         except (OSError, InputError) as error:
-            reason = error
-            if isinstance(error, OSError) and error.strerror:
-                reason = error.strerror.lower()  # without the path, which is named already
-            raise SampleError(
-                f"{self.list_file}, line {self.lines[index]}: cannot read {printable(path)}: "
-                f"{printable(str(reason))}"
-            ) from None
+            raise unreadable(self.list_file, self.lines[index], path, error) from None
         return self.transform(pixels, classes, np.random.default_rng((self.seed, epoch, index)))
 
     def open(self, path: str) -> Image.Image:

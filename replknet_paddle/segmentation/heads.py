@@ -12,7 +12,7 @@ import paddle
 from paddle import nn
 from paddle.nn import functional as F
 
-from replknet_paddle.model import ConvNorm
+from replknet_paddle.layers import ConvNorm, uniform
 
 POOL_SCALES = (1, 2, 3, 6)
 DROPOUT = 0.1  # of whole channels, before the classifier
@@ -24,13 +24,13 @@ def resize(x: paddle.Tensor, size: Sequence[int], *, align_corners: bool) -> pad
 
 
 def classifier(channels: int, num_classes: int) -> nn.Conv2D:
-    """A 1x1 convolution to logits, which begins near zero."""
+    """A 1x1 convolution to logits, initialized as the rest of the network.
+
+    The official code draws weights of deviation 0.01. From these the narrow heads of the nano
+    network did not learn a class of one pixel in twenty within 1,200 steps.
+    """
     return nn.Conv2D(
-        channels,
-        num_classes,
-        1,
-        weight_attr=nn.initializer.Normal(0.0, 0.01),
-        bias_attr=nn.initializer.Constant(0.0),
+        channels, num_classes, 1, weight_attr=uniform(channels), bias_attr=uniform(channels)
     )
 
 

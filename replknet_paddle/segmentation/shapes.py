@@ -38,17 +38,17 @@ def make_shapes(folder: str, *, count: int = 200, seed: int = 0) -> None:
 
 
 def draw(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
-    """A noisy grey image of one to three shapes, and its labels; outlines are ignored.
+    """A noisy grey image of two to four shapes, and its labels; outlines are ignored.
 
     A class has a range of hues: green circles, blue squares, red triangles.
     """
     image = Image.new("RGB", (SIDE, SIDE), (int(rng.integers(40, 216)),) * 3)
     labels = Image.new("L", (SIDE, SIDE), 0)
-    for _ in range(rng.integers(1, 4)):
+    for _ in range(rng.integers(2, 5)):
         label = int(rng.integers(1, len(CLASSES)))
         hue = 120 * label + rng.uniform(-20, 20)  # degrees
         colour = colorsys.hsv_to_rgb(hue % 360 / 360, rng.uniform(0.6, 1), rng.uniform(0.5, 1))
-        radius = int(rng.integers(8, 17))
+        radius = int(rng.integers(11, 21))
         x, y = rng.integers(radius, SIDE - radius, 2).tolist()
         for picture, fill, outline in (
             (image, tuple(round(255 * channel) for channel in colour), None),
