@@ -5,28 +5,118 @@
 #   PYTHON=python3 sh run_tests.sh   in an environment of yours alone
 #
 # Flags go to pytest: sh run_tests.sh -k merging
-set -eu
+#
+# A step that fails does not keep the others from running; the status is 1 if any failed.
+set -u
 cd "$(dirname "$0")"
 cores=$(nproc 2>/dev/null || echo 2)
-export OMP_NUM_THREADS=1  # the tests themselves run in parallel
+export OMP_NUM_THREADS=1 # the tests themselves run in parallel
+failed=
 
-check() { # the environment whose Python is $1
-    python=$1
+# Tests that do not depend on Paddle: they run once, with a stand-in for it that cannot be called.
+once="
+    tests/checkpoints/test_hostile_pickles.py
+    tests/checkpoints/test_mutated_files.py
+    tests/commands/test_make_digits.py
+    tests/commands/test_plot.py
+    tests/data/test_class_names.py
+    tests/data/test_fuzz.py
+    tests/data/test_images.py
+    tests/data/test_list_files.py
+    tests/data/test_lists.py
+    tests/data/test_samplers.py
+    tests/data/test_split.py
+    tests/data/transforms/test_augment.py
+    tests/data/transforms/test_builders.py
+    tests/data/transforms/test_erasing.py
+    tests/data/transforms/test_evaluation.py
+    tests/data/transforms/test_pixels.py
+    tests/data/transforms/test_training.py
+    tests/deploy/test_sidecar.py
+    tests/ops/test_csrc.py
+    tests/optim/test_schedule.py
+    tests/test_config.py
+"
+# Tests that compare numbers: they run again with instruction sets held back.
+numerical="
+    tests/analysis
+    tests/commands/test_benchmark.py
+    tests/commands/test_merge.py
+    tests/deploy/test_backends.py
+    tests/deploy/test_fold.py
+    tests/deploy/test_quantize.py
+    tests/ops
+    tests/optim
+    tests/test_model.py
+"
+
+step() { # the name of a step and its command
+    name=$1
     shift
-    "$python" -c 'import paddle; print(f"== pytest on Paddle {paddle.__version__}")' 2>/dev/null
-    "$python" -m pytest -n "$cores" "$@"
+    echo "== $name"
+    status=0
+    "$@" || status=$?
+    # 5: flags that select tests left none for this step.
+    [ "$status" -eq 0 ] || [ "$status" -eq 5 ] || failed="$failed
+    $name: status $status"
 }
 
-python=$(sh setup_env.sh requirements/test.txt)
-echo "== ruff"
-"$python" -m ruff check .
-"$python" -m ruff format --check .
-echo "== import-linter"
-"$python" -c 'import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports())'
-check "$python" "$@"
-if [ -z "${PYTHON:-}" ]; then
-    python=$(VENV=.venv-paddle2 PIP_CONSTRAINT=requirements/constraints-paddle2.txt \
-        sh setup_env.sh requirements/test.txt requirements/page.txt)
-    # The kernels by themselves know no Paddle: once is enough.
-    check "$python" --ignore tests/ops/test_csrc.py "$@"
+ignored() { # --ignore for each of the files
+    for file in "$@"; do echo "--ignore=$file"; done
+}
+
+paddle_version() { # of the Python $1
+    "$1" -c 'import importlib.metadata as m
+for name in ("paddlepaddle", "paddlepaddle-gpu"):
+    try:
+        print("Paddle", m.version(name))
+        break
+    except m.PackageNotFoundError:
+        pass'
+}
+
+echo "== processor: $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo 2>/dev/null | head -n 1)," \
+    "$(uname -m), $cores cores," \
+    "$(for flag in avx2 avx512f avx512_bf16 amx_bf16; do
+        grep -qw "$flag" /proc/cpuinfo 2>/dev/null && printf '%s ' "$flag" || printf 'no %s ' "$flag"
+    done)"
+
+python=$(sh setup_env.sh requirements/test.txt) || exit
+step ruff "$python" -m ruff check .
+step "ruff format" "$python" -m ruff format --check .
+step import-linter "$python" -c 'import sys
+from importlinter.cli import lint_imports
+sys.exit(lint_imports())'
+
+# The lists above hold no spaces in their names.
+# shellcheck disable=SC2046,SC2086
+{
+    step "tests without Paddle" env PYTHONPATH="$PWD/tests/no_paddle" \
+        "$python" -m pytest -n "$cores" $once "$@"
+    step "$(paddle_version "$python")" \
+        "$python" -m pytest -n "$cores" $(ignored $once) "$@"
+    step "$(paddle_version "$python"), instructions up to AVX2" env LK_ISA=1 \
+        ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell \
+        MKL_ENABLE_INSTRUCTIONS=AVX2 MKL_DEBUG_CPU_TYPE=5 \
+        "$python" -m pytest -n "$cores" $(ignored $once) $numerical "$@"
+    step "$(paddle_version "$python"), instructions up to SSE4" env LK_ISA=0 \
+        ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Nehalem \
+        MKL_ENABLE_INSTRUCTIONS=SSE4_2 MKL_DEBUG_CPU_TYPE=3 \
+        "$python" -m pytest -n "$cores" $(ignored $once) $numerical "$@"
+    if [ -z "${PYTHON:-}" ]; then
+        if python=$(VENV=.venv-paddle2 PIP_CONSTRAINT=requirements/constraints-paddle2.txt \
+            sh setup_env.sh requirements/test.txt requirements/page.txt); then
+            step "$(paddle_version "$python")" \
+                "$python" -m pytest -n "$cores" $(ignored $once) "$@"
+        else
+            failed="$failed
+    the environment with the oldest Paddle"
+        fi
+    fi
+}
+
+if [ -n "$failed" ]; then
+    echo "== failed:$failed"
+    exit 1
 fi
+echo "== all passed"

@@ -9,8 +9,9 @@
 #   NNODES=4 MASTER=10.0.0.1:8090 sh run_train_multi.sh -output=/shared/31b
 # NPROC_PER_NODE is the number of processes on this machine; by default one for each visible GPU.
 #
-# MAX_RESTARTS=N goes on from the newest whole checkpoint, up to N times, when the run fails; one
-# that fails twice at the same step stops. Bad input, SIGTERM and SIGINT are not restarted.
+# MAX_RESTARTS=N goes on from the newest whole checkpoint, up to N times, when the run fails or one of
+# its processes is killed; one that fails twice at the same step stops. Bad input, SIGTERM and SIGINT
+# are not restarted.
 #
 # PYTHON names the Python to use; by default that of .venv, if setup_env.sh made one.
 set -eu
@@ -68,7 +69,7 @@ child=
 trap '[ -z "$child" ] || kill -TERM "$child"' TERM
 trap '[ -z "$child" ] || kill -INT "$child"' INT
 done_restarts=0
-failed_at=none
+failed_at=
 auto=
 while :; do
     "$PYTHON" main_multi_gpu.py "$@" $auto &
@@ -83,7 +84,8 @@ while :; do
 
     step=none
     [ ! -f "$run/step" ] || step=$(tr -d ' ' < "$run/step")
-    if [ "$done_restarts" -gt 0 ] && [ "$step" = "$failed_at" ]; then
+    # A status above 128 is that of a process that was killed, which says nothing of the step.
+    if [ "$status" -le 128 ] && [ "$step" = "$failed_at" ]; then
         say "failed with status $status at step $step for the second time; not restarting"
         exit "$status"
     fi
@@ -91,7 +93,8 @@ while :; do
         say "failed with status $status at step $step; all $restarts restarts are used up"
         exit "$status"
     fi
-    failed_at=$step
+    failed_at=killed
+    [ "$status" -gt 128 ] || failed_at=$step
     done_restarts=$((done_restarts + 1))
     # A run that resumes another's checkpoint does so again, until it has one of its own.
     [ -n "$resumed" ] && [ ! -e "$run/last" ] || auto=-resume=auto

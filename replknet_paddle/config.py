@@ -146,10 +146,14 @@ _KEYS: dict[str, tuple[Any, Rule]] = {
     # to IMAGE_SIZE / CROP_PCT and centre crop, or both sides to IMAGE_SIZE
     "DATA.NUM_WORKERS": (2, integer(0)),  # loader processes for each training process
     "DATA.CLASS_NAMES": (None, optional(text())),  # (+) file of one class name per line, or
-    # ade20k, cityscapes or imagenet1k, whose names the project has; None: class_names.txt beside
-    # the lists, if there is one, else the project's for 1000 classes
+    # ade20k or cityscapes, whose names the project has; None: class_names.txt beside the lists, if
+    # there is one, or as IMAGENET_NAMES says
+    "DATA.IMAGENET_NAMES": (False, boolean()),  # (+) 1000 classes that nothing else names are
+    # ImageNet-1K's, in the order of its synsets; set by the configs of published models
     "DATA.MAX_BAD_IMAGES": (10, integer(0)),  # (+) unreadable training images, per process, to
     # replace by others before the run stops; evaluation stops at the first
+    "DATA.WORKER_TIMEOUT": (600.0, number(1)),  # (+) seconds to wait for one batch of the loader
+    # processes before the run ends with status 1: their storage hangs
     "DATA.ALLOW_OUTSIDE": (False, boolean()),  # (+) list lines may lead out of DATA_PATH: by .., as
     # absolute paths, through links
     "DATA.NATIVE_PIXELS": (True, boolean()),  # (+) resize and augment in compiled code, which gives
@@ -165,11 +169,9 @@ _KEYS: dict[str, tuple[Any, Rule]] = {
     "MODEL.RESUME": (None, optional(text())),  # checkpoint or run folder to go on from; auto: the
     # newest whole checkpoint of SAVE, or a fresh start where there is none
     "MODEL.PRETRAINED": (None, optional(text())),  # weights to evaluate or to start training from
-    "MODEL.PRETRAINED_WEIGHTS": (
-        "model",
-        choice("model", "model_ema"),
-    ),  # (+) which of those that a
-    # training checkpoint holds: the weights, or their moving average
+    "MODEL.PRETRAINED_WEIGHTS": ("auto", choice("auto", "model", "model_ema")),  # (+) which of a
+    # training checkpoint: its weights, the EMA weights, or those of the two that the run found
+    # better, which are the weights for files without that record
     "MODEL.DROP_HEAD": (False, boolean()),  # (+) start with a fresh head where PRETRAINED has other
     # classes
     "MODEL.NUM_CLASSES": (1000, integer(1)),

@@ -11,7 +11,9 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -129,6 +131,77 @@ def finish_ranks(arguments, *, folder: Path, ranks: int = 2, status: int = 0, ta
         got = run.wait()
         assert got == status, f"status {got}, expected {status}:\n{run.text()}"
     return [run.text() for run in runs]
+
+
+def start_really(arguments, **options) -> subprocess.Popen:
+    """main_multi_gpu.py in a process group of its own, as a shell starts it."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "main_multi_gpu.py"), *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **options},
+    )
+
+
+class Script:
+    """run_train_multi.sh on the tiny network, in a process group of its own."""
+
+    def __init__(self, arguments, *, restarts, python=sys.executable):
+        self.process = subprocess.Popen(
+            ["sh", str(ROOT / "run_train_multi.sh"), *map(str, arguments)],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHON": str(python),
+                "MAX_RESTARTS": str(restarts),
+            },
+        )
+
+    def finish(self, timeout=120) -> tuple[int, str]:
+        try:
+            said, _ = self.process.communicate(timeout=timeout)
+        finally:
+            self.kill()
+        return self.process.returncode, said
+
+    def kill(self) -> None:
+        """End the script and the program that it has started, if they have not ended."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def children(pid: int) -> list[int]:
+    """Processes that `pid` started and that are still there."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        found += [int(child) for child in task.read_text().split()]
+    return found
+
+
+def worker(pid: int, rank: int) -> int | None:
+    """The training process of `rank` among what `pid` started, by way of Paddle's launcher."""
+    for child in children(pid):
+        try:
+            is_launcher = (
+                b"paddle.distributed.launch" in Path(f"/proc/{child}/cmdline").read_bytes()
+            )
+            for candidate in children(child) if is_launcher else ():
+                environment = Path(f"/proc/{candidate}/environ").read_bytes().split(b"\0")
+                if f"PADDLE_TRAINER_ID={rank}".encode() in environment:
+                    return candidate
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        found = worker(child, rank)
+        if found is not None:
+            return found
+    return None
 
 
 def free_ports(count: int) -> list[int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from yacs.config import CfgNode
 
 from replknet_paddle.commands import run_command
 
@@ -71,9 +72,41 @@ def make_data(folder: Path, *, train: int, val: int, classes: int = 4) -> None:
         (folder / f"{split}_list.txt").write_text("".join(lines))
 
 
+def make_patterns(folder) -> None:
+    """64 noisy images of 4 patterns, which no augmentation turns into one another; all are both
+    the training and the validation set."""
+    rng = np.random.default_rng(0)
+    waves = np.sin(np.arange(40) * 1.2) > 0
+    patterns = [
+        np.broadcast_to(waves, (40, 40)),
+        np.broadcast_to(waves[:, None], (40, 40)),
+        waves ^ waves[:, None],
+        np.zeros((40, 40)),
+    ]
+    folder.mkdir()
+    lines = []
+    for i in range(64):
+        pixels = 80 * patterns[i % 4][..., None] + rng.integers(40, 100, (40, 40, 3))
+        Image.fromarray(pixels.astype("uint8")).save(folder / f"{i}.png")
+        lines.append(f"{i}.png {i % 4}\n")
+    for split in ("train", "val"):
+        (folder / f"{split}_list.txt").write_text("".join(lines))
+
+
 def command(name: str):
     """`replknet NAME` as a function: arguments -> exit status, in this process."""
     return functools.partial(run_command, name)
+
+
+def leaves(node, prefix=""):
+    """{dotted key: value} of a config."""
+    values = {}
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            values |= leaves(value, f"{prefix}{key}.")
+        else:
+            values[prefix + key] = value
+    return values
 
 
 def flags(**values) -> argparse.Namespace:

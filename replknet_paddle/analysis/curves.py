@@ -4,6 +4,9 @@ import json
 import os
 
 from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.extras import import_extra
+from replknet_paddle.runtime.files import check_file_target, written_whole
+from replknet_paddle.runtime.fonts import plot_fonts, readable
 
 # Panels and the keys of metrics.jsonl that each shows, with their line styles.
 PANELS = {
@@ -36,34 +39,66 @@ def read_metrics(run_folder: str) -> list[dict]:
     return records
 
 
+def best_record(records: list[dict]) -> tuple[str, dict] | None:
+    """The key and the record of the best top-1 accuracy, of the weights or of their EMA.
+
+    The first of equal ones, as the run keeps it; None where no epoch was evaluated.
+    """
+    found = [
+        (record[key], key, record)
+        for record in records
+        for key in PANELS["top-1 (%)"]
+        if key in record
+    ]
+    return max(found, key=lambda mark: mark[0])[1:] if found else None
+
+
 def plot_metrics(run_folders: list[str], target: str) -> None:
     """Draw loss and accuracy over epochs, one colour a run, and write them to `target`.
 
+    A star marks the best epoch of each run.
+
     Raises:
+        FileNotFoundError: no folder to write into, or what `read_metrics` says.
         InputError: matplotlib is missing, `target` is no picture, or what `read_metrics` says.
+        OSError: it cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError(
-            f"plotting needs matplotlib ({error}); pip install -r requirements/plots.txt"
-        ) from None
-    runs = {folder: read_metrics(folder) for folder in run_folders}
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    for axes, (title, keys) in zip(figure.subplots(1, len(PANELS)), PANELS.items()):
-        for i, (folder, records) in enumerate(runs.items()):
-            name = os.path.basename(os.path.normpath(folder))
-            for key, style in keys.items():
-                points = [(r["epoch"], r[key]) for r in records if key in r]
-                if points:
-                    label = f"{name}: {key.split('_percent')[0]}"
-                    axes.plot(*zip(*points), style, color=f"C{i % 10}", label=label)
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(title)
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(fontsize="small")
-    try:
-        figure.savefig(target, dpi=120)
-    except ValueError as error:  # a suffix that stands for no kind of picture
-        raise InputError(f"cannot write {target}: {error}") from None
+    figures = import_extra("matplotlib.figure", "plots")
+    kinds = sorted(figures.Figure().canvas.get_supported_filetypes())
+    check_file_target(target, [f".{kind}" for kind in kinds])
+    figure = build_figure({folder: read_metrics(folder) for folder in run_folders})
+    with written_whole(target, "wb") as file:
+        figure.savefig(file, dpi=120, format=os.path.splitext(target)[1][1:].lower())
+
+
+def build_figure(runs: dict[str, list[dict]]):
+    """The figure of `plot_metrics`, of {run folder: records}."""
+    figures = import_extra("matplotlib.figure", "plots")
+    matplotlib = import_extra("matplotlib", "plots")
+    names = [readable(os.path.basename(os.path.abspath(folder))) for folder in runs]
+    with matplotlib.rc_context({"font.family": plot_fonts(names)}):
+        figure = figures.Figure(figsize=(12, 4.8), layout="constrained")
+        figure.suptitle(f"Training: {', '.join(names)}")
+        for axes, (title, keys) in zip(figure.subplots(1, len(PANELS)), PANELS.items()):
+            for i, (name, records) in enumerate(zip(names, runs.values())):
+                draw_run(axes, name, records, keys, colour=f"C{i % 10}")
+            axes.set_xlabel("epoch")
+            axes.set_ylabel(title)
+            axes.grid(alpha=0.3)
+            if axes.lines:
+                axes.legend(fontsize="small")
+    return figure
+
+
+def draw_run(axes, name: str, records: list[dict], keys: dict[str, str], *, colour: str) -> None:
+    """Draw the curves of one run in one panel, and a star at its best epoch."""
+    for key, style in keys.items():
+        points = [(record["epoch"], record[key]) for record in records if key in record]
+        if points:
+            label = f"{name}: {key.split('_percent')[0]}"
+            axes.plot(*zip(*points), style, color=colour, label=label)
+    best = best_record(records)
+    if best is not None and best[0] in keys:
+        key, record = best
+        label = f"{name}: best, {record[key]:.2f} % at epoch {record['epoch']}"
+        axes.plot([record["epoch"]], [record[key]], "*", color=colour, markersize=14, label=label)

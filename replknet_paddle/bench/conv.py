@@ -12,8 +12,20 @@ from dataclasses import dataclass
 import paddle
 from paddle import nn
 
-from replknet_paddle.bench.timing import time_in_turn
-from replknet_paddle.ops import FastDepthwiseConv2D, get_library, large_kernel_depthwise_conv2d
+from replknet_paddle.bench.timing import (
+    check_counts,
+    describe_machine,
+    median_ratio,
+    summarize,
+    time_in_turn,
+)
+from replknet_paddle.ops import (
+    FastDepthwiseConv2D,
+    LibraryError,
+    get_library,
+    large_kernel_depthwise_conv2d,
+)
+from replknet_paddle.runtime.errors import InputError
 
 ALGORITHMS = ("direct", "fft")
 
@@ -52,6 +64,62 @@ class ConvCase:
             min(self.side, i + half + 1) - max(0, i - half) for i in range(self.side)
         )  # along one axis, over all outputs
         return 2 * self.batch * self.channels * taps**2
+
+
+def measured_library():
+    """The compiled operators, which a benchmark is about.
+
+    Raises:
+        InputError: they are not there.
+    """
+    try:
+        return get_library()
+    except LibraryError as error:
+        raise InputError(f"nothing to measure: {error}") from None
+
+
+def report_conv(*, shapes: str, batch: int, rounds: int) -> None:
+    """Print how fast depthwise convolutions are beside Paddle's, by pass and algorithm.
+
+    Args:
+        shapes: `stages`, `grid` or `all`, which is both.
+        batch: images of each layer's input.
+        rounds: how often each is timed.
+
+    Raises:
+        InputError: a number below 1, or the operators are not there.
+    """
+    check_counts(batch=batch, rounds=rounds)
+    library = measured_library()
+    print(describe_machine())
+    peak = library.peak_gflops(library.threads)
+    print(
+        f"{library.isa}, {library.threads} thread(s) (LARGE_KERNEL_THREADS), measured peak "
+        f"{peak:.0f} GFLOP/s; GFLOP/s of taps inside the map"
+    )
+    layers = {"stages": STAGES, "grid": GRID, "all": (*STAGES, *GRID)}[shapes]
+    print(
+        f"{'shape':>20} {'pass':17}{'by':20}{'ms':>9}{'from':>9}{'to':>9}{'GFLOP/s':>9}"
+        f"{'of peak':>9}{'Paddle/it':>11}{f'{GRID_LAYERS} layers':>11}"
+    )
+    for channels, side, kernel in layers:
+        case = ConvCase(batch, channels, side, kernel)
+        for name, by_impl in time_conv(case, rounds=rounds).items():
+            work = case.useful_flops * (2 if name == "both gradients" else 1)
+            which = "forward" if name == "forward" else "gradients"
+            chosen = library.choose(case.shape, which)
+            for impl, seconds in by_impl.items():
+                timing = summarize(seconds)
+                rate = work / timing.median_seconds / 1e9
+                print(
+                    f"{f'{batch}x{channels}x{side}x{side} K{kernel}':>20} {name:17}"
+                    f"{impl + (' (auto)' if impl == chosen else ''):20}"
+                    f"{1e3 * timing.median_seconds:9.3f}{1e3 * timing.min_seconds:9.3f}"
+                    f"{1e3 * timing.max_seconds:9.3f}{rate:9.1f}{rate / peak:9.2f}"
+                    f"{median_ratio(by_impl['paddle'], seconds):11.1f}"
+                    f"{f'{GRID_LAYERS * 1e3 * timing.median_seconds:.1f} ms':>11}",
+                    flush=True,
+                )
 
 
 def time_conv(case: ConvCase, *, rounds: int) -> dict[str, dict[str, list[float]]]:

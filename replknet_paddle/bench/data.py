@@ -2,18 +2,106 @@
 
 import itertools
 import os
+import statistics
+import tempfile
 import time
 from collections.abc import Callable
 
 import numpy as np
+import PIL
 from PIL import Image
 
-from replknet_paddle.bench.timing import time_in_turn
+from replknet_paddle.bench.timing import (
+    check_counts,
+    describe_machine,
+    median_ratio,
+    time_in_turn,
+)
+from replknet_paddle.data.dataset import ListDataset, get_dataset
+from replknet_paddle.data.lists import LIST_FILES
+from replknet_paddle.data.loader import Loader
+from replknet_paddle.data.samplers import TrainBatches
+from replknet_paddle.runtime.errors import InputError
 
 PHOTOGRAPH = (500, 375)  # what most of ImageNet is
 QUALITY = 90
 ROUND = 20  # images
 PLAIN = "plain Pillow decoding"
+IMAGES = 200
+
+
+def report_data(
+    config, photographs: list[str], *, rounds: int, workers: int = 0, epochs: int = 9
+) -> None:
+    """Print what a core does of the input pipeline beside plain decoding, and how loaders scale.
+
+    Args:
+        config: whose pipelines to time; on copies of the photographs.
+        photographs: as the `sources` of `make_photographs`.
+        rounds: as of `core_seconds`.
+        workers: also compare a loader of this many with a loader of one; 0: do not.
+        epochs: as of `loader_seconds`.
+
+    Raises:
+        InputError: a number below 1, or below 0 workers.
+    """
+    check_counts(rounds=rounds, epochs=epochs)
+    if workers < 0:
+        raise InputError(f"--workers {workers}; allowed: an integer >= 0")
+    with tempfile.TemporaryDirectory() as folder:
+        files = make_photographs(photographs, folder, IMAGES)
+        for name in LIST_FILES.values():
+            with open(os.path.join(folder, name), "w", encoding="ascii") as file:
+                file.writelines(f"{image} 0\n" for image in files)
+        config = config.clone()
+        config.defrost()
+        config.DATA.DATA_PATH = folder
+        config.freeze()
+        train, val = get_dataset(config, True), get_dataset(config, False)
+        paths = [os.path.join(folder, name) for name in files]
+        kilobytes = sum(map(os.path.getsize, paths)) / len(paths) / 1e3
+        print(f"{describe_machine()}, Pillow {PIL.__version__}")
+        print(
+            f"{len(files)} photographs of 500x375 pixels, quality {QUALITY}, {kilobytes:.0f} kB, "
+            f"to {config.DATA.IMAGE_SIZE} pixels by {type(train.transform.px).__name__}"
+        )
+        seconds = core_seconds(paths, _jobs(train, val), rounds=rounds)
+        print(f"{'one core':34}{'images/s':>9}{'quartiles':>14}{'of decoding':>14}")
+        for name, values in seconds.items():
+            low, median, high = (1 / q for q in _quartiles(values)[::-1])
+            ratio = median_ratio(seconds[PLAIN], values)
+            print(f"{name:34}{median:9.0f}{f'{low:.0f}..{high:.0f}':>14}{ratio:14.3f}")
+        loaders = {
+            number: Loader(
+                train,
+                TrainBatches(len(train), 10, rank=0, world_size=1, seed=0),
+                workers=number,
+                batch_bytes=30 * config.DATA.IMAGE_SIZE**2,
+                finish=lambda pixels, erasures: pixels,  # as if the device were another
+                max_bad_images=0,
+            )
+            for number in sorted({1, workers} if workers else ())
+        }
+        seconds = loader_seconds(loaders, epochs=epochs)
+        for number, values in seconds.items():
+            loaders[number].close()
+            print(
+                f"{f'training loader, {number} worker(s)':34}{1 / statistics.median(values):9.0f}"
+                f"{median_ratio(seconds[1], values):28.2f} times one"
+            )
+
+
+def _jobs(train: ListDataset, val: ListDataset) -> dict[str, Callable[[int, int], object]]:
+    return {
+        "evaluation, 8 bits": lambda _, i: val.read(0, i, val.transform.unfinished),
+        "evaluation, normalized": lambda _, i: val.read(0, i, val.transform),
+        "training, 8 bits": lambda n, i: train.read(n, i, train.transform.unfinished),
+        "training, normalized and erased": lambda n, i: train.read(n, i, train.transform),
+    }
+
+
+def _quartiles(values: list[float]) -> list[float]:
+    return statistics.quantiles(values, method="inclusive") if len(values) > 1 else values * 3
 
 
 def make_photographs(sources: list[str], folder: str, count: int) -> list[str]:

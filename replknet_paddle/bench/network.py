@@ -6,8 +6,14 @@ from functools import partial
 import numpy as np
 import paddle
 
-from replknet_paddle.bench.conv import seconds_by_layer
-from replknet_paddle.bench.timing import time_in_turn
+from replknet_paddle.bench.conv import measured_library, seconds_by_layer
+from replknet_paddle.bench.timing import (
+    check_counts,
+    describe_machine,
+    median_ratio,
+    summarize,
+    time_in_turn,
+)
 from replknet_paddle.data.samplers import TrainBatches
 from replknet_paddle.engine.precision import Precision
 from replknet_paddle.engine.train import train_epoch
@@ -24,6 +30,25 @@ class Batches(list):
         super().__init__(batches)
         size = batches[0][0].shape[0]
         self.batch_sampler = TrainBatches(len(batches) * size, size, rank=0, world_size=1, seed=0)
+
+
+def report_train_loop(config, *, steps: int, rounds: int) -> None:
+    """Print what the training loop adds to forward, backward and optimizer step.
+
+    Args:
+        config, steps, rounds: as of `time_train_loop`.
+
+    Raises:
+        InputError: a number below 1.
+    """
+    check_counts(steps=steps, rounds=rounds)
+    seconds = time_train_loop(config, steps=steps, rounds=rounds)
+    print(describe_machine())
+    print(f"{config.MODEL.NAME}, batch {config.DATA.BATCH_SIZE}, {steps} steps a run")
+    for name, values in seconds.items():
+        print(f"{name}: {summarize(values)} per step")
+    ratio = median_ratio(seconds["loop"], seconds["bare"])
+    print(f"the loop takes {ratio:.4f} of the bare step's time")
 
 
 def time_train_loop(config, *, steps: int, rounds: int) -> dict[str, list[float]]:
@@ -90,6 +115,30 @@ def time_train_loop(config, *, steps: int, rounds: int) -> dict[str, list[float]
 
     seconds = time_in_turn({"loop": loop, "bare": bare}, rounds=rounds)
     return {name: [s / steps for s in values] for name, values in seconds.items()}
+
+
+def report_network(config, *, forward_batch: int, step_batch: int, rounds: int) -> None:
+    """Print how fast a network is with and without the compiled operators, and where time goes.
+
+    Args:
+        config, forward_batch, step_batch, rounds: as of `time_network`.
+
+    Raises:
+        InputError: a number below 1, or the operators are not there.
+    """
+    check_counts(forward_batch=forward_batch, step_batch=step_batch, rounds=rounds)
+    library = measured_library()
+    print(describe_machine())
+    print(f"{library.isa}, {library.threads} thread(s) (LARGE_KERNEL_THREADS)")
+    for what, seconds, parts in time_network(
+        config, forward_batch=forward_batch, step_batch=step_batch, rounds=rounds
+    ):
+        for impl, values in seconds.items():
+            ratio = median_ratio(seconds["Paddle's own"], values)
+            print(f"{what}, {impl}: {summarize(values)}, Paddle's own/it {ratio:.2f}")
+        print(f"{what}, by parts, with the operators:")
+        for part, value in sorted(parts.items(), key=lambda item: -item[1]):
+            print(f"    {part:36}{1e3 * value:9.1f} ms", flush=True)
 
 
 def time_network(config, *, forward_batch: int, step_batch: int, rounds: int):

@@ -6,12 +6,12 @@ import statistics
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy
 import paddle
 
-from replknet_paddle.runtime.cores import available_cores
+from replknet_paddle.runtime.cores import available_cores, processor_name
+from replknet_paddle.runtime.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,21 @@ def median_ratio(seconds: list[float], baseline: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(seconds, baseline))
 
 
+def check_counts(**counts: int) -> None:
+    """Check numbers of rounds, images and the like, under the names of their flags.
+
+    Raises:
+        InputError: one is below 1.
+    """
+    if min(counts.values()) < 1:
+        given = " ".join(f"--{name} {value}" for name, value in counts.items())
+        raise InputError(f"{given}; allowed: integers >= 1")
+
+
 def describe_machine() -> str:
     """Processor, cores that this process may use, and versions, in one line."""
-    processor = platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        processor = names[0].split(":", 1)[1].strip() if names else processor
     return (
-        f"{processor}, {available_cores()} cores, "
+        f"{processor_name()}, {available_cores()} cores, "
         f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}, "
         f"{paddle.device.get_device()}, Python {platform.python_version()}, "
         f"Paddle {paddle.__version__}, numpy {numpy.__version__}"

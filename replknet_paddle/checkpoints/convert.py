@@ -22,16 +22,12 @@ from replknet_paddle.checkpoints.readers import (
     read_checkpoint,
     read_safetensors_metadata,
 )
+from replknet_paddle.checkpoints.run_folder import METADATA_KEY, WEIGHTS, chosen_weights
 from replknet_paddle.checkpoints.writers import write_pdparams, write_safetensors
 from replknet_paddle.model import build_replknet
 from replknet_paddle.runtime.errors import InputError
 
 logger = logging.getLogger(__name__)
-
-WEIGHTS = ("model", "model_ema")
-
-# Metadata entry of the checkpoints that this project's training writes.
-METADATA_KEY = "replknet_paddle"
 
 # Where checkpoints keep each kind of weights, in the order of preference.
 _CONTAINERS = {"model": ("model", "state_dict"), "model_ema": ("model_ema",)}
@@ -42,7 +38,7 @@ _SKIPPED = (BATCH_COUNT, "StructuredToParameterName@@")
 
 
 def load_pretrained(
-    model, path: str | os.PathLike, *, weights: str = "model", drop_head: bool = False
+    model, path: str | os.PathLike, *, weights: str = "auto", drop_head: bool = False
 ) -> None:
     """Set every parameter and statistic of `model` from a checkpoint file in any known layout.
 
@@ -53,29 +49,32 @@ def load_pretrained(
     Args:
         model: a `RepLKNet`, or a `UPerNet` around one.
         path: the file, of any format that `readers` reads.
-        weights: 'model', or 'model_ema' for the EMA weights of a training checkpoint.
+        weights: 'model', 'model_ema' for the EMA weights of a training checkpoint, or 'auto'; see
+            `run_folder.chosen_weights`.
         drop_head: leave the head fresh where the file's is missing or has other classes.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
         InputError: it cannot be read, or does not fit; nothing has been loaded then.
     """
+    weights = chosen_weights(path, weights)
     state = _read_native(path, weights)
     kept = fitting_names(_shapes(state), _shapes(model.state_dict()), path, drop_head=drop_head)
     target = model.state_dict()
     for name in kept:
         target[name].set_value(_as_float32(state[name]))
-    logger.info("loaded %d tensors from %s (%s)", len(kept), path, weights)
+    logger.info("loaded %d tensors from the %s of %s", len(kept), WEIGHTS[weights], path)
 
 
-def load_state(path: str | os.PathLike, *, weights: str = "model") -> dict[str, np.ndarray]:
+def load_state(path: str | os.PathLike, *, weights: str = "auto") -> dict[str, np.ndarray]:
     """The parameters and statistics in a checkpoint file, under native names, as float32.
 
     Those that are float32 in the file are read-only views of it.
 
     Args:
         path: the file, of any format that `readers` reads.
-        weights: 'model', or 'model_ema' for the EMA weights of a training checkpoint.
+        weights: 'model', 'model_ema' for the EMA weights of a training checkpoint, or 'auto'; see
+            `run_folder.chosen_weights`.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
@@ -90,7 +89,7 @@ def convert_file(
     destination: str | os.PathLike,
     config,
     *,
-    weights: str = "model",
+    weights: str = "auto",
     layout: str = "native",
     build: Callable = build_replknet,
 ) -> int:
@@ -100,7 +99,7 @@ def convert_file(
         source: a file of any format that `readers` reads, in any layout.
         destination: ends in .safetensors, or in .pdparams, which is for native names alone.
         config: of the network, which the file has to fit.
-        weights: 'model', or 'model_ema' for the EMA weights of a training checkpoint.
+        weights: 'model', 'model_ema' or 'auto', as in `load_pretrained`.
         layout: a key of `LAYOUTS`, the names to write.
         build: config -> the network.
 
@@ -154,7 +153,7 @@ def _shapes(state: Mapping) -> dict[str, tuple[int, ...]]:
 
 def _named_tensors(path: str | os.PathLike, weights: str) -> dict[str, np.ndarray]:
     """The file's tensors under its own names, without what has no counterpart."""
-    state = _choose(read_checkpoint(path), path, weights)
+    state = _choose(read_checkpoint(path), path, chosen_weights(path, weights))
     if not all(isinstance(name, str) for name in state):
         raise InputError(f"{path}: holds values under numbers, not tensors by name")
     state = {name: value for name, value in state.items() if name.split(".")[-1] not in _SKIPPED}
@@ -189,8 +188,6 @@ def _read_native(path: str | os.PathLike, weights: str) -> dict[str, np.ndarray]
 
 def _choose(content: object, path: str | os.PathLike, weights: str) -> dict:
     """The state dict meant by `weights` out of what a file holds."""
-    if weights not in WEIGHTS:
-        raise InputError(f"weights is {weights!r}; allowed: {', '.join(WEIGHTS)}")
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not tensors by name")
     if is_safetensors(path) and METADATA_KEY in read_safetensors_metadata(path):

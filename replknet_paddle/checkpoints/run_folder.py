@@ -1,8 +1,16 @@
-"""A checkpoint's run folder, which has the configuration that it was trained with."""
+"""What a run folder says about its checkpoints: the configuration, and which weights are better."""
 
+import json
 import os
 
+from replknet_paddle.checkpoints.readers import is_safetensors, read_safetensors_metadata
 from replknet_paddle.runtime.errors import InputError
+
+# Metadata entry of the checkpoints that training writes.
+METADATA_KEY = "replknet_paddle"
+
+# Which weights of a checkpoint to take, and what messages call them.
+WEIGHTS = {"model": "weights", "model_ema": "EMA weights"}
 
 
 def run_folder_of(path: str) -> str | None:
@@ -44,3 +52,31 @@ def weights_of(path: str | os.PathLike) -> str:
         if os.path.isfile(os.path.join(path, name)):
             return os.path.join(path, name)
     raise InputError(f"{path} is a run folder without a checkpoint: neither best nor last is there")
+
+
+def chosen_weights(path: str | os.PathLike, weights: str) -> str:
+    """Which of 'model' and 'model_ema' to take from a checkpoint file.
+
+    Args:
+        weights: one of these, or 'auto' for the ones that had the higher accuracy in the run's
+            latest evaluation before the checkpoint: of RUN/best, those that made it the best. Files
+            without that record, and checkpoints before the first evaluation, give 'model'.
+
+    Raises:
+        InputError: another value of `weights`, or a file that cannot be read.
+    """
+    if weights in WEIGHTS:
+        return weights
+    if weights != "auto":
+        raise InputError(f"weights is {weights!r}; allowed: auto, {', '.join(WEIGHTS)}")
+    if not os.path.isfile(path) or not is_safetensors(path):
+        return "model"
+    record = read_safetensors_metadata(path).get(METADATA_KEY, "{}")
+    try:
+        body = json.loads(json.loads(record).get("body", "{}"))
+        better = body.get("progress", {}).get("better_weights", "model")
+    except (ValueError, TypeError, AttributeError):
+        better = None
+    if better not in WEIGHTS:
+        raise InputError(f"{path} is damaged: its metadata is not what training writes")
+    return better

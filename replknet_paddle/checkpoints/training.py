@@ -17,16 +17,16 @@ import os
 import re
 import shutil
 import zlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
-from replknet_paddle.checkpoints.convert import METADATA_KEY
 from replknet_paddle.checkpoints.readers import (
     is_safetensors,
     read_checkpoint,
     read_safetensors_metadata,
 )
+from replknet_paddle.checkpoints.run_folder import METADATA_KEY
 from replknet_paddle.checkpoints.writers import write_safetensors
 from replknet_paddle.runtime.errors import InputError
 
@@ -51,6 +51,8 @@ class Progress:
         best_score: best top-1 accuracy (mIoU in segmentation) so far, percent, of the weights or of
             their EMA.
         best_checkpoint: name of the file that had it.
+        better_weights: 'model' or 'model_ema', whichever had the higher accuracy in the latest
+            evaluation.
         epoch_sums: loss times images, and images, of the epoch under way.
     """
 
@@ -62,6 +64,7 @@ class Progress:
     step: int = 0
     best_score: float = -1.0
     best_checkpoint: str = ""
+    better_weights: str = "model"
     epoch_sums: tuple[float, float] = (0.0, 0.0)
 
 
@@ -83,6 +86,27 @@ class Checkpoint:
     optimizer: dict[str, np.ndarray] = field(default_factory=dict)
     scaler: dict[str, float] = field(default_factory=dict)
     path: str = ""
+
+    def progress_with(self, **batches: int) -> Progress:
+        """The progress of a run that goes on from here.
+
+        Args:
+            batches: its own `batches`, `batch_size` and `accum_iter`.
+
+        Raises:
+            InputError: they differ from those of an epoch that had begun.
+        """
+        there = {name: getattr(self.progress, name) for name in batches}
+        if self.progress.batch and batches != there:
+            raise InputError(
+                f"{self.path} stopped after {self.progress.batch} of {there['batches']} batches of "
+                f"an epoch, which has {batches['batches']} here (global batch without accumulation "
+                f"{there['batch_size']}, here {batches['batch_size']}; TRAIN.ACCUM_ITER "
+                f"{there['accum_iter']}, here {batches['accum_iter']}); resume it with the same "
+                "data, batch size, accumulation and number of processes, or resume a checkpoint "
+                "from the end of an epoch"
+            )
+        return replace(self.progress, **batches)
 
 
 def save_checkpoint(path: str, checkpoint: Checkpoint) -> None:
@@ -233,10 +257,12 @@ def remove_superseded(run_folder: str, *, keep_every: int, keep_newest: int) -> 
             os.unlink(os.path.join(folder, name))
 
 
-def set_aside_later(run_folder: str, progress: Progress) -> None:
-    """Move the checkpoints beyond `progress`, where a run goes on anew, to RUN/superseded.
+def take_up(run_folder: str, progress: Progress) -> None:
+    """Prepare a run folder for a run that goes on from `progress`, or begins.
 
-    They are of a past that the run no longer has; among its own they would pass for the newest.
+    Checkpoints beyond that are moved to RUN/superseded: they belong to a past that the run no
+    longer has, and would pass for its newest. RUN/best is set again, for a crash may have come
+    between that file and its link.
     """
     best = os.path.realpath(os.path.join(run_folder, "best"))
     for path in checkpoints(run_folder):
@@ -248,3 +274,6 @@ def set_aside_later(run_folder: str, progress: Progress) -> None:
             logger.warning("%s is beyond what is resumed; moved to %s", path, moved)
             if os.path.realpath(path) == best:
                 point_to(run_folder, "best", moved)
+    path = os.path.join(run_folder, FOLDER, progress.best_checkpoint)
+    if os.path.isfile(path):
+        point_to(run_folder, "best", path)

@@ -7,6 +7,7 @@ and Paddle is imported when the work begins. `EXAMPLES`, if there, ends the comm
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 import warnings
@@ -69,6 +70,8 @@ def run_command(name: str, argv: list[str], prog: str | None = None) -> int:
     args.argv = argv
     os.environ.setdefault("GLOG_minloglevel", "2")  # before Paddle: its notes on every export
     warnings.filterwarnings("ignore", message="No ccache found")  # Paddle's, at every start
+    logging.basicConfig(format="%(message)s")  # on standard error; libraries' warnings as well
+    logging.getLogger("replknet_paddle").setLevel(logging.INFO)
     try:
         return module.run(args)
     except BrokenPipeError:  # the reader of the output has seen enough

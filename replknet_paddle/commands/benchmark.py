@@ -3,7 +3,9 @@
 Medians with their spread, both sides of a comparison in one run.
 """
 
-from replknet_paddle.commands.flags import add_config_flags, add_flag
+from replknet_paddle.commands.console import log_to_stderr
+from replknet_paddle.commands.flags import add_config_flags, add_flag, config_from
+from replknet_paddle.runtime.errors import InputError
 
 NANO, BASE = "configs/replknet_nano.yaml", "configs/replknet_31b.yaml"
 
@@ -50,6 +52,13 @@ def add_arguments(parser) -> None:
         "--backends", nargs="+", metavar="NAME", help="default: all that are installed"
     )
     inference.add_argument(
+        "--precisions",
+        nargs="+",
+        default=["fp32", "fp16", "bf16", "int8"],
+        metavar="NAME",
+        help="(%(default)s)",
+    )
+    inference.add_argument(
         "--batch_sizes", nargs="+", type=int, default=[1, 8], metavar="N", help="(%(default)s)"
     )
     inference.add_argument("--threads", type=int, metavar="N", help="default: all cores")
@@ -83,7 +92,66 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    from replknet_paddle.bench import reports
-
-    getattr(reports, args.what)(args)
+    log_to_stderr()
+    {
+        "train_loop": train_loop,
+        "data": data,
+        "inference": inference,
+        "conv": conv,
+        "network": network,
+    }[args.what](args)
     return 0
+
+
+def train_loop(args) -> None:
+    from replknet_paddle.bench.network import report_train_loop
+
+    report_train_loop(config_from(args), steps=args.steps, rounds=args.rounds)
+
+
+def data(args) -> None:
+    from replknet_paddle.bench.data import report_data
+
+    report_data(
+        config_from(args),
+        args.photographs,
+        rounds=args.rounds,
+        workers=args.workers,
+        epochs=args.epochs,
+    )
+
+
+def inference(args) -> None:
+    if args.cfg is None and args.pretrained is None:
+        raise InputError(
+            "nothing to measure; name a network by -cfg or a checkpoint by -pretrained"
+        )
+    config = config_from(args, args.pretrained)
+
+    from replknet_paddle.bench.inference import Plan, report_inference
+
+    plan = Plan(
+        backends=args.backends,
+        precisions=args.precisions,
+        batch_sizes=args.batch_sizes,
+        threads=args.threads,
+        rounds=args.rounds,
+    )
+    report_inference(config, args.pretrained, plan, json_file=args.json, chart_file=args.chart)
+
+
+def conv(args) -> None:
+    from replknet_paddle.bench.conv import report_conv
+
+    report_conv(shapes=args.shapes, batch=args.batch, rounds=args.rounds)
+
+
+def network(args) -> None:
+    from replknet_paddle.bench.network import report_network
+
+    report_network(
+        config_from(args),
+        forward_batch=args.forward_batch,
+        step_batch=args.step_batch,
+        rounds=args.rounds,
+    )

@@ -4,10 +4,11 @@ Exit status: 0 if nothing is, 1 if something is, 2 if it could not be checked.
 """
 
 import json
+import sys
 
 from replknet_paddle.commands.flags import add_flag
 from replknet_paddle.runtime.cores import available_cores
-from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.errors import InputError, SystemFault
 from replknet_paddle.runtime.files import check_file_target, written_whole
 
 SHOWN = 20  # problems on the console; the report has them all
@@ -52,13 +53,17 @@ def run(args) -> int:
             raise InputError(f"-{name} is {getattr(args, name)}; allowed: at least 1")
     if args.report:
         check_file_target(args.report)  # before hours of reading
-    report = check_data(
-        args.data_path,
-        num_classes=args.num_classes,
-        allow_outside=args.allow_outside,
-        workers=args.workers,
-        progress=lambda found, total: tqdm(found, total=total, unit="file"),
-    )
+    try:
+        report = check_data(
+            args.data_path,
+            num_classes=args.num_classes,
+            allow_outside=args.allow_outside,
+            workers=args.workers,
+            progress=lambda found, total: tqdm(found, total=total, unit="file"),
+        )
+    except SystemFault as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2  # 1 is for problems of the data
     if args.report:
         with written_whole(args.report) as file:
             json.dump(report, file, indent=1)

@@ -4,6 +4,7 @@ The folder is enough to predict with, and docs/deployment.md says what runs it. 
 on images of the training list, and its accuracy is compared on images of the validation list.
 """
 
+from replknet_paddle.commands.console import log_to_stderr
 from replknet_paddle.commands.flags import add_config_flags, add_flag, config_from
 from replknet_paddle.commands.train import task_of
 
@@ -45,10 +46,20 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    from replknet_paddle.deploy.export_checkpoint import export_checkpoint
-
+    log_to_stderr()
     if args.class_names is not None:
         args.opts = [*(args.opts or ()), "DATA.CLASS_NAMES", args.class_names]
     config = config_from(args, args.pretrained)
-    export_checkpoint(config, args, task_of(config).network)
+
+    from replknet_paddle.deploy.export_checkpoint import Int8Images, export_checkpoint
+
+    export_checkpoint(
+        config,
+        build=task_of(config).network,
+        source=args.pretrained,
+        target=args.target,
+        format=args.format,
+        precision=args.precision,
+        int8_images=Int8Images(args.calibration, args.calibration_images, args.validation_images),
+    )
     return 0

@@ -7,6 +7,7 @@ random images.
 
 import os
 
+from replknet_paddle.commands.console import log_to_stderr
 from replknet_paddle.commands.flags import add_config_flags, add_flag, config_from
 
 EXAMPLES = """\
@@ -22,6 +23,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
+    log_to_stderr()
     config = config_from(args, args.pretrained)
 
     from replknet_paddle.checkpoints.run_folder import weights_of

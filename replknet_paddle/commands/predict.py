@@ -1,11 +1,11 @@
-"""Classify pictures.
+"""Classify pictures, films and what a webcam sees.
 
 MODEL is an exported folder, a run folder or a checkpoint in one (output/RUN/best), or the name of
-a published model. A folder stands for the images in and below it, in no particular order; a
-pattern in quotes, such as 'photos/**/*.jpg', for the files that it matches.
+a published model. A folder stands for the images in and below it, in sorted order; a pattern in
+quotes, such as 'photos/**/*.jpg', for the files that it matches. A film (film.mp4) stands for a
+frame a second; `webcam` for what it sees until Ctrl-C, and `webcam:1` for the second one.
 """
 
-import contextlib
 import os
 import sys
 import warnings
@@ -13,18 +13,21 @@ from collections.abc import Iterable
 
 from tqdm import tqdm
 
+from replknet_paddle.commands.console import (
+    log_to_stderr,
+    printable,
+    results_alone_on_stdout,
+    until_interrupted,
+)
 from replknet_paddle.commands.flags import add_config_flags, add_flag
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import PARTIAL_SUFFIX, check_file_target, check_new_folder
 
-PICTURE_HEIGHT = 480  # pixels, of the saved pictures
-GRID_COLUMNS = 3
-GRID_HEIGHT = 160  # pixels, of each picture in the grid
-GRID_PICTURES = 12
 NAMED_PROBLEMS = 10
 
 EXAMPLES = """\
-example: replknet predict output/RUN/best photos --out results.jsonl
+examples: replknet predict output/RUN/best photos --out results.jsonl
+          replknet predict output/RUN/best film.mp4 --every 0.5 --save-pictures frames
 
 exit status: 0 all were classified; 1 some were skipped, which are named at the end and in the
 results; 2 bad input, or nothing that could be classified; 130 interrupted: the results so far are
@@ -51,12 +54,19 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--save-grid",
         metavar="FILE",
-        help=f"new .png or .jpg file for the first {GRID_PICTURES} of them in one",
+        help="new .png or .jpg file for the first 12 of them in one",
+    )
+    parser.add_argument(
+        "--every",
+        type=float,
+        default=1.0,
+        metavar="SECONDS",
+        help="between the frames of films and webcams; 0: all frames (%(default)s)",
     )
     add_flag(
         parser,
         "backend",
-        "what runs the network (%(default)s: the fastest that is there)",
+        "what runs the network (%(default)s: the fastest that is there, measured once)",
         default="auto",
         metavar="NAME",
     )
@@ -70,11 +80,15 @@ class Summary:
     def __init__(self):
         self.classified = 0
         self.skipped = 0
+        self.right = 0
+        self.with_truth = 0
         self.problems = []
 
     def add(self, prediction) -> None:
         if prediction.problem is None:
             self.classified += 1
+            self.with_truth += prediction.is_right is not None
+            self.right += bool(prediction.is_right)
             return
         self.skipped += 1
         if self.skipped <= NAMED_PROBLEMS:
@@ -84,6 +98,11 @@ class Summary:
         lines = [f"classified {self.classified:,} images, skipped {self.skipped:,}"]
         if other_files:
             lines[0] += f", passed over {other_files:,} files that are not named as images are"
+        if self.with_truth:
+            lines.append(
+                f"right: {self.right:,} of {self.with_truth:,} in folders named as classes "
+                f"({100 * self.right / self.with_truth:.2f} %)"
+            )
         lines += [f"  {problem}" for problem in self.problems]
         if self.skipped > len(self.problems):
             lines.append(f"  and {self.skipped - len(self.problems):,} more")
@@ -106,72 +125,8 @@ class Console:
         tqdm.write(f"{printable(prediction.path)}: {said}")
 
 
-class Drawings:
-    """Annotated pictures: each in a file of `folder`, and the first ones together in one file."""
-
-    def __init__(self, class_names, folder: str | None, grid_file: str | None):
-        self.class_names = class_names
-        self.folder = folder
-        self.grid_file = grid_file
-        self.count = 0
-        self.cells = []
-        from replknet_paddle.deploy.pictures import annotate, grid, save
-
-        self.annotate, self.grid, self.save = annotate, grid, save
-
-    def add(self, prediction) -> None:
-        self.count += 1
-        if self.folder is not None:
-            os.makedirs(self.folder, exist_ok=True)
-            # The number keeps apart what has one name in several folders.
-            stem = os.path.splitext(os.path.basename(prediction.path))[0]
-            name = f"{self.count:06d}_{stem[:50]}.jpg"
-            self.save(self.draw(prediction, PICTURE_HEIGHT), os.path.join(self.folder, name))
-        if self.grid_file is not None and len(self.cells) < GRID_PICTURES:
-            self.cells.append(self.draw(prediction, GRID_HEIGHT))
-
-    def draw(self, prediction, height: int):
-        folder, name = os.path.split(prediction.path)
-        return self.annotate(
-            prediction.picture,
-            [self.class_names[label] for label in prediction.labels],
-            prediction.scores,
-            caption=printable(os.path.join(os.path.basename(folder), name)),
-            height=height,
-        )
-
-    def finish(self) -> None:
-        if self.cells:
-            self.save(self.grid(self.cells, GRID_COLUMNS), self.grid_file)
-
-
-@contextlib.contextmanager
-def results_alone_on_stdout():
-    """Send what libraries of C++ print to standard error, so that standard output has results."""
-    try:
-        number = sys.stdout.fileno()
-    except (OSError, ValueError):  # no file
-        yield
-        return
-    sys.stdout.flush()
-    stdout = sys.stdout
-    with os.fdopen(os.dup(number), "w", encoding=stdout.encoding, errors=stdout.errors) as results:
-        os.dup2(sys.stderr.fileno(), number)
-        sys.stdout = results
-        try:
-            yield
-            results.flush()
-        finally:
-            os.dup2(results.fileno(), number)
-            sys.stdout = stdout
-
-
-def printable(name: str) -> str:
-    """The name of a file or class for a terminal, which it may hold commands for."""
-    return name if name.isprintable() else ascii(name)
-
-
 def run(args) -> int:
+    log_to_stderr()
     warnings.filterwarnings("ignore", module="PIL")  # of pictures that it then reads all the same
     try:
         with results_alone_on_stdout():
@@ -185,6 +140,7 @@ def run(args) -> int:
 
 def predict(args) -> int:
     """Classify the files; the exit status."""
+    from replknet_paddle.deploy.drawings import PICTURE_HEIGHT, Drawings
     from replknet_paddle.deploy.images import ImageFiles
     from replknet_paddle.deploy.pictures import PICTURE_FORMATS
     from replknet_paddle.deploy.predictor import Predictor, predict_files, read_config
@@ -193,7 +149,9 @@ def predict(args) -> int:
     for flag, value in (("--topk", args.topk), ("-batch_size", args.batch_size)):
         if value < 1:
             raise InputError(f"{flag} is {value}; allowed: an integer >= 1")
-    files = ImageFiles(args.images, leave_out=args.save_pictures)
+    if not 0 <= args.every < float("inf"):
+        raise InputError(f"--every is {args.every}; allowed: a number of seconds >= 0")
+    files = ImageFiles(args.images, leave_out=args.save_pictures, frame_seconds=args.every)
     if args.out is not None:
         check_file_target(args.out, SUFFIXES)
     if args.save_pictures is not None:
@@ -202,17 +160,19 @@ def predict(args) -> int:
         check_file_target(args.save_grid, tuple(PICTURE_FORMATS), must_be_new=True)
     config = read_config(args.model, args.cfg, args.opts)
     total = files.count()
-    predictor = Predictor(args.model, backend=args.backend, config=config)
+    batch_size = 1 if files.is_live else args.batch_size
+    predictor = Predictor(args.model, backend=args.backend, config=config, batch_size=batch_size)
     topk = min(args.topk, predictor.num_classes)
     draws = args.save_pictures is not None or args.save_grid is not None
     predictions = predict_files(
         predictor,
-        files,
+        until_interrupted(files) if files.is_live else files,
         topk=topk,
-        batch_size=args.batch_size,
+        batch_size=batch_size,
         picture_pixels=2 * PICTURE_HEIGHT if draws else 0,
+        is_live=files.is_live,
     )
-    bar = tqdm(predictions, total=total, unit="images", disable=None)
+    bar = tqdm(predictions, total=None if files.is_live else total, unit="images", disable=None)
     summary = Summary()
     drawings = (
         Drawings(predictor.class_names, args.save_pictures, args.save_grid) if draws else None

@@ -8,12 +8,13 @@ import re
 import socket
 import sys
 import time
+import traceback
 from functools import partial
 
-from replknet_paddle.checkpoints.run_folder import run_folder_of
 from replknet_paddle.commands.flags import add_config_flags, add_flag, config_from
 from replknet_paddle.config import update_config
-from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.errors import InputError, SystemFault
+from replknet_paddle.runtime.parent import end_with_parent
 
 EXAMPLES = """\
 example: python main_multi_gpu.py -cfg=./configs/replknet_31b.yaml -data_path=/dataset/imagenet \\
@@ -82,14 +83,21 @@ def run(args) -> int:
     """Do what the flags say.
 
     Returns:
-        0; 2 for bad input; 1 for a run that diverged; 143 or 130 for one that saved and stopped
-        at a SIGTERM or SIGINT.
+        0; 2 for bad input; 1 for a run that diverged, or that the system failed while it was under
+        way; 128 + the number of a signal: 143 or 130 for a run that saved and stopped at a SIGTERM
+        or SIGINT, others for one with a process that was killed.
     """
+    if "PADDLE_TRAINERS_NUM" in os.environ:  # before Paddle is imported, which takes seconds
+        end_with_parent()
+    status, message = 1, ""
+    try:
+        status, message = train_or_evaluate(args)
+    except Exception:
+        message = traceback.format_exc()
     from replknet_paddle.runtime.launch import leave_status
 
-    status, message = train_or_evaluate(args)
     if message:
-        print(message, file=sys.stderr)
+        print(message.rstrip(), file=sys.stderr)
     leave_status(status, message)
     return status
 
@@ -107,9 +115,10 @@ def train_or_evaluate(args) -> tuple[int, str]:
     # Paddle is imported once the configuration is known to be right.
     from replknet_paddle.deploy import open_for_evaluation
     from replknet_paddle.engine.run import run as run_config
+    from replknet_paddle.engine.run_log import append_to_log
     from replknet_paddle.engine.signals import Stopped
     from replknet_paddle.engine.train import DivergedError
-    from replknet_paddle.runtime.launch import another_failed, launch
+    from replknet_paddle.runtime.launch import PeerLost, another_failed, launch, wait_to_be_ended
     from replknet_paddle.runtime.processes import is_launched
 
     try:
@@ -122,13 +131,15 @@ def train_or_evaluate(args) -> tuple[int, str]:
             nodes, master, processes = places(args.nproc)
             if nodes * processes > 1:
                 check_inputs(config)
-                return launch(
+                status, message = launch(
                     [*PROGRAM, *args.argv, f"-output={config.SAVE}"],
                     processes=processes,
                     log_dir=worker_log_dir(config.SAVE, nodes),
                     nodes=nodes,
                     master=master,
-                ), ""
+                )
+                append_to_log(config.SAVE, message)
+                return status, message
         open_network = None
         if args.backend is not None:
             open_network = partial(
@@ -137,15 +148,15 @@ def train_or_evaluate(args) -> tuple[int, str]:
         run_config(config, task=task_of(config), open_network=open_network)
     except (InputError, OSError) as error:
         return 2, f"error: {error}"
-    except DivergedError as error:
+    except PeerLost as error:
+        if another_failed():  # and has said why
+            return 1, ""
+        wait_to_be_ended()
+        return 1, f"error: {error}"
+    except (DivergedError, SystemFault) as error:
         return 1, f"error: {error}"
     except Stopped as stop:
         return 128 + stop.number, ""
-    except RuntimeError:
-        if not another_failed():
-            raise
-        # What a collective raises when another process has ended, which has said why.
-        return 1, ""
     return 0, ""
 
 
@@ -161,13 +172,28 @@ def task_of(config):
 
 
 def read_config(args):
-    """The configuration that the flags amount to."""
+    """The configuration that the flags amount to.
+
+    Raises:
+        InputError: as `config_from`; or a run would start afresh by the configuration of its run
+            folder, which does not say what it started from.
+    """
+    if args.cfg is None and args.resume == "auto" and args.output is not None:
+        from replknet_paddle.checkpoints.training import checkpoints
+
+        if os.path.isdir(args.output) and not checkpoints(args.output):
+            raise InputError(
+                f"{args.output} has no checkpoint to resume; start the run again with -cfg and "
+                "the other flags that it was started with"
+            )
     checkpoint = args.output if args.resume == "auto" else args.resume or args.pretrained
     return config_from(args, checkpoint)
 
 
 def default_run_folder(config) -> str:
     """The run folder of MODEL.RESUME, or output/NAME-train-TIME, or output/NAME-eval-TIME."""
+    from replknet_paddle.checkpoints.run_folder import run_folder_of
+
     if config.MODEL.RESUME is not None:  # not auto, which needs SAVE
         folder = run_folder_of(config.MODEL.RESUME)
         if folder is not None:

@@ -1,7 +1,6 @@
 """Checking a dataset: every line of its lists, and every image that they name."""
 
 import hashlib
-import io
 import os
 import re
 from collections import Counter, defaultdict
@@ -11,7 +10,8 @@ from functools import partial
 from typing import NamedTuple
 
 from replknet_paddle.data.lists import LIST_FILES, Line, parse_list, resolve
-from replknet_paddle.data.transforms.image import load, open_image, to_rgb
+from replknet_paddle.data.storage import describe, read_patiently
+from replknet_paddle.data.transforms.image import load, open_image, read_file, to_rgb
 from replknet_paddle.runtime.errors import InputError
 
 
@@ -38,7 +38,9 @@ KINDS = {
     "truncated": "files that end too early",
     "duplicate": "lines whose path is in the list already",
     "overlap": "validation images that training has as well, by path or by content",
+    "conflict": "files with the same bytes as one of another class",
     "empty class": "classes without a training image",
+    "no validation": "classes with training images and without a validation image",
 }
 
 
@@ -74,6 +76,7 @@ def check_data(
 
     Raises:
         FileNotFoundError: no such folder, or no list in it.
+        SystemFault: the system fails, time and again, so that nothing can be said of the data.
     """
     names = [name for name in LIST_FILES.values() if os.path.isfile(os.path.join(root, name))]
     if not names:
@@ -101,8 +104,14 @@ def check_data(
                 problems.append(
                     _problem(found[line.path].kind, name, line, found[line.path].message)
                 )
+    problems += _conflicts(lines, found)
     if len(names) == 2:
         problems += _overlap(lines, found)
+        train, val = (_per_class(lines[name], num_classes) for name in names)
+        for label in range(num_classes):
+            if train[label] and not val[label]:
+                message = f"class {label} has no image, and {train[label]} in training"
+                problems.append(Problem("no validation", names[1], 0, "", message))
     counts = Counter(problem.kind for problem in problems)
     return {
         "data_path": root,
@@ -120,21 +129,25 @@ def check_data(
 
 
 def check_image(root: str, path: str, *, allow_outside: bool = False) -> Finding:
-    """Read one image as training does, and decode all of it."""
+    """Read one image as training does, and decode all of it.
+
+    Raises:
+        SystemFault: the system fails, time and again.
+    """
     try:
-        full = resolve(root, path, allow_outside=allow_outside)
+        full = read_patiently(lambda: resolve(root, path, allow_outside=allow_outside), path)
     except InputError as error:
         return Finding("outside", str(error), b"")
-    if os.path.exists(full) and not os.path.isfile(full):
-        return Finding("undecodable", "not a regular file", b"")
-    try:
-        with open(full, "rb") as file:
-            data = file.read()
     except OSError as error:
-        kind = "missing" if isinstance(error, FileNotFoundError) else "undecodable"
-        return Finding(kind, (error.strerror or str(error)).lower(), b"")
+        return Finding("missing", describe(error), b"")
     try:
-        with open_image(io.BytesIO(data)) as image:
+        data = read_patiently(lambda: read_file(full), path)
+    except InputError as error:
+        return Finding("undecodable", str(error), b"")
+    except OSError as error:
+        return Finding("missing", describe(error), b"")
+    try:
+        with open_image(data) as image:
             load(image)
             to_rgb(image)
     except (OSError, InputError) as error:
@@ -181,6 +194,25 @@ def _overlap(lines: dict[str, list[Line]], found: dict[bytes, Finding]) -> Itera
                     LIST_FILES[False],
                     line,
                     f"also in line {number} of {LIST_FILES[True]}",
+                )
+
+
+def _conflicts(lines: dict[str, list[Line]], found: dict[bytes, Finding]) -> Iterator[Problem]:
+    """Files whose bytes have occurred with another label before."""
+    first: dict[bytes, tuple[str, Line]] = {}
+    for name, part in lines.items():
+        for line in part:
+            digest = b"" if line.problem else found[line.path].digest
+            if not digest:
+                continue
+            other, before = first.setdefault(digest, (name, line))
+            if before.label != line.label:
+                yield _problem(
+                    "conflict",
+                    name,
+                    line,
+                    f"class {line.label}; the same bytes have class {before.label} in line "
+                    f"{before.number} of {other}",
                 )
 
 

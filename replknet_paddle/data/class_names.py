@@ -6,15 +6,18 @@ from replknet_paddle.config import CONFIG_FOLDER
 from replknet_paddle.runtime.errors import InputError
 
 CLASS_NAMES_FILE = "class_names.txt"
+IMAGENET_NAMES = os.path.join(CONFIG_FOLDER, "imagenet1k_class_names.txt")
 KNOWN_NAMES = {
     name: os.path.join(CONFIG_FOLDER, f"{name}_class_names.txt")
-    for name in ("imagenet1k", "ade20k", "cityscapes")
+    for name in ("ade20k", "cityscapes")
 }
 
 
 def get_class_names(config) -> list[str] | None:
-    """The names of the classes: of DATA.CLASS_NAMES, or class_names.txt beside the lists, or, where
-    there are 1000 classes, those of ImageNet-1K; None where nothing names them.
+    """The names of the classes, or None where nothing names them.
+
+    In this order: what DATA.CLASS_NAMES says; class_names.txt beside the lists; with
+    DATA.IMAGENET_NAMES and 1000 classes, ImageNet-1K's.
 
     Raises:
         FileNotFoundError: no file DATA.CLASS_NAMES.
@@ -24,8 +27,8 @@ def get_class_names(config) -> list[str] | None:
     path = KNOWN_NAMES.get(config.DATA.CLASS_NAMES, config.DATA.CLASS_NAMES)
     if path is None and os.path.isfile(beside):
         path = beside
-    if path is None and config.MODEL.NUM_CLASSES == 1000:
-        path = KNOWN_NAMES["imagenet1k"]
+    if path is None and config.DATA.IMAGENET_NAMES and config.MODEL.NUM_CLASSES == 1000:
+        path = IMAGENET_NAMES
     return None if path is None else read_class_names(path, config.MODEL.NUM_CLASSES)
 
 

@@ -6,9 +6,17 @@ from collections.abc import Callable
 import numpy as np
 import paddle
 
-from replknet_paddle.data.lists import LIST_FILES, check_list, read_list, resolve, unreadable
+from replknet_paddle.data.lists import (
+    LIST_FILES,
+    check_list,
+    printable,
+    read_list,
+    resolve,
+    unreadable,
+)
 from replknet_paddle.data.loader import Loader, check_memory
 from replknet_paddle.data.samplers import EvalBatches, TrainBatches
+from replknet_paddle.data.storage import read_patiently
 from replknet_paddle.data.transforms import (
     build_eval_transform,
     build_finish,
@@ -33,6 +41,7 @@ class ListDataset(paddle.io.Dataset):
     Raises:
         FileNotFoundError: no such folder or list.
         InputError: a line that cannot be right; the message has the file and the line number.
+        SystemFault: the list cannot be read, time and again.
     """
 
     def __init__(
@@ -54,8 +63,8 @@ class ListDataset(paddle.io.Dataset):
         self.allow_outside = allow_outside
         # Bytes and arrays rather than lists of str: reading a list's items writes to their
         # reference counts, and that copies the whole list into every worker process.
-        self._paths, self._ends, self._lines, self.labels = read_list(
-            list_file, num_classes, allow_outside=allow_outside
+        self._paths, self._ends, self._lines, self.labels = read_patiently(
+            lambda: read_list(list_file, num_classes, allow_outside=allow_outside), list_file
         )
 
     def __len__(self) -> int:
@@ -70,26 +79,44 @@ class ListDataset(paddle.io.Dataset):
         """The image (3, H, W) and label of sample (epoch, index)."""
         return self.read(*sample, self.transform), self.labels[sample[1]]
 
-    def read_sample(self, epoch: int, index: int, *, unfinished: bool):
+    def describe(self, index: int) -> str:
+        """The path of image `index`, and the line that names it."""
+        where = f"{self.list_file}, line {self._lines[index]}"
+        return f"image {printable(self.path(index))} ({where})"
+
+    def read_sample(
+        self, epoch: int, index: int, *, unfinished: bool, failures: list[str] | None = None
+    ):
         """What a `Loader` makes batches of: the image and its label.
 
         Args:
             unfinished: without the last steps, which `FinishBatch` does.
+            failures: as of `read`.
         """
         transform = self.transform.unfinished if unfinished else self.transform
-        return self.read(epoch, index, transform), self.labels[index]
+        return self.read(epoch, index, transform, failures=failures), self.labels[index]
 
-    def read(self, epoch: int, index: int, transform: Callable):
+    def read(
+        self, epoch: int, index: int, transform: Callable, *, failures: list[str] | None = None
+    ):
         """What `transform` makes of image `index`.
 
+        Args:
+            failures: gets a message for each failure of the system that a repetition cured.
+
         Raises:
-            SampleError: it cannot be read.
+            SampleError: it does not exist, or cannot be decoded.
+            SystemFault: the system fails, time and again.
         """
         path = self.path(index)
-        try:
+
+        def sample():
             full = resolve(self.root, path, allow_outside=self.allow_outside)
             with open_image(full) as image:
                 return transform(image, np.random.default_rng((self.seed, epoch, index)))
+
+        try:
+            return read_patiently(sample, self.describe(index), failures)
         except (OSError, InputError) as error:
             place = self.list_file, self._lines[index], f"image {path}"
             raise unreadable(*place, error) from None
@@ -115,18 +142,24 @@ def get_dataloader(
     """Batches (images (N, 3, H, W) float32, labels (N,) int64) of one rank.
 
     Raises:
-        InputError: fewer training images than one batch of all ranks, or less shared memory than
+        InputError: fewer training images than one global batch, or less shared memory than
             the workers' batches need.
     """
     if is_train:
         batches = TrainBatches(
-            len(dataset), config.DATA.BATCH_SIZE, rank=rank, world_size=world_size, seed=config.SEED
+            len(dataset),
+            config.DATA.BATCH_SIZE,
+            rank=rank,
+            world_size=world_size,
+            seed=config.SEED,
+            accum_iter=config.TRAIN.ACCUM_ITER,
         )
         if len(batches) == 0:
             raise InputError(
-                f"{dataset.list_file} lists {len(dataset)} images, fewer than one batch "
-                f"(DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} x {world_size} processes); "
-                "give a smaller -batch_size"
+                f"{dataset.list_file} lists {len(dataset)} images, fewer than one global batch "
+                f"(DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} x TRAIN.ACCUM_ITER "
+                f"{config.TRAIN.ACCUM_ITER} x {world_size} processes); "
+                "give a smaller -batch_size or -accum_iter"
             )
     else:
         batches = EvalBatches(
@@ -158,4 +191,5 @@ def get_dataloader(
         batch_bytes=batch_bytes,
         finish=finish,
         max_bad_images=config.DATA.MAX_BAD_IMAGES if is_train else None,
+        timeout_seconds=config.DATA.WORKER_TIMEOUT,
     )

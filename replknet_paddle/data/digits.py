@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from replknet_paddle.data.lists import LIST_FILES
-from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.extras import import_extra
 from replknet_paddle.runtime.files import write_text
 
 
@@ -18,11 +18,7 @@ def make_digits(folder: str) -> None:
     Raises:
         InputError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise InputError(f"{error}; pip install -r requirements/demo.txt") from None
-    digits = load_digits()
+    digits = import_extra("sklearn.datasets", "demo").load_digits()
     lists = {True: [], False: []}
     for i, (scan, label) in enumerate(zip(digits.images, digits.target)):
         is_train = i % 5 != 0

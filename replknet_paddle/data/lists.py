@@ -8,12 +8,14 @@ The label is what follows the last white space, so paths may hold spaces.
 
 import functools
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
+from replknet_paddle.data.storage import describe
 from replknet_paddle.runtime.errors import InputError, SampleError
 
 LAYOUT = (
@@ -25,15 +27,20 @@ LIST_FILES = {True: "train_list.txt", False: "val_list.txt"}
 
 
 def check_list(list_file: str, root: str, layout: str = LAYOUT) -> None:
-    """Raise FileNotFoundError if there is no such data folder or list.
+    """Check that there are such a data folder and list.
 
     Args:
         layout: what to give instead.
+
+    Raises:
+        FileNotFoundError, InputError: there are not, or the list may not be read.
     """
     if not os.path.isdir(root):
         raise FileNotFoundError(f"no data folder {root}; {layout}")
     if not os.path.isfile(list_file):
         raise FileNotFoundError(f"no list file {list_file}; {layout}")
+    if not os.access(list_file, os.R_OK):
+        raise InputError(f"no permission to read {list_file}")
 
 
 def unreadable(list_file: str, line: int, path: str, error: Exception) -> SampleError:
@@ -43,11 +50,8 @@ def unreadable(list_file: str, line: int, path: str, error: Exception) -> Sample
         line: that has the path, counted from 1.
         path: with what it is, e.g. `image a.jpg`.
     """
-    reason = error
-    if isinstance(error, OSError) and error.strerror:
-        reason = error.strerror.lower()  # without the path, which is named already
     return SampleError(
-        f"{list_file}, line {line}: cannot read {printable(path)}: {printable(str(reason))}"
+        f"{list_file}, line {line}: cannot read {printable(path)}: {printable(describe(error))}"
     )
 
 
@@ -162,14 +166,16 @@ def resolve(root: str, path: str, *, allow_outside: bool) -> str:
     """Where the image `path` of the data folder `root` lies.
 
     Raises:
+        OSError: there is no such file, or the file system fails.
         InputError: it leads out of the data folder, which `allow_outside` does not allow.
     """
     if allow_outside:
         return os.path.join(root, path)
     folder, name = os.path.split(path)
     full = os.path.join(_real_folder(root, folder), name)
-    if os.path.islink(full):
-        full = os.path.realpath(full)
+    # Unlike os.path.islink and a realpath that is not strict, which take any error for "no link".
+    if stat.S_ISLNK(os.lstat(full).st_mode):
+        full = os.path.realpath(full, strict=True)
         _check_inside(full, root)
     return full
 
@@ -181,13 +187,13 @@ def printable(text: str) -> str:
 
 @functools.lru_cache(maxsize=65536)  # ImageNet-22K has 21,841 folders
 def _real_folder(root: str, folder: str) -> str:
-    real = os.path.realpath(os.path.join(root, folder))
+    real = os.path.realpath(os.path.join(root, folder), strict=True)
     _check_inside(real, root)
     return real
 
 
 def _check_inside(real: str, root: str) -> None:
-    real_root = os.path.realpath(root)
+    real_root = os.path.realpath(root, strict=True)
     if os.path.commonpath([real, real_root]) != real_root:
         raise InputError(
             f"it leads to {printable(real)}, outside the data folder; "

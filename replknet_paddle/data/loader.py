@@ -11,9 +11,11 @@ import ctypes
 import logging
 import mmap
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
@@ -24,13 +26,17 @@ from pathlib import Path
 import numpy as np
 import paddle
 
+from replknet_paddle.data.storage import describe
 from replknet_paddle.data.transforms.finish import FinishBatch
-from replknet_paddle.runtime.errors import InputError, SampleError
+from replknet_paddle.runtime.errors import InputError, SampleError, SystemFault
 
 # How many images after an unreadable one are tried in its place.
 MAX_REPLACEMENTS = 10
 
 BATCHES_AHEAD = 2  # for each worker
+
+WARN_SECONDS = 30  # of waiting for a batch
+KILL_SECONDS = 10  # that a worker may take to end
 
 Name = tuple[int, int]  # of a sample: epoch, index
 
@@ -47,6 +53,7 @@ class Batch:
         labels: (N,) int64, or label maps (N, H, W) uint8.
         erasures: for `FinishBatch`.
         unreadable: index of each image that another took the place of, and what is wrong with it.
+        failures: messages of failures of the system after which reading again succeeded.
     """
 
     images: np.ndarray | None
@@ -55,6 +62,7 @@ class Batch:
     labels: np.ndarray
     erasures: list[tuple]
     unreadable: list[tuple[int, str]]
+    failures: list[str]
 
 
 class Loader:
@@ -64,17 +72,19 @@ class Loader:
     names; the workers stay for the next time, until `close` or the end of a `with` block.
 
     Args:
-        dataset: a `ListDataset`, or another with its `read_sample` and `list_file`.
+        dataset: a `ListDataset`, or another with `read_sample`, `describe` and `list_file`.
         batch_sampler: of `replknet_paddle.data.samplers`.
         workers: processes; 0: read in this one.
         batch_bytes: of the images of a batch, which go through shared memory up to this size.
         finish: last steps of the pipeline, on the device; None: the workers do them.
         max_bad_images: how many different unreadable images to replace by the next readable one
             of the list, each with a warning, before the run stops; None: to stop at the first.
+        timeout_seconds: how long to wait for one batch of the workers.
 
     Raises (while iterating):
-        SampleError: an image cannot be read and none may take its place.
-        RuntimeError: a worker was killed.
+        SampleError: an image is missing or damaged and none may take its place.
+        SystemFault: storage fails time and again, or hangs; a worker was killed, or none
+            can be started.
     """
 
     def __init__(
@@ -86,12 +96,14 @@ class Loader:
         batch_bytes: int,
         finish: FinishBatch | None,
         max_bad_images: int | None,
+        timeout_seconds: float = 600.0,
     ):
         self.dataset = dataset
         self.batch_sampler = batch_sampler
         self.workers = workers
         self.finish = finish
         self.max_bad_images = max_bad_images
+        self.timeout_seconds = timeout_seconds
         self.bad_images: set[int] = set()
         self._slots = Slots(slot_count(workers), batch_bytes) if workers else None
         self._read = _ReadBatch(
@@ -109,6 +121,12 @@ class Loader:
         for slot, batch in self._batches():
             for index, message in batch.unreadable:
                 self._count_bad_image(index, message)
+            if batch.failures:
+                logger.warning(
+                    "%s; read again (%d such failures in this batch)",
+                    batch.failures[0],
+                    len(batch.failures),
+                )
             images = batch.images
             if images is None:
                 images = self._slots.array(slot, batch.shape, batch.dtype)
@@ -143,7 +161,7 @@ class Loader:
             self._pool = self._start_workers()
         # More slots than batches ahead: the one that was given last must stay as it is.
         free = deque(range(self._slots.count))
-        ahead: deque[tuple[int, Future]] = deque()
+        ahead: deque[tuple[int, Future, Name]] = deque()  # with the first image's name
         names = iter(self.batch_sampler)
         try:
             while True:
@@ -151,28 +169,80 @@ class Loader:
                     if (batch := next(names, None)) is None:
                         break
                     slot = free.popleft()
-                    ahead.append((slot, self._pool.submit(_read_in_worker, slot, batch)))
+                    ahead.append((slot, self._submit(slot, batch), batch[0]))
                 if not ahead:
                     return
-                slot, future = ahead.popleft()
+                slot, future, first = ahead.popleft()
+                self._wait(future, first)
                 yield slot, future.result()
                 free.append(slot)
         except BrokenProcessPool:
             self._pool = None
-            raise RuntimeError(
+            raise SystemFault(
                 f"a loader worker of {self.dataset.list_file} was killed; if the machine was out "
                 "of memory, lower DATA.NUM_WORKERS or the batch size"
             ) from None
         finally:  # whoever leaves early may begin anew, with all slots
-            for _, future in ahead:
-                future.cancel()
-            wait([future for _, future in ahead if not future.cancelled()])
+            pending = [future for _, future, _ in ahead if not future.cancel()]
+            if wait(pending, self.timeout_seconds).not_done:
+                self._kill_workers()
+
+    def _submit(self, slot: int, names: list[Name]) -> Future:
+        try:
+            return self._pool.submit(_read_in_worker, slot, names)
+        except OSError as error:  # the first one forks the workers
+            self._kill_workers()
+            raise SystemFault(
+                f"cannot start {self.workers} loader workers: {describe(error)}; lower "
+                "DATA.NUM_WORKERS, or raise the system's limits of processes and memory"
+            ) from error
+
+    def _wait(self, future: Future, first: Name) -> None:
+        """Wait until a batch has been read, or reading it has failed.
+
+        Args:
+            first: name of the batch's first image.
+        """
+        patience = min(WARN_SECONDS, self.timeout_seconds / 2)
+        if wait([future], patience).done:
+            return
+        what = f"a batch whose first one is {self.dataset.describe(first[1])}"
+        logger.warning("waiting for %s since %g s: storage may hang", what, patience)
+        if wait([future], self.timeout_seconds - patience).done:
+            return
+        self._kill_workers()
+        raise SystemFault(
+            f"loader workers did not deliver {what} within {self.timeout_seconds:g} s "
+            "(DATA.WORKER_TIMEOUT); check whether storage hangs"
+        )
+
+    def _kill_workers(self) -> None:
+        """End workers that do not answer."""
+        if self._pool is None:
+            return
+        running = list((self._pool._processes or {}).values())
+        for process in running:
+            process.kill()
+        sentinels = {process.sentinel for process in running}
+        deadline = time.monotonic() + KILL_SECONDS
+        while sentinels and time.monotonic() < deadline:
+            sentinels -= set(multiprocessing.connection.wait(sentinels, KILL_SECONDS))
+        if sentinels:  # the kernel is waiting in them; a normal exit would wait for them
+            logger.critical(
+                "%d loader workers cannot even be killed: their storage hangs. This process leaves "
+                "them behind, with status 1",
+                len(sentinels),
+            )
+            logging.shutdown()
+            os._exit(1)
+        self._pool.shutdown(wait=False)
+        self._pool = None
 
     def _start_workers(self) -> ProcessPoolExecutor:
-        if "fork" not in multiprocessing.get_all_start_methods():
+        if not hasattr(os, "fork"):
             raise InputError(
                 f"DATA.NUM_WORKERS is {self.workers}, but this system cannot fork the processes "
-                "of a loader; set it to 0"
+                "of a loader; allowed here: 0"
             )
         return ProcessPoolExecutor(
             self.workers,
@@ -234,7 +304,8 @@ class _ReadBatch:
 
     def __call__(self, slot: int, names: list[Name]) -> Batch:
         unreadable: list[tuple[int, str]] = []
-        images, labels = zip(*(self._read_image(*name, unreadable) for name in names))
+        failures: list[str] = []
+        images, labels = zip(*(self._read_image(*name, unreadable, failures) for name in names))
         erasures = []
         if self.unfinished:
             erasures = [
@@ -247,14 +318,16 @@ class _ReadBatch:
             np.stack(images, out=self.slots.array(slot, shape, dtype))
         else:
             stacked = np.stack(images)
-        return Batch(stacked, shape, dtype.str, np.stack(labels), erasures, unreadable)
+        return Batch(stacked, shape, dtype.str, np.stack(labels), erasures, unreadable, failures)
 
-    def _read_image(self, epoch: int, index: int, unreadable: list):
+    def _read_image(self, epoch: int, index: int, unreadable: list, failures: list):
         problem = None
         for candidate in range(index, index + self.candidates):
             candidate %= len(self.dataset)
             try:
-                sample = self.dataset.read_sample(epoch, candidate, unfinished=self.unfinished)
+                sample = self.dataset.read_sample(
+                    epoch, candidate, unfinished=self.unfinished, failures=failures
+                )
             except SampleError as error:
                 problem = problem or error
             else:
@@ -274,7 +347,8 @@ def _set_up_worker(parent: int, read: _ReadBatch) -> None:
     """Let a worker live just as long as its parent.
 
     Ctrl-C and Paddle's launcher signal the whole group of a training process, which then needs its
-    workers until it has saved: each leaves that group. And it dies with a parent that was killed.
+    workers until it has saved: each leaves that group. On Linux it dies with a parent that was
+    killed; other systems have no such call, and workers stay behind there.
     """
     global _read
     _read = read

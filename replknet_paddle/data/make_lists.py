@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from replknet_paddle.data.class_names import CLASS_NAMES_FILE
 from replknet_paddle.data.lists import LIST_FILES
 from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.extras import import_extra
 from replknet_paddle.runtime.files import written_whole
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -38,15 +39,32 @@ def make_lists(
         FileNotFoundError: a folder or file is missing.
         InputError: what is there cannot become a list.
     """
-    classes = _class_folders(os.path.join(root, train))
-    lists = {
-        LIST_FILES[True]: _tree_lines(root, train, classes),
-        LIST_FILES[False]: (
-            _tree_lines(root, val, classes)
+    classes = class_folders(os.path.join(root, train))
+    return write_lists(
+        root,
+        train=tree_lines(root, train, classes),
+        val=(
+            tree_lines(root, val, classes)
             if devkit is None
             else _ground_truth_lines(root, val, classes, devkit)
         ),
-    }
+        classes=classes,
+        overwrite=overwrite,
+    )
+
+
+def write_lists(
+    root: str, *, train: list[str], val: list[str], classes: list[str], overwrite: bool
+) -> dict[str, int]:
+    """Write the lines of both lists and, unless they are synsets, the names of the classes.
+
+    Returns:
+        The number of lines in each file written.
+
+    Raises:
+        InputError: an empty list, or an existing file without `overwrite`.
+    """
+    lists = {LIST_FILES[True]: train, LIST_FILES[False]: val}
     if not all(re.fullmatch(r"n\d{8}", name) for name in classes):
         lists[CLASS_NAMES_FILE] = classes
     for name in lists:
@@ -55,12 +73,14 @@ def make_lists(
     for name, lines in lists.items():
         if not lines:
             raise InputError(f"no images ({', '.join(SUFFIXES)}) for {os.path.join(root, name)}")
+    for name, lines in lists.items():
         with written_whole(os.path.join(root, name), errors="surrogateescape") as file:
             file.writelines(f"{line}\n" for line in lines)
     return {name: len(lines) for name, lines in lists.items()}
 
 
-def _class_folders(folder: str) -> list[str]:
+def class_folders(folder: str) -> list[str]:
+    """The names of the folders in `folder`, sorted."""
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"no folder {folder}; it should hold a folder for each class")
     with os.scandir(folder) as entries:
@@ -70,10 +90,11 @@ def _class_folders(folder: str) -> list[str]:
     return classes
 
 
-def _tree_lines(root: str, part: str, classes: list[str]) -> list[str]:
+def tree_lines(root: str, part: str, classes: list[str]) -> list[str]:
+    """The lines of all images in the class folders of `part`, a folder below `root`."""
     labels = {name: label for label, name in enumerate(classes)}
     lines = []
-    for name in _class_folders(os.path.join(root, part)):
+    for name in class_folders(os.path.join(root, part)):
         if name not in labels:
             raise InputError(f"{os.path.join(root, part, name)}: no such class in training")
         for path in _images(root, os.path.join(part, name)):
@@ -131,14 +152,9 @@ def read_synsets(meta: str) -> dict[int, str]:
     Raises:
         InputError: the file is something else, or SciPy is missing.
     """
+    scipy_io = import_extra("scipy.io", "imagenet")
     try:
-        from scipy.io import loadmat
-    except ImportError:
-        raise InputError(
-            f"reading {meta} needs SciPy: pip install -r requirements/imagenet.txt"
-        ) from None
-    try:
-        rows = loadmat(meta, squeeze_me=True, variable_names=["synsets"])["synsets"]
+        rows = scipy_io.loadmat(meta, squeeze_me=True, variable_names=["synsets"])["synsets"]
         return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in rows}
     except Exception as error:  # damaged files make SciPy's readers raise almost anything
         raise InputError(f"{meta} is not the meta.mat of ImageNet's development kit") from error

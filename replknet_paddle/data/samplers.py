@@ -14,12 +14,25 @@ class TrainBatches(paddle.io.Sampler):
     """The (epoch, index) names of one rank's training batches, epoch by epoch.
 
     All ranks shuffle alike, and each takes its part of every global batch, so two ranks with
-    batch b see in each step what one rank with batch 2b sees. The images of an incomplete last
-    global batch wait for another epoch.
+    batch b see in each step what one rank with batch 2b sees. An epoch has whole optimizer steps
+    only, as in the official code: the images beyond them are left out of that epoch.
+
+    Args:
+        accum_iter: batches of an optimizer step.
     """
 
-    def __init__(self, length: int, batch_size: int, *, rank: int, world_size: int, seed: int):
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        rank: int,
+        world_size: int,
+        seed: int,
+        accum_iter: int = 1,
+    ):
         self.length = length
+        self.accum_iter = accum_iter
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
@@ -34,7 +47,8 @@ class TrainBatches(paddle.io.Sampler):
 
     def __len__(self) -> int:
         """Batches in a whole epoch, for this rank as for any other."""
-        return self.length // (self.batch_size * self.world_size)
+        step_images = self.batch_size * self.world_size * self.accum_iter
+        return self.length // step_images * self.accum_iter
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)

@@ -1,16 +1,19 @@
-"""Ways to run a network: one interface, and a rule that chooses among those installed.
+"""Ways to run a network: one interface, and `auto`, which takes the fastest of those installed.
 
     backend = open_backend("exported")       # a folder that replknet export wrote
     logits = backend.run(images)             # float32 (N, 3, H, W) -> float32 (N, num_classes)
 
 Each backend opens one format of export, or a network in memory, which it then exports to a
-temporary place. docs/deployment.md has the measurements behind `CPU_ORDER`.
+temporary place.
 """
 
+import hashlib
+import json
 import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import paddle
@@ -20,13 +23,13 @@ from replknet_paddle.checkpoints.convert import load_pretrained
 from replknet_paddle.checkpoints.run_folder import run_config_file, weights_of
 from replknet_paddle.config import get_config
 from replknet_paddle.data.class_names import get_class_names
+from replknet_paddle.deploy.auto import open_fastest
 from replknet_paddle.deploy.export import (
     ONNX_MODEL_FILE,
     PADDLE_MODEL_FILES,
     PADDLE_WEIGHTS_FILE,
     write_model,
 )
-from replknet_paddle.deploy.extras import REQUIREMENTS, import_extra, is_installed
 from replknet_paddle.deploy.runtimes import (
     OPENERS,
     Backend,
@@ -39,6 +42,7 @@ from replknet_paddle.model import RepLKNet, build_replknet
 from replknet_paddle.ops import use_fast_depthwise_conv, use_fast_pointwise_conv
 from replknet_paddle.runtime.cores import core_share
 from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.extras import import_extra, install_command, is_installed
 
 logger = logging.getLogger(__name__)
 
@@ -51,14 +55,14 @@ PACKAGES = {
 }
 # What each opens besides a network in memory.
 FORMAT = {"paddle": "paddle", "onnxruntime": "onnx", "openvino": "onnx"}
-# `auto`: the fastest first, as measured; dygraph is some ten times slower than the last of them.
-CPU_ORDER = {
+# What `auto` chooses from, by precision. Eager mode is slower than all of them.
+CPU_BACKENDS = {
     "fp32": ("openvino", "paddle", "onnxruntime"),
     "fp16": ("openvino", "onnxruntime"),
     "bf16": ("openvino", "paddle"),
     "int8": ("openvino", "onnxruntime"),
 }
-GPU_ORDER = {"fp32": ("paddle",), "fp16": ("paddle",), "bf16": ("paddle",), "int8": ()}
+GPU_BACKENDS = {"fp32": ("paddle",), "fp16": ("paddle",), "bf16": ("paddle",), "int8": ()}
 
 
 def installed_backends() -> list[str]:
@@ -74,6 +78,7 @@ def open_backend(
     threads: int | None = None,
     precision: str | None = None,
     class_names: list[str] | None = None,
+    batch_size: int = 1,
     build: Callable = build_replknet,
 ) -> Backend:
     """Get a network ready to run.
@@ -82,7 +87,8 @@ def open_backend(
         source: an export folder; or a checkpoint or run folder; or a network, which keeps its
             mode and its numbers. `dygraph` runs this very network: its convolutions become the
             compiled operators where MODEL.CONV_IMPL says so.
-        name: a backend, or `auto` for the fastest installed one that can run `source`.
+        name: a backend, or `auto` for the fastest installed one that can run `source`, which is
+            measured the first time (deploy/auto.py).
         config: of a network, or of a checkpoint that does not lie in its run folder.
         threads: that compute, on CPU; None for the cores that this process may use, divided among
             the processes of the run on this machine. Without effect on `dygraph`, whose compiled
@@ -91,6 +97,7 @@ def open_backend(
         precision: to compute in; None for what the export was made for, or fp32. An export made
             for fp32 also runs in `bf16`.
         class_names: of a network or checkpoint; None for those that its config names.
+        batch_size: images that `run` will get at once, for `auto` to measure with.
         build: config -> the network of a checkpoint.
 
     Raises:
@@ -108,10 +115,18 @@ def open_backend(
             raise ValueError("a network needs its config")
         model = source
     elif is_export(source):
-        return _open_export(Path(source), name, threads, precision)
+        return _open_export(Path(source), name, threads, precision, batch_size)
     else:
         model, config = load_network(source, config, build)
-    return _open_network(model, config, name, threads, precision or "fp32", class_names)
+    precision = precision or "fp32"
+    check_network_precision(precision, name)
+    if class_names is None:
+        class_names = get_class_names(config)
+    sidecar = Sidecar.build(config, format="paddle", precision=precision, class_names=class_names)
+    if name == "dygraph":
+        use_fast_convolutions(model, config)
+        return DygraphBackend(model, sidecar)
+    return _open_network(model, sidecar, name, threads, batch_size)
 
 
 def is_export(source) -> bool:
@@ -139,7 +154,9 @@ def load_network(source, config=None, build: Callable = build_replknet) -> tuple
     return model, config
 
 
-def _open_export(folder: Path, name: str, threads: int, precision: str | None) -> Backend:
+def _open_export(
+    folder: Path, name: str, threads: int, precision: str | None, batch_size: int
+) -> Backend:
     sidecar = Sidecar.read(folder)
     if precision not in (None, sidecar.precision) and (sidecar.precision, precision) != (
         "fp32",
@@ -150,20 +167,64 @@ def _open_export(folder: Path, name: str, threads: int, precision: str | None) -
             f"{sidecar.precision}{' or bf16' if sidecar.precision == 'fp32' else ''}; "
             "replknet export makes others"
         )
+    precision = precision or sidecar.precision
     sidecar.verify(folder)
     readers = [reader for reader, format in FORMAT.items() if format == sidecar.format]
-    if name == "auto":
-        name = choose(readers, precision or sidecar.precision)
-    elif name not in readers:
+    if name not in ("auto", *readers):
         raise InputError(
             f"{folder} is an export of format {sidecar.format}, which backend {name} does not "
             f"open; allowed: auto, {', '.join(readers)}"
         )
+    names = candidates(readers, precision) if name == "auto" else [name]
     path = model_path(folder, sidecar, sidecar.files)
-    return OPENERS[name](path, sidecar, threads, precision or sidecar.precision)
+
+    def open_one(backend: str) -> Backend:
+        return OPENERS[backend](path, sidecar, threads, precision)
+
+    if name != "auto":
+        return open_one(name)
+    facts = {
+        "network": [sidecar.architecture, sidecar.num_classes, sidecar.precision],
+        "bytes": path.stat().st_size,
+        "image_size": sidecar.preprocessing.image_size,
+        "precision": precision,
+        "threads": threads,
+    }
+    return open_fastest(names, open_one, facts=facts, batch_size=batch_size)
 
 
-def _open_network(model, config, name, threads, precision, class_names) -> Backend:
+def _open_network(
+    model: RepLKNet, sidecar: Sidecar, name: str, threads: int, batch_size: int
+) -> Backend:
+    precision = sidecar.precision
+    names = candidates(list(FORMAT), precision) if name == "auto" else [name]
+    with tempfile.TemporaryDirectory(prefix="replknet-") as folder:
+
+        def open_one(backend: str) -> Backend:
+            for package in PACKAGES[backend]:
+                import_extra(package, "deploy")
+            written = replace(sidecar, format=FORMAT[backend])
+            target = Path(folder, written.format)
+            if not target.exists():
+                target.mkdir()
+                write_model(model, target, format=written.format, precision=precision)
+            path = model_path(target, written, os.listdir(target))
+            return OPENERS[backend](path, written, threads, precision)
+
+        if name != "auto":
+            return open_one(name)
+        shapes = sorted((key, list(value.shape)) for key, value in model.state_dict().items())
+        facts = {
+            "network": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(),
+            "image_size": sidecar.preprocessing.image_size,
+            "precision": precision,
+            "threads": threads,
+        }
+        return open_fastest(names, open_one, facts=facts, batch_size=batch_size)
+
+
+def check_network_precision(precision: str, name: str) -> None:
+    """Raise InputError for a precision that backend `name` does not run networks in memory in."""
     if precision not in PRECISIONS:
         raise InputError(f"precision {precision}; allowed: {', '.join(PRECISIONS)}")
     if precision == "int8":
@@ -171,23 +232,8 @@ def _open_network(model, config, name, threads, precision, class_names) -> Backe
             "precision int8 needs images to calibrate it with; replknet export "
             "-format onnx -precision int8 makes an export that runs in it"
         )
-    if name == "auto":
-        name = choose(list(PACKAGES), precision)
-    format = FORMAT.get(name, "paddle")
-    if class_names is None:
-        class_names = get_class_names(config)
-    sidecar = Sidecar.build(config, format=format, precision=precision, class_names=class_names)
-    if name == "dygraph":
-        if precision != "fp32":
-            raise InputError(f"precision {precision} with backend dygraph; allowed: fp32")
-        use_fast_convolutions(model, config)
-        return DygraphBackend(model, sidecar)
-    for package in PACKAGES[name]:
-        import_extra(package)
-    with tempfile.TemporaryDirectory(prefix="replknet-") as folder:
-        write_model(model, Path(folder), format=format, precision=precision)
-        path = model_path(Path(folder), sidecar, os.listdir(folder))
-        return OPENERS[name](path, sidecar, threads, precision)
+    if name == "dygraph" and precision != "fp32":
+        raise InputError(f"precision {precision} with backend dygraph; allowed: fp32")
 
 
 def use_fast_convolutions(model: RepLKNet, config) -> None:
@@ -196,38 +242,31 @@ def use_fast_convolutions(model: RepLKNet, config) -> None:
     use_fast_pointwise_conv(model, config.MODEL.CONV_IMPL)
 
 
-def choose(candidates: list[str], precision: str) -> str:
-    """The first one of the order for this device and precision that is a candidate and installed.
+def candidates(readers: list[str], precision: str) -> list[str]:
+    """The backends of `readers` that are installed and compute in this precision here.
 
     Raises:
         InputError: there is none; the message has the pip command.
     """
     on_gpu = paddle.device.get_device().startswith("gpu")
-    order = [name for name in GPU_ORDER[precision] if on_gpu and name in candidates]
-    device = "GPU" if order else "CPU"
-    order = order or [name for name in CPU_ORDER[precision] if name in candidates]
-    installed = installed_backends()
-    unable = [name for name in order if name in installed and not computes_in(name, precision)]
-    for name in order:
-        if name in installed and name not in unable:
-            logger.info(
-                "backend %s: the first installed one of %s for %s on %s",
-                name,
-                ", ".join(order),
-                precision,
-                device,
-            )
-            return name
-    if not order:
+    able = [name for name in GPU_BACKENDS[precision] if on_gpu and name in readers]
+    if able:
+        return able
+    able = [name for name in CPU_BACKENDS[precision] if name in readers]
+    if not able:
         raise InputError(
             f"precision {precision} in this format runs on a GPU alone, and Paddle uses none here; "
             "replknet export makes other exports"
         )
-    if unable:
-        raise InputError(no_bfloat16(unable[0]))
-    raise InputError(
-        f"no backend for this is installed ({' or '.join(order)}); pip install -r {REQUIREMENTS}"
-    )
+    installed = [name for name in able if name in installed_backends()]
+    if not installed:
+        raise InputError(
+            f"no backend for this is installed ({' or '.join(able)}); {install_command('deploy')}"
+        )
+    computing = [name for name in installed if computes_in(name, precision)]
+    if not computing:
+        raise InputError(no_bfloat16(installed[0]))
+    return computing
 
 
 def model_path(folder: Path, sidecar: Sidecar, files: Iterable[str]) -> Path:
@@ -277,6 +316,7 @@ def open_for_evaluation(config, name: str, build: Callable = build_replknet) -> 
             network, or not preprocessed as, `config` says.
     """
     source = config.MODEL.PRETRAINED
+    batch_size = config.DATA.BATCH_SIZE_EVAL or config.DATA.BATCH_SIZE
     if source is None:
         raise InputError(f"-backend {name} without weights; name them by -pretrained")
     if is_export(source):
@@ -290,6 +330,6 @@ def open_for_evaluation(config, name: str, build: Callable = build_replknet) -> 
         if differ:
             raise InputError(f"{source} is not of this configuration: {'; '.join(differ)}")
         config = None
-    backend = open_backend(source, name, config=config, build=build)
+    backend = open_backend(source, name, config=config, batch_size=batch_size, build=build)
     logger.info("evaluating on backend %s, %s", backend.name, backend.sidecar.precision)
     return BackendLayer(backend)

@@ -18,6 +18,7 @@ from replknet_paddle.deploy.quantize import quantize
 from replknet_paddle.deploy.sidecar import FILE, FORMATS, PRECISIONS, Sidecar
 from replknet_paddle.model import RepLKNet
 from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.files import check_folder_is_writable, name_the_file
 
 PADDLE_MODEL_FILES = ("model.json", "model.pdmodel")  # of Paddle 3 and Paddle 2
 PADDLE_WEIGHTS_FILE = "model.pdiparams"
@@ -60,6 +61,9 @@ def export_model(
         sidecar.write(unfinished)
         check_target(target)  # what came meanwhile
         replace_folder(unfinished, target)
+    except OSError as error:
+        name_the_file(error, target)
+        raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -69,12 +73,13 @@ def check_target(target: str | os.PathLike) -> Path:
 
     Raises:
         FileNotFoundError: there is no folder to write it into.
-        InputError: something would go that no export wrote.
+        InputError: something would go that no export wrote, or the folder above is read-only.
     """
     target = Path(os.path.realpath(target))
     allowed = "allowed: a new or empty folder, or an earlier export and nothing else"
     if not target.parent.is_dir():
         raise FileNotFoundError(f"no folder {target.parent} to write {target.name} into")
+    check_folder_is_writable(target.parent)
     if not target.exists():
         return target
     is_folder = target.is_dir()

@@ -1,7 +1,8 @@
 """People's own pictures: finding them in folders, and decoding them.
 
-Folders are walked lazily, so their number of files costs no memory. What cannot be listed or
-decoded is reported where it stands among the others, and ends nothing.
+Folders are listed one at a time, so only the names of the files of one folder and those above it
+are in memory. What cannot be listed or decoded is reported where it stands among the others, and
+ends nothing.
 """
 
 import glob
@@ -12,6 +13,15 @@ import numpy as np
 from PIL import Image
 
 from replknet_paddle.data.transforms.image import FORMATS, load, open_image
+from replknet_paddle.deploy.video import (
+    Frame,
+    count_frames,
+    frames,
+    import_opencv,
+    is_film,
+    is_webcam,
+    open_capture,
+)
 from replknet_paddle.runtime.errors import InputError
 
 
@@ -52,41 +62,66 @@ def decode(source) -> Image.Image:
 
 
 class ImageFiles:
-    """The image files that command-line arguments stand for.
+    """The images that command-line arguments stand for.
 
-    A folder stands for the files in and below it whose names end as those of images do; links to
-    folders are not followed. A pattern such as 'photos/**/*.jpg' stands for the files it matches.
-    Anything else is a file, whatever its name. Files of one folder come in no particular order.
+    A folder stands for the files in and below it whose names end as those of images do, in sorted
+    order; links to folders are not followed. A pattern such as 'photos/**/*.jpg' stands for the
+    files it matches, in sorted order. A film or webcam stands for frames of it (deploy/video.py).
+    Anything else is a file, whatever its name.
 
     Args:
-        arguments: files, folders and patterns.
+        arguments: files, folders, patterns, films, `webcam`.
         leave_out: a folder that is not searched, where a search comes by it.
+        frame_seconds: between the frames of a film or webcam.
 
     Attributes:
         other_files: how many files the last iteration has passed over in folders, for their names.
     """
 
-    def __init__(self, arguments: Iterable[str], *, leave_out: str | None = None):
+    def __init__(
+        self,
+        arguments: Iterable[str],
+        *,
+        leave_out: str | None = None,
+        frame_seconds: float = 1.0,
+    ):
         self.arguments = list(arguments)
         self.leave_out = leave_out
+        self.frame_seconds = frame_seconds
         self.suffixes = image_suffixes()
         self.other_files = 0
 
-    def __iter__(self) -> Iterator[tuple[str, str | None]]:
-        """Pairs of a path and None; or of a folder and why it could not be listed."""
+    @property
+    def is_live(self) -> bool:
+        """Whether a webcam is among them."""
+        return any(map(is_webcam, self.arguments))
+
+    def __iter__(self) -> Iterator[tuple[str, str | None] | Frame]:
+        """Pairs of a path and None, or of a folder or film and why it could not be read; frames."""
         self.other_files = 0
         for argument in self.arguments:
             yield from self._files(argument)
 
     def count(self) -> int:
-        """How many there are.
+        """How many there are, webcams left out.
 
         Raises:
             FileNotFoundError: an argument names nothing.
-            InputError: an argument is a folder that cannot be listed, or stands for no image.
+            InputError: an argument is a folder that cannot be listed, or stands for no image; or
+                OpenCV is missing, which films and webcams need.
         """
         total = 0
         for argument in self.arguments:
+            if is_webcam(argument):
+                open_capture(argument).release()
+                continue
+            if is_film(argument):
+                import_opencv()
+                try:
+                    total += count_frames(argument, self.frame_seconds)
+                except InputError:  # reported in its place
+                    total += 1
+                continue
             self.other_files = 0
             found = 0
             problem = None
@@ -113,32 +148,48 @@ class ImageFiles:
             "end in .jpg, .png or another suffix of an image format"
         )
 
-    def _files(self, argument: str) -> Iterator[tuple[str, str | None]]:
-        if os.path.isdir(argument):
+    def _files(self, argument: str) -> Iterator[tuple[str, str | None] | Frame]:
+        if is_film(argument) or is_webcam(argument):
+            try:
+                yield from frames(argument, self.frame_seconds)
+            except InputError as error:
+                yield argument, str(error)
+        elif os.path.isdir(argument):
             yield from self._walk(argument)
         elif os.path.lexists(argument):
             yield argument, None
         elif glob.has_magic(argument):
-            for path in glob.iglob(argument, recursive=True):
+            for path in sorted(glob.iglob(argument, recursive=True)):
                 if not os.path.isdir(path):
                     yield path, None
 
     def _walk(self, top: str) -> Iterator[tuple[str, str | None]]:
-        folders = [top]
-        while folders:
-            folder = folders.pop()
+        found = [(top, True)]  # paths and whether each is a folder, the next one last
+        while found:
+            path, is_folder = found.pop()
+            if not is_folder:
+                yield path, None
+                continue
             try:
-                with os.scandir(folder) as entries:
-                    for entry in entries:
-                        if entry.is_dir(follow_symlinks=False):
-                            if not self._is_left_out(entry.path):
-                                folders.append(entry.path)
-                        elif os.path.splitext(entry.name)[1].lower() in self.suffixes:
-                            yield entry.path, None
-                        else:
-                            self.other_files += 1
+                entries = self._listed(path)
             except OSError as error:
-                yield folder, f"cannot list the folder: {error.strerror}"
+                yield path, f"cannot list the folder: {error.strerror}"
+            else:
+                found += sorted(entries, reverse=True)
+
+    def _listed(self, folder: str) -> list[tuple[str, bool]]:
+        """The images and folders in a folder: paths, and whether each is a folder."""
+        listed = []
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    if not self._is_left_out(entry.path):
+                        listed.append((entry.path, True))
+                elif os.path.splitext(entry.name)[1].lower() in self.suffixes:
+                    listed.append((entry.path, False))
+                else:
+                    self.other_files += 1
+        return listed
 
     def _is_left_out(self, folder: str) -> bool:
         return (

@@ -9,8 +9,8 @@ follows Paddle's releases.
 import numpy as np
 from paddle import nn
 
-from replknet_paddle.deploy.extras import import_extra
 from replknet_paddle.model import ConvFFN, ConvNorm, RepLKNet
+from replknet_paddle.runtime.extras import import_extra
 
 OPSET = 20  # the first with Gelu
 IR_VERSION = 10  # of onnx 1.16; later ones say nothing more here, and older readers refuse them
@@ -26,7 +26,7 @@ class GraphBuilder:
     """
 
     def __init__(self, half_weights: str | None = None):
-        self.onnx = import_extra("onnx")
+        self.onnx = import_extra("onnx", "deploy")
         self.half_weights = half_weights
         self.nodes = []
         self.initializers = []

@@ -1,14 +1,13 @@
 """Pictures with what the network says of them drawn beside, and heat maps drawn over them."""
 
-import bisect
-import functools
 import os
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw
 
 from replknet_paddle.runtime.files import written_whole
+from replknet_paddle.runtime.fonts import draw_text, shortened, text_length
 
 PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG"}
 
@@ -17,21 +16,13 @@ BAR = (70, 120, 190)
 TRACK = (232, 236, 241)
 INK = (25, 28, 32)
 GREY = (110, 115, 120)
-
-# Pillow's own font has Latin letters alone; these are where systems keep others.
-_WIDE_FONTS = (
-    "NotoSansCJK-Regular.ttc",
-    "wqy-microhei.ttc",
-    "wqy-zenhei.ttc",
-    "msyh.ttc",
-    "PingFang.ttc",
-    "DejaVuSans.ttf",
-)
+# Blue-green and vermilion, which colour-blind people tell apart; words say the same.
+RIGHT = (0, 130, 110)
+WRONG = (205, 75, 0)
 
 # Dark blue, violet, orange, light yellow: brightness grows all the way.
-_HEAT = np.array(
-    [[10, 8, 50], [90, 20, 110], [190, 55, 85], [245, 125, 20], [250, 245, 160]], np.float32
-)
+HEAT_COLOURS = ("#0a0832", "#5a146e", "#be3755", "#f57d14", "#faf5a0")
+_HEAT = np.array([ImageColor.getrgb(colour) for colour in HEAT_COLOURS], np.float32)
 
 
 def annotate(
@@ -41,6 +32,7 @@ def annotate(
     *,
     caption: str,
     height: int = 240,
+    truth: str | None = None,
 ) -> Image.Image:
     """`picture` on the left, a bar for each class on the right, the most probable one on top.
 
@@ -50,18 +42,33 @@ def annotate(
         texts, scores: names and probabilities of some classes, in the order to show them in.
         caption: what to write below the picture.
         height: of the result, pixels; its width is three times that.
+        truth: name of the true class, where it is known: a frame and a line of text then say
+            whether the first of `texts` is right.
     """
     margin = MARGIN * height // 240
     small, large = height // 16, height // 13  # of the letters
     canvas = Image.new("RGB", (3 * height, height), "white")
     draw = ImageDraw.Draw(canvas)
 
-    width, tall = int(1.4 * height), height - 2 * margin - 2 * small
+    width = int(1.4 * height)
+    lines = 1 if truth is None else 2
+    tall = height - 2 * margin - 2 * small - (lines - 1) * (small + margin // 2)
     shown = fitted(picture, (width, tall))
-    canvas.paste(shown, (margin + (width - shown.width) // 2, margin + (tall - shown.height) // 2))
-    font = font_for(caption, small)
-    caption = _shortened(caption, font, width)
-    draw.text((margin + width / 2, height - margin), caption, GREY, font, anchor="ms")
+    left, top = margin + (width - shown.width) // 2, margin + (tall - shown.height) // 2
+    canvas.paste(shown, (left, top))
+    middle = margin + width / 2
+    if truth is not None:
+        is_right = bool(texts) and texts[0] == truth
+        colour = RIGHT if is_right else WRONG
+        edge = max(2, margin // 4)
+        right, bottom = left + shown.width + edge - 1, top + shown.height + edge - 1
+        frame = (left - edge, top - edge, right, bottom)
+        draw.rectangle(frame, outline=colour, width=edge)
+        verdict = shortened("right" if is_right else f"wrong: {truth}", small, width)
+        place = (middle, height - margin - small - margin // 2)
+        draw_text(canvas, place, verdict, small, colour, anchor="middle")
+    caption = shortened(caption, small, width)
+    draw_text(canvas, (middle, height - margin), caption, small, GREY, anchor="middle")
 
     left, right = width + 2 * margin, canvas.width - margin
     row = (height - 2 * margin) / max(len(texts), 5)
@@ -69,10 +76,10 @@ def annotate(
         top = margin + i * row
         percent = f"{100 * score:.1f} %"
         size = min(large, int(row / 2))
-        number, font = font_for(percent, size), font_for(text, size)
-        room = right - left - number.getlength(percent) - margin
-        draw.text((left, top), _shortened(text, font, room), INK, font)
-        draw.text((right, top), percent, INK, number, anchor="ra")
+        baseline = top + size
+        room = right - left - text_length(percent, size) - margin
+        draw_text(canvas, (left, baseline), shortened(text, size, room), size, INK)
+        draw_text(canvas, (right, baseline), percent, size, INK, anchor="right")
         bar = (left, top + row * 0.62, right, top + row * 0.82)
         draw.rectangle(bar, TRACK)
         if score > 0:
@@ -125,29 +132,3 @@ def save(picture: Image.Image, path: str) -> None:
     suffix = os.path.splitext(path)[1].lower()
     with written_whole(path, "wb") as file:
         picture.save(file, PICTURE_FORMATS[suffix], quality=90)
-
-
-def font_for(text: str, pixels: int) -> ImageFont.ImageFont:
-    """A font that has the letters of `text`, where the system has one."""
-    return _font(text.isascii(), pixels)
-
-
-@functools.lru_cache
-def _font(is_ascii: bool, pixels: int) -> ImageFont.ImageFont:
-    if not is_ascii:
-        for name in _WIDE_FONTS:
-            try:
-                return ImageFont.truetype(name, pixels)
-            except OSError:
-                continue
-    return ImageFont.load_default(pixels)
-
-
-def _shortened(text: str, font, pixels: float) -> str:
-    """`text`, or as much of its beginning as fits, and an ellipsis."""
-    text = " ".join(text.split())
-    if font.getlength(text) <= pixels:
-        return text
-    lengths = range(len(text) + 1)
-    fits = bisect.bisect_right(lengths, pixels, key=lambda n: font.getlength(text[:n] + "..."))
-    return text[: max(0, fits - 1)] + "..."

@@ -6,7 +6,7 @@ Pictures are preprocessed as in evaluation, bit for bit, by the pipeline that th
 import argparse
 import itertools
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,6 +19,7 @@ from replknet_paddle.config import get_config, update_config
 from replknet_paddle.data.transforms.image import to_rgb
 from replknet_paddle.deploy.backends import is_export, load_network, open_backend
 from replknet_paddle.deploy.images import decode
+from replknet_paddle.deploy.video import Frame
 from replknet_paddle.model import RepLKNet
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.zoo import find_record, get_model, list_models
@@ -37,6 +38,7 @@ class Prediction:
         scores: their probabilities.
         picture: the picture, RGB, reduced to fit the size that was asked for, if one was.
         problem: why there is no prediction; None where there is one.
+        truth: the class that the file's folder is named as, where the model brings class names.
     """
 
     path: str
@@ -44,6 +46,12 @@ class Prediction:
     scores: tuple[float, ...] = ()
     picture: Image.Image | None = None
     problem: str | None = None
+    truth: int | None = None
+
+    @property
+    def is_right(self) -> bool | None:
+        """Whether the most probable class is the true one; None where that is not known."""
+        return None if self.truth is None or not self.labels else self.labels[0] == self.truth
 
 
 class Predictor:
@@ -55,25 +63,29 @@ class Predictor:
             `Backend`.
         backend: the name of one, or `auto` for the fastest that is installed.
         config: of a checkpoint, instead of that of its run folder.
+        batch_size: images that the network will get at once, for `auto` to measure with.
 
     Attributes:
         backend: the open one.
         class_names: text for each class; their numbers where the model brings no names.
+        labels_by_name: the class of each name that the model brings, if only one has it.
 
     Raises:
         FileNotFoundError: there is no such model.
         InputError: it cannot be opened.
     """
 
-    def __init__(self, model, *, backend: str = "auto", config=None):
+    def __init__(self, model, *, backend: str = "auto", config=None, batch_size: int = 1):
         if hasattr(model, "sidecar"):
             self.backend = model
         else:
             network = model if isinstance(model, RepLKNet) else open_network(model, config)
             if network is None:
-                self.backend = open_backend(model, backend)
+                self.backend = open_backend(model, backend, batch_size=batch_size)
             else:
-                self.backend = open_backend(network, backend, config=config_of(network))
+                self.backend = open_backend(
+                    network, backend, config=config_of(network), batch_size=batch_size
+                )
         sidecar = self.backend.sidecar
         if sidecar.segmentation is not None:
             raise InputError(
@@ -84,6 +96,10 @@ class Predictor:
         names = sidecar.class_names or map(str, range(self.num_classes))
         # JSON has text that no file can hold: halves of letters.
         self.class_names = [name.encode("utf-8", "replace").decode() for name in names]
+        counts = Counter(sidecar.class_names or ())
+        self.labels_by_name = {
+            name: label for label, name in enumerate(sidecar.class_names or ()) if counts[name] == 1
+        }
 
     def preprocess(self, image) -> np.ndarray:
         """A path, an array (H, W, 3) uint8 or a Pillow image -> (3, size, size) float32.
@@ -234,36 +250,45 @@ def _name(image, position: int) -> str:
 
 def predict_files(
     predictor: Predictor,
-    files: Iterable[tuple[str, str | None]],
+    files: Iterable[tuple[str, str | None] | Frame],
     *,
     topk: int,
     batch_size: int = BATCH_SIZE,
     picture_pixels: int = 0,
+    is_live: bool = False,
 ) -> Iterator[Prediction]:
     """Classify any number of files, in their order and in constant memory.
 
     Threads decode the next files (Pillow lets go of Python's lock) while the network runs.
 
     Args:
-        files: pairs as `images.ImageFiles` gives them: a path and None, or a path and a problem.
+        files: as `images.ImageFiles` gives them: a path and None, or a path and a problem; or a
+            frame of a film.
         topk: how many classes to give; at most all.
         batch_size: images that the network gets at once.
         picture_pixels: largest side of the `Prediction.picture` to keep; 0 for none.
+        is_live: take no file before the one ahead of it is classified.
 
     Yields:
         A `Prediction` for each file, with a `problem` for what cannot be read.
     """
 
-    def read(path: str, problem: str | None):
-        if problem is not None:
-            return Prediction(path, problem=problem), None
+    def read(file: tuple[str, str | None] | Frame):
+        if isinstance(file, Frame):
+            path, source = file.path, file.pixels
+        else:
+            path, problem = file
+            source = path
+            if problem is not None:
+                return Prediction(path, problem=problem), None
         try:
-            image = decode(path)
+            image = decode(source)
             array = predictor.transform(image)
             picture = _reduced(image, picture_pixels) if picture_pixels else None
         except (InputError, MemoryError) as error:
             return Prediction(path, problem=str(error) or "out of memory"), None
-        return Prediction(path, picture=picture), array
+        truth = predictor.labels_by_name.get(os.path.basename(os.path.dirname(path)))
+        return Prediction(path, picture=picture, truth=truth), array
 
     def results(batch: list) -> Iterator[Prediction]:
         arrays = [array for _, array in batch if array is not None]
@@ -281,14 +306,16 @@ def predict_files(
             )
 
     threads = min(os.cpu_count() or 1, MAX_DECODERS)
+    batch_size = 1 if is_live else batch_size
+    at_once = 1 if is_live else batch_size + threads
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
     try:
         ahead = deque()
         batch = []
         remaining = iter(files)
         while True:
-            for file in itertools.islice(remaining, batch_size + threads - len(ahead)):
-                ahead.append(pool.submit(read, *file))
+            for file in itertools.islice(remaining, at_once - len(ahead)):
+                ahead.append(pool.submit(read, file))
             if not ahead:
                 break
             batch.append(ahead.popleft().result())

@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from replknet_paddle.data.dataset import ListDataset
-from replknet_paddle.deploy.extras import import_extra
 from replknet_paddle.deploy.onnx_graph import INPUT
-from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.errors import InputError, SampleError
+from replknet_paddle.runtime.extras import import_extra
+
+logger = logging.getLogger(__name__)
 
 
 def quantize(source: Path, target: Path, batches: Iterable[np.ndarray]) -> None:
@@ -30,9 +32,9 @@ def quantize(source: Path, target: Path, batches: Iterable[np.ndarray]) -> None:
     Raises:
         InputError: the packages are missing, or there is no batch.
     """
-    onnx = import_extra("onnx")
-    import_extra("onnxruntime")
-    quantization = import_extra("onnxruntime.quantization")
+    onnx = import_extra("onnx", "deploy")
+    import_extra("onnxruntime", "deploy")
+    quantization = import_extra("onnxruntime.quantization", "deploy")
 
     class Reader(quantization.CalibrationDataReader):
         def __init__(self):
@@ -73,21 +75,41 @@ def quantize(source: Path, target: Path, batches: Iterable[np.ndarray]) -> None:
 
 
 def spread_batches(
-    dataset: ListDataset, count: int, batch_size: int = 8
+    dataset: ListDataset, count: int, batch_size: int = 8, *, max_bad_images: int = 0
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """At most `count` images of a data set, evenly spread over its list, which often is sorted.
 
+    Args:
+        max_bad_images: how many unreadable images to leave out, each with a warning.
+
     Yields:
         Images float32 (N, 3, H, W) and labels int64 (N,), N at most `batch_size`.
+
+    Raises:
+        SampleError: an unreadable image too many.
     """
     count = min(count, len(dataset))
     indices = np.linspace(0, len(dataset) - 1, count).round().astype(int)
-    for start in range(0, count, batch_size):
-        samples = [dataset[0, int(i)] for i in indices[start : start + batch_size]]
-        yield (
-            np.stack([np.asarray(image) for image, _ in samples]),
-            np.array([label for _, label in samples]),
-        )
+    bad, samples = 0, []
+    for index in indices:
+        try:
+            samples.append(dataset[0, int(index)])
+        except SampleError as error:
+            bad += 1
+            if bad > max_bad_images:
+                raise SampleError(
+                    f"{error}. This is unreadable image number {bad}; DATA.MAX_BAD_IMAGES allows "
+                    f"{max_bad_images}"
+                ) from None
+            logger.warning(
+                "%s; it is left out (%d of DATA.MAX_BAD_IMAGES %d)", error, bad, max_bad_images
+            )
+        if len(samples) == batch_size or (samples and index == indices[-1]):
+            yield (
+                np.stack([np.asarray(image) for image, _ in samples]),
+                np.array([label for _, label in samples]),
+            )
+            samples = []
 
 
 @dataclass(frozen=True)

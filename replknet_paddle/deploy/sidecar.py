@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from replknet_paddle.data.transforms.evaluation import MODES, EvalTransform
+from replknet_paddle.data.transforms.pixels import get_pixels
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import file_sha256, write_text
 
@@ -34,6 +35,7 @@ class Preprocessing:
         crop_pct: in mode `short_crop`, crop size over resized short side.
         mode: `short_crop` or `warp`.
         mean, std: per RGB channel, in units of the [0, 1] scale.
+        native_pixels: resize in compiled code, where there is a compiler; the bits are the same.
     """
 
     image_size: int
@@ -42,6 +44,7 @@ class Preprocessing:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: str = INTERPOLATION
+    native_pixels: bool = True
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class Sidecar:
                 mode=data.RESIZE_MODE,
                 mean=tuple(data.IMAGENET_MEAN),
                 std=tuple(data.IMAGENET_STD),
+                native_pixels=data.NATIVE_PIXELS,
             ),
             num_classes=config.MODEL.NUM_CLASSES,
             class_names=None if class_names is None else tuple(class_names),
@@ -147,6 +151,8 @@ class Sidecar:
                 "Export the model again, or use the program that wrote it"
             )
         content.setdefault("segmentation", None)  # version 0.1 wrote none
+        if isinstance(content.get("preprocessing"), dict):  # exports of 0.1 do not have it
+            content["preprocessing"].setdefault("native_pixels", True)
         problems = list(_problems(content))
         if problems:
             lines = "\n".join(f"{path}: {problem}" for problem in problems)
@@ -192,6 +198,7 @@ class Sidecar:
             mode=given.mode,
             mean=given.mean,
             std=given.std,
+            pixels=get_pixels(given.native_pixels),
         )
 
 
@@ -278,6 +285,7 @@ _PREPROCESSING_ENTRIES = {
     "mean": (lambda v: _are_numbers(v, 0, 1), "3 numbers from 0 to 1"),
     "std": (lambda v: _are_numbers(v, 1e-6, 1), "3 numbers from 1e-06 to 1"),
     "interpolation": (lambda v: v == INTERPOLATION, INTERPOLATION),
+    "native_pixels": (lambda v: isinstance(v, bool), "true or false"),
 }
 
 

@@ -14,26 +14,23 @@ from dataclasses import replace
 import numpy as np
 import paddle
 
-from replknet_paddle.checkpoints.convert import load_pretrained
+from replknet_paddle.checkpoints.run_folder import WEIGHTS
 from replknet_paddle.checkpoints.training import (
-    FOLDER,
     Checkpoint,
     Progress,
     checkpoint_path,
-    load_checkpoint,
-    newest_whole_checkpoint,
     point_to,
     remove_superseded,
     save_checkpoint,
-    set_aside_later,
+    take_up,
 )
-from replknet_paddle.config import config_changes
 from replknet_paddle.engine.evaluate import evaluate
 from replknet_paddle.engine.precision import Precision
 from replknet_paddle.engine.run_log import RunLog, config_text
 from replknet_paddle.engine.signals import Stopped, StopSignals
+from replknet_paddle.engine.start import find_resumed, from_rank_0, load_start
 from replknet_paddle.engine.task import CLASSIFICATION, Task
-from replknet_paddle.engine.train import Step, train_epoch
+from replknet_paddle.engine.train import train_epoch
 from replknet_paddle.ops import describe_operator, use_fast_depthwise_conv, use_fast_pointwise_conv
 from replknet_paddle.optim.ema import ModelEma
 from replknet_paddle.optim.optimizer import (
@@ -43,7 +40,7 @@ from replknet_paddle.optim.optimizer import (
 )
 from replknet_paddle.optim.schedule import base_learning_rate
 from replknet_paddle.runtime import processes
-from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.errors import SystemFault
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +59,19 @@ def run(config, *, task: Task = CLASSIFICATION, open_network: Callable | None = 
 
     Raises:
         InputError, FileNotFoundError: what the configuration names cannot be used.
-        DivergedError: the loss became infinite or no number.
+        DivergedError: the loss is no longer finite.
+        SystemFault: the system failed after the first step, or another process has ended.
         Stopped: SIGTERM or SIGINT ended training, after a checkpoint was written.
     """
     processes.init()
     paddle.seed(processes.random_seed(config.SEED))
     log = RunLog(is_main=processes.rank() == 0)
+    with log.with_its_end():
+        return run_logged(config, task, log, open_network)
+
+
+def run_logged(config, task: Task, log: RunLog, open_network: Callable | None):
+    """What `run` does once the processes are connected and there is a log."""
     logger.info(
         "%s, %d process(es) on %s, Paddle %s, run folder %s",
         config.MODEL.NAME,
@@ -79,6 +83,7 @@ def run(config, *, task: Task = CLASSIFICATION, open_network: Callable | None = 
     task.check(config)
     if config.AMP and not processes.on_gpu():
         logger.warning("-amp has no effect on CPU: computing in float32")
+    from_rank_0(lambda: log.lock(config.SAVE, resume=config.MODEL.RESUME))
     if config.EVAL:
         return run_evaluation(config, task, log, open_network)
     return Training(config, task, log).run()
@@ -94,8 +99,7 @@ def run_evaluation(config, task: Task, log: RunLog, open_network: Callable | Non
         model = build_network(config, task)
         if config.MODEL.PRETRAINED is None:
             logger.warning("no -pretrained weights: evaluating a freshly initialized network")
-        else:
-            task.load_weights(model, config)
+        load_start(model, config, task.load_weights)
         precision.prepare(model)
     log.open(config.SAVE, config)
     start = time.perf_counter()
@@ -128,15 +132,12 @@ class Training:
         self.train_loader = task.loader(config, is_train=True)
         self.val_loader = task.loader(config, is_train=False)
         self.batches = len(self.train_loader.batch_sampler)  # an epoch's, on each process
-        self.steps_per_epoch = -(-self.batches // config.TRAIN.ACCUM_ITER)
+        self.steps_per_epoch = self.batches // config.TRAIN.ACCUM_ITER
         self.mixup = task.mixup(config)
         self.criterion = task.criterion(config)
 
         self.model = build_network(config, task)
-        if resumed is not None:
-            load_pretrained(self.model, resumed.path)
-        elif config.MODEL.PRETRAINED is not None:
-            task.load_weights(self.model, config)
+        load_start(self.model, config, task.load_weights, resumed)
         self.learning_rate = self.build_schedule()
         self.precision = build_precision(config)
         self.optimizer = task.optimizer(
@@ -166,38 +167,32 @@ class Training:
         train = self.config.TRAIN
         global_batch = self.config.DATA.BATCH_SIZE * train.ACCUM_ITER * processes.world_size()
         peak = base_learning_rate(train.BASE_LR, global_batch, train.LINEAR_SCALED_LR)
+        images = len(self.train_loader.dataset)
         logger.info(
             "%d training and %d validation images; global batch %d = %d x %d accumulated "
-            "x %d process(es); %d steps an epoch; peak learning rate %.4g",
-            len(self.train_loader.dataset),
+            "x %d process(es); %d steps per epoch, which leave %d images out of each epoch; "
+            "peak learning rate %.4g",
+            images,
             len(self.val_loader.dataset),
             global_batch,
             self.config.DATA.BATCH_SIZE,
             train.ACCUM_ITER,
             processes.world_size(),
             self.steps_per_epoch,
+            max(0, images - self.steps_per_epoch * global_batch),
             peak,
         )
         return self.task.schedule(self.config, peak, self.steps_per_epoch)
 
     def restore(self, resumed: Checkpoint) -> None:
         """Take over everything but the weights from a checkpoint."""
-        here = {
-            name: getattr(self.progress, name) for name in ("batches", "batch_size", "accum_iter")
-        }
-        there = {name: getattr(resumed.progress, name) for name in here}
-        self.progress = replace(resumed.progress, **here)
-        if resumed.progress.batch == 0:
+        self.progress = resumed.progress_with(
+            batches=self.progress.batches,
+            batch_size=self.progress.batch_size,
+            accum_iter=self.progress.accum_iter,
+        )
+        if self.progress.batch == 0:
             self.progress = replace(self.progress, step=self.progress.epoch * self.steps_per_epoch)
-        elif here != there:
-            raise InputError(
-                f"{resumed.path} stopped after {resumed.progress.batch} of {there['batches']} "
-                f"batches of an epoch, which has {here['batches']} here (images of all processes "
-                f"in one: {there['batch_size']}, here {here['batch_size']}; accumulated: "
-                f"{there['accum_iter']}, here {here['accum_iter']}); resume it with the same data, "
-                "batch size, accumulation and number of processes, or resume a checkpoint from the "
-                "end of an epoch"
-            )
         load_optimizer_state(self.optimizer, self.model, resumed.optimizer)
         self.precision.load_state(resumed.scaler)
         if self.ema is not None:
@@ -208,38 +203,47 @@ class Training:
         config, log = self.config, self.log
         log.open(config.SAVE, config, resume=config.MODEL.RESUME)
         log.forget_metrics_after(self.progress.epoch)
-        processes.sum_over_ranks([0])  # until all have read, nothing may be moved
+        processes.sum_over_ranks([0])  # all ranks have read before files are moved
         if processes.rank() == 0:
-            set_aside_later(config.SAVE, self.progress)
-            best = os.path.join(config.SAVE, FOLDER, self.progress.best_checkpoint)
-            if os.path.isfile(best):  # a crash may have come between the file and its link
-                point_to(config.SAVE, "best", best)
+            take_up(config.SAVE, self.progress)
         if self.progress.epoch >= config.TRAIN.NUM_EPOCHS:
             logger.info("all %d epochs of TRAIN.NUM_EPOCHS are done", config.TRAIN.NUM_EPOCHS)
         elif self.progress.step:
-            logger.info("going on after epoch %d, step %d", self.progress.epoch, self.progress.step)
+            logger.info(
+                "continuing after epoch %d, step %d", self.progress.epoch, self.progress.step
+            )
+        first_step = self.progress.step
+        try:
+            with StopSignals() as signals, self.train_loader, self.val_loader:
+                return self.train_epochs(signals)
+        except OSError as error:
+            if self.progress.step == first_step:
+                raise
+            raise SystemFault(str(error)) from error
+
+    def train_epochs(self, signals: StopSignals):
+        """Train, evaluate and save epoch by epoch; the last evaluation's metrics, if there was any."""
+        config = self.config
         metrics = None
-        with self.train_loader, self.val_loader, StopSignals() as signals:
-            while self.progress.epoch < config.TRAIN.NUM_EPOCHS:
-                record = self.train_one_epoch(signals)
-                epoch = self.progress.epoch
-                is_best = False
-                if epoch % config.VALIDATE_FREQ == 0 or epoch == config.TRAIN.NUM_EPOCHS:
-                    metrics, is_best = self.validate(record)
-                log.write_metrics(record)
-                self.save(is_best=is_best)
+        while self.progress.epoch < config.TRAIN.NUM_EPOCHS:
+            record = self.train_one_epoch(signals)
+            epoch = self.progress.epoch
+            is_finished = epoch == config.TRAIN.NUM_EPOCHS
+            is_best = False
+            if epoch % config.VALIDATE_FREQ == 0 or is_finished:
+                metrics, is_best = self.validate(record)
+            self.log.write_metrics(record)
+            self.save(is_best=is_best)
+            if not is_finished:
                 self.stop_if_asked(signals)
         return metrics
 
     def train_one_epoch(self, signals: StopSignals) -> dict:
-        """Train through the epoch under way; returns its part of metrics.jsonl."""
+        """Train the rest of the current epoch; returns its part of metrics.jsonl."""
         config, start = self.config, self.progress
         started, waited, images_here = time.perf_counter(), 0.0, 0
-        with self.log.bar(
-            total=self.batches,
-            initial=start.batch,
-            desc=f"epoch {start.epoch + 1}/{config.TRAIN.NUM_EPOCHS}",
-        ) as bar:
+        title = f"epoch {start.epoch + 1}/{config.TRAIN.NUM_EPOCHS}"
+        with self.log.bar(total=self.batches, initial=start.batch, desc=title) as bar:
             steps = train_epoch(
                 model=self.model,
                 loader=self.train_loader,
@@ -266,9 +270,16 @@ class Training:
                 images_here += step.images
                 waited += step.data_seconds
                 seconds = time.perf_counter() - started
-                self.report(bar, step, images_here / seconds, waited / seconds)
+                self.log.show_step(
+                    bar,
+                    f"loss {step.loss:.4f}, lr {step.lr:.3g}, {images_here / seconds:.1f} "
+                    f"images/s, data wait {waited / seconds:.0%}",
+                    title=title,
+                    batch=step.batch,
+                    is_due=step.batch % config.REPORT_FREQ < config.TRAIN.ACCUM_ITER,
+                )
                 self.log.write_step(self.progress.step)
-                if step.batch < self.batches:  # else the end of the epoch does all this
+                if step.batch < self.batches:  # after the last one, train_epochs does this
                     self.save_if_due()
                     self.stop_if_asked(signals, save=True)
         loss_sum, images = self.progress.epoch_sums
@@ -285,32 +296,8 @@ class Training:
             "train_images_per_second": round(images_here / seconds, 3),
         }
 
-    def report(self, bar, step: Step, images_per_second: float, wait_share: float) -> None:
-        """Show one step on the bar or, every REPORT_FREQ forward passes, in a line."""
-        if not bar.disable:
-            bar.update(step.batch - bar.n)
-            bar.set_postfix_str(
-                f"loss {step.loss:.4f}, lr {step.lr:.3g}, "
-                f"{images_per_second:.1f} images/s, data wait {wait_share:.0%}"
-            )
-        elif (
-            step.batch % self.config.REPORT_FREQ < self.config.TRAIN.ACCUM_ITER
-            or step.batch == self.batches
-        ):
-            logger.info(
-                "epoch %d/%d, batch %d/%d, loss %.4f, lr %.3g, %.1f images/s, data wait %.0f %%",
-                self.progress.epoch + 1,
-                self.config.TRAIN.NUM_EPOCHS,
-                step.batch,
-                self.batches,
-                step.loss,
-                step.lr,
-                images_per_second,
-                100 * wait_share,
-            )
-
     def validate(self, record: dict) -> tuple:
-        """Evaluate the weights and their average; adds to `record`.
+        """Evaluate the weights and the EMA weights; adds to `record`.
 
         Returns:
             The better of the two metrics, and whether it is the best of the run.
@@ -331,15 +318,18 @@ class Training:
         if self.ema is not None:
             with self.ema.applied_to(self.model):
                 results["val_ema"] = loop()
+        kinds = {"val": "model", "val_ema": "model_ema"}
         for name, metrics in results.items():
             record.update(metrics.record(name))
             logger.info(
                 "epoch %d, %s: %s",
                 self.progress.epoch,
-                "average of weights" if name == "val_ema" else "weights",
+                WEIGHTS[kinds[name]],
                 metrics,
             )
-        best = max(results.values(), key=lambda metrics: metrics.score)
+        better = max(results, key=lambda name: results[name].score)
+        best = results[better]
+        self.progress = replace(self.progress, better_weights=kinds[better])
         is_best = best.score > self.progress.best_score
         if is_best:
             self.progress = replace(self.progress, best_score=best.score)
@@ -362,10 +352,10 @@ class Training:
             return
         if save:
             self.save()
-        processes.sum_over_ranks([0])  # whoever exits first ends the others: rank 0 must be done
+        processes.sum_over_ranks([0])  # the first to exit ends the others: rank 0 must have saved
         number = signal.SIGINT if asked[0] else signal.SIGTERM
         logger.info(
-            "stopped by %s after epoch %d, step %d; -resume=%s goes on",
+            "stopped by %s after epoch %d, step %d; -resume=%s continues",
             number.name,
             self.progress.epoch,
             self.progress.step,
@@ -374,7 +364,7 @@ class Training:
         raise Stopped(number)
 
     def save(self, *, is_best: bool = False) -> None:
-        """Write a checkpoint of this moment and drop those that it makes needless."""
+        """Write a checkpoint, and delete those that it supersedes."""
         self.saved_at = time.monotonic()
         if processes.rank() != 0:
             return
@@ -435,33 +425,3 @@ def build_network(config, task: Task) -> paddle.nn.Layer:
 def build_precision(config) -> Precision:
     """How to compute: mixed precision where asked for and possible."""
     return Precision(enabled=config.AMP, level=config.AMP_LEVEL, dtype=config.AMP_DTYPE)
-
-
-def find_resumed(config) -> Checkpoint | None:
-    """The checkpoint that MODEL.RESUME means, if any, after a look at whether it can go on here."""
-    path = config.MODEL.RESUME
-    if path is None:
-        return None
-    if path == "auto":
-        path = newest_whole_checkpoint(config.SAVE)
-        if path is None:
-            logger.info("-resume auto: no checkpoint in %s, starting afresh", config.SAVE)
-            return None
-    elif os.path.isdir(path):
-        path = os.path.join(path, "last")
-    checkpoint = load_checkpoint(path)
-    logger.info("resuming %s", path)
-    for change in config_changes(checkpoint.config, config_text(config)):
-        logger.warning("other than in the run resumed: %s", change)
-    epoch = checkpoint.progress.epoch
-    if config.TRAIN.LAST_EPOCH > epoch:
-        raise InputError(
-            f"-last_epoch {config.TRAIN.LAST_EPOCH} contradicts {path}, which has "
-            f"{epoch} epochs behind it; leave -last_epoch out"
-        )
-    if config.TRAIN.MODEL_EMA != bool(checkpoint.model_ema):
-        raise InputError(
-            f"{path} was trained with TRAIN.MODEL_EMA {bool(checkpoint.model_ema)}; "
-            f"got {config.TRAIN.MODEL_EMA}"
-        )
-    return checkpoint

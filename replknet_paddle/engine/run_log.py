@@ -10,23 +10,47 @@ import logging
 import logging.handlers
 import os
 import sys
+import time
+import traceback
+from collections.abc import Iterator
 
 from tqdm import tqdm
 
 from replknet_paddle.checkpoints.run_folder import run_folder_of
 from replknet_paddle.checkpoints.training import checkpoints
-from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.config import get_config
+from replknet_paddle.engine.run_lock import RunLock
+from replknet_paddle.engine.signals import Stopped
+from replknet_paddle.engine.train import DivergedError
+from replknet_paddle.runtime.errors import InputError, SystemFault
+from replknet_paddle.runtime.extras import import_extra
 from replknet_paddle.runtime.files import write_text
+from replknet_paddle.runtime.launch import PeerLost, is_lost_peer
+
+logger = logging.getLogger(__name__)
+
+LOG_FILE = "log.txt"
+LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+
+# What only concerns the start of a run. A resumed run has another start, and a checkpoint that is
+# opened by the configuration of its run folder must not be opened as the run's first weights were.
+START_KEYS = (
+    ("MODEL", "RESUME"),
+    ("MODEL", "PRETRAINED"),
+    ("MODEL", "PRETRAINED_WEIGHTS"),
+    ("MODEL", "DROP_HEAD"),
+    ("TRAIN", "LAST_EPOCH"),
+)
 
 
-def check_run_folder(folder: str, *, resume: str | None) -> None:
-    """Make the run folder, if it is not there.
+def check_is_own(folder: str, *, resume: str | None) -> None:
+    """Check that a run folder does not hold another run, whose checkpoints this one would replace.
 
     Args:
-        resume: what MODEL.RESUME names; 'auto', or a checkpoint of this folder, goes on in it.
+        resume: what MODEL.RESUME names; 'auto', or a checkpoint of this folder, continues the run.
 
     Raises:
-        InputError: it cannot be written, or holds another run, which this one would spoil.
+        InputError: it does.
     """
     goes_on = resume == "auto" or (resume is not None and is_same(run_folder_of(resume), folder))
     if not goes_on and checkpoints(folder):
@@ -34,9 +58,31 @@ def check_run_folder(folder: str, *, resume: str | None) -> None:
             f"{folder} holds the checkpoints of another run; -resume {folder} goes "
             "on with it, another -output starts afresh"
         )
+
+
+def check_run_folder(folder: str, *, resume: str | None) -> None:
+    """Make the run folder, if it is not there, and check that a run may use it.
+
+    Args:
+        resume: as for `check_is_own`.
+
+    Raises:
+        InputError: it cannot be written, holds another run, or is in use.
+    """
+    check_is_own(folder, resume=resume)
+    make_run_folder(folder)
+    RunLock(folder).release()
+
+
+def make_run_folder(folder: str) -> None:
+    """Make a run folder with its log, where they do not exist.
+
+    Raises:
+        InputError: it cannot be written.
+    """
     try:
         os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, "log.txt"), "a", encoding="utf-8"):
+        with open(os.path.join(folder, LOG_FILE), "a", encoding="utf-8"):
             pass
     except OSError as error:
         raise InputError(
@@ -50,11 +96,14 @@ def is_same(folder: str | None, other: str) -> bool:
 
 
 def config_text(config) -> str:
-    """YAML of all that defines a run, without what holds for one start of it alone."""
+    """YAML of what a run folder says about its checkpoints: the configuration without the keys of
+    `START_KEYS`, which have their defaults."""
+    defaults = get_config()
     config = config.clone()
     config.defrost()
-    config.SAVE = None
-    config.MODEL.RESUME = None
+    config.SAVE = defaults.SAVE
+    for section, key in START_KEYS:
+        config[section][key] = defaults[section][key]
     return config.dump()
 
 
@@ -64,13 +113,24 @@ def visualdl_writer(folder: str):
     Raises:
         InputError: VisualDL is not installed.
     """
-    try:
-        from visualdl import LogWriter
-    except ImportError as error:
-        raise InputError(
-            f"LOG.VISUALDL needs VisualDL ({error}); pip install -r requirements/plots.txt"
-        ) from None
-    return LogWriter(logdir=folder)
+    return import_extra("visualdl", "plots").LogWriter(logdir=folder)
+
+
+def append_to_log(folder: str, message: str) -> None:
+    """Leave word in the log.txt of a run folder, if there is one, of an error that rank 0 did not
+    see: that of another rank, or that a process was killed."""
+    path = os.path.join(folder, LOG_FILE)
+    if message and os.path.exists(path):
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
+            file.write(f"{now} ERROR the run ended: {message.rstrip()}\n")
+
+
+class LogFile(logging.FileHandler):
+    """log.txt, which does without a line that cannot be written: a checkpoint matters more."""
+
+    def handleError(self, record) -> None:
+        pass
 
 
 class RunLog:
@@ -81,21 +141,37 @@ class RunLog:
 
     def __init__(self, *, is_main: bool):
         self.folder = None
+        self.file = None
         self.step_file = None
         self.metrics_jsonl = False
         self.visualdl = None
         self.is_main = is_main
+        self.run_lock = None
         self.on_terminal = is_main and sys.stdout.isatty()
         self.early = logging.handlers.MemoryHandler(capacity=10**6, flushOnClose=False)
         console = logging.StreamHandler(sys.stdout)
         console.setFormatter(logging.Formatter("%(message)s"))
         root = logging.getLogger()
-        root.setLevel(logging.INFO if is_main else logging.ERROR)
+        for level_of in (root, logging.getLogger("replknet_paddle")):
+            level_of.setLevel(logging.INFO if is_main else logging.ERROR)
         root.handlers[:] = [console, self.early]
         # Each process has images of its own to complain of.
         logging.getLogger("replknet_paddle.data.loader").setLevel(
             logging.INFO if is_main else logging.WARNING
         )
+
+    def lock(self, folder: str, *, resume: str | None) -> None:
+        """Keep other runs out of a run folder until this process ends.
+
+        To be called before it is read which checkpoint is the newest: a run that is just ending
+        may still write one. A folder that does not exist yet is locked by `open`.
+
+        Raises:
+            InputError: as `check_run_folder`.
+        """
+        if self.is_main and os.path.isdir(folder):
+            check_is_own(folder, resume=resume)
+            self.run_lock = RunLock(folder)
 
     def open(self, folder: str, config, *, resume: str | None = None) -> None:
         """Make the run folder: log.txt, and config.yaml, which can stand for `-cfg`.
@@ -107,18 +183,47 @@ class RunLog:
         root.removeHandler(self.early)
         if not self.is_main:
             return
-        check_run_folder(folder, resume=resume)
+        check_is_own(folder, resume=resume)
+        make_run_folder(folder)
+        if self.run_lock is None:
+            self.run_lock = RunLock(folder)
         self.folder = folder
-        file = logging.FileHandler(os.path.join(folder, "log.txt"), encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        root.addHandler(file)
-        self.early.setTarget(file)
+        self.file = LogFile(os.path.join(folder, LOG_FILE), encoding="utf-8")
+        self.file.setFormatter(logging.Formatter(LOG_FORMAT))
+        root.addHandler(self.file)
+        self.early.setTarget(self.file)
         self.early.flush()
         write_text(os.path.join(folder, "config.yaml"), config_text(config))
         self.step_file = os.open(os.path.join(folder, "step"), os.O_WRONLY | os.O_CREAT, 0o644)
         self.metrics_jsonl = config.LOG.METRICS_JSONL
         if config.LOG.VISUALDL:
             self.visualdl = visualdl_writer(os.path.join(folder, "visualdl"))
+
+    @contextlib.contextmanager
+    def with_its_end(self) -> Iterator[None]:
+        """Leave word in log.txt of an error that ends the run in this context. Whoever handles the
+        error prints it.
+
+        Raises:
+            PeerLost: for what a collective raises when it has lost another process.
+        """
+        try:
+            yield
+        except Stopped:
+            raise
+        except (InputError, OSError, SystemFault, DivergedError) as error:
+            self._write_end(str(error))
+            raise
+        except BaseException as error:
+            if is_lost_peer(error):
+                raise PeerLost("another process of this run has ended") from None
+            self._write_end(traceback.format_exc())
+            raise
+
+    def _write_end(self, reason: str) -> None:
+        if self.file is not None:
+            values = (logging.ERROR, __file__, 0, "the run ended: %s", (reason,), None)
+            self.file.handle(logging.LogRecord(__name__, *values))
 
     def write_metrics(self, record: dict) -> None:
         """Append one object to metrics.jsonl, and its numbers to VisualDL's scalars."""
@@ -154,6 +259,20 @@ class RunLog:
 
     def _metrics_file(self) -> str:
         return os.path.join(self.folder, "metrics.jsonl")
+
+    def show_step(self, bar: tqdm, text: str, *, title: str, batch: int, is_due: bool) -> None:
+        """Show one step of an epoch on its bar, or in a line where there is no terminal.
+
+        Args:
+            title: of the line.
+            batch: forward passes done in this epoch.
+            is_due: whether a line is due; the last batch of an epoch always gets one.
+        """
+        if not bar.disable:
+            bar.update(batch - bar.n)
+            bar.set_postfix_str(text)
+        elif is_due or batch == bar.total:
+            logger.info("%s, batch %d/%d, %s", title, batch, bar.total, text)
 
     def bar(self, batches=None, **options) -> tqdm:
         """tqdm's progress bar over batches; invisible where there is no terminal."""

@@ -28,7 +28,7 @@ class Task:
         dataset: (config, is_train) -> the dataset, to find its problems early.
         loader: (config, is_train) -> this process's `Loader`.
         network: (config, sync_bn=) -> the network, freshly initialized.
-        load_weights: (network, config) puts MODEL.PRETRAINED into the network.
+        load_weights: (network, config, path) puts a checkpoint into the network.
         optimizer: (config, network, lr=, multi_precision=) -> AdamW.
         schedule: (config, peak, steps_per_epoch) -> the learning rate of each step.
         mixup: config -> what mixes training batches, or None.
@@ -71,13 +71,13 @@ def build_loader(config, is_train: bool) -> Loader:
     )
 
 
-def load_weights(model: paddle.nn.Layer, config) -> None:
-    """Put MODEL.PRETRAINED into the network."""
+def load_weights(model: paddle.nn.Layer, config, path: str) -> None:
+    """Put the checkpoint at `path` into the network."""
     load_pretrained(
         model,
-        config.MODEL.PRETRAINED,
+        path,
         weights=config.MODEL.PRETRAINED_WEIGHTS,
-        drop_head=config.MODEL.DROP_HEAD,
+        drop_head=config.MODEL.DROP_HEAD and not config.EVAL,
     )
 
 

@@ -1,6 +1,11 @@
 """The processor cores of this machine, and the processes of a run that share them."""
 
+import functools
 import os
+import platform
+from pathlib import Path
+
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def available_cores() -> int:
@@ -8,6 +13,26 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+@functools.cache
+def _cpuinfo() -> dict[str, str]:
+    """The entries of Linux's first processor; empty elsewhere."""
+    if not CPUINFO.exists():
+        return {}
+    first = CPUINFO.read_text(errors="replace").partition("\n\n")[0]
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def processor_name() -> str:
+    """The model of the processor; elsewhere than on Linux, its architecture."""
+    return _cpuinfo().get("model name") or platform.machine()
+
+
+def processor_has(flag: str) -> bool:
+    """Whether the processor has a feature by its name in /proc/cpuinfo; elsewhere, False."""
+    return flag in _cpuinfo().get("flags", "").split()
 
 
 def processes_on_this_machine(environment=os.environ) -> int:

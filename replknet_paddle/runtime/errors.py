@@ -1,12 +1,18 @@
 """The exceptions for mistakes in what a user gave: configs, lists, images, checkpoints.
 
-Command lines print the message without a traceback and exit with status 2. Any other exception
-that escapes is a defect of the program and keeps its traceback.
+Command lines print the message without a traceback and exit with status 2. `SystemFault` is no
+mistake of the user: its message is printed as well, and the status is 1, which `MAX_RESTARTS` of
+run_train_multi.sh restarts. Any other exception that escapes is a defect of the program and keeps
+its traceback.
 """
 
 
 class InputError(ValueError):
     """Input that cannot be used. The message names the thing, its value, and what is allowed."""
+
+
+class SystemFault(RuntimeError):
+    """The system, not the input, failed: a disk, memory, a file limit. A restart may succeed."""
 
 
 class SampleError(InputError):

@@ -62,9 +62,17 @@ def written_whole(path: Path_, mode: str = "w", *, keep_partial=None, **options)
     except BaseException as error:
         if keep_partial is not None and partial.exists() and keep_partial(error):
             os.replace(partial, f"{path}{PARTIAL_SUFFIX}")
+        if isinstance(error, OSError):
+            name_the_file(error, path)
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def name_the_file(error: OSError, path: Path_) -> None:
+    """Make the message of a failed read or write name `path`, which a full disk's does not."""
+    if error.errno is not None and error.filename is None:
+        error.filename = os.fspath(path)
 
 
 def write_text(path: Path_, text: str) -> None:
@@ -132,7 +140,7 @@ def check_file_target(path: Path_, suffixes: Sequence[str] = (), *, must_be_new=
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"no folder {folder} to write {os.path.basename(path)} into")
-    _check_folder_is_writable(folder)
+    check_folder_is_writable(folder)
 
 
 def check_new_folder(path: Path_) -> None:
@@ -145,16 +153,17 @@ def check_new_folder(path: Path_) -> None:
     if os.path.isdir(path):
         if os.listdir(path):
             raise InputError(f"folder {path} is not empty; name a new one")
-        _check_folder_is_writable(path)
+        check_folder_is_writable(path)
     elif os.path.lexists(path):
         raise InputError(f"{path} is a file; name a new folder")
     else:
         parent = os.path.abspath(path)
         while not os.path.isdir(parent):
             parent = os.path.dirname(parent)
-        _check_folder_is_writable(parent)
+        check_folder_is_writable(parent)
 
 
-def _check_folder_is_writable(folder: str) -> None:
+def check_folder_is_writable(folder: Path_) -> None:
+    """Raise InputError for a folder that no file can be written into."""
     if not os.access(folder, os.W_OK):
         raise InputError(f"folder {folder} is not writable; name another one")

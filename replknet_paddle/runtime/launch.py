@@ -1,15 +1,22 @@
 """Starting the processes of a run by `paddle.distributed.launch`, and learning how they ended."""
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+from replknet_paddle.runtime.errors import SystemFault
+from replknet_paddle.runtime.parent import end_with_parent
 from replknet_paddle.runtime.processes import is_launched, rank, visible_devices
 
 STATUS_FILE = "status"  # in the log folder of launched processes
+
+# Paddle's launcher looks every second or two, and kills what is still there after three.
+LAUNCHER_SECONDS = 30
 
 _PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 
@@ -21,7 +28,7 @@ def launch(
     log_dir: str,
     nodes: int = 1,
     master: str | None = None,
-) -> int:
+) -> tuple[int, str]:
     """Run a command in several processes of this machine, one per GPU or all on CPU.
 
     Args:
@@ -32,8 +39,9 @@ def launch(
         master: HOST:PORT of one of them, where there are several.
 
     Returns:
-        Exit status: 0, that of the first process that failed, or 128 + the number of a SIGTERM or
-        SIGINT that this process received and handed on.
+        Exit status, and what there is to say about it: 0, that of the first process that failed,
+        128 + the number of the signal that killed one, or 128 + that of a SIGTERM or SIGINT that
+        this process received and handed on.
     """
     status_file = os.path.join(log_dir, STATUS_FILE)
     if os.path.exists(status_file):
@@ -50,7 +58,7 @@ def launch(
         "-m",
         "paddle.distributed.launch",
         "--log_level",
-        "WARNING",
+        "CRITICAL",  # what went wrong is reported here
         "--nproc_per_node",
         str(processes),
         "--log_dir",
@@ -60,7 +68,10 @@ def launch(
         launcher_command += ["--nnodes", str(nodes), "--master", master]
     # A session of its own: Ctrl-C reaches it once, from here, and not its processes as well.
     launcher = subprocess.Popen(
-        [*launcher_command, *command], env=environment, start_new_session=True
+        [*launcher_command, *command],
+        env=environment,
+        start_new_session=True,
+        preexec_fn=functools.partial(end_with_parent, os.getpid()),
     )
     received = []
 
@@ -74,22 +85,55 @@ def launch(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    left = None
-    if os.path.exists(status_file):
+    left, message = read_status(status_file)
+    if left in (1, 2):
+        return left, message
+    if received:
+        # A run that finished all the same has not been stopped.
+        return (0 if left == 0 else 128 + received[0]), message
+    if status and left:
+        return left, message
+    number = killed_by(status)
+    if number is None:
+        return status, message
+    by = f" by {signal_name(number)}"
+    if number == signal.SIGTERM:
+        # Nobody asked this run to stop: the launcher ended the process that it reports, after
+        # another one that was killed, and does not say how.
+        number, by = signal.SIGKILL, ""
+    return 128 + number, (
+        f"error: a process of this run was killed{by}; the output of each is in {log_dir}"
+    )
+
+
+def read_status(status_file: str) -> tuple[int | None, str]:
+    """What a process of the run left as its exit status, if any, and its message."""
+    try:
         with open(status_file, encoding="utf-8") as file:
             number, _, message = file.read().partition("\n")
-        left = int(number) if number else None
-        if message:
-            print(message, file=sys.stderr)
-    if received and left not in (1, 2):
-        return 128 + received[0]
-    if status and left is not None:
-        return left
-    return status if status >= 0 else 128 - status
+    except FileNotFoundError:
+        return None, ""
+    return (int(number) if number else None), message
+
+
+def killed_by(status: int) -> int | None:
+    """The signal in the status of a launcher: its own, or that of the process that it reports,
+    whose -9 it makes its own exit status."""
+    if status < 0:
+        return -status
+    return 256 - status if status > 256 - signal.NSIG else None
+
+
+def signal_name(number: int) -> str:
+    try:
+        return f"signal {number} ({signal.Signals(number).name})"
+    except ValueError:
+        return f"signal {number}"
 
 
 def leave_status(status: int, message: str = "") -> None:
-    """Tell `launch` the exit status of this process, if it is the first of its run to fail.
+    """Tell `launch` the exit status of this process, if it is the first of its run to fail, or
+    the one of rank 0.
 
     Paddle's launcher ends the others and may then report theirs.
 
@@ -97,12 +141,31 @@ def leave_status(status: int, message: str = "") -> None:
         message: for the console, which shows what rank 0 writes and no other process.
     """
     folder = os.environ.get("PADDLE_LOG_DIR")
-    if status and is_launched() and folder is not None:
+    if is_launched() and folder is not None and (status or rank() == 0):
         with (
             contextlib.suppress(OSError),
             open(os.path.join(folder, STATUS_FILE), "x", encoding="utf-8") as file,
         ):
             file.write(f"{status}\n{message if rank() else ''}")
+
+
+class PeerLost(SystemFault):
+    """Another process of this run has ended without leaving a status: it was killed."""
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error is a collective's that has lost its connection to another process."""
+    return is_launched() and isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+
+
+def wait_to_be_ended() -> None:
+    """Give Paddle's launcher the time to notice which process was killed, and to end this one.
+
+    It reports the status of the first process that is not 0: this one must not be it.
+    """
+    if os.environ.get("PADDLE_LOG_DIR") is not None:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+        time.sleep(LAUNCHER_SECONDS)
 
 
 def another_failed() -> bool:

@@ -57,6 +57,16 @@ def sum_over_ranks(values: np.ndarray) -> np.ndarray:
     return total.numpy()
 
 
+def text_of_rank_0(text: str) -> str:
+    """Rank 0's `text`, on every rank. Those of the others are ignored."""
+    if world_size() == 1:
+        return text
+    content = np.frombuffer(text.encode() if rank() == 0 else b"", "uint8")
+    shared = np.zeros(int(sum_over_ranks([len(content)])[0]))
+    shared[: len(content)] = content
+    return sum_over_ranks(shared).astype("uint8").tobytes().decode()
+
+
 @paddle.no_grad()
 def average_over_ranks(tensors: list[paddle.Tensor]) -> None:
     """Replace each tensor, in place, by its mean over the ranks. The lists must be alike."""

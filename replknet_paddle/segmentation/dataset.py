@@ -16,6 +16,7 @@ from PIL import Image
 from replknet_paddle.data.lists import LIST_FILES, check_list, printable, resolve, unreadable
 from replknet_paddle.data.loader import Loader, check_memory
 from replknet_paddle.data.samplers import EvalBatches, StepBatches
+from replknet_paddle.data.storage import read_patiently
 from replknet_paddle.data.transforms.finish import FinishBatch, Unfinished
 from replknet_paddle.data.transforms.image import load, open_image, to_rgb
 from replknet_paddle.runtime.cores import processes_on_this_machine
@@ -66,33 +67,56 @@ class SegmentationDataset(paddle.io.Dataset):
         self.zero_is_ignored = zero_is_ignored
         self.seed = seed
         self.allow_outside = allow_outside
-        self.pairs, self.lines = read_pairs(list_file, allow_outside=allow_outside)
+        self.pairs, self.lines = read_patiently(
+            lambda: read_pairs(list_file, allow_outside=allow_outside), list_file
+        )
 
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def describe(self, index: int) -> str:
+        """The paths of image and labels `index`, and the line that names them."""
+        image, labels = map(printable, self.pairs[index].split("\t"))
+        return f"image {image} with labels {labels} ({self.list_file}, line {self.lines[index]})"
+
     def read_sample(
-        self, epoch: int, index: int, *, unfinished: bool = True
+        self,
+        epoch: int,
+        index: int,
+        *,
+        unfinished: bool = True,
+        failures: list[str] | None = None,
     ) -> tuple[Unfinished, np.ndarray]:
         """Sample (epoch, index) before normalization, and its label map (H, W) uint8.
 
+        Args:
+            unfinished: True; the loader finishes batches.
+            failures: gets a message for each failure of the system that a repetition cured.
+
         Raises:
             SampleError: it cannot be read, or image and labels do not belong together.
+            SystemFault: the system fails, time and again.
         """
-        image_path, labels_path = self.pairs[index].split("\t")
-        path = image_path
-        try:
+        path, labels_path = self.pairs[index].split("\t")
+
+        def read_image():
             with self.open(path) as image:
                 load(image)
-                pixels = np.array(to_rgb(image))
-            path = labels_path
+                return np.array(to_rgb(image))
+
+        def read_classes():
             with self.open(path) as labels:
-                classes = read_labels(
+                return read_labels(
                     labels,
-                    image.size,
+                    pixels.shape[1::-1],
                     num_classes=self.num_classes,
                     zero_is_ignored=self.zero_is_ignored,
                 )
+
+        try:
+            pixels = read_patiently(read_image, self.describe(index), failures)
+            path = labels_path
+            classes = read_patiently(read_classes, self.describe(index), failures)
         except (OSError, InputError) as error:
             raise unreadable(self.list_file, self.lines[index], path, error) from None
         return self.transform(pixels, classes, np.random.default_rng((self.seed, epoch, index)))
@@ -204,4 +228,5 @@ def get_dataloader(config, is_train: bool, *, rank: int = 0, world_size: int = 1
             mean=config.DATA.IMAGENET_MEAN, std=config.DATA.IMAGENET_STD, erase_mode="const"
         ),
         max_bad_images=config.DATA.MAX_BAD_IMAGES if is_train else None,
+        timeout_seconds=config.DATA.WORKER_TIMEOUT,
     )

@@ -38,12 +38,13 @@ def build_loader(config, is_train: bool) -> Loader:
     )
 
 
-def load_weights(model: UPerNet, config) -> None:
-    """Put MODEL.PRETRAINED into the network: all of it or, to start training, a classifier's
-    backbone."""
-    path, weights = config.MODEL.PRETRAINED, config.MODEL.PRETRAINED_WEIGHTS
+def load_weights(model: UPerNet, config, path: str) -> None:
+    """Put the checkpoint at `path` into the network: all of it or, to start training, a
+    classifier's backbone."""
+    weights = config.MODEL.PRETRAINED_WEIGHTS
     if config.EVAL or layout_of(path, weights=weights) in ("upernet", "mmseg"):
-        load_pretrained(model, path, weights=weights, drop_head=config.MODEL.DROP_HEAD)
+        drop_head = config.MODEL.DROP_HEAD and not config.EVAL
+        load_pretrained(model, path, weights=weights, drop_head=drop_head)
     else:
         load_pretrained(model.backbone, path, weights=weights)
 

@@ -1,3 +1,4 @@
+import json
 import logging
 import pickle
 import re
@@ -247,6 +248,15 @@ def test_training_checkpoints_of_this_project(network, tmp_path):
     write_safetensors(path, tensors, {"replknet_paddle": '{"schema_version": 1}'})
     assert_same_bits(load_state(path), model)
     assert_same_bits(load_state(path, weights="model_ema"), average)
+    for better, wanted in (("model_ema", average), ("model", model)):
+        body = json.dumps({"progress": {"better_weights": better}})
+        write_safetensors(path, tensors, {"replknet_paddle": json.dumps({"body": body})})
+        assert_same_bits(load_state(path), wanted)
+        assert_same_bits(load_state(path, weights="model"), model)
+    for record in ("", "[]", '{"body": "{"}', '{"body": "{\\"progress\\": []}"}'):
+        write_safetensors(path, tensors, {"replknet_paddle": record})
+        with pytest.raises(InputError, match="is damaged: its metadata is not what training"):
+            load_state(path)
     del tensors["optimizer.head.weight.moment1"]
     write_safetensors(
         path,

@@ -175,5 +175,5 @@ def test_weights_that_the_file_does_not_have(misfit):
     assert "holds no model_ema; it holds model, epoch" in misfit(
         {"model": {}, "epoch": 3}, wanted, weights="model_ema"
     )
-    with pytest.raises(InputError, match="allowed: model, model_ema"):
+    with pytest.raises(InputError, match="allowed: auto, model, model_ema"):
         load_state(FIXTURES / "tiny31_official.pth", weights="ema")

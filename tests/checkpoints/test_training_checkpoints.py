@@ -1,91 +1,27 @@
-"""Checkpoint files: whole or not there, and which of them a run keeps and goes on from."""
+"""Checkpoint files: whole or not there, and which one a run goes on from."""
 
 import json
 import logging
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from saved import assert_same, example, names, save_at
 from tiny import ROOT
 
 from replknet_paddle.checkpoints import training as module
-from replknet_paddle.checkpoints.run_folder import run_config_file, run_folder_of
 from replknet_paddle.checkpoints.training import (
     Checkpoint,
     Progress,
-    checkpoint_path,
     checkpoints,
     load_checkpoint,
     newest_whole_checkpoint,
-    point_to,
-    remove_superseded,
     save_checkpoint,
 )
 from replknet_paddle.runtime.errors import InputError
-
-PROGRESS = Progress(
-    epoch=3,
-    batch=14,
-    batches=20,
-    step=37,
-    best_score=100 / 3,
-    epoch_sums=(0.1 + 0.2, 128.0),
-)
-
-
-def example(progress=PROGRESS, seed=0, size=3) -> Checkpoint:
-    rng = np.random.default_rng(seed)
-
-    def tensors(**shapes):
-        return {
-            name.replace("_", "."): rng.normal(size=shape).astype("float32")
-            for name, shape in shapes.items()
-        }
-
-    odd = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45, 3.4e38], "float32")
-    return Checkpoint(
-        config="SEED: 1\nMODEL:\n  NAME: tiny é\n",
-        progress=progress,
-        model={
-            **tensors(stem_weight=(size, 3, 3, 3), stem_bias=(size,)),
-            "odd": odd,
-            "scalar": np.array(2.5, "float32"),
-            "none": np.zeros((0, 4), "float32"),
-            "turned": rng.normal(size=(4, 5)).astype("float32").T,
-        },
-        model_ema=tensors(stem_weight=(size, 3, 3, 3), stem_bias=(size,)),
-        optimizer=tensors(stem_weight_moment1=(size, 3, 3, 3), stem_weight_beta1=(1,)),
-        scaler={"scale": 32768.0, "incr_count": 3, "use_dynamic_loss_scaling": True},
-    )
-
-
-def save_at(run_folder, epoch, step, batch=0, **options) -> str:
-    progress = replace(PROGRESS, epoch=epoch, step=step, batch=batch)
-    path = checkpoint_path(str(run_folder), progress)
-    save_checkpoint(path, example(progress, seed=step, **options))
-    return path
-
-
-def assert_same(got: Checkpoint, wanted: Checkpoint) -> None:
-    assert got.config == wanted.config
-    assert got.progress == wanted.progress
-    assert got.scaler == wanted.scaler
-    for part in ("model", "model_ema", "optimizer"):
-        left, right = getattr(got, part), getattr(wanted, part)
-        assert left.keys() == right.keys()
-        for name in left:
-            assert left[name].shape == right[name].shape, name
-            assert left[name].dtype == right[name].dtype, name
-            assert left[name].tobytes() == right[name].tobytes(), name
-
-
-def names(folder) -> list[str]:
-    return sorted(os.listdir(folder))
-
 
 # ---- writing and reading
 
@@ -365,126 +301,6 @@ def test_a_run_without_checkpoints_has_no_newest(tmp_path):
     unfinished = "epoch_0001_step_00000005.safetensors.123.unfinished"
     (tmp_path / "checkpoints" / unfinished).write_bytes(b"half")
     assert newest_whole_checkpoint(str(tmp_path)) is None
-
-
-# ---- links
-
-
-@pytest.mark.parametrize("links", [True, False])
-def test_last_and_best_stand_for_checkpoints(tmp_path, monkeypatch, links):
-    first, second = save_at(tmp_path, 1, 5), save_at(tmp_path, 2, 10)
-    if not links:
-
-        def refuse(*_):
-            raise OSError(95, "Operation not supported")
-
-        monkeypatch.setattr(os, "symlink", refuse)
-    for path in (first, second):
-        point_to(str(tmp_path), "last", path)
-        got = load_checkpoint(str(tmp_path / "last"))
-        assert_same(got, replace(load_checkpoint(path), path=got.path))
-    assert names(tmp_path) == ["checkpoints", "last"]
-    assert os.path.islink(tmp_path / "last") == links
-
-
-def test_a_run_folder_that_moves_keeps_its_links(tmp_path):
-    (tmp_path / "before").mkdir()
-    path = save_at(tmp_path / "before", 1, 5)
-    point_to(str(tmp_path / "before"), "last", path)
-    os.rename(tmp_path / "before", tmp_path / "after")
-    assert load_checkpoint(str(tmp_path / "after" / "last")).progress.step == 5
-
-
-def test_what_a_killed_process_left_of_a_link_is_no_obstacle(tmp_path):
-    path = save_at(tmp_path, 1, 5)
-    os.symlink("nowhere", tmp_path / "last.unfinished")
-    point_to(str(tmp_path), "last", path)
-    assert load_checkpoint(str(tmp_path / "last")).progress.step == 5
-    assert names(tmp_path) == ["checkpoints", "last"]
-
-
-# ---- which ones stay
-
-
-def steps_left(run_folder) -> list[int]:
-    return [int(os.path.basename(path)[16:24]) for path in checkpoints(str(run_folder))]
-
-
-def test_newest_and_every_kth_epoch_stay(tmp_path):
-    for epoch in range(1, 8):
-        save_at(tmp_path, epoch, 10 * epoch)
-    remove_superseded(str(tmp_path), keep_every=3, keep_newest=2)
-    assert steps_left(tmp_path) == [30, 60, 70]
-
-
-def test_of_a_kth_epoch_its_end_stays_and_not_what_follows(tmp_path):
-    for epoch, step in ((2, 20), (2, 25), (3, 30), (3, 33), (3, 36), (4, 40), (4, 44)):
-        save_at(tmp_path, epoch, step, batch=step % 10)
-    remove_superseded(str(tmp_path), keep_every=3, keep_newest=1)
-    assert steps_left(tmp_path) == [30, 44]
-
-
-def test_the_beginning_of_the_first_epoch_is_no_epoch(tmp_path):
-    for epoch, step in ((0, 2), (0, 4), (0, 6)):
-        save_at(tmp_path, epoch, step, batch=step)
-    remove_superseded(str(tmp_path), keep_every=1, keep_newest=1)
-    assert steps_left(tmp_path) == [6]
-
-
-@pytest.mark.parametrize("links", [True, False])
-def test_best_stays(tmp_path, monkeypatch, links):
-    paths = [save_at(tmp_path, epoch, 10 * epoch) for epoch in range(1, 6)]
-    if not links:
-        monkeypatch.setattr(os, "symlink", lambda *_: (_ for _ in ()).throw(OSError(95, "no")))
-    point_to(str(tmp_path), "best", paths[1])
-    remove_superseded(str(tmp_path), keep_every=100, keep_newest=1)
-    assert load_checkpoint(str(tmp_path / "best")).progress.step == 20
-    assert steps_left(tmp_path) == ([20, 50] if links else [50])
-
-
-def test_unfinished_files_go_and_whole_ones_stay(tmp_path):
-    path = save_at(tmp_path, 1, 5)
-    unfinished = f"{path}.4711.unfinished"
-    Path(unfinished).write_bytes(b"half a checkpoint")
-    remove_superseded(str(tmp_path), keep_every=100, keep_newest=1)
-    assert names(tmp_path / "checkpoints") == [os.path.basename(path)]
-
-
-# ---- where a checkpoint belongs
-
-
-@pytest.mark.parametrize(
-    "named", ["run", "run/last", "run/checkpoints/epoch_0001_step_00000005.safetensors", "link"]
-)
-def test_a_checkpoint_knows_its_run_folder(tmp_path, named):
-    run = tmp_path / "run"
-    path = save_at(run, 1, 5)
-    (run / "config.yaml").write_text("SEED: 1\n")
-    point_to(str(run), "last", path)
-    os.symlink(path, tmp_path / "link")
-    assert os.path.realpath(run_folder_of(str(tmp_path / named))) == os.path.realpath(run)
-    assert os.path.realpath(run_config_file(str(tmp_path / named))) == str(run / "config.yaml")
-
-
-@pytest.mark.parametrize("named", ["last", "./last", "checkpoints/../last", "."])
-def test_a_checkpoint_named_from_inside_its_run_folder(tmp_path, monkeypatch, named):
-    path = save_at(tmp_path, 1, 5)
-    (tmp_path / "config.yaml").write_text("SEED: 1\n")
-    point_to(str(tmp_path), "last", path)
-    monkeypatch.chdir(tmp_path)
-    folder = run_folder_of(named)
-    assert folder, repr(folder)  # '' is no value of SAVE
-    assert os.path.realpath(folder) == str(tmp_path)
-
-
-def test_a_checkpoint_alone_has_no_run_folder(tmp_path):
-    path = str(tmp_path / "a.safetensors")
-    save_checkpoint(path, example())
-    assert run_folder_of(path) is None
-    with pytest.raises(InputError, match="-cfg"):
-        run_config_file(path)
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        run_config_file(str(tmp_path / "nothing"))
 
 
 def test_schema_version_is_the_one_these_tests_know():

@@ -1,8 +1,12 @@
 """The page, as people meet it: in a browser, on a server of its own."""
 
+import base64
+import functools
+import http.client
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -12,17 +16,20 @@ import urllib.request
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from runs import make_run
-from tiny import FIXTURES, ROOT, command
+from tiny import FIXTURES, ROOT, command, make_data
 
 from replknet_paddle.deploy.page import look
+from replknet_paddle.deploy.pictures import fitted
 from replknet_paddle.deploy.predictor import Predictor, open_network
 
 main = command("page")
 
 PICTURE = FIXTURES / "images" / "landscape_499x375.jpg"
 ROTATED = FIXTURES / "images" / "exif_rotated_400x300.jpg"
+CLASSES = ["cat", "Äpfel & <b>Birnen</b>", "猫", "二叉树", "fish", "bird", "tree"]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 # Python runs a file of this name at its start: it notes where the server connects to.
@@ -37,16 +44,18 @@ def note(event, arguments):
         return
     with open(os.environ["NETWORK_LOG"], "a") as file:
         file.write(text + "\\n")
+with open(os.environ["NETWORK_LOG"], "a") as file:
+    file.write("start\\n")
 sys.addaudithook(note)
 """
 
 
 def test_without_gradio_it_says_what_to_install(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert main([str(tmp_path)]) == 2
+    assert main([str(tmp_path), f"--port={free_port()}"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: the page needs Gradio")
-    assert "pip install -r requirements/page.txt" in error
+    assert error.startswith("error: this needs gradio")
+    assert "requirements/page.txt" in error
 
 
 @pytest.mark.parametrize("port", ["0", "-1", "65536"])
@@ -59,7 +68,7 @@ def test_a_port_that_there_is_not_is_refused(capsys, tmp_path, port):
 
 def test_a_model_that_there_is_not_is_refused(capsys, tmp_path):
     pytest.importorskip("gradio", reason="Gradio is not installed (requirements/page.txt)")
-    assert main([str(tmp_path / "nowhere")]) == 2
+    assert main([str(tmp_path / "nowhere"), f"--port={free_port()}"]) == 2
     assert capsys.readouterr().err.startswith(f"error: no model {tmp_path / 'nowhere'}; allowed: ")
 
 
@@ -67,21 +76,22 @@ def test_a_model_that_there_is_not_is_refused(capsys, tmp_path):
 def test_an_export_takes_no_configuration(capsys, tmp_path, flag):
     pytest.importorskip("gradio", reason="Gradio is not installed (requirements/page.txt)")
     (tmp_path / "replknet.json").write_text("{}")
-    assert main([str(tmp_path), flag]) == 2
+    assert main([str(tmp_path), flag, f"--port={free_port()}"]) == 2
     assert "which is no checkpoint or run folder; allowed" in capsys.readouterr().err
 
 
 def test_a_checkpoint_takes_a_configuration(capsys, monkeypatch, run_folder):
     pytest.importorskip("gradio", reason="Gradio is not installed (requirements/page.txt)")
     shown = []
-    monkeypatch.setattr("replknet_paddle.deploy.page.serve", lambda *_, **__: None)
+    monkeypatch.setattr("replknet_paddle.deploy.page_server.serve", lambda *_, **__: None)
     monkeypatch.setattr(
         "replknet_paddle.deploy.page.build_page", lambda *given, **_: shown.append(given)
     )
     monkeypatch.setattr("replknet_paddle.commands.page.signal.signal", lambda *_: None)
     opts = ["-opts", "DATA.CROP_PCT", "0.5"]
-    assert main([str(run_folder), "-cfg", str(run_folder / "config.yaml"), *opts]) == 0
-    ((predictor, network),) = shown
+    flags = ["-cfg", str(run_folder / "config.yaml"), *opts, f"--port={free_port()}"]
+    assert main([str(run_folder), *flags]) == 0
+    ((predictor, network, _),) = shown
     assert network.config.DATA.CROP_PCT == 0.5
     assert predictor.backend.sidecar.preprocessing.crop_pct == 0.5
 
@@ -94,7 +104,15 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("run"), image_size=96, classes=7)
+    """A run on 7 classes, of which the validation list has 14 pictures."""
+    data = tmp_path_factory.mktemp("data")
+    make_data(data, train=7, val=14, classes=7)
+    (data / "class_names.txt").write_text("\n".join(CLASSES) + "\n")
+    folder = make_run(tmp_path_factory.mktemp("run"), image_size=96, classes=7)
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    settings["DATA"]["DATA_PATH"] = str(data)
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    return folder
 
 
 class Server:
@@ -142,7 +160,13 @@ class Server:
 
     def check_what_it_did(self):
         """It talked to no other machine, and left no uploads."""
-        local = ("connect ('127.0.0.1',", "look up 127.0.0.1", "look up localhost", "look up None")
+        local = (
+            "start",
+            "connect ('127.0.0.1',",
+            "look up 127.0.0.1",
+            "look up localhost",
+            "look up None",
+        )
         lines = self.network_log.read_text().splitlines()
         assert lines and [line for line in lines if not line.startswith(local)] == []
         assert list(self.temporary.glob("replknet-page-*")) == []
@@ -203,21 +227,122 @@ def shown_classes(page):
     return list(zip(names, page.locator("dd").all_inner_texts()))
 
 
+def seen_pictures(page):
+    """What the page shows of what the network saw: the picture and the heat map."""
+    page.wait_for_selector("#seen img")
+    sources = [image.get_attribute("src") for image in page.locator("#seen img").all()]
+    data = [base64.b64decode(source.partition("base64,")[2]) for source in sources]
+    return [Image.open(io.BytesIO(file)).convert("RGB") for file in data]
+
+
+def difference(one, other):
+    """Mean difference of two pictures, of 255, brought to one size."""
+    left, right = (np.asarray(i.convert("RGB").resize((60, 60)), int) for i in (one, other))
+    return np.abs(left - right).mean()
+
+
 @pytest.mark.parametrize("picture", [PICTURE, ROTATED], ids=lambda path: path.stem)
 def test_a_dropped_picture_gives_its_classes_and_the_heat_map(page, run_folder, picture):
     network = open_network(run_folder)
-    expected, heat_map = look(Predictor(network, backend="dygraph"), network, picture)
+    expected = look(Predictor(network, backend="dygraph"), network, picture)
     upload(page, picture)
     shown = shown_classes(page)
-    assert [name for name, _ in shown] == list(expected)
-    for (_, percent), score in zip(shown, expected.values()):
+    assert [name for name, _ in shown] == list(expected.classes)
+    for (_, percent), score in zip(shown, expected.classes.values()):
         assert abs(float(percent.rstrip("%")) - 100 * score) <= 0.51
-    source = page.locator("img[src*='image.png']").get_attribute("src")
-    served = Image.open(io.BytesIO(page.request.get(source).body()))
-    difference = np.asarray(served).astype(int) - np.asarray(heat_map)
-    assert np.abs(difference).max() <= 1  # of 255
-    assert np.ptp(np.asarray(heat_map, int) - np.asarray(heat_map, int).mean()) > 20
+    seen, heat = seen_pictures(page)
+    np.testing.assert_array_equal(np.asarray(seen), np.asarray(shown_large(expected.seen)))
+    np.testing.assert_array_equal(np.asarray(heat), np.asarray(expected.heat))
+    assert difference(heat, seen) > 5
     assert page.outside == [] and page.errors == []
+
+
+def shown_large(pixels):
+    return fitted(Image.fromarray(pixels), (384, 384))
+
+
+def test_a_turned_photo_looks_the_same_in_all_three_places(page):
+    """The file's EXIF data ask for a quarter turn, which browsers do of themselves."""
+    upload(page, ROTATED)
+    seen, heat = seen_pictures(page)
+    with Image.open(ROTATED) as file:
+        assert file.getexif()[0x0112] == 6
+        stored = file.convert("RGB")
+    turned = stored.transpose(Image.Transpose.ROTATE_270)
+    preview = page.locator("#picture img")
+    page.wait_for_function(
+        "() => { const i = document.querySelector('#picture img'); return i && i.complete }"
+    )
+    shown = without_margins(Image.open(io.BytesIO(preview.screenshot())), stored.size)
+    assert difference(shown, stored) < 8 < difference(shown, turned)
+    side = min(stored.size)
+    left = (stored.width - side) // 2
+    middle = stored.crop((left, 0, left + side, side))
+    for picture in (seen, heat):
+        turned_middle = middle.transpose(Image.Transpose.ROTATE_270)
+        assert difference(picture, middle) < difference(picture, turned_middle)
+    assert "The file asks to be shown turned" in page.locator("#seen").inner_text()
+
+
+def without_margins(shown, size):
+    """The part of `shown` that a picture of this size takes, at most as large, in its middle."""
+    scale = min(1, shown.width / size[0], shown.height / size[1])
+    width, height = (round(scale * side) for side in size)
+    left, top = (shown.width - width) // 2, (shown.height - height) // 2
+    return shown.crop((left, top, left + width, top + height))
+
+
+def test_the_page_says_what_its_model_is(page, run_folder):
+    assert f"tiny ({run_folder})" in page.locator("h1").inner_text()
+    text = page.locator("body").inner_text()
+    assert "Trained on imagenet2012 in " in text
+    assert "It sees 96 x 96 pixels and tells 7 classes apart." in text
+    page.get_by_text("Its 7 classes").click()
+    listed = page.locator("#classes-list li")
+    assert listed.all_inner_texts() == CLASSES
+
+
+def test_every_picture_is_described_in_words(page):
+    upload(page, PICTURE)
+    seen_pictures(page)
+    page.wait_for_function("() => document.querySelector('#picture img')?.alt")
+    described = [image.get_attribute("alt") for image in page.locator("img").all()]
+    assert len(described) == 3 and all(described), described
+    assert page.locator("#seen .scale").get_attribute("aria-label").startswith("Colours of the")
+
+
+def test_it_works_by_keyboard_alone(page):
+    """From the top of the page, by tabs, to an example, and to the choice of a file."""
+    focused = "() => (document.activeElement.ariaLabel || document.activeElement.innerText)"
+    reached = []
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        reached.append((page.evaluate(focused) or "").strip())
+        if reached[-1] in CLASSES:
+            break
+    assert reached[-1] in CLASSES, reached
+    page.keyboard.press("Enter")
+    assert len(shown_classes(page)) == 5
+    page.reload()
+    page.wait_for_selector("input[type=file]", state="attached")
+    with page.expect_file_chooser(timeout=30_000) as chosen:
+        for _ in range(40):
+            page.keyboard.press("Tab")
+            if "upload" in (page.evaluate(focused) or "").lower():
+                page.keyboard.press("Enter")
+                break
+    chosen.value.set_files(str(PICTURE))
+    assert len(shown_classes(page)) == 5
+
+
+def test_it_fits_a_screen_400_pixels_wide(page):
+    page.set_viewport_size({"width": 400, "height": 800})
+    upload(page, PICTURE)
+    seen_pictures(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    for image in page.locator("#seen img").all():
+        box = image.bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 400
 
 
 def test_a_file_that_is_no_picture_is_told_and_the_page_goes_on(page, tmp_path):
@@ -244,6 +369,60 @@ def test_a_huge_picture_is_told(page, tmp_path):
 def test_another_kind_of_file_is_refused_by_the_page(page):
     upload(page, FIXTURES / "README.md")
     page.get_by_text("Only image/* allowed").wait_for()
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "evil.example"},
+        {"Host": "evil.example:{port}"},
+        {"Host": "127.0.0.1"},
+        {"Host": "127.0.0.1:{port}", "Origin": "http://evil.example"},
+        {"Host": "127.0.0.1:{port}", "Origin": "null"},
+        {"Host": "127.0.0.1:{port}", "Origin": "http://127.0.0.1:1"},
+    ],
+)
+def test_a_foreign_host_or_origin_is_refused_on_every_route(server, headers):
+    routes = all_routes()
+    assert len(routes) > 60 and ("POST", "/gradio_api/upload") in routes
+    headers = {name: value.format(port=server.port) for name, value in headers.items()}
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    for method, path in routes:
+        assert answer_status(connection, method, path, headers) == 403, (method, path)
+    own = {"Host": f"127.0.0.1:{server.port}", "Origin": f"http://127.0.0.1:{server.port}"}
+    assert answer_status(connection, "GET", "/config", own) == 200
+    own = {"Host": f"localhost:{server.port}"}
+    assert answer_status(connection, "GET", "/config", own) == 200
+
+
+def answer_status(connection, method, path, headers):
+    connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
+    for name, value in headers.items():
+        connection.putheader(name, value)
+    connection.endheaders()
+    answer = connection.getresponse()
+    answer.read()
+    return answer.status
+
+
+@functools.cache
+def all_routes():
+    """(method, path) of every route that Gradio has, and of one that it has not."""
+    import gradio
+
+    with gradio.Blocks() as blocks:
+        gradio.Markdown("x")
+    found, routers = {("GET", "/nowhere")}, [gradio.routes.App.create_app(blocks)]
+    while routers:
+        for route in routers.pop().routes:
+            nested = getattr(route, "original_router", None)
+            if nested is not None:
+                routers.append(nested)
+                continue
+            path = re.sub(r"{[^}]*}", "x", route.path)
+            methods = {*(getattr(route, "methods", None) or ["GET"]), "OPTIONS"}
+            found |= {(method, path) for method in methods}
+    return frozenset(found)
 
 
 def ask(server, path):
@@ -276,7 +455,12 @@ def test_only_this_machine_reaches_it(server):
         socket.create_connection(("127.0.0.2", server.port), timeout=10)
 
 
-def test_a_port_that_is_taken_is_told(server, run_folder, capsys):
-    assert main([str(run_folder), f"--port={server.port}"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: cannot serve on port {server.port} of 127.0.0.1")
+def test_a_port_in_use_is_reported_before_the_model_is_opened(capsys, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main([str(tmp_path / "no model"), f"--port={port}"]) == 2
+    assert capsys.readouterr().err.startswith(
+        f"error: port {port} of 127.0.0.1 is not available (Address already in use)"
+    )

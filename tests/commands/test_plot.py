@@ -1,10 +1,14 @@
 """Curves of runs, from metrics.jsonl to a picture."""
 
 import json
+import warnings
 
 import pytest
 from PIL import Image
 from tiny import command
+
+from replknet_paddle.analysis.curves import best_record, build_figure, read_metrics
+from replknet_paddle.runtime.fonts import font_of
 
 main = command("plot")
 
@@ -30,16 +34,49 @@ def test_several_runs_become_one_picture(tmp_path):
         assert len(image.convert("RGB").getcolors(1 << 24)) > 50  # something is drawn
 
 
-def test_every_panel_shows_its_curves(tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
+def records_of(folder):
+    return {str(folder): read_metrics(folder)}
 
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
-    assert main([str(write_run(tmp_path / "a", val_ema_top1_percent=5.0))]) == 0
-    loss, top1 = figures[0].axes
+
+def test_every_panel_shows_its_curves(tmp_path):
+    figure = build_figure(records_of(write_run(tmp_path / "a", val_ema_top1_percent=5.0)))
+    loss, top1 = figure.axes
     assert [line.get_label() for line in loss.lines] == ["a: train_loss", "a: val_loss"]
-    assert [line.get_label() for line in top1.lines] == ["a: val_top1", "a: val_ema_top1"]
-    assert list(top1.lines[0].get_ydata()) == [10.0, 20.0, 30.0]
+    curves, ema, best = top1.lines
+    assert [curves.get_label(), ema.get_label()] == ["a: val_top1", "a: val_ema_top1"]
+    assert list(curves.get_ydata()) == [10.0, 20.0, 30.0]
+    assert figure.get_suptitle() == "Training: a"
+    assert best.get_label() == "a: best, 30.00 % at epoch 3" and best.get_marker() == "*"
+
+
+@pytest.mark.parametrize(
+    "top1, ema, epoch, percent",
+    [
+        ([50, 70, 60], None, 2, 70),
+        ([70, 70], None, 1, 70),  # the first one, as the run keeps it
+        ([50, 60], [55, 65], 2, 65),
+    ],
+)
+def test_the_best_epoch_is_that_of_the_better_weights(tmp_path, top1, ema, epoch, percent):
+    records = [{"epoch": i, "val_top1_percent": value} for i, value in enumerate(top1, 1)]
+    for record, value in zip(records, ema or ()):
+        record["val_ema_top1_percent"] = value
+    key, record = best_record(records)
+    assert (record["epoch"], record[key]) == (epoch, percent)
+
+
+def test_a_run_that_was_never_evaluated_has_no_best_epoch():
+    assert best_record([{"epoch": 1, "train_loss": 2.0}]) is None
+
+
+def test_names_of_runs_are_drawn_in_a_font_that_has_their_letters(tmp_path):
+    if font_of("猫") is None:
+        pytest.skip("no font with Chinese letters is installed (fonts-noto-cjk)")
+    figure = build_figure(records_of(write_run(tmp_path / "猫")))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figure.savefig(tmp_path / "x.png")
+    assert [w for w in caught if "Glyph" in str(w.message)] == []
 
 
 @pytest.mark.parametrize(

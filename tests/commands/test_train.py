@@ -134,7 +134,7 @@ class TestData:
 
     def test_no_list(self, complaint, tmp_path):
         folder = tmp_path / "data"
-        make_data(folder, train=8, val=8)
+        make_data(folder, train=16, val=8)
         (folder / "val_list.txt").unlink()
         message = complaint(folder)
         assert f"no list file {folder / 'val_list.txt'};" in message
@@ -150,7 +150,7 @@ class TestData:
     )
     def test_list_line(self, complaint, tmp_path, line, says):
         folder = tmp_path / "data"
-        make_data(folder, train=8, val=8)
+        make_data(folder, train=16, val=8)
         with open(folder / "val_list.txt", "a") as file:
             file.write(f"{line}\n")
         message = complaint(folder)
@@ -164,7 +164,7 @@ def test_an_image_is_named_by_list_and_line(
     start, tiny_config_file, tmp_path, how, workers, is_eval
 ):
     folder = tmp_path / "data"
-    make_data(folder, train=8, val=8)
+    make_data(folder, train=16, val=8)
     split = "val" if is_eval else "train"
     image = folder / split / "class 2" / "0006.jpg"
     if how == "missing":
@@ -194,7 +194,7 @@ def test_an_image_is_named_by_list_and_line(
 
 def test_training_goes_on_without_an_image_and_names_it(start, tiny_config_file, tmp_path):
     folder, run = tmp_path / "data", tmp_path / "run"
-    make_data(folder, train=8, val=8)
+    make_data(folder, train=16, val=8)
     (folder / "train" / "class 2" / "0006.jpg").write_bytes(b"no image")
     done = start(f"-cfg={tiny_config_file}", f"-data_path={folder}", f"-output={run}")
     assert done.status == 0, done.err
@@ -251,8 +251,8 @@ def test_numbers_that_are_none(refused, tiny, tmp_path, flag, key, value):
 
 
 def test_more_images_in_a_batch_than_there_are(refused, tiny, tmp_path):
-    message = refused(*tiny, "-batch_size=41")
-    assert "40 images" in message and "-batch_size" in message
+    message = refused(*tiny, "-batch_size=31")
+    assert "60 images" in message and "-batch_size" in message
     assert not (tmp_path / "run").exists()
 
 

@@ -1,5 +1,6 @@
 """Writing and checking list files, on sets with every kind of damage."""
 
+import errno
 import json
 import os
 from io import BytesIO
@@ -9,9 +10,12 @@ import pytest
 from PIL import Image
 from tiny import command
 
+from replknet_paddle.data import storage
 from replknet_paddle.data.check_lists import KINDS, check_data
 from replknet_paddle.data.make_lists import make_lists, read_synsets
 from replknet_paddle.runtime.errors import InputError
+
+make_lists_command, check_data_command = command("make-lists"), command("check-data")
 
 
 def jpeg(seed: int) -> bytes:
@@ -114,12 +118,12 @@ def test_what_cannot_become_a_list_is_refused(tmp_path):
 
 def test_command_line_replaces_lists_only_when_told(tmp_path, capsys):
     tree(tmp_path, ["train/a/1.jpg", "val/a/1.jpg"])
-    assert command("make-lists")([str(tmp_path)]) == 0
+    assert make_lists_command([str(tmp_path)]) == 0
     assert "train_list.txt: 1 lines" in capsys.readouterr().out
-    assert command("make-lists")([str(tmp_path)]) == 2
+    assert make_lists_command([str(tmp_path)]) == 2
     assert "-overwrite" in capsys.readouterr().err
-    assert command("make-lists")([str(tmp_path), "-overwrite"]) == 0
-    assert command("make-lists")([str(tmp_path / "nothing")]) == 2
+    assert make_lists_command([str(tmp_path), "-overwrite"]) == 0
+    assert make_lists_command([str(tmp_path / "nothing")]) == 2
 
 
 # ---- checking
@@ -142,6 +146,8 @@ def damaged(folder):
     deep = np.full((8, 8), 40_000, np.uint16)
     Image.fromarray(deep).save(folder / "train" / "deep.png")
     write(folder / "val" / "copy.jpg", (folder / "train" / "3.jpg").read_bytes())
+    write(folder / "train" / "copy.jpg", (folder / "train" / "0.jpg").read_bytes())
+    write(folder / "val" / "again.jpg", (folder / "val" / "1.jpg").read_bytes())
     train = [
         ("train/0.jpg 0", None),
         ("train/1.jpg 1", None),
@@ -160,15 +166,18 @@ def damaged(folder):
         ("train/empty.jpg 1", "truncated"),
         ("train/broken.png 3", "undecodable"),
         ("train/deep.png 1", "undecodable"),
+        ("train/copy.jpg 3", "conflict"),
     ]
     val = [
         ("val/0.jpg 0", None),
         ("val/1.jpg 1", None),
         ("train/0.jpg 0", "overlap"),
-        ("val/copy.jpg 1", "overlap"),
+        ("val/copy.jpg 4", "overlap"),
+        ("val/again.jpg 0", "conflict"),
         ("val/1.jpg one", "line"),
     ]
-    expected = [("empty class", "train_list.txt", 0)]  # 2
+    # Class 2 has no training image, class 3 no validation image.
+    expected = [("empty class", "train_list.txt", 0), ("no validation", "val_list.txt", 0)]
     for name, content in (("train_list.txt", train), ("val_list.txt", val)):
         (folder / name).write_text("".join(f"{line}\n" for line, _ in content))
         expected += [(kind, name, number) for number, (_, kind) in enumerate(content, 1) if kind]
@@ -182,23 +191,67 @@ def test_every_kind_of_damage_is_found_and_nothing_else(tmp_path):
     assert sorted(found) == expected
     assert {kind for kind, _, _ in found} == set(KINDS)
     assert report["counts"] == {kind: [k for k, _, _ in found].count(kind) for kind in KINDS}
-    assert report["lists"]["val_list.txt"]["images_per_class"] == [2, 2, 0, 0, 0]
+    assert report["lists"]["val_list.txt"]["images_per_class"] == [3, 1, 0, 0, 1]
 
 
 def test_command_line_reports_and_says_so_by_its_status(tmp_path, capsys):
     damaged(tmp_path / "data")
     report = tmp_path / "report.json"
     arguments = [str(tmp_path / "data"), "-num_classes", "5", "-workers", "1"]
-    assert command("check-data")([*arguments, "-report", str(report)]) == 1
-    assert len(json.loads(report.read_text())["problems"]) == 17
+    assert check_data_command([*arguments, "-report", str(report)]) == 1
+    assert len(json.loads(report.read_text())["problems"]) == 20
     out = capsys.readouterr().out
-    assert "train_list.txt, line 3: line: " in out and out.endswith("Problems found: 17\n")
+    assert "train_list.txt, line 3: line: " in out and out.endswith("Problems found: 20\n")
 
     tree(tmp_path / "good", ["train/a/0.jpg"])
     tree(tmp_path / "good", ["other/b/0.jpg", "val/a/1.jpg"])
     make_lists(str(tmp_path / "good"), train="train", val="val")
-    assert command("check-data")([str(tmp_path / "good"), "-workers", "1"]) == 0
+    assert check_data_command([str(tmp_path / "good"), "-workers", "1"]) == 0
     assert capsys.readouterr().out.endswith("No problems found\n")
+
+
+def test_the_same_bytes_in_two_classes_are_named_with_both_lines(tmp_path):
+    tree(tmp_path, ["train/cat/a.jpg", "train/dog/a.jpg", "val/cat/b.jpg"])
+    for copy in ("train/dog/again.jpg", "val/dog/again.jpg"):
+        write(tmp_path / copy, (tmp_path / "train/cat/a.jpg").read_bytes())
+    make_lists(str(tmp_path), train="train", val="val")
+    problems = check_data(str(tmp_path))["problems"]
+    found = [(p["kind"], p["list"], p["line"], p["path"]) for p in problems]
+    assert found == [
+        ("conflict", "train_list.txt", 3, "train/dog/again.jpg"),
+        ("conflict", "val_list.txt", 2, "val/dog/again.jpg"),
+        ("overlap", "val_list.txt", 2, "val/dog/again.jpg"),
+    ]
+    assert problems[0]["message"] == (
+        "class 1; the same bytes have class 0 in line 1 of train_list.txt"
+    )
+
+
+def test_classes_without_a_validation_image_are_problems_where_there_is_a_validation_list(tmp_path):
+    tree(tmp_path, ["train/a/0.jpg", "train/b/1.jpg", "train/b/2.jpg", "val/a/3.jpg"])
+    make_lists(str(tmp_path), train="train", val="val")
+    assert check_data_command([str(tmp_path), "-workers", "1"]) == 1
+    [problem] = check_data(str(tmp_path))["problems"]
+    assert (problem["kind"], problem["list"]) == ("no validation", "val_list.txt")
+    assert problem["message"] == "class 1 has no image, and 2 in training"
+    (tmp_path / "val_list.txt").unlink()
+    assert check_data(str(tmp_path))["problems"] == []
+
+
+def test_storage_that_fails_says_nothing_about_the_data(tmp_path, monkeypatch, capsys):
+    tree(tmp_path, ["train/a/0.jpg", "val/a/1.jpg"])
+    make_lists(str(tmp_path), train="train", val="val")
+    really_open = open
+
+    def faulty_open(file, *args, **kwargs):
+        if str(file).endswith("0.jpg"):
+            raise OSError(errno.EIO, "Input/output error")
+        return really_open(file, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", faulty_open)
+    monkeypatch.setattr(storage, "PAUSES_SECONDS", (0.01,))
+    assert check_data_command([str(tmp_path), "-workers", "1"]) == 2
+    assert "input/output error, in 2 attempts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -206,7 +259,7 @@ def test_command_line_reports_and_says_so_by_its_status(tmp_path, capsys):
 )
 def test_command_line_that_cannot_check_exits_2(tmp_path, monkeypatch, capsys, arguments):
     monkeypatch.chdir(tmp_path)
-    assert command("check-data")(arguments) == 2
+    assert check_data_command(arguments) == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import paddle
+from paddle import nn
 
 from replknet_paddle.config import get_config
 from replknet_paddle.model import build_replknet
@@ -58,8 +59,42 @@ def images(count, size=32, seed=0):
 
 @paddle.no_grad()
 def logits(model, batch):
-    """What the network gives in Paddle's eager mode."""
-    return model(paddle.to_tensor(batch)).numpy()
+    """What the network gives in Paddle's eager mode; of a backbone, all maps in one array."""
+    outputs = model(paddle.to_tensor(batch))
+    if isinstance(outputs, paddle.Tensor):
+        return outputs.numpy()
+    return np.concatenate([output.numpy().ravel() for output in outputs])
+
+
+def double_precision(model):
+    """The network with its weights and statistics in float64, in evaluation mode."""
+    paddle.set_default_dtype("float64")
+    try:
+        result = build_replknet(model.config)
+    finally:
+        paddle.set_default_dtype("float32")
+    for name, value in model.state_dict().items():
+        result.state_dict()[name].set_value(value.numpy().astype("float64"))
+    result.eval()
+    return result
+
+
+def float32_tolerance(model) -> float:
+    """How far float32 outputs may be off, relative to the largest output.
+
+    A sum of n products, each rounded and added with another rounding, is off by about sqrt(n)
+    times the precision, in whatever order, and the errors of all layers add up at worst. The order
+    depends on the processor and the library; this bound does not.
+    """
+    terms = []
+    for layer in model.sublayers():
+        if isinstance(layer, nn.Conv2D):
+            terms.append(np.prod(layer.weight.shape[1:]))
+        elif isinstance(layer, nn.Linear):
+            terms.append(layer.weight.shape[0])
+        elif hasattr(layer, "_mean"):
+            terms.append(4)  # two operations for each of scale and shift
+    return float(np.finfo("float32").eps * np.sqrt(terms).sum())
 
 
 def assert_same(outputs, reference, tolerance=1e-4):

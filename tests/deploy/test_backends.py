@@ -15,10 +15,10 @@ from replknet_paddle.deploy import backends as module
 from replknet_paddle.deploy import inference_model, installed_backends, open_backend
 from replknet_paddle.deploy.backends import PACKAGES, open_for_evaluation
 from replknet_paddle.deploy.export import export_model
-from replknet_paddle.deploy.extras import is_installed
 from replknet_paddle.deploy.runtimes import Backend, check_images
 from replknet_paddle.deploy.sidecar import FILE, Sidecar
 from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.extras import is_installed
 
 
 def needs(name):
@@ -102,27 +102,15 @@ def test_an_export_folder_is_enough(config, export, name):
     assert_same(open_backend(str(folder)).run(images(3)), reference)
 
 
-@pytest.mark.parametrize(
-    "installed, chosen",
-    [
-        (["dygraph", "paddle", "onnxruntime", "openvino"], "openvino"),
-        (["dygraph", "paddle", "onnxruntime"], "paddle"),
-        (["dygraph", "paddle"], "paddle"),
-    ],
-)
-def test_auto_takes_the_first_of_the_order_that_is_installed(
-    monkeypatch, caplog, installed, chosen
-):
-    monkeypatch.setattr(module, "installed_backends", lambda: installed)
-    with caplog.at_level("INFO"):
-        assert module.choose(list(PACKAGES), "fp32") == chosen
-    assert f"backend {chosen}: the first installed one of openvino, paddle" in caplog.text
+def test_auto_chooses_from_the_installed_ones(monkeypatch):
+    monkeypatch.setattr(module, "installed_backends", lambda: ["dygraph", "paddle", "onnxruntime"])
+    assert module.candidates(list(PACKAGES), "fp32") == ["paddle", "onnxruntime"]
 
 
 def test_auto_on_an_onnx_export_without_its_readers_says_what_to_install(monkeypatch):
     monkeypatch.setattr(module, "installed_backends", lambda: ["dygraph", "paddle"])
     with pytest.raises(InputError, match="openvino or onnxruntime.*requirements/deploy.txt"):
-        module.choose(["onnxruntime", "openvino"], "int8")
+        module.candidates(["onnxruntime", "openvino"], "int8")
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
@@ -130,8 +118,8 @@ def test_a_missing_extra_is_named_with_the_command(monkeypatch, config, name):
     def missing(package):
         raise ImportError(f"No module named {package!r}")
 
-    monkeypatch.setattr("replknet_paddle.deploy.extras.importlib.import_module", missing)
-    with pytest.raises(InputError, match=r"needs onnx .*pip install -r requirements/deploy\.txt"):
+    monkeypatch.setattr("replknet_paddle.runtime.extras.importlib.import_module", missing)
+    with pytest.raises(InputError, match=r"needs onnx .*pip install -r .*requirements/deploy\.txt"):
         open_backend(small_network(config), name, config=config)
 
 
@@ -276,9 +264,15 @@ def test_tensorrt_gets_batches_and_images_that_it_is_prepared_for(config):
 def test_auto_passes_over_what_does_not_compute_in_bfloat16(monkeypatch):
     monkeypatch.setattr(module, "installed_backends", lambda: list(PACKAGES))
     monkeypatch.setattr(module, "computes_in", lambda name, precision: name != "openvino")
-    assert module.choose(list(PACKAGES), "bf16") == "paddle"
+    assert module.candidates(list(PACKAGES), "bf16") == ["paddle"]
     with pytest.raises(InputError, match="does not compute in bfloat16.*another precision"):
-        module.choose(["onnxruntime", "openvino"], "bf16")
+        module.candidates(["onnxruntime", "openvino"], "bf16")
+
+
+def test_paddle_refuses_bfloat16_where_the_processor_would_emulate_it(monkeypatch, config):
+    monkeypatch.setattr("replknet_paddle.deploy.runtimes.processor_has", lambda flag: False)
+    with pytest.raises(InputError, match="bf16 with backend paddle on a processor .*AVX512-BF16"):
+        open_backend(small_network(config), "paddle", config=config, precision="bf16")
 
 
 def test_processes_of_this_machine_alone_share_its_cores(monkeypatch, config):

@@ -4,7 +4,16 @@ import numpy as np
 import paddle
 import pytest
 from paddle import nn
-from small_networks import FORMS, assert_same, images, logits, small_config, small_network
+from small_networks import (
+    FORMS,
+    assert_same,
+    double_precision,
+    float32_tolerance,
+    images,
+    logits,
+    small_config,
+    small_network,
+)
 
 from replknet_paddle.deploy.fold import (
     compare_forms,
@@ -15,13 +24,25 @@ from replknet_paddle.deploy.fold import (
 )
 
 
+def assert_outputs_stay(model, build, batch):
+    """In float64 to better than float32 can say, and in float32 to its rounding."""
+    exact = double_precision(model)
+    reference = logits(exact, batch.astype("float64"))
+    in_float64 = logits(build(exact), batch.astype("float64"))
+    assert in_float64.dtype == reference.dtype == np.float64
+    # Some constants within Paddle's batch norm are of float32, which leaves 4e-9.
+    assert largest_deviation(in_float64, reference) < 1e-7
+    tolerance = float32_tolerance(model)
+    assert 5e-6 < tolerance < 5e-5
+    assert_same(logits(build(model), batch), reference, tolerance)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("build", [merged, folded])
 def test_outputs_stay(tmp_path, form, build):
     model = small_network(small_config(tmp_path, form))
-    result = build(model)
     for batch in (images(1), images(3, size=45)):
-        assert_same(logits(result, batch), logits(model, batch), 1e-5)
+        assert_outputs_stay(model, build, batch)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -52,11 +73,8 @@ def test_folding_what_is_folded_changes_nothing(tmp_path):
 def test_a_backbone_keeps_the_norms_of_its_maps(tmp_path):
     extra = "  OUT_INDICES: [1, 3]\n  NORM_INTER_FEATURES: True\n"
     model = small_network(small_config(tmp_path, extra=extra))
+    assert_outputs_stay(model, folded, images(2, size=64))
     result = folded(model)
-    batch = paddle.to_tensor(images(2, size=64))
-    with paddle.no_grad():
-        for after, before in zip(result(batch), model(batch)):
-            assert_same(after.numpy(), before.numpy(), 1e-5)
     left = [name for name, layer in result.named_sublayers() if isinstance(layer, nn.BatchNorm2D)]
     assert left == [f"stages.{i}.norm" for i in range(4)]
 
@@ -83,7 +101,8 @@ def test_forms_are_compared_by_size_and_outputs(tmp_path):
     count = sum(int(np.prod(value.shape)) for value in model.state_dict().values())
     assert as_it_is.parameters == count and as_it_is.deviation is None
     assert after_folding.parameters < after_merging.parameters < count
-    assert 0 < after_merging.deviation < 1e-5 and 0 < after_folding.deviation < 1e-5
+    tolerance = 2 * float32_tolerance(model)  # both sides are rounded
+    assert 0 < after_merging.deviation < tolerance and 0 < after_folding.deviation < tolerance
 
 
 def test_deviation_is_relative_to_the_largest_logit():

@@ -3,12 +3,10 @@
 import os
 import re
 import signal
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from processes import assert_same_end, step_of, wait_for
+from processes import Script, assert_same_end, step_of, wait_for, worker
 from tiny import ROOT
 
 from replknet_paddle.checkpoints.training import load_checkpoint
@@ -43,33 +41,6 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-class Script:
-    """run_train_multi.sh on the tiny network, in a process group of its own."""
-
-    def __init__(self, arguments, *, restarts, python=sys.executable):
-        self.process = subprocess.Popen(
-            ["sh", str(ROOT / "run_train_multi.sh"), *map(str, arguments)],
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "PYTHON": str(python),
-                "MAX_RESTARTS": str(restarts),
-            },
-        )
-
-    def finish(self, timeout=120) -> tuple[int, str]:
-        try:
-            said, _ = self.process.communicate(timeout=timeout)
-        finally:
-            if self.process.poll() is None:
-                os.killpg(self.process.pid, signal.SIGKILL)
-        return self.process.returncode, said
-
-
 @pytest.fixture
 def failing(tmp_path, tiny_config_file, tiny_data):
     """Runs the script with a program that fails after the given steps, one of them a start."""
@@ -91,33 +62,6 @@ def failing(tmp_path, tiny_config_file, tiny_data):
         return got, said, starts.read_text().splitlines() if starts.exists() else []
 
     return run
-
-
-def children(pid: int) -> list[int]:
-    """Processes that `pid` started and that are still there."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        found += [int(child) for child in task.read_text().split()]
-    return found
-
-
-def worker(pid: int, rank: int) -> int | None:
-    """The training process of `rank` among what `pid` started, by way of Paddle's launcher."""
-    for child in children(pid):
-        try:
-            is_launcher = (
-                b"paddle.distributed.launch" in Path(f"/proc/{child}/cmdline").read_bytes()
-            )
-            for candidate in children(child) if is_launcher else ():
-                environment = Path(f"/proc/{candidate}/environ").read_bytes().split(b"\0")
-                if f"PADDLE_TRAINER_ID={rank}".encode() in environment:
-                    return candidate
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        found = worker(child, rank)
-        if found is not None:
-            return found
-    return None
 
 
 def test_killed_workers_are_restarted_and_the_end_is_the_same(

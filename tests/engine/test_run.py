@@ -4,31 +4,24 @@ Most runs are forks of one process that has imported everything (processes.py); 
 processes are started are started as people start them.
 """
 
-import contextlib
 import os
-import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
-from PIL import Image
 from processes import (
     Run,
     assert_same_end,
     finish,
     finish_ranks,
     free_ports,
-    metrics,
+    start_really,
     step_of,
     wait_for,
     whole_steps,
 )
-from tiny import ROOT, make_data
 
 from replknet_paddle.checkpoints.training import (
     checkpoints,
@@ -37,71 +30,6 @@ from replknet_paddle.checkpoints.training import (
 )
 
 pytest_plugins = ["run_fixtures"]
-
-# ---- evaluation
-
-
-def evaluation(run_folder) -> tuple:
-    (record,) = metrics(run_folder)
-    counts = [record[f"val_top{k}_percent"] * 101 / 100 for k in (1, 5)]
-    return counts, record["val_loss"]
-
-
-def test_evaluation_is_the_same_for_any_processes_and_batch_size(
-    tiny_data, straight, tmp_path, run_main
-):
-    weights = straight / "last"
-    results = {}
-    for batch_size in (1, 8, 128):
-        flags = [f"-pretrained={weights}", f"-data_path={tiny_data}", "-eval"]
-        folder = tmp_path / f"batch{batch_size}"
-        finish([*flags, f"-batch_size={batch_size}", f"-output={folder}"], output=tmp_path / "log")
-        results[1, batch_size] = evaluation(folder)
-    for processes, batch_size in ((2, 8), (3, 7)):
-        folder = tmp_path / f"nproc{processes}"
-        done = run_main(
-            *flags, f"-batch_size={batch_size}", f"-nproc={processes}", f"-output={folder}"
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "(101/101)" in done.stdout  # top-5 of 4 classes: every image once
-        results[processes, batch_size] = evaluation(folder)
-    counts, loss = results[1, 8]
-    (recorded,) = [record for record in metrics(straight) if record["epoch"] == 4]
-    assert recorded["val_loss"] == pytest.approx(loss, rel=1e-6)
-    for key, (got_counts, got_loss) in results.items():
-        assert got_counts == counts, (key, results)
-        assert got_loss == pytest.approx(loss, abs=1e-6, rel=1e-6), (key, results)
-
-
-@pytest.mark.parametrize("weights", ["model", "model_ema"])
-def test_evaluation_of_a_checkpoint_gives_what_training_recorded(
-    tiny_data, straight, tmp_path, weights
-):
-    flags = [f"-pretrained={straight / 'last'}", f"-data_path={tiny_data}", "-eval"]
-    finish(
-        [*flags, f"-output={tmp_path / 'run'}", "-opts", "MODEL.PRETRAINED_WEIGHTS", weights],
-        output=tmp_path / "log",
-    )
-    prefix = "val" if weights == "model" else "val_ema"
-    assert metrics(tmp_path / "run")[0]["val_loss"] == metrics(straight)[-1][f"{prefix}_loss"]
-
-
-def test_a_broken_image_of_another_rank_is_named_on_the_console(
-    tiny_config_file, tmp_path, run_main
-):
-    bad_line = 2  # rank 1 of 2 has the second image, the fourth, ...
-    folder = tmp_path / "data"
-    make_data(folder, train=16, val=101)
-    line = (folder / "val_list.txt").read_text().splitlines()[bad_line - 1]
-    (folder / line.rsplit(" ", 1)[0]).write_bytes(b"no image")
-    done = run_main(
-        f"-cfg={tiny_config_file}", f"-data_path={folder}", f"-output={tmp_path / 'run'}",
-        "-eval", "-nproc=2",
-    )  # fmt: skip
-    said = done.stdout + done.stderr
-    assert done.returncode == 2, said
-    assert f"{folder / 'val_list.txt'}, line {bad_line}: cannot read image" in said, said
-
 
 # ---- the same seed
 
@@ -193,19 +121,6 @@ def test_a_signal_with_loader_workers_saves_too(run_flags, straight, tmp_path):
     assert_same_end(folder, straight)
 
 
-def start_really(arguments, **options) -> subprocess.Popen:
-    """main_multi_gpu.py in a process group of its own, as a shell starts it."""
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "main_multi_gpu.py"), *map(str, arguments)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **options},
-    )
-
-
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_two_processes_stop_together_and_go_on(
     run_flags, straight_on_two, tmp_path, number, status
@@ -284,7 +199,7 @@ def test_a_checkpoint_in_mid_epoch_needs_the_same_batches(run_flags, tmp_path):
         output=tmp_path / "log",
         status=2,
     )
-    assert re.search(r"stopped after \d of 5 batches of an epoch, which has 8 here", said), said
+    assert re.search(r"stopped after \d of 6 batches of an epoch, which has 12 here", said), said
 
 
 def test_a_finished_run_that_is_resumed_changes_nothing(run_flags, straight, tmp_path):
@@ -467,169 +382,3 @@ def test_a_loss_that_is_no_number_ends_all_ranks_with_status_1(run_flags, tmp_pa
     for text in said:
         assert re.search(r"error: epoch \d, step \d+, loss (nan|inf|-inf), learning rate", text)
         assert "Traceback" not in text
-
-
-# ---- learning
-
-
-def make_patterns(folder) -> None:
-    """64 noisy images of 4 patterns, which no augmentation turns into one another; all are both
-    the training and the validation set."""
-    rng = np.random.default_rng(0)
-    waves = np.sin(np.arange(40) * 1.2) > 0
-    patterns = [
-        np.broadcast_to(waves, (40, 40)),
-        np.broadcast_to(waves[:, None], (40, 40)),
-        waves ^ waves[:, None],
-        np.zeros((40, 40)),
-    ]
-    folder.mkdir()
-    lines = []
-    for i in range(64):
-        pixels = 80 * patterns[i % 4][..., None] + rng.integers(40, 100, (40, 40, 3))
-        Image.fromarray(pixels.astype("uint8")).save(folder / f"{i}.png")
-        lines.append(f"{i}.png {i % 4}\n")
-    for split in ("train", "val"):
-        (folder / f"{split}_list.txt").write_text("".join(lines))
-
-
-def test_the_full_recipe_overfits_64_images(tiny_config_file, tmp_path):
-    """RandAugment, erasing, mixup, cutmix, smoothing, drop path, EMA and accumulation: all on."""
-    make_patterns(tmp_path / "data")
-    options = {
-        "TRAIN.NUM_EPOCHS": 50,
-        "TRAIN.WARMUP_EPOCHS": 2,
-        "TRAIN.BASE_LR": 1e-2,
-        "TRAIN.RAND_AUGMENT": True,
-        "TRAIN.RAND_AUGMENT_MAGNITUDE": 1,
-        "TRAIN.RAND_AUGMENT_LAYERS": 1,
-        "TRAIN.MIXUP_PROB": 0.2,
-        "TRAIN.CROP_SCALE": "[0.9,1.0]",
-        "TRAIN.GRAD_CLIP": 5,
-        "TRAIN.LAYER_DECAY": 0.9,
-        "MODEL.DROPPATH": 0.05,
-        "MODEL.CHANNELS": "[12,16,24,32]",
-        "DATA.BATCH_SIZE": 16,
-        "VALIDATE_FREQ": 50,
-    }
-    finish(
-        [f"-cfg={tiny_config_file}", f"-data_path={tmp_path / 'data'}",
-         f"-output={tmp_path / 'run'}", "-opts",
-         *(item for pair in options.items() for item in pair)],
-        output=tmp_path / "log",
-    )  # fmt: skip
-    last = metrics(tmp_path / "run")[-1]
-    assert last["val_top1_percent"] == 100.0, last
-    assert last["val_ema_top1_percent"] == 100.0, last
-
-
-# ---- killed at random moments
-
-# 50 kills take a minute: KILLS=50 python -m pytest tests/test_run.py -k killed
-KILLS = int(os.environ.get("KILLS", 12))
-
-
-def slow_disk(arguments: list[str]) -> int:
-    """A run whose checkpoints take a while to write, so that many kills meet one half written."""
-    import builtins
-
-    from processes import main_status
-
-    really_open = builtins.open
-
-    class Slow:
-        def __init__(self, file):
-            self.file = file
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-        def write(self, data):
-            self.file.flush()
-            time.sleep(0.0003)
-            return self.file.write(data)
-
-    def slow_open(name, mode="r", *rest, **options):
-        file = really_open(name, mode, *rest, **options)
-        return Slow(file) if str(name).endswith(".unfinished") and "b" in mode else file
-
-    builtins.open = slow_open
-    return main_status(arguments)
-
-
-def test_runs_killed_at_random_moments_lose_nothing_saved(run_flags, straight, tmp_path):
-    seed = int(os.environ.get("KILLS_SEED", time.time()))
-    rng = random.Random(seed)
-    flags = [*run_flags, "-opts", "SAVE_STEPS", "1"]
-    folder, log = tmp_path / "run", tmp_path / "log"
-    halves = kills = runs = 0
-    stages = set()
-    while kills < KILLS:
-        saved = max(whole_steps(folder), default=0)
-        if saved == 12:  # the run is through: once more
-            assert_same_end(folder, straight)
-            shutil.rmtree(folder)
-            saved, runs = 0, runs + 1
-        run = Run([*flags, f"-output={folder}", "-resume=auto"], output=log, target=slow_disk)
-        if rng.random() < 0.6:  # while a checkpoint is written, or soon after
-            target = saved + rng.randrange(4)
-            wait_for(
-                lambda run=run, target=target: (
-                    not run.process.is_alive()
-                    or max(whole_steps(folder), default=0) >= target
-                    and unfinished(folder, run.pid)
-                ),
-                every=0.0005,
-            )
-            time.sleep(rng.uniform(0, 0.3))
-        else:
-            time.sleep(rng.uniform(0, 2.5))
-        run.send(signal.SIGKILL)
-        status = run.wait()
-        assert status in (0, -signal.SIGKILL), f"seed {seed}: {run.text()}"
-        kills += status != 0
-        halves += bool(folder.exists() and unfinished(folder, run.pid))
-        steps = whole_steps(folder)
-        stages.add(max(steps, default=0))
-        assert max(steps, default=0) >= saved, f"seed {seed}"
-        newest = newest_whole_checkpoint(str(folder))
-        if steps:  # every file of a checkpoint's name is a whole one
-            assert load_checkpoint(newest).progress.step == max(steps), f"seed {seed}"
-    finish([*flags, f"-output={folder}", "-resume=auto"], output=log)
-    assert_same_end(folder, straight)
-    assert not [n for n in os.listdir(folder / "checkpoints") if "unfinished" in n]
-    print(
-        f"{kills} kills, {halves} of them in mid-write, {runs + 1} runs, "
-        f"newest checkpoints {sorted(stages)}, seed {seed}"
-    )
-    assert halves >= KILLS // 8, f"only {halves} of {kills} kills met a half-written checkpoint"
-
-
-def test_loader_workers_die_with_a_killed_run(run_flags, tmp_path):
-    run = Run(
-        [*run_flags, f"-output={tmp_path / 'run'}", "-opts", "DATA.NUM_WORKERS", "2"],
-        output=tmp_path / "log",
-    )
-    workers = wait_for(lambda: len(children(run.pid)) >= 2 and children(run.pid))
-    run.send(signal.SIGKILL)
-    assert run.wait() == -signal.SIGKILL
-    wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in workers), timeout=20)
-
-
-def children(pid: int) -> list[int]:
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return [int(child) for child in open(f"/proc/{pid}/task/{pid}/children").read().split()]
-    return []
-
-
-def unfinished(folder, pid) -> list[str]:
-    """Checkpoints that process `pid` has begun to write."""
-    where = folder / "checkpoints"
-    names = os.listdir(where) if where.exists() else []
-    return [name for name in names if name.endswith(f".{pid}.unfinished")]

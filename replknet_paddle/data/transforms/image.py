@@ -4,9 +4,9 @@ Everything geometric and photometric happens on 8-bit images; `normalize` is the
 and stands alone, so that a loader may ship 8-bit batches and do this step on the device.
 """
 
+import io
 import os
 import stat
-from typing import IO
 
 import numpy as np
 from PIL import Image
@@ -20,23 +20,44 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # Pillow's own threshold for a warning: 270 MB as RGB. ImageNet's largest have 60 million.
 MAX_PIXELS = 89_478_485
 
+# Files are read into memory. As many pixels of 32 bits, stored without compression, take a third.
+MAX_FILE_BYTES = 2**30
 
-def open_image(path: str | IO[bytes]) -> Image.Image:
-    """Open an image file, by path or opened, as a context manager; nothing is decoded yet.
+
+def read_file(path: str) -> bytes:
+    """The bytes of an image file.
 
     Raises:
-        OSError: there is none, or it cannot be read.
+        OSError: there is no such file, or it cannot be read.
+        InputError: not a regular file, or one of more than `MAX_FILE_BYTES`.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError("not a regular file")  # opening a pipe would wait for somebody to write
+    if status.st_size > MAX_FILE_BYTES:
+        raise InputError(f"{status.st_size} bytes; allowed: {MAX_FILE_BYTES:,}")
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def open_image(source: str | bytes) -> Image.Image:
+    """Open an image, of a path or of a file's bytes, as a context manager; nothing is decoded yet.
+
+    A file is read as a whole first, so that only damaged content fails later: an error of storage
+    is an OSError with an error number, here.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
         InputError: no image of `FORMATS`, a damaged one, or one of more than `MAX_PIXELS`.
     """
-    if isinstance(path, str) and not stat.S_ISREG(os.stat(path).st_mode):
-        raise InputError("not a regular file")  # opening a pipe would wait for somebody to write
-    if zlib_is_broken() and (data := png_bytes(path)) is not None:
+    data = source if isinstance(source, bytes) else read_file(source)
+    if data.startswith(SIGNATURE) and zlib_is_broken():
         return decode_png(data, max_pixels=MAX_PIXELS)
     try:
-        image = Image.open(path, formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError:
         raise InputError(f"cannot identify it as any of {', '.join(FORMATS)}") from None
-    except OSError:
+    except MemoryError:
         raise
     except Exception as error:  # damaged files make Pillow's readers raise almost anything
         raise InputError(f"damaged: {error or type(error).__name__}") from None
@@ -47,17 +68,6 @@ def open_image(path: str | IO[bytes]) -> Image.Image:
     return image
 
 
-def png_bytes(path: str | IO[bytes]) -> bytes | None:
-    """The bytes of a PNG file; None for another one, which is left where it was."""
-    if isinstance(path, str):
-        with open(path, "rb") as file:
-            return png_bytes(file)
-    start = path.tell()
-    is_png = path.read(len(SIGNATURE)) == SIGNATURE
-    path.seek(start)
-    return path.read() if is_png else None
-
-
 def load(image: Image.Image) -> None:
     """Decode an opened image.
 
@@ -66,6 +76,8 @@ def load(image: Image.Image) -> None:
     """
     try:
         image.load()
+    except MemoryError:
+        raise
     except Exception as error:  # damaged files make Pillow's decoders raise almost anything
         raise InputError(f"damaged: {error or type(error).__name__}") from None
 

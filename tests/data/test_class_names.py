@@ -1,0 +1,49 @@
+"""Where the names of the classes come from."""
+
+import pytest
+from data_sets import configured
+
+from replknet_paddle.config import get_config
+from replknet_paddle.data.class_names import get_class_names
+from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.zoo import find_record, list_models
+
+
+def test_class_names_come_from_the_config_or_beside_the_lists_or_the_project(
+    tmp_path, tiny_config_file
+):
+    config = configured(tiny_config_file, tmp_path)
+    assert get_class_names(config) is None
+    (tmp_path / "class_names.txt").write_text("a\nb\nc\nd\n")
+    assert get_class_names(config) == ["a", "b", "c", "d"]
+    other = tmp_path / "other.txt"
+    other.write_bytes("\ufeffâne\r\nb b\r\nc\r\nd".encode())
+    named = configured(tiny_config_file, tmp_path, "DATA.CLASS_NAMES", other)
+    assert get_class_names(named) == ["âne", "b b", "c", "d"]
+    other.write_text("a\n\nc\n")
+    with pytest.raises(InputError, match="3 lines, 1 of them empty; allowed: .* 4 classes"):
+        get_class_names(named)
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        get_class_names(configured(tiny_config_file, tmp_path, "DATA.CLASS_NAMES", "nothing"))
+
+
+def test_imagenet_names_are_in_the_order_of_the_synsets(tmp_path, tiny_config_file):
+    config = get_config("configs/replknet_31b.yaml")
+    names = get_class_names(config)
+    assert len(set(names)) == 1000
+    known = {0: "tench", 134: "crane bird", 207: "golden retriever", 388: "giant panda"}
+    known |= {517: "crane", 638: "maillot", 999: "toilet tissue"}
+    assert {index: names[index] for index in known} == known
+
+
+def test_only_a_config_that_says_so_gets_imagenets_names(tmp_path, tiny_config_file):
+    other = configured(tiny_config_file, tmp_path, "MODEL.NUM_CLASSES", 1000)
+    assert get_class_names(other) is None
+    for record in list_models():
+        config = get_config(f"configs/{find_record(record).config}", DATA__DATA_PATH=str(tmp_path))
+        assert (get_class_names(config) is not None) == (config.MODEL.NUM_CLASSES == 1000)
+    tuned = get_config("configs/replknet_31b.yaml", MODEL__NUM_CLASSES=5)
+    assert get_class_names(tuned) is None
+    (tmp_path / "class_names.txt").write_text("own\n" * 1000)
+    own = get_config("configs/replknet_31b.yaml", DATA__DATA_PATH=str(tmp_path))
+    assert get_class_names(own) == ["own"] * 1000

@@ -1,0 +1,137 @@
+"""`make-lists --val SHARE`: one tree of class folders, split into training and validation."""
+
+import hashlib
+import logging
+from collections import Counter
+
+import numpy as np
+import pytest
+from tiny import command
+
+from replknet_paddle.data.split import choose_validation, identical_files, split_lists
+from replknet_paddle.runtime.errors import InputError
+
+main = command("make-lists")
+
+
+def make_tree(folder, counts: dict[str, int], *, order=1):
+    """Class folders with so many files of different content each."""
+    names = [f"{name}/{i}.jpg" for name, count in counts.items() for i in range(count)]
+    for name in names[::order]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+
+
+def read(folder, split: str) -> list[tuple[str, int]]:
+    lines = (folder / f"{split}_list.txt").read_text().splitlines()
+    return [(line.rsplit(" ", 1)[0], int(line.rsplit(" ", 1)[1])) for line in lines]
+
+
+def test_each_class_gives_its_share_and_every_image_is_on_one_side(tmp_path, capsys):
+    counts = {"ähre": 100, "bär 熊": 25, "c": 10, "d": 4, "e": 2}
+    make_tree(tmp_path, counts)
+    assert main([str(tmp_path), "--val", "0.1"]) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        "train_list.txt: 125 lines",
+        "val_list.txt: 16 lines",
+    ]
+    train, val = read(tmp_path, "train"), read(tmp_path, "val")
+    names = (tmp_path / "class_names.txt").read_text(encoding="utf-8").splitlines()
+    assert names == sorted(counts)
+    in_val = Counter(names[label] for _, label in val)
+    assert in_val == {"ähre": 10, "bär 熊": 3, "c": 1, "d": 1, "e": 1}
+    assert all(path.startswith(f"{names[label]}/") for path, label in train + val)
+    everything = [path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/*.jpg")]
+    assert sorted(path for path, _ in train + val) == sorted(everything)
+
+
+def test_the_choice_follows_the_seed_and_not_the_file_system(tmp_path):
+    seen = []
+    for folder, order, seed in (("a", 1, 0), ("b", -1, 0), ("c", 1, 1)):
+        make_tree(tmp_path / folder, {"x": 40, "y": 40}, order=order)
+        split_lists(str(tmp_path / folder), folder=".", share=0.25, seed=seed)
+        seen.append(read(tmp_path / folder, "val"))
+    assert seen[0] == seen[1] != seen[2] and len(seen[2]) == 20
+    first = split_lists(str(tmp_path / "a"), folder=".", share=0.25, overwrite=True)
+    assert read(tmp_path / "a", "val") == seen[0] and first["val_list.txt"] == 20
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_identical_files_are_never_on_both_sides(tmp_path, seed):
+    """Many copies, also across classes, under random shares; by an independent digest."""
+    rng = np.random.default_rng(seed)
+    for i in range(60):
+        path = tmp_path / f"class {i % 3}" / f"{i}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes([int(rng.integers(25))]) * int(rng.integers(1, 3)))
+    written = split_lists(str(tmp_path), folder=".", share=float(rng.uniform(0.05, 0.6)), seed=seed)
+    digests = {
+        split: {hashlib.md5((tmp_path / path).read_bytes()).digest() for path, _ in lines}
+        for split in ("train", "val")
+        for lines in [read(tmp_path, split)]
+    }
+    assert not digests["train"] & digests["val"]
+    assert written["train_list.txt"] + written["val_list.txt"] == 60
+    assert {label for _, label in read(tmp_path, "train")} == {0, 1, 2}
+
+
+def test_groups_are_files_of_the_same_bytes(tmp_path):
+    contents = [b"a", b"b", b"a", b"long", b"b", b"a", b"gnol"]
+    for i, content in enumerate(contents):
+        (tmp_path / str(i)).write_bytes(content)
+    groups = identical_files([str(tmp_path / str(i)) for i in range(len(contents))])
+    assert groups == [[0, 2, 5], [1, 4], [3], [6]]
+
+
+@pytest.mark.parametrize(
+    "groups, labels, share, expected",
+    [
+        ([[0]], [0], 0.5, [0]),  # an only image trains
+        ([[0, 1]], [0, 0], 0.5, [0]),  # as do copies of an only image
+        ([[0], [1]], [0, 0], 0.01, [1]),
+        ([[0], [1]], [0, 0], 0.99, [1]),
+        ([[0, 1], [2, 3]], [0] * 4, 0.1, [2]),  # rather too many than none
+        ([[0, 1], [2], [3]], [0, 1, 0, 1], 0.5, [1, 1]),  # in two classes: it trains
+    ],
+)
+def test_small_classes(groups, labels, share, expected):
+    for seed in range(10):
+        chosen = choose_validation(labels, groups, share=share, seed=seed)
+        counts = Counter(labels[i] for i in chosen)
+        assert [counts[label] for label in sorted(set(labels))] == expected
+        assert all(chosen >= set(group) or not chosen & set(group) for group in groups)
+
+
+def test_a_class_that_cannot_spare_an_image_is_named(tmp_path, caplog):
+    make_tree(tmp_path, {"many": 10, "one": 1})
+    with caplog.at_level(logging.WARNING):
+        split_lists(str(tmp_path), folder=".", share=0.1)
+    [record] = caplog.records
+    assert "class one has no validation image" in record.getMessage()
+
+
+def test_a_folder_below_and_existing_lists(tmp_path, capsys):
+    make_tree(tmp_path / "images", {"a": 4, "b": 4})
+    assert main([str(tmp_path), "--val", "0.25"]) == 2
+    assert "the only class; if the classes are in it, add -train images" in capsys.readouterr().err
+    assert main([str(tmp_path), "--val", "0.25", "--train", "images"]) == 0
+    assert all(path.startswith("images/") for path, _ in read(tmp_path, "val"))
+    assert main([str(tmp_path), "--val", "0.25", "--train", "images"]) == 2
+    assert "-overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("share", ["0", "1", "1.5", "-0.1", "nan"])
+def test_shares_outside_the_interval_are_refused(tmp_path, capsys, share):
+    make_tree(tmp_path, {"a": 4, "b": 4})
+    assert main([str(tmp_path), f"--val={share}"]) == 2
+    assert "a share between 0 and 1" in capsys.readouterr().err
+    assert not (tmp_path / "train_list.txt").exists()
+    with pytest.raises(InputError, match="between 0 and 1"):
+        split_lists(str(tmp_path), folder=".", share=float(share))
+
+
+def test_a_folder_may_have_a_number_for_a_name(tmp_path):
+    for name in ("train/a", "0.5/a"):
+        make_tree(tmp_path / name.split("/")[0], {"a": 2})
+    assert main([str(tmp_path), "--val", "0.5"]) == 0
+    assert [path for path, _ in read(tmp_path, "val")] == ["0.5/a/0.jpg", "0.5/a/1.jpg"]

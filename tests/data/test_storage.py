@@ -1,0 +1,188 @@
+"""What counts as a failure of the system, what as a bad image, and how often reading is tried."""
+
+import builtins
+import errno
+import logging
+import os
+
+import numpy as np
+import pytest
+from tiny import flags, make_data
+
+from replknet_paddle.config import get_config, update_config
+from replknet_paddle.data import storage
+from replknet_paddle.data.check_lists import check_image
+from replknet_paddle.data.dataset import ListDataset, get_dataloader, get_dataset
+from replknet_paddle.data.storage import PAUSES_SECONDS, read_patiently
+from replknet_paddle.runtime.errors import InputError, SampleError, SystemFault
+
+SYSTEM = [
+    *(errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT),
+    *(errno.EINTR, errno.EAGAIN, errno.ENODEV, errno.ENXIO, errno.EACCES, errno.ENOTCONN),
+]
+
+
+@pytest.fixture
+def slept(monkeypatch):
+    """The pauses that were made, none of which takes time."""
+    pauses = []
+    monkeypatch.setattr(storage.time, "sleep", pauses.append)
+    return pauses
+
+
+def failing(error, times: int):
+    """A function that raises `error` so many times and then gives 'bytes'."""
+    calls = iter(range(times))
+
+    def read():
+        if next(calls, None) is None:
+            return "bytes"
+        raise error
+
+    return read
+
+
+@pytest.mark.parametrize("number", SYSTEM, ids=errno.errorcode.get)
+def test_failures_of_the_system_are_tried_again_with_pauses(slept, number):
+    error, failures = OSError(number, os.strerror(number)), []
+    assert read_patiently(failing(error, 6), "image a.jpg", failures) == "bytes"
+    assert slept == list(PAUSES_SECONDS) and sum(slept) == 31.5
+    assert failures == [f"cannot read image a.jpg: {os.strerror(number).lower()}"] * 6
+    with pytest.raises(SystemFault, match=r"image a\.jpg: .*, in 7 attempts over 31\.5 s"):
+        read_patiently(failing(error, 7), "image a.jpg")
+
+
+def test_memory_that_runs_out_is_the_systems_failure(slept):
+    assert read_patiently(failing(MemoryError(), 2), "x") == "bytes"
+    with pytest.raises(SystemFault, match="MemoryError"):
+        read_patiently(failing(MemoryError(), 99), "x")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [FileNotFoundError(errno.ENOENT, "gone"), OSError(errno.ELOOP, "loop"), ValueError("a defect")]
+    + [OSError(errno.ENAMETOOLONG, "long"), OSError("image file is truncated"), InputError("bad")],
+    ids=repr,
+)
+def test_anything_else_is_raised_at_once(slept, error):
+    with pytest.raises(type(error)) as caught:
+        read_patiently(failing(error, 1), "x")
+    assert caught.value is error and slept == []
+
+
+@pytest.fixture
+def one_image(tmp_path):
+    make_data(tmp_path, train=1, val=1, classes=1)
+    path = tmp_path / "train" / "class 0" / "0000.jpg"
+    return ListDataset(
+        str(tmp_path / "train_list.txt"), str(tmp_path), lambda image, _: image.size, num_classes=1
+    ), path
+
+
+@pytest.mark.parametrize("call", ["open", "lstat", "stat"])
+def test_each_call_on_the_way_to_the_pixels_may_fail(one_image, monkeypatch, slept, call):
+    """Two failures and then none: the image. And for ever: never a SampleError."""
+    data, path = one_image
+    module = builtins if call == "open" else os
+    real, left = getattr(module, call), 0
+
+    def faulty(file, *args, **kwargs):
+        nonlocal left
+        if str(file) == str(path) and left:
+            left -= 1
+            raise OSError(errno.EIO, "Input/output error", str(file))
+        return real(file, *args, **kwargs)
+
+    expected = data[0, 0][0]
+    monkeypatch.setattr(module, call, faulty)
+    left = 2
+    assert data[0, 0][0] == expected and len(slept) == 2
+    left = 1000
+    with pytest.raises(SystemFault, match=r"0000\.jpg .*line 1.*input/output error"):
+        data[0, 0]
+    with pytest.raises(SystemFault):
+        check_image(data.root, data.path(0))
+    path.unlink()
+    left = 0
+    with pytest.raises(SampleError, match="no such file"):
+        data[0, 0]
+
+
+def test_running_out_of_memory_while_decoding_is_no_bad_image(one_image, slept):
+    data, _ = one_image
+
+    def transform(*_):
+        raise MemoryError
+
+    data.transform = transform
+    with pytest.raises(SystemFault):
+        data[0, 0]
+
+
+def test_a_file_larger_than_any_image_is_refused_without_being_read(one_image):
+    data, path = one_image
+    with open(path, "r+b") as file:
+        file.truncate(2**30 + 1)  # a hole: it takes no space
+    with pytest.raises(SampleError, match="1073741825 bytes; allowed: 1,073,741,824"):
+        data[0, 0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_gives_the_same_batches_and_one_warning_for_each_batch(
+    tiny_config_file, tiny_data, monkeypatch, caplog, workers
+):
+    config = update_config(
+        get_config(tiny_config_file),
+        flags(data_path=str(tiny_data), opts=["DATA.NUM_WORKERS", str(workers)]),
+    )
+    data = get_dataset(config, True)
+    loader = get_dataloader(config, data, True)
+    expected = [images.numpy() for images, _ in loader]
+    read = [data.path(index) for batch in loader.batch_sampler for _, index in batch]
+    failing_images = sum(path.endswith("7.jpg") for path in read)
+    assert failing_images >= 2
+    real, seen = builtins.open, set()
+
+    def faulty(file, *args, **kwargs):
+        if str(file).endswith("7.jpg") and file not in seen:  # a set for each worker
+            seen.add(file)
+            raise OSError(errno.ETIMEDOUT, "Connection timed out")
+        return real(file, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", faulty)
+    monkeypatch.setattr(storage, "PAUSES_SECONDS", (0.01,))
+    with get_dataloader(config, data, True) as loader:
+        with caplog.at_level(logging.WARNING):
+            got = [images.numpy() for images, _ in loader]
+        assert not loader.bad_images
+    assert all(np.array_equal(a, b) for a, b in zip(got, expected)) and len(got) == len(expected)
+    messages = [record.getMessage() for record in caplog.records]
+    counts = [int(message.split("(")[-1].split()[0]) for message in messages]
+    assert sum(counts) == failing_images and len(counts) <= len(expected)
+    assert all("connection timed out; read again" in message for message in messages)
+
+
+def test_a_system_that_starts_no_processes_is_not_the_users_mistake(
+    tiny_config_file, tiny_data, monkeypatch
+):
+    config = update_config(
+        get_config(tiny_config_file),
+        flags(data_path=str(tiny_data), opts=["DATA.NUM_WORKERS", "2"]),
+    )
+    loader = get_dataloader(config, get_dataset(config, True), True)
+    real_fork, children = os.fork, []
+
+    def fork():
+        if children:
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        if child := real_fork():
+            children.append(child)
+        return child
+
+    monkeypatch.setattr(os, "fork", fork)
+    with pytest.raises(SystemFault, match="cannot start 2 loader workers: resource temporarily"):
+        next(iter(loader))
+    monkeypatch.undo()
+    assert len(children) == 1
+    with loader:
+        assert len(list(loader)) == 6

@@ -1,0 +1,128 @@
+"""Runs on storage that fails for a while, for ever, or hangs: what they end with and as."""
+
+import os
+import subprocess
+import sys
+import time
+
+import faulty_storage
+import pytest
+from processes import assert_same_end, finish, finish_ranks, main_status
+from tiny import ROOT
+
+pytest_plugins = ["run_fixtures"]
+
+
+@pytest.fixture
+def arguments(tiny_config_file, tiny_data, tmp_path):
+    """Of a run with two workers; more -opts may follow."""
+    return [
+        *(f"-cfg={tiny_config_file}", f"-data_path={tiny_data}", f"-output={tmp_path / 'run'}"),
+        *("-opts", "DATA.NUM_WORKERS", "2"),
+    ]
+
+
+def test_failures_for_a_second_change_no_bit(arguments, straight, tmp_path):
+    faults = tmp_path / "faults"
+    said = finish(
+        arguments,
+        output=tmp_path / "said",
+        target=faulty_storage.flaky_for_a_second,
+        environment={"FAULTS": str(faults)},
+    )
+    assert len(faults.read_text().splitlines()) >= 2
+    assert said.count("read again") >= 2 and "another image takes its place" not in said
+    assert "input/output error" in said or "stale file handle" in said
+    assert_same_end(tmp_path / "run", straight)
+
+
+def test_lasting_failures_end_with_status_1_and_a_resumed_run_loses_nothing(
+    arguments, straight, tmp_path
+):
+    start = time.monotonic()
+    said = finish(
+        [*arguments, "SAVE_STEPS", "1"],
+        output=tmp_path / "said",
+        status=1,
+        target=faulty_storage.broken_for_ever,
+    )
+    assert time.monotonic() - start < 60  # 3.15 s of pauses
+    assert "Traceback" not in said and "MAX_BAD_IMAGES" not in said
+    [error] = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert "0020.jpg" in error and "input/output error, in 7 attempts over 3.15 s" in error
+    finish([*arguments, "-resume=auto"], output=tmp_path / "again", target=resumed)
+    assert_same_end(tmp_path / "run", straight)
+
+
+def resumed(arguments) -> int:
+    """-opts takes all that follows, so -resume goes first."""
+    return main_status([arguments[-1], *arguments[:-1]])
+
+
+def test_every_rank_ends_when_one_has_lasting_failures(arguments, tmp_path):
+    texts = finish_ranks(
+        ["-batch_size=4", *arguments],
+        folder=tmp_path,
+        status=1,
+        target=faulty_storage.broken_for_ever,
+    )
+    assert any("0020.jpg" in text and "7 attempts" in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    "target, last",
+    [
+        (faulty_storage.hanging, "within 3 s (DATA.WORKER_TIMEOUT)"),
+        (faulty_storage.hanging_unkillably, "2 loader workers cannot even be killed"),
+    ],
+)
+def test_a_worker_that_hangs_ends_the_run_after_the_set_time(arguments, tmp_path, target, last):
+    start = time.monotonic()
+    said = finish(
+        [*arguments, "DATA.WORKER_TIMEOUT", "3"],
+        output=tmp_path / "said",
+        status=1,
+        target=target,
+    )
+    assert time.monotonic() - start > 3
+    assert "since 1.5 s: storage may hang" in said and "train_list.txt, line " in said
+    assert last in said and "Traceback" not in said
+
+
+SHIM = """
+import os, runpy, sys
+
+sys.path[:0] = [{root!r}, {tests!r}]
+sys.argv[:] = sys.argv[1:]
+import faulty_storage
+
+if os.path.exists({healed!r}):
+    runpy.run_path(sys.argv[0], run_name="__main__")
+else:
+    open({healed!r}, "w").close()
+    sys.exit(faulty_storage.broken_for_ever(sys.argv[1:]))
+"""
+
+
+def test_max_restarts_goes_on_once_the_storage_has_healed(
+    tiny_config_file, tiny_data, straight, tmp_path
+):
+    shim, python = tmp_path / "shim.py", tmp_path / "python"
+    tests = str(ROOT / "tests")
+    shim.write_text(SHIM.format(root=str(ROOT), tests=tests, healed=str(tmp_path / "healed")))
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{shim}" "$@"\n')
+    python.chmod(0o755)
+    folder = tmp_path / "run"
+    run = subprocess.run(
+        ["sh", str(ROOT / "run_train_multi.sh"), f"-cfg={tiny_config_file}"]
+        + [f"-data_path={tiny_data}", f"-output={folder}"],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MAX_RESTARTS": "1", "PYTHON": str(python)},
+    )
+    assert run.returncode == 0, run.stdout
+    assert "error: cannot read image" in run.stdout
+    assert "failed with status 1 at step " in run.stdout and "restart 1 of 1" in run.stdout
+    assert_same_end(folder, straight)

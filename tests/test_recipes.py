@@ -1,0 +1,245 @@
+"""The files of configs/, for each published row and each official recipe, and PaddleViT's."""
+
+import re
+
+import pytest
+import yaml
+from tiny import ROOT
+
+from replknet_paddle.config import get_config
+from replknet_paddle.data.samplers import TrainBatches
+
+CONFIGS = ROOT / "configs"
+ALL_CONFIGS = sorted(path.name for path in CONFIGS.glob("*.yaml"))
+IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+HALF = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
+K31, KXL = [31, 29, 27, 13], [27, 27, 27, 13]
+WIDTH_B, WIDTH_L, WIDTH_XL = (
+    [128, 256, 512, 1024],
+    [192, 384, 768, 1536],
+    [256, 512, 1024, 2048],
+)
+
+# What each published row's figure was measured with. The short side that an image
+# is resized to is in the table where it is cropped, for that is what gives the figure.
+# file: size, resize mode, short side, (mean, std), classes, channels, kernels, small, dw ratio
+PUBLISHED = {
+    "replknet_31b": (224, "short_crop", 256, IMAGENET, 1000, WIDTH_B, K31, 5, 1.0),
+    "replknet_31b_384": (384, "warp", None, IMAGENET, 1000, WIDTH_B, K31, 5, 1.0),
+    "replknet_31b_22k1k_224": (224, "short_crop", 256, IMAGENET, 1000, WIDTH_B, K31, 5, 1.0),
+    "replknet_31b_22k1k_384": (384, "warp", None, IMAGENET, 1000, WIDTH_B, K31, 5, 1.0),
+    "replknet_31l_22k1k_384": (384, "warp", None, IMAGENET, 1000, WIDTH_L, K31, 5, 1.0),
+    "replknet_xl": (320, "short_crop", 365, HALF, 1000, WIDTH_XL, KXL, None, 1.5),
+    "replknet_31b_22k": (224, "short_crop", 256, IMAGENET, 21841, WIDTH_B, K31, 5, 1.0),
+    "replknet_31l_22k_384": (384, "warp", None, IMAGENET, 21841, WIDTH_L, K31, 5, 1.0),
+}
+
+# The official recipes. file: global batch, epochs, warm-up, rate, min rate, weight decay,
+# drop path, (mixup, cutmix), EMA, layer decay, image size, classes
+RECIPES = {
+    "replknet_31b": (2048, 300, 10, 4e-3, 1e-6, 0.05, 0.5, (0.8, 1.0), True, None, 224, 1000),
+    "replknet_31b_384": (1024, 30, 1, 4e-4, 1e-6, 1e-8, 0.8, (0, 0), True, 0.7, 384, 1000),
+    "replknet_31b_22k": (4096, 90, 5, 4e-3, 1e-6, 0.05, 0.1, (0.8, 1.0), False, None, 224, 21841),
+    "replknet_31b_22k1k_224": (512, 30, 1, 4e-4, 1e-6, 1e-8, 0.2, (0, 0), True, 0.7, 224, 1000),
+    "replknet_31b_22k1k_384": (512, 30, 1, 4e-4, 3e-4, 1e-8, 0.3, (0, 0), True, 0.7, 384, 1000),
+    "replknet_31l_22k": (4096, 90, 5, 4e-3, 1e-6, 0.05, 0.1, (0.8, 1.0), False, None, 224, 21841),
+    "replknet_31l_22k1k_384": (512, 30, 1, 4e-4, 3e-4, 1e-8, 0.3, (0, 0), True, 0.7, 384, 1000),
+}
+
+IMAGENET_1K, IMAGENET_22K = 1_281_167, 14_197_122  # training images
+
+# Steps per epoch. File: global batch and images (official README), and their quotient.
+STEPS = {
+    "replknet_31b": (2048, IMAGENET_1K, 625),
+    "replknet_31b_384": (1024, IMAGENET_1K, 1251),
+    "replknet_31b_22k": (4096, IMAGENET_22K, 3466),
+    "replknet_31b_22k1k_224": (512, IMAGENET_1K, 2502),
+    "replknet_31b_22k1k_384": (512, IMAGENET_1K, 2502),
+    "replknet_31l_22k": (4096, IMAGENET_22K, 3466),
+    "replknet_31l_22k1k_384": (512, IMAGENET_1K, 2502),
+}
+
+
+@pytest.mark.parametrize("name", ALL_CONFIGS)
+def test_every_file_of_configs_loads_and_is_named_for_its_model(name):
+    config = get_config(CONFIGS / name)
+    assert config.MODEL.NAME == name.removesuffix(".yaml")
+    assert config.MODEL.PRETRAINED is None and config.MODEL.RESUME is None and config.SAVE is None
+
+
+def test_the_tables_here_cover_the_folder():
+    named = {f"{name}.yaml" for name in PUBLISHED | RECIPES} | {"replknet_nano.yaml"}
+    assert named == set(ALL_CONFIGS)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_row_carries_the_preprocessing_of_its_figure(name):
+    size, mode, short_side, (mean, std), classes, channels, kernels, small, dw = PUBLISHED[name]
+    config = get_config(CONFIGS / f"{name}.yaml")
+    assert (config.DATA.IMAGE_SIZE, config.DATA.RESIZE_MODE) == (size, mode)
+    if short_side is not None:
+        assert int(size / config.DATA.CROP_PCT) == short_side
+        assert config.DATA.CROP_PCT == 0.875
+    assert (config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD) == (mean, std)
+    model = config.MODEL
+    assert model.NUM_CLASSES == classes
+    assert (model.CHANNELS, model.LARGE_KERNEL_SIZES) == (channels, kernels)
+    assert model.LAYERS == [2, 2, 18, 2]
+    assert (model.SMALL_KERNEL, model.DW_RATIO, model.FFN_RATIO) == (small, dw, 4.0)
+    assert not model.SMALL_KERNEL_MERGED and model.OUT_INDICES is None
+    assert not model.NORM_INTER_FEATURES
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_has_the_official_values_at_its_global_batch(name):
+    (
+        batch,
+        epochs,
+        warmup,
+        rate,
+        end_rate,
+        decay,
+        drop_path,
+        mix,
+        ema,
+        layer_decay,
+        size,
+        classes,
+    ) = RECIPES[name]
+    config = get_config(CONFIGS / f"{name}.yaml")
+    train = config.TRAIN
+    assert 8 * config.DATA.BATCH_SIZE * train.ACCUM_ITER == batch
+    assert train.LINEAR_SCALED_LR is None  # the rate is absolute
+    assert (train.BASE_LR, train.END_LR, train.WARMUP_START_LR) == (rate, end_rate, 0.0)
+    assert (train.NUM_EPOCHS, train.WARMUP_EPOCHS, train.LAST_EPOCH) == (epochs, warmup, 0)
+    assert (train.WEIGHT_DECAY, config.MODEL.DROPPATH) == (decay, drop_path)
+    assert (train.MIXUP_ALPHA, train.CUTMIX_ALPHA) == mix
+    assert (train.MODEL_EMA, train.LAYER_DECAY) == (ema, layer_decay)
+    assert (config.DATA.IMAGE_SIZE, config.MODEL.NUM_CLASSES) == (size, classes)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_share_the_common_recipe(name):
+    config = get_config(CONFIGS / f"{name}.yaml")
+    train = config.TRAIN
+    assert train.OPTIMIZER.NAME == "AdamW"
+    assert (train.OPTIMIZER.BETAS, train.OPTIMIZER.EPS) == ([0.9, 0.999], 1e-8)
+    assert train.MODEL_EMA_DECAY == 0.9999 and train.GRAD_CLIP is None
+    assert train.RAND_AUGMENT and not train.AUTO_AUGMENT  # rand-m9-mstd0.5-inc1
+    assert (train.RAND_AUGMENT_LAYERS, train.RAND_AUGMENT_MAGNITUDE) == (2, 9)
+    assert (train.RAND_AUGMENT_MAGNITUDE_STD, train.RAND_AUGMENT_INCREASING) == (0.5, True)
+    assert train.SMOOTHING == 0.1
+    assert (train.RANDOM_ERASE_PROB, train.RANDOM_ERASE_MODE) == (0.25, "pixel")
+    assert (train.RANDOM_ERASE_COUNT, train.RANDOM_ERASE_SPLIT) == (1, False)
+    assert train.CROP_SCALE == [0.08, 1.0]
+    assert train.CROP_RATIO == pytest.approx([3 / 4, 4 / 3])
+    assert train.HFLIP_PROB == 0.5
+    assert (train.MIXUP_PROB, train.MIXUP_SWITCH_PROB, train.MIXUP_MODE) == (1.0, 0.5, "batch")
+    assert train.CUTMIX_MINMAX is None
+    assert config.MODEL.SYNC_BN
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED | RECIPES))
+def test_the_batch_in_a_files_head_is_the_one_that_it_sets(name):
+    path = CONFIGS / f"{name}.yaml"
+    config = get_config(path)
+    head = " ".join(line[1:].strip() for line in path.read_text().splitlines() if line[:1] == "#")
+    stated = re.search(
+        r"Global batch (\d+): 8 GPUs x BATCH_SIZE (\d+)(?: x ACCUM_ITER (\d+))?", head
+    )
+    if stated is None:
+        assert name not in RECIPES and "evaluates" in head
+        return
+    batch, per_gpu, steps = (int(number or 1) for number in stated.groups())
+    assert (per_gpu, steps) == (config.DATA.BATCH_SIZE, config.TRAIN.ACCUM_ITER)
+    assert batch == 8 * per_gpu * steps
+
+
+@pytest.mark.parametrize("gpus", [8, 16])
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_per_epoch_of_a_recipe_are_the_official_ones(name, gpus):
+    global_batch, images, steps = STEPS[name]
+    assert steps == images // global_batch
+    config = get_config(ROOT / "configs" / f"{name}.yaml")
+    batch_size = config.DATA.BATCH_SIZE * 8 // gpus
+    accum_iter = config.TRAIN.ACCUM_ITER
+    batches = TrainBatches(
+        images, batch_size, rank=gpus - 1, world_size=gpus, seed=0, accum_iter=accum_iter
+    )
+    assert len(batches) == steps * accum_iter
+
+
+def test_yaml_files_are_plain_yaml_for_other_tools():
+    for name in ALL_CONFIGS:
+        assert isinstance(yaml.safe_load((CONFIGS / name).read_text()), dict)
+
+
+# ---- PaddleViT's files
+
+PADDLEVIT = """
+BASE: ['']
+DATA:
+    IMAGE_SIZE: 384
+    CROP_PCT: 1.0
+MODEL:
+    TYPE: RepLKNet
+    NAME: replknet_xl
+    DROPPATH: 0.1
+    LARGE_KERNEL_SIZES: [27, 27, 27, 13]
+    LAYERS: [2, 2, 18, 2]
+    CHANNELS: [256, 512, 1024, 2048]
+    DW_RATIO: 1.5
+    FFN_RATIO: 4.0
+    SMALL_KERNEL: None
+    SMALL_KERNEL_MERGED: False
+    NORM_INTER_FEATURES: False
+    OUT_INDICES: None
+TRAIN:
+    NUM_EPOCHS: 90
+    WARMUP_EPOCHS: 5
+    BASE_LR: 4e-3
+    WARMUP_START_LR: 1e-6
+    END_LR: 1e-6
+    WEIGHT_DECAY: 1e-8
+    LINEAR_SCALED_LR: 256
+    OPTIMIZER:
+        BETAS: (0.9, 0.999)
+    MODEL_EMA: True
+    ACCUM_ITER: 4
+    CUTMIX_ALPHA: 0.0
+SAVE: "./output"
+"""
+
+
+@pytest.fixture
+def paddlevit(tmp_path):
+    """The configuration of `PADDLEVIT`."""
+    (tmp_path / "user.yaml").write_text(PADDLEVIT)
+    return get_config(tmp_path / "user.yaml")
+
+
+def test_paddlevit_file_loads_unchanged_and_means_what_it_meant(paddlevit):
+    config = paddlevit
+    assert config.MODEL.OUT_INDICES is None and config.MODEL.SMALL_KERNEL is None
+    assert config.TRAIN.BASE_LR == 0.004 and isinstance(config.TRAIN.BASE_LR, float)
+    assert config.TRAIN.WEIGHT_DECAY == 1e-8 and isinstance(config.TRAIN.WEIGHT_DECAY, float)
+    assert config.TRAIN.LINEAR_SCALED_LR == 256
+    assert config.TRAIN.OPTIMIZER.BETAS == [0.9, 0.999]
+    # a short side of 384 and a centre crop, which is how PaddleViT evaluates: no warp
+    assert (config.DATA.RESIZE_MODE, config.DATA.CROP_PCT) == ("short_crop", 1.0)
+    assert config.SAVE == "./output"
+    # what the file leaves out is PaddleViT's default
+    assert config.TRAIN.WARMUP_START_LR == 1e-6
+    assert config.TRAIN.AUTO_AUGMENT and not config.TRAIN.RAND_AUGMENT
+    assert (config.TRAIN.MIXUP_ALPHA, config.TRAIN.CUTMIX_ALPHA) == (0.8, 0.0)
+    assert config.TRAIN.LAYER_DECAY is None and not config.MODEL.SYNC_BN
+    assert (config.DATA.BATCH_SIZE, config.DATA.BATCH_SIZE_EVAL) == (64, None)
+
+
+def test_paddlevit_rate_scales_with_the_global_batch(paddlevit):
+    from replknet_paddle.optim.schedule import base_learning_rate
+
+    train = paddlevit.TRAIN
+    assert base_learning_rate(train.BASE_LR, 2048, train.LINEAR_SCALED_LR) == pytest.approx(0.032)
+    ours = get_config(CONFIGS / "replknet_31b.yaml").TRAIN
+    assert base_learning_rate(ours.BASE_LR, 2048, ours.LINEAR_SCALED_LR) == 0.004
