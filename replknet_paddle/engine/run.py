@@ -222,7 +222,7 @@ class Training:
             raise SystemFault(str(error)) from error
 
     def train_epochs(self, signals: StopSignals):
-        """Train, evaluate and save epoch by epoch; the last evaluation's metrics, if there was any."""
+        """Train, evaluate and save epoch by epoch; the last evaluation, if there was any."""
         config = self.config
         metrics = None
         while self.progress.epoch < config.TRAIN.NUM_EPOCHS:
