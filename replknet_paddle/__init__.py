@@ -10,7 +10,13 @@ takes no time.
 """
 
 import importlib
-import zlib  # noqa: F401 - before Paddle 2.6, which spoils it for what is loaded later
+import sys
+import zlib  # noqa: F401  before Paddle 2.6: see runtime/system_zlib.py
+
+if "paddle" in sys.modules:
+    from replknet_paddle.runtime import system_zlib
+
+    system_zlib.restore()
 
 __version__ = "0.2.0"
 

@@ -11,7 +11,6 @@ import stat
 import numpy as np
 from PIL import Image
 
-from replknet_paddle.data.transforms.png import SIGNATURE, decode_png, zlib_is_broken
 from replknet_paddle.runtime.errors import InputError
 
 # What data sets hold. Pillow reads many more, some of them by starting other programs (EPS).
@@ -51,8 +50,6 @@ def open_image(source: str | bytes) -> Image.Image:
         InputError: no image of `FORMATS`, a damaged one, or one of more than `MAX_PIXELS`.
     """
     data = source if isinstance(source, bytes) else read_file(source)
-    if data.startswith(SIGNATURE) and zlib_is_broken():
-        return decode_png(data, max_pixels=MAX_PIXELS)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError:
