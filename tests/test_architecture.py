@@ -10,7 +10,8 @@ from tiny import ROOT
 
 FACES = ("replknet.py", "datasets.py", "config.py", "main_single_gpu.py", "main_multi_gpu.py")
 PACKAGE = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "replknet_paddle").rglob("*.py"))
-FILES = sorted([*FACES, *PACKAGE])
+ADAPTERS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "integrations").rglob("*.py"))
+FILES = sorted([*FACES, *PACKAGE, *ADAPTERS, "hubconf.py"])
 
 # Modules that run code from the data they read.
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

@@ -14,7 +14,7 @@ WEIGHTS = {"model": "weights", "model_ema": "EMA weights"}
 
 
 def run_folder_of(path: str) -> str | None:
-    """The run folder that a checkpoint, a link to one, or the folder itself belongs to, if any."""
+    """The run folder of a checkpoint, of a link to one, or of the folder itself, if any."""
     folder = os.path.dirname(os.path.realpath(path))
     for candidate in (path, os.path.dirname(path), os.path.dirname(folder)):
         if os.path.isfile(os.path.join(candidate, "config.yaml")):
@@ -40,7 +40,7 @@ def run_config_file(path: str) -> str:
 
 
 def weights_of(path: str | os.PathLike) -> str:
-    """The checkpoint meant by `path`: of a run folder its `best`, or `last` where that is missing.
+    """`path`, or for a run folder its `best`, or `last` where that is missing.
 
     Raises:
         InputError: a run folder without either.

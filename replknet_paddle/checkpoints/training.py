@@ -1,14 +1,14 @@
-"""Checkpoints of a training run: one safetensors file each, which says what it is.
+"""Checkpoints of a training run: one self-describing safetensors file each.
 
-Tensors are `model.*`, `model_ema.*` (where an average is kept) and `optimizer.*`, under native
-parameter names; the file's metadata holds, as JSON, the schema version, the configuration and how
-far the run had come. No pickle: reading one cannot run code.
+Tensors are `model.*`, `model_ema.*` (the EMA weights, if the run has them) and `optimizer.*`, under
+native parameter names; the file's metadata holds, as JSON, the schema version, the configuration and
+the progress of the run. No pickle: reading one cannot run code.
 
     RUN/checkpoints/epoch_0010_step_00012510.safetensors    and others
     RUN/last, RUN/best                                      links to two of them
 
-A checkpoint is written under another name and renamed when it is whole, so a file that has its
-name is a whole one.
+A checkpoint is written under a temporary name and renamed when it is complete, so a file under its
+final name is complete.
 """
 
 import json
@@ -49,11 +49,11 @@ class Progress:
         step: optimizer steps done in all.
         batch_size, accum_iter: of those, images on all processes, and how many make a step.
         best_score: best top-1 accuracy (mIoU in segmentation) so far, percent, of the weights or of
-            their EMA.
+            the EMA weights.
         best_checkpoint: name of the file that had it.
         better_weights: 'model' or 'model_ema', whichever had the higher accuracy in the latest
             evaluation.
-        epoch_sums: loss times images, and images, of the epoch under way.
+        epoch_sums: loss times images, and images, of the current epoch so far.
     """
 
     epoch: int = 0
@@ -88,7 +88,7 @@ class Checkpoint:
     path: str = ""
 
     def progress_with(self, **batches: int) -> Progress:
-        """The progress of a run that goes on from here.
+        """The progress of a run that continues from here.
 
         Args:
             batches: its own `batches`, `batch_size` and `accum_iter`.
@@ -110,7 +110,7 @@ class Checkpoint:
 
 
 def save_checkpoint(path: str, checkpoint: Checkpoint) -> None:
-    """Write `checkpoint` such that `path` is the old file, or none, until the new one is whole.
+    """Write `checkpoint`; until it is complete, `path` is the old file, or does not exist.
 
     Raises:
         OSError: it cannot be written.
@@ -135,8 +135,7 @@ def save_checkpoint(path: str, checkpoint: Checkpoint) -> None:
         size = sum(tensor.nbytes for tensor in tensors.values())
         raise OSError(
             f"cannot write {path}: {error.strerror}; {size / 2**20:.1f} MiB are needed "
-            f"and {free / 2**20:.0f} MiB free there. Checkpoints written before are "
-            "as they were"
+            f"and {free / 2**20:.0f} MiB free there. Earlier checkpoints are unchanged"
         ) from None
 
 
@@ -153,8 +152,8 @@ def load_checkpoint(path: str) -> Checkpoint:
     metadata = read_safetensors_metadata(path) if is_safetensors(path) else {}
     if METADATA_KEY not in metadata:
         raise InputError(
-            f"{path} is no training checkpoint of this program, which alone can be "
-            "resumed; -pretrained starts a new run from weights"
+            f"{path} is no training checkpoint of this program, and only those can be resumed; "
+            "-pretrained starts a new run from weights"
         )
     try:
         metadata = json.loads(metadata[METADATA_KEY])
@@ -169,7 +168,7 @@ def load_checkpoint(path: str) -> Checkpoint:
             f"{path} has schema version {version}; this program reads version {SCHEMA_VERSION}"
         )
     if not is_whole:
-        raise InputError(f"{path} is damaged: what it holds is not what was written")
+        raise InputError(f"{path} is damaged: its contents differ from what was written")
     parts = {part: {} for part in PARTS}
     for key, value in tensors.items():
         part, name = key.split(".", 1)
@@ -185,7 +184,7 @@ def load_checkpoint(path: str) -> Checkpoint:
 
 
 def checksum(body: str, tensors: dict[str, np.ndarray]) -> int:
-    """CRC-32 over metadata, names and bytes of all tensors: finds what the length does not show."""
+    """CRC-32 over metadata, names and bytes of all tensors."""
     crc = zlib.crc32(f"{SCHEMA_VERSION} {body}".encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -224,7 +223,7 @@ def checkpoints(run_folder: str) -> list[str]:
 
 
 def point_to(run_folder: str, name: str, path: str) -> None:
-    """Make RUN/`name` stand for the checkpoint `path`, in one instant."""
+    """Let RUN/`name` link to the checkpoint `path`, atomically."""
     link = os.path.join(run_folder, name)
     unfinished = f"{link}.unfinished"
     if os.path.lexists(unfinished):
@@ -237,10 +236,10 @@ def point_to(run_folder: str, name: str, path: str) -> None:
 
 
 def remove_superseded(run_folder: str, *, keep_every: int, keep_newest: int) -> None:
-    """Delete old checkpoints, and what a killed run left unfinished.
+    """Delete old checkpoints, and incomplete files of a killed run.
 
-    `last`, `best`, the `keep_newest` newest and those at the end of every `keep_every`-th epoch
-    stay.
+    `last`, `best`, the `keep_newest` newest and those at the end of every `keep_every`-th epoch are
+    kept.
     """
     paths = checkpoints(run_folder)
     linked = {os.path.realpath(os.path.join(run_folder, name)) for name in ("last", "best")}
@@ -258,11 +257,11 @@ def remove_superseded(run_folder: str, *, keep_every: int, keep_newest: int) -> 
 
 
 def take_up(run_folder: str, progress: Progress) -> None:
-    """Prepare a run folder for a run that goes on from `progress`, or begins.
+    """Prepare a run folder for a run that continues from `progress`, or starts.
 
-    Checkpoints beyond that are moved to RUN/superseded: they belong to a past that the run no
-    longer has, and would pass for its newest. RUN/best is set again, for a crash may have come
-    between that file and its link.
+    Later checkpoints are moved to RUN/superseded: they are from an abandoned branch of the run, and
+    would be taken for its newest. RUN/best is linked again, because a crash may have come between
+    writing the checkpoint and linking it.
     """
     best = os.path.realpath(os.path.join(run_folder, "best"))
     for path in checkpoints(run_folder):
@@ -271,7 +270,7 @@ def take_up(run_folder: str, progress: Progress) -> None:
             os.makedirs(os.path.join(run_folder, "superseded"), exist_ok=True)
             moved = os.path.join(run_folder, "superseded", os.path.basename(path))
             os.replace(path, moved)
-            logger.warning("%s is beyond what is resumed; moved to %s", path, moved)
+            logger.warning("%s is later than the checkpoint resumed; moved to %s", path, moved)
             if os.path.realpath(path) == best:
                 point_to(run_folder, "best", moved)
     path = os.path.join(run_folder, FOLDER, progress.best_checkpoint)

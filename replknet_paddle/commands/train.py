@@ -113,7 +113,7 @@ def train_or_evaluate(args) -> tuple[int, str]:
         return 2, f"error: {error}"
 
     # Paddle is imported once the configuration is known to be right.
-    from replknet_paddle.deploy import open_for_evaluation
+    from replknet_paddle.deploy.backends import is_export, open_for_evaluation
     from replknet_paddle.engine.run import run as run_config
     from replknet_paddle.engine.run_log import append_to_log
     from replknet_paddle.engine.signals import Stopped
@@ -141,10 +141,12 @@ def train_or_evaluate(args) -> tuple[int, str]:
                 append_to_log(config.SAVE, message)
                 return status, message
         open_network = None
-        if args.backend is not None:
-            open_network = partial(
-                open_for_evaluation, name=args.backend, build=task_of(config).network
-            )
+        backend = args.backend
+        if backend is None and config.EVAL and config.MODEL.PRETRAINED is not None:
+            backend = "auto" if is_export(config.MODEL.PRETRAINED) else None
+        if backend is not None:
+            build = task_of(config).network
+            open_network = partial(open_for_evaluation, name=backend, build=build)
         run_config(config, task=task_of(config), open_network=open_network)
     except (InputError, OSError) as error:
         return 2, f"error: {error}"
@@ -203,10 +205,10 @@ def default_run_folder(config) -> str:
 
 
 def places(nproc: int | None) -> tuple[int, str | None, int]:
-    """Machines, address of their master, and processes on this one.
+    """The number of machines, the address of their master, and the processes on this machine.
 
     From the environment: NNODES, MASTER (HOST:PORT of one of the machines) and NPROC_PER_NODE; by
-    default this machine alone, with one process for each visible GPU, or one on CPU.
+    default only this machine, with one process for each visible GPU, or one on CPU.
     """
     nodes = positive_integer("NNODES", os.environ.get("NNODES", 1))
     master = os.environ.get("MASTER")
@@ -240,13 +242,13 @@ def positive_integer(name: str, value: str | int) -> int:
 
 
 def worker_log_dir(run_folder: str, nodes: int) -> str:
-    """Where this machine's processes write; machines that share the folder keep apart."""
+    """The log folder of this machine's processes; machines that share RUN have one each."""
     folder = os.path.join(run_folder, "workers")
     return folder if nodes == 1 else os.path.join(folder, f"{socket.gethostname()}-{os.getpid()}")
 
 
 def check_inputs(config) -> None:
-    """Find the usual mistakes once, before they become the same message from every process."""
+    """Check the input once, so that not every process reports the same mistake."""
     from replknet_paddle.engine.run_log import check_run_folder
 
     path = config.MODEL.RESUME or config.MODEL.PRETRAINED

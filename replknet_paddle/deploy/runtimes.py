@@ -15,7 +15,7 @@ from replknet_paddle.deploy.export import PADDLE_WEIGHTS_FILE
 from replknet_paddle.deploy.onnx_graph import INPUT
 from replknet_paddle.deploy.sidecar import Sidecar
 from replknet_paddle.model import RepLKNet
-from replknet_paddle.runtime.cores import processor_has
+from replknet_paddle.runtime.cores import onednn_may_use_bfloat16, processor_has
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.extras import import_extra
 
@@ -52,11 +52,13 @@ class Backend(Protocol):
 def computes_in(name: str, precision: str) -> bool:
     """Whether an installed backend computes in this precision on this processor.
 
-    oneDNN, which Paddle Inference runs, emulates bfloat16 where AVX512-BF16 is missing, several
-    times slower than float32.
+    oneDNN, which Paddle Inference and OpenVINO run, emulates bfloat16 where AVX512-BF16 is missing
+    or held back: several times slower than float32, or with an error while it runs.
     """
     if precision != "bf16":
         return True
+    if not onednn_may_use_bfloat16():
+        return False
     if name == "openvino":
         core = import_extra("openvino", "deploy").Core()
         return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")

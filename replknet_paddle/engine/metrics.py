@@ -1,4 +1,4 @@
-"""Classification metrics as exact sums, which add up over batches and processes."""
+"""Classification metrics as exact sums over batches and processes."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from replknet_paddle.runtime.processes import sum_over_ranks
 
 @dataclass(frozen=True)
 class Metrics:
-    """What one evaluation found.
+    """The results of one evaluation.
 
     Attributes:
         images: how many were evaluated.
@@ -38,7 +38,7 @@ class Metrics:
         return self.top1_percent
 
     def record(self, prefix: str) -> dict[str, float]:
-        """What metrics.jsonl says, each key beginning with `prefix`."""
+        """The figures for metrics.jsonl; each key begins with `prefix`."""
         return {
             f"{prefix}_top1_percent": self.top1_percent,
             f"{prefix}_top5_percent": self.top5_percent,
@@ -54,7 +54,7 @@ class Metrics:
 
 
 class MetricSums:
-    """Sums over the batches of one process; `total` adds up the processes."""
+    """Sums over the batches of one process; `total` sums over the processes."""
 
     def __init__(self):
         self.values = np.zeros(4, dtype="float64")  # images, top-1, top-5, loss
@@ -78,10 +78,10 @@ class MetricSums:
 
 
 def label_ranks(logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
-    """How many classes each sample's logits put before its label: (N, classes), (N,) -> (N,).
+    """How many classes rank above each sample's label: (N, classes), (N,) -> (N,).
 
-    Equal logits rank by class number, so that a network whose logits are all alike is not right
-    every time; a NaN logit is put before the label, and a label whose logit is NaN comes last.
+    Equal logits rank by class number, so that a network whose logits are all equal is not always
+    right. A NaN logit ranks above the label, and a label whose logit is NaN ranks last.
     """
     label_logits = paddle.take_along_axis(logits, labels.unsqueeze(1), axis=1)
     classes = paddle.arange(logits.shape[1]).unsqueeze(0)

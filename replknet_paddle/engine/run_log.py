@@ -1,7 +1,7 @@
-"""The run folder and what a run tells: console, log.txt, metrics.jsonl, config.yaml.
+"""What a run writes besides checkpoints: console, log.txt, metrics.jsonl, config.yaml.
 
-Rank 0 speaks for all. On a terminal a progress bar shows the batches; elsewhere plain lines do,
-so that log files stay readable.
+Rank 0 writes all of them; other ranks log only errors. On a terminal a progress bar shows the
+batches, elsewhere plain lines do, so that log files stay readable.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ START_KEYS = (
 
 
 def check_is_own(folder: str, *, resume: str | None) -> None:
-    """Check that a run folder does not hold another run, whose checkpoints this one would replace.
+    """Check that a run folder does not hold another run's checkpoints, which would be replaced.
 
     Args:
         resume: what MODEL.RESUME names; 'auto', or a checkpoint of this folder, continues the run.
@@ -52,11 +52,11 @@ def check_is_own(folder: str, *, resume: str | None) -> None:
     Raises:
         InputError: it does.
     """
-    goes_on = resume == "auto" or (resume is not None and is_same(run_folder_of(resume), folder))
-    if not goes_on and checkpoints(folder):
+    continues = resume == "auto" or (resume is not None and is_same(run_folder_of(resume), folder))
+    if not continues and checkpoints(folder):
         raise InputError(
-            f"{folder} holds the checkpoints of another run; -resume {folder} goes "
-            "on with it, another -output starts afresh"
+            f"{folder} holds the checkpoints of another run; -resume {folder} continues "
+            "it, another -output starts a new one"
         )
 
 
@@ -117,8 +117,8 @@ def visualdl_writer(folder: str):
 
 
 def append_to_log(folder: str, message: str) -> None:
-    """Leave word in the log.txt of a run folder, if there is one, of an error that rank 0 did not
-    see: that of another rank, or that a process was killed."""
+    """Append an error that rank 0 did not see to the log.txt of a run folder, if there is one: an
+    error of another rank, or that a process was killed."""
     path = os.path.join(folder, LOG_FILE)
     if message and os.path.exists(path):
         now = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -127,16 +127,16 @@ def append_to_log(folder: str, message: str) -> None:
 
 
 class LogFile(logging.FileHandler):
-    """log.txt, which does without a line that cannot be written: a checkpoint matters more."""
+    """log.txt. A line that cannot be written is left out: a full disk must not end the run here."""
 
     def handleError(self, record) -> None:
         pass
 
 
 class RunLog:
-    """Writes one run's folder and console; other ranks than 0 say what is wrong, and no more.
+    """Writes one run's folder and console. Ranks other than 0 log only errors, to the console.
 
-    It writes nothing to disk before `open`, which comes when all input has been found usable.
+    Nothing is written to disk before `open`, which is called once all input has been checked.
     """
 
     def __init__(self, *, is_main: bool):
@@ -155,7 +155,7 @@ class RunLog:
         for level_of in (root, logging.getLogger("replknet_paddle")):
             level_of.setLevel(logging.INFO if is_main else logging.ERROR)
         root.handlers[:] = [console, self.early]
-        # Each process has images of its own to complain of.
+        # Each rank reads images of its own.
         logging.getLogger("replknet_paddle.data.loader").setLevel(
             logging.INFO if is_main else logging.WARNING
         )
@@ -201,8 +201,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def with_its_end(self) -> Iterator[None]:
-        """Leave word in log.txt of an error that ends the run in this context. Whoever handles the
-        error prints it.
+        """Write an error that ends the run in this context to log.txt. Its handler prints it.
 
         Raises:
             PeerLost: for what a collective raises when it has lost another process.
@@ -238,15 +237,15 @@ class RunLog:
                     self.visualdl.add_scalar(tag, value, record["epoch"])
 
     def write_step(self, step: int) -> None:
-        """Leave word of the optimizer step that is under way; it outlives this process.
+        """Write the number of the last optimizer step to RUN/step.
 
-        run_train_multi.sh compares where two failures happened.
+        run_train_multi.sh compares the steps of two failures.
         """
         if self.is_main:
             os.pwrite(self.step_file, b"%-12d\n" % step, 0)
 
     def forget_metrics_after(self, epoch: int) -> None:
-        """Drop the records of epochs that a resumed run will go through again."""
+        """Delete the records of epochs that a resumed run trains again."""
         if not self.is_main or not os.path.exists(self._metrics_file()):
             return
         kept = []

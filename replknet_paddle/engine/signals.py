@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM from a scheduler, SIGINT from a keyboard."""
+"""Stopping a run: SIGTERM from a scheduler, SIGINT from a keyboard."""
 
 import signal
 import time
@@ -7,11 +7,11 @@ SAME_CTRL_C_SECONDS = 2.0
 
 
 class StopSignals:
-    """Within this context, the first SIGTERM or SIGINT is noted in `received`, not acted upon.
+    """Within this context, the first SIGTERM or SIGINT is only recorded in `received`.
 
-    A SIGINT some time later interrupts as usual; at once it is the same Ctrl-C, which a terminal
-    sends to a script and to what it started. A second SIGTERM never does: Paddle's launcher sends
-    several to a process that is still there after a moment.
+    A later SIGINT interrupts as usual. One within `SAME_CTRL_C_SECONDS` is taken for the same
+    Ctrl-C, which a terminal sends to a script and to the processes it started. Further SIGTERMs are
+    ignored: Paddle's launcher sends several.
     """
 
     def __init__(self):

@@ -46,3 +46,10 @@ def processes_on_this_machine(environment=os.environ) -> int:
 def core_share(environment=os.environ) -> int:
     """The available cores, shared equally among the processes of the run on this machine."""
     return max(1, available_cores() // processes_on_this_machine(environment))
+
+
+def onednn_may_use_bfloat16(environment=os.environ) -> bool:
+    """Whether ONEDNN_MAX_CPU_ISA leaves bfloat16 to oneDNN, where the processor has it."""
+    largest = environment.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    is_avx512_without = largest in ("AVX512_CORE", "AVX512_CORE_VNNI")
+    return not (is_avx512_without or largest.startswith(("SSE", "AVX2")) or largest == "AVX")

@@ -163,7 +163,7 @@ def test_later_checkpoints_are_set_aside_and_best_stays_known(tmp_path, caplog):
         take_up(str(tmp_path), replace(PROGRESS, epoch=1, step=10))
     assert checkpoints(str(tmp_path)) == paths[:1]
     assert names(tmp_path / "superseded") == [os.path.basename(path) for path in paths[1:]]
-    assert caplog.text.count("is beyond what is resumed; moved to") == 2
+    assert caplog.text.count("is later than the checkpoint resumed; moved to") == 2
     assert load_checkpoint(str(tmp_path / "best")).progress.step == 30
 
 

@@ -139,7 +139,7 @@ def test_a_disk_that_really_takes_no_more_leaves_the_old_file(tmp_path):
     assert done.returncode == 1, done.stderr
     message = done.stderr.strip().splitlines()[-1]
     assert message.startswith(f"cannot write {path}: File too large; 3.8 MiB are needed and ")
-    assert "Checkpoints written before are as they were" in message
+    assert "Earlier checkpoints are unchanged" in message
     assert Path(path).read_bytes() == before
     assert names(os.path.dirname(path)) == [os.path.basename(path)]
 

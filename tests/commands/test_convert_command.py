@@ -85,7 +85,7 @@ def test_moving_average_and_other_keys(cfg, tmp_path):
         ("tinyxl_official.pth", "x.pdparams", [], ["does not fit", "MODEL.DW_RATIO: 1.5"]),
         ("tiny31_official_merged.pth", "x.pdparams", [], ["MODEL.SMALL_KERNEL_MERGED: True"]),
         ("absent.pth", "x.pdparams", [], ["absent.pth", "no such file"]),
-        ("tiny31_official.pth", "absent/x.pdparams", [], ["absent/x.pdparams"]),
+        ("tiny31_official.pth", "absent/x.pdparams", [], ["no folder", "absent"]),
         ("tiny31_official.pth", "x.pdparams", ["-opts", "MODEL.NAMES", "x"], ["MODEL.NAMES"]),
     ],
 )

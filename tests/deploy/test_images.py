@@ -139,36 +139,30 @@ def test_a_folder_without_permission_is_an_error_or_told_among_the_files():
     ]
 
 
-def test_folders_of_any_size_are_listed_as_they_are_walked(tmp_path, monkeypatch):
-    """Nothing is read ahead: the first file comes before the second is asked for."""
-    asked = []
+def test_files_come_in_sorted_order(tmp_path):
+    names = ["b.png", "a/z.png", "a/c/1.png", "c.png", "a/b.png", "10.png", "9.png", "b/x.png"]
+    for name in names:
+        make(tmp_path / name)
+    wanted = ["10.png", "9.png", "a/b.png", "a/c/1.png", "a/z.png", "b/x.png", "b.png", "c.png"]
+    files = [os.path.relpath(path, tmp_path) for path, _ in ImageFiles([str(tmp_path)])]
+    assert sorted(files) == sorted(names) and files.index("9.png") == 1
+    assert (
+        files
+        == sorted(files, key=lambda name: name.split("/"))
+        == sorted(wanted, key=lambda name: name.split("/"))
+    )
+    pattern = [path for path, _ in ImageFiles([str(tmp_path / "*.png")])]
+    assert pattern == sorted(pattern) and len(pattern) == 4
 
-    class Entry:
-        def __init__(self, i):
-            self.name = f"{i}.png"
-            self.path = os.path.join("endless", self.name)
 
-        def is_dir(self, follow_symlinks):
-            return False
-
-    class Endless:
-        def __enter__(self):
-            return self.entries()
-
-        def __exit__(self, *_):
-            pass
-
-        def entries(self):
-            i = 0
-            while True:
-                asked.append(i)
-                yield Entry(i)
-                i += 1
-
-    monkeypatch.setattr(os, "scandir", lambda folder: Endless())
+def test_one_folder_is_listed_at_a_time(tmp_path, monkeypatch):
+    for name in ("a/1.png", "b/2.png"):
+        make(tmp_path / name)
+    listed, real = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: listed.append(folder) or real(folder))
     files = iter(ImageFiles([str(tmp_path)]))
-    assert [next(files)[0] for _ in range(3)] == ["endless/0.png", "endless/1.png", "endless/2.png"]
-    assert asked == [0, 1, 2]
+    next(files)
+    assert listed == [str(tmp_path), str(tmp_path / "a")]
 
 
 @pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.name)

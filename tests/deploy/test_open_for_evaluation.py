@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 from tiny import command
@@ -67,9 +68,18 @@ def test_metrics_do_not_depend_on_the_backend(evaluate, weights, name):
 
 def test_an_export_folder_is_evaluated(evaluate, weights):
     expected = evaluate.metrics(weights / "file")
-    given = evaluate.metrics(weights / "export", "-backend=auto")
-    assert given[:2] == expected[:2]
-    assert given[2] == pytest.approx(expected[2], rel=1e-4)
+    for flags in (["-backend=auto"], []):  # an export needs no -backend
+        given = evaluate.metrics(weights / "export", *flags)
+        assert given[:2] == expected[:2]
+        assert given[2] == pytest.approx(expected[2], rel=1e-4)
+
+
+def test_a_run_folder_is_evaluated(evaluate, weights, tiny_config_file, tmp_path):
+    run = tmp_path / "trained"
+    run.mkdir()
+    shutil.copy(tiny_config_file, run / "config.yaml")
+    shutil.copy(weights / "file", run / "best")
+    assert evaluate.metrics(run) == evaluate.metrics(weights / "file")
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def test_restarts_of_a_resumed_run_lose_nothing(failing, straight, tmp_path):
     (tmp_path / "starts").unlink()
     _, said, starts = failing(f"-resume={folder}", failures=[4], restarts=2, status=0)
     assert len(starts) == 2
-    assert said.count("going on after epoch 1, step 3") == 2, said
+    assert said.count("continuing after epoch 1, step 3") == 2, said
     assert_same_end(folder, straight)
 
 

@@ -82,7 +82,7 @@ def test_two_epochs_stop_and_two_more_are_four(run_flags, straight, tmp_path, wo
     shutil.copy(straight / "checkpoints" / name, first / "checkpoints")
     os.symlink(f"checkpoints/{name}", first / "last")
     said = finish([f"-resume={first}", *flags], output=tmp_path / "log")
-    assert "going on after epoch 2, step 6" in said
+    assert "continuing after epoch 2, step 6" in said
     assert_same_end(first, straight)
 
 
@@ -185,7 +185,7 @@ def test_resume_auto_passes_over_a_damaged_checkpoint(run_flags, straight, tmp_p
         os.truncate(folder / "checkpoints" / f"{name}.safetensors", length)
     said = finish([*run_flags, f"-output={folder}", "-resume=auto"], output=tmp_path / "log")
     assert said.count("trying the one before it") == 2
-    assert "going on after epoch 2, step 6" in said
+    assert "continuing after epoch 2, step 6" in said
     assert_same_end(folder, straight)
 
 

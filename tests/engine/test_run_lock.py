@@ -124,7 +124,7 @@ def test_a_run_takes_up_what_the_one_before_it_saved_while_ending(run_flags, str
     (tmp_path / "go").touch()
     assert first.wait() == 143, first.text()
     assert second.wait() == 0, second.text()
-    assert "going on after epoch 1, step 4" in second.text()
+    assert "continuing after epoch 1, step 4" in second.text()
     assert not (folder / "superseded").exists()
     assert_same_end(folder, straight)
 

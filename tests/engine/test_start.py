@@ -100,7 +100,7 @@ def test_a_rank_that_sees_checkpoints_late_resumes_the_same_one(
         [*flags, f"-output={half_way}", f"-resume={resume}", half_way],
         folder=tmp_path, target=lagging,
     )  # fmt: skip
-    assert "going on after epoch 2, step 6" in said[0], said[0]
+    assert "continuing after epoch 2, step 6" in said[0], said[0]
     assert_same_end(half_way, straight_on_two)
 
 

@@ -9,6 +9,7 @@ from tiny import ROOT
 
 from replknet_paddle.runtime import launch as launch_module
 from replknet_paddle.runtime import processes
+from replknet_paddle.runtime.cores import onednn_may_use_bfloat16
 
 CHECKS = """
 import sys
@@ -197,3 +198,13 @@ time.sleep(60)
 
 def test_workers_that_all_fail_alike_give_their_status(tmp_path):
     assert launch(tmp_path, "import sys; sys.exit(2)", [], 2) == 2
+
+
+@pytest.mark.parametrize(
+    "largest, may",
+    [("", True), ("DEFAULT", True), ("ALL", True), ("AVX512_CORE_BF16", True), ("avx2", False)]
+    + [("AVX512_CORE_AMX", True), ("AVX10_1_512", True), ("AVX512_CORE", False), ("AVX", False)]
+    + [("AVX2_VNNI_2", False), ("SSE41", False), ("AVX512_CORE_VNNI", False)],
+)
+def test_a_limit_of_onednns_instructions_may_exclude_bfloat16(largest, may):
+    assert onednn_may_use_bfloat16({"ONEDNN_MAX_CPU_ISA": largest} if largest else {}) == may

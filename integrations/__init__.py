@@ -1,0 +1,1 @@
+"""Adapters for PaddleSeg and PaddleDetection: docs/integrations.md."""

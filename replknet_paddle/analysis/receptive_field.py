@@ -1,0 +1,271 @@
+"""Effective receptive fields: how much each input pixel contributes to one output position.
+
+The quantity of arXiv 2203.06717 (Figure 1), as the script of the official repository computes it:
+in evaluation mode, the positive part of the gradient of one number by the input, summed over the
+colours and averaged over images. The number is the sum over channels of the positive part of the
+last stage's map, before the final norm, at its central position.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import paddle
+from paddle import nn
+from paddle.nn import functional as F
+
+from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.files import written_whole
+
+# Shares of the total contribution that the paper's table reports.
+THRESHOLDS = (0.2, 0.3, 0.5, 0.99)
+
+
+@dataclass
+class Field:
+    """An effective receptive field, and what it was computed from.
+
+    Attributes:
+        scores: (S, S) float64, the mean over `images` of the contribution of each input pixel.
+        images: names of the images in the mean.
+        skipped: names of the images without finite scores.
+        network: digest of the network's weights; empty where unknown.
+    """
+
+    scores: np.ndarray
+    images: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    network: str = ""
+
+
+class Area(NamedTuple):
+    """The smallest centred square with more than `threshold` of the total contribution.
+
+    `side_pixels` is odd; `ratio` is the square's share of the input's area. Both are None where no
+    square around the centre has that much.
+    """
+
+    threshold: float
+    side_pixels: int | None
+    ratio: float | None
+
+
+def contribution_scores(model: nn.Layer, image: np.ndarray) -> np.ndarray | None:
+    """The contribution of each pixel of one image, by a network in evaluation mode.
+
+    Args:
+        model: a `RepLKNet`, or any network whose `forward_stages` returns a list of maps.
+        image: (C, S, S), normalized, in the type of the network.
+
+    Returns:
+        (S, S) in that type; None where the image, a map or the gradient is not finite.
+    """
+    x = paddle.to_tensor(image[None], stop_gradient=False)
+    maps = model.forward_stages(x)
+    last = maps[-1]  # (1, C', H, W)
+    center = F.relu(last[:, :, last.shape[2] // 2, last.shape[3] // 2]).sum()
+    (gradient,) = paddle.grad(center, x)
+    # Each is checked, because Paddle's ReLU turns NaN into 0, and so hides it from what follows.
+    if not all(bool(paddle.isfinite(values).all()) for values in (x, *maps, gradient)):
+        return None
+    return F.relu(gradient).sum(axis=[0, 1]).numpy()
+
+
+def measure(
+    model: nn.Layer,
+    names: Sequence[str],
+    read: Callable[[str], np.ndarray],
+    *,
+    num_images: int,
+    input_size: int,
+    target: str,
+    on_image: Callable[[str, bool, int], None] = lambda name, used, images_used: None,
+) -> Field:
+    """The effective receptive field of `model` over the first `num_images` usable images.
+
+    `target` is replaced after each image, so a later call with the same arguments goes on where an
+    earlier one was stopped, with the same result to the last bit.
+
+    Args:
+        model: as in `contribution_scores`, in evaluation mode.
+        names: the images, in the order to use them.
+        read: name -> (3, input_size, input_size) float32, normalized.
+        num_images: images to average. An image without finite scores is skipped.
+        input_size: side of the input, pixels.
+        target: the `.npy` file of `save_field`.
+        on_image: called after each image with its name, whether it was used, and how many were.
+
+    Raises:
+        InputError: too few images, or `target` belongs to something else.
+    """
+    if model.training:
+        raise ValueError("the network is in training mode; call its eval() first")
+    digest = network_digest(model)
+    if os.path.exists(target):
+        result = load_field(target)
+        _check_same(result, target, digest, names, num_images, input_size)
+    else:
+        result = Field(np.zeros((input_size, input_size)), network=digest)
+    done = len(result.images) + len(result.skipped)
+    needed = num_images - len(result.images)
+    if len(names) - done < needed:
+        raise InputError(_too_few(result, names, num_images))
+    trainable = [p for p in model.parameters() if not p.stop_gradient]
+    for parameter in trainable:  # only the gradient by the input is needed
+        parameter.stop_gradient = True
+    try:
+        for name in names[done:]:
+            if len(result.images) == num_images:
+                break
+            scores = contribution_scores(model, read(name))
+            if scores is not None:
+                result.images.append(name)
+                result.scores += (scores - result.scores) / len(result.images)
+            else:
+                result.skipped.append(name)
+            save_field(target, result)
+            on_image(name, scores is not None, len(result.images))
+    finally:
+        for parameter in trainable:
+            parameter.stop_gradient = False
+    if len(result.images) < num_images:
+        raise InputError(_too_few(result, names, num_images))
+    return result
+
+
+def network_digest(model: nn.Layer) -> str:
+    """SHA-256 of the names, shapes and values of all parameters and statistics."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        array = np.ascontiguousarray(value.numpy())
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _check_same(result: Field, target, digest, names, num_images, input_size) -> None:
+    done = len(result.images) + len(result.skipped)
+    problem = None
+    if not result.network:
+        problem = "it was not written by this program"
+    elif result.network != digest:
+        problem = "it is of a network with other weights"
+    elif len(result.scores) != input_size:
+        problem = f"it is of {len(result.scores)} x {len(result.scores)} pixels, not {input_size}"
+    elif {*result.images, *result.skipped} != set(names[:done]):
+        problem = "it is of other images"
+    elif len(result.images) > num_images:
+        problem = f"it holds {len(result.images)} images, more than {num_images}"
+    if problem is not None:
+        raise InputError(f"cannot continue {target}: {problem}. Delete it, or name another file")
+
+
+def _too_few(result: Field, names: Sequence[str], num_images: int) -> str:
+    skipped = ""
+    if result.skipped:
+        skipped = (
+            f", and {len(result.skipped)} of them have no finite scores: "
+            f"{', '.join(result.skipped[:5])}"
+        )
+    return (
+        f"there are {len(names)} images{skipped}; {num_images} are needed. Give more images, or "
+        "ask for fewer"
+    )
+
+
+def save_field(path: str | os.PathLike, result: Field) -> None:
+    """Write a field as a `.npy` file, whole or not at all.
+
+    `numpy.load` reads the scores. A second array in the file, the bytes of a JSON object, names the
+    images and the network.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    record = {"images": result.images, "skipped": result.skipped, "network": result.network}
+    with written_whole(path, "wb") as file:
+        np.save(file, result.scores)
+        np.save(file, np.frombuffer(json.dumps(record).encode(), np.uint8))
+
+
+def load_field(path: str | os.PathLike) -> Field:
+    """Read a file of `save_field`, or any `.npy` file with the array alone.
+
+    Raises:
+        FileNotFoundError: no such file.
+        InputError: not a square of finite numbers >= 0, or a damaged file.
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no folder of images or .npy file {path}")
+    try:
+        with open(path, "rb") as file:
+            scores = np.lib.format.read_array(file, allow_pickle=False)
+            record = {}
+            if file.peek(1):
+                text = np.lib.format.read_array(file, allow_pickle=False).tobytes()
+                record = json.loads(text)
+            result = Field(scores.astype(np.float64), **_checked(record))
+    except (ValueError, TypeError, EOFError, MemoryError) as error:
+        raise InputError(f"{path}: not a .npy file of contribution scores ({error})") from None
+    if scores.ndim != 2 or scores.shape[0] != scores.shape[1] or len(scores) < 3:
+        raise InputError(f"{path}: its array is {scores.shape}; allowed: a square, 3 or more")
+    if not np.isfinite(scores).all() or scores.min() < 0:
+        raise InputError(f"{path}: it has values that are not finite or below 0")
+    return result
+
+
+def _checked(record: object) -> dict:
+    """The record of a file, if it has the attributes of `Field` in their types."""
+    if not isinstance(record, dict):
+        raise ValueError("its record is damaged")
+    names = [record.get(key, []) for key in ("images", "skipped")]
+    texts = [record.get("network", "")]
+    for part in names:
+        texts += part if isinstance(part, list) else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("its record is damaged")
+    return record
+
+
+def rescaled(scores: np.ndarray) -> np.ndarray:
+    """log10(scores + 1), divided by its largest value: what the table and the picture are made of.
+
+    Raises:
+        InputError: the scores are 0 everywhere.
+    """
+    scores = np.log10(scores + 1)
+    if not scores.max() > 0:
+        raise InputError("no input pixel contributes: the field is 0 everywhere")
+    return scores / scores.max()
+
+
+def high_contribution_areas(scores: np.ndarray) -> list[Area]:
+    """For each of `THRESHOLDS`, the smallest centred square with more than that share.
+
+    The shares are of `rescaled` scores. As in the official script, the sides are odd, from 3 to
+    S - 1, and the centre is position S // 2.
+
+    Args:
+        scores: (S, S), the mean of contribution scores.
+    """
+    scores = rescaled(scores)
+    size = len(scores)
+    center = size // 2
+    sums = np.zeros((size + 1, size + 1))
+    np.cumsum(np.cumsum(scores, axis=0), axis=1, out=sums[1:, 1:])
+    reach = np.arange(1, center)
+    low, high = center - reach, center + reach + 1
+    inside = sums[high, high] - sums[low, high] - sums[high, low] + sums[low, low]
+    areas = []
+    for threshold in THRESHOLDS:
+        enough = np.flatnonzero(inside / sums[-1, -1] > threshold)
+        if len(enough):
+            side = 2 * int(reach[enough[0]]) + 1
+            areas.append(Area(threshold, side, (side / size) ** 2))
+        else:
+            areas.append(Area(threshold, None, None))
+    return areas

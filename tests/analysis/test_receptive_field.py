@@ -1,0 +1,258 @@
+"""Effective receptive fields: against the official script, by hand, and interrupted."""
+
+import numpy as np
+import paddle
+import pytest
+from tiny import FIXTURES
+
+from replknet_paddle.analysis.receptive_field import (
+    THRESHOLDS,
+    Field,
+    contribution_scores,
+    high_contribution_areas,
+    load_field,
+    measure,
+    rescaled,
+    save_field,
+)
+from replknet_paddle.checkpoints.convert import load_pretrained
+from replknet_paddle.model import RepLKNet
+from replknet_paddle.runtime.errors import InputError
+
+# By the functions `get_input_grad` and `get_rectangle` of the official repository's erf/ scripts,
+# PyTorch 2.13, on the official network with tiny31_official.pth: `scores` (2, 64, 64) of the images
+# in tiny31_expected.npz, and `sides` of their mean at the four thresholds, 0 for none. In float64,
+# because a gradient jumps where rounding moves the input of a ReLU past 0: PyTorch's own float32
+# scores differ from these by 2 % of the largest.
+OFFICIAL = np.load(FIXTURES / "tiny31_erf.npz")
+IMAGES = np.load(FIXTURES / "tiny31_expected.npz")["images"]
+
+
+@pytest.fixture(scope="module")
+def tiny31(network):
+    model = network("tiny31")
+    load_pretrained(model, FIXTURES / "tiny31_official.pth")
+    return model
+
+
+@pytest.fixture
+def double(network):
+    """The same network in float64."""
+    model = network("tiny31")
+    load_pretrained(model, FIXTURES / "tiny31_official.pth")
+    return model.to(dtype="float64")
+
+
+def sides(scores):
+    return [area.side_pixels for area in high_contribution_areas(scores)]
+
+
+def test_scores_are_those_of_the_official_script(double):
+    for image, expected in zip(IMAGES.astype(np.float64), OFFICIAL["scores"]):
+        scores = contribution_scores(double, image)
+        assert scores.shape == (64, 64) and scores.min() >= 0
+        np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-8 * expected.max())
+
+
+def test_scores_of_the_merged_network_are_the_same(double):
+    double.structural_reparam()
+    for image, expected in zip(IMAGES.astype(np.float64), OFFICIAL["scores"]):
+        scores = contribution_scores(double, image)
+        np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-8 * expected.max())
+
+
+@pytest.mark.parametrize("impl", ["direct", "fft"])
+def test_scores_by_the_compiled_operators_differ_by_rounding(impl, network, operators):
+    from replknet_paddle.ops import use_fast_depthwise_conv
+
+    model = network("tiny31")
+    load_pretrained(model, FIXTURES / "tiny31_official.pth")
+    assert use_fast_depthwise_conv(model, impl) > 0
+    scores, expected = contribution_scores(model, IMAGES[0]), OFFICIAL["scores"][0]
+    assert np.linalg.norm(scores - expected) < 0.02 * np.linalg.norm(expected)
+
+
+def test_scores_are_exactly_zero_outside_the_theoretical_field():
+    paddle.seed(0)
+    model = RepLKNet(
+        large_kernel_sizes=[3, 3, 3, 3],
+        layers=[1, 1, 1, 1],
+        channels=[4, 4, 4, 4],
+        small_kernel=None,
+        num_classes=2,
+    )
+    model.eval()
+    size = 256
+    image = np.random.default_rng(0).standard_normal((3, size, size)).astype(np.float32)
+    scores = contribution_scores(model, image)
+    # Kernel and stride of everything that is not 1x1, from the last map to the image: each stage's
+    # block and the transition before it, then the stem. The paths around the blocks are inside.
+    layers = [(3, 1), (3, 2)] * 3 + [(3, 1)] + [(3, 2), (3, 1), (3, 2)]
+    low = high = size // 32 // 2
+    for kernel, stride in layers:
+        low, high = low * stride - kernel // 2, high * stride + kernel // 2
+    assert 0 < low < high < size - 1  # there is an outside
+    inside = np.zeros((size, size), bool)
+    inside[low : high + 1, low : high + 1] = True
+    assert (scores[~inside] == 0).all()
+    assert scores[inside].max() > 0
+    rows = np.flatnonzero(scores.any(axis=1))
+    assert rows[0] <= low + 8 and rows[-1] >= high - 8  # and the field is not much smaller
+
+
+def test_sides_of_a_uniform_map():
+    areas = high_contribution_areas(np.ones((1024, 1024)))
+    assert [area.side_pixels for area in areas] == [459, 561, 725, 1019]
+    assert [area.threshold for area in areas] == list(THRESHOLDS) == [0.2, 0.3, 0.5, 0.99]
+    np.testing.assert_allclose(
+        [area.ratio for area in areas], [s * s / 1024**2 for s in (459, 561, 725, 1019)]
+    )
+
+
+def test_sides_are_those_of_the_official_script():
+    expected = [side or None for side in OFFICIAL["sides"].tolist()]
+    assert expected[-1] is None  # no centred square leaves out row 0 and has 99 %
+    assert sides(OFFICIAL["scores"].mean(axis=0)) == expected
+    y, x = np.mgrid[:256, :256] - 128
+    assert sides(np.exp(-(x**2 + y**2) / 1800)) == [39, 49, 69, 173]
+
+
+def test_rescaled_takes_the_logarithm_and_the_largest_as_one():
+    np.testing.assert_allclose(rescaled(np.array([[0.0, 9.0], [99.0, 0.0]])), [[0, 0.5], [1, 0]])
+    with pytest.raises(InputError, match="0 everywhere"):
+        rescaled(np.zeros((4, 4)))
+
+
+NAMES = [f"{i}.png" for i in range(6)]
+
+
+def read(name):
+    """The image of a name: noise, whose seed is the name's number."""
+    seed = int(name.split(".")[0])
+    return np.random.default_rng(seed).standard_normal((3, 64, 64)).astype(np.float32)
+
+
+def measured(model, target, *, names=NAMES, read=read, num_images=4, **options):
+    return measure(
+        model, names, read, num_images=num_images, input_size=64, target=str(target), **options
+    )
+
+
+def test_the_field_is_the_mean_over_the_first_images(tiny31, tmp_path):
+    field = measured(tiny31, tmp_path / "erf.npy")
+    each = [contribution_scores(tiny31, read(name)).astype(np.float64) for name in NAMES[:4]]
+    np.testing.assert_allclose(field.scores, np.mean(each, axis=0), rtol=1e-12)
+    assert field.images == NAMES[:4] and field.skipped == []
+    np.testing.assert_array_equal(np.load(tmp_path / "erf.npy"), field.scores)
+    assert load_field(tmp_path / "erf.npy").images == NAMES[:4]
+    assert not any(p.stop_gradient for n, p in tiny31.named_parameters() if "conv.weight" in n)
+
+
+def test_an_interrupted_measurement_continues_to_the_last_bit(tiny31, tmp_path):
+    whole = measured(tiny31, tmp_path / "whole.npy").scores
+    seen = []
+
+    def stop_after_two(name, used, images_used):
+        seen.append(name)
+        if images_used == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measured(tiny31, tmp_path / "stopped.npy", on_image=stop_after_two)
+    assert load_field(tmp_path / "stopped.npy").images == NAMES[:2]
+    resumed = measured(
+        tiny31, tmp_path / "stopped.npy", on_image=lambda name, used, count: seen.append(name)
+    )
+    assert seen == NAMES[:4]  # nothing is computed twice
+    assert resumed.scores.tobytes() == whole.tobytes()
+    measured(tiny31, tmp_path / "stopped.npy", on_image=None)  # nothing is left to compute
+
+
+def read_with_nan(name):
+    image = read(name)
+    if name == "1.png":
+        image[0, 5, 5] = np.nan
+    if name == "2.png":
+        image *= 3e37  # overflows in the first stage, and no later map shows it
+    return image
+
+
+def test_an_image_without_a_finite_gradient_is_skipped_and_reported(tiny31, tmp_path):
+    reports = []
+    field = measured(
+        tiny31,
+        tmp_path / "erf.npy",
+        read=read_with_nan,
+        on_image=lambda *report: reports.append(report),
+    )
+    assert field.images == ["0.png", "3.png", "4.png", "5.png"]
+    assert field.skipped == load_field(tmp_path / "erf.npy").skipped == ["1.png", "2.png"]
+    assert reports[:3] == [("0.png", True, 1), ("1.png", False, 1), ("2.png", False, 1)]
+    assert np.isfinite(field.scores).all()
+
+
+def test_too_few_images_are_reported(tiny31, tmp_path):
+    with pytest.raises(InputError, match="there are 6 images; 7 are needed"):
+        measured(tiny31, tmp_path / "a.npy", num_images=7)
+    assert not (tmp_path / "a.npy").exists()  # before anything is computed
+    with pytest.raises(InputError, match="6 images, and 2 of them .* 1.png, 2.png; 5 are needed"):
+        measured(tiny31, tmp_path / "b.npy", num_images=5, read=read_with_nan)
+    # What could be computed is kept: asking for fewer is answered at once.
+    assert len(measured(tiny31, tmp_path / "b.npy", read=None).images) == 4
+
+
+def test_a_file_of_something_else_is_not_continued(tiny31, network, tmp_path):
+    target = tmp_path / "erf.npy"
+    measured(tiny31, target)
+    before = target.read_bytes()
+    for options, problem in (
+        (dict(model=network("tiny31")), "other weights"),
+        (dict(names=["other.png", *NAMES]), "other images"),
+        (dict(num_images=3), "4 images, more than 3"),
+    ):
+        with pytest.raises(InputError, match=f"cannot continue .*{problem}"):
+            measured(options.pop("model", tiny31), target, **options)
+    with pytest.raises(InputError, match="64 x 64 pixels, not 32"):
+        measure(tiny31, NAMES, read, num_images=4, input_size=32, target=str(target))
+    np.save(target, np.ones((64, 64)))
+    with pytest.raises(InputError, match="not written by this program"):
+        measured(tiny31, target)
+    assert target.read_bytes() != before
+
+
+def test_files_that_are_no_fields_are_refused(tmp_path):
+    path = tmp_path / "x.npy"
+    with pytest.raises(FileNotFoundError):
+        load_field(path)
+    for array, problem in (
+        (np.ones((4, 5)), "square"),
+        (np.ones(16), "square"),
+        (-np.ones((4, 4)), "below 0"),
+        (np.full((4, 4), np.nan), "not finite"),
+        (np.array([[None] * 4] * 4), "not a .npy file"),  # a pickle inside
+    ):
+        np.save(path, array)
+        with pytest.raises(InputError, match=problem):
+            load_field(path)
+    save_field(path, Field(np.ones((4, 4)), ["a"], [], "digest"))
+    whole = path.read_bytes()
+    assert load_field(path).images == ["a"]
+    start = whole[: whole.rindex(b"\x93NUMPY")]  # without the record
+    huge = whole.replace(b"(4, 4)", b"(999999999, 999999999)")
+    for content in (b"", b"text", whole[:60], whole[:-5], start + b"more", huge):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="not a .npy file"):
+            load_field(path)
+    for record in (b"[1]", b"nonsense", b'{"images": 1}', b'{"skipped": [2]}', b'{"other": ""}'):
+        with open(path, "wb") as file:
+            np.save(file, np.ones((4, 4)))
+            np.save(file, np.frombuffer(record, np.uint8))
+        with pytest.raises(InputError, match="not a .npy file"):
+            load_field(path)
+
+
+def test_a_network_in_training_mode_is_refused(network, tmp_path):
+    model = network("tiny31")
+    model.train()
+    with pytest.raises(ValueError, match="training mode"):
+        measured(model, tmp_path / "erf.npy")

@@ -1,0 +1,187 @@
+"""`replknet erf` and `replknet kernels`: pictures, tables, and a killed run that goes on."""
+
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import FIXTURES, ROOT, command
+
+from replknet_paddle.analysis.receptive_field import contribution_scores, load_field
+from replknet_paddle.checkpoints.convert import load_pretrained
+
+pytest.importorskip("matplotlib", reason="optional: requirements/plots.txt")
+
+erf, kernels = command("erf"), command("kernels")
+WEIGHTS = FIXTURES / "tiny31_official.pth"
+SIZE = 64
+COUNT = 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Images of noise of several sizes, one in a folder below."""
+    folder = tmp_path_factory.mktemp("images")
+    (folder / "a").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(COUNT):
+        pixels = rng.integers(0, 256, (50 + 5 * i, 80, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / ("a" if i == 0 else "") / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def flags(config_file):
+    cfg = str(config_file("tiny31"))
+    return ["-cfg", cfg, "-pretrained", str(WEIGHTS), "-input_size", str(SIZE)]
+
+
+def arguments(folder, flags, out, num_images=COUNT):
+    return [str(folder), *flags, "-num_images", str(num_images), "-out", str(out)]
+
+
+def assert_picture(path, panels):
+    """A picture with something in it, as wide as so many panels and a colour bar are."""
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert image.width == (4 * panels + 1) * 120
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 200
+
+
+def test_a_folder_gives_the_array_the_table_and_the_picture(
+    folder, flags, tmp_path, capsys, network
+):
+    out = tmp_path / "nano.npy"
+    assert erf(arguments(folder, flags, out, num_images=3)) == 0
+    field = load_field(out)
+    assert field.images == ["1.png", "2.png", "3.png"]  # sorted by path: a/0.png is last
+    model = network("tiny31")
+    load_pretrained(model, WEIGHTS)
+    expected = np.mean([official_preparation(model, folder / name) for name in field.images], 0)
+    assert np.linalg.norm(field.scores - expected) < 0.02 * np.linalg.norm(expected)
+    printed = capsys.readouterr().out
+    row = next(line for line in printed.splitlines() if line.startswith("nano"))
+    assert row.split()[1:3] == ["3", "0"]
+    assert all(f"{share}%" in printed for share in (20, 30, 50, 99))
+    assert_picture(tmp_path / "nano.png", panels=1)
+
+
+def official_preparation(model, path):
+    """Scores of an image prepared as the official script does: bicubic to a square, ImageNet's
+    mean and standard deviation."""
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.BICUBIC), np.float32)
+    normalized = (pixels / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    return contribution_scores(model, normalized.transpose(2, 0, 1).astype(np.float32))
+
+
+def test_fields_are_compared_side_by_side(folder, flags, tmp_path, capsys):
+    first = tmp_path / "first.npy"
+    assert erf(arguments(folder, flags, first, num_images=2)) == 0
+    uniform = tmp_path / "uniform.npy"
+    np.save(uniform, np.ones((1024, 1024), np.float32))  # as the official script saves
+    both = tmp_path / "both.png"
+    capsys.readouterr()
+    assert erf([str(first), str(uniform), "-out", str(both)]) == 0
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    assert " ".join(rows["uniform"]) == "- - 459 20.1% 561 30.0% 725 50.1% 1019 99.0%"
+    assert rows["first"][:2] == ["2", "0"]
+    assert_picture(both, panels=2)
+
+
+# Waits before each image, so that the signal comes between two of them.
+SLOWLY = """
+import sys, time
+from replknet_paddle.analysis import receptive_field
+scores = receptive_field.contribution_scores
+receptive_field.contribution_scores = lambda *given: (time.sleep(0.5), scores(*given))[1]
+from replknet_paddle.commands import main
+sys.exit(main())
+"""
+
+
+def test_a_killed_run_goes_on_and_gives_the_same_array(folder, flags, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    program = {"slow": ["-c", SLOWLY], "plain": ["-m", "replknet_paddle"]}
+
+    def start(kind, out):
+        return subprocess.Popen(
+            [sys.executable, *program[kind], "erf", *arguments(folder, flags, out)],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    whole, killed = tmp_path / "whole.npy", tmp_path / "killed.npy"
+    process = start("slow", killed)
+    deadline = time.monotonic() + 300
+    while not killed.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert 1 <= len(load_field(killed).images) < COUNT
+    assert not (tmp_path / "killed.png").exists()
+    for out in (killed, whole):
+        process = start("plain", out)
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    assert killed.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda a: [*a, "-num_images", "9"], "there are 8 images; 9 are needed"),
+        (lambda a: [*a, "-num_images", "0"], "-num_images is 0"),
+        (lambda a: [*a, "-input_size", "16"], "-input_size is 16"),
+        (lambda a: [*a, "-out", "x.npz"], "must end in .npy"),
+        (lambda a: [*a, "-pretrained", "none.pth"], "none.pth"),
+        (lambda a: a[:1], "-pretrained"),
+        (lambda a: ["none.npy"], ".npy file none.npy"),
+        (lambda a: [a[0], a[0]], "Is a directory"),
+        (lambda a: [str(FIXTURES), *a[1:], "-opts", "MODEL.NUM_CLASSES", "3"], "does not fit"),
+    ],
+)
+def test_bad_input_is_one_message(change, message, folder, flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert erf(change(arguments(folder, flags, tmp_path / "erf.npy"))) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_unreadable_image_is_named(folder, flags, tmp_path, capsys):
+    broken = tmp_path / "images"
+    broken.mkdir()
+    (broken / "1.png").write_bytes((folder / "1.png").read_bytes()[:200])
+    assert erf(arguments(broken, flags, tmp_path / "erf.npy", num_images=1)) == 2
+    assert f"{broken / '1.png'}: damaged" in capsys.readouterr().err
+
+
+def test_kernels_are_drawn_by_stage(config_file, tmp_path, network):
+    from replknet_paddle.analysis.kernels import kernel_magnitudes
+
+    cfg, out = str(config_file("tiny31")), tmp_path / "kernels.png"
+    assert kernels(["-cfg", cfg, "-pretrained", str(WEIGHTS), "-out", str(out)]) == 0
+    assert_picture(out, panels=4)
+
+    model = network("tiny31")
+    load_pretrained(model, WEIGHTS)
+    with pytest.raises(ValueError, match="not merged"):
+        kernel_magnitudes(model)
+    model.structural_reparam()
+    magnitudes = kernel_magnitudes(model)
+    assert [m.shape for m in magnitudes] == [(31, 31), (29, 29), (27, 27), (13, 13)]
+    # By hand, at one position of the third stage, which has two blocks.
+    weights = [
+        model.stages[2].blocks[i].large_kernel.large_kernel_reparam.weight.numpy() for i in (0, 2)
+    ]
+    absolute = np.mean([np.abs(w[:, 0]).mean(axis=0) for w in weights], axis=0)
+    np.testing.assert_allclose(magnitudes[2][13, 4], absolute[13, 4] / absolute.max(), rtol=1e-6)
+    assert all(m.max() == 1 for m in magnitudes)
+    # The parallel 5 x 5 kernels are part of them.
+    assert np.unravel_index(magnitudes[0].argmax(), (31, 31))[0] in range(13, 18)
