@@ -1,24 +1,43 @@
 """The nano recipe on the shapes that the tool writes, to the mIoU that the documentation states."""
 
 import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
 
 import pytest
-from processes import finish
-from tiny import ROOT
+from test_docs import command_lines
+from tiny import FIXTURES, ROOT
 
 from replknet_paddle.commands import main
 
 
 @pytest.mark.slow
-def test_the_nano_network_learns_the_shapes(tmp_path):
-    data, run = tmp_path / "shapes", tmp_path / "run"
-    assert main(["make-shapes", str(data)]) == 0
-    config = ROOT / "configs" / "upernet_nano_shapes.yaml"
-    flags = ["-cfg", config, "-data_path", data, "-output", run]
-    finish(flags, output=tmp_path / "out.txt", timeout=1200)
-    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+def test_the_documentations_commands_train_and_use_the_nano_network(tmp_path):
+    """All that docs/segmentation.md shows and that needs no dataset, in its order."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "photos").mkdir()
+    shutil.copy(sorted((FIXTURES / "images").glob("[!eR]*.jpg"))[0], tmp_path / "photos")
+    lines = command_lines("docs/segmentation.md")
+    assert len(lines) == 6
+    for line in lines:
+        done = subprocess.run(
+            [sys.executable, "-m", "replknet_paddle", *shlex.split(line, comments=True)[1:]],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            text=True,
+            capture_output=True,
+            timeout=1200,
+        )
+        assert done.returncode == 0, f"{line}:\n{done.stdout}\n{done.stderr}"
+    text = (tmp_path / "output/shapes/metrics.jsonl").read_text()
+    last = json.loads(text.splitlines()[-1])
     assert last["val_miou_percent"] > 90
     assert min(last["val_class_iou_percent"]) > 80
+    assert len(list((tmp_path / "predictions").iterdir())) == 2 * 200
+    assert len(list((tmp_path / "tinted_photos").iterdir())) == 2
 
 
 def test_the_tool_writes_the_same_images_every_time(tmp_path):
