@@ -92,6 +92,18 @@ def text() -> Rule:
     return Rule(read, "text")
 
 
+def palette() -> Rule:
+    def read(value):
+        value = f"{value:06d}" if isinstance(value, int) else value  # of one colour
+        if not isinstance(value, str) or not value.split():
+            raise ValueError
+        if not all(len(colour) == 6 and int(colour, 16) >= 0 for colour in value.split()):
+            raise ValueError
+        return " ".join(value.split()).lower()
+
+    return Rule(read, "colours of six hexadecimal digits each, with spaces between")
+
+
 def choice(*options: str) -> Rule:
     def read(value):
         if value not in options:
@@ -133,8 +145,9 @@ _KEYS: dict[str, tuple[Any, Rule]] = {
     "DATA.RESIZE_MODE": ("short_crop", choice("short_crop", "warp")),  # (+) evaluation: short side
     # to IMAGE_SIZE / CROP_PCT and centre crop, or both sides to IMAGE_SIZE
     "DATA.NUM_WORKERS": (2, integer(0)),  # loader processes for each training process
-    "DATA.CLASS_NAMES": (None, optional(text())),  # (+) file of one class name per line; None:
-    # class_names.txt beside the lists, if there is one, or as IMAGENET_NAMES says
+    "DATA.CLASS_NAMES": (None, optional(text())),  # (+) file of one class name per line, or
+    # ade20k or cityscapes, whose names the project has; None: class_names.txt beside the lists, if
+    # there is one, or as IMAGENET_NAMES says
     "DATA.IMAGENET_NAMES": (False, boolean()),  # (+) 1000 classes that nothing else names are
     # ImageNet-1K's, in the order of its synsets; set by the configs of published models
     "DATA.MAX_BAD_IMAGES": (10, integer(0)),  # (+) unreadable training images, per process, to
@@ -150,7 +163,8 @@ _KEYS: dict[str, tuple[Any, Rule]] = {
     "DATA.FINISH_ON_DEVICE": (True, boolean()),  # (+) move 8-bit batches, normalize and erase there
     "DATA.IMAGENET_MEAN": ([0.485, 0.456, 0.406], several(number(0, 1), 3)),  # RGB in [0, 1]
     "DATA.IMAGENET_STD": ([0.229, 0.224, 0.225], several(number(1e-6, 1), 3)),  # RGB in [0, 1]
-    "MODEL.TYPE": ("RepLKNet", choice("RepLKNet")),
+    "MODEL.TYPE": ("RepLKNet", choice("RepLKNet", "UPerNet")),  # UPerNet (+): segmentation, with
+    # the heads of SEGMENTATION on a backbone of OUT_INDICES
     "MODEL.NAME": ("replknet_31b", text()),  # for logs and the default run folder
     "MODEL.RESUME": (None, optional(text())),  # checkpoint or run folder to go on from; auto: the
     # newest whole checkpoint of SAVE, or a fresh start where there is none
@@ -216,6 +230,23 @@ _KEYS: dict[str, tuple[Any, Rule]] = {
     "TRAIN.RANDOM_ERASE_MODE": ("pixel", choice("pixel", "rand", "const")),
     "TRAIN.RANDOM_ERASE_COUNT": (1, integer(1)),  # boxes per image, at most
     "TRAIN.RANDOM_ERASE_SPLIT": (False, boolean()),
+    # Segmentation (MODEL.TYPE UPerNet), all (+). DATA.IMAGE_SIZE is the side of training crops and
+    # of sliding windows; evaluation goes image by image.
+    "SEGMENTATION.HEAD_CHANNELS": (512, integer(1)),  # of UPerNet's convolutions
+    "SEGMENTATION.AUX_CHANNELS": (256, integer(1)),  # of the auxiliary head's
+    "SEGMENTATION.ALIGN_CORNERS": (False, boolean()),  # how maps and logits are resized
+    "SEGMENTATION.ZERO_IS_IGNORED": (False, boolean()),  # label images count classes from 1, and
+    # their 0 is ignored, as 255 always is (ADE20K)
+    "SEGMENTATION.RESIZE": ([2048, 512], several(integer(1), 2)),  # pixels: the most that the
+    # longer and the shorter side of an image have, before training's random scale
+    "SEGMENTATION.SLIDE_STRIDE": (None, optional(integer(1))),  # pixels between sliding windows in
+    # evaluation; None: the whole image at once
+    "SEGMENTATION.EVAL_RATIOS": ([1.0], several(number(0.01, 100))),  # of RESIZE, to average over
+    "SEGMENTATION.EVAL_FLIP": (False, boolean()),  # average with the mirror image, too
+    "SEGMENTATION.EPOCH_STEPS": (2000, integer(1)),  # optimizer steps of an epoch
+    "SEGMENTATION.WARMUP_STEPS": (400, integer(0)),  # optimizer steps
+    "SEGMENTATION.PALETTE": (None, optional(palette())),  # a colour for each class, as RRGGBB
+    # with spaces between; None: computed ones
     "SAVE": (None, optional(text())),  # run folder; None: that of MODEL.RESUME, or
     # output/<name>-<train|eval>-<time>
     "SAVE_FREQ": (10, integer(1)),  # epochs between checkpoints that are never deleted
@@ -379,6 +410,7 @@ def _contradictions(values: dict[str, Any]):
                 f"{key} is {values[key]}; allowed: at least one channel in each stage of "
                 f"MODEL.CHANNELS ({values['MODEL.CHANNELS']})"
             )
+    yield from _segmentation_contradictions(values)
     stages = values["MODEL.OUT_INDICES"]
     if stages is not None and (not stages or len(set(stages)) < len(stages)):
         yield f"MODEL.OUT_INDICES is {stages}; allowed: distinct stages from 0 to 3, or None"
@@ -402,8 +434,53 @@ def _contradictions(values: dict[str, Any]):
         )
     if values["MODEL.RESUME"] == "auto" and values["SAVE"] is None:
         yield "MODEL.RESUME is auto; allowed with a run folder to look in, SAVE (-output)"
-    if values["EVAL"] and stages is not None:
+    if values["EVAL"] and stages is not None and values["MODEL.TYPE"] != "UPerNet":
         yield "MODEL.OUT_INDICES makes a backbone without a head; allowed with EVAL: None"
+
+
+def _segmentation_contradictions(values: dict[str, Any]):
+    if values["MODEL.TYPE"] != "UPerNet":
+        return
+    if values["MODEL.OUT_INDICES"] != [0, 1, 2, 3]:
+        yield (
+            f"MODEL.OUT_INDICES is {values['MODEL.OUT_INDICES']}; allowed with MODEL.TYPE UPerNet: "
+            "[0, 1, 2, 3]"
+        )
+    if values["MODEL.NUM_CLASSES"] > 255:
+        yield (
+            f"MODEL.NUM_CLASSES is {values['MODEL.NUM_CLASSES']}; allowed with MODEL.TYPE UPerNet: "
+            "at most 255"
+        )
+    if values["TRAIN.LAYER_DECAY"] is not None:
+        yield (
+            f"TRAIN.LAYER_DECAY is {values['TRAIN.LAYER_DECAY']}; allowed with MODEL.TYPE UPerNet: "
+            "None"
+        )
+    if values["TRAIN.WARMUP_EPOCHS"]:
+        yield (
+            f"TRAIN.WARMUP_EPOCHS is {values['TRAIN.WARMUP_EPOCHS']}; allowed with MODEL.TYPE "
+            "UPerNet: 0; SEGMENTATION.WARMUP_STEPS sets the warm-up"
+        )
+    steps = values["TRAIN.NUM_EPOCHS"] * values["SEGMENTATION.EPOCH_STEPS"]
+    if values["SEGMENTATION.WARMUP_STEPS"] > steps:
+        yield (
+            f"SEGMENTATION.WARMUP_STEPS is {values['SEGMENTATION.WARMUP_STEPS']}; allowed: at most "
+            f"the {steps} steps of the run"
+        )
+    stride = values["SEGMENTATION.SLIDE_STRIDE"]
+    if stride is not None and stride > values["DATA.IMAGE_SIZE"]:
+        yield (
+            f"SEGMENTATION.SLIDE_STRIDE is {stride}; allowed: at most DATA.IMAGE_SIZE "
+            f"({values['DATA.IMAGE_SIZE']}), so that windows leave no gap"
+        )
+    if not values["SEGMENTATION.EVAL_RATIOS"]:
+        yield "SEGMENTATION.EVAL_RATIOS is []; allowed: at least one ratio"
+    colours = values["SEGMENTATION.PALETTE"]
+    if colours is not None and len(colours.split()) != values["MODEL.NUM_CLASSES"]:
+        yield (
+            f"SEGMENTATION.PALETTE has {len(colours.split())} colours; allowed: one for each of "
+            f"the {values['MODEL.NUM_CLASSES']} classes"
+        )
 
 
 def _checked(values: dict[str, Any], problems: list[str], source: str) -> CfgNode:

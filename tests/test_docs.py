@@ -24,7 +24,7 @@ PAGES = sorted(
 # Run by tests of their own: the demo and the tests by hand, installing by test_install.py.
 ELSEWHERE = ("sh run_demo.sh", "sh run_tests.sh", "sh setup_env.sh")
 # Pages that a test of their own runs from the first command to the last.
-OWN_TEST = ("docs/your_own_images.md",)
+OWN_TEST = ("docs/your_own_images.md", "docs/segmentation.md")
 
 
 def blocks(page: str, language: str) -> list[tuple[str, str]]:

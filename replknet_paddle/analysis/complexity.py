@@ -13,21 +13,22 @@ def count_parameters(model: nn.Layer) -> int:
 
 
 @paddle.no_grad()
-def count_macs(model: nn.Layer, image_size: int, channels: int = 3) -> int:
+def count_macs(model: nn.Layer, image_size: int | tuple[int, int], channels: int = 3) -> int:
     """Multiply-adds of the convolutions and linear layers for one image.
 
     This is the paper's "FLOPs". Nothing is multiplied: the convolutions are replaced, for one
     forward pass, by zeros of the right shape, so that counting XL takes no longer than a nano.
 
     Args:
-        image_size: side of the square input, pixels.
+        image_size: (height, width) of the input, or the side of a square one, pixels.
     """
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
     macs = []
     training = {layer: layer.training for layer in model.sublayers(include_self=True)}
     model.eval()
     try:
         with _counting_convolutions(model, macs):
-            model(paddle.zeros([1, channels, image_size, image_size]))
+            model(paddle.zeros([1, channels, *size]))
     finally:
         for layer, was_training in training.items():
             layer.training = was_training

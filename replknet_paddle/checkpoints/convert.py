@@ -9,7 +9,7 @@ if not, one error lists all that is wrong (see `fit`).
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +47,7 @@ def load_pretrained(
     none. Tensors are copied one by one, straight from the file.
 
     Args:
-        model: a `RepLKNet`.
+        model: a `RepLKNet`, or a `UPerNet` around one.
         path: the file, of any format that `readers` reads.
         weights: 'model', 'model_ema' for the EMA weights of a training checkpoint, or 'auto'; see
             `run_folder.chosen_weights`.
@@ -91,6 +91,7 @@ def convert_file(
     *,
     weights: str = "auto",
     layout: str = "native",
+    build: Callable = build_replknet,
 ) -> int:
     """Write the weights of one file to another, in another format or layout.
 
@@ -100,6 +101,7 @@ def convert_file(
         config: of the network, which the file has to fit.
         weights: 'model', 'model_ema' or 'auto', as in `load_pretrained`.
         layout: a key of `LAYOUTS`, the names to write.
+        build: config -> the network.
 
     Returns:
         Number of tensors written.
@@ -112,13 +114,13 @@ def convert_file(
     suffix = Path(destination).suffix
     if suffix not in (".safetensors", ".pdparams"):
         raise InputError(f"{destination}: ends in {suffix!r}; allowed: .safetensors, .pdparams")
-    if suffix == ".pdparams" and layout != "native":
+    if suffix == ".pdparams" and LAYOUTS[layout].is_torch:
         raise InputError(
             f"{destination}: .pdparams files have native names; write {layout} names "
             "to a .safetensors file"
         )
     state = _read_native(source, weights)
-    names = fitting_names(_shapes(state), parameter_shapes(config), source)
+    names = fitting_names(_shapes(state), parameter_shapes(config, build), source)
     state = _Float32(from_native({name: state[name] for name in names}, layout))
     if suffix == ".pdparams":
         write_pdparams(destination, state)
@@ -128,25 +130,41 @@ def convert_file(
     return len(state)
 
 
-def parameter_shapes(config) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(config, build: Callable = build_replknet) -> dict[str, tuple[int, ...]]:
     """Native name and shape of each parameter and statistic of the network that `config` builds."""
     with paddle.LazyGuard():  # without memory for the values
-        model = build_replknet(config)
+        model = build(config)
     return _shapes(model.state_dict())
+
+
+def layout_of(path: str | os.PathLike, *, weights: str = "model") -> str:
+    """The key of `LAYOUTS` that the names in a checkpoint file have.
+
+    Raises:
+        FileNotFoundError, InputError: as for `load_state`.
+    """
+    layout = recognize(_named_tensors(path, weights), path)
+    return next(key for key, value in LAYOUTS.items() if value is layout)
 
 
 def _shapes(state: Mapping) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in state.items()}
 
 
-def _read_native(path: str | os.PathLike, weights: str) -> dict[str, np.ndarray]:
-    """The file's tensors under native names, in their own precision."""
+def _named_tensors(path: str | os.PathLike, weights: str) -> dict[str, np.ndarray]:
+    """The file's tensors under its own names, without what has no counterpart."""
     state = _choose(read_checkpoint(path), path, chosen_weights(path, weights))
     if not all(isinstance(name, str) for name in state):
         raise InputError(f"{path}: holds values under numbers, not tensors by name")
     state = {name: value for name, value in state.items() if name.split(".")[-1] not in _SKIPPED}
     while state and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
+    return state
+
+
+def _read_native(path: str | os.PathLike, weights: str) -> dict[str, np.ndarray]:
+    """The file's tensors under native names, in their own precision."""
+    state = _named_tensors(path, weights)
     layout = recognize(state, path)
     native = {}
     for name, value in state.items():

@@ -12,6 +12,9 @@ logger = logging.getLogger(__name__)
 
 _LISTED_KINDS = 40
 
+# What has one output per class, and may be left fresh for other classes.
+_CLASSIFIERS = ("head", "decode_head.conv_seg", "auxiliary_head.conv_seg")
+
 
 def fitting_names(
     found: Mapping[str, tuple],
@@ -31,17 +34,17 @@ def fitting_names(
     Raises:
         InputError: they do not agree; the message lists all that is wrong.
     """
-    head = {"head.weight", "head.bias"}
-    if not head & wanted.keys():
+    head = {name for name in wanted if name.rpartition(".")[0] in _CLASSIFIERS}
+    if not head:
         found = {
             name: shape for name, shape in found.items() if not name.startswith(("norm.", "head."))
         }
     elif drop_head and any(found.get(name) != wanted[name] for name in head):
         logger.warning(
-            "the head of %s (%s) is not loaded; the network keeps its fresh one for %d classes",
+            "the head of %s (%s) is not loaded; the network keeps its fresh one for %s",
             path,
             _classes(found),
-            wanted["head.bias"][0],
+            _classes(wanted),
         )
         found = {name: shape for name, shape in found.items() if name not in head}
         wanted = {name: shape for name, shape in wanted.items() if name not in head}
@@ -69,7 +72,8 @@ def fitting_names(
 
 
 def _classes(shapes: Mapping[str, tuple]) -> str:
-    return f"{shapes['head.bias'][0]} classes" if "head.bias" in shapes else "none"
+    bias = next((f"{layer}.bias" for layer in _CLASSIFIERS if f"{layer}.bias" in shapes), None)
+    return "none" if bias is None else f"{shapes[bias][0]} classes"
 
 
 def _listed(title: str, names: list[str], detail: Callable[[str], str] | None = None) -> list[str]:

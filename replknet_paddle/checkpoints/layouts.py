@@ -1,7 +1,8 @@
-"""The three layouts that name RepLKNet's parameters, and the way between each and the native one.
+"""The layouts that name RepLKNet's parameters, and the way between each and the native one.
 
 PaddleViT's names are native here; the official PyTorch repository and mmpretrain have others for
-the same tensors. A file's layout is recognized by its names.
+the same tensors, and mmsegmentation has names for a UPerNet around it. A file's layout is
+recognized by its names.
 """
 
 import os
@@ -60,6 +61,12 @@ def _mmpretrain(name: str) -> str:
     return "backbone." + _official(name)
 
 
+def _mmseg(name: str) -> str:
+    if name.startswith("backbone."):
+        return "backbone." + _official(name.removeprefix("backbone."))
+    return _official(name)
+
+
 def _from_mmpretrain(name: str) -> str:
     for native, theirs in _MMPRETRAIN_PREFIXES.items():
         if name.startswith(theirs):
@@ -86,7 +93,18 @@ class Layout:
     is_torch: bool
 
 
+# Segmentation networks come first: their files have a backbone as mmpretrain names it.
 LAYOUTS = {
+    "upernet": Layout(
+        "native UPerNet", re.compile(r"decode_head\.bottleneck\.norm\."), _same, _same, False
+    ),
+    "mmseg": Layout(
+        "official UPerNet (mmsegmentation)",
+        re.compile(r"decode_head\.bottleneck\.bn\."),
+        _mmseg,
+        _from_official,
+        True,
+    ),
     "native": Layout(
         "PaddleViT",
         re.compile(r"stages\.\d+\.blocks\.\d+\.pre_large_kernel_bn\."),

@@ -48,7 +48,8 @@ class Progress:
         batches: how many an epoch has.
         step: optimizer steps done in all.
         batch_size, accum_iter: of those, images on all processes, and how many make a step.
-        best_top1_percent: best accuracy so far, of the weights or of the EMA weights.
+        best_score: best top-1 accuracy (mIoU in segmentation) so far, percent, of the weights or of
+            the EMA weights.
         best_checkpoint: name of the file that had it.
         better_weights: 'model' or 'model_ema', whichever had the higher accuracy in the latest
             evaluation.
@@ -61,7 +62,7 @@ class Progress:
     batch_size: int = 0
     accum_iter: int = 0
     step: int = 0
-    best_top1_percent: float = -1.0
+    best_score: float = -1.0
     best_checkpoint: str = ""
     better_weights: str = "model"
     epoch_sums: tuple[float, float] = (0.0, 0.0)
@@ -175,6 +176,8 @@ def load_checkpoint(path: str) -> Checkpoint:
     body = json.loads(body)
     progress = body["progress"]
     progress["epoch_sums"] = tuple(progress["epoch_sums"])
+    if "best_top1_percent" in progress:  # as version 0.1 named it
+        progress["best_score"] = progress.pop("best_top1_percent")
     return Checkpoint(
         body["config"], Progress(**progress), **parts, scaler=body["scaler"], path=path
     )

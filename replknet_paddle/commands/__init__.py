@@ -17,6 +17,7 @@ from replknet_paddle.runtime.errors import InputError
 COMMANDS = (
     *("train", "eval", "predict", "page", "export", "merge", "convert", "benchmark"),
     *("make-lists", "check-data", "make-digits", "model-info", "plot", "erf", "kernels", "build"),
+    *("segment", "make-shapes"),
 )
 
 DESCRIPTION = """\

@@ -2,6 +2,8 @@
 
 from replknet_paddle.commands.console import log_to_stderr
 from replknet_paddle.commands.flags import add_config_flags, add_flag, config_from
+from replknet_paddle.commands.train import task_of
+from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import check_file_target
 
 EXAMPLES = """\
@@ -38,6 +40,9 @@ def run(args) -> int:
     log_to_stderr()
     check_file_target(args.destination)
     config = config_from(args, args.source)
+    is_segmentation = config.MODEL.TYPE == "UPerNet"
+    if is_segmentation and args.to == "mmpretrain":
+        raise InputError("-to mmpretrain of a segmentation network; allowed: native, official")
 
     from replknet_paddle.checkpoints.convert import convert_file
     from replknet_paddle.checkpoints.run_folder import weights_of
@@ -47,7 +52,8 @@ def run(args) -> int:
         args.destination,
         config,
         weights=args.weights,
-        layout=args.to,
+        layout={"native": "upernet", "official": "mmseg"}[args.to] if is_segmentation else args.to,
+        build=task_of(config).network,
     )
     print(f"{args.destination}: {count} tensors under {args.to} names")
     return 0

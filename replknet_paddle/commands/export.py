@@ -6,6 +6,7 @@ on images of the training list, and its accuracy is compared on images of the va
 
 from replknet_paddle.commands.console import log_to_stderr
 from replknet_paddle.commands.flags import add_config_flags, add_flag, config_from
+from replknet_paddle.commands.train import task_of
 
 EXAMPLES = """\
 examples: replknet export -pretrained output/RUN/best -format onnx exported
@@ -54,6 +55,7 @@ def run(args) -> int:
 
     export_checkpoint(
         config,
+        build=task_of(config).network,
         source=args.pretrained,
         target=args.target,
         format=args.format,

@@ -1,6 +1,7 @@
 """Print the parameters and multiply-adds of the network that a config describes."""
 
 from replknet_paddle.commands.flags import add_config_flags, config_from
+from replknet_paddle.commands.train import task_of
 
 EXAMPLES = "example: replknet model-info -cfg configs/replknet_xl.yaml"
 
@@ -13,10 +14,9 @@ def run(args) -> int:
     config = config_from(args)  # before Paddle is imported, which takes longer
 
     from replknet_paddle.analysis.complexity import count_macs, count_parameters
-    from replknet_paddle.model import build_replknet
 
     size = config.DATA.IMAGE_SIZE
-    model = build_replknet(config)
+    model = task_of(config).network(config)
     print(f"{config.MODEL.NAME}: {size}x{size}, {config.MODEL.NUM_CLASSES} classes")
     print(f"{'form':8}{'parameters':>16}{'multiply-adds':>20}")
     forms = [] if config.MODEL.SMALL_KERNEL_MERGED else ["train"]

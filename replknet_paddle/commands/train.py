@@ -145,8 +145,9 @@ def train_or_evaluate(args) -> tuple[int, str]:
         if backend is None and config.EVAL and config.MODEL.PRETRAINED is not None:
             backend = "auto" if is_export(config.MODEL.PRETRAINED) else None
         if backend is not None:
-            open_network = partial(open_for_evaluation, name=backend)
-        run_config(config, open_network=open_network)
+            build = task_of(config).network
+            open_network = partial(open_for_evaluation, name=backend, build=build)
+        run_config(config, task=task_of(config), open_network=open_network)
     except (InputError, OSError) as error:
         return 2, f"error: {error}"
     except PeerLost as error:
@@ -159,6 +160,17 @@ def train_or_evaluate(args) -> tuple[int, str]:
     except Stopped as stop:
         return 128 + stop.number, ""
     return 0, ""
+
+
+def task_of(config):
+    """What MODEL.TYPE says the run is about."""
+    if config.MODEL.TYPE == "UPerNet":
+        from replknet_paddle.segmentation.task import SEGMENTATION
+
+        return SEGMENTATION
+    from replknet_paddle.engine.task import CLASSIFICATION
+
+    return CLASSIFICATION
 
 
 def read_config(args):
@@ -237,7 +249,6 @@ def worker_log_dir(run_folder: str, nodes: int) -> str:
 
 def check_inputs(config) -> None:
     """Check the input once, so that not every process reports the same mistake."""
-    from replknet_paddle.data.dataset import get_dataset
     from replknet_paddle.engine.run_log import check_run_folder
 
     path = config.MODEL.RESUME or config.MODEL.PRETRAINED
@@ -246,5 +257,5 @@ def check_inputs(config) -> None:
             f"no checkpoint {path}; docs/model_zoo.md says where the published ones are"
         )
     for is_train in [False] if config.EVAL else [True, False]:
-        get_dataset(config, is_train)
+        task_of(config).dataset(config, is_train)
     check_run_folder(config.SAVE, resume=config.MODEL.RESUME)

@@ -7,12 +7,16 @@ from replknet_paddle.runtime.errors import InputError
 
 CLASS_NAMES_FILE = "class_names.txt"
 IMAGENET_NAMES = os.path.join(CONFIG_FOLDER, "imagenet1k_class_names.txt")
+KNOWN_NAMES = {
+    name: os.path.join(CONFIG_FOLDER, f"{name}_class_names.txt")
+    for name in ("ade20k", "cityscapes")
+}
 
 
 def get_class_names(config) -> list[str] | None:
     """The names of the classes, or None where nothing names them.
 
-    In this order: the file DATA.CLASS_NAMES; class_names.txt beside the lists; with
+    In this order: what DATA.CLASS_NAMES says; class_names.txt beside the lists; with
     DATA.IMAGENET_NAMES and 1000 classes, ImageNet-1K's.
 
     Raises:
@@ -20,7 +24,7 @@ def get_class_names(config) -> list[str] | None:
         InputError: a file that does not have one name per class.
     """
     beside = os.path.join(config.DATA.DATA_PATH, CLASS_NAMES_FILE)
-    path = config.DATA.CLASS_NAMES
+    path = KNOWN_NAMES.get(config.DATA.CLASS_NAMES, config.DATA.CLASS_NAMES)
     if path is None and os.path.isfile(beside):
         path = beside
     if path is None and config.DATA.IMAGENET_NAMES and config.MODEL.NUM_CLASSES == 1000:

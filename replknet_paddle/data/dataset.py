@@ -6,10 +6,17 @@ from collections.abc import Callable
 import numpy as np
 import paddle
 
-from replknet_paddle.data.lists import LAYOUT, LIST_FILES, printable, read_list, resolve
+from replknet_paddle.data.lists import (
+    LIST_FILES,
+    check_list,
+    printable,
+    read_list,
+    resolve,
+    unreadable,
+)
 from replknet_paddle.data.loader import Loader, check_memory
 from replknet_paddle.data.samplers import EvalBatches, TrainBatches
-from replknet_paddle.data.storage import describe, read_patiently
+from replknet_paddle.data.storage import read_patiently
 from replknet_paddle.data.transforms import (
     build_eval_transform,
     build_finish,
@@ -17,7 +24,7 @@ from replknet_paddle.data.transforms import (
 )
 from replknet_paddle.data.transforms.image import open_image
 from replknet_paddle.runtime.cores import processes_on_this_machine
-from replknet_paddle.runtime.errors import InputError, SampleError
+from replknet_paddle.runtime.errors import InputError
 
 
 class ListDataset(paddle.io.Dataset):
@@ -48,12 +55,7 @@ class ListDataset(paddle.io.Dataset):
         allow_outside: bool = False,
     ):
         super().__init__()
-        if not os.path.isdir(root):
-            raise FileNotFoundError(f"no data folder {root}; {LAYOUT}")
-        if not os.path.isfile(list_file):
-            raise FileNotFoundError(f"no list file {list_file}; {LAYOUT}")
-        if not os.access(list_file, os.R_OK):
-            raise InputError(f"no permission to read {list_file}")
+        check_list(list_file, root)
         self.list_file = list_file
         self.root = root
         self.transform = transform
@@ -82,6 +84,18 @@ class ListDataset(paddle.io.Dataset):
         where = f"{self.list_file}, line {self._lines[index]}"
         return f"image {printable(self.path(index))} ({where})"
 
+    def read_sample(
+        self, epoch: int, index: int, *, unfinished: bool, failures: list[str] | None = None
+    ):
+        """What a `Loader` makes batches of: the image and its label.
+
+        Args:
+            unfinished: without the last steps, which `FinishBatch` does.
+            failures: as of `read`.
+        """
+        transform = self.transform.unfinished if unfinished else self.transform
+        return self.read(epoch, index, transform, failures=failures), self.labels[index]
+
     def read(
         self, epoch: int, index: int, transform: Callable, *, failures: list[str] | None = None
     ):
@@ -104,10 +118,8 @@ class ListDataset(paddle.io.Dataset):
         try:
             return read_patiently(sample, self.describe(index), failures)
         except (OSError, InputError) as error:
-            raise SampleError(
-                f"{self.list_file}, line {self._lines[index]}: cannot read image "
-                f"{printable(path)}: {printable(describe(error))}"
-            ) from None
+            place = self.list_file, self._lines[index], f"image {path}"
+            raise unreadable(*place, error) from None
 
 
 def get_dataset(config, is_train: bool) -> ListDataset:

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.data.storage import describe
+from replknet_paddle.runtime.errors import InputError, SampleError
 
 LAYOUT = (
     "-data_path takes a folder with train_list.txt and val_list.txt, whose lines are the "
@@ -23,6 +24,35 @@ LAYOUT = (
     '"train/n01440764/n01440764_10026.JPEG 0"; replknet make-lists writes them'
 )
 LIST_FILES = {True: "train_list.txt", False: "val_list.txt"}
+
+
+def check_list(list_file: str, root: str, layout: str = LAYOUT) -> None:
+    """Check that there are such a data folder and list.
+
+    Args:
+        layout: what to give instead.
+
+    Raises:
+        FileNotFoundError, InputError: there are not, or the list may not be read.
+    """
+    if not os.path.isdir(root):
+        raise FileNotFoundError(f"no data folder {root}; {layout}")
+    if not os.path.isfile(list_file):
+        raise FileNotFoundError(f"no list file {list_file}; {layout}")
+    if not os.access(list_file, os.R_OK):
+        raise InputError(f"no permission to read {list_file}")
+
+
+def unreadable(list_file: str, line: int, path: str, error: Exception) -> SampleError:
+    """What to raise for a file of a list that cannot be read.
+
+    Args:
+        line: that has the path, counted from 1.
+        path: with what it is, e.g. `image a.jpg`.
+    """
+    return SampleError(
+        f"{list_file}, line {line}: cannot read {printable(path)}: {printable(describe(error))}"
+    )
 
 
 class Line(NamedTuple):

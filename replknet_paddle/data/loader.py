@@ -50,7 +50,7 @@ class Batch:
     Attributes:
         images: the images; None: they are in the batch's slot.
         shape, dtype: of the images.
-        labels: (N,) int64.
+        labels: (N,) int64, or label maps (N, H, W) uint8.
         erasures: for `FinishBatch`.
         unreadable: index of each image that another took the place of, and what is wrong with it.
         failures: messages of failures of the system after which reading again succeeded.
@@ -68,12 +68,12 @@ class Batch:
 class Loader:
     """The batches of one rank, read by worker processes and finished on this process's device.
 
-    Iterating gives (images (N, 3, H, W) float32, labels (N,) int64) for what `batch_sampler`
+    Iterating gives (images (N, 3, H, W) float32, labels as in `Batch`) for what `batch_sampler`
     names; the workers stay for the next time, until `close` or the end of a `with` block.
 
     Args:
-        dataset: a `ListDataset`.
-        batch_sampler: `TrainBatches` or `EvalBatches`.
+        dataset: a `ListDataset`, or another with `read_sample`, `describe` and `list_file`.
+        batch_sampler: of `replknet_paddle.data.samplers`.
         workers: processes; 0: read in this one.
         batch_bytes: of the images of a batch, which go through shared memory up to this size.
         finish: last steps of the pipeline, on the device; None: the workers do them.
@@ -299,7 +299,6 @@ class _ReadBatch:
     def __init__(self, dataset, *, slots: Slots | None, unfinished: bool, replace: bool):
         self.dataset = dataset
         self.slots = slots
-        self.transform = dataset.transform.unfinished if unfinished else dataset.transform
         self.unfinished = unfinished
         self.candidates = 1 + MAX_REPLACEMENTS if replace else 1
 
@@ -319,21 +318,22 @@ class _ReadBatch:
             np.stack(images, out=self.slots.array(slot, shape, dtype))
         else:
             stacked = np.stack(images)
-        labels = np.array(labels, "int64")
-        return Batch(stacked, shape, dtype.str, labels, erasures, unreadable, failures)
+        return Batch(stacked, shape, dtype.str, np.stack(labels), erasures, unreadable, failures)
 
     def _read_image(self, epoch: int, index: int, unreadable: list, failures: list):
         problem = None
         for candidate in range(index, index + self.candidates):
             candidate %= len(self.dataset)
             try:
-                image = self.dataset.read(epoch, candidate, self.transform, failures=failures)
+                sample = self.dataset.read_sample(
+                    epoch, candidate, unfinished=self.unfinished, failures=failures
+                )
             except SampleError as error:
                 problem = problem or error
             else:
                 if problem is not None:
                     unreadable.append((index, str(problem)))
-                return image, self.dataset.labels[candidate]
+                return sample
         raise problem
 
 

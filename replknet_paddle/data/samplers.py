@@ -58,6 +58,38 @@ class TrainBatches(paddle.io.Sampler):
             yield [(self.epoch, int(index)) for index in order[start : start + self.batch_size]]
 
 
+class StepBatches(TrainBatches):
+    """The (pass, index) names of one rank's training batches, in epochs of a given number.
+
+    Whole passes over the dataset, each shuffled anew, follow one another without regard to epochs:
+    a batch may end one pass and begin the next, and no image is left out.
+
+    Args:
+        batches: of an epoch.
+    """
+
+    def __init__(self, length: int, batch_size: int, *, batches: int, **places):
+        super().__init__(length, batch_size, **places)
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order_of, order = -1, None
+        for batch in range(self.first_batch, self.batches):
+            global_batch = self.epoch * self.batches + batch
+            start = (global_batch * self.world_size + self.rank) * self.batch_size
+            names = []
+            for place in range(start, start + self.batch_size):
+                number, position = divmod(place, self.length)
+                if number != order_of:
+                    order = np.random.default_rng((self.seed, number)).permutation(self.length)
+                    order_of = number
+                names.append((number, int(order[position])))
+            yield names
+
+
 class EvalBatches(paddle.io.Sampler):
     """The names of one rank's evaluation batches: every image once over all ranks, none twice."""
 

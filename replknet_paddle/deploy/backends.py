@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,11 +79,12 @@ def open_backend(
     precision: str | None = None,
     class_names: list[str] | None = None,
     batch_size: int = 1,
+    build: Callable = build_replknet,
 ) -> Backend:
     """Get a network ready to run.
 
     Args:
-        source: an export folder; or a checkpoint or run folder; or a `RepLKNet`, which keeps its
+        source: an export folder; or a checkpoint or run folder; or a network, which keeps its
             mode and its numbers. `dygraph` runs this very network: its convolutions become the
             compiled operators where MODEL.CONV_IMPL says so.
         name: a backend, or `auto` for the fastest installed one that can run `source`, which is
@@ -97,6 +98,7 @@ def open_backend(
             for fp32 also runs in `bf16`.
         class_names: of a network or checkpoint; None for those that its config names.
         batch_size: images that `run` will get at once, for `auto` to measure with.
+        build: config -> the network of a checkpoint.
 
     Raises:
         FileNotFoundError: there is nothing at `source`.
@@ -108,14 +110,14 @@ def open_backend(
         threads = core_share()
     if threads < 1:
         raise InputError(f"threads is {threads}; allowed: an integer >= 1")
-    if isinstance(source, RepLKNet):
+    if isinstance(source, nn.Layer):
         if config is None:
             raise ValueError("a network needs its config")
         model = source
     elif is_export(source):
         return _open_export(Path(source), name, threads, precision, batch_size)
     else:
-        model, config = load_network(source, config)
+        model, config = load_network(source, config, build)
     precision = precision or "fp32"
     check_network_precision(precision, name)
     if class_names is None:
@@ -133,17 +135,20 @@ def is_export(source) -> bool:
     return folder.is_dir() and ((folder / FILE).exists() or not (folder / "config.yaml").exists())
 
 
-def load_network(source, config=None) -> tuple[RepLKNet, object]:
+def load_network(source, config=None, build: Callable = build_replknet) -> tuple[nn.Layer, object]:
     """The network of a checkpoint or run folder with its weights, and its configuration.
 
     Args:
         config: instead of that of the run folder.
+        build: config -> the network.
 
     Raises:
         FileNotFoundError, InputError: there is none, or it does not fit.
     """
     config = get_config(run_config_file(source)) if config is None else config
-    model = build_replknet(config)
+    if config.MODEL.TYPE != "RepLKNet" and build is build_replknet:
+        raise InputError(f"{source} is a segmentation network; `replknet segment predict` runs it")
+    model = build(config)
     load_pretrained(model, weights_of(source), weights=config.MODEL.PRETRAINED_WEIGHTS)
     model.eval()
     return model, config
@@ -290,7 +295,7 @@ def model_path(folder: Path, sidecar: Sidecar, files: Iterable[str]) -> Path:
 
 
 class BackendLayer(nn.Layer):
-    """A backend in the place of a network: tensor (N, 3, H, W) -> tensor (N, num_classes)."""
+    """A backend in the place of a network: tensor (N, 3, H, W) -> tensor of logits."""
 
     def __init__(self, backend: Backend):
         super().__init__()
@@ -300,8 +305,11 @@ class BackendLayer(nn.Layer):
         return paddle.to_tensor(self.backend.run(images.numpy()))
 
 
-def open_for_evaluation(config, name: str) -> nn.Layer:
+def open_for_evaluation(config, name: str, build: Callable = build_replknet) -> nn.Layer:
     """What `-eval -backend NAME` evaluates: MODEL.PRETRAINED, a checkpoint or an export folder.
+
+    Args:
+        build: config -> the network of a checkpoint.
 
     Raises:
         FileNotFoundError, InputError: it cannot be opened so, or an export that is not of the
@@ -316,12 +324,12 @@ def open_for_evaluation(config, name: str) -> nn.Layer:
         wanted = Sidecar.build(config, format=given.format)
         differ = [
             f"{key} is {getattr(given, key)}, in the configuration {getattr(wanted, key)}"
-            for key in ("architecture", "num_classes", "preprocessing")
+            for key in ("architecture", "num_classes", "preprocessing", "segmentation")
             if getattr(given, key) != getattr(wanted, key)
         ]
         if differ:
             raise InputError(f"{source} is not of this configuration: {'; '.join(differ)}")
         config = None
-    backend = open_backend(source, name, config=config, batch_size=batch_size)
+    backend = open_backend(source, name, config=config, batch_size=batch_size, build=build)
     logger.info("evaluating on backend %s, %s", backend.name, backend.sidecar.precision)
     return BackendLayer(backend)

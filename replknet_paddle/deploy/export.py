@@ -2,7 +2,9 @@
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ HALF_WEIGHTS = {"fp16": "FLOAT16", "bf16": "BFLOAT16"}
 
 
 def export_model(
-    model: RepLKNet,
+    model: nn.Layer,
     target: str | os.PathLike,
     sidecar: Sidecar,
     *,
@@ -35,7 +37,8 @@ def export_model(
     """Write `model` and `sidecar` to the folder `target`, which appears when it is whole.
 
     Args:
-        model: a classifier of any form; stays as it is.
+        model: a classifier of any form, or another network with `export_form()`, which gives its
+            `ExportForm`; stays as it is.
         target: a new or empty folder, or an earlier export, which is replaced; or a link to one.
         sidecar: says the format and precision.
         calibration: for INT8: preprocessed images float32 (N, 3, H, W), batch by batch.
@@ -123,8 +126,39 @@ def check_combination(format: str, precision: str) -> None:
         raise InputError(f"-precision int8 with -format {format}; allowed: -format onnx")
 
 
+CLASSIFIERS_ONLY = "-precision int8 is for classifiers; allowed here: fp32, fp16, bf16"
+
+
+@dataclass(frozen=True)
+class ExportForm:
+    """A network as it is written to files.
+
+    Attributes:
+        layer: images (N, 3, H, W) -> logits, in evaluation mode, for Paddle Inference.
+        onnx: name of the half precision to store weights in, or None -> `onnx.ModelProto`.
+    """
+
+    layer: nn.Layer
+    onnx: Callable
+
+
+def classifier_form(model: RepLKNet) -> ExportForm:
+    """The form of a classifier.
+
+    Raises:
+        InputError: a backbone.
+    """
+    if model.out_indices is not None:
+        raise InputError(
+            f"MODEL.OUT_INDICES is {list(model.out_indices)}, which makes a backbone without a "
+            "head; allowed for an export: None"
+        )
+    model = folded(model)
+    return ExportForm(InferenceForm(model), partial(onnx_model, model))
+
+
 def write_model(
-    model: RepLKNet,
+    model: nn.Layer,
     folder: Path,
     *,
     format: str,
@@ -137,27 +171,22 @@ def write_model(
         InputError: a combination that there is not, a backbone, or a package that is missing.
     """
     check_combination(format, precision)
-    if model.out_indices is not None:
-        raise InputError(
-            f"MODEL.OUT_INDICES is {list(model.out_indices)}, which makes a backbone without a "
-            "head; allowed for an export: None"
-        )
-    model = folded(model)
+    if isinstance(model, RepLKNet):
+        form = classifier_form(model)
+    elif precision == "int8":
+        raise InputError(CLASSIFIERS_ONLY)
+    else:
+        form = model.export_form()
     if format == "paddle":
-        write_paddle_model(model, folder)
+        write_paddle_model(form.layer, folder)
         return
     path = folder / ONNX_MODEL_FILE
-    write_onnx_model(model, path, HALF_WEIGHTS.get(precision))
+    path.write_bytes(form.onnx(half_weights=HALF_WEIGHTS.get(precision)).SerializeToString())
     if precision == "int8":
         float_path = folder / "float.onnx"
         os.replace(path, float_path)
         quantize(float_path, path, calibration)
         float_path.unlink()
-
-
-def write_onnx_model(model: RepLKNet, path: Path, half_weights: str | None) -> None:
-    """Write the ONNX file of a folded network."""
-    path.write_bytes(onnx_model(model, half_weights=half_weights).SerializeToString())
 
 
 class InferenceForm(nn.Layer):
@@ -172,9 +201,8 @@ class InferenceForm(nn.Layer):
         return self.model.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
-def write_paddle_model(model: RepLKNet, folder: Path) -> None:
-    """Write the program and weights of a classifier as Paddle Inference reads them."""
-    form = InferenceForm(model)
+def write_paddle_model(form: nn.Layer, folder: Path) -> None:
+    """Write the program and weights of an `ExportForm.layer` as Paddle Inference reads them."""
     form.eval()
     spec = paddle.static.InputSpec([None, 3, None, None], "float32", INPUT)
     paddle.jit.save(form, str(folder / "model"), input_spec=[spec])

@@ -5,6 +5,7 @@ validation list.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,12 @@ from replknet_paddle.data.dataset import ListDataset, get_dataset
 from replknet_paddle.data.lists import LIST_FILES
 from replknet_paddle.data.transforms import build_eval_transform
 from replknet_paddle.deploy.backends import FORMAT, candidates, load_network, open_backend
-from replknet_paddle.deploy.export import check_combination, check_target, export_model
+from replknet_paddle.deploy.export import (
+    CLASSIFIERS_ONLY,
+    check_combination,
+    check_target,
+    export_model,
+)
 from replknet_paddle.deploy.fold import largest_deviation, random_images
 from replknet_paddle.deploy.quantize import compare, spread_batches
 from replknet_paddle.deploy.runtimes import DygraphBackend
@@ -49,6 +55,7 @@ class Int8Images:
 def export_checkpoint(
     config,
     *,
+    build: Callable,
     source: str,
     target: str,
     format: str,
@@ -59,6 +66,7 @@ def export_checkpoint(
 
     Args:
         config: of the network.
+        build: config -> the network.
         source: checkpoint or run folder.
         target: as of `export_model`.
         format, precision: of the export.
@@ -72,9 +80,11 @@ def export_checkpoint(
     target = check_target(target)
     int8_images.check()
     is_int8 = precision == "int8"
+    if is_int8 and config.MODEL.TYPE != "RepLKNet":
+        raise InputError(CLASSIFIERS_ONLY)
     calibration = calibration_set(config, int8_images.calibration_list) if is_int8 else None
     validation = validation_set(config) if is_int8 else None
-    model, _ = load_network(source, config)
+    model, _ = load_network(source, config, build)
     sidecar = Sidecar.build(
         config,
         format=format,

@@ -35,7 +35,7 @@ def folded(model: RepLKNet) -> RepLKNet:
     a checkpoint, and it cannot be trained.
 
     Args:
-        model: any RepLKNet, of any form; stays as it is.
+        model: any RepLKNet, of any form, or a network around one; stays as it is.
     """
     result = merged(model)
     with paddle.no_grad():
@@ -49,7 +49,7 @@ def folded(model: RepLKNet) -> RepLKNet:
                 )
             elif isinstance(layer, ConvFFN):
                 layer.pre_ffn_bn = fold_norm_before(layer.pre_ffn_bn, layer.pw_conv_1.conv)
-        if result.out_indices is None:
+        if isinstance(result, RepLKNet) and result.out_indices is None:
             fold_final_norm(result)
     return result
 

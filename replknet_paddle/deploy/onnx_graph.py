@@ -31,10 +31,14 @@ class GraphBuilder:
         self.nodes = []
         self.initializers = []
 
-    def node(self, op: str, name: str, inputs: list[str], **attributes) -> str:
-        node = self.onnx.helper.make_node(op, inputs, [f"{name}:out"], name=name, **attributes)
-        self.nodes.append(node)
-        return node.output[0]
+    def node(self, op: str, name: str, inputs: list[str], *, output=None, **attributes) -> str:
+        output = output or f"{name}:out"
+        self.nodes.append(self.onnx.helper.make_node(op, inputs, [output], name=name, **attributes))
+        return output
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        self.initializers.append(self.onnx.numpy_helper.from_array(value, name))
+        return name
 
     def weight(self, name: str, value: np.ndarray) -> str:
         value = np.ascontiguousarray(value, dtype=np.float32)
@@ -79,6 +83,23 @@ class GraphBuilder:
         y = self.conv_norm(f"{name}.pw_conv_2", block.pw_conv_2, y)
         return self.node("Add", f"{name}.add", [x, y])
 
+    def model(self, *, in_channels: int, output_shape: list):
+        """The `onnx.ModelProto` of images (batch, in_channels, height, width) -> `OUTPUT`."""
+        helper, types = self.onnx.helper, self.onnx.TensorProto
+        input_shape = ["batch", in_channels, "height", "width"]
+        return helper.make_model(
+            helper.make_graph(
+                self.nodes,
+                "RepLKNet",
+                [helper.make_tensor_value_info(INPUT, types.FLOAT, input_shape)],
+                [helper.make_tensor_value_info(OUTPUT, types.FLOAT, output_shape)],
+                self.initializers,
+            ),
+            opset_imports=[helper.make_opsetid("", OPSET)],
+            ir_version=IR_VERSION,
+            producer_name="RepLKNet in PaddlePaddle",
+        )
+
 
 def onnx_model(model: RepLKNet, *, half_weights: str | None = None):
     """The graph of a folded classifier: images (N, 3, H, W) -> logits (N, num_classes), float32.
@@ -96,42 +117,33 @@ def onnx_model(model: RepLKNet, *, half_weights: str | None = None):
     if not all(isinstance(layer, nn.Identity) for layer in norms(model)):
         raise ValueError("a norm is left; give a classifier that deploy.fold.folded returned")
     graph = GraphBuilder(half_weights)
-    helper, types = graph.onnx.helper, graph.onnx.TensorProto
-    x = INPUT
-    for i, layer in enumerate(model.stem):
-        x = graph.conv_norm(f"stem.{i}", layer, x)
-    for i, stage in enumerate(model.stages):
-        if i > 0:
-            for j, layer in enumerate(model.transitions[i - 1]):
-                x = graph.conv_norm(f"transitions.{i - 1}.{j}", layer, x)
-        for j, block in enumerate(stage.blocks):
-            x = graph.block(f"stages.{i}.blocks.{j}", block, x)
+    x = backbone_maps(graph, model)[-1]
     x = graph.node("GlobalAveragePool", "pool", [x])
     x = graph.node("Flatten", "flatten", [x], axis=1)
     head = [
         graph.weight("head.weight", model.head.weight.numpy()),
         graph.weight("head.bias", model.head.bias.numpy()),
     ]
-    graph.nodes.append(helper.make_node("Gemm", [x, *head], [OUTPUT], name="head"))
-
-    in_channels, num_classes = model.stem[0].conv._in_channels, model.head.weight.shape[1]
-    proto = helper.make_model(
-        helper.make_graph(
-            graph.nodes,
-            "RepLKNet",
-            [
-                helper.make_tensor_value_info(
-                    INPUT, types.FLOAT, ["batch", in_channels, "height", "width"]
-                )
-            ],
-            [helper.make_tensor_value_info(OUTPUT, types.FLOAT, ["batch", num_classes])],
-            graph.initializers,
-        ),
-        opset_imports=[helper.make_opsetid("", OPSET)],
-        ir_version=IR_VERSION,
-        producer_name="RepLKNet in PaddlePaddle",
+    graph.node("Gemm", "head", [x, *head], output=OUTPUT)
+    return graph.model(
+        in_channels=model.stem[0].conv._in_channels,
+        output_shape=["batch", model.head.weight.shape[1]],
     )
-    return proto
+
+
+def backbone_maps(graph: GraphBuilder, model: RepLKNet, prefix: str = "") -> list[str]:
+    """Add the stem and the stages of a folded network; the names of the stages' maps."""
+    x, maps = INPUT, []
+    for i, layer in enumerate(model.stem):
+        x = graph.conv_norm(f"{prefix}stem.{i}", layer, x)
+    for i, stage in enumerate(model.stages):
+        if i > 0:
+            for j, layer in enumerate(model.transitions[i - 1]):
+                x = graph.conv_norm(f"{prefix}transitions.{i - 1}.{j}", layer, x)
+        for j, block in enumerate(stage.blocks):
+            x = graph.block(f"{prefix}stages.{i}.blocks.{j}", block, x)
+        maps.append(x)
+    return maps
 
 
 def norms(model: RepLKNet):

@@ -87,6 +87,10 @@ class Predictor:
                     network, backend, config=config_of(network), batch_size=batch_size
                 )
         sidecar = self.backend.sidecar
+        if sidecar.segmentation is not None:
+            raise InputError(
+                f"{model} is a segmentation network; `replknet segment predict` runs it"
+            )
         self.transform = sidecar.build_eval_transform()
         self.num_classes = sidecar.num_classes
         names = sidecar.class_names or map(str, range(self.num_classes))

@@ -38,7 +38,8 @@ class Backend(Protocol):
     sidecar: Sidecar
 
     def run(self, images: np.ndarray) -> np.ndarray:
-        """Images float32 (N, 3, H, W) -> logits float32 (N, num_classes).
+        """Images float32 (N, 3, H, W) -> logits float32 (N, num_classes), of a segmentation
+        network (N, num_classes, H, W).
 
         Raises:
             InputError: another shape or type.
@@ -224,7 +225,8 @@ def gpu_predictor(settings: Callable, sidecar: Sidecar, precision: str):
         return inference.create_predictor(config)
 
     has_tensorrt = (
-        paddle.__version__.startswith("2.")
+        sidecar.segmentation is None  # whose images have any size
+        and paddle.__version__.startswith("2.")
         and precision != "bf16"
         and any(inference.get_trt_compile_version())
         and any(inference.get_trt_runtime_version())

@@ -57,6 +57,8 @@ class Sidecar:
         precision: `fp32`, `fp16`, `bf16` or `int8`.
         input_size: the only (height, width) that the model file takes; None for any.
         num_classes: length of the logits.
+        segmentation: keys and values of the configuration's SEGMENTATION that inference needs, in
+            lower case; None for a classifier.
         class_names: one per class, or None.
         source_sha256: of the checkpoint file; None for weights that came from no file.
         paddle_version: that wrote the export.
@@ -70,6 +72,7 @@ class Sidecar:
     preprocessing: Preprocessing
     num_classes: int
     class_names: tuple[str, ...] | None = None
+    segmentation: dict | None = None
     source_sha256: str | None = None
     paddle_version: str | None = None
     files: dict[str, str] = field(default_factory=dict)
@@ -106,6 +109,7 @@ class Sidecar:
             ),
             num_classes=config.MODEL.NUM_CLASSES,
             class_names=None if class_names is None else tuple(class_names),
+            segmentation=segmentation_settings(config),
             source_sha256=source_sha256,
             paddle_version=paddle_version,
         )
@@ -146,6 +150,7 @@ class Sidecar:
                 f"{path} has format_version {version!r}; this program reads {FORMAT_VERSION}. "
                 "Export the model again, or use the program that wrote it"
             )
+        content.setdefault("segmentation", None)  # version 0.1 wrote none
         if isinstance(content.get("preprocessing"), dict):  # exports of 0.1 do not have it
             content["preprocessing"].setdefault("native_pixels", True)
         problems = list(_problems(content))
@@ -197,6 +202,13 @@ class Sidecar:
         )
 
 
+def segmentation_settings(config) -> dict | None:
+    """`Sidecar.segmentation` of the network that `config` describes."""
+    if config.MODEL.TYPE != "UPerNet":
+        return None
+    return {key: config.SEGMENTATION[key.upper()] for key in _SEGMENTATION_ENTRIES}
+
+
 def _is_integer(value, low: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value < 2**31
 
@@ -216,10 +228,16 @@ def _is_text_or_none(value) -> bool:
     return value is None or isinstance(value, str)
 
 
+def _is_size(value) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(_is_integer(v) for v in value)
+
+
 def _is_size_or_none(value) -> bool:
-    return value is None or (
-        isinstance(value, list) and len(value) == 2 and all(_is_integer(v) for v in value)
-    )
+    return value is None or _is_size(value)
+
+
+def _are_ratios(value) -> bool:
+    return isinstance(value, list) and value and all(_is_number(v, 0.01, 100) for v in value)
 
 
 def _are_names_or_none(value) -> bool:
@@ -247,9 +265,18 @@ _ENTRIES = {
     "preprocessing": (lambda v: isinstance(v, dict), "an object"),
     "num_classes": (_is_integer, "an integer >= 1"),
     "class_names": (_are_names_or_none, "a list of text, or null"),
+    "segmentation": (lambda v: v is None or isinstance(v, dict), "an object, or null"),
     "source_sha256": (_is_text_or_none, "text, or null"),
     "paddle_version": (_is_text_or_none, "text, or null"),
     "files": (_are_files, "an object of file names of this folder and their SHA-256"),
+}
+_SEGMENTATION_ENTRIES = {
+    "align_corners": (lambda v: isinstance(v, bool), "true or false"),
+    "resize": (_is_size, "[longer side, shorter side] in pixels"),
+    "slide_stride": (lambda v: v is None or _is_integer(v), "an integer >= 1, or null"),
+    "eval_ratios": (_are_ratios, "a list of numbers from 0.01 to 100"),
+    "eval_flip": (lambda v: isinstance(v, bool), "true or false"),
+    "palette": (_is_text_or_none, "text, or null"),
 }
 _PREPROCESSING_ENTRIES = {
     "image_size": (_is_integer, "an integer >= 1"),
@@ -268,6 +295,9 @@ def _problems(content: dict):
     preprocessing = content.get("preprocessing")
     if isinstance(preprocessing, dict):
         yield from _wrong_entries(preprocessing, _PREPROCESSING_ENTRIES, "preprocessing.")
+    segmentation = content.get("segmentation")
+    if isinstance(segmentation, dict):
+        yield from _wrong_entries(segmentation, _SEGMENTATION_ENTRIES, "segmentation.")
     names, classes = content.get("class_names"), content.get("num_classes")
     if isinstance(names, list) and _is_integer(classes) and len(names) != classes:
         yield f"class_names holds {len(names)} names; allowed: num_classes, {classes}"

@@ -5,26 +5,35 @@ from collections.abc import Callable
 import paddle
 
 from replknet_paddle.data.loader import Loader
-from replknet_paddle.engine.metrics import Metrics, MetricSums
 from replknet_paddle.engine.precision import Precision
 
 
 @paddle.no_grad()
 def evaluate(
-    *, model: paddle.nn.Layer, loader: Loader, precision: Precision, progress: Callable
-) -> Metrics:
+    *,
+    model: paddle.nn.Layer,
+    inference: Callable,
+    loader: Loader,
+    precision: Precision,
+    sums,
+    progress: Callable,
+):
     """Metrics of `model` over the loaders of all processes.
 
     Args:
-        model: images (N, 3, H, W) -> logits (N, classes); left in evaluation mode.
+        model: left in evaluation mode.
+        inference: images (N, 3, H, W) -> what `sums` takes; `model` itself, or a way to use it.
         loader: this process's share of the images; shares may differ in length.
         precision: how the network computes.
+        sums: empty sums of the metrics, such as `MetricSums`.
         progress: (loader, desc=text) -> the same batches, showing how far it is.
+
+    Returns:
+        The total of `sums` over all processes.
     """
     model.eval()
-    sums = MetricSums()
     for images, labels in progress(loader, desc="evaluation"):
         with precision.autocast():
-            logits = model(images)
-        sums.add(logits, labels)
+            outputs = inference(images)
+        sums.add(outputs, labels)
     return sums.total()

@@ -32,6 +32,11 @@ class Metrics:
     def top5_percent(self) -> float:
         return 100.0 * self.top5 / self.images
 
+    @property
+    def score(self) -> float:
+        """By which the best weights of a run are chosen."""
+        return self.top1_percent
+
     def record(self, prefix: str) -> dict[str, float]:
         """The figures for metrics.jsonl; each key begins with `prefix`."""
         return {

@@ -10,7 +10,6 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import paddle
@@ -25,40 +24,35 @@ from replknet_paddle.checkpoints.training import (
     save_checkpoint,
     take_up,
 )
-from replknet_paddle.data.dataset import get_dataloader, get_dataset
-from replknet_paddle.data.loader import Loader
-from replknet_paddle.data.transforms import build_mixup
 from replknet_paddle.engine.evaluate import evaluate
-from replknet_paddle.engine.metrics import Metrics
 from replknet_paddle.engine.precision import Precision
 from replknet_paddle.engine.run_log import RunLog, config_text
 from replknet_paddle.engine.signals import Stopped, StopSignals
 from replknet_paddle.engine.start import find_resumed, from_rank_0, load_start
+from replknet_paddle.engine.task import CLASSIFICATION, Task
 from replknet_paddle.engine.train import train_epoch
-from replknet_paddle.model import RepLKNet, build_replknet
 from replknet_paddle.ops import describe_operator, use_fast_depthwise_conv, use_fast_pointwise_conv
 from replknet_paddle.optim.ema import ModelEma
-from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from replknet_paddle.optim.optimizer import (
-    build_optimizer,
     load_optimizer_state,
     master_weights,
     optimizer_state,
 )
-from replknet_paddle.optim.schedule import base_learning_rate, get_lr
+from replknet_paddle.optim.schedule import base_learning_rate
 from replknet_paddle.runtime import processes
-from replknet_paddle.runtime.errors import InputError, SystemFault
+from replknet_paddle.runtime.errors import SystemFault
 
 logger = logging.getLogger(__name__)
 
 
-def run(config, *, open_network: Callable | None = None) -> Metrics:
+def run(config, *, task: Task = CLASSIFICATION, open_network: Callable | None = None):
     """Train or evaluate as `config` says, in this process and those launched beside it.
 
     Args:
         config: of config.py, with SAVE, the run folder, set.
+        task: what the network is for.
         open_network: config -> what to evaluate instead of the network in Paddle's eager mode, with
-            the weights of MODEL.PRETRAINED: a layer, images (N, 3, H, W) -> logits (N, classes).
+            the weights of MODEL.PRETRAINED: a layer with the network's inputs and outputs.
 
     Returns:
         The last evaluation's metrics.
@@ -73,10 +67,10 @@ def run(config, *, open_network: Callable | None = None) -> Metrics:
     paddle.seed(processes.random_seed(config.SEED))
     log = RunLog(is_main=processes.rank() == 0)
     with log.with_its_end():
-        return run_logged(config, log, open_network)
+        return run_logged(config, task, log, open_network)
 
 
-def run_logged(config, log: RunLog, open_network: Callable | None) -> Metrics:
+def run_logged(config, task: Task, log: RunLog, open_network: Callable | None):
     """What `run` does once the processes are connected and there is a log."""
     logger.info(
         "%s, %d process(es) on %s, Paddle %s, run folder %s",
@@ -86,35 +80,38 @@ def run_logged(config, log: RunLog, open_network: Callable | None) -> Metrics:
         paddle.__version__,
         config.SAVE,
     )
-    if config.MODEL.OUT_INDICES is not None:
-        raise InputError(
-            f"MODEL.OUT_INDICES is {config.MODEL.OUT_INDICES}, which makes a backbone "
-            "without a head; training and evaluation need it to be None"
-        )
+    task.check(config)
     if config.AMP and not processes.on_gpu():
         logger.warning("-amp has no effect on CPU: computing in float32")
     from_rank_0(lambda: log.lock(config.SAVE, resume=config.MODEL.RESUME))
     if config.EVAL:
-        return run_evaluation(config, log, open_network)
-    return Training(config, log).run()
+        return run_evaluation(config, task, log, open_network)
+    return Training(config, task, log).run()
 
 
-def run_evaluation(config, log: RunLog, open_network: Callable | None) -> Metrics:
+def run_evaluation(config, task: Task, log: RunLog, open_network: Callable | None):
     """Evaluate MODEL.PRETRAINED on the validation list."""
-    loader = build_loader(config, is_train=False)
+    loader = task.loader(config, is_train=False)
     precision = build_precision(config)
     if open_network is not None:
         model = open_network(config)
     else:
-        model = build_network(config)
+        model = build_network(config, task)
         if config.MODEL.PRETRAINED is None:
             logger.warning("no -pretrained weights: evaluating a freshly initialized network")
-        load_start(model, config)
+        load_start(model, config, task.load_weights)
         precision.prepare(model)
     log.open(config.SAVE, config)
     start = time.perf_counter()
     with loader:
-        metrics = evaluate(model=model, loader=loader, precision=precision, progress=log.bar)
+        metrics = evaluate(
+            model=model,
+            inference=task.inference(config, model),
+            loader=loader,
+            precision=precision,
+            sums=task.metric_sums(config),
+            progress=log.bar,
+        )
     seconds = time.perf_counter() - start
     log.write_metrics({"epoch": 0, **metrics.record("val"), "val_seconds": round(seconds, 3)})
     logger.info(
@@ -127,26 +124,23 @@ def run_evaluation(config, log: RunLog, open_network: Callable | None) -> Metric
 class Training:
     """The parts of one training run, wired together, and its epochs."""
 
-    def __init__(self, config, log: RunLog):
+    def __init__(self, config, task: Task, log: RunLog):
         self.config = config
+        self.task = task
         self.log = log
         resumed = find_resumed(config)
-        self.train_loader = build_loader(config, is_train=True)
-        self.val_loader = build_loader(config, is_train=False)
+        self.train_loader = task.loader(config, is_train=True)
+        self.val_loader = task.loader(config, is_train=False)
         self.batches = len(self.train_loader.batch_sampler)  # an epoch's, on each process
         self.steps_per_epoch = self.batches // config.TRAIN.ACCUM_ITER
-        self.mixup = build_mixup(config)
-        self.criterion = (
-            SoftTargetCrossEntropy()
-            if self.mixup is not None
-            else LabelSmoothingCrossEntropy(config.TRAIN.SMOOTHING)
-        )
+        self.mixup = task.mixup(config)
+        self.criterion = task.criterion(config)
 
-        self.model = build_network(config)
-        load_start(self.model, config, resumed)
+        self.model = build_network(config, task)
+        load_start(self.model, config, task.load_weights, resumed)
         self.learning_rate = self.build_schedule()
         self.precision = build_precision(config)
-        self.optimizer = build_optimizer(
+        self.optimizer = task.optimizer(
             config,
             self.model,
             lr=self.learning_rate(0),
@@ -188,14 +182,7 @@ class Training:
             max(0, images - self.steps_per_epoch * global_batch),
             peak,
         )
-        return partial(
-            get_lr,
-            base_lr=peak,
-            min_lr=train.END_LR,
-            warmup_start_lr=train.WARMUP_START_LR,
-            warmup_steps=train.WARMUP_EPOCHS * self.steps_per_epoch,
-            total_steps=train.NUM_EPOCHS * self.steps_per_epoch,
-        )
+        return self.task.schedule(self.config, peak, self.steps_per_epoch)
 
     def restore(self, resumed: Checkpoint) -> None:
         """Take over everything but the weights from a checkpoint."""
@@ -211,7 +198,7 @@ class Training:
         if self.ema is not None:
             self.ema.load_state(resumed.model_ema)
 
-    def run(self) -> Metrics:
+    def run(self):
         """Train the remaining epochs, evaluating and saving as configured."""
         config, log = self.config, self.log
         log.open(config.SAVE, config, resume=config.MODEL.RESUME)
@@ -234,7 +221,7 @@ class Training:
                 raise
             raise SystemFault(str(error)) from error
 
-    def train_epochs(self, signals: StopSignals) -> Metrics | None:
+    def train_epochs(self, signals: StopSignals):
         """Train, evaluate and save epoch by epoch; the last evaluation, if there was any."""
         config = self.config
         metrics = None
@@ -309,19 +296,24 @@ class Training:
             "train_images_per_second": round(images_here / seconds, 3),
         }
 
-    def validate(self, record: dict) -> tuple[Metrics, bool]:
+    def validate(self, record: dict) -> tuple:
         """Evaluate the weights and the EMA weights; adds to `record`.
 
         Returns:
             The better of the two metrics, and whether it is the best of the run.
         """
-        loop = partial(
-            evaluate,
-            model=self.model,
-            loader=self.val_loader,
-            precision=self.precision,
-            progress=self.log.bar,
-        )
+        inference = self.task.inference(self.config, self.model)
+
+        def loop():
+            return evaluate(
+                model=self.model,
+                inference=inference,
+                loader=self.val_loader,
+                precision=self.precision,
+                sums=self.task.metric_sums(self.config),
+                progress=self.log.bar,
+            )
+
         results = {"val": loop()}
         if self.ema is not None:
             with self.ema.applied_to(self.model):
@@ -335,12 +327,12 @@ class Training:
                 WEIGHTS[kinds[name]],
                 metrics,
             )
-        better = max(results, key=lambda name: results[name].top1_percent)
+        better = max(results, key=lambda name: results[name].score)
         best = results[better]
         self.progress = replace(self.progress, better_weights=kinds[better])
-        is_best = best.top1_percent > self.progress.best_top1_percent
+        is_best = best.score > self.progress.best_score
         if is_best:
-            self.progress = replace(self.progress, best_top1_percent=best.top1_percent)
+            self.progress = replace(self.progress, best_score=best.score)
         return best, is_best
 
     def save_if_due(self) -> None:
@@ -405,18 +397,7 @@ def float32_weights(model: paddle.nn.Layer, optimizer) -> dict[str, np.ndarray]:
     return {name: tensor.astype("float32").numpy() for name, tensor in tensors.items()}
 
 
-def build_loader(config, *, is_train: bool) -> Loader:
-    """This process's loader of the training or the validation set."""
-    return get_dataloader(
-        config,
-        get_dataset(config, is_train),
-        is_train,
-        rank=processes.rank(),
-        world_size=processes.world_size(),
-    )
-
-
-def build_network(config) -> RepLKNet:
+def build_network(config, task: Task) -> paddle.nn.Layer:
     """The network on this process's device, with fast convolutions and synchronized BN where those
     apply."""
     several_gpus = processes.on_gpu() and processes.world_size() > 1
@@ -426,7 +407,7 @@ def build_network(config) -> RepLKNet:
             "MODEL.SYNC_BN needs GPUs: each process normalizes by its own batches, "
             "and running statistics are averaged over the processes"
         )
-    model = build_replknet(config, sync_bn=sync_bn)
+    model = task.network(config, sync_bn=sync_bn)
     depthwise = use_fast_depthwise_conv(model, config.MODEL.CONV_IMPL)
     pointwise = use_fast_pointwise_conv(model, config.MODEL.CONV_IMPL)
     if depthwise:

@@ -233,7 +233,7 @@ class RunLog:
                 file.write(json.dumps(record) + "\n")
         if self.visualdl is not None:
             for tag, value in record.items():
-                if tag != "epoch":
+                if tag != "epoch" and not isinstance(value, list):
                     self.visualdl.add_scalar(tag, value, record["epoch"])
 
     def write_step(self, step: int) -> None:

@@ -79,10 +79,13 @@ def resumed_path(config) -> str:
     return path or ""
 
 
-def load_start(model, config, resumed: Checkpoint | None = None) -> None:
+def load_start(model, config, load_weights: Callable, resumed: Checkpoint | None = None) -> None:
     """Load the weights of `resumed`, or else those of MODEL.PRETRAINED, if there are any.
 
     Afterwards all ranks hold the same weights and statistics.
+
+    Args:
+        load_weights: (model, config, path of MODEL.PRETRAINED) -> None.
 
     Raises:
         OSError, InputError: the file does not exist, cannot be read, or does not fit; or the ranks
@@ -94,12 +97,7 @@ def load_start(model, config, resumed: Checkpoint | None = None) -> None:
     elif config.MODEL.PRETRAINED is not None:
         path = from_rank_0(lambda: weights_of(config.MODEL.PRETRAINED))
         wait_for_file(path)
-        load_pretrained(
-            model,
-            path,
-            weights=config.MODEL.PRETRAINED_WEIGHTS,
-            drop_head=config.MODEL.DROP_HEAD and not config.EVAL,
-        )
+        load_weights(model, config, path)
     check_same_weights(model)
 
 

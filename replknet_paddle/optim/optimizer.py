@@ -17,7 +17,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from replknet_paddle.optim.parameter_groups import parameter_groups
+from replknet_paddle.optim.parameter_groups import ParameterGroup, parameter_groups
 from replknet_paddle.optim.state import check_fits
 from replknet_paddle.runtime.errors import InputError
 
@@ -58,6 +58,14 @@ def build_optimizer(
         layer_decay=train.LAYER_DECAY,
         layers=config.MODEL.LAYERS,
     )
+    return adamw(config, groups, lr=lr, multi_precision=multi_precision)
+
+
+def adamw(
+    config, groups: list[ParameterGroup], *, lr: float, multi_precision: bool = False
+) -> paddle.optimizer.AdamW:
+    """AdamW over groups of parameters, as TRAIN says; see `build_optimizer`."""
+    train = config.TRAIN
     decaying = set()
     for group in groups:
         for param in group.params:

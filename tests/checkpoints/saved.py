@@ -17,7 +17,7 @@ PROGRESS = Progress(
     batch=14,
     batches=20,
     step=37,
-    best_top1_percent=100 / 3,
+    best_score=100 / 3,
     epoch_sums=(0.1 + 0.2, 128.0),
 )
 

@@ -99,7 +99,7 @@ def test_best_records_which_weights_won(two_runs, better):
     assert last[f"{won}_top1_percent"] >= last[f"{lost}_top1_percent"] + 10, last
     progress = load_checkpoint(str(run_folder / "best")).progress
     assert progress.better_weights == better
-    assert progress.best_top1_percent == best_top1(run_folder)
+    assert progress.best_score == best_top1(run_folder)
 
 
 TITLES = {"model": "weights", "model_ema": "EMA weights"}

@@ -1,0 +1,119 @@
+"""From an image of any size to the class probabilities of its pixels.
+
+Whole or by sliding windows, at one scale or several, with or without mirror images: the official
+evaluation (mmsegmentation 0.x). Logits are resized to the image's own size before softmax, and
+probabilities of scales and mirror images are averaged.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import paddle
+from paddle.nn import functional as F
+
+from replknet_paddle.deploy.sidecar import Sidecar, segmentation_settings
+from replknet_paddle.segmentation.heads import resize
+from replknet_paddle.segmentation.transforms import Box, resized_size
+
+
+@dataclass(frozen=True)
+class InferenceSettings:
+    """How images go through the network.
+
+    Attributes:
+        scale: the most that the longer and the shorter side of an image have at ratio 1, pixels.
+        ratios: sizes to average over, relative to that.
+        flip: average with the mirror image, too.
+        crop_size: side of the sliding windows, pixels.
+        stride: of the windows, pixels; None: the whole image at once.
+        align_corners: how logits are resized.
+    """
+
+    scale: tuple[int, int]
+    ratios: tuple[float, ...]
+    flip: bool
+    crop_size: int
+    stride: int | None
+    align_corners: bool
+
+    @classmethod
+    def build(cls, config) -> "InferenceSettings":
+        """What `config` says."""
+        return cls.of(segmentation_settings(config), config.DATA.IMAGE_SIZE)
+
+    @classmethod
+    def from_sidecar(cls, sidecar: Sidecar) -> "InferenceSettings":
+        """What an export's sidecar says."""
+        return cls.of(sidecar.segmentation, sidecar.preprocessing.image_size)
+
+    @classmethod
+    def of(cls, settings: dict, crop_size: int) -> "InferenceSettings":
+        """Those of `Sidecar.segmentation`."""
+        return cls(
+            scale=tuple(settings["resize"]),
+            ratios=tuple(settings["eval_ratios"]),
+            flip=settings["eval_flip"],
+            crop_size=crop_size,
+            stride=settings["slide_stride"],
+            align_corners=settings["align_corners"],
+        )
+
+
+@paddle.no_grad()
+def class_probabilities(
+    network: Callable, images: paddle.Tensor, settings: InferenceSettings
+) -> paddle.Tensor:
+    """Normalized images (N, 3, H, W) -> probabilities (N, num_classes, H, W), float32.
+
+    Args:
+        network: images (N, 3, h, w) -> logits (N, num_classes, h, w).
+    """
+    size = images.shape[2:]
+    total = 0
+    for ratio in settings.ratios:
+        scaled_size = resized_size(size, [ratio * edge for edge in settings.scale])
+        scaled = images
+        if scaled_size != tuple(size):
+            scaled = resize(images, scaled_size, align_corners=False)
+        for mirrored in (False, True) if settings.flip else (False,):
+            logits = image_logits(network, scaled.flip(3) if mirrored else scaled, settings)
+            if logits.shape[2:] != size:
+                logits = resize(logits, size, align_corners=settings.align_corners)
+            probabilities = F.softmax(logits, axis=1)
+            total = total + (probabilities.flip(3) if mirrored else probabilities)
+    return total / (len(settings.ratios) * (1 + settings.flip))
+
+
+def image_logits(
+    network: Callable, images: paddle.Tensor, settings: InferenceSettings
+) -> paddle.Tensor:
+    """Logits at the size of the images, float32; where windows overlap, their average."""
+    if settings.stride is None:
+        return network(images).astype("float32")
+    height, width = images.shape[2:]
+    counts = np.zeros((1, 1, height, width), np.float32)
+    total = None
+    for top, left, bottom, right in windows(height, width, settings.crop_size, settings.stride):
+        logits = network(images[:, :, top:bottom, left:right]).astype("float32")
+        if total is None:
+            total = paddle.zeros([*logits.shape[:2], height, width])
+        total[:, :, top:bottom, left:right] += logits
+        counts[:, :, top:bottom, left:right] += 1
+    return total / paddle.to_tensor(counts)
+
+
+def windows(height: int, width: int, side: int, stride: int) -> Iterator[Box]:
+    """Boxes (top, left, bottom, right) that cover an image, row by row.
+
+    Each is `side` x `side` pixels, less where the image is smaller; the last of a row or column
+    ends with the image.
+    """
+    for bottom in _ends(height, side, stride):
+        for right in _ends(width, side, stride):
+            yield max(bottom - side, 0), max(right - side, 0), bottom, right
+
+
+def _ends(length: int, side: int, stride: int) -> Sequence[int]:
+    steps = -(-max(length - side, 0) // stride)
+    return [min(side + i * stride, length) for i in range(steps + 1)]

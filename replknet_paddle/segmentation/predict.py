@@ -1,0 +1,154 @@
+"""From pictures to label maps, by any backend, and the files that show them."""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import paddle
+from paddle import nn
+from PIL import Image
+
+from replknet_paddle.data.lists import printable
+from replknet_paddle.data.transforms.image import normalize, to_rgb
+from replknet_paddle.deploy.backends import BackendLayer, is_export, load_network, open_backend
+from replknet_paddle.deploy.images import ImageFiles, decode
+from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.files import written_whole
+from replknet_paddle.segmentation.inference import InferenceSettings, class_probabilities
+from replknet_paddle.segmentation.palette import label_picture, overlay, palette_of
+from replknet_paddle.segmentation.upernet import build_upernet
+
+NAMED_CLASSES = 5  # of a picture's, in `Prediction.__str__`
+
+
+class SegmentationPredictor:
+    """An open segmentation network with what goes before and after it.
+
+    Args:
+        model: a run folder, a checkpoint in one, an export folder, or a `UPerNet` of
+            `build_upernet(config)`.
+        backend: name of one, or `auto` for the fastest that is installed.
+        config: of a checkpoint, instead of that of its run folder.
+
+    Attributes:
+        backend: the open one.
+        class_names: text for each class; their numbers where the model brings no names.
+        palette: uint8 (num_classes, 3).
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        InputError: it cannot be opened, or is no segmentation network.
+    """
+
+    def __init__(self, model, *, backend: str = "auto", config=None):
+        if isinstance(model, nn.Layer):
+            self.backend = open_backend(model, backend, config=model.config)
+        else:
+            if not os.path.exists(model):
+                raise FileNotFoundError(
+                    f"no model {model}; allowed: a run folder, a checkpoint in one, or an export"
+                )
+            if not is_export(model):
+                model, config = load_network(model, config, build_upernet_only)
+            self.backend = open_backend(model, backend, config=config)
+        sidecar = self.backend.sidecar
+        if sidecar.segmentation is None:
+            raise InputError(f"{model} is a classifier; `replknet predict` runs it")
+        self.network = BackendLayer(self.backend)
+        self.settings = InferenceSettings.from_sidecar(sidecar)
+        self.preprocessing = sidecar.preprocessing
+        self.class_names = sidecar.class_names or [str(i) for i in range(sidecar.num_classes)]
+        self.palette = palette_of(sidecar.segmentation["palette"], sidecar.num_classes)
+
+    def labels(self, image) -> np.ndarray:
+        """A path, an array (H, W, 3) uint8 or a Pillow image -> the class of each pixel, (H, W).
+
+        Raises:
+            InputError: it cannot be decoded.
+        """
+        return self.labels_of_pixels(np.array(to_rgb(decode(image))))
+
+    def labels_of_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        """Pixels (H, W, 3) uint8, RGB -> the class of each, (H, W) uint8."""
+        given = self.preprocessing
+        images = paddle.to_tensor(normalize(pixels, given.mean, given.std)[None])
+        probabilities = class_probabilities(self.network, images, self.settings)
+        return probabilities[0].argmax(axis=0).numpy().astype(np.uint8)
+
+
+def build_upernet_only(config):
+    """`build_upernet`, but for the configuration of a classifier."""
+    if config.MODEL.TYPE != "UPerNet":
+        raise InputError(f"{config.MODEL.NAME} is a classifier; `replknet predict` runs it")
+    return build_upernet(config)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the network says of one file, or why it says nothing.
+
+    Attributes:
+        path: the file; or a folder that could not be listed.
+        shares: name and share of each class in the picture, the largest first.
+        problem: why there is no prediction; None where there is one.
+    """
+
+    path: str
+    shares: tuple[tuple[str, float], ...] = ()
+    problem: str | None = None
+
+    def __str__(self) -> str:
+        said = self.problem or ", ".join(
+            f"{printable(name)} {100 * share:.1f} %" for name, share in self.shares[:NAMED_CLASSES]
+        )
+        return f"{printable(self.path)}: {said}"
+
+
+def predict_files(
+    predictor: SegmentationPredictor, arguments: Iterable[str], folder: str
+) -> Iterator[Prediction]:
+    """Write an overlay and a label image of each picture into `folder`.
+
+    NUMBER_NAME.png is the picture tinted by its classes, NUMBER_NAME_labels.png a palette image
+    whose numbers are the classes.
+
+    Args:
+        arguments: files, folders and patterns.
+
+    Raises:
+        FileNotFoundError, InputError: an argument stands for no image.
+        OSError: the folder cannot be written.
+    """
+    files = ImageFiles(arguments, leave_out=folder)
+    files.count()
+    os.makedirs(folder, exist_ok=True)
+    for number, (path, problem) in enumerate(files, start=1):
+        if problem is not None:
+            yield Prediction(path, problem=problem)
+            continue
+        try:
+            pixels = np.array(to_rgb(decode(path)))
+        except (InputError, MemoryError) as error:
+            yield Prediction(path, problem=str(error) or "out of memory")
+            continue
+        labels = predictor.labels_of_pixels(pixels)
+        # The number keeps apart what has one name in several folders.
+        name = f"{number:06d}_{Path(path).stem[:50]}"
+        save_png(overlay(pixels, labels, predictor.palette), Path(folder, f"{name}.png"))
+        save_png(label_picture(labels, predictor.palette), Path(folder, f"{name}_labels.png"))
+        yield Prediction(path, shares=class_shares(labels, predictor.class_names))
+
+
+def save_png(picture: Image.Image, path: Path) -> None:
+    with written_whole(path, "wb") as file:
+        picture.save(file, "PNG")
+
+
+def class_shares(labels: np.ndarray, names: Iterable[str]) -> tuple[tuple[str, float], ...]:
+    """Name and share of each class that is there, the largest first."""
+    names = list(names)
+    counts = np.bincount(labels.ravel(), minlength=len(names))
+    order = np.argsort(-counts, kind="stable")
+    return tuple((names[i], counts[i] / labels.size) for i in order if counts[i])

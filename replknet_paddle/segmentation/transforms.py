@@ -1,0 +1,231 @@
+"""The training and the evaluation pipeline of segmentation, as the official configurations have it.
+
+Training: random scale, a crop that no category fills, flip, photometric distortion, normalization,
+padding. Only what lies in the crop is resized. Images are resized bilinearly without antialiasing
+(the official code's OpenCV), labels to the nearest. Normalization and padding are left to
+`FinishBatch`, on the device. Every random number comes from the generator given with the image.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from replknet_paddle.data.transforms.finish import Unfinished
+from replknet_paddle.data.transforms.image import load
+from replknet_paddle.runtime.errors import InputError
+
+IGNORED = 255  # label of pixels that neither the loss nor the metrics count
+SCALE_RANGE = (0.5, 2.0)
+MAX_CATEGORY_SHARE = 0.75
+MAX_CROP_TRIES = 10
+FLIP_PROB = 0.5
+
+LABEL_MODES = ("L", "P", "1")
+
+Box = tuple[int, int, int, int]  # top, left, bottom, right
+
+
+def read_labels(
+    labels: Image.Image, size: tuple[int, int], *, num_classes: int, zero_is_ignored: bool
+) -> np.ndarray:
+    """The label map (H, W) uint8 of an opened label image: classes from 0, and `IGNORED`.
+
+    Args:
+        size: (width, height) of the image that it belongs to.
+        zero_is_ignored: the file counts classes from 1, and its 0 is ignored (ADE20K).
+
+    Raises:
+        InputError: it is damaged, of another size or kind, or holds numbers of no class.
+    """
+    if labels.mode not in LABEL_MODES:
+        raise InputError(
+            f"the label image has mode {labels.mode!r}; allowed: one 8-bit number per pixel "
+            f"(modes {', '.join(LABEL_MODES)})"
+        )
+    if labels.size != size:
+        raise InputError(
+            f"the label image has {labels.width} x {labels.height} pixels and its image "
+            f"{size[0]} x {size[1]}; allowed: the same size"
+        )
+    load(labels)
+    classes = np.array(labels, np.uint8)
+    if zero_is_ignored:
+        # 0 wraps around to 255, and 255 stays.
+        classes = np.where(classes == IGNORED, IGNORED, classes - np.uint8(1))
+    wrong = classes[(classes >= num_classes) & (classes != IGNORED)]
+    if wrong.size:
+        first = int(wrong[0]) + zero_is_ignored
+        allowed = f"1 to {num_classes}" if zero_is_ignored else f"0 to {num_classes - 1}"
+        raise InputError(
+            f"{wrong.size} label pixels are of no class, the first is {first}; allowed: {allowed} "
+            f"(MODEL.NUM_CLASSES), and {'0 or ' if zero_is_ignored else ''}{IGNORED} for pixels "
+            "that do not count"
+        )
+    return classes
+
+
+def resized_size(size: tuple[int, int], scale: Sequence[float]) -> tuple[int, int]:
+    """The size (height, width) that an image of `size` gets to fit `scale`, its shape kept.
+
+    Args:
+        scale: the most that its longer and its shorter side may have, pixels.
+    """
+    ratio = min(max(scale) / max(size), min(scale) / min(size))
+    return tuple(max(1, int(side * ratio + 0.5)) for side in size)
+
+
+def source_rows(start: int, end: int, new_size: int, size: int) -> np.ndarray:
+    """Where rows `start` to `end` - 1 of a resized image lie in the original: pixel centres, in
+    [-0.5, size - 0.5]."""
+    return (np.arange(start, end) + 0.5) * (size / new_size) - 0.5
+
+
+def resize_window(pixels: np.ndarray, new_size: tuple[int, int], box: Box) -> np.ndarray:
+    """What resizing (H, W, 3) uint8 to `new_size` bilinearly gives within `box`."""
+    top, left, bottom, right = box
+    rows = source_rows(top, bottom, new_size[0], pixels.shape[0])
+    columns = source_rows(left, right, new_size[1], pixels.shape[1])
+    first, row_share = _neighbours(rows, pixels.shape[0])
+    window = _between(pixels, first, row_share[:, None, None], axis=0)
+    first, column_share = _neighbours(columns, pixels.shape[1])
+    window = _between(window, first, column_share[None, :, None], axis=1)
+    return (window + np.float32(0.5)).astype(np.uint8)
+
+
+def _neighbours(places: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The pixel before each place, and the share of the one after it."""
+    places = np.clip(places, 0, size - 1)
+    first = np.minimum(places.astype(np.int64), max(size - 2, 0))
+    return first, (places - first).astype(np.float32)
+
+
+def _between(pixels: np.ndarray, first: np.ndarray, share: np.ndarray, *, axis: int) -> np.ndarray:
+    low = pixels.take(first, axis).astype(np.float32)
+    high = pixels.take(np.minimum(first + 1, pixels.shape[axis] - 1), axis)
+    return low + (high - low) * share
+
+
+def nearest_window(labels: np.ndarray, new_size: tuple[int, int], box: Box) -> np.ndarray:
+    """What resizing (H, W) to `new_size` to the nearest pixel gives within `box`."""
+    top, left, bottom, right = box
+    rows = source_rows(top, bottom, new_size[0], labels.shape[0])
+    columns = source_rows(left, right, new_size[1], labels.shape[1])
+    return labels[np.ix_(_nearest(rows), _nearest(columns))]
+
+
+def _nearest(places: np.ndarray) -> np.ndarray:
+    return np.floor(places + 0.5).astype(np.int64)
+
+
+def fullest_share(labels: np.ndarray) -> float:
+    """The share of the most frequent category among the pixels that count; 1 where none does."""
+    counts = np.bincount(labels.ravel(), minlength=IGNORED + 1)[:IGNORED]
+    return float(counts.max() / counts.sum()) if counts.any() else 1.0
+
+
+def distort(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Photometric distortion (SSD's, arXiv 1512.02325) of (H, W, 3) uint8; each step by chance.
+
+    Brightness by up to 32 of 255, contrast and saturation by a factor from 0.5 to 1.5, and hue by
+    up to 36 degrees, which is the 18 of OpenCV's half circle. Contrast comes before or after
+    saturation and hue.
+    """
+
+    def chance() -> bool:
+        return rng.random() < 0.5
+
+    brightness = rng.uniform(-32, 32) if chance() else 0.0
+    contrast_first = chance()
+    contrast = rng.uniform(0.5, 1.5) if chance() else 1.0
+    saturation = rng.uniform(0.5, 1.5) if chance() else 1.0
+    hue = rng.uniform(-36, 36) if chance() else 0.0
+    pixels = linear(pixels, 1.0, brightness)
+    if contrast_first:
+        pixels = linear(pixels, contrast, 0.0)
+    pixels = saturate_and_turn(pixels, saturation, hue)
+    if not contrast_first:
+        pixels = linear(pixels, contrast, 0.0)
+    return pixels
+
+
+def linear(pixels: np.ndarray, factor: float, offset: float) -> np.ndarray:
+    """factor * pixels + offset, cut to [0, 255]."""
+    if (factor, offset) == (1.0, 0.0):
+        return pixels
+    table = np.clip(np.arange(256) * factor + offset, 0, 255).astype(np.uint8)
+    return table[pixels]
+
+
+def saturate_and_turn(pixels: np.ndarray, saturation: float, hue_degrees: float) -> np.ndarray:
+    """Multiply the saturation (HSV) and turn the hue."""
+    if (saturation, hue_degrees) == (1.0, 0.0):
+        return pixels
+    hue, colour, value = Image.fromarray(pixels).convert("HSV").split()
+    values = np.arange(256)
+    turned = (values + round(hue_degrees * 256 / 360)) % 256
+    hue = hue.point(turned.tolist())
+    colour = colour.point(np.clip(values * saturation, 0, 255).astype(int).tolist())
+    return np.array(Image.merge("HSV", (hue, colour, value)).convert("RGB"))
+
+
+def whole_image(
+    pixels: np.ndarray, labels: np.ndarray, rng: np.random.Generator
+) -> tuple[Unfinished, np.ndarray]:
+    """The evaluation sample: all of an image at its own size; inference resizes."""
+    return Unfinished(pixels), labels
+
+
+class TrainCrop:
+    """Makes training samples of `crop_size` x `crop_size` pixels.
+
+    Args:
+        crop_size: pixels.
+        scale: what images fit at ratio 1: the most that the longer and the shorter side have.
+    """
+
+    def __init__(self, *, crop_size: int, scale: Sequence[int]):
+        self.crop_size = crop_size
+        self.scale = tuple(scale)
+
+    def __call__(
+        self, pixels: np.ndarray, labels: np.ndarray, rng: np.random.Generator
+    ) -> tuple[Unfinished, np.ndarray]:
+        """Image (H, W, 3) and label map (H, W), uint8 -> a sample and its label map.
+
+        What the image lacks at its bottom and right is padded: boxes to erase, and labels
+        `IGNORED`.
+        """
+        side = self.crop_size
+        ratio = rng.uniform(*SCALE_RANGE)
+        size = resized_size(pixels.shape[:2], [ratio * edge for edge in self.scale])
+        box = self.choose_crop(labels, size, rng)
+        flip = rng.random() < FLIP_PROB
+        window = resize_window(pixels, size, box)
+        classes = nearest_window(labels, size, box)
+        if flip:
+            window, classes = window[:, ::-1], classes[:, ::-1]
+        window = distort(np.ascontiguousarray(window), rng)
+        height, width = classes.shape
+        padding = ((0, side - height), (0, side - width))
+        boxes = []
+        if height < side:
+            boxes.append((height, 0, side, side))
+        if width < side:
+            boxes.append((0, width, height, side))
+        padded = Unfinished(np.pad(window, (*padding, (0, 0))), boxes)
+        return padded, np.pad(classes, padding, constant_values=IGNORED)
+
+    def choose_crop(
+        self, labels: np.ndarray, size: tuple[int, int], rng: np.random.Generator
+    ) -> Box:
+        """A random box of the resized image; another one, up to ten times, while one category has
+        more than `MAX_CATEGORY_SHARE` of what counts in it."""
+        height, width = (min(self.crop_size, edge) for edge in size)
+        for _ in range(MAX_CROP_TRIES):
+            top = int(rng.integers(0, size[0] - height, endpoint=True))
+            left = int(rng.integers(0, size[1] - width, endpoint=True))
+            box = (top, left, top + height, left + width)
+            if fullest_share(nearest_window(labels, size, box)) < MAX_CATEGORY_SHARE:
+                break
+        return box

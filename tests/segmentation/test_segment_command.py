@@ -1,0 +1,169 @@
+"""Prediction, exports and backends of segmentation, on a network that looks at its input."""
+
+import json
+import sys
+
+import numpy as np
+import paddle
+import pytest
+from PIL import Image
+
+from replknet_paddle.checkpoints.convert import load_pretrained
+from replknet_paddle.checkpoints.writers import write_safetensors
+from replknet_paddle.commands import main
+from replknet_paddle.config import get_config
+from replknet_paddle.deploy.backends import BackendLayer, open_backend
+from replknet_paddle.segmentation.palette import computed_palette, label_picture, overlay
+from replknet_paddle.segmentation.predict import SegmentationPredictor
+from replknet_paddle.segmentation.upernet import build_upernet
+
+BACKENDS = ("dygraph", "paddle", "onnxruntime", "openvino")
+
+
+@pytest.fixture(scope="module")
+def run_folder(tiny_upernet_file, shapes, tmp_path_factory):
+    """A run folder with weights that tell classes apart, and sliding windows."""
+    folder = tmp_path_factory.mktemp("run")
+    text = tiny_upernet_file.read_text()
+    (folder / "config.yaml").write_text(
+        f"{text}  SLIDE_STRIDE: 21\n  PALETTE: 202020 e6194b 3cb44b 4363d8\n"
+    )
+    config = get_config(folder / "config.yaml")
+    paddle.seed(3)
+    network = build_upernet(config)
+    rng = np.random.default_rng(0)
+    network.train()
+    for _ in range(40):
+        network(paddle.to_tensor(rng.normal(size=(4, 3, 32, 32)).astype("float32")))
+    weight = network.decode_head.conv_seg.weight
+    weight.set_value(rng.normal(0, 2, weight.shape).astype("float32"))
+    state = {name: value.numpy() for name, value in network.state_dict().items()}
+    write_safetensors(folder / "best", state, {})
+    return folder
+
+
+def network_of(run_folder):
+    network = build_upernet(get_config(run_folder / "config.yaml"))
+    load_pretrained(network, run_folder / "best")
+    network.eval()
+    return network
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_gives_the_networks_logits_at_any_size(run_folder, backend):
+    network = network_of(run_folder)
+    opened = open_backend(network, backend, config=network.config)
+    rng = np.random.default_rng(0)
+    for size in ((64, 64), (45, 83), (33, 32)):
+        images = rng.normal(size=(1, 3, *size)).astype("float32")
+        with paddle.no_grad():
+            wanted = network(paddle.to_tensor(images)).numpy()
+        got = opened.run(images)
+        assert got.shape == (1, 4, *size)
+        assert np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max()
+    opened.close()
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("backend", ["paddle", "onnxruntime"])
+def test_exports_keep_corners_as_the_dataset_wants_them(run_folder, backend, align_corners):
+    network = network_of(run_folder)
+    network.decode_head.align_corners = align_corners
+    images = np.random.default_rng(0).normal(size=(1, 3, 50, 41)).astype("float32")
+    with paddle.no_grad():
+        wanted = network(paddle.to_tensor(images)).numpy()
+    got = open_backend(network, backend, config=network.config).run(images)
+    assert np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("format", ["paddle", "onnx"])
+def test_an_export_predicts_as_its_checkpoint(run_folder, shapes, tmp_path, format, capsys):
+    exported = tmp_path / "exported"
+    flags = ["-pretrained", str(run_folder / "best"), "-format", format, str(exported)]
+    assert main(["export", *flags]) == 0
+    assert "within" in capsys.readouterr().out
+    sidecar = json.loads((exported / "replknet.json").read_text())
+    assert sidecar["segmentation"]["slide_stride"] == 21
+    image = shapes / "images" / "0003.png"
+    wanted = SegmentationPredictor(run_folder / "best", backend="dygraph").labels(image)
+    got = SegmentationPredictor(exported).labels(image)
+    assert got.shape == wanted.shape == (64, 64) and len(np.unique(wanted)) > 1
+    assert (got == wanted).mean() > 0.999
+
+
+def test_evaluating_on_a_backend_gives_the_same_counts(run_folder, shapes, tmp_path):
+    records = {}
+    for backend in ("dygraph", "onnxruntime"):
+        folder = tmp_path / backend
+        flags = ["-pretrained", str(run_folder / "best"), "-data_path", str(shapes)]
+        assert main(["segment", "eval", *flags, "-output", str(folder), "-backend", backend]) == 0
+        record = json.loads((folder / "metrics.jsonl").read_text())
+        records[backend] = record["val_class_iou_percent"]
+    known = [iou for iou in records["dygraph"] if iou is not None]
+    assert known and records["onnxruntime"] == pytest.approx(records["dygraph"], abs=0.1)
+
+
+def test_predict_writes_overlays_in_the_datasets_palette(run_folder, shapes, tmp_path, capsys):
+    out = tmp_path / "out"
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    inputs = [str(shapes / "images" / "0001.png"), str(tmp_path / "broken.png")]
+    status = main(["segment", "predict", str(run_folder), *inputs, "-output", str(out)])
+    captured = capsys.readouterr()
+    assert status == 1 and "cannot identify" in captured.out
+    assert sorted(path.name for path in out.iterdir()) == [
+        "000001_0001.png",
+        "000001_0001_labels.png",
+    ]
+    labels = Image.open(out / "000001_0001_labels.png")
+    palette = np.array(labels.getpalette()[:12]).reshape(4, 3)
+    assert labels.mode == "P" and palette.tolist()[1] == [0xE6, 0x19, 0x4B]
+    pixels = np.array(Image.open(inputs[0])).astype(float)
+    tinted = np.array(Image.open(out / "000001_0001.png"))
+    wanted = (pixels + palette[np.array(labels)]) / 2
+    assert np.abs(tinted - wanted).max() <= 0.5
+    wanted_labels = SegmentationPredictor(run_folder, backend="dygraph").labels(inputs[0])
+    assert (np.array(labels) == wanted_labels).mean() > 0.999
+
+
+def test_wrong_models_are_one_message(run_folder, shapes, tmp_path, capsys):
+    image, out = str(shapes / "images" / "0001.png"), str(tmp_path / "out")
+    assert main(["segment", "predict", str(tmp_path / "none"), image, "-output", out]) == 2
+    assert "no model" in capsys.readouterr().err
+    assert main(["predict", str(run_folder), image]) == 2
+    assert "replknet segment predict" in capsys.readouterr().err
+    nano = "configs/replknet_nano.yaml"
+    assert main(["segment", "train", "-cfg", nano, "-data_path", str(shapes)]) == 2
+    assert "MODEL.TYPE is RepLKNet; allowed for segmentation: UPerNet" in capsys.readouterr().err
+    flags = ["-pretrained", str(run_folder), "-format", "onnx", "-precision", "int8"]
+    assert main(["export", *flags, "-data_path", str(shapes), out]) == 2
+    assert "allowed here: fp32, fp16, bf16" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_answers_without_paddle(capsys):
+    import subprocess
+
+    code = (
+        "import sys; from replknet_paddle.commands import main\n"
+        "try: main(['segment', '-h'])\n"
+        "finally: assert 'paddle' not in sys.modules"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0 and "predict" in result.stdout
+
+
+def test_computed_colours_differ_and_overlays_mix_halves():
+    palette = computed_palette(150)
+    assert len(np.unique(palette, axis=0)) > 140 and palette.dtype == np.uint8
+    labels = np.array([[0, 1]], np.uint8)
+    picture = label_picture(labels, palette)
+    assert (np.array(picture) == labels).all()
+    mixed = np.array(overlay(np.full((1, 2, 3), 100, np.uint8), labels, palette))
+    assert np.abs(mixed - (100.0 + palette[labels]) / 2).max() <= 0.5
+
+
+def test_a_backend_in_the_place_of_a_network(run_folder):
+    network = network_of(run_folder)
+    layer = BackendLayer(open_backend(network, "dygraph", config=network.config))
+    images = paddle.rand([1, 3, 40, 40])
+    assert layer(images).shape == [1, 4, 40, 40]

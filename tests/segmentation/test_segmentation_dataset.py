@@ -1,0 +1,93 @@
+"""List files of image and label pairs, and what is said of those that cannot be right."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from replknet_paddle.runtime.errors import InputError, SampleError
+from replknet_paddle.segmentation.dataset import SegmentationDataset
+from replknet_paddle.segmentation.transforms import IGNORED, whole_image
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "an image").mkdir()
+    for name in ("a", "an image/b c"):
+        pixels, labels = rng.integers(0, 256, (7, 9, 3)), rng.integers(0, 3, (7, 9))
+        Image.fromarray(pixels.astype("uint8")).save(tmp_path / f"{name}.png")
+        Image.fromarray(labels.astype("uint8")).save(
+            tmp_path / f"{name} l.png".replace("a l", "al")
+        )
+    return tmp_path
+
+
+def dataset(folder, text, **options):
+    (folder / "list.txt").write_text(text)
+    return SegmentationDataset(
+        str(folder / "list.txt"), str(folder), whole_image, num_classes=3, **options
+    )
+
+
+def test_pairs_with_and_without_spaces(folder):
+    data = dataset(folder, "\ufeffa.png al.png\n\nan image/b c.png\tan image/b c l.png\n")
+    assert len(data) == 2
+    for index, name in enumerate(["a", "an image/b c"]):
+        sample, labels = data.read_sample(0, index)
+        assert (sample.pixels == np.array(Image.open(folder / f"{name}.png"))).all()
+        wanted = np.array(Image.open(folder / ["al.png", "an image/b c l.png"][index]))
+        assert (labels == wanted).all() and labels.dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a.png al.png\na.png\n", "line 2: expected the paths of an image and of its labels"),
+        ("a.png b.png c.png\n", "line 1: expected the paths"),
+        ("a.png\t\n", "line 1: expected the paths"),
+        ("../a.png al.png\n", "line 1: paths must be relative and stay inside"),
+        ("a.png /etc/passwd\n", "line 1: paths must be relative and stay inside"),
+        ("\n \n", "lists no image"),
+    ],
+)
+def test_lines_that_cannot_be_right(folder, text, message):
+    with pytest.raises(InputError, match=message):
+        dataset(folder, text)
+
+
+def test_only_the_first_ten_problems_are_listed(folder):
+    with pytest.raises(InputError) as caught:
+        dataset(folder, "x\n" * 30)
+    assert len(str(caught.value).splitlines()) == 10
+
+
+def test_files_that_cannot_be_used_are_named_with_their_line(folder):
+    Image.new("L", (3, 3)).save(folder / "small.png")
+    Image.new("L", (9, 7), 3).save(folder / "wrong.png")
+    (folder / "damaged.png").write_bytes((folder / "al.png").read_bytes()[:60])
+    (folder / "link.png").symlink_to("/etc/hostname")
+    cases = {
+        "a.png none.png": "line 1: cannot read none.png: no such file",
+        "none.png al.png": "line 1: cannot read none.png: no such file",
+        "a.png small.png": "cannot read small.png: the label image has 3 x 3 pixels",
+        "a.png wrong.png": "cannot read wrong.png: 63 label pixels are of no class, the first is 3",
+        "a.png damaged.png": "cannot read damaged.png: damaged",
+        "a.png a.png": "cannot read a.png: the label image has mode 'RGB'",
+        "a.png link.png": "cannot read link.png: it leads to .* outside the data folder",
+    }
+    for line, message in cases.items():
+        with pytest.raises(SampleError, match=message):
+            dataset(folder, line).read_sample(0, 0)
+
+
+def test_no_folder_and_no_list_say_what_to_give(tmp_path):
+    for list_file, root in [("list.txt", tmp_path / "none"), ("list.txt", tmp_path)]:
+        with pytest.raises(FileNotFoundError, match="train_list.txt and val_list.txt"):
+            SegmentationDataset(str(tmp_path / list_file), str(root), whole_image, num_classes=3)
+
+
+def test_zero_is_ignored_where_the_dataset_says_so(folder):
+    data = dataset(folder, "a.png al.png", zero_is_ignored=True)
+    labels = data.read_sample(0, 0)[1]
+    numbers = np.array(Image.open(folder / "al.png")).astype(int)
+    assert (labels == np.where(numbers == 0, IGNORED, numbers - 1)).all()

@@ -1,0 +1,166 @@
+"""Training and evaluation of segmentation on the engine, in processes of their own."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+from processes import Run, assert_same_end, finish, finish_ranks, metrics, step_of, wait_for
+
+from replknet_paddle.checkpoints.training import load_checkpoint
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_upernet_file, shapes, tmp_path_factory):
+    """An uninterrupted run of three epochs."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    finish(flags(tiny_upernet_file, shapes, folder), output=folder.with_name("out.txt"))
+    return folder
+
+
+def flags(config, data, output, *more):
+    return ["-cfg", config, "-data_path", data, "-output", output, *more]
+
+
+def test_a_run_leaves_what_a_classifiers_run_leaves(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert {"config.yaml", "log.txt", "metrics.jsonl", "last", "best", "checkpoints"} <= names
+    records = metrics(trained)
+    assert [record["step"] for record in records] == [4, 8, 12]
+    for record in records:
+        ious = [iou for iou in record["val_class_iou_percent"] if iou is not None]
+        assert record["val_miou_percent"] == pytest.approx(np.mean(ious))
+        assert 0 <= record["val_ema_pixel_accuracy_percent"] <= 100
+    best = max(max(r["val_miou_percent"], r["val_ema_miou_percent"]) for r in records)
+    assert load_checkpoint(str(trained / "best")).progress.best_score == best
+    log = (trained / "log.txt").read_text()
+    assert "mIoU" in log and "triangle" in log
+
+
+def test_the_rate_warms_up_and_falls_to_zero_by_step(trained):
+    rates = [record["learning_rate"] for record in metrics(trained)]
+    # Steps 3, 7 and 11 of 12, counted from 0.
+    assert rates == pytest.approx([1e-3 * 9 / 12, 1e-3 * 5 / 12, 1e-3 * 1 / 12])
+
+
+def test_resuming_gives_the_same_bits(trained, tiny_upernet_file, shapes, tmp_path):
+    """Stopped in mid-epoch by a signal, with workers; then resumed without any."""
+    folder = tmp_path / "run"
+    options = ("-opts", "DATA.NUM_WORKERS", "1")
+    run = Run(flags(tiny_upernet_file, shapes, folder, *options), output=tmp_path / "first.txt")
+    wait_for(lambda: step_of(folder) >= 5 or run.process.exitcode is not None)
+    run.send(signal.SIGTERM)
+    assert run.wait() in (0, 143), run.text()
+    stopped = load_checkpoint(str(folder / "last")).progress
+    assert 5 <= stopped.step
+    finish(
+        ["-resume", "auto", "-data_path", shapes, "-output", folder],
+        output=tmp_path / "second.txt",
+    )
+    assert_same_end(folder, trained)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_processes_find_the_confusion_matrix_of_one(trained, shapes, tmp_path, ranks):
+    """Four images over three processes: one has two of them."""
+    evaluated = {}
+    for count in (1, ranks):
+        folder = tmp_path / f"of{count}"
+        arguments = ["-eval", "-pretrained", trained / "last", "-data_path", shapes]
+        arguments += ["-output", folder, "-opts", "SEGMENTATION.EVAL_FLIP", "True"]
+        if count == 1:
+            finish(arguments, output=tmp_path / "one.txt")
+        else:
+            (tmp_path / "ranks").mkdir()
+            finish_ranks(arguments, folder=tmp_path / "ranks", ranks=count)
+        evaluated[count] = (metrics(folder), confusion_in((folder / "log.txt").read_text()))
+    assert evaluated[1] == evaluated[ranks]
+
+
+def confusion_in(log: str) -> list[str]:
+    """The lines of the last evaluation: mIoU, accuracy, images, and each class."""
+    lines = log.splitlines()
+    start = max(i for i, line in enumerate(lines) if "mIoU" in line)
+    return [lines[start].split("mIoU", 1)[1], *lines[start + 1 : start + 6]]
+
+
+def test_two_processes_train_together(tiny_upernet_file, shapes, tmp_path):
+    """Four steps of two images on each process, as many as one process takes."""
+    finish_ranks(
+        flags(
+            tiny_upernet_file, shapes, tmp_path / "two", "-opts", "DATA.BATCH_SIZE", "2",
+            "TRAIN.ACCUM_ITER", "1", "TRAIN.NUM_EPOCHS", "1", "MODEL.DROPPATH", "0",
+        ),
+        folder=tmp_path,
+    )  # fmt: skip
+    (record,) = metrics(tmp_path / "two")
+    assert record["step"] == 4 and np.isfinite(record["train_loss"])
+    assert load_checkpoint(str(tmp_path / "two" / "last")).progress.batch_size == 4
+
+
+def test_classifier_weights_start_the_backbone(tiny_upernet_file, shapes, tmp_path):
+    """A classifier's file fills the backbone; evaluation needs a whole segmentation network."""
+    from replknet_paddle.checkpoints.convert import load_state
+    from replknet_paddle.checkpoints.writers import write_safetensors
+    from replknet_paddle.config import get_config
+    from replknet_paddle.segmentation.upernet import build_upernet
+
+    config = get_config(tiny_upernet_file)
+    backbone = build_upernet(config).backbone
+    state = {name: value.numpy() for name, value in backbone.state_dict().items()}
+    rng = np.random.default_rng(0)
+    state |= {"head.weight": rng.random((10, 7), "float32"), "head.bias": np.zeros(7, "float32")}
+    state |= {
+        f"norm.{name}": np.ones(10, "float32") for name in ("weight", "bias", "_mean", "_variance")
+    }
+    classifier = tmp_path / "classifier.safetensors"
+    write_safetensors(classifier, state, {})
+    folder = tmp_path / "run"
+    finish(
+        flags(
+            tiny_upernet_file, shapes, folder, "-pretrained", classifier, "-opts",
+            "TRAIN.NUM_EPOCHS", "1", "TRAIN.BASE_LR", "1e-12", "TRAIN.WARMUP_START_LR", "1e-18",
+        ),
+        output=tmp_path / "out.txt",
+    )  # fmt: skip
+    trained = load_state(folder / "last")
+    for name, value in state.items():
+        if name.endswith(".weight") and not name.startswith(("norm", "head")):
+            np.testing.assert_allclose(trained[f"backbone.{name}"], value, atol=1e-6)
+    text = finish(
+        ["-cfg", tiny_upernet_file, "-eval", "-pretrained", classifier, "-data_path", shapes],
+        output=tmp_path / "eval.txt",
+        status=2,
+    )
+    assert "missing from the file" in text and "decode_head" in text
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (["MODEL.OUT_INDICES", "[3]"], "allowed with MODEL.TYPE UPerNet: [0, 1, 2, 3]"),
+        (["SEGMENTATION.SLIDE_STRIDE", "33"], "at most DATA.IMAGE_SIZE"),
+        (
+            ["SEGMENTATION.PALETTE", "000000 ffffff"],
+            "has 2 colours; allowed: one for each of the 4",
+        ),
+        (["SEGMENTATION.PALETTE", "red"], "six hexadecimal digits"),
+        (["TRAIN.WARMUP_EPOCHS", "1"], "SEGMENTATION.WARMUP_STEPS sets the warm-up"),
+        (["SEGMENTATION.WARMUP_STEPS", "13"], "at most the 12 steps"),
+        (["TRAIN.LAYER_DECAY", "0.7"], "TRAIN.LAYER_DECAY is 0.7"),
+    ],
+)
+def test_contradictions_are_found_before_anything_runs(tiny_upernet_file, changes, message):
+    import argparse
+
+    from replknet_paddle.config import get_config, update_config
+    from replknet_paddle.runtime.errors import InputError
+
+    with pytest.raises(InputError) as caught:
+        update_config(get_config(tiny_upernet_file), argparse.Namespace(cfg=None, opts=changes))
+    assert message in str(caught.value)
+
+
+def test_records_are_json_with_null_for_absent_classes(trained):
+    for line in (trained / "metrics.jsonl").read_text().splitlines():
+        assert "NaN" not in line and json.loads(line)
