@@ -32,10 +32,12 @@ once="
     tests/data/transforms/test_evaluation.py
     tests/data/transforms/test_pixels.py
     tests/data/transforms/test_training.py
-    tests/deploy/test_sidecar.py
     tests/ops/test_csrc.py
     tests/optim/test_schedule.py
+    tests/optim/test_state.py
     tests/test_config.py
+    tests/test_config_flags.py
+    tests/test_recipes.py
 "
 # Tests that compare numbers: they run again with instruction sets held back.
 numerical="

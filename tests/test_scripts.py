@@ -71,6 +71,35 @@ def test_setup_refuses_a_python_that_is_not_there():
     assert "no-such-python is no program" in done.stderr
 
 
+# Stands for Python: tests fail, on every call; everything else is done and says nothing.
+FAILING_PYTHON = """#!/bin/sh
+case "$*" in
+    "-m pytest "*) echo "LK_ISA=${LK_ISA:-} ONEDNN=${ONEDNN_MAX_CPU_ISA:-} $*"; exit 1 ;;
+    *importlib.metadata*) echo "Paddle 0.0" ;;
+esac
+"""
+
+
+def test_every_step_of_the_tests_runs_though_one_before_it_failed(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(FAILING_PYTHON)
+    python.chmod(0o755)
+    done = sh("run_tests.sh", "-k", "merging", PYTHON=str(python))
+    assert done.returncode == 1 and "== processor: " in done.stdout
+    calls = [line for line in done.stdout.splitlines() if "-m pytest" in line]
+    assert [call.split()[:2] for call in calls] == [
+        ["LK_ISA=", "ONEDNN="],
+        ["LK_ISA=", "ONEDNN="],
+        ["LK_ISA=1", "ONEDNN=AVX2"],
+        ["LK_ISA=0", "ONEDNN=SSE41"],
+    ]
+    assert all(call.endswith(" -k merging") for call in calls)
+    assert done.stdout.count(": status 1") == 4
+    files = {word.removeprefix("--ignore=") for call in calls for word in call.split()}
+    files = {word for word in files if word.startswith("tests/")}
+    assert len(files) > 20 and all((ROOT / word).exists() for word in files)
+
+
 @pytest.mark.parametrize("script", sorted(p.name for p in ROOT.glob("*.sh")))
 def test_scripts_are_posix_sh_and_executable(script):
     path = ROOT / script

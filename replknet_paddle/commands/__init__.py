@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 
-from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.errors import InputError, SystemFault
 
 COMMANDS = (
     *("train", "eval", "predict", "page", "export", "merge", "convert", "benchmark"),
@@ -80,6 +80,9 @@ def run_command(name: str, argv: list[str], prog: str | None = None) -> int:
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except SystemFault as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
