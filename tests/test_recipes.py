@@ -69,7 +69,8 @@ def test_every_file_of_configs_loads_and_is_named_for_its_model(name):
 
 def test_the_tables_here_cover_the_folder():
     named = {f"{name}.yaml" for name in PUBLISHED | RECIPES} | {"replknet_nano.yaml"}
-    assert named == set(ALL_CONFIGS)
+    # Those of segmentation are in tests/segmentation/test_published_rows.py.
+    assert named == {name for name in ALL_CONFIGS if name.startswith("replknet")}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -8,10 +8,19 @@ from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.fonts import readable
 
 # Panels and the keys of metrics.jsonl that each shows, with their line styles.
-PANELS = {
-    "loss (nats)": {"train_loss": ":", "val_loss": "-", "val_ema_loss": "--"},
+LOSSES = {"loss (nats)": {"train_loss": ":", "val_loss": "-", "val_ema_loss": "--"}}
+# By which the best weights are chosen, in classification and in segmentation.
+SCORES = {
     "top-1 (%)": {"val_top1_percent": "-", "val_ema_top1_percent": "--"},
+    "mIoU (%)": {"val_miou_percent": "-", "val_ema_miou_percent": "--"},
 }
+
+
+def panels_of(records: list[dict]) -> dict[str, dict[str, str]]:
+    """The panels to draw: the loss, and the scores that some record has, top-1 if none has any."""
+    known = {key for record in records for key in record}
+    scores = {title: keys for title, keys in SCORES.items() if keys.keys() & known}
+    return LOSSES | (scores or {"top-1 (%)": SCORES["top-1 (%)"]})
 
 
 def read_metrics(run_folder: str) -> list[dict]:
@@ -39,14 +48,15 @@ def read_metrics(run_folder: str) -> list[dict]:
 
 
 def best_record(records: list[dict]) -> tuple[str, dict] | None:
-    """The key and the record of the best top-1 accuracy, of the weights or of their EMA.
+    """The key and the record of the best top-1 accuracy or mIoU, of the weights or of their EMA.
 
     The first of equal ones, as the run keeps it; None where no epoch was evaluated.
     """
     found = [
         (record[key], key, record)
         for record in records
-        for key in PANELS["top-1 (%)"]
+        for keys in SCORES.values()
+        for key in keys
         if key in record
     ]
     return max(found, key=lambda mark: mark[0])[1:] if found else None
@@ -71,7 +81,8 @@ def build_figure(runs: dict[str, list[dict]]):
     names = [readable(os.path.basename(os.path.abspath(folder))) for folder in runs]
     with new_figure(12, 4.8, names) as figure:
         figure.suptitle(f"Training: {', '.join(names)}")
-        for axes, (title, keys) in zip(figure.subplots(1, len(PANELS)), PANELS.items()):
+        panels = panels_of([record for records in runs.values() for record in records])
+        for axes, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items()):
             for i, (name, records) in enumerate(zip(names, runs.values())):
                 draw_run(axes, name, records, keys, colour=f"C{i % 10}")
             axes.set_xlabel("epoch")

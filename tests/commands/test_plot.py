@@ -96,3 +96,14 @@ def test_what_is_no_run_is_refused(content, message, tmp_path, capsys):
     assert main([str(run), "--out", str(tmp_path / "x.png")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()
+
+
+def test_a_run_of_segmentation_shows_its_miou():
+    records = [
+        {"epoch": epoch, "train_loss": 1.0 / epoch, "val_miou_percent": miou}
+        for epoch, miou in ((1, 30.0), (2, 55.0), (3, 50.0))
+    ]
+    assert best_record(records) == ("val_miou_percent", records[1])
+    figure = build_figure({"output/shapes": records})
+    assert [axes.get_ylabel() for axes in figure.axes] == ["loss (nats)", "mIoU (%)"]
+    assert "best, 55.00 % at epoch 2" in figure.axes[1].get_legend_handles_labels()[1][-1]

@@ -20,6 +20,11 @@ ROWS = {
 }
 
 
+def test_the_table_here_covers_the_folder():
+    names = {path.stem for path in (ROOT / "configs").glob("upernet_*.yaml")}
+    assert names == ROWS.keys() | {"upernet_nano_shapes"}
+
+
 def config_of(name, *opts):
     config = get_config(ROOT / "configs" / f"{name}.yaml")
     return update_config(config, argparse.Namespace(cfg=None, opts=opts))
