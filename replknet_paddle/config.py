@@ -187,9 +187,12 @@ _KEYS: dict[str, tuple[Any, Rule]] = {
     "MODEL.OUT_INDICES": (None, optional(several(integer(0, 3)))),  # stages; None: a classifier
     "MODEL.SYNC_BN": (False, boolean()),  # batch statistics over all GPUs of a training run
     "MODEL.RECOMPUTE": (False, boolean()),  # (+) less memory in training, about a third more time
-    "MODEL.CONV_IMPL": ("auto", choice("auto", "paddle", "direct", "fft")),  # (+) convolutions on
-    # CPU by the compiled operators where there are any, by these with that algorithm for the
-    # depthwise ones or not at all, or by Paddle's own, which GPUs always use
+    "MODEL.CONV_IMPL": ("auto", choice("auto", "paddle", "direct", "fft", "matmul")),  # (+) what
+    # computes convolutions. auto: on CPU the compiled operators where there are any, on GPU matrix
+    # products or Paddle's own for each large kernel, as measured; paddle: Paddle's own; direct,
+    # fft: the compiled operators, with that algorithm for depthwise ones; matmul: matrix products
+    "MODEL.CONV_MEMORY_MB": (512, integer(1)),  # (+) MiB that the matrix products of a layer may
+    # use beside its input and output, and that evaluation keeps of the weights of all layers
     "TRAIN.LAST_EPOCH": (0, integer(0)),  # epochs already trained, where weights do not tell
     "TRAIN.NUM_EPOCHS": (300, integer(1)),
     "TRAIN.WARMUP_EPOCHS": (10, integer(0)),

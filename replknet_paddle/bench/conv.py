@@ -4,6 +4,7 @@ The work that counts is that of taps inside the map: a 31x31 kernel on a 14x14 m
 which an output needs 169 on average.
 """
 
+import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -22,9 +23,11 @@ from replknet_paddle.bench.timing import (
 from replknet_paddle.ops import (
     FastDepthwiseConv2D,
     LibraryError,
+    frozen_weights,
     get_library,
     large_kernel_depthwise_conv2d,
 )
+from replknet_paddle.ops.matmul_plan import make_plan
 from replknet_paddle.runtime.errors import InputError
 
 ALGORITHMS = ("direct", "fft")
@@ -78,75 +81,183 @@ def measured_library():
         raise InputError(f"nothing to measure: {error}") from None
 
 
-def report_conv(*, shapes: str, batch: int, rounds: int) -> None:
-    """Print how fast depthwise convolutions are beside Paddle's, by pass and algorithm.
+def report_conv(*, shapes: str, batch: int, rounds: int, dtype: str = "float32") -> None:
+    """Print how fast depthwise convolutions are beside Paddle's, by pass and implementation.
 
     Args:
         shapes: `stages`, `grid` or `all`, which is both.
         batch: images of each layer's input.
         rounds: how often each is timed.
+        dtype: of the tensors; half precision on GPU only.
 
     Raises:
-        InputError: a number below 1, or the operators are not there.
+        InputError: a number below 1, or a type that is not for this device.
     """
     check_counts(batch=batch, rounds=rounds)
-    library = measured_library()
+    on_cpu = paddle.device.get_device() == "cpu"
+    if on_cpu and dtype != "float32":
+        raise InputError(f"--dtype {dtype} on CPU; allowed: float32")
     print(describe_machine())
-    peak = library.peak_gflops(library.threads)
-    print(
-        f"{library.isa}, {library.threads} thread(s) (LARGE_KERNEL_THREADS), measured peak "
-        f"{peak:.0f} GFLOP/s; GFLOP/s of taps inside the map"
-    )
+    library = operators_here()
+    bandwidth, peak = (None, None) if on_cpu else device_rates(dtype)
+    if not on_cpu:
+        print(
+            f"{dtype}, {paddle.device.cuda.get_device_name()}: a copy moves "
+            f"{bandwidth / 1e9:.0f} GB/s, a product of matrices does {peak / 1e12:.1f} TFLOP/s"
+        )
+    elif library is not None:
+        peak = 1e9 * library.peak_gflops(library.threads)
+        print(
+            f"{library.isa}, {library.threads} thread(s) (LARGE_KERNEL_THREADS), measured peak "
+            f"{peak / 1e9:.0f} GFLOP/s"
+        )
+    print("GFLOP and MB: of products as planned, of others the least possible")
     layers = {"stages": STAGES, "grid": GRID, "all": (*STAGES, *GRID)}[shapes]
     print(
-        f"{'shape':>20} {'pass':17}{'by':20}{'ms':>9}{'from':>9}{'to':>9}{'GFLOP/s':>9}"
-        f"{'of peak':>9}{'Paddle/it':>11}{f'{GRID_LAYERS} layers':>11}"
+        f"{'shape':>20} {'pass':17}{'by':15}{'ms':>9}{'from':>9}{'to':>9}{'GFLOP':>9}{'MB':>9}"
+        f"{'of peak':>9}{'of bandw.':>10}{'Paddle/it':>11}{f'{GRID_LAYERS} layers':>11}"
     )
+    itemsize = 4 if dtype == "float32" else 2
     for channels, side, kernel in layers:
         case = ConvCase(batch, channels, side, kernel)
-        for name, by_impl in time_conv(case, rounds=rounds).items():
-            work = case.useful_flops * (2 if name == "both gradients" else 1)
-            which = "forward" if name == "forward" else "gradients"
-            chosen = library.choose(case.shape, which)
+        by_pass = time_conv(case, rounds=rounds, dtype=dtype)
+        for name, by_impl in by_pass.items():
+            chosen = "forward" if name == "forward" else "gradients"
+            chosen = library.choose(case.shape, chosen) if library is not None else None
             for impl, seconds in by_impl.items():
+                work = work_of(case, name, impl, itemsize)
                 timing = summarize(seconds)
-                rate = work / timing.median_seconds / 1e9
+                of_peak = _share(work.flops, timing, peak)
+                of_bandwidth = _share(work.bytes, timing, bandwidth)
                 print(
                     f"{f'{batch}x{channels}x{side}x{side} K{kernel}':>20} {name:17}"
-                    f"{impl + (' (auto)' if impl == chosen else ''):20}"
+                    f"{impl + (' (auto)' if impl == chosen else ''):15}"
                     f"{1e3 * timing.median_seconds:9.3f}{1e3 * timing.min_seconds:9.3f}"
-                    f"{1e3 * timing.max_seconds:9.3f}{rate:9.1f}{rate / peak:9.2f}"
+                    f"{1e3 * timing.max_seconds:9.3f}{work.flops / 1e9:9.2f}{work.bytes / 1e6:9.1f}"
+                    f"{of_peak:>9}{of_bandwidth:>10}"
                     f"{median_ratio(by_impl['paddle'], seconds):11.1f}"
                     f"{f'{GRID_LAYERS * 1e3 * timing.median_seconds:.1f} ms':>11}",
                     flush=True,
                 )
 
 
-def time_conv(case: ConvCase, *, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each pass of a layer, by Paddle's convolution and by each algorithm, in turn.
+def _share(amount: float, timing, rate: float | None) -> str:
+    """What part of a rate was reached."""
+    return "-" if rate is None else f"{amount / timing.median_seconds / rate:.2f}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an implementation does in one pass: floating-point operations, and bytes moved."""
+
+    flops: int
+    bytes: int
+
+
+def work_of(case: ConvCase, name: str, impl: str, itemsize: int) -> Work:
+    """The work of one pass.
+
+    Args:
+        name: of the pass, as `time_conv` has it.
+        impl: products do what their plan says; for others this is the least possible: useful
+            operations, and each tensor read or written once.
+    """
+    if impl.startswith("matmul"):
+        kinds = {
+            "forward": ("convolution",),
+            "input gradient": ("convolution",),
+            "weight gradient": ("weight gradient",),
+            "both gradients": ("convolution", "weight gradient"),
+        }[name]
+        plans = [make_plan(kind, case.shape, itemsize) for kind in kinds]
+        return Work(sum(p.flops for p in plans), sum(p.bytes_moved for p in plans))
+    passes = 2 if name == "both gradients" else 1
+    maps = case.batch * case.channels * case.side**2
+    values = (1 + passes) * maps + passes * case.channels * case.kernel**2
+    return Work(passes * case.useful_flops, itemsize * values)
+
+
+def time_conv(
+    case: ConvCase, *, rounds: int, dtype: str = "float32"
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each pass of a layer, by Paddle's convolution and each implementation, in turn.
 
     Args:
         rounds: how often each is timed.
+        dtype: of the tensors. Paddle's own computes in float32, whatever it is.
 
     Returns:
-        By pass - forward, forward with a cached spectrum, input gradient, weight gradient, both
-        gradients - and implementation.
+        By pass - forward, input gradient, weight gradient, both gradients - and implementation.
+        Those that end in `, kept` are of a layer whose weights are frozen.
     """
     paddle.seed(0)
     shape = [case.batch, case.channels, case.side, case.side]
-    x, dy = paddle.randn(shape), paddle.randn(shape)
+    x, dy = (paddle.randn(shape).astype(dtype) for _ in range(2))
     weight = paddle.randn([case.channels, 1, case.kernel, case.kernel])
-    impls = ("paddle", *ALGORITHMS)
+    compiled = ALGORITHMS if operators_here() else ()
+    impls = ("paddle", *compiled, "matmul")
     passes = {"forward": {}, "input gradient": {}, "weight gradient": {}, "both gradients": {}}
     for impl in impls:
         passes["forward"][impl] = _forward(x, weight, impl)
         passes["both gradients"][impl] = _backward(x, weight, dy, impl, True, True)
-    passes["input gradient"]["paddle"] = _backward(x, weight, dy, "paddle", True, False)
-    passes["weight gradient"]["paddle"] = _backward(x, weight, dy, "paddle", False, True)
+    for impl in ("paddle", "matmul"):
+        passes["input gradient"][impl] = _backward(x, weight, dy, impl, True, False)
+        passes["weight gradient"][impl] = _backward(x, weight, dy, impl, False, True)
     dx, dweight = paddle.empty_like(x), paddle.empty_like(weight)
-    for impl in ALGORITHMS:  # the operator gives both; its kernels can leave one out
+    for impl in compiled:  # the operator gives both; its kernels can leave one out
         for name, targets in (("input gradient", (dx, None)), ("weight gradient", (None, dweight))):
             passes[name][impl] = _gradient(case, x, weight, dy, targets, impl)
+    with contextlib.ExitStack() as frozen:
+        for name, impl in (("auto", "auto"), ("matmul", "matmul")):
+            if impl == "auto" and not compiled:
+                continue
+            layer = _layer(case, impl)
+            frozen.enter_context(frozen_weights(layer))
+            passes["forward"][f"{name}, kept"] = _evaluated(layer, x)
+        return {
+            name: time_in_turn({k: _waiting(c) for k, c in calls.items()}, rounds=rounds)
+            for name, calls in passes.items()
+        }
+
+
+def operators_here():
+    """The compiled operators' library, or None where they do not compute."""
+    if paddle.device.get_device() != "cpu":
+        return None
+    try:
+        return get_library()
+    except LibraryError:
+        return None
+
+
+def device_rates(dtype: str) -> tuple[float, float]:
+    """Bytes/s and operations/s that a copy and a large product of matrices reach on a GPU."""
+    values = paddle.zeros([2**27]).astype(dtype)  # 256 or 512 MiB
+    side = 8192
+    a, b = (paddle.randn([side, side]).astype(dtype) for _ in range(2))
+    seconds = time_in_turn(
+        {
+            "copy": _waiting(lambda: paddle.assign(values)),
+            "product": _waiting(lambda: paddle.matmul(a, b)),
+        },
+        rounds=5,
+    )
+    moved = 2 * values.size * values.element_size()
+    return moved / min(seconds["copy"]), 2 * side**3 / min(seconds["product"])
+
+
+def _waiting(call: Callable) -> Callable[[], None]:
+    """A call that ends when the device has done all its work."""
+
+    def waited():
+        call()
+        if paddle.device.get_device() != "cpu":
+            paddle.device.synchronize()
+
+    return waited
+
+
+def _layer(case: ConvCase, impl: str) -> nn.Layer:
     layer = nn.Conv2D(
         case.channels,
         case.channels,
@@ -155,10 +266,9 @@ def time_conv(case: ConvCase, *, rounds: int) -> dict[str, dict[str, list[float]
         groups=case.channels,
         bias_attr=False,
     )
-    layer.__class__ = FastDepthwiseConv2D
     layer.eval()
-    passes["forward"]["layer in evaluation"] = _evaluated(layer, x)
-    return {name: time_in_turn(calls, rounds=rounds) for name, calls in passes.items()}
+    layer.__class__, layer.impl = FastDepthwiseConv2D, impl
+    return layer
 
 
 def _forward(x, weight, impl) -> Callable[[], None]:

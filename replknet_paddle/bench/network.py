@@ -79,7 +79,9 @@ def time_train_loop(config, *, steps: int, rounds: int) -> dict[str, list[float]
     def parts():
         paddle.seed(config.SEED)
         model = build_replknet(config)
-        use_fast_depthwise_conv(model, config.MODEL.CONV_IMPL)
+        use_fast_depthwise_conv(
+            model, config.MODEL.CONV_IMPL, memory_bytes=config.MODEL.CONV_MEMORY_MB * 2**20
+        )
         use_fast_pointwise_conv(model, config.MODEL.CONV_IMPL)
         model.train()
         return model, build_optimizer(config, model, lr=1e-4)

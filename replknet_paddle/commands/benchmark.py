@@ -69,7 +69,7 @@ def add_arguments(parser) -> None:
     conv = what.add_parser(
         "conv",
         help="depthwise convolutions, by pass and implementation, beside Paddle's",
-        epilog="example: replknet benchmark conv --shapes stages --batch 8",
+        epilog="example: replknet benchmark conv --shapes stages --batch 64 --dtype bfloat16",
     )
     conv.add_argument(
         "--shapes",
@@ -78,6 +78,12 @@ def add_arguments(parser) -> None:
         help="the stages of RepLKNet-31B at 224, the grid of the paper's Table 5, or both",
     )
     conv.add_argument("--batch", type=int, default=1, help="images (%(default)s)")
+    conv.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="of the tensors; half precision on GPU only (%(default)s)",
+    )
     conv.add_argument("--rounds", type=int, default=5, help="of each (%(default)s)")
 
     network = what.add_parser(
@@ -143,7 +149,7 @@ def inference(args) -> None:
 def conv(args) -> None:
     from replknet_paddle.bench.conv import report_conv
 
-    report_conv(shapes=args.shapes, batch=args.batch, rounds=args.rounds)
+    report_conv(shapes=args.shapes, batch=args.batch, rounds=args.rounds, dtype=args.dtype)
 
 
 def network(args) -> None:

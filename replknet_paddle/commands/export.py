@@ -23,6 +23,13 @@ def add_arguments(parser) -> None:
     flag("pretrained", "checkpoint or run folder to export", required=True, metavar="FILE")
     flag("format", "paddle or onnx (%(default)s)", default="paddle", metavar="NAME")
     flag("precision", "fp32, fp16, bf16 or int8 (%(default)s)", default="fp32", metavar="NAME")
+    flag(
+        "conv_impl",
+        "large kernels as paddle's convolution or, for GPUs, as matmul, matrix products, which fix "
+        "the image size (%(default)s)",
+        default="paddle",
+        metavar="NAME",
+    )
     flag("class_names", "file of one class name a line, as DATA.CLASS_NAMES", metavar="FILE")
     flag("data_path", "INT8: folder of the images and their lists", metavar="DIR")
     flag("calibration", "INT8: list file; by default train_list.txt", metavar="FILE")
@@ -60,6 +67,7 @@ def run(args) -> int:
         target=args.target,
         format=args.format,
         precision=args.precision,
+        conv_impl=args.conv_impl,
         int8_images=Int8Images(args.calibration, args.calibration_images, args.validation_images),
     )
     return 0

@@ -125,7 +125,7 @@ def open_backend(
     sidecar = Sidecar.build(config, format="paddle", precision=precision, class_names=class_names)
     if name == "dygraph":
         use_fast_convolutions(model, config)
-        return DygraphBackend(model, sidecar)
+        return DygraphBackend(model, sidecar, is_owner=not isinstance(source, nn.Layer))
     return _open_network(model, sidecar, name, threads, batch_size)
 
 
@@ -238,7 +238,9 @@ def check_network_precision(precision: str, name: str) -> None:
 
 def use_fast_convolutions(model: RepLKNet, config) -> None:
     """Let a network compute in eager mode as MODEL.CONV_IMPL says, in place."""
-    use_fast_depthwise_conv(model, config.MODEL.CONV_IMPL)
+    use_fast_depthwise_conv(
+        model, config.MODEL.CONV_IMPL, memory_bytes=config.MODEL.CONV_MEMORY_MB * 2**20
+    )
     use_fast_pointwise_conv(model, config.MODEL.CONV_IMPL)
 
 

@@ -17,11 +17,13 @@ from replknet_paddle.deploy.onnx_graph import INPUT, onnx_model
 from replknet_paddle.deploy.quantize import quantize
 from replknet_paddle.deploy.sidecar import FILE, FORMATS, PRECISIONS, Sidecar
 from replknet_paddle.model import RepLKNet
+from replknet_paddle.ops import use_fast_depthwise_conv
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import check_folder_is_writable, name_the_file
 
 PADDLE_MODEL_FILES = ("model.json", "model.pdmodel")  # of Paddle 3 and Paddle 2
 PADDLE_WEIGHTS_FILE = "model.pdiparams"
+CONV_IMPLS = ("paddle", "matmul")
 ONNX_MODEL_FILE = "model.onnx"
 # Half precisions that ONNX files keep weights in; Paddle converts what it loads.
 HALF_WEIGHTS = {"fp16": "FLOAT16", "bf16": "BFLOAT16"}
@@ -56,6 +58,7 @@ def export_model(
             unfinished,
             format=sidecar.format,
             precision=sidecar.precision,
+            matmul_size=sidecar.input_size,
             calibration=calibration,
         )
         sidecar.write(unfinished)
@@ -116,8 +119,12 @@ def replace_folder(new: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def check_combination(format: str, precision: str) -> None:
-    """Raise InputError for a format or precision that there is not, or not together."""
+def check_combination(format: str, precision: str, conv_impl: str = "paddle") -> None:
+    """Raise InputError for values that do not exist, or not together."""
+    if conv_impl not in CONV_IMPLS:
+        raise InputError(f"-conv_impl {conv_impl}; allowed: {', '.join(CONV_IMPLS)}")
+    if conv_impl != "paddle" and format != "paddle":
+        raise InputError(f"-conv_impl {conv_impl} with -format {format}; allowed: -format paddle")
     if format not in FORMATS:
         raise InputError(f"-format {format}; allowed: {', '.join(FORMATS)}")
     if precision not in PRECISIONS:
@@ -134,7 +141,8 @@ class ExportForm:
     """A network as it is written to files.
 
     Attributes:
-        layer: images (N, 3, H, W) -> logits, in evaluation mode, for Paddle Inference.
+        layer: images (N, 3, H, W) -> logits, in evaluation mode, for Paddle Inference; a copy,
+            whose convolutions may be swapped.
         onnx: name of the half precision to store weights in, or None -> `onnx.ModelProto`.
     """
 
@@ -163,9 +171,14 @@ def write_model(
     *,
     format: str,
     precision: str,
+    matmul_size: tuple[int, int] | None = None,
     calibration: Iterable[np.ndarray] = (),
 ) -> None:
     """Write the model file or files of one format into `folder`.
+
+    Args:
+        matmul_size: height and width of the only images that it takes, with large kernels as matrix
+            products, in format `paddle`; None for convolutions, which take any.
 
     Raises:
         InputError: a combination that there is not, a backbone, or a package that is missing.
@@ -178,7 +191,7 @@ def write_model(
     else:
         form = model.export_form()
     if format == "paddle":
-        write_paddle_model(form.layer, folder)
+        write_paddle_model(form.layer, folder, matmul_size)
         return
     path = folder / ONNX_MODEL_FILE
     path.write_bytes(form.onnx(half_weights=HALF_WEIGHTS.get(precision)).SerializeToString())
@@ -201,9 +214,13 @@ class InferenceForm(nn.Layer):
         return self.model.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
-def write_paddle_model(form: nn.Layer, folder: Path) -> None:
+def write_paddle_model(
+    form: nn.Layer, folder: Path, matmul_size: tuple[int, int] | None = None
+) -> None:
     """Write the program and weights of an `ExportForm.layer` as Paddle Inference reads them."""
+    if matmul_size is not None:
+        use_fast_depthwise_conv(form, "matmul")
     form.eval()
-    spec = paddle.static.InputSpec([None, 3, None, None], "float32", INPUT)
+    spec = paddle.static.InputSpec([None, 3, *(matmul_size or (None, None))], "float32", INPUT)
     paddle.jit.save(form, str(folder / "model"), input_spec=[spec])
     (folder / "model.pdiparams.info").unlink(missing_ok=True)  # Paddle 2's, for training on

@@ -60,6 +60,7 @@ def export_checkpoint(
     target: str,
     format: str,
     precision: str,
+    conv_impl: str = "paddle",
     int8_images: Int8Images = Int8Images(),  # frozen
 ) -> None:
     """Write an export folder, and print how large and how exact it is.
@@ -70,13 +71,14 @@ def export_checkpoint(
         source: checkpoint or run folder.
         target: as of `export_model`.
         format, precision: of the export.
+        conv_impl: `matmul` for large kernels as matrix products, for GPUs and one image size.
 
     Raises:
         FileNotFoundError, InputError: something is missing, or does not fit.
         OSError: the folder cannot be written.
     """
     source = weights_of(source)
-    check_combination(format, precision)
+    check_combination(format, precision, conv_impl)
     target = check_target(target)
     int8_images.check()
     is_int8 = precision == "int8"
@@ -89,6 +91,7 @@ def export_checkpoint(
         config,
         format=format,
         precision=precision,
+        fixed_size=conv_impl == "matmul",
         class_names=get_class_names(config),
         source_sha256=file_sha256(source),
         paddle_version=paddle.__version__,

@@ -14,7 +14,7 @@ from paddle import inference, nn
 from replknet_paddle.deploy.export import PADDLE_WEIGHTS_FILE
 from replknet_paddle.deploy.onnx_graph import INPUT
 from replknet_paddle.deploy.sidecar import Sidecar
-from replknet_paddle.model import RepLKNet
+from replknet_paddle.ops import frozen_weights
 from replknet_paddle.runtime.cores import onednn_may_use_bfloat16, processor_has
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.extras import import_extra
@@ -103,19 +103,27 @@ def evaluation_mode(network: nn.Layer) -> Iterator[None]:
 
 
 class DygraphBackend:
-    """Paddle's eager mode on the network as it is."""
+    """Paddle's eager mode on the network as it is.
+
+    Args:
+        is_owner: nobody else changes the weights, so that layers may keep what they make of them.
+    """
 
     name = "dygraph"
 
-    def __init__(self, model: RepLKNet, sidecar: Sidecar):
+    def __init__(self, model: nn.Layer, sidecar: Sidecar, *, is_owner: bool = False):
         self.sidecar = sidecar
         self.model = model
+        self.frozen = contextlib.ExitStack()
+        if is_owner:
+            self.frozen.enter_context(frozen_weights(model))
 
     def run(self, images: np.ndarray) -> np.ndarray:
         with paddle.no_grad(), evaluation_mode(self.model):
             return self.model(paddle.to_tensor(check_images(images, self.sidecar))).numpy()
 
     def close(self) -> None:
+        self.frozen.close()
         self.model = None
 
 
@@ -208,6 +216,8 @@ def gpu_predictor(settings: Callable, sidecar: Sidecar, precision: str):
     def predictor(*, tensorrt: bool):
         config = settings()
         config.enable_use_gpu(256, device, types[precision])
+        # Paddle's depthwise kernel accumulates in half precision; the names of Paddle 2 and 3.
+        config.exp_disable_mixed_precision_ops({"depthwise_conv2d", "pd_op.depthwise_conv2d"})
         if tensorrt:
             config.enable_tensorrt_engine(
                 workspace_size=1 << 30,

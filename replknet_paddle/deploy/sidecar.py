@@ -84,11 +84,15 @@ class Sidecar:
         *,
         format: str,
         precision: str = "fp32",
+        fixed_size: bool = False,
         class_names: list[str] | None = None,
         source_sha256: str | None = None,
         paddle_version: str | None = None,
     ) -> "Sidecar":
         """That of the network which `config` describes.
+
+        Args:
+            fixed_size: the model file takes images of the preprocessing's size alone.
 
         Raises:
             InputError: not one class name for each class.
@@ -98,7 +102,7 @@ class Sidecar:
             architecture=config.MODEL.NAME,
             format=format,
             precision=precision,
-            input_size=None,
+            input_size=(data.IMAGE_SIZE, data.IMAGE_SIZE) if fixed_size else None,
             preprocessing=Preprocessing(
                 image_size=data.IMAGE_SIZE,
                 crop_pct=data.CROP_PCT,

@@ -6,6 +6,7 @@ import paddle
 
 from replknet_paddle.data.loader import Loader
 from replknet_paddle.engine.precision import Precision
+from replknet_paddle.ops import frozen_weights
 
 
 @paddle.no_grad()
@@ -32,8 +33,9 @@ def evaluate(
         The total of `sums` over all processes.
     """
     model.eval()
-    for images, labels in progress(loader, desc="evaluation"):
-        with precision.autocast():
-            outputs = inference(images)
-        sums.add(outputs, labels)
+    with frozen_weights(model):
+        for images, labels in progress(loader, desc="evaluation"):
+            with precision.autocast():
+                outputs = inference(images)
+            sums.add(outputs, labels)
     return sums.total()

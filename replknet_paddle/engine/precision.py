@@ -3,6 +3,7 @@
 import paddle
 from paddle import nn
 
+from replknet_paddle.ops import large_kernel_layers
 from replknet_paddle.runtime import processes
 
 # Halved this often, the gradients of a loss that is not scaled at all overflow float16: no scale
@@ -42,8 +43,12 @@ class Precision:
         Args:
             optimizer: of a model that is to be trained: keeps float32 masters and gradients.
         """
+        # Paddle's own convolution needs large kernels in float32, and matrix products round them.
+        excluded = large_kernel_layers(model)
         if self.half_weights and optimizer is None:
-            paddle.amp.decorate(models=model, level="O2", dtype=self.dtype)
+            paddle.amp.decorate(
+                models=model, level="O2", dtype=self.dtype, excluded_layers=excluded
+            )
         elif self.half_weights:
             paddle.amp.decorate(
                 models=model,
@@ -52,6 +57,7 @@ class Precision:
                 dtype=self.dtype,
                 master_weight=True,
                 master_grad=True,
+                excluded_layers=excluded,
             )
 
     def autocast(self):

@@ -31,7 +31,11 @@ from replknet_paddle.engine.signals import Stopped, StopSignals
 from replknet_paddle.engine.start import find_resumed, from_rank_0, load_start
 from replknet_paddle.engine.task import CLASSIFICATION, Task
 from replknet_paddle.engine.train import train_epoch
-from replknet_paddle.ops import describe_operator, use_fast_depthwise_conv, use_fast_pointwise_conv
+from replknet_paddle.ops import (
+    describe_convolutions,
+    use_fast_depthwise_conv,
+    use_fast_pointwise_conv,
+)
 from replknet_paddle.optim.ema import ModelEma
 from replknet_paddle.optim.optimizer import (
     load_optimizer_state,
@@ -408,17 +412,15 @@ def build_network(config, task: Task) -> paddle.nn.Layer:
             "and running statistics are averaged over the processes"
         )
     model = task.network(config, sync_bn=sync_bn)
-    depthwise = use_fast_depthwise_conv(model, config.MODEL.CONV_IMPL)
+    use_fast_depthwise_conv(
+        model, config.MODEL.CONV_IMPL, memory_bytes=config.MODEL.CONV_MEMORY_MB * 2**20
+    )
     pointwise = use_fast_pointwise_conv(model, config.MODEL.CONV_IMPL)
-    if depthwise:
-        logger.info(
-            "%d depthwise and %d 1x1 convolutions by the %s",
-            depthwise,
-            pointwise,
-            describe_operator(),
-        )
-    else:
-        logger.info("all convolutions are Paddle's own")
+    logger.info(
+        "depthwise convolutions: %s; 1x1 convolutions: %s",
+        describe_convolutions(model),
+        f"{pointwise} by the compiled operator" if pointwise else "all by Paddle",
+    )
     return model
 
 

@@ -1,14 +1,17 @@
 """Whether the compiled operators are to compute, and how Paddle is asked to run them."""
 
+import contextlib
+import functools
 import logging
 import os
 
 import paddle
+from paddle.autograd import PyLayer
 
 from replknet_paddle.ops.library import LibraryError, get_library
 from replknet_paddle.runtime.errors import InputError
 
-IMPLS = ("auto", "paddle", "direct", "fft")
+IMPLS = ("auto", "paddle", "direct", "fft", "matmul")
 DTYPES = (paddle.float32, paddle.float16, paddle.bfloat16)
 
 logger = logging.getLogger(__name__)
@@ -20,10 +23,36 @@ def check_impl(impl: str) -> None:
         raise InputError(f"impl is {impl!r}; allowed: {', '.join(IMPLS)}")
 
 
+def cast(x, dtype):
+    """x in another type; x itself where it has that type, of which Paddle would make a copy."""
+    return x if x.dtype == dtype else x.astype(dtype)
+
+
 def is_on_cpu(x) -> bool:
+    """Whether a tensor is on the CPU, or a program is being captured there."""
     if paddle.in_dynamic_mode():
         return x.place.is_cpu_place()
     return paddle.device.get_device() == "cpu"
+
+
+def without_autocast():
+    """The context in which nothing is cast; while a program is captured, what is there stays."""
+    if paddle.in_dynamic_mode():
+        return paddle.amp.auto_cast(enable=False)
+    return contextlib.nullcontext()
+
+
+def autocast_dtype(x):
+    """The type in which `paddle.matmul` computes a tensor now: autocast's for float32 ones."""
+    if x.dtype != paddle.float32 or is_on_cpu(x) or not paddle.in_dynamic_mode():
+        return x.dtype
+    one = _one_value(str(x.place))
+    return paddle.matmul(one, one).dtype  # Paddle 2.6 has no public way to ask
+
+
+@functools.cache
+def _one_value(place: str) -> paddle.Tensor:
+    return paddle.ones([1, 1])
 
 
 _told: set[str] = set()
@@ -41,12 +70,12 @@ def why_not_operator(*, on_cpu: bool) -> str | None:
 
 
 def use_operator(impl: str, on_cpu: bool) -> bool:
-    """Whether to compute by the operator; says once why not where `auto` would have liked to.
+    """Whether to compute by the compiled operator; logs once why not where `auto` would have.
 
     Raises:
         InputError: it is asked for by name and cannot be had.
     """
-    if impl == "paddle":
+    if impl in ("paddle", "matmul"):
         return False
     why = why_not_operator(on_cpu=on_cpu)
     if why is None:
@@ -70,7 +99,19 @@ def pair(value) -> list:
 
 
 def as_one_operation(target):
-    """Let program capture take a function or a layer as a whole, not follow its Python code."""
+    """Let program capture take a function or a layer as a whole, not follow its Python code.
+
+    What this takes of Paddle 2.6 is not public. With a Paddle that has moved it, everything in
+    eager mode works as before.
+    """
+    try:
+        return _as_one_operation(target)
+    except (ImportError, AttributeError) as error:
+        logger.debug("program capture follows %s: %s", target.__name__, error)
+        return target
+
+
+def _as_one_operation(target):
     marker = getattr(paddle.jit, "marker", None)
     if marker is not None:  # Paddle 3
         return marker.unified(target)
@@ -78,7 +119,7 @@ def as_one_operation(target):
     from paddle.jit.sot.utils import paddle_api_config
 
     if isinstance(target, type):  # Paddle 2.6 can be told of functions alone
-        whole = as_one_operation(target.forward)
+        whole = _as_one_operation(target.forward)
 
         def forward(self, x):
             return whole(self, x)
@@ -89,6 +130,15 @@ def as_one_operation(target):
     skip_files.setup_skip_files()
     paddle_api_config.paddle_api_list.append(target)
     return paddle.jit.not_to_static(target)
+
+
+def apply_layer(layer: type[PyLayer], *arguments):
+    """Apply a layer with gradients of its own to tensors and constants, in a program, too."""
+    if paddle.in_dynamic_mode():
+        return layer.apply(*arguments)
+    from paddle.jit.dy2static.py_layer import StaticPyLayer
+
+    return StaticPyLayer(layer).apply(*arguments)
 
 
 def run_operator(name: str, inputs: dict[str, paddle.Tensor], attributes: dict) -> paddle.Tensor:
@@ -120,13 +170,3 @@ def _with_gradient(tensor):
     tensor = paddle.assign(tensor)
     tensor.stop_gradient = False
     return tensor
-
-
-def describe_operator() -> str:
-    """The operators in use, for the log.
-
-    Raises:
-        LibraryError: there are none.
-    """
-    library = get_library()
-    return f"compiled operator, {library.isa}, {library.threads} thread(s)"

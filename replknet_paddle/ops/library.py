@@ -76,12 +76,6 @@ class Library:
             function.restype, function.argtypes = result, arguments
             setattr(self, f"_{name}", function)
         self._lk_op_set_threads(threads)
-        self._memcmp = ctypes.CDLL(None).memcmp
-        self._memcmp.argtypes = [pointer, pointer, ctypes.c_size_t]
-
-    def same_bytes(self, a: int, b: int, size: int) -> bool:
-        """Whether `size` bytes at two addresses are the same."""
-        return self._memcmp(a, b, size) == 0
 
     @property
     def isa(self) -> str:

@@ -97,7 +97,8 @@ def use_fast_pointwise_conv(model: nn.Layer, impl: str = "auto") -> int:
     Args:
         model: any network. Parameters and their names stay as they are.
         impl: `paddle` makes the layers Paddle's own again, any other name of
-            `use_fast_depthwise_conv` the fast ones where these can be had.
+            `use_fast_depthwise_conv` the fast ones where these are available; on GPU `auto` and
+            `matmul` leave them to Paddle.
 
     Returns:
         How many layers compute by the operator now.
@@ -106,7 +107,7 @@ def use_fast_pointwise_conv(model: nn.Layer, impl: str = "auto") -> int:
         InputError: an unknown impl, or one that cannot be had here.
     """
     check_impl(impl)
-    fast = use_operator(impl, paddle.device.get_device() == "cpu")
+    fast = use_operator("auto" if impl == "matmul" else impl, paddle.device.get_device() == "cpu")
     if fast and not get_library().has_pointwise:
         logger.warning("1x1 convolutions run on Paddle's own: %s", NO_ONEDNN)
         fast = False

@@ -12,6 +12,7 @@ from replknet_paddle.bench.conv import ConvCase
 from replknet_paddle.bench.inference_chart import build_chart
 from replknet_paddle.bench.timing import median_ratio, summarize, time_in_turn
 from replknet_paddle.deploy.runtimes import computes_in
+from replknet_paddle.ops.matmul_plan import make_plan
 
 main = command("benchmark")
 
@@ -70,13 +71,50 @@ def test_data_refuses_rounds_below_one(capsys):
     assert "--rounds 0" in capsys.readouterr().err
 
 
-def test_conv_prints_every_pass_and_algorithm(operators, capsys, monkeypatch):
+def conv_rows(out):
+    """Shape, kernel, pass and implementation, and the columns after them, of each row."""
+    rows = {}
+    for line in out.splitlines():
+        if line.lstrip().startswith("1x"):
+            shape, kernel = line.split()[:2]
+            rows[shape, kernel, line[21:38].strip(), line[38:53].strip()] = line[53:].split()
+    return rows
+
+
+def test_conv_prints_every_pass_and_implementation(operators, capsys, monkeypatch):
     monkeypatch.setattr(conv, "STAGES", ((4, 9, 5), (3, 6, 13)))
     assert main(["conv", "--shapes", "stages", "--rounds", "1"]) == 0
     out = capsys.readouterr().out
-    lines = [line for line in out.splitlines() if line.lstrip().startswith("1x")]
-    assert len(lines) == 2 * (4 + 3 + 3 + 3)  # forward has the layer in evaluation besides
-    assert "Paddle" in out and "peak" in out and "(auto)" in out
+    rows = conv_rows(out)
+    # Forward has two layers with frozen weights besides.
+    assert len(rows) == 2 * (4 + 4 + 4 + 4 + 2)
+    assert "Paddle" in out and "peak" in out and any("(auto)" in impl for *_, impl in rows)
+    plan = make_plan("convolution", (1, 3, 6, 6, 13), 4)
+    columns = rows["1x3x6x6", "K13", "forward", "matmul"]
+    assert columns[3:5] == [f"{plan.flops / 1e9:.2f}", f"{plan.bytes_moved / 1e6:.1f}"]
+
+
+def test_conv_on_a_gpu_prints_shares_of_its_measured_rates(capsys, monkeypatch):
+    """The device is faked: rates are given, and its tensors are on the CPU."""
+    monkeypatch.setattr(conv, "STAGES", ((3, 6, 13),))
+    monkeypatch.setattr(conv.paddle.device, "get_device", lambda: "gpu:0")
+    monkeypatch.setattr(conv.paddle.device, "synchronize", lambda: None)
+    monkeypatch.setattr(conv.paddle.device.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(conv, "device_rates", lambda dtype: (1e9, 1e12))
+    assert main(["conv", "--shapes", "stages", "--rounds", "1", "--dtype", "bfloat16"]) == 0
+    out = capsys.readouterr().out
+    assert "bfloat16, Some GPU: a copy moves 1 GB/s, a product of matrices does 1.0 TFLOP/s" in out
+    rows = conv_rows(out)
+    assert {impl for *_, impl in rows} == {"paddle", "matmul", "matmul, kept"}
+    plan = make_plan("weight gradient", (1, 3, 6, 6, 13), 2)
+    columns = rows["1x3x6x6", "K13", "weight gradient", "matmul"]
+    share = plan.bytes_moved / (float(columns[0]) / 1e3) / 1e9
+    assert float(columns[6]) == pytest.approx(share, abs=0.02, rel=0.02)
+
+
+def test_half_precision_on_cpu_is_refused(capsys):
+    assert main(["conv", "--dtype", "float16"]) == 2
+    assert "--dtype float16 on CPU; allowed: float32" in capsys.readouterr().err
 
 
 def test_useful_work_leaves_taps_outside_the_map_out():

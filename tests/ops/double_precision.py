@@ -19,3 +19,22 @@ def conv_and_gradients(x, weight, dy, bias=None, *, groups=None):
 def relative_error(got, wanted) -> float:
     """Largest difference over the largest value."""
     return float(np.abs(np.asarray(got, "float64") - wanted).max() / np.abs(wanted).max())
+
+
+def conv_and_gradients_by_fft(x, weight, dy):
+    """Output and gradients by x and weight for large shapes, by numpy's float64 transforms."""
+    (height, width), kernel = x.shape[2:], weight.shape[-1]
+    size, half = (height + kernel, width + kernel), kernel // 2
+
+    def transform(a):
+        return np.fft.rfft2(a.astype("float64"), size)
+
+    def inverse(spectrum, first, rows, columns):
+        values = np.roll(np.fft.irfft2(spectrum, size), (-first, -first), axis=(2, 3))
+        return values[:, :, :rows, :columns]
+
+    fx, fweight, fdy = transform(x), transform(weight.transpose(1, 0, 2, 3)), transform(dy)
+    y = inverse(fx * fweight.conj(), -half, height, width)
+    dx = inverse(fdy * fweight, half, height, width)
+    dweight = inverse((fx * fdy.conj()).sum(0, keepdims=True), -half, kernel, kernel)
+    return y, dx, dweight.transpose(1, 0, 2, 3)

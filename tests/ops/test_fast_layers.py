@@ -1,4 +1,4 @@
-"""Swapping the layers of a network: which, what stays, when a cached spectrum is out of date."""
+"""Swapping the layers of a network: which, what stays, and what is exported."""
 
 import subprocess
 import sys
@@ -14,7 +14,6 @@ from replknet_paddle.ops import (
     use_fast_depthwise_conv,
     use_fast_pointwise_conv,
 )
-from replknet_paddle.optim.ema import ModelEma
 
 pytestmark = pytest.mark.usefixtures("operators")
 
@@ -106,101 +105,6 @@ def test_a_training_step_equals_that_of_paddles_convolutions(training):
             np.testing.assert_allclose(
                 b.grad.numpy(), a.grad.numpy(), atol=2e-3 * scale + 1e-6, err_msg=name
             )
-
-
-class Cached:
-    """A layer that has a cached spectrum, and its plain twin."""
-
-    def __init__(self):
-        self.layer = nn.Conv2D(32, 32, 31, padding=15, groups=32)
-        self.plain = nn.Conv2D(32, 32, 31, padding=15, groups=32)
-        self.x = paddle.randn([1, 32, 56, 56])
-        assert use_fast_depthwise_conv(self.layer, "fft") == 1
-        self.layer.eval()
-        self.check()
-        assert self.layer._cached is not None, "no spectrum is cached for this shape"
-
-    def check(self, x=None):
-        x = self.x if x is None else x
-        self.plain.set_state_dict({k: v.clone() for k, v in self.layer.state_dict().items()})
-        with paddle.no_grad():
-            for _ in range(2):
-                got, wanted = self.layer(x).numpy(), self.plain(x).numpy()
-                np.testing.assert_allclose(got, wanted, atol=1e-4 * np.abs(wanted).max())
-
-
-def step(layer, optimizer):
-    """An optimizer step, in evaluation mode as some fine-tuning has it."""
-    layer.weight.grad = paddle.ones_like(layer.weight)
-    optimizer(learning_rate=0.1, parameters=[layer.weight]).step()
-
-
-def average(layer):
-    ema = ModelEma(layer, decay=0.5)
-    for tensor in ema.average.values():
-        tensor.set_value(tensor + 0.1)
-    return ema
-
-
-CHANGES = {
-    "set_state_dict": lambda c: c.set_state_dict({k: v + 0.1 for k, v in c.state_dict().items()}),
-    "set_value": lambda c: c.weight.set_value(c.weight + 0.1),
-    "one value": lambda c: c.weight.set_value(
-        np.where(np.arange(31) == 30, 1, c.weight.numpy()).astype("float32")
-    ),
-    "copy_": lambda c: c.weight.copy_(c.weight + 0.1, True),
-    "in place": lambda c: c.weight.add_(paddle.full([], 0.1)),
-    "sgd step": lambda c: step(c, paddle.optimizer.SGD),
-    "adamw step": lambda c: step(c, paddle.optimizer.AdamW),
-    "another parameter": lambda c: setattr(
-        c, "weight", c.create_parameter(c.weight.shape, default_initializer=nn.initializer.Normal())
-    ),
-    "bias alone": lambda c: c.bias.set_value(c.bias + 1),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_cached_spectrum_is_never_stale(change):
-    cached = Cached()
-    with paddle.no_grad():
-        CHANGES[change](cached.layer)
-    cached.check()
-
-
-def test_cached_spectrum_follows_the_average_of_weights_and_back():
-    cached = Cached()
-    ema = average(cached.layer)
-    with ema.applied_to(cached.layer):
-        cached.check()
-    cached.check()
-
-
-def test_cached_spectrum_is_for_one_map_size():
-    cached = Cached()
-    cached.check(paddle.randn([2, 32, 56, 56]))
-    cached.check(paddle.randn([1, 32, 40, 60]))
-    cached.check(paddle.randn([1, 32, 56, 56]))
-
-
-@pytest.mark.parametrize("channels", [16, 48])
-def test_a_map_of_other_channels_is_refused_and_leaves_nothing_behind(channels):
-    cached = Cached()
-    cached.layer._cached = None
-    with paddle.no_grad(), pytest.raises(ValueError, match="as many channels"):
-        cached.layer(paddle.randn([1, channels, 56, 56]))
-    cached.check()
-
-
-def test_cached_spectrum_is_no_part_of_the_state_and_ends_with_training():
-    cached = Cached()
-    assert set(cached.layer.state_dict()) == {"weight", "bias"}
-    cached.layer(cached.x)  # with gradients
-    assert cached.layer._cached is None
-    cached.check()
-    cached.layer.train()
-    with paddle.no_grad():
-        cached.layer(cached.x)
-    assert cached.layer._cached is None
 
 
 def test_exported_network_runs_where_there_is_no_operator(tmp_path):

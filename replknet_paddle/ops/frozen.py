@@ -1,0 +1,90 @@
+"""What layers derive from their weights and keep, while their owner says that these do not change.
+
+Whether a weight has changed cannot be seen cheaply: Paddle's version counter of a tensor misses
+optimizer steps, `set_value` and `copy_`; comparing bytes takes longer on CPU than a kept spectrum
+saves, and makes the host wait for a GPU. So layers keep something only within `frozen_weights`.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+
+import paddle
+from paddle import nn
+
+from replknet_paddle.ops.library import get_library
+from replknet_paddle.ops.matmul_conv import make_matrices, plan_for
+
+
+class Kept:
+    """What one layer keeps, of the bytes that all layers of its network share.
+
+    Args:
+        budget: one number: the bytes that are left.
+    """
+
+    def __init__(self, budget: list[int]):
+        self.budget = budget
+        self.items: dict[tuple, tuple[int, object]] = {}  # size in bytes, value
+
+    def spectrum(self, x: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor | None:
+        """The compiled operator's spectrum of a weight; None where none is of use, or fits."""
+        key = ("spectrum", *x.shape[2:])
+        if key in self.items:
+            return self.items[key][1]
+        library, shape = get_library(), (*x.shape, weight.shape[-1])
+        floats = library.spectrum_floats(shape)
+
+        def make():
+            spectrum = paddle.empty([floats], dtype="float32")
+            library.make_spectrum(shape, weight.data_ptr(), spectrum.data_ptr())
+            return spectrum
+
+        return self._keep(key, 4 * floats, make) if floats else None
+
+    def matrices(self, x: paddle.Tensor, weight: paddle.Tensor, memory_bytes: int):
+        """T of a weight for maps like x, as `convolve` takes it; None where it does not fit."""
+        key = ("matrices", *x.shape[2:], x.dtype)
+        if key in self.items:
+            size, matrices = self.items[key]
+            if matrices.plan.batch >= x.shape[0]:
+                return matrices
+            del self.items[key]
+            self.budget[0] += size
+        plan = plan_for("convolution", x, weight.shape[-1], memory_bytes)
+        size = plan.itemsize * plan.channels * plan.matrix_values
+        return self._keep(key, size, lambda: make_matrices(plan, weight, x.dtype))
+
+    def _keep(self, key: tuple, size: int, make: Callable):
+        if size > self.budget[0]:
+            return None
+        self.budget[0] -= size
+        self.items[key] = size, make()
+        return self.items[key][1]
+
+
+_kept: "weakref.WeakKeyDictionary[nn.Layer, Kept]" = weakref.WeakKeyDictionary()
+
+
+def kept_by(layer: nn.Layer) -> Kept | None:
+    """What a layer may keep now: nothing outside `frozen_weights`, in training, with gradients."""
+    kept = _kept.get(layer)
+    return None if kept is None or layer.training or paddle.is_grad_enabled() else kept
+
+
+@contextlib.contextmanager
+def frozen_weights(model: nn.Layer) -> Iterator[None]:
+    """While this is open, layers of `model` keep what they make of their weights.
+
+    Nobody may change the weights until it ends. Spectra and matrices of all layers together take
+    at most the layers' `memory_bytes`; those that do not fit are made each time, as before.
+    """
+    layers = [x for x in model.sublayers(include_self=True) if hasattr(x, "memory_bytes")]
+    layers = [layer for layer in layers if layer not in _kept]  # others belong to one around this
+    budget = [max((layer.memory_bytes for layer in layers), default=0)]
+    _kept.update({layer: Kept(budget) for layer in layers})
+    try:
+        yield
+    finally:
+        for layer in layers:
+            _kept.pop(layer, None)

@@ -1,0 +1,299 @@
+"""Large-kernel depthwise convolution by matrix products, made of Paddle's own operations.
+
+For GPUs, whose tensor cores do the products (docs/kernels.md); it computes on every device.
+`matmul_plan` has the idea and the choice of tiles, this module the tensors. Values are of the
+compute type, and products and sums are accumulated in float32. The gradients make the matrix T
+again instead of keeping it, and add the weight's up in a fixed order without atomic operations, so
+that the same inputs give the same bits.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import paddle
+from paddle.autograd import PyLayer
+from paddle.nn import functional as F
+
+from replknet_paddle.ops.dispatch import (
+    apply_layer,
+    as_one_operation,
+    cast,
+    is_on_cpu,
+    without_autocast,
+)
+from replknet_paddle.ops.matmul_plan import Axis, Plan, make_plan
+from replknet_paddle.ops.reference import large_kernel_depthwise_conv2d_reference
+
+# F.pad is called with four numbers, left, right, top, bottom: programs with its other form, which
+# is another operation, destroy memory in Paddle Inference 3.3.1.
+
+# What a program that is captured for any batch size is planned for. Small, because programs make T
+# each time they run, or keep it for all layers.
+ASSUMED_BATCH = 1
+
+
+@as_one_operation
+def matmul_conv(
+    x: paddle.Tensor,
+    weight: paddle.Tensor,
+    memory_bytes: int,
+    *,
+    forward: str = "matmul",
+    training: bool = True,
+) -> paddle.Tensor:
+    """Depthwise convolution with stride 1 and "same" padding, with gradients.
+
+    Args:
+        x: (N, C, H, W), float32, float16 or bfloat16.
+        weight: (C, 1, K, K), K odd; is rounded to the type of x.
+        memory_bytes: bound of `Plan.scratch_bytes`.
+        forward: `matmul`, or `paddle` for Paddle's own convolution with gradients by products.
+        training: whether a program that is being captured is to have these gradients. Programs to
+            export must not: Paddle 2.6 cannot save several.
+
+    Returns:
+        (N, C, H, W) in the type of x.
+
+    Raises:
+        InputError: nothing fits into `memory_bytes`.
+    """
+    needs = (not x.stop_gradient, not weight.stop_gradient)
+    wanted = paddle.is_grad_enabled() and any(needs)
+    if not paddle.in_dynamic_mode():
+        needs, wanted = (True, True), training
+    if not wanted:
+        return _forward(x, weight, memory_bytes, forward)
+    return apply_layer(_MatmulConv, x, weight, memory_bytes, forward, needs)
+
+
+class _MatmulConv(PyLayer):
+    """`matmul_conv` for the tape."""
+
+    @staticmethod
+    def forward(ctx, x, weight, memory_bytes, forward, needs):
+        ctx.save_for_backward(x, weight)
+        ctx.memory_bytes = memory_bytes
+        ctx.needs = needs
+        return _forward(x, weight, memory_bytes, forward)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensor()
+        return _gradients(x, weight, dy, ctx.memory_bytes, ctx.needs)
+
+
+@as_one_operation
+def _forward(x, weight, memory_bytes, forward):
+    if forward == "paddle":
+        return large_kernel_depthwise_conv2d_reference(x, weight)
+    return convolve(x, weight, memory_bytes)
+
+
+@as_one_operation
+def _gradients(x, weight, dy, memory_bytes, needs):
+    with without_autocast():  # which would compute float32 ones in half precision
+        dy = cast(dy, x.dtype)
+        dx = convolve(dy, weight, memory_bytes, flipped=True) if needs[0] else None
+        dweight = weight_gradient(x, dy, weight.shape[-1], memory_bytes) if needs[1] else None
+        return dx, None if dweight is None else cast(dweight, weight.dtype)
+
+
+def convolve(
+    x: paddle.Tensor,
+    weight: paddle.Tensor,
+    memory_bytes: int,
+    *,
+    flipped: bool = False,
+    kept: "Matrices | None" = None,
+) -> paddle.Tensor:
+    """The convolution of x, or with `flipped` the gradient by the input for that by the output, x.
+
+    Args:
+        kept: `make_matrices` of this weight, for maps of this size and type and at least so many.
+    """
+    plan = kept.plan if kept else plan_for("convolution", x, weight.shape[-1], memory_bytes)
+    dtype, x = x.dtype, _compute_form(x)
+    weight = _compute_form(cast(weight, dtype))
+    parts = []
+    for i, chunk in enumerate(_chunks(plan)):
+        matrix = kept.of_chunks[i] if kept else _make_matrix(weight[chunk], plan, flipped)
+        parts.append(_convolve_chunk(x[:, chunk], matrix, plan, dtype))
+        del matrix
+    y = parts[0] if len(parts) == 1 else paddle.concat(parts, axis=1)
+    return cast(y, dtype)
+
+
+class Matrices(NamedTuple):
+    """T of each chunk of channels, and the plan that it is for."""
+
+    plan: Plan
+    of_chunks: list[paddle.Tensor]
+
+
+def make_matrices(plan: Plan, weight: paddle.Tensor, dtype) -> Matrices:
+    """T of a weight rounded to the type `dtype`."""
+    weight = _compute_form(cast(weight, dtype))
+    return Matrices(plan, [_make_matrix(weight[chunk], plan, False) for chunk in _chunks(plan)])
+
+
+def weight_gradient(
+    x: paddle.Tensor, dy: paddle.Tensor, kernel: int, memory_bytes: int
+) -> paddle.Tensor:
+    """Gradient by the weight, float32 (C, 1, kernel, kernel), of the convolution of x."""
+    plan = plan_for("weight gradient", x, kernel, memory_bytes)
+    dtype, x, dy = x.dtype, _compute_form(x), _compute_form(dy)
+    parts = [_weight_gradient_chunk(x[:, c], dy[:, c], plan, dtype) for c in _chunks(plan)]
+    return parts[0] if len(parts) == 1 else paddle.concat(parts, axis=0)
+
+
+def add_bias(y: paddle.Tensor, bias: paddle.Tensor) -> paddle.Tensor:
+    """(N, C, H, W) and (C,) -> their sum in the type of y."""
+    biased = _compute_form(y) + _compute_form(cast(bias, y.dtype)).reshape([1, -1, 1, 1])
+    return cast(biased, y.dtype)
+
+
+def plan_for(kind: str, x: paddle.Tensor, kernel: int, memory_bytes: int) -> Plan:
+    """The plan of a pass over a tensor of the shape and type of x."""
+    batch, *rest = x.shape
+    itemsize = 4 if x.dtype == paddle.float32 else 2
+    batch = ASSUMED_BATCH if batch == -1 else batch
+    return make_plan(kind, (batch, *rest, kernel), itemsize, memory_bytes)
+
+
+def _chunks(plan: Plan) -> list[slice]:
+    starts = range(0, plan.channels, plan.chunk)
+    return [slice(start, min(start + plan.chunk, plan.channels)) for start in starts]
+
+
+def _compute_form(x):
+    """x in a type that the device computes in; Paddle's CPU kernels lack half precision."""
+    return cast(x, paddle.float32) if is_on_cpu(x) else x
+
+
+def _rounded(x, dtype):
+    """x rounded to the compute type, where the device does not do so itself."""
+    return x if x.dtype == dtype or not is_on_cpu(x) else x.astype(dtype).astype(x.dtype)
+
+
+def _make_matrix(weight, plan: Plan, flipped: bool):
+    """Kernels (C, 1, K, K) -> T (C, s t, r q)."""
+    rows, columns = plan.rows, plan.columns
+    channels, _, kernel, _ = weight.shape
+    taps = F.pad(weight, [0, 1, 0, 1]).reshape([channels, kernel + 1, kernel + 1])
+    strips = _select(taps, 2, _matrix_columns, columns, flipped)  # (C, K + 1, t q)
+    strips = strips.reshape([channels, kernel + 1, columns.tile, columns.window])
+    strips = strips.transpose([0, 2, 1, 3]).reshape([channels, -1, columns.window])
+    matrix = _select(strips, 1, _matrix_rows, rows, columns.tile, flipped)  # (C, s t r, q)
+    outputs, inputs = rows.tile * columns.tile, rows.window * columns.window
+    return matrix.reshape([channels, outputs, inputs])
+
+
+def _cut(x, plan: Plan):
+    """Maps (N, C, H, W) -> windows (C, N n, r q)."""
+    rows, columns, channels = plan.rows, plan.columns, x.shape[1]
+    padding = [*columns.padding, *rows.padding]
+    x = x.transpose([1, 0, 2, 3])
+    if any(padding):
+        x = F.pad(x, padding)
+    if columns.count > 1:
+        x = _select(x, 3, _window_positions, columns)
+        x = x.reshape([channels, -1, rows.padded, columns.count, columns.window])
+        x = x.transpose([0, 1, 3, 2, 4])
+    x = x.reshape([channels, -1, rows.padded, columns.window])
+    if rows.count > 1:
+        x = _select(x, 2, _window_positions, rows)
+    return x.reshape([channels, -1, rows.window * columns.window])
+
+
+def _convolve_chunk(x, matrix, plan: Plan, dtype):
+    rows, columns, channels = plan.rows, plan.columns, x.shape[1]
+    y = _rounded(paddle.matmul(_cut(x, plan), matrix, transpose_y=True), dtype)
+    y = y.reshape([channels, -1, columns.count, rows.count, rows.tile, columns.tile])
+    y = y.transpose([1, 0, 3, 4, 2, 5])  # (N, C, tiles, s, tiles, t)
+    y = y.reshape([-1, channels, rows.outputs, columns.outputs])
+    if (rows.outputs, columns.outputs) != (rows.size, columns.size):
+        y = y[:, :, : rows.size, : columns.size]
+    return y.contiguous() if paddle.in_dynamic_mode() else y
+
+
+def _weight_gradient_chunk(x, dy, plan: Plan, dtype):
+    rows, columns, channels = plan.rows, plan.columns, x.shape[1]
+    kernel = rows.kernel
+    beyond = [0, columns.outputs - columns.size, 0, rows.outputs - rows.size]
+    if any(beyond):
+        dy = F.pad(dy, beyond)
+    dy = dy.reshape([-1, channels, rows.count, rows.tile, columns.count, columns.tile])
+    dy = dy.transpose([1, 0, 4, 2, 3, 5])  # (C, N, tiles, tiles, s, t)
+    dy = dy.reshape([channels, -1, rows.tile * columns.tile])
+    dmatrix = _rounded(paddle.matmul(dy, _cut(x, plan), transpose_x=True), dtype)
+    del x, dy
+    dmatrix = dmatrix.reshape([channels, -1, columns.window])  # (C, s t r, q)
+    dmatrix = _select(dmatrix, 1, _row_diagonals, rows, columns.tile)
+    dmatrix = dmatrix.reshape([channels, rows.tile, -1])
+    dstrips = cast(_rounded(dmatrix.sum(1), dtype), paddle.float32)
+    dstrips = dstrips.reshape([channels, columns.tile, kernel, columns.window])
+    dstrips = dstrips.transpose([0, 2, 1, 3]).reshape([channels, kernel, -1])
+    dtaps = _select(dstrips, 2, _column_diagonals, columns)
+    return dtaps.reshape([channels, 1, kernel, kernel, columns.tile]).sum(4)
+
+
+# The index arrays. The kernel's taps have a zero after them: tap K.
+
+
+def _tap(axis: Axis, output: int, position: int, flipped: bool) -> int:
+    tap = axis.tap(output, position)
+    if tap is None:
+        return axis.kernel
+    return axis.kernel - 1 - tap if flipped else tap
+
+
+def _matrix_columns(axis: Axis, flipped: bool):
+    for output in range(axis.tile):
+        for position in range(axis.window):
+            yield _tap(axis, output, position, flipped)
+
+
+def _matrix_rows(axis: Axis, strips: int, flipped: bool):
+    for output in range(axis.tile):
+        taps = [_tap(axis, output, position, flipped) for position in range(axis.window)]
+        for strip in range(strips):
+            yield from (strip * (axis.kernel + 1) + tap for tap in taps)
+
+
+def _window_positions(axis: Axis):
+    for number in range(axis.count):
+        yield from range(number * axis.tile, number * axis.tile + axis.window)
+
+
+def _row_diagonals(axis: Axis, strips: int):
+    for output in range(axis.tile):
+        positions = [axis.position(output, tap) for tap in range(axis.kernel)]
+        for strip in range(strips):
+            yield from ((output * strips + strip) * axis.window + p for p in positions)
+
+
+def _column_diagonals(axis: Axis):
+    for tap in range(axis.kernel):
+        for output in range(axis.tile):
+            yield output * axis.window + axis.position(output, tap)
+
+
+def _select(x, axis: int, positions, *arguments):
+    """x at the positions that a function above gives for its arguments, along an axis."""
+    if paddle.in_dynamic_mode():
+        index = _index_on_device(str(x.place), positions, *arguments)
+    else:
+        index = paddle.to_tensor(_index(positions, *arguments))
+    return paddle.index_select(x, index, axis)
+
+
+@lru_cache(maxsize=1024)
+def _index(positions, *arguments) -> np.ndarray:
+    return np.fromiter(positions(*arguments), "int32")
+
+
+@lru_cache(maxsize=1024)
+def _index_on_device(place: str, positions, *arguments) -> paddle.Tensor:
+    """Kept, since a copy from the host waits for what the device has queued."""
+    return paddle.to_tensor(_index(positions, *arguments))

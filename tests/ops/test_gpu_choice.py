@@ -1,0 +1,205 @@
+"""How `auto` chooses on GPU, with CPU tensors taken for those of a GPU and times given by hand."""
+
+import logging
+import sys
+
+import numpy as np
+import paddle
+import pytest
+from double_precision import conv_and_gradients, relative_error
+from paddle import nn
+from processes import finish_ranks
+
+from replknet_paddle.ops import (
+    FastDepthwiseConv2D,
+    depthwise_conv,
+    gpu_choice,
+    large_kernel_depthwise_conv2d,
+    matmul_conv,
+    use_fast_depthwise_conv,
+)
+from replknet_paddle.ops.gpu_choice import CHOICES, PADDLE, choose
+from replknet_paddle.runtime import processes
+
+SHAPE = (2, 4, 12, 10)
+# Seconds of Paddle's own and of products, forward and for the gradients.
+FASTEST = {
+    CHOICES[0]: (1, 2, 3, 4),
+    CHOICES[1]: (1, 2, 9, 4),
+    CHOICES[2]: (2, 1, 9, 4),
+}
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch):
+    """`auto` measures as on a GPU, afresh."""
+    monkeypatch.setattr(depthwise_conv, "is_on_cpu", lambda x: False)
+    monkeypatch.setattr(gpu_choice, "_trained", {})
+    monkeypatch.setattr(gpu_choice, "_evaluated", {})
+
+
+@pytest.fixture
+def seconds(monkeypatch):
+    """Sets what the next measurements take, in order; counts them."""
+    left = []
+    monkeypatch.setattr(gpu_choice, "_seconds", lambda call, x: left.pop(0))
+    return left
+
+
+def tensors(shape=SHAPE, kernel=9, dtype="float32"):
+    rng = np.random.default_rng(0)
+    shapes = (shape, (shape[1], 1, kernel, kernel), shape)
+    arrays = [rng.standard_normal(s, "float32") for s in shapes]
+    x, weight, dy = (paddle.to_tensor(a).astype(dtype) for a in arrays)
+    x.stop_gradient = weight.stop_gradient = False
+    return arrays, x, weight, dy
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_each_pass_is_computed_by_what_was_faster(choice, seconds, monkeypatch):
+    seconds += FASTEST[choice]
+    arrays, x, weight, dy = tensors()
+    y = large_kernel_depthwise_conv2d(x, weight)
+    assert gpu_choice._trained == {(*SHAPE, 9, "float32"): choice} and not seconds
+    used = []
+    for module, name in (
+        (matmul_conv, "convolve"),
+        (matmul_conv, "weight_gradient"),
+        (matmul_conv, "large_kernel_depthwise_conv2d_reference"),
+        (depthwise_conv, "large_kernel_depthwise_conv2d_reference"),
+    ):
+        function = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *a, f=function, n=name, **k: used.append(n) or f(*a, **k)
+        )
+    y = large_kernel_depthwise_conv2d(x, weight)
+    forward = {"paddle": "large_kernel_depthwise_conv2d_reference", "matmul": "convolve"}
+    assert used == [forward[choice.forward]]
+    used.clear()
+    gradients = paddle.grad(y, [x, weight], dy)
+    assert used == (["convolve", "weight_gradient"] if choice.gradients == "matmul" else [])
+    wanted = conv_and_gradients(*arrays)
+    for got, right in zip((y, *gradients), wanted):
+        assert relative_error(got.numpy(), right) < 5e-6
+
+
+def test_a_shape_and_type_is_measured_and_logged_once(seconds, caplog):
+    caplog.set_level(logging.INFO)
+    _, x, weight, _ = tensors()
+    for _ in range(3):
+        seconds += FASTEST[CHOICES[2]] if not gpu_choice._trained else ()
+        choose(x, weight, 2**29, training=True)
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [
+        "depthwise convolution 2x4x12x10, kernel 9, float32, forward: matrix products 1000.000 ms, "
+        "Paddle's own 2000.000 ms",
+        "depthwise convolution 2x4x12x10, kernel 9, float32, gradients: matrix products "
+        "4000.000 ms, Paddle's own 9000.000 ms",
+        "depthwise convolution 2x4x12x10, kernel 9, float32: forward by matrix products, gradients "
+        "by matrix products",
+    ]
+    seconds += FASTEST[PADDLE]
+    assert choose(tensors((3, 4, 12, 10))[1], weight, 2**29, training=True) == PADDLE
+    seconds += FASTEST[CHOICES[1]]
+    _, half, half_weight, _ = tensors(dtype="bfloat16")
+    assert choose(half, half_weight, 2**29, training=True) == CHOICES[1]
+    assert len(gpu_choice._trained) == 3 and not seconds
+
+
+def test_evaluation_takes_the_choice_of_training_or_of_its_first_shape(seconds):
+    _, x, weight, _ = tensors()
+    other = tensors((1, 4, 30, 20))[1]
+    seconds += (2, 1)
+    assert choose(x, weight, 2**29, training=False).forward == "matmul"
+    assert choose(other, weight, 2**29, training=False).forward == "matmul"
+    seconds += FASTEST[PADDLE]
+    assert choose(other, weight, 2**29, training=True) == PADDLE
+    assert choose(other, weight, 2**29, training=False) == PADDLE
+    assert choose(x, weight, 2**29, training=False).forward == "matmul"
+    assert not seconds
+
+
+@pytest.mark.parametrize("name, kind", [("convolve", "forward"), ("weight_gradient", "gradients")])
+@pytest.mark.parametrize("factor, shown", [(1.01, "0.01"), (float("nan"), "nan")])
+def test_products_that_deviate_are_not_used(name, kind, factor, shown, monkeypatch, caplog):
+    function = getattr(gpu_choice, name)
+    monkeypatch.setattr(gpu_choice, name, lambda *a, **k: factor * function(*a, **k))
+    _, x, weight, _ = tensors()
+    assert choose(x, weight, 2**29, training=True) == PADDLE
+    (warning,) = (r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
+    assert "2x4x12x10, kernel 9, float32" in warning
+    assert f"by {shown} of the largest value ({kind}; allowed: 2e-05)" in warning
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_rounding_of_half_precision_is_no_deviation(dtype, seconds):
+    seconds += FASTEST[CHOICES[2]]
+    _, x, weight, _ = tensors((2, 4, 28, 28), 27, dtype)
+    assert choose(x, weight.astype("float32"), 2**29, training=True) == CHOICES[2]
+
+
+def test_products_that_need_more_memory_are_not_used(caplog):
+    _, x, weight, _ = tensors()
+    assert choose(x, weight, 1000, training=True) == PADDLE
+    assert "1000 bytes of memory allowed" in caplog.text and "using Paddle's own" in caplog.text
+
+
+def test_measuring_leaves_the_hook_of_master_gradients_registered(seconds, monkeypatch):
+    """paddle.grad runs, and so removes, what `decorate(master_grad=True)` has registered."""
+    state = sys.modules["paddle.amp.auto_cast"].amp_global_state()
+    monkeypatch.setattr(state, "use_master_grad", True)
+    monkeypatch.setattr(state, "model_parameters", [])
+    _, x, weight, dy = tensors()
+    with paddle.amp.auto_cast(enable=False):
+        assert state.already_register_final_backward_hook
+        seconds += (1.0, 2.0, 3.0, 4.0)
+        choose(x, weight, 2**29, training=True)
+        assert state.already_register_final_backward_hook
+    large_kernel_depthwise_conv2d(x, weight, impl="matmul").backward(dy)
+    monkeypatch.setattr(state, "use_master_grad", False)
+    (x * 1).sum().backward()
+    assert not state.already_register_final_backward_hook
+
+
+def test_layers_on_gpu(monkeypatch, seconds):
+    monkeypatch.setattr(paddle.device, "get_device", lambda: "gpu:0")
+    model = nn.Sequential(*(nn.Conv2D(4, 4, k, padding=k // 2, groups=4) for k in (3, 5, 7, 31)))
+    assert use_fast_depthwise_conv(model) == 2
+    assert [type(x) for x in model] == 2 * [nn.Conv2D] + 2 * [FastDepthwiseConv2D]
+    assert use_fast_depthwise_conv(model, "matmul") == 2
+    assert use_fast_depthwise_conv(model, "paddle") == 0
+    # Large ones stay of the class that keeps Paddle's own in float32.
+    assert [type(x) for x in model] == 2 * [nn.Conv2D] + 2 * [FastDepthwiseConv2D]
+    with pytest.raises(ValueError, match="needs the compiled operator: it computes on CPU alone"):
+        use_fast_depthwise_conv(model, "fft")
+
+
+def test_training_mode_without_gradients_is_measured_as_training(monkeypatch, seconds):
+    """So that recomputation, whose first forward pass has no gradients, uses one choice."""
+    monkeypatch.setattr(paddle.device, "get_device", lambda: "gpu:0")
+    layer = nn.Conv2D(4, 4, 9, padding=4, groups=4)
+    use_fast_depthwise_conv(layer)
+    seconds += FASTEST[CHOICES[2]]
+    with paddle.no_grad():
+        layer(paddle.randn(SHAPE))
+    assert list(gpu_choice._trained.values()) == [CHOICES[2]]
+
+
+def choose_on_a_rank(arguments) -> int:
+    """Prints the choice; rank 0 measures that products are faster, the other the opposite."""
+    processes.init()
+    is_first, veto = processes.rank() == 0, arguments == ["veto"]
+    left = [2, 1, 9, 4] if is_first else [1, 2, 3, 4]
+    gpu_choice._seconds = lambda call, x: left.pop(0)
+    if veto and not is_first:
+        convolve = gpu_choice.convolve
+        gpu_choice.convolve = lambda *a, **k: 2 * convolve(*a, **k)
+    _, x, weight, _ = tensors()
+    print("chose", *choose(x, weight, 2**29, training=True))
+    return 0
+
+
+@pytest.mark.parametrize("veto, chosen", [("no", "matmul matmul"), ("veto", "paddle paddle")])
+def test_all_ranks_take_the_choice_of_rank_0_unless_products_deviate_on_one(veto, chosen, tmp_path):
+    for output in finish_ranks([veto], folder=tmp_path, target=choose_on_a_rank):
+        assert f"chose {chosen}" in output

@@ -1,0 +1,139 @@
+"""The rule that chooses tiles: what it takes for the published networks, and its arithmetic."""
+
+import numpy as np
+import pytest
+
+from replknet_paddle.ops.matmul_plan import DEFAULT_MEMORY_BYTES, PASSES, Axis, Plan, make_plan
+from replknet_paddle.runtime.errors import InputError
+
+NETWORKS = {  # channels of the large kernels, and kernels, by stage
+    "31B": ((128, 256, 512, 1024), (31, 29, 27, 13)),
+    "31L": ((192, 384, 768, 1536), (31, 29, 27, 13)),
+    "XL": ((384, 768, 1536, 3072), (27, 27, 27, 13)),
+}
+IMAGES = ((224, 224), (320, 320), (384, 384), (512, 2048), (1024, 1024))
+STRIDES = (4, 8, 16, 32)
+
+
+def stages(network, image):
+    for channels, kernel, stride in zip(*NETWORKS[network], STRIDES):
+        yield channels, image[0] // stride, image[1] // stride, kernel
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("batch", [1, 64])
+@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_every_stage_has_tiles_within_the_memory_allowed(network, image, batch, itemsize):
+    for kind in PASSES:
+        for shape in stages(network, image):
+            plan = make_plan(kind, (batch, *shape), itemsize)
+            assert plan.matrix_bytes <= plan.scratch_bytes <= DEFAULT_MEMORY_BYTES, plan
+            assert plan.chunk == plan.channels or 2 * plan.scratch_bytes > DEFAULT_MEMORY_BYTES / 2
+            # A tile needs at least its own inputs, and at most those of a tile of one pixel.
+            useful = 2 * batch * shape[0] * taps_inside(*shape[1:])
+            assert useful <= plan.flops < 40 * useful, plan
+
+
+def taps_inside(height, width, kernel):
+    half = kernel // 2
+
+    def along(size):
+        return sum(min(size, i + half + 1) - max(0, i - half) for i in range(size))
+
+    return along(height) * along(width)
+
+
+def axes(count, seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        size, kernel = int(rng.integers(1, 40)), 2 * int(rng.integers(0, 20)) + 1
+        spare, multiple = bool(rng.integers(2)), int(rng.choice([1, 2, 4, 8]))
+        yield Axis.of(size, kernel, int(rng.integers(1, size + 1)), spare=spare, multiple=multiple)
+
+
+def meetings(axis):
+    """Tile, output of the tile, tap, and the pixel of the map there, by the definition."""
+    for number in range(axis.count):
+        for output in range(axis.tile):
+            for tap in range(axis.kernel):
+                yield number, output, tap, number * axis.tile + output + tap - axis.kernel // 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_windows_hold_all_that_a_tile_needs_and_no_more(seed):
+    for axis in axes(40, seed):
+        assert (axis.count - 1) * axis.tile < axis.size <= axis.outputs
+        used = set()
+        for number, output, tap, pixel in meetings(axis):
+            if not 0 <= pixel < axis.size:
+                continue
+            position = axis.position(output, tap)
+            assert axis.tap(output, position) == tap
+            assert number * axis.tile + position - axis.padding[0] == pixel
+            assert number * axis.tile + axis.window <= axis.padded
+            used.add(position)
+        bare = Axis.of(axis.size, axis.kernel, axis.tile, spare=False)
+        assert len(used) == bare.window, axis
+        assert axis.window >= bare.window
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_taps_outside_a_window_are_sent_to_a_position_that_is_always_zero(seed):
+    for axis in axes(60, seed):
+        spare = Axis.of(axis.size, axis.kernel, axis.tile, spare=True)
+        for number, output, tap, pixel in meetings(spare):
+            position = spare.position(output, tap)
+            there = number * spare.tile + position - spare.padding[0]
+            assert there == pixel or not (0 <= there < spare.size or 0 <= pixel < spare.size)
+
+
+def brute_force(plan):
+    """T's values, windows and operations, counted one by one."""
+    rows, columns = plan.rows, plan.columns
+    pairs = [
+        (i, j, a, b)
+        for i in range(rows.tile)
+        for j in range(columns.tile)
+        for a in range(rows.window)
+        for b in range(columns.window)
+    ]
+    tiles = len(range(0, rows.size, rows.tile)) * len(range(0, columns.size, columns.tile))
+    return len(pairs), 2 * plan.channels * plan.batch * tiles * len(pairs)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 14, 14, 27), (2, 4, 20, 33, 9), (1, 8, 7, 7, 13)])
+@pytest.mark.parametrize("kind", PASSES)
+def test_sizes_are_those_of_the_products(kind, shape):
+    plan = make_plan(kind, shape, 2)
+    values, flops = brute_force(plan)
+    assert (plan.matrix_values, plan.flops) == (values, flops)
+    assert plan.matrix_bytes == 2 * plan.chunk * values
+
+
+def test_small_batches_take_smaller_matrices():
+    """T does not depend on the batch, so that it must be cheap where there are few images."""
+    few = make_plan("convolution", (1, 512, 14, 14, 27), 2)
+    many = make_plan("convolution", (64, 512, 14, 14, 27), 2)
+    assert many.tiles == 1 and 3 * few.matrix_bytes < many.matrix_bytes
+
+
+@pytest.mark.parametrize("side", [56, 28, 14, 7])
+def test_the_tiles_have_the_lowest_cost_of_all_that_fit(side):
+    shape, memory = (8, 64, side, side, 27), 2**24
+    for kind in PASSES:
+        best = make_plan(kind, shape, 2, memory)
+        for height in range(1, side + 1):
+            for width in {1, 2, 5, side // 2, side}:
+                rows = Axis.of(side, 27, height, spare=kind == PASSES[1])
+                columns = Axis.of(side, 27, width, spare=kind == PASSES[1], multiple=8)
+                other = Plan(kind, 8, 64, 2, rows, columns, 1)
+                assert other.scratch_bytes > memory or other.cost >= 0.999 * best.cost
+
+
+def test_less_memory_makes_chunks_of_channels_and_in_the_end_a_message():
+    shape = (4, 64, 28, 28, 29)
+    chunks = [make_plan("convolution", shape, 4, 2**n).chunk for n in (28, 24, 21)]
+    assert chunks[0] == 64 and chunks == sorted(chunks, reverse=True) and chunks[-1] < 16
+    with pytest.raises(InputError, match=r"1000 bytes.*at least \d+ \(MODEL.CONV_MEMORY_MB\)"):
+        make_plan("convolution", shape, 4, 1000)
