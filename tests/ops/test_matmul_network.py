@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import paddle
 import pytest
+from processes import finish, metrics
 from tiny import ROOT
 
 from replknet_paddle.config import get_config
@@ -102,6 +103,20 @@ def test_31b_equals_paddles_own():
 
     assert deviation(changes) < 3 * deviation(by_rounding) < 0.1
     compare_logits(plain, products, images)
+
+
+def test_a_run_trains_and_evaluates_on_products(tiny_config_file, tiny_data, tmp_path):
+    """With the tiny recipe; its losses are those of Paddle's own."""
+    losses = []
+    for impl in ("paddle", "matmul"):
+        folder = tmp_path / impl
+        flags = [f"-cfg={tiny_config_file}", f"-data_path={tiny_data}", f"-output={folder}"]
+        keys = ["MODEL.CONV_IMPL", impl, "MODEL.CONV_MEMORY_MB", "16", "TRAIN.NUM_EPOCHS", "1"]
+        text = finish([*flags, "-nproc=1", "-opts", *keys], output=tmp_path / f"{impl}.txt")
+        assert ("by matrix products" in text) == (impl == "matmul")
+        (record,) = metrics(folder)
+        losses.append([record["train_loss"], record["val_loss"]])
+    np.testing.assert_allclose(*losses, rtol=1e-3)
 
 
 WITHOUT_PRIVATE_PARTS = """
