@@ -55,7 +55,8 @@ PACKAGES = {
 }
 # What each opens besides a network in memory.
 FORMAT = {"paddle": "paddle", "onnxruntime": "onnx", "openvino": "onnx"}
-# What `auto` chooses from, by precision. Eager mode is slower than all of them.
+# What `auto` chooses from, by precision. Eager mode is slower than the fastest of them, and changes
+# the network that it is given.
 CPU_BACKENDS = {
     "fp32": ("openvino", "paddle", "onnxruntime"),
     "fp16": ("openvino", "onnxruntime"),

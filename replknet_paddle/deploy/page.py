@@ -37,6 +37,7 @@ SEEN_PIXELS = 384  # side of the pictures of what the network saw
 # Browsers turn pictures as their EXIF data say; the network, as in evaluation, does not.
 CSS = f"""
 img {{ image-orientation: none !important; }}
+#picture img {{ object-fit: contain !important; width: 100%; height: 100%; }}
 #classes-list ol {{ max-height: 16em; overflow-y: auto; }}
 #seen figure {{ margin: 0 0 1em; }}
 #seen img {{ width: 100%; max-width: {SEEN_PIXELS}px; }}

@@ -63,8 +63,7 @@ def page_facts(model: str, predictor: Predictor, network) -> PageFacts:
         before = f"{record.pretrained_on}, then " if record.pretrained_on else ""
         data = "ImageNet-1K" if record.num_classes == 1000 else "ImageNet-22K"
         return PageFacts(record.name, f"Trained on {before}{data}. {inputs}", names)
-    data = network.config.DATA
-    trained_on = f"Trained on {data.DATASET} in {data.DATA_PATH}. {inputs}"
+    trained_on = f"Trained on the images of {network.config.DATA.DATA_PATH}. {inputs}"
     return PageFacts(
         f"{sidecar.architecture} ({model})",
         trained_on,

@@ -232,8 +232,8 @@ def test_a_turned_photo_looks_the_same_in_all_three_places(page):
 
 
 def without_margins(shown, size):
-    """The part of `shown` that a picture of this size takes, at most as large, in its middle."""
-    scale = min(1, shown.width / size[0], shown.height / size[1])
+    """The part of `shown` that a picture of this size takes, fitted into its middle."""
+    scale = min(shown.width / size[0], shown.height / size[1])
     width, height = (round(scale * side) for side in size)
     left, top = (shown.width - width) // 2, (shown.height - height) // 2
     return shown.crop((left, top, left + width, top + height))
@@ -242,7 +242,7 @@ def without_margins(shown, size):
 def test_the_page_says_what_its_model_is(page, run_folder):
     assert f"tiny ({run_folder})" in page.locator("h1").inner_text()
     text = page.locator("body").inner_text()
-    assert "Trained on imagenet2012 in " in text
+    assert "Trained on the images of " in text
     assert "It sees 96 x 96 pixels and tells 7 classes apart." in text
     page.get_by_text("Its 7 classes").click()
     listed = page.locator("#classes-list li")
