@@ -5,6 +5,7 @@ from paddle import nn
 
 from replknet_paddle.ops import large_kernel_layers
 from replknet_paddle.runtime import processes
+from replknet_paddle.runtime.errors import InputError
 
 # Halved this often, the gradients of a loss that is not scaled at all overflow float16: no scale
 # will help any more.
@@ -22,10 +23,18 @@ class Precision:
         enabled: mixed precision; without, or on CPU, all is float32.
         level: 'O1', or 'O2' for half-precision weights with float32 masters and gradients.
         dtype: 'float16', whose loss is scaled, or 'bfloat16'.
+
+    Raises:
+        InputError: bfloat16 on a GPU that does not compute in it, of which Paddle only warns.
     """
 
     def __init__(self, *, enabled: bool = False, level: str = "O1", dtype: str = "float16"):
         self.enabled = enabled and processes.on_gpu()
+        if self.enabled and dtype == "bfloat16" and not processes.gpu_computes_in_bfloat16():
+            raise InputError(
+                "AMP_DTYPE is bfloat16, which this GPU does not compute in (compute capability "
+                "below 8.0); allowed here: float16"
+            )
         self.level = level
         self.dtype = dtype
         self.scaler = None

@@ -42,6 +42,11 @@ def on_gpu() -> bool:
     return paddle.device.get_device().startswith("gpu")
 
 
+def gpu_computes_in_bfloat16() -> bool:
+    """Whether this process's GPU does: compute capability 8.0 (Ampere) or higher."""
+    return paddle.device.cuda.get_device_capability() >= (8, 0)
+
+
 def visible_devices() -> int:
     """GPUs that this process may use; 0 on a machine without."""
     return paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
