@@ -4,12 +4,13 @@ import contextlib
 import functools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from replknet_paddle.runtime.errors import SystemFault
+from replknet_paddle.runtime.errors import InputError, SystemFault
 from replknet_paddle.runtime.parent import end_with_parent
 from replknet_paddle.runtime.processes import is_launched, rank, visible_devices
 
@@ -42,6 +43,9 @@ def launch(
         Exit status, and what there is to say about it: 0, that of the first process that failed,
         128 + the number of the signal that killed one, or 128 + that of a SIGTERM or SIGINT that
         this process received and handed on.
+
+    Raises:
+        InputError: the master's name does not resolve.
     """
     status_file = os.path.join(log_dir, STATUS_FILE)
     if os.path.exists(status_file):
@@ -53,6 +57,9 @@ def launch(
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     if not visible_devices():
         environment["PADDLE_DISTRI_BACKEND"] = "gloo"
+        # Paddle's launcher gives each process one of the devices listed here, and takes an empty
+        # list for one device. -1 hides all GPUs of the machine.
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(["-1"] * processes)
     launcher_command = [
         sys.executable,
         "-m",
@@ -65,7 +72,8 @@ def launch(
         log_dir,
     ]
     if nodes > 1:
-        launcher_command += ["--nnodes", str(nodes), "--master", master]
+        address, own_address = node_addresses(master)
+        launcher_command += ["--nnodes", str(nodes), "--master", address, "--host", own_address]
     # A session of its own: Ctrl-C reaches it once, from here, and not its processes as well.
     launcher = subprocess.Popen(
         [*launcher_command, *command],
@@ -129,6 +137,58 @@ def signal_name(number: int) -> str:
         return f"signal {number} ({signal.Signals(number).name})"
     except ValueError:
         return f"signal {number}"
+
+
+def node_addresses(master: str) -> tuple[str, str]:
+    """The address of the master, and the one under which other nodes reach this machine.
+
+    Paddle's launcher starts the server of `--master` only on the machine whose `--host` is the same
+    text, and hands its own address, by default whatever its name resolves to, to the other nodes.
+    Debian lets a machine's name mean 127.0.1.1, which is of no use to them.
+
+    Args:
+        master: HOST:PORT.
+
+    Returns:
+        ADDRESS:PORT and ADDRESS, equal addresses on the machine that MASTER means.
+
+    Raises:
+        InputError: a name that does not resolve.
+    """
+    host, port = master.rsplit(":", 1)
+    try:
+        address = socket.gethostbyname(host)
+    except OSError as error:
+        raise InputError(
+            f"MASTER is {master}, and {host} does not resolve ({error}); allowed: HOST:PORT of one "
+            "of the machines, by a name or an IPv4 address that all of them know"
+        ) from None
+    is_name = host != address
+    if is_name and host != "localhost" and address.startswith("127."):
+        address = outgoing_address("192.0.2.1") or address  # any address beyond this network
+    if is_own_address(address):
+        return f"{address}:{port}", address
+    return f"{address}:{port}", outgoing_address(address) or address
+
+
+def is_own_address(address: str) -> bool:
+    """Whether this machine has this IPv4 address."""
+    with socket.socket() as listener:
+        try:
+            listener.bind((address, 0))
+        except OSError:
+            return False
+    return True
+
+
+def outgoing_address(destination: str) -> str | None:
+    """This machine's address on the way to another one; None without a route. Sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((destination, 9))
+        except OSError:
+            return None
+        return probe.getsockname()[0]
 
 
 def leave_status(status: int, message: str = "") -> None:
