@@ -1,4 +1,8 @@
-"""Puts the repository's root on the path, and makes tiny configurations and data sets."""
+"""Puts the repository's root on the path, and makes tiny configurations and data sets.
+
+On a machine with a GPU, tests see it only where they are selected by `-m gpu`: all others, and the
+processes that they start, compute on the CPU.
+"""
 
 import contextlib
 import ctypes
@@ -7,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import devices  # noqa: F401  before anything imports Paddle, which then looks for GPUs
 import pytest
 import yaml
 from tiny import ROOT, TINY, TINY31, TINYXL, make_data
