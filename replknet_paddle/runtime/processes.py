@@ -5,6 +5,7 @@ Works alike in one process, in several on CPU (gloo) and on GPUs (NCCL), over on
 """
 
 import os
+from collections.abc import Iterator
 
 import numpy as np
 import paddle
@@ -72,21 +73,61 @@ def text_of_rank_0(text: str) -> str:
     return sum_over_ranks(shared).astype("uint8").tobytes().decode()
 
 
+def sum_on_device(values: list[paddle.Tensor | float]) -> paddle.Tensor:
+    """The sums over the ranks of some scalars, float64, on the device: nothing waits for it.
+
+    Args:
+        values: numbers of this process, and scalar tensors.
+    """
+    # By `full`, not by `to_tensor`, which would wait for all that a GPU has queued.
+    scalars = [
+        value.astype("float64").reshape([])
+        if isinstance(value, paddle.Tensor)
+        else paddle.full([], value, "float64")
+        for value in values
+    ]
+    total = paddle.stack(scalars)
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
 @paddle.no_grad()
-def average_over_ranks(tensors: list[paddle.Tensor]) -> None:
-    """Replace each tensor, in place, by its mean over the ranks. The lists must be alike."""
-    if world_size() == 1:
-        return
-    for bucket in _buckets(tensors):
-        flat = paddle.concat([tensor.reshape([-1]) for tensor in bucket])
-        dist.all_reduce(flat)
-        flat = flat / world_size()
-        pieces = paddle.split(flat, [tensor.size for tensor in bucket])
+def average_over_ranks(
+    tensors: list[paddle.Tensor], *, divisor: float | None = None
+) -> list[paddle.Tensor]:
+    """Replace each tensor, in place, by its mean over the ranks. The lists must be alike.
+
+    The tensors then share the memory of a few buffers, or of their own pieces of them.
+
+    Args:
+        divisor: to divide the means by; None for 1. One process alone has nothing to do then.
+
+    Returns:
+        The buffers: 1-D, all that was averaged; none where there was nothing to do.
+    """
+    if world_size() == 1 and divisor is None:
+        return []
+    flats = []
+    for bucket in buckets(tensors):
+        flat = flatten(bucket)
+        if world_size() > 1:
+            dist.all_reduce(flat)
+        flat = flat / (world_size() * (divisor or 1.0))
+        pieces = [flat] if len(bucket) == 1 else paddle.split(flat, [t.size for t in bucket])
         for tensor, piece in zip(bucket, pieces):
-            paddle.assign(piece.reshape(tensor.shape), output=tensor)
+            # No copy: the tensor lets go of its memory and takes over that of the piece.
+            tensor.get_tensor()._share_data_with(piece.reshape(tensor.shape).get_tensor())
+        flats.append(flat)
+    return flats
 
 
-def _buckets(tensors: list[paddle.Tensor]):
+def flatten(tensors: list[paddle.Tensor]) -> paddle.Tensor:
+    """A new 1-D tensor of all values of some tensors of one dtype."""
+    return paddle.concat([tensor.reshape([-1]) for tensor in tensors])
+
+
+def buckets(tensors: list[paddle.Tensor]) -> Iterator[list[paddle.Tensor]]:
     """Runs of tensors of one dtype, of about BUCKET_BYTES each."""
     bucket, size = [], 0
     for tensor in tensors:
