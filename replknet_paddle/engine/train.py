@@ -192,7 +192,12 @@ def train_epoch(
                 parts.ema.update(model, masters)
             step += 1
             yield Step(
-                batch + 1, all_loss / all_images, int(all_images), lr, ahead.take_seconds(), requested
+                batch + 1,
+                all_loss / all_images,
+                int(all_images),
+                lr,
+                ahead.take_seconds(),
+                requested,
             )
             loss_sum, images_done = 0.0, 0
 

@@ -35,9 +35,7 @@ class Gradients:
         if self.half_buckets is None:
             half = [p for p in self.parameters if p.dtype in HALF_TYPES and p.grad is not None]
             self.half_buckets = list(buckets(half))
-        new = [
-            flatten([p.grad for p in bucket]).astype("float32") for bucket in self.half_buckets
-        ]
+        new = [flatten([p.grad for p in bucket]).astype("float32") for bucket in self.half_buckets]
         for bucket in self.half_buckets:
             for parameter in bucket:
                 parameter.clear_gradient(False)

@@ -1,12 +1,14 @@
 """The training loop itself: accumulation, what advances when, what stops it, what is drawn."""
 
+import dataclasses
+
 import numpy as np
 import paddle
 import pytest
 
 from replknet_paddle.data.transforms.mixup import Mixup
-from replknet_paddle.engine.precision import LOSS_SCALE_FLOOR, Precision
-from replknet_paddle.engine.train import DivergedError, train_epoch
+from replknet_paddle.engine.precision import LOSS_SCALE_FLOOR, LossScaler, Precision
+from replknet_paddle.engine.train import DivergedError, Parts, train_epoch
 from replknet_paddle.model import RepLKNet
 from replknet_paddle.optim.ema import ModelEma
 from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -92,32 +94,37 @@ class Recorder:
         if self.optimizer is not None:
             self.optimizer.step()
 
-    def clear_grad(self):
+    def clear_grad(self, set_to_zero):
+        assert not set_to_zero  # filling each with zeros, and adding to them, would take time
         for parameter in self.parameters:
-            parameter.clear_gradient()
+            parameter.clear_gradient(False)
 
 
 def sgd(model) -> Recorder:
     return Recorder(model, paddle.optimizer.SGD(0.1, parameters=model.parameters()))
 
 
-def train(model, loader, optimizer, **options):
-    """All steps of an epoch; keyword arguments override what is simple."""
+PARTS = {field.name for field in dataclasses.fields(Parts)}
+
+
+def steps_of(model, loader, optimizer, **options):
+    """The steps of an epoch; keyword arguments override what is simple."""
     simple = {
-        "mixup": None,
         "criterion": LabelSmoothingCrossEntropy(0.1),
         "precision": Precision(),
         "learning_rate": lambda step: 0.1 / (step + 1),
-        "ema": None,
         "accum_iter": 1,
         "seed": 0,
         "epoch": 0,
-        "first_batch": 0,
-        "first_step": 0,
     }
-    return list(
-        train_epoch(model=model, loader=loader, optimizer=optimizer, **{**simple, **options})
-    )
+    options = {**simple, **options}
+    parts = {name: options.pop(name) for name in PARTS & options.keys()}
+    return train_epoch(Parts(model=model, optimizer=optimizer, **parts), loader, **options)
+
+
+def train(model, loader, optimizer, **options):
+    """All steps of an epoch."""
+    return list(steps_of(model, loader, optimizer, **options))
 
 
 def weights(model) -> dict[str, np.ndarray]:
@@ -217,19 +224,15 @@ def test_average_and_schedule_advance_once_per_optimizer_step():
 
     steps = []
     optimizer = sgd(model)
-    for step in train_epoch(
-        model=model,
-        loader=make_batches([2] * 7),
-        mixup=None,
+    for step in steps_of(
+        model,
+        make_batches([2] * 7),
+        optimizer,
         criterion=LabelSmoothingCrossEntropy(0.0),
-        precision=Precision(),
-        optimizer=optimizer,
         learning_rate=rate,
         ema=Average(),
         accum_iter=3,
-        seed=0,
         epoch=2,
-        first_batch=0,
         first_step=20,
     ):
         steps.append(step)
@@ -244,20 +247,14 @@ def test_average_follows_its_closed_form_over_a_whole_epoch():
     model = make_model()
     ema = ModelEma(model, decay=0.5)
     wanted = model.head.weight.numpy().astype("float64")
-    for _ in train_epoch(
-        model=model,
-        loader=make_batches([2] * 5),
-        mixup=None,
+    for _ in steps_of(
+        model,
+        make_batches([2] * 5),
+        sgd(model),
         criterion=LabelSmoothingCrossEntropy(0.0),
-        precision=Precision(),
-        optimizer=sgd(model),
         learning_rate=lambda step: 0.1,
         ema=ema,
         accum_iter=2,
-        seed=0,
-        epoch=0,
-        first_batch=0,
-        first_step=0,
     ):
         wanted = 0.5 * wanted + 0.5 * model.head.weight.numpy()
     np.testing.assert_allclose(ema.state()["head.weight"], wanted, rtol=1e-6)
@@ -277,7 +274,7 @@ def test_the_network_is_in_training_mode_even_after_an_evaluation():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("broken", [2, 3])  # either micro-batch of the second step
-def test_a_loss_that_is_no_number_stops_before_weights_change(value, broken):
+def test_a_loss_that_is_not_finite_stops_before_weights_change(value, broken):
     model = make_model()
     ema = ModelEma(model, decay=0.5)
     optimizer = sgd(model)
@@ -290,19 +287,15 @@ def test_a_loss_that_is_no_number_stops_before_weights_change(value, broken):
         return loss * value if len(calls) == broken + 1 else loss
 
     after_first = None
-    steps = train_epoch(
-        model=model,
-        loader=make_batches([2] * 6),
-        mixup=None,
+    steps = steps_of(
+        model,
+        make_batches([2] * 6),
+        optimizer,
         criterion=breaking,
-        precision=Precision(),
-        optimizer=optimizer,
         learning_rate=lambda step: 0.1,
         ema=ema,
         accum_iter=2,
-        seed=0,
         epoch=6,
-        first_batch=0,
         first_step=41,
     )
     next(steps)
@@ -321,59 +314,108 @@ def test_a_loss_that_is_no_number_stops_before_weights_change(value, broken):
     assert len(optimizer.gradients) == 1
 
 
-class FakeScaler:
-    """Halves its scale at every step, as Paddle's does on overflow."""
+def overflowing(steps):
+    """A criterion whose gradients, though not its loss, overflow in these calls."""
+    criterion = LabelSmoothingCrossEntropy(0.1)
+    calls = []
 
-    def __init__(self, scale):
-        self.value = scale
-        self.steps = 0
+    def loss_of(logits, labels):
+        if len(calls) in steps:
+            logits.register_hook(lambda gradient: gradient * float("inf"))
+        calls.append(1)
+        return criterion(logits, labels)
 
-    def scale(self, loss):
-        return loss * self.value
+    return loss_of
 
-    def step(self, optimizer):
-        self.steps += 1
 
-    def update(self):
-        self.value /= 2
-
-    def state_dict(self):
-        return {"scale": np.array([self.value], "float32"), "incr_count": 0}
+def scaled(scale=2.0**16) -> Precision:
+    """As with float16 on a GPU, but for the type that is computed in."""
+    precision = Precision()
+    precision.scaler = LossScaler(scale)
+    return precision
 
 
 def test_a_loss_scale_below_its_floor_stops_with_the_place_and_the_scale():
     model = make_model()
-    precision = Precision()
-    precision.scaler = FakeScaler(LOSS_SCALE_FLOOR * 4)
-    steps = train_epoch(
-        model=model,
-        loader=make_batches([2] * 6),
-        mixup=None,
-        criterion=LabelSmoothingCrossEntropy(0.1),
-        precision=precision,
-        optimizer=sgd(model),
-        learning_rate=lambda step: 0.1,
-        ema=None,
-        accum_iter=1,
-        seed=0,
-        epoch=0,
-        first_batch=0,
+    steps = steps_of(
+        model,
+        make_batches([2] * 6),
+        sgd(model),
+        criterion=overflowing(range(6)),
+        precision=scaled(LOSS_SCALE_FLOOR * 4),
         first_step=9,
     )
+    before = weights(model)
     done = [next(steps), next(steps)]  # 2 and 1: at the floor, not below it
     assert len(done) == 2
     with pytest.raises(DivergedError, match="epoch 1, step 11, loss .*loss scale fell to 0.5"):
         next(steps)
+    trainable = [name for name, p in model.named_parameters() if not p.stop_gradient]
+    now = weights(model)
+    assert_identical({n: now[n] for n in trainable}, {n: before[n] for n in trainable})
 
 
-def test_loss_scale_leaves_the_reported_loss_alone():
-    plain, scaled = make_model(), make_model()
-    precision = Precision()
-    precision.scaler = FakeScaler(2.0**30)
-    (step,) = train(plain, make_batches([4]), Recorder(plain))
-    (step_scaled,) = train(scaled, make_batches([4]), Recorder(scaled), precision=precision)
+def test_a_step_whose_gradients_overflow_is_left_out_and_halves_the_scale():
+    model, other = make_model(), make_model()
+    for each in (model, other):
+        freeze_batch_norm(each)
+    precision, optimizer = scaled(), sgd(model)
+    seen = []
+    for _ in steps_of(
+        model,
+        make_batches([2] * 5),
+        optimizer,
+        criterion=overflowing([1, 3]),
+        precision=precision,
+    ):
+        seen.append((precision.scaler.scale, precision.scaler.good_steps))
+    assert seen == [(2.0**16, 1), (2.0**15, 0), (2.0**15, 1), (2.0**14, 0), (2.0**14, 1)]
+    assert len(optimizer.gradients) == 3
+    # The same as never having met those batches, but for the rates, which follow the step.
+    batches = make_batches([2] * 5).batches
+    wanted = sgd(other)
+    train(other, Batches(batches[::2]), wanted, learning_rate=lambda i: 0.1 / (2 * i + 1))
+    for got, want in zip(optimizer.gradients, wanted.gradients):
+        assert_close(got, want)
+    assert_close(list(weights(model).values()), list(weights(other).values()))
+
+
+def test_the_loss_scale_doubles_after_many_good_steps(monkeypatch):
+    monkeypatch.setattr(LossScaler, "STEPS_UNTIL_DOUBLED", 3)
+    scaler = LossScaler(8.0)
+    scales = []
+    for finite in [True, True, False, True, True, True, True]:
+        scaler.update(finite=finite)
+        scales.append(scaler.scale)
+    assert scales == [8, 8, 4, 4, 4, 8, 8]
+
+
+def test_a_scaler_goes_on_from_its_state():
+    precision, resumed = scaled(), scaled()
+    precision.scaler.update(finite=False)
+    precision.scaler.update(finite=True)
+    state = precision.state()
+    assert state == {"scale": 2.0**15, "incr_count": 1}
+    resumed.load_state(state)
+    for finite in (True, False, True):
+        for each in (precision, resumed):
+            each.scaler.update(finite=finite)
+    assert resumed.state() == precision.state() == {"scale": 2.0**14, "incr_count": 1}
+    resumed.load_state({})  # of a run without a scale
+    assert resumed.state() == precision.state()
+    # As Paddle's own scaler was saved by earlier versions.
+    resumed.load_state({"scale": 4.0, "incr_count": 7, "decr_count": 0, "incr_ratio": 2.0})
+    assert resumed.state() == {"scale": 4.0, "incr_count": 7}
+    assert Precision().state() == {}
+
+
+def test_loss_scale_leaves_the_loss_and_the_gradients_alone():
+    plain, other = make_model(), make_model()
+    recorders = Recorder(plain), Recorder(other)
+    (step,) = train(plain, make_batches([4]), recorders[0])
+    (step_scaled,) = train(other, make_batches([4]), recorders[1], precision=scaled(2.0**30))
     assert step.loss == step_scaled.loss
-    assert precision.state()["scale"] == 2.0**29
+    assert_close(recorders[1].gradients[0], recorders[0].gradients[0])
 
 
 # ---- what is drawn
@@ -405,15 +447,13 @@ def draws(*, first_batch=0, first_step=0, start=None, disturb=False, seed=0, epo
         paddle.randn([1000])
         np.random.seed(7)
     states = []
-    for _ in train_epoch(
-        model=model,
-        loader=make_batches([4] * 5),
+    for _ in steps_of(
+        model,
+        make_batches([4] * 5),
+        sgd(model),
         mixup=recorded,
         criterion=SoftTargetCrossEntropy(),
-        precision=Precision(),
-        optimizer=sgd(model),
         learning_rate=lambda step: 0.05,
-        ema=None,
         accum_iter=2,
         seed=seed,
         epoch=epoch,
