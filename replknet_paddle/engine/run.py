@@ -23,6 +23,7 @@ from replknet_paddle.checkpoints.training import (
     save_checkpoint,
     take_up,
 )
+from replknet_paddle.data.loader import Loader
 from replknet_paddle.engine.batch_norm import check_synchronized
 from replknet_paddle.engine.evaluate import evaluate
 from replknet_paddle.engine.precision import Precision
@@ -67,15 +68,21 @@ def run(config, *, task: Task = CLASSIFICATION, open_network: Callable | None = 
         SystemFault: the system failed after the first step, or another process has ended.
         Stopped: SIGTERM or SIGINT ended training, after a checkpoint was written.
     """
-    processes.init()
-    paddle.seed(processes.random_seed(config.SEED))
     log = RunLog(is_main=processes.rank() == 0)
     with log.with_its_end():
         return run_logged(config, task, log, open_network)
 
 
 def run_logged(config, task: Task, log: RunLog, open_network: Callable | None):
-    """What `run` does once the processes are connected and there is a log."""
+    """What `run` does once there is a log."""
+    task.check(config)
+    loaders = {False: task.loader(config, is_train=False)}
+    if not config.EVAL:
+        loaders[True] = task.loader(config, is_train=True)
+    for loader in loaders.values():
+        loader.start()
+    processes.init(deterministic=config.DETERMINISTIC)
+    paddle.seed(processes.random_seed(config.SEED))
     logger.info(
         "%s, %d process(es) on %s, Paddle %s, run folder %s",
         config.MODEL.NAME,
@@ -84,18 +91,16 @@ def run_logged(config, task: Task, log: RunLog, open_network: Callable | None):
         paddle.__version__,
         config.SAVE,
     )
-    task.check(config)
     if config.AMP and not processes.on_gpu():
         logger.warning("-amp has no effect on CPU: computing in float32")
     from_rank_0(lambda: log.lock(config.SAVE, resume=config.MODEL.RESUME))
     if config.EVAL:
-        return run_evaluation(config, task, log, open_network)
-    return Training(config, task, log).run()
+        return run_evaluation(config, task, log, loaders[False], open_network)
+    return Training(config, task, log, loaders).run()
 
 
-def run_evaluation(config, task: Task, log: RunLog, open_network: Callable | None):
+def run_evaluation(config, task: Task, log: RunLog, loader: Loader, open_network: Callable | None):
     """Evaluate MODEL.PRETRAINED on the validation list."""
-    loader = task.loader(config, is_train=False)
     precision = build_precision(config)
     if open_network is not None:
         model = open_network(config)
@@ -128,13 +133,12 @@ def run_evaluation(config, task: Task, log: RunLog, open_network: Callable | Non
 class Training:
     """The parts of one training run, wired together, and its epochs."""
 
-    def __init__(self, config, task: Task, log: RunLog):
+    def __init__(self, config, task: Task, log: RunLog, loaders: dict[bool, Loader]):
         self.config = config
         self.task = task
         self.log = log
         resumed = find_resumed(config)
-        self.train_loader = task.loader(config, is_train=True)
-        self.val_loader = task.loader(config, is_train=False)
+        self.train_loader, self.val_loader = loaders[True], loaders[False]
         self.batches = len(self.train_loader.batch_sampler)  # an epoch's, on each process
         self.steps_per_epoch = self.batches // config.TRAIN.ACCUM_ITER
         self.mixup = task.mixup(config)

@@ -15,6 +15,12 @@ import paddle.distributed as dist
 # that the copy that a piece needs does not count beside the model.
 BUCKET_BYTES = 64 * 2**20
 
+DETERMINISTIC_FLAGS = {
+    "FLAGS_cudnn_deterministic": True,  # convolutions and batch norm
+    "FLAGS_embedding_deterministic": 1,  # sums of gathered rows
+    "FLAGS_cudnn_exhaustive_search": False,  # which may choose another algorithm each time
+}
+
 
 def rank() -> int:
     """This process's number, from 0."""
@@ -31,9 +37,16 @@ def is_launched() -> bool:
     return "PADDLE_TRAINERS_NUM" in os.environ
 
 
-def init() -> None:
-    """Choose this process's device and connect the processes, where there are several."""
+def init(*, deterministic: bool = False) -> None:
+    """Choose this process's device and connect the processes, where there are several.
+
+    Args:
+        deterministic: on GPUs, use only algorithms that give the same bits each time, where Paddle
+            has a choice.
+    """
     paddle.set_device("gpu" if visible_devices() else "cpu")
+    if deterministic and on_gpu():
+        paddle.set_flags(DETERMINISTIC_FLAGS)
     if world_size() > 1:
         dist.init_parallel_env()
 

@@ -120,7 +120,7 @@ def test_buckets_keep_order_dtype_and_size(limit, monkeypatch):
     sizes = [4, 4, 1, 30, 2, 2, 2, 8]
     kinds = ["float32"] * 4 + ["float64"] * 2 + ["float32"] * 2
     tensors = [paddle.zeros([size], kind) for size, kind in zip(sizes, kinds)]
-    buckets = list(processes._buckets(tensors))
+    buckets = list(processes.buckets(tensors))
     assert [id(t) for bucket in buckets for t in bucket] == [id(t) for t in tensors]
     totals = []
     for bucket in buckets:
@@ -133,7 +133,7 @@ def test_buckets_keep_order_dtype_and_size(limit, monkeypatch):
 
 
 def test_no_tensors_need_no_bucket():
-    assert list(processes._buckets([])) == []
+    assert list(processes.buckets([])) == []
 
 
 def test_alone_nothing_is_exchanged():
