@@ -1,148 +1,27 @@
 """The training loop itself: accumulation, what advances when, what stops it, what is drawn."""
 
-import dataclasses
-
 import numpy as np
 import paddle
 import pytest
+from epochs import (
+    CLASSES,
+    Batches,
+    Recorder,
+    assert_close,
+    assert_identical,
+    freeze_batch_norm,
+    make_batches,
+    make_model,
+    sgd,
+    steps_of,
+    train,
+    weights,
+)
 
 from replknet_paddle.data.transforms.mixup import Mixup
-from replknet_paddle.engine.precision import LOSS_SCALE_FLOOR, LossScaler, Precision
-from replknet_paddle.engine.train import DivergedError, Parts, train_epoch
-from replknet_paddle.model import RepLKNet
+from replknet_paddle.engine.train import DivergedError
 from replknet_paddle.optim.ema import ModelEma
 from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-
-CLASSES = 4
-
-
-def make_model(*, seed=0, drop_path_rate=0.0) -> RepLKNet:
-    paddle.seed(seed)
-    return RepLKNet(
-        large_kernel_sizes=[5, 5, 3, 3],
-        layers=[1, 1, 1, 1],
-        channels=[4, 4, 6, 6],
-        small_kernel=3,
-        num_classes=CLASSES,
-        drop_path_rate=drop_path_rate,
-    )
-
-
-def freeze_batch_norm(model) -> None:
-    """Batch norm by its running statistics, in training too; they are no longer 0 and 1."""
-    rng = np.random.default_rng(5)
-    norms = [layer for layer in model.sublayers() if isinstance(layer, paddle.nn.BatchNorm2D)]
-    assert norms
-    for norm in norms:
-        norm._mean.set_value(rng.normal(0, 0.1, norm._mean.shape).astype("float32"))
-        norm._variance.set_value(rng.uniform(0.5, 2, norm._variance.shape).astype("float32"))
-    train = model.train
-
-    def train_but_batch_norm():
-        train()
-        for norm in norms:
-            norm.eval()
-
-    model.train = train_but_batch_norm
-
-
-class Batches:
-    """A loader of given batches; `set_epoch` leaves out the first ones as a real one does."""
-
-    def __init__(self, batches):
-        self.batches = batches
-        self.batch_sampler = self
-        self.calls = []
-
-    def set_epoch(self, epoch, first_batch):
-        self.calls.append((epoch, first_batch))
-        self.first = first_batch
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        for images, labels in self.batches[self.first :]:
-            yield paddle.to_tensor(images), paddle.to_tensor(labels)
-
-
-def make_batches(sizes, seed=1) -> Batches:
-    """Images and labels that are the same however they are cut into batches."""
-    rng = np.random.default_rng(seed)
-    images = rng.normal(size=(sum(sizes), 3, 32, 32)).astype("float32")
-    labels = rng.integers(0, CLASSES, sum(sizes))
-    cuts = np.cumsum(sizes)[:-1]
-    return Batches(list(zip(np.split(images, cuts), np.split(labels, cuts))))
-
-
-class Recorder:
-    """An optimizer that keeps every step's gradients, and steps by `optimizer`, if any."""
-
-    def __init__(self, model, optimizer=None):
-        self.parameters = [p for p in model.parameters() if not p.stop_gradient]
-        self.optimizer = optimizer
-        self.gradients = []
-        self.rates = []
-
-    def set_lr(self, rate):
-        self.rates.append(rate)
-        if self.optimizer is not None:
-            self.optimizer.set_lr(rate)
-
-    def step(self):
-        self.gradients.append([p.grad.numpy().copy() for p in self.parameters])
-        if self.optimizer is not None:
-            self.optimizer.step()
-
-    def clear_grad(self, set_to_zero):
-        assert not set_to_zero  # filling each with zeros, and adding to them, would take time
-        for parameter in self.parameters:
-            parameter.clear_gradient(False)
-
-
-def sgd(model) -> Recorder:
-    return Recorder(model, paddle.optimizer.SGD(0.1, parameters=model.parameters()))
-
-
-PARTS = {field.name for field in dataclasses.fields(Parts)}
-
-
-def steps_of(model, loader, optimizer, **options):
-    """The steps of an epoch; keyword arguments override what is simple."""
-    simple = {
-        "criterion": LabelSmoothingCrossEntropy(0.1),
-        "precision": Precision(),
-        "learning_rate": lambda step: 0.1 / (step + 1),
-        "accum_iter": 1,
-        "seed": 0,
-        "epoch": 0,
-    }
-    options = {**simple, **options}
-    parts = {name: options.pop(name) for name in PARTS & options.keys()}
-    return train_epoch(Parts(model=model, optimizer=optimizer, **parts), loader, **options)
-
-
-def train(model, loader, optimizer, **options):
-    """All steps of an epoch."""
-    return list(steps_of(model, loader, optimizer, **options))
-
-
-def weights(model) -> dict[str, np.ndarray]:
-    return {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
-
-
-def assert_identical(left, right) -> None:
-    assert left.keys() == right.keys()
-    for name in left:
-        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
-
-
-def assert_close(left, right, tolerance=1e-6) -> None:
-    """Equal within `tolerance` of the arrays' joint norm."""
-    difference = np.sqrt(sum(((a - b).astype("float64") ** 2).sum() for a, b in zip(left, right)))
-    norm = np.sqrt(sum((b.astype("float64") ** 2).sum() for b in right))
-    assert difference <= tolerance * norm, difference / norm
-
 
 # ---- accumulation
 
@@ -312,110 +191,6 @@ def test_a_loss_that_is_not_finite_stops_before_weights_change(value, broken):
     assert_identical({n: now[n] for n in trainable}, {n: after_first[n] for n in trainable})
     np.testing.assert_array_equal(ema.state()["head.weight"], average)
     assert len(optimizer.gradients) == 1
-
-
-def overflowing(steps):
-    """A criterion whose gradients, though not its loss, overflow in these calls."""
-    criterion = LabelSmoothingCrossEntropy(0.1)
-    calls = []
-
-    def loss_of(logits, labels):
-        if len(calls) in steps:
-            logits.register_hook(lambda gradient: gradient * float("inf"))
-        calls.append(1)
-        return criterion(logits, labels)
-
-    return loss_of
-
-
-def scaled(scale=2.0**16) -> Precision:
-    """As with float16 on a GPU, but for the type that is computed in."""
-    precision = Precision()
-    precision.scaler = LossScaler(scale)
-    return precision
-
-
-def test_a_loss_scale_below_its_floor_stops_with_the_place_and_the_scale():
-    model = make_model()
-    steps = steps_of(
-        model,
-        make_batches([2] * 6),
-        sgd(model),
-        criterion=overflowing(range(6)),
-        precision=scaled(LOSS_SCALE_FLOOR * 4),
-        first_step=9,
-    )
-    before = weights(model)
-    done = [next(steps), next(steps)]  # 2 and 1: at the floor, not below it
-    assert len(done) == 2
-    with pytest.raises(DivergedError, match="epoch 1, step 11, loss .*loss scale fell to 0.5"):
-        next(steps)
-    trainable = [name for name, p in model.named_parameters() if not p.stop_gradient]
-    now = weights(model)
-    assert_identical({n: now[n] for n in trainable}, {n: before[n] for n in trainable})
-
-
-def test_a_step_whose_gradients_overflow_is_left_out_and_halves_the_scale():
-    model, other = make_model(), make_model()
-    for each in (model, other):
-        freeze_batch_norm(each)
-    precision, optimizer = scaled(), sgd(model)
-    seen = []
-    for _ in steps_of(
-        model,
-        make_batches([2] * 5),
-        optimizer,
-        criterion=overflowing([1, 3]),
-        precision=precision,
-    ):
-        seen.append((precision.scaler.scale, precision.scaler.good_steps))
-    assert seen == [(2.0**16, 1), (2.0**15, 0), (2.0**15, 1), (2.0**14, 0), (2.0**14, 1)]
-    assert len(optimizer.gradients) == 3
-    # The same as never having met those batches, but for the rates, which follow the step.
-    batches = make_batches([2] * 5).batches
-    wanted = sgd(other)
-    train(other, Batches(batches[::2]), wanted, learning_rate=lambda i: 0.1 / (2 * i + 1))
-    for got, want in zip(optimizer.gradients, wanted.gradients):
-        assert_close(got, want)
-    assert_close(list(weights(model).values()), list(weights(other).values()))
-
-
-def test_the_loss_scale_doubles_after_many_good_steps(monkeypatch):
-    monkeypatch.setattr(LossScaler, "STEPS_UNTIL_DOUBLED", 3)
-    scaler = LossScaler(8.0)
-    scales = []
-    for finite in [True, True, False, True, True, True, True]:
-        scaler.update(finite=finite)
-        scales.append(scaler.scale)
-    assert scales == [8, 8, 4, 4, 4, 8, 8]
-
-
-def test_a_scaler_goes_on_from_its_state():
-    precision, resumed = scaled(), scaled()
-    precision.scaler.update(finite=False)
-    precision.scaler.update(finite=True)
-    state = precision.state()
-    assert state == {"scale": 2.0**15, "incr_count": 1}
-    resumed.load_state(state)
-    for finite in (True, False, True):
-        for each in (precision, resumed):
-            each.scaler.update(finite=finite)
-    assert resumed.state() == precision.state() == {"scale": 2.0**14, "incr_count": 1}
-    resumed.load_state({})  # of a run without a scale
-    assert resumed.state() == precision.state()
-    # As Paddle's own scaler was saved by earlier versions.
-    resumed.load_state({"scale": 4.0, "incr_count": 7, "decr_count": 0, "incr_ratio": 2.0})
-    assert resumed.state() == {"scale": 4.0, "incr_count": 7}
-    assert Precision().state() == {}
-
-
-def test_loss_scale_leaves_the_loss_and_the_gradients_alone():
-    plain, other = make_model(), make_model()
-    recorders = Recorder(plain), Recorder(other)
-    (step,) = train(plain, make_batches([4]), recorders[0])
-    (step_scaled,) = train(other, make_batches([4]), recorders[1], precision=scaled(2.0**30))
-    assert step.loss == step_scaled.loss
-    assert_close(recorders[1].gradients[0], recorders[0].gradients[0])
 
 
 # ---- what is drawn
