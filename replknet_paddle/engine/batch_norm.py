@@ -26,7 +26,7 @@ def check_synchronized(make_layer: Callable[[int], nn.Layer] = nn.SyncBatchNorm)
     layer.train()
     layer(paddle.full([2, 1, 4, 4], float(rank())))
     mean = (1 - layer._momentum) * (world_size() - 1) / 2  # of 0, 1, 2, ..., from a mean of 0
-    is_local = not np.isclose(float(layer._mean), mean, rtol=1e-3)
+    is_local = not np.isclose(layer._mean.numpy()[0], mean, rtol=1e-3)
     if sum_over_ranks([is_local]).any():
         raise RuntimeError(
             f"MODEL.SYNC_BN: Paddle {paddle.__version__} computes batch statistics on each GPU by "
