@@ -36,10 +36,11 @@ def overflowing(steps):
     calls = []
 
     def loss_of(logits, labels):
+        loss = criterion(logits, labels)
         if len(calls) in steps:
-            logits.register_hook(lambda gradient: gradient * float("inf"))
+            loss = loss + paddle.sqrt(logits.sum() - logits.detach().sum())  # 0, of infinite slope
         calls.append(1)
-        return criterion(logits, labels)
+        return loss
 
     return loss_of
 
