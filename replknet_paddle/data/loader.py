@@ -147,7 +147,7 @@ class Loader:
         talks to other processes, whose state a fork should not copy."""
         if self.workers and self._pool is None:
             self._pool = self._start_workers()
-            self._pool.submit(os.getpid)  # the first call forks all of them
+            self._submit(os.getpid)  # the first call forks all of them
 
     def close(self) -> None:
         """End the workers. The next iteration starts others."""
@@ -177,7 +177,7 @@ class Loader:
                     if (batch := next(names, None)) is None:
                         break
                     slot = free.popleft()
-                    ahead.append((slot, self._submit(slot, batch), batch[0]))
+                    ahead.append((slot, self._submit(_read_in_worker, slot, batch), batch[0]))
                 if not ahead:
                     return
                 slot, future, first = ahead.popleft()
@@ -195,9 +195,9 @@ class Loader:
             if wait(pending, self.timeout_seconds).not_done:
                 self._kill_workers()
 
-    def _submit(self, slot: int, names: list[Name]) -> Future:
+    def _submit(self, call: Callable, *arguments) -> Future:
         try:
-            return self._pool.submit(_read_in_worker, slot, names)
+            return self._pool.submit(call, *arguments)
         except OSError as error:  # the first one forks the workers
             self._kill_workers()
             raise SystemFault(

@@ -4,15 +4,17 @@ import contextlib
 import functools
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from replknet_paddle.runtime.errors import InputError, SystemFault
+from replknet_paddle.runtime.errors import SystemFault
+from replknet_paddle.runtime.nodes import BEAT_SECONDS, Heartbeat, node_addresses
 from replknet_paddle.runtime.parent import end_with_parent
 from replknet_paddle.runtime.processes import is_launched, rank, visible_devices
+
+GRACE_SECONDS = 5  # for the processes of this machine to end, once another machine's have
 
 STATUS_FILE = "status"  # in the log folder of launched processes
 
@@ -37,7 +39,8 @@ def launch(
         processes: how many on this machine.
         log_dir: where each process's output goes; rank 0's is shown as well.
         nodes: machines that take part; each starts its own launcher.
-        master: HOST:PORT of one of them, where there are several.
+        master: HOST:PORT of one of them, where there are several. The parent folders of their log
+            folders are then one folder, which they share.
 
     Returns:
         Exit status, and what there is to say about it: 0, that of the first process that failed,
@@ -50,6 +53,7 @@ def launch(
     status_file = os.path.join(log_dir, STATUS_FILE)
     if os.path.exists(status_file):
         os.unlink(status_file)
+    heartbeat = Heartbeat(log_dir) if nodes > 1 else None
     quiet = {"PYTHONWARNINGS": "ignore:No ccache found", "GLOG_minloglevel": "1"}  # Paddle's own
     environment = {**quiet, **os.environ}
     # The processes import this very package, wherever they are started and whatever is installed.
@@ -89,11 +93,50 @@ def launch(
 
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
+        failure = wait_with_nodes(launcher, heartbeat)
         status = launcher.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    left, message = read_status(status_file)
+    if failure is not None and not received:
+        return failure
+    status, message = outcome(status, *read_status(status_file), received, log_dir)
+    if heartbeat is not None:
+        heartbeat.end(status, message)
+    return status, message
+
+
+def wait_with_nodes(
+    launcher: subprocess.Popen, heartbeat: Heartbeat | None
+) -> tuple[int, str] | None:
+    """Wait until the launcher ends, or end it where another node has failed.
+
+    Returns:
+        That node's exit status, and what there is to say about it; None where none has failed.
+    """
+    failure = None
+    while heartbeat is not None and failure is None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            launcher.wait(BEAT_SECONDS)
+            return None
+        failure = heartbeat.beat()
+    if failure is not None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            launcher.wait(GRACE_SECONDS)  # its processes may have noticed by themselves
+        launcher.kill()  # they hang in a collective and end with it
+    return failure
+
+
+def outcome(
+    status: int, left: int | None, message: str, received: list[int], log_dir: str
+) -> tuple[int, str]:
+    """What `launch` returns.
+
+    Args:
+        status: of Paddle's launcher.
+        left, message: what a process of the run left.
+        received: signals that were handed on.
+    """
     if left in (1, 2):
         return left, message
     if received:
@@ -137,58 +180,6 @@ def signal_name(number: int) -> str:
         return f"signal {number} ({signal.Signals(number).name})"
     except ValueError:
         return f"signal {number}"
-
-
-def node_addresses(master: str) -> tuple[str, str]:
-    """The address of the master, and the one under which other nodes reach this machine.
-
-    Paddle's launcher starts the server of `--master` only on the machine whose `--host` is the same
-    text, and hands its own address, by default whatever its name resolves to, to the other nodes.
-    Debian lets a machine's name mean 127.0.1.1, which is of no use to them.
-
-    Args:
-        master: HOST:PORT.
-
-    Returns:
-        ADDRESS:PORT and ADDRESS, equal addresses on the machine that MASTER means.
-
-    Raises:
-        InputError: a name that does not resolve.
-    """
-    host, port = master.rsplit(":", 1)
-    try:
-        address = socket.gethostbyname(host)
-    except OSError as error:
-        raise InputError(
-            f"MASTER is {master}, and {host} does not resolve ({error}); allowed: HOST:PORT of one "
-            "of the machines, by a name or an IPv4 address that all of them know"
-        ) from None
-    is_name = host != address
-    if is_name and host != "localhost" and address.startswith("127."):
-        address = outgoing_address("192.0.2.1") or address  # any address beyond this network
-    if is_own_address(address):
-        return f"{address}:{port}", address
-    return f"{address}:{port}", outgoing_address(address) or address
-
-
-def is_own_address(address: str) -> bool:
-    """Whether this machine has this IPv4 address."""
-    with socket.socket() as listener:
-        try:
-            listener.bind((address, 0))
-        except OSError:
-            return False
-    return True
-
-
-def outgoing_address(destination: str) -> str | None:
-    """This machine's address on the way to another one; None without a route. Sends nothing."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((destination, 9))
-        except OSError:
-            return None
-        return probe.getsockname()[0]
 
 
 def leave_status(status: int, message: str = "") -> None:

@@ -11,6 +11,8 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 
+from replknet_paddle.runtime.nodes import name_attempt
+
 # Gradients travel in pieces of about this many bytes: large enough to be efficient, small enough
 # that the copy that a piece needs does not count beside the model.
 BUCKET_BYTES = 64 * 2**20
@@ -48,6 +50,7 @@ def init(*, deterministic: bool = False) -> None:
     if deterministic and on_gpu():
         paddle.set_flags(DETERMINISTIC_FLAGS)
     if world_size() > 1:
+        name_attempt()
         dist.init_parallel_env()
 
 
@@ -129,8 +132,10 @@ def average_over_ranks(
         flat = flat / (world_size() * (divisor or 1.0))
         pieces = [flat] if len(bucket) == 1 else paddle.split(flat, [t.size for t in bucket])
         for tensor, piece in zip(bucket, pieces):
-            # No copy: the tensor lets go of its memory and takes over that of the piece.
-            tensor.get_tensor()._share_data_with(piece.reshape(tensor.shape).get_tensor())
+            # No copy: the tensor lets go of its memory and takes over that of the piece, whose
+            # Python object has to live as long as what `get_tensor` gives.
+            piece = piece.reshape(tensor.shape)
+            tensor.get_tensor()._share_data_with(piece.get_tensor())
         flats.append(flat)
     return flats
 

@@ -5,8 +5,10 @@ import socket
 import pytest
 
 from replknet_paddle.runtime import launch as module
+from replknet_paddle.runtime import nodes
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.launch import launch, node_addresses, outgoing_address
+from replknet_paddle.runtime.launch import launch
+from replknet_paddle.runtime.nodes import node_addresses, outgoing_address
 
 OWN = outgoing_address("192.0.2.1") or "127.0.0.1"  # of a machine with a network
 
@@ -24,7 +26,7 @@ def test_the_master_is_its_own_host_by_whatever_name(monkeypatch):
 
 def test_another_machine_is_told_the_address_on_the_way_to_the_master(monkeypatch):
     monkeypatch.setattr(socket, "gethostbyname", lambda name: "203.0.113.7")
-    monkeypatch.setattr(module, "outgoing_address", lambda destination: f"to {destination}")
+    monkeypatch.setattr(nodes, "outgoing_address", lambda destination: f"to {destination}")
     assert node_addresses("head:80") == ("203.0.113.7:80", "to 203.0.113.7")
 
 
