@@ -4,6 +4,7 @@
 #   sh setup_env.sh [REQUIREMENTS ...]      .venv with Paddle for this machine, and more files' worth
 #   PYTHON=python3 sh setup_env.sh          an environment of yours that has Paddle: only checked
 #   VENV=DIR sh setup_env.sh                another folder than .venv
+#   PADDLE=FILE sh setup_env.sh             the Paddle of this requirements file
 #   sh setup_env.sh --find                  make nothing: an environment that is there, or an error
 #
 # Does nothing where the environment is up to date with the requirements files. Where there is a C++
@@ -76,7 +77,9 @@ if [ "${1:-}" = --find ]; then
     fi
     exit 0
 fi
-if has_gpu; then
+if [ -n "${PADDLE:-}" ]; then
+    paddle=$PADDLE
+elif has_gpu; then
     paddle=requirements.txt
 else
     paddle=requirements/cpu.txt

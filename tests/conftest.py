@@ -36,6 +36,14 @@ def pytest_sessionstart(session):
             assert kernels.lk_set_isa(int(os.environ["LK_ISA"])) == 0
 
 
+def pytest_terminal_summary(terminalreporter):
+    """The figures that tests on a GPU have measured, as a table to paste."""
+    from figures import table
+
+    for line in table():
+        terminalreporter.write_line(line)
+
+
 @pytest.fixture
 def operators():
     """The compiled operators; skips where there are none for want of a compiler."""

@@ -121,9 +121,11 @@ def test_a_node_is_lost_by_this_clock_and_not_by_its_own(attempt):
     for now in (0, 8, 16, 24):
         clock[0] = now
         assert one.beat() is None and two.beat() is None
-    clock[0] = 34
-    assert one.beat() is None  # 10 s, no more
+    clock[0] = 25
+    assert one.beat() is None  # the last sign that it sees
     clock[0] = 35
+    assert one.beat() is None  # 10 s, no more
+    clock[0] = 36
     status, message = one.beat()
     assert status == 137 and "machine two has given no sign for 10 s" in message
 
