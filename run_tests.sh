@@ -4,6 +4,9 @@
 #   sh run_tests.sh                  everything
 #   PYTHON=python3 sh run_tests.sh   in an environment of yours alone
 #
+#   sh run_tests.sh -m gpu           what needs a GPU; ends with a table of figures
+#   GPU_WHEEL=1 sh run_tests.sh      as well, on any machine, what PyPI's GPU build of Paddle shows
+#
 # Flags go to pytest: sh run_tests.sh -k merging
 #
 # A step that fails does not keep the others from running; the status is 1 if any failed.
@@ -52,6 +55,18 @@ numerical="
     tests/test_model.py
 "
 
+# Tests that say something of GPUs in the environment with PyPI's GPU build, without a GPU.
+gpu_wheel="
+    tests/data/test_device_copy.py
+    tests/deploy/test_gpu_branches.py
+    tests/engine/test_precision.py
+    tests/engine/test_step_costs.py
+    tests/ops/test_fast_layers.py
+    tests/optim/test_gradients.py
+    tests/runtime/test_launch.py
+    tests/test_gpu_wheel.py
+"
+
 step() { # the name of a step and its command
     name=$1
     shift
@@ -84,6 +99,10 @@ echo "== processor: $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo 2>/dev/null
     done)"
 
 python=$(sh setup_env.sh requirements/test.txt) || exit
+if [ "${1:-} ${2:-}" = "-m gpu" ]; then # one after the other: they measure
+    unset OMP_NUM_THREADS
+    exec "$python" -m pytest -n 0 "$@"
+fi
 step ruff "$python" -m ruff check .
 step "ruff format" "$python" -m ruff format --check .
 step import-linter "$python" -c 'import sys
@@ -105,6 +124,16 @@ sys.exit(lint_imports())'
         ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Nehalem \
         MKL_ENABLE_INSTRUCTIONS=SSE4_2 MKL_DEBUG_CPU_TYPE=3 \
         "$python" -m pytest -n "$cores" $(ignored $once) $numerical "$@"
+    if [ -n "${GPU_WHEEL:-}" ]; then
+        if python=$(unset PYTHON && VENV=.venv-gpu PADDLE=requirements.txt \
+            sh setup_env.sh requirements/test.txt); then
+            step "$(paddle_version "$python"), PyPI's GPU build" \
+                "$python" -m pytest -n "$cores" $gpu_wheel "$@"
+        else
+            failed="$failed
+    the environment with PyPI's GPU build of Paddle"
+        fi
+    fi
     if [ -z "${PYTHON:-}" ]; then
         if python=$(VENV=.venv-paddle2 PIP_CONSTRAINT=requirements/constraints-paddle2.txt \
             sh setup_env.sh requirements/test.txt requirements/page.txt); then

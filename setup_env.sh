@@ -4,6 +4,7 @@
 #   sh setup_env.sh [REQUIREMENTS ...]      .venv with Paddle for this machine, and more files' worth
 #   PYTHON=python3 sh setup_env.sh          an environment of yours that has Paddle: only checked
 #   VENV=DIR sh setup_env.sh                another folder than .venv
+#   PADDLE=FILE sh setup_env.sh             the Paddle of this requirements file
 #   sh setup_env.sh --find                  make nothing: an environment that is there, or an error
 #
 # Does nothing where the environment is up to date with the requirements files. Where there is a C++
@@ -22,6 +23,29 @@ compile_ops() {
     "$1" -m replknet_paddle build >&2 || true
 }
 
+has_gpu() {
+    nvidia-smi -L 2>/dev/null | grep -q '^GPU'
+}
+
+# On a machine with a GPU that is not hidden: whether the GPU build of Paddle that the Python $1 has
+# computes on it.
+check_gpu() {
+    case ${CUDA_VISIBLE_DEVICES-all} in '' | -*) return 0 ;; esac
+    has_gpu || return 0
+    "$1" -c 'import sys, paddle
+if paddle.is_compiled_with_cuda():
+    if not paddle.device.cuda.device_count():
+        sys.exit("Paddle sees no GPU")
+    paddle.utils.run_check()' >&2 ||
+        fail "Paddle does not compute on this GPU; its message is above. PyPI has" \
+            "paddlepaddle-gpu 2.6.2 alone, which needs CUDA 11.8 and cuDNN 8.6 of the system and" \
+            "has machine code for compute capability 6.1 to 8.6 (Pascal to RTX 30xx). For others" \
+            "(RTX 40xx, H100 and later), install paddlepaddle-gpu 3.x, which brings its CUDA" \
+            "libraries: python3 -m pip install paddlepaddle-gpu -i" \
+            "https://www.paddlepaddle.org.cn/packages/stable/cu126/ (or cu118, cu129), and set" \
+            "PYTHON to that Python. CUDA_VISIBLE_DEVICES= does without the GPU"
+}
+
 if [ -n "${PYTHON:-}" ]; then
     command -v "$PYTHON" >/dev/null 2>&1 || fail "PYTHON=$PYTHON is no program"
     if [ "${1:-}" = --find ]; then
@@ -35,6 +59,7 @@ if [ -n "${PYTHON:-}" ]; then
         fail "PYTHON=$PYTHON lacks the package named above; install there what" \
             "requirements/common.txt ${*:-} list, or unset PYTHON to have" \
             "an environment made"
+    check_gpu "$PYTHON"
     compile_ops "$PYTHON"
     command -v "$PYTHON"
     exit 0
@@ -52,7 +77,9 @@ if [ "${1:-}" = --find ]; then
     fi
     exit 0
 fi
-if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
+if [ -n "${PADDLE:-}" ]; then
+    paddle=$PADDLE
+elif has_gpu; then
     paddle=requirements.txt
 else
     paddle=requirements/cpu.txt
@@ -87,6 +114,7 @@ sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1; then
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
         --no-build-isolation --no-deps --editable . >&2 ||
         fail "pip could not install this checkout into $venv; its message is above"
+    check_gpu "$venv/bin/python"
     echo "$wanted" > "$venv/installed"
 fi
 compile_ops "$venv/bin/python"

@@ -264,6 +264,8 @@ _KEYS: dict[str, tuple[Any, Rule]] = {
     "LOG.METRICS_JSONL": (True, boolean()),  # (+) one object per epoch in metrics.jsonl
     "LOG.VISUALDL": (False, boolean()),  # (+) the same as VisualDL scalars
     "SEED": (42, integer(0, 2**31 - 1)),
+    "DETERMINISTIC": (False, boolean()),  # (+) on GPU: only algorithms that give the same bits each
+    # time, as far as Paddle has a choice; slower. On CPU all are
     "EVAL": (False, boolean()),  # evaluate and stop
     "AMP": (False, boolean()),  # automatic mixed precision, on GPU
     "AMP_LEVEL": ("O1", choice("O1", "O2")),  # (+) O1: half precision where it is safe; O2: the

@@ -1,4 +1,8 @@
-"""Puts the repository's root on the path, and makes tiny configurations and data sets."""
+"""Puts the repository's root on the path, and makes tiny configurations and data sets.
+
+On a machine with a GPU, tests see it only where they are selected by `-m gpu`: all others, and the
+processes that they start, compute on the CPU.
+"""
 
 import contextlib
 import ctypes
@@ -7,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import devices  # noqa: F401  before anything imports Paddle, which then looks for GPUs
 import pytest
 import yaml
 from tiny import ROOT, TINY, TINY31, TINYXL, make_data
@@ -29,6 +34,14 @@ def pytest_sessionstart(session):
         if "LK_ISA" in os.environ:  # run_tests.sh: 0 for portable code, 1 for AVX2
             kernels = ctypes.CDLL(str(operators_library().find()))
             assert kernels.lk_set_isa(int(os.environ["LK_ISA"])) == 0
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The figures that tests on a GPU have measured, as a table to paste."""
+    from figures import table
+
+    for line in table():
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture

@@ -100,6 +100,57 @@ def test_every_step_of_the_tests_runs_though_one_before_it_failed(tmp_path):
     assert len(files) > 20 and all((ROOT / word).exists() for word in files)
 
 
+@pytest.mark.parametrize(
+    "paddle, status",
+    [
+        ("works", 0),
+        ("raises", 2),  # e.g. cuDNN of another version, or a GPU it has no machine code for
+        ("sees no GPU", 2),  # e.g. a driver that is too old
+        ("for CPU", 0),
+    ],
+)
+def test_setup_checks_that_paddle_computes_on_the_gpu(tmp_path, paddle, status):
+    listing = tmp_path / "nvidia-smi"
+    listing.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 (UUID: GPU-0)'\n")
+    python = tmp_path / "python"  # a sitecustomize of its own stands for the GPU build
+    (tmp_path / "sitecustomize.py").write_text(
+        f"""
+import sys
+sys.path.insert(0, {str(tmp_path / "fake")!r})
+"""
+    )
+    (tmp_path / "fake" / "paddle").mkdir(parents=True)
+    (tmp_path / "fake" / "paddle" / "__init__.py").write_text(
+        f"""
+from types import SimpleNamespace
+state = {paddle!r}
+__version__ = "2.6.2"
+def is_compiled_with_cuda(): return state != "for CPU"
+device = SimpleNamespace(cuda=SimpleNamespace(device_count=lambda: int(state != "sees no GPU")))
+def run_check():
+    if state == "raises":
+        raise RuntimeError("(External) CUDA error(209), no kernel image is available")
+    print("PaddlePaddle works well on 1 GPU")
+utils = SimpleNamespace(run_check=run_check)
+"""
+    )
+    python.write_text(
+        f'#!/bin/sh\nPYTHONPATH="{tmp_path}" exec "{sys.executable}" "$@"\n',
+    )
+    for program in (listing, python):
+        program.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = sh("setup_env.sh", PYTHON=str(python), PATH=path, CUDA_VISIBLE_DEVICES="0")
+    assert done.returncode == status, done.stderr
+    if status:
+        assert "paddlepaddle-gpu 3.x" in done.stderr and "PYTHON" in done.stderr
+        assert done.stdout == ""
+        hidden = sh("setup_env.sh", PYTHON=str(python), PATH=path, CUDA_VISIBLE_DEVICES="")
+        assert hidden.returncode == 0, hidden.stderr
+    else:
+        assert done.stdout.strip() == str(python)
+
+
 @pytest.mark.parametrize("script", sorted(p.name for p in ROOT.glob("*.sh")))
 def test_scripts_are_posix_sh_and_executable(script):
     path = ROOT / script

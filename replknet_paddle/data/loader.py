@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 
+from replknet_paddle.data.device_copy import to_device
 from replknet_paddle.data.storage import describe
 from replknet_paddle.data.transforms.finish import FinishBatch
 from replknet_paddle.runtime.errors import InputError, SampleError, SystemFault
@@ -130,16 +131,23 @@ class Loader:
             images = batch.images
             if images is None:
                 images = self._slots.array(slot, batch.shape, batch.dtype)
-            images = paddle.to_tensor(images)  # a copy: the slot will be used again
+            images = to_device(images)  # a copy: the slot will be used again
             if self.finish is not None:
                 images = self.finish(images, batch.erasures)
-            yield images, paddle.to_tensor(batch.labels)
+            yield images, to_device(batch.labels)
 
     def __enter__(self) -> "Loader":
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
+
+    def start(self) -> None:
+        """Start the workers now, and not at the first iteration: before this process uses a GPU or
+        talks to other processes, whose state a fork should not copy."""
+        if self.workers and self._pool is None:
+            self._pool = self._start_workers()
+            self._submit(os.getpid)  # the first call forks all of them
 
     def close(self) -> None:
         """End the workers. The next iteration starts others."""
@@ -148,7 +156,7 @@ class Loader:
             self._pool = None
 
     def worker_pids(self) -> list[int]:
-        """The worker processes; none before the first iteration."""
+        """The worker processes; none before `start` or the first iteration."""
         return list(self._pool._processes or ()) if self._pool else []
 
     def _batches(self) -> Iterator[tuple[int, Batch]]:
@@ -169,7 +177,7 @@ class Loader:
                     if (batch := next(names, None)) is None:
                         break
                     slot = free.popleft()
-                    ahead.append((slot, self._submit(slot, batch), batch[0]))
+                    ahead.append((slot, self._submit(_read_in_worker, slot, batch), batch[0]))
                 if not ahead:
                     return
                 slot, future, first = ahead.popleft()
@@ -187,9 +195,9 @@ class Loader:
             if wait(pending, self.timeout_seconds).not_done:
                 self._kill_workers()
 
-    def _submit(self, slot: int, names: list[Name]) -> Future:
+    def _submit(self, call: Callable, *arguments) -> Future:
         try:
-            return self._pool.submit(_read_in_worker, slot, names)
+            return self._pool.submit(call, *arguments)
         except OSError as error:  # the first one forks the workers
             self._kill_workers()
             raise SystemFault(

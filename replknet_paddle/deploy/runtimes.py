@@ -15,6 +15,7 @@ from replknet_paddle.deploy.export import PADDLE_WEIGHTS_FILE
 from replknet_paddle.deploy.onnx_graph import INPUT
 from replknet_paddle.deploy.sidecar import Sidecar
 from replknet_paddle.ops import frozen_weights
+from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.cores import onednn_may_use_bfloat16, processor_has
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.extras import import_extra
@@ -50,13 +51,16 @@ class Backend(Protocol):
 
 
 def computes_in(name: str, precision: str) -> bool:
-    """Whether an installed backend computes in this precision on this processor.
+    """Whether an installed backend computes in this precision on this process's device.
 
     oneDNN, which Paddle Inference and OpenVINO run, emulates bfloat16 where AVX512-BF16 is missing
-    or held back: several times slower than float32, or with an error while it runs.
+    or held back: several times slower than float32, or with an error while it runs. On a GPU
+    without it Paddle only warns.
     """
     if precision != "bf16":
         return True
+    if name == "paddle" and processes.on_gpu():
+        return processes.gpu_computes_in_bfloat16()
     if not onednn_may_use_bfloat16():
         return False
     if name == "openvino":
@@ -67,10 +71,14 @@ def computes_in(name: str, precision: str) -> bool:
 
 def no_bfloat16(name: str) -> str:
     """What to say where `computes_in` says no."""
+    device = (
+        "a GPU that does not compute in bfloat16 (compute capability below 8.0)"
+        if processes.on_gpu()
+        else "a processor that does not compute in bfloat16 (AVX512-BF16 or AMX)"
+    )
     return (
-        f"precision bf16 with backend {name} on a processor that does not compute in bfloat16 "
-        "(AVX512-BF16 or AMX); allowed here: another precision; replknet export makes "
-        "exports in others"
+        f"precision bf16 with backend {name} on {device}; allowed here: another precision; "
+        "replknet export makes exports in others"
     )
 
 
@@ -133,6 +141,8 @@ class PaddleBackend:
     name = "paddle"
 
     def __init__(self, path: Path, sidecar: Sidecar, threads: int, precision: str):
+        if not computes_in(self.name, precision):
+            raise InputError(no_bfloat16(self.name))
         self.sidecar = sidecar
         self.prepared = None  # largest batch and image side that TensorRT is prepared for
 
@@ -143,7 +153,7 @@ class PaddleBackend:
             return config
 
         try:
-            if paddle.device.get_device().startswith("gpu"):
+            if processes.on_gpu():
                 self.predictor, self.prepared = gpu_predictor(settings, sidecar, precision)
             else:
                 self.predictor = cpu_predictor(settings(), threads, precision)
@@ -178,8 +188,6 @@ class PaddleBackend:
 
 def cpu_predictor(config, threads: int, precision: str):
     """A predictor with oneDNN, of an `inference.Config`."""
-    if not computes_in("paddle", precision):
-        raise InputError(no_bfloat16("paddle"))
     config.disable_gpu()
     config.enable_mkldnn()
     config.set_cpu_math_library_num_threads(threads)
@@ -234,19 +242,24 @@ def gpu_predictor(settings: Callable, sidecar: Sidecar, precision: str):
             )
         return inference.create_predictor(config)
 
-    has_tensorrt = (
-        sidecar.segmentation is None  # whose images have any size
-        and paddle.__version__.startswith("2.")
-        and precision != "bf16"
-        and any(inference.get_trt_compile_version())
-        and any(inference.get_trt_runtime_version())
-    )
-    if has_tensorrt:
+    # Images of a segmentation network have any size; TensorRT is prepared for one.
+    if sidecar.segmentation is None and precision != "bf16" and has_tensorrt():
         try:
             return predictor(tensorrt=True), (TENSORRT_BATCH, size)
         except (RuntimeError, ValueError) as error:
             logger.warning("without TensorRT, which does not take this network: %s", error)
     return predictor(tensorrt=False), None
+
+
+def has_tensorrt() -> bool:
+    """Whether this Paddle gives `.pdmodel` programs to a TensorRT that is installed."""
+    if not paddle.__version__.startswith("2."):
+        return False
+    try:
+        versions = (inference.get_trt_compile_version(), inference.get_trt_runtime_version())
+    except RuntimeError:  # PyPI's GPU wheel is built with TensorRT and does not bring it
+        return False
+    return all(any(version) for version in versions)
 
 
 class OnnxRuntimeBackend:

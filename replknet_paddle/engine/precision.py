@@ -5,6 +5,7 @@ from paddle import nn
 
 from replknet_paddle.ops import large_kernel_layers
 from replknet_paddle.runtime import processes
+from replknet_paddle.runtime.errors import InputError
 
 # Halved this often, the gradients of a loss that is not scaled at all overflow float16: no scale
 # will help any more.
@@ -15,6 +16,37 @@ class LossScaleError(RuntimeError):
     """Gradients overflow however little the loss is scaled."""
 
 
+class LossScaler:
+    """What the loss is multiplied by so that small float16 gradients do not become 0.
+
+    As Paddle's `GradScaler` with its defaults: halved when gradients overflow, doubled after 2000
+    steps without. It lives on the host, so that a step asks the device once for all that it needs.
+    """
+
+    STEPS_UNTIL_DOUBLED = 2000
+
+    def __init__(self, scale: float = 2.0**16):
+        self.scale = scale
+        self.good_steps = 0
+
+    def update(self, *, finite: bool) -> None:
+        """Learn whether a step's gradients were finite.
+
+        Raises:
+            LossScaleError: the scale has shrunk to its floor.
+        """
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.scale /= 2
+        elif self.good_steps == self.STEPS_UNTIL_DOUBLED:
+            self.scale *= 2
+            self.good_steps = 0
+        if self.scale < LOSS_SCALE_FLOOR:
+            raise LossScaleError(
+                f"the loss scale fell to {self.scale:g}, below {LOSS_SCALE_FLOOR:g}"
+            )
+
+
 class Precision:
     """How the network computes, forward and backward.
 
@@ -22,43 +54,47 @@ class Precision:
         enabled: mixed precision; without, or on CPU, all is float32.
         level: 'O1', or 'O2' for half-precision weights with float32 masters and gradients.
         dtype: 'float16', whose loss is scaled, or 'bfloat16'.
+
+    Raises:
+        InputError: bfloat16 on a GPU that does not compute in it, of which Paddle only warns.
     """
 
     def __init__(self, *, enabled: bool = False, level: str = "O1", dtype: str = "float16"):
         self.enabled = enabled and processes.on_gpu()
+        if self.enabled and dtype == "bfloat16" and not processes.gpu_computes_in_bfloat16():
+            raise InputError(
+                "AMP_DTYPE is bfloat16, which this GPU does not compute in (compute capability "
+                "below 8.0); allowed here: float16"
+            )
         self.level = level
         self.dtype = dtype
-        self.scaler = None
-        if self.enabled and dtype == "float16":
-            self.scaler = paddle.amp.GradScaler()
+        self.scaler = LossScaler() if self.enabled and dtype == "float16" else None
 
     @property
     def half_weights(self) -> bool:
         """Whether the optimizer keeps float32 masters of half-precision weights."""
         return self.enabled and self.level == "O2"
 
+    @property
+    def loss_scale(self) -> float | None:
+        """What `backward` multiplies the loss by; None where it does not."""
+        return None if self.scaler is None else self.scaler.scale
+
     def prepare(self, model: nn.Layer, optimizer: paddle.optimizer.Optimizer | None = None) -> None:
         """Turn the weights of `model` into half precision, in place, where the level says so.
 
         Args:
-            optimizer: of a model that is to be trained: keeps float32 masters and gradients.
+            optimizer: of a model that is to be trained: keeps float32 masters. Its gradients are
+                those of `optim.gradients`.
         """
+        if not self.half_weights:
+            return
         # Paddle's own convolution needs large kernels in float32, and matrix products round them.
-        excluded = large_kernel_layers(model)
-        if self.half_weights and optimizer is None:
-            paddle.amp.decorate(
-                models=model, level="O2", dtype=self.dtype, excluded_layers=excluded
-            )
-        elif self.half_weights:
-            paddle.amp.decorate(
-                models=model,
-                optimizers=optimizer,
-                level="O2",
-                dtype=self.dtype,
-                master_weight=True,
-                master_grad=True,
-                excluded_layers=excluded,
-            )
+        options = dict(level="O2", dtype=self.dtype, excluded_layers=large_kernel_layers(model))
+        if optimizer is None:
+            paddle.amp.decorate(models=model, **options)
+        else:
+            paddle.amp.decorate(models=model, optimizers=optimizer, master_weight=True, **options)
 
     def autocast(self):
         """The context of a forward pass."""
@@ -66,36 +102,31 @@ class Precision:
 
     def backward(self, loss: paddle.Tensor) -> None:
         """Add the gradients of `loss`, scaled where that is needed."""
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        (loss if self.scaler is None else loss * self.scaler.scale).backward()
 
-    def step(self, optimizer: paddle.optimizer.Optimizer) -> None:
+    def step(self, optimizer: paddle.optimizer.Optimizer, *, finite: bool) -> None:
         """One optimizer step, left out where scaled gradients overflowed.
+
+        Args:
+            finite: whether all gradients are; counts only where the loss is scaled.
 
         Raises:
             LossScaleError: the scale has shrunk to its floor; on all processes alike, for they
                 share their gradients.
         """
-        if self.scaler is None:
+        if finite or self.scaler is None:
             optimizer.step()
-            return
-        self.scaler.step(optimizer)
-        self.scaler.update()
-        scale = self.loss_scale()
-        if scale < LOSS_SCALE_FLOOR:
-            raise LossScaleError(f"the loss scale fell to {scale:g}, below {LOSS_SCALE_FLOOR:g}")
-
-    def loss_scale(self) -> float:
-        """What the loss is multiplied by."""
-        return float(self.scaler.state_dict()["scale"][0])
+        if self.scaler is not None:
+            self.scaler.update(finite=finite)
 
     def state(self) -> dict[str, float]:
         """What a resumed run needs; empty without a scaler."""
         if self.scaler is None:
             return {}
-        state = self.scaler.state_dict()
-        return {**state, "scale": self.loss_scale()}
+        return {"scale": self.scaler.scale, "incr_count": self.scaler.good_steps}
 
     def load_state(self, state: dict[str, float]) -> None:
         """Go on from `state()`; one without a scale leaves a fresh one."""
         if self.scaler is not None and state:
-            self.scaler.load_state_dict({**state, "scale": [state["scale"]]})
+            self.scaler.scale = float(state["scale"])
+            self.scaler.good_steps = int(state["incr_count"])

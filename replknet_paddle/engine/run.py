@@ -6,9 +6,8 @@ the configuration itself stays as given.
 
 import logging
 import os
-import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,13 +23,15 @@ from replknet_paddle.checkpoints.training import (
     save_checkpoint,
     take_up,
 )
+from replknet_paddle.data.loader import Loader
+from replknet_paddle.engine.batch_norm import check_synchronized
 from replknet_paddle.engine.evaluate import evaluate
 from replknet_paddle.engine.precision import Precision
 from replknet_paddle.engine.run_log import RunLog, config_text
 from replknet_paddle.engine.signals import Stopped, StopSignals
 from replknet_paddle.engine.start import find_resumed, from_rank_0, load_start
 from replknet_paddle.engine.task import CLASSIFICATION, Task
-from replknet_paddle.engine.train import train_epoch
+from replknet_paddle.engine.train import Parts, train_epoch
 from replknet_paddle.ops import (
     describe_convolutions,
     use_fast_depthwise_conv,
@@ -67,15 +68,21 @@ def run(config, *, task: Task = CLASSIFICATION, open_network: Callable | None = 
         SystemFault: the system failed after the first step, or another process has ended.
         Stopped: SIGTERM or SIGINT ended training, after a checkpoint was written.
     """
-    processes.init()
-    paddle.seed(processes.random_seed(config.SEED))
     log = RunLog(is_main=processes.rank() == 0)
     with log.with_its_end():
         return run_logged(config, task, log, open_network)
 
 
 def run_logged(config, task: Task, log: RunLog, open_network: Callable | None):
-    """What `run` does once the processes are connected and there is a log."""
+    """What `run` does once there is a log."""
+    task.check(config)
+    loaders = {False: task.loader(config, is_train=False)}
+    if not config.EVAL:
+        loaders[True] = task.loader(config, is_train=True)
+    for loader in loaders.values():
+        loader.start()
+    processes.init(deterministic=config.DETERMINISTIC)
+    paddle.seed(processes.random_seed(config.SEED))
     logger.info(
         "%s, %d process(es) on %s, Paddle %s, run folder %s",
         config.MODEL.NAME,
@@ -84,18 +91,16 @@ def run_logged(config, task: Task, log: RunLog, open_network: Callable | None):
         paddle.__version__,
         config.SAVE,
     )
-    task.check(config)
     if config.AMP and not processes.on_gpu():
         logger.warning("-amp has no effect on CPU: computing in float32")
     from_rank_0(lambda: log.lock(config.SAVE, resume=config.MODEL.RESUME))
     if config.EVAL:
-        return run_evaluation(config, task, log, open_network)
-    return Training(config, task, log).run()
+        return run_evaluation(config, task, log, loaders[False], open_network)
+    return Training(config, task, log, loaders).run()
 
 
-def run_evaluation(config, task: Task, log: RunLog, open_network: Callable | None):
+def run_evaluation(config, task: Task, log: RunLog, loader: Loader, open_network: Callable | None):
     """Evaluate MODEL.PRETRAINED on the validation list."""
-    loader = task.loader(config, is_train=False)
     precision = build_precision(config)
     if open_network is not None:
         model = open_network(config)
@@ -128,13 +133,12 @@ def run_evaluation(config, task: Task, log: RunLog, open_network: Callable | Non
 class Training:
     """The parts of one training run, wired together, and its epochs."""
 
-    def __init__(self, config, task: Task, log: RunLog):
+    def __init__(self, config, task: Task, log: RunLog, loaders: dict[bool, Loader]):
         self.config = config
         self.task = task
         self.log = log
         resumed = find_resumed(config)
-        self.train_loader = task.loader(config, is_train=True)
-        self.val_loader = task.loader(config, is_train=False)
+        self.train_loader, self.val_loader = loaders[True], loaders[False]
         self.batches = len(self.train_loader.batch_sampler)  # an epoch's, on each process
         self.steps_per_epoch = self.batches // config.TRAIN.ACCUM_ITER
         self.mixup = task.mixup(config)
@@ -154,6 +158,16 @@ class Training:
         if config.TRAIN.MODEL_EMA:
             self.ema = ModelEma(self.model, decay=config.TRAIN.MODEL_EMA_DECAY)
         self.precision.prepare(self.model, self.optimizer)
+        self.parts = Parts(
+            model=self.model,
+            criterion=self.criterion,
+            optimizer=self.optimizer,
+            learning_rate=self.learning_rate,
+            precision=self.precision,
+            mixup=self.mixup,
+            ema=self.ema,
+            average_statistics=not synchronizes_batch_norm(config),
+        )
 
         self.progress = Progress(
             epoch=config.TRAIN.LAST_EPOCH,
@@ -239,7 +253,7 @@ class Training:
             self.log.write_metrics(record)
             self.save(is_best=is_best)
             if not is_finished:
-                self.stop_if_asked(signals)
+                self.stop(processes.sum_over_ranks(signals.requests()))
         return metrics
 
     def train_one_epoch(self, signals: StopSignals) -> dict:
@@ -249,19 +263,14 @@ class Training:
         title = f"epoch {start.epoch + 1}/{config.TRAIN.NUM_EPOCHS}"
         with self.log.bar(total=self.batches, initial=start.batch, desc=title) as bar:
             steps = train_epoch(
-                model=self.model,
-                loader=self.train_loader,
-                mixup=self.mixup,
-                criterion=self.criterion,
-                precision=self.precision,
-                optimizer=self.optimizer,
-                learning_rate=self.learning_rate,
-                ema=self.ema,
+                self.parts,
+                self.train_loader,
                 accum_iter=config.TRAIN.ACCUM_ITER,
                 seed=config.SEED,
                 epoch=start.epoch,
                 first_batch=start.batch,
                 first_step=start.step,
+                requests=signals.requests,
             )
             for step in steps if start.batch < self.batches else ():
                 loss_sum, images = self.progress.epoch_sums
@@ -285,7 +294,9 @@ class Training:
                 self.log.write_step(self.progress.step)
                 if step.batch < self.batches:  # after the last one, train_epochs does this
                     self.save_if_due()
-                    self.stop_if_asked(signals, save=True)
+                    if any(step.requests):
+                        self.save()
+                        self.stop(step.requests)
         loss_sum, images = self.progress.epoch_sums
         seconds = time.perf_counter() - started
         self.progress = replace(
@@ -347,17 +358,16 @@ class Training:
         ):
             self.save()
 
-    def stop_if_asked(self, signals: StopSignals, *, save: bool = False) -> None:
-        """Raise Stopped, on all processes, if any of them has had a signal."""
-        asked = processes.sum_over_ranks(
-            [signals.received == signal.SIGINT, signals.received == signal.SIGTERM]
-        )
-        if not asked.any():
+    def stop(self, requests: Sequence[float]) -> None:
+        """Raise Stopped, on all processes, where any of them has had a signal and all have saved.
+
+        Args:
+            requests: sums over all processes of `StopSignals.requests`.
+        """
+        if not any(requests):
             return
-        if save:
-            self.save()
         processes.sum_over_ranks([0])  # the first to exit ends the others: rank 0 must have saved
-        number = signal.SIGINT if asked[0] else signal.SIGTERM
+        number = StopSignals.number(requests)
         logger.info(
             "stopped by %s after epoch %d, step %d; -resume=%s continues",
             number.name,
@@ -404,9 +414,10 @@ def float32_weights(model: paddle.nn.Layer, optimizer) -> dict[str, np.ndarray]:
 def build_network(config, task: Task) -> paddle.nn.Layer:
     """The network on this process's device, with fast convolutions and synchronized BN where those
     apply."""
-    several_gpus = processes.on_gpu() and processes.world_size() > 1
-    sync_bn = config.MODEL.SYNC_BN and several_gpus and not config.EVAL
-    if config.MODEL.SYNC_BN and processes.world_size() > 1 and not several_gpus:
+    sync_bn = synchronizes_batch_norm(config)
+    if sync_bn:
+        check_synchronized()
+    if config.MODEL.SYNC_BN and processes.world_size() > 1 and not processes.on_gpu():
         logger.warning(
             "MODEL.SYNC_BN needs GPUs: each process normalizes by its own batches, "
             "and running statistics are averaged over the processes"
@@ -422,6 +433,12 @@ def build_network(config, task: Task) -> paddle.nn.Layer:
         f"{pointwise} by the compiled operator" if pointwise else "all by Paddle",
     )
     return model
+
+
+def synchronizes_batch_norm(config) -> bool:
+    """Whether this run computes batch statistics over all its GPUs."""
+    several_gpus = processes.on_gpu() and processes.world_size() > 1
+    return config.MODEL.SYNC_BN and several_gpus and not config.EVAL
 
 
 def build_precision(config) -> Precision:

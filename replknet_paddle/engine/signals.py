@@ -2,6 +2,7 @@
 
 import signal
 import time
+from collections.abc import Sequence
 
 SAME_CTRL_C_SECONDS = 2.0
 
@@ -33,6 +34,18 @@ class StopSignals:
             self.received, self.received_at = number, time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self.received_at > SAME_CTRL_C_SECONDS:
             raise KeyboardInterrupt
+
+    def requests(self) -> list[float]:
+        """For all processes to add up: whether this one has had SIGINT, and SIGTERM."""
+        return [
+            float(self.received == signal.SIGINT),
+            float(self.received == signal.SIGTERM),
+        ]
+
+    @staticmethod
+    def number(requests: Sequence[float]) -> signal.Signals:
+        """The signal that sums of `requests`, not all 0, stand for."""
+        return signal.SIGINT if requests[0] else signal.SIGTERM
 
 
 class Stopped(Exception):

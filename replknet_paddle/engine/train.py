@@ -1,7 +1,12 @@
-"""The training loop: one epoch, an optimizer step at a time."""
+"""The training loop: one epoch, an optimizer step at a time.
+
+A step waits for the device once, when it reads the loss, the image count, what the ranks asked for
+and, where the loss is scaled, whether the gradients overflowed. By then the next batch is on its
+way to the device.
+"""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,18 +15,41 @@ import paddle
 from replknet_paddle.data.loader import Loader
 from replknet_paddle.engine.precision import LossScaleError, Precision
 from replknet_paddle.optim.ema import ModelEma
+from replknet_paddle.optim.gradients import Gradients
 from replknet_paddle.optim.optimizer import master_weights
 from replknet_paddle.runtime.processes import (
     average_over_ranks,
     random_seed,
     rank,
-    sum_over_ranks,
-    world_size,
+    sum_on_device,
 )
 
 
 class DivergedError(RuntimeError):
-    """The loss is no number any more; going on would only waste time."""
+    """The loss is no longer finite; going on would only waste time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What takes part in training, for a whole run.
+
+    Attributes:
+        model: images (N, 3, H, W) -> logits (N, classes).
+        mixup: (images, labels, random generator) -> (images, targets), or None.
+        criterion: (logits, labels or mixed targets) -> mean loss.
+        learning_rate: of an optimizer step, counted from 0 over the whole run.
+        average_statistics: whether batch norm's running statistics differ by rank, so that they
+            have to be averaged: not where batch norm is synchronized.
+    """
+
+    model: paddle.nn.Layer
+    criterion: Callable
+    optimizer: paddle.optimizer.Optimizer
+    learning_rate: Callable[[int], float]
+    precision: Precision
+    mixup: Callable | None = None
+    ema: ModelEma | None = None
+    average_statistics: bool = True
 
 
 @dataclass(frozen=True)
@@ -34,6 +62,7 @@ class Step:
         images: how many those are.
         lr: learning rate that was used.
         data_seconds: time that this process waited for data.
+        requests: sums over all processes of what `requests` gave in this step.
     """
 
     batch: int
@@ -41,92 +70,136 @@ class Step:
     images: int
     lr: float
     data_seconds: float
+    requests: Sequence[float] = ()
+
+
+class FetchedAhead:
+    """The batches of a loader, each fetched on demand while the device still computes.
+
+    An error of the loader is raised by `take`, when it is the turn of that batch.
+    """
+
+    def __init__(self, loader: Loader):
+        self.iterator = iter(loader)
+        self.batch = self.error = None
+        self.seconds = 0.0  # waited since `take_seconds`
+
+    def fetch(self) -> None:
+        """Get the next batch, if there is one."""
+        start = time.perf_counter()
+        try:
+            self.batch = next(self.iterator, None)
+        except Exception as error:
+            self.error = error
+        self.seconds += time.perf_counter() - start
+
+    def take(self) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """The batch that was fetched last."""
+        if self.error is not None:
+            raise self.error
+        batch, self.batch = self.batch, None
+        return batch
+
+    def take_seconds(self) -> float:
+        """Time waited for data since this was last asked."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
 
 
 def train_epoch(
-    *,
-    model: paddle.nn.Layer,
+    parts: Parts,
     loader: Loader,
-    mixup: Callable | None,
-    criterion: Callable,
-    precision: Precision,
-    optimizer: paddle.optimizer.Optimizer,
-    learning_rate: Callable[[int], float],
-    ema: ModelEma | None,
+    *,
     accum_iter: int,
     seed: int,
     epoch: int,
-    first_batch: int,
-    first_step: int,
+    first_batch: int = 0,
+    first_step: int = 0,
+    requests: Callable[[], Sequence[float]] = tuple,
 ) -> Iterator[Step]:
     """Train through one epoch; yields after every optimizer step, when all is consistent.
 
-    After a step, weights, averages, statistics and optimizer state are the same on all processes.
+    After a step, weights, EMA weights, statistics and optimizer state are the same on all
+    processes.
 
     Args:
-        model: images (N, 3, H, W) -> logits (N, classes).
         loader: batches of one size over `TrainBatches`.
-        mixup: (images, labels, random generator) -> (images, targets), or None.
-        criterion: (logits, labels or mixed targets) -> mean loss.
-        learning_rate: of an optimizer step, counted from 0 over the whole run.
         accum_iter: forward passes per optimizer step; the epoch's last step may have fewer.
         epoch, first_batch, first_step: where to begin; `first_batch` follows a whole step.
+        requests: numbers of this process that all processes shall learn the sum of, asked for in
+            each step; they travel with the loss.
 
     Raises:
-        DivergedError: on all processes alike. A loss that is no number has not touched the
+        DivergedError: on all processes alike. A loss that is not finite has not touched the
             weights.
     """
+    model, precision = parts.model, parts.precision
     model.train()
     loader.batch_sampler.set_epoch(epoch, first_batch)
     total = len(loader.batch_sampler)
-    parameters = [p for p in model.parameters() if not p.stop_gradient]
-    statistics = [b for b in model.state_dict().values() if b.stop_gradient]
+    gradients = Gradients(model)
+    statistics = []
+    if parts.average_statistics:
+        statistics = [b for b in model.state_dict().values() if b.stop_gradient]
     step = first_step
-    loss_sum, images_done, data_seconds = 0.0, 0, 0.0
+    loss_sum, images_done = 0.0, 0
 
-    waiting_since = time.perf_counter()
-    for batch, (images, labels) in enumerate(loader, start=first_batch):
-        data_seconds += time.perf_counter() - waiting_since
+    ahead = FetchedAhead(loader)
+    ahead.fetch()
+    for batch in range(first_batch, total):
+        images, labels = ahead.take()
         # Everything random here depends on the place in the run, not on what came before it.
         batch_seed = random_seed(seed, epoch, batch, rank())
         paddle.seed(batch_seed)
-        if mixup is not None:
-            images, labels = mixup(images, labels, np.random.default_rng(batch_seed))
+        if parts.mixup is not None:
+            images, labels = parts.mixup(images, labels, np.random.default_rng(batch_seed))
 
         with precision.autocast():
-            loss = criterion(model(images), labels)
+            loss = parts.criterion(model(images), labels)
         group_start = batch // accum_iter * accum_iter
         precision.backward(loss / min(accum_iter, total - group_start))
+        gradients.collect()
         loss_sum = loss_sum + loss.detach().astype("float64") * images.shape[0]
         images_done += images.shape[0]
+        ahead.fetch()
 
         if (batch + 1) % accum_iter == 0 or batch + 1 == total:
-            # All processes learn of a broken loss in the same place, before it does harm.
-            all_loss, all_images = sum_over_ranks(np.array([float(loss_sum), images_done]))
-            lr = learning_rate(step)
+            totals = sum_on_device([loss_sum, images_done, *requests()])
+            finite = gradients.finish(precision.loss_scale)
+            average_over_ranks(statistics)
+            if finite is not None:
+                totals = paddle.concat([finite.astype("float64").reshape([1]), totals])
+            # The one place where a step waits for the device. All processes learn of a loss that
+            # is not finite here, before it does harm.
+            values = totals.numpy().tolist()
+            gradients_finite = bool(values.pop(0)) if finite is not None else True
+            all_loss, all_images, *requested = values
+            lr = parts.learning_rate(step)
             here = (
                 f"epoch {epoch + 1}, step {step}, loss {all_loss / all_images:g}, "
                 f"learning rate {lr:.3g}"
             )
             if not np.isfinite(all_loss):
-                raise DivergedError(f"{here}: the loss is no number any more. {ADVICE}")
-            average_over_ranks([p.grad for p in parameters if p.grad is not None])
-            optimizer.set_lr(lr)
+                raise DivergedError(f"{here}: the loss is no longer finite. {ADVICE}")
+            parts.optimizer.set_lr(lr)
             try:
-                precision.step(optimizer)
+                precision.step(parts.optimizer, finite=gradients_finite)
             except LossScaleError as error:
                 raise DivergedError(f"{here}: {error}. {ADVICE}") from None
-            optimizer.clear_grad()
-            if world_size() > 1:
-                average_over_ranks(statistics)
-            if ema is not None:
-                ema.update(
-                    model, master_weights(optimizer, model) if precision.half_weights else None
-                )
+            parts.optimizer.clear_grad(set_to_zero=False)
+            if parts.ema is not None:
+                masters = master_weights(parts.optimizer, model) if precision.half_weights else None
+                parts.ema.update(model, masters)
             step += 1
-            yield Step(batch + 1, all_loss / all_images, int(all_images), lr, data_seconds)
-            loss_sum, images_done, data_seconds = 0.0, 0, 0.0
-        waiting_since = time.perf_counter()
+            yield Step(
+                batch + 1,
+                all_loss / all_images,
+                int(all_images),
+                lr,
+                ahead.take_seconds(),
+                requested,
+            )
+            loss_sum, images_done = 0.0, 0
 
 
 ADVICE = (

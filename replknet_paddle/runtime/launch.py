@@ -10,8 +10,11 @@ import time
 from pathlib import Path
 
 from replknet_paddle.runtime.errors import SystemFault
+from replknet_paddle.runtime.nodes import BEAT_SECONDS, Heartbeat, node_addresses
 from replknet_paddle.runtime.parent import end_with_parent
 from replknet_paddle.runtime.processes import is_launched, rank, visible_devices
+
+GRACE_SECONDS = 5  # for the processes of this machine to end, once another machine's have
 
 STATUS_FILE = "status"  # in the log folder of launched processes
 
@@ -36,16 +39,21 @@ def launch(
         processes: how many on this machine.
         log_dir: where each process's output goes; rank 0's is shown as well.
         nodes: machines that take part; each starts its own launcher.
-        master: HOST:PORT of one of them, where there are several.
+        master: HOST:PORT of one of them, where there are several. The parent folders of their log
+            folders are then one folder, which they share.
 
     Returns:
         Exit status, and what there is to say about it: 0, that of the first process that failed,
         128 + the number of the signal that killed one, or 128 + that of a SIGTERM or SIGINT that
         this process received and handed on.
+
+    Raises:
+        InputError: the master's name does not resolve.
     """
     status_file = os.path.join(log_dir, STATUS_FILE)
     if os.path.exists(status_file):
         os.unlink(status_file)
+    heartbeat = Heartbeat(log_dir) if nodes > 1 else None
     quiet = {"PYTHONWARNINGS": "ignore:No ccache found", "GLOG_minloglevel": "1"}  # Paddle's own
     environment = {**quiet, **os.environ}
     # The processes import this very package, wherever they are started and whatever is installed.
@@ -53,6 +61,9 @@ def launch(
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     if not visible_devices():
         environment["PADDLE_DISTRI_BACKEND"] = "gloo"
+        # Paddle's launcher gives each process one of the devices listed here, and takes an empty
+        # list for one device. -1 hides all GPUs of the machine.
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(["-1"] * processes)
     launcher_command = [
         sys.executable,
         "-m",
@@ -65,7 +76,8 @@ def launch(
         log_dir,
     ]
     if nodes > 1:
-        launcher_command += ["--nnodes", str(nodes), "--master", master]
+        address, own_address = node_addresses(master)
+        launcher_command += ["--nnodes", str(nodes), "--master", address, "--host", own_address]
     # A session of its own: Ctrl-C reaches it once, from here, and not its processes as well.
     launcher = subprocess.Popen(
         [*launcher_command, *command],
@@ -81,11 +93,50 @@ def launch(
 
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
+        failure = wait_with_nodes(launcher, heartbeat)
         status = launcher.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    left, message = read_status(status_file)
+    if failure is not None and not received:
+        return failure
+    status, message = outcome(status, *read_status(status_file), received, log_dir)
+    if heartbeat is not None:
+        heartbeat.end(status, message)
+    return status, message
+
+
+def wait_with_nodes(
+    launcher: subprocess.Popen, heartbeat: Heartbeat | None
+) -> tuple[int, str] | None:
+    """Wait until the launcher ends, or end it where another node has failed.
+
+    Returns:
+        That node's exit status, and what there is to say about it; None where none has failed.
+    """
+    failure = None
+    while heartbeat is not None and failure is None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            launcher.wait(BEAT_SECONDS)
+            return None
+        failure = heartbeat.beat()
+    if failure is not None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            launcher.wait(GRACE_SECONDS)  # its processes may have noticed by themselves
+        launcher.kill()  # they hang in a collective and end with it
+    return failure
+
+
+def outcome(
+    status: int, left: int | None, message: str, received: list[int], log_dir: str
+) -> tuple[int, str]:
+    """What `launch` returns.
+
+    Args:
+        status: of Paddle's launcher.
+        left, message: what a process of the run left.
+        received: signals that were handed on.
+    """
     if left in (1, 2):
         return left, message
     if received:

@@ -5,14 +5,23 @@ Works alike in one process, in several on CPU (gloo) and on GPUs (NCCL), over on
 """
 
 import os
+from collections.abc import Iterator
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
 
+from replknet_paddle.runtime.nodes import name_attempt
+
 # Gradients travel in pieces of about this many bytes: large enough to be efficient, small enough
 # that the copy that a piece needs does not count beside the model.
 BUCKET_BYTES = 64 * 2**20
+
+DETERMINISTIC_FLAGS = {
+    "FLAGS_cudnn_deterministic": True,  # convolutions and batch norm
+    "FLAGS_embedding_deterministic": 1,  # sums of gathered rows
+    "FLAGS_cudnn_exhaustive_search": False,  # which may choose another algorithm each time
+}
 
 
 def rank() -> int:
@@ -30,16 +39,29 @@ def is_launched() -> bool:
     return "PADDLE_TRAINERS_NUM" in os.environ
 
 
-def init() -> None:
-    """Choose this process's device and connect the processes, where there are several."""
+def init(*, deterministic: bool = False) -> None:
+    """Choose this process's device and connect the processes, where there are several.
+
+    Args:
+        deterministic: on GPUs, use only algorithms that give the same bits each time, where Paddle
+            has a choice.
+    """
     paddle.set_device("gpu" if visible_devices() else "cpu")
+    if deterministic and on_gpu():
+        paddle.set_flags(DETERMINISTIC_FLAGS)
     if world_size() > 1:
+        name_attempt()
         dist.init_parallel_env()
 
 
 def on_gpu() -> bool:
     """Whether this process computes on a GPU."""
     return paddle.device.get_device().startswith("gpu")
+
+
+def gpu_computes_in_bfloat16() -> bool:
+    """Whether this process's GPU does: compute capability 8.0 (Ampere) or higher."""
+    return paddle.device.cuda.get_device_capability() >= (8, 0)
 
 
 def visible_devices() -> int:
@@ -67,21 +89,63 @@ def text_of_rank_0(text: str) -> str:
     return sum_over_ranks(shared).astype("uint8").tobytes().decode()
 
 
+def sum_on_device(values: list[paddle.Tensor | float]) -> paddle.Tensor:
+    """The sums over the ranks of some scalars, float64, on the device: nothing waits for it.
+
+    Args:
+        values: numbers of this process, and scalar tensors.
+    """
+    # By `full`, not by `to_tensor`, which would wait for all that a GPU has queued.
+    scalars = [
+        value.astype("float64").reshape([])
+        if isinstance(value, paddle.Tensor)
+        else paddle.full([], value, "float64")
+        for value in values
+    ]
+    total = paddle.stack(scalars)
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
 @paddle.no_grad()
-def average_over_ranks(tensors: list[paddle.Tensor]) -> None:
-    """Replace each tensor, in place, by its mean over the ranks. The lists must be alike."""
-    if world_size() == 1:
-        return
-    for bucket in _buckets(tensors):
-        flat = paddle.concat([tensor.reshape([-1]) for tensor in bucket])
-        dist.all_reduce(flat)
-        flat = flat / world_size()
-        pieces = paddle.split(flat, [tensor.size for tensor in bucket])
+def average_over_ranks(
+    tensors: list[paddle.Tensor], *, divisor: float | None = None
+) -> list[paddle.Tensor]:
+    """Replace each tensor, in place, by its mean over the ranks. The lists must be alike.
+
+    The tensors then share the memory of a few buffers, or of their own pieces of them.
+
+    Args:
+        divisor: to divide the means by; None for 1. One process alone has nothing to do then.
+
+    Returns:
+        The buffers: 1-D, all that was averaged; none where there was nothing to do.
+    """
+    if world_size() == 1 and divisor is None:
+        return []
+    flats = []
+    for bucket in buckets(tensors):
+        flat = flatten(bucket)
+        if world_size() > 1:
+            dist.all_reduce(flat)
+        flat = flat / (world_size() * (divisor or 1.0))
+        pieces = [flat] if len(bucket) == 1 else paddle.split(flat, [t.size for t in bucket])
         for tensor, piece in zip(bucket, pieces):
-            paddle.assign(piece.reshape(tensor.shape), output=tensor)
+            # No copy: the tensor lets go of its memory and takes over that of the piece, whose
+            # Python object has to live as long as what `get_tensor` gives.
+            piece = piece.reshape(tensor.shape)
+            tensor.get_tensor()._share_data_with(piece.get_tensor())
+        flats.append(flat)
+    return flats
 
 
-def _buckets(tensors: list[paddle.Tensor]):
+def flatten(tensors: list[paddle.Tensor]) -> paddle.Tensor:
+    """A new 1-D tensor of all values of some tensors of one dtype."""
+    return paddle.concat([tensor.reshape([-1]) for tensor in tensors])
+
+
+def buckets(tensors: list[paddle.Tensor]) -> Iterator[list[paddle.Tensor]]:
     """Runs of tensors of one dtype, of about BUCKET_BYTES each."""
     bucket, size = [], 0
     for tensor in tensors:

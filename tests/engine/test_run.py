@@ -223,7 +223,7 @@ def frozen_step(arguments: list[str]) -> int:
     from replknet_paddle.config import get_config, update_config
     from replknet_paddle.data.dataset import get_dataloader, get_dataset
     from replknet_paddle.engine.precision import Precision
-    from replknet_paddle.engine.train import train_epoch
+    from replknet_paddle.engine.train import Parts, train_epoch
     from replknet_paddle.model import build_replknet
     from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy
     from replknet_paddle.runtime import processes
@@ -260,19 +260,17 @@ def frozen_step(arguments: list[str]) -> int:
             super().step()
 
     for _ in train_epoch(
-        model=model,
-        loader=loader,
-        mixup=None,
-        criterion=LabelSmoothingCrossEntropy(0.1),
-        precision=Precision(),
-        optimizer=Recorder(parameters=model.parameters()),
-        learning_rate=lambda step: 0.1,
-        ema=None,
+        Parts(
+            model=model,
+            criterion=LabelSmoothingCrossEntropy(0.1),
+            optimizer=Recorder(parameters=model.parameters()),
+            learning_rate=lambda step: 0.1,
+            precision=Precision(),
+        ),
+        loader,
         accum_iter=2,
         seed=0,
         epoch=0,
-        first_batch=0,
-        first_step=0,
     ):
         pass
     values = {f"{i}/{name}": g for i, step in enumerate(gradients) for name, g in step.items()}

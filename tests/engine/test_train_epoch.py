@@ -3,139 +3,25 @@
 import numpy as np
 import paddle
 import pytest
+from epochs import (
+    CLASSES,
+    Batches,
+    Recorder,
+    assert_close,
+    assert_identical,
+    freeze_batch_norm,
+    make_batches,
+    make_model,
+    sgd,
+    steps_of,
+    train,
+    weights,
+)
 
 from replknet_paddle.data.transforms.mixup import Mixup
-from replknet_paddle.engine.precision import LOSS_SCALE_FLOOR, Precision
-from replknet_paddle.engine.train import DivergedError, train_epoch
-from replknet_paddle.model import RepLKNet
+from replknet_paddle.engine.train import DivergedError
 from replknet_paddle.optim.ema import ModelEma
 from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-
-CLASSES = 4
-
-
-def make_model(*, seed=0, drop_path_rate=0.0) -> RepLKNet:
-    paddle.seed(seed)
-    return RepLKNet(
-        large_kernel_sizes=[5, 5, 3, 3],
-        layers=[1, 1, 1, 1],
-        channels=[4, 4, 6, 6],
-        small_kernel=3,
-        num_classes=CLASSES,
-        drop_path_rate=drop_path_rate,
-    )
-
-
-def freeze_batch_norm(model) -> None:
-    """Batch norm by its running statistics, in training too; they are no longer 0 and 1."""
-    rng = np.random.default_rng(5)
-    norms = [layer for layer in model.sublayers() if isinstance(layer, paddle.nn.BatchNorm2D)]
-    assert norms
-    for norm in norms:
-        norm._mean.set_value(rng.normal(0, 0.1, norm._mean.shape).astype("float32"))
-        norm._variance.set_value(rng.uniform(0.5, 2, norm._variance.shape).astype("float32"))
-    train = model.train
-
-    def train_but_batch_norm():
-        train()
-        for norm in norms:
-            norm.eval()
-
-    model.train = train_but_batch_norm
-
-
-class Batches:
-    """A loader of given batches; `set_epoch` leaves out the first ones as a real one does."""
-
-    def __init__(self, batches):
-        self.batches = batches
-        self.batch_sampler = self
-        self.calls = []
-
-    def set_epoch(self, epoch, first_batch):
-        self.calls.append((epoch, first_batch))
-        self.first = first_batch
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        for images, labels in self.batches[self.first :]:
-            yield paddle.to_tensor(images), paddle.to_tensor(labels)
-
-
-def make_batches(sizes, seed=1) -> Batches:
-    """Images and labels that are the same however they are cut into batches."""
-    rng = np.random.default_rng(seed)
-    images = rng.normal(size=(sum(sizes), 3, 32, 32)).astype("float32")
-    labels = rng.integers(0, CLASSES, sum(sizes))
-    cuts = np.cumsum(sizes)[:-1]
-    return Batches(list(zip(np.split(images, cuts), np.split(labels, cuts))))
-
-
-class Recorder:
-    """An optimizer that keeps every step's gradients, and steps by `optimizer`, if any."""
-
-    def __init__(self, model, optimizer=None):
-        self.parameters = [p for p in model.parameters() if not p.stop_gradient]
-        self.optimizer = optimizer
-        self.gradients = []
-        self.rates = []
-
-    def set_lr(self, rate):
-        self.rates.append(rate)
-        if self.optimizer is not None:
-            self.optimizer.set_lr(rate)
-
-    def step(self):
-        self.gradients.append([p.grad.numpy().copy() for p in self.parameters])
-        if self.optimizer is not None:
-            self.optimizer.step()
-
-    def clear_grad(self):
-        for parameter in self.parameters:
-            parameter.clear_gradient()
-
-
-def sgd(model) -> Recorder:
-    return Recorder(model, paddle.optimizer.SGD(0.1, parameters=model.parameters()))
-
-
-def train(model, loader, optimizer, **options):
-    """All steps of an epoch; keyword arguments override what is simple."""
-    simple = {
-        "mixup": None,
-        "criterion": LabelSmoothingCrossEntropy(0.1),
-        "precision": Precision(),
-        "learning_rate": lambda step: 0.1 / (step + 1),
-        "ema": None,
-        "accum_iter": 1,
-        "seed": 0,
-        "epoch": 0,
-        "first_batch": 0,
-        "first_step": 0,
-    }
-    return list(
-        train_epoch(model=model, loader=loader, optimizer=optimizer, **{**simple, **options})
-    )
-
-
-def weights(model) -> dict[str, np.ndarray]:
-    return {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
-
-
-def assert_identical(left, right) -> None:
-    assert left.keys() == right.keys()
-    for name in left:
-        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
-
-
-def assert_close(left, right, tolerance=1e-6) -> None:
-    """Equal within `tolerance` of the arrays' joint norm."""
-    difference = np.sqrt(sum(((a - b).astype("float64") ** 2).sum() for a, b in zip(left, right)))
-    norm = np.sqrt(sum((b.astype("float64") ** 2).sum() for b in right))
-    assert difference <= tolerance * norm, difference / norm
-
 
 # ---- accumulation
 
@@ -217,19 +103,15 @@ def test_average_and_schedule_advance_once_per_optimizer_step():
 
     steps = []
     optimizer = sgd(model)
-    for step in train_epoch(
-        model=model,
-        loader=make_batches([2] * 7),
-        mixup=None,
+    for step in steps_of(
+        model,
+        make_batches([2] * 7),
+        optimizer,
         criterion=LabelSmoothingCrossEntropy(0.0),
-        precision=Precision(),
-        optimizer=optimizer,
         learning_rate=rate,
         ema=Average(),
         accum_iter=3,
-        seed=0,
         epoch=2,
-        first_batch=0,
         first_step=20,
     ):
         steps.append(step)
@@ -244,20 +126,14 @@ def test_average_follows_its_closed_form_over_a_whole_epoch():
     model = make_model()
     ema = ModelEma(model, decay=0.5)
     wanted = model.head.weight.numpy().astype("float64")
-    for _ in train_epoch(
-        model=model,
-        loader=make_batches([2] * 5),
-        mixup=None,
+    for _ in steps_of(
+        model,
+        make_batches([2] * 5),
+        sgd(model),
         criterion=LabelSmoothingCrossEntropy(0.0),
-        precision=Precision(),
-        optimizer=sgd(model),
         learning_rate=lambda step: 0.1,
         ema=ema,
         accum_iter=2,
-        seed=0,
-        epoch=0,
-        first_batch=0,
-        first_step=0,
     ):
         wanted = 0.5 * wanted + 0.5 * model.head.weight.numpy()
     np.testing.assert_allclose(ema.state()["head.weight"], wanted, rtol=1e-6)
@@ -277,7 +153,7 @@ def test_the_network_is_in_training_mode_even_after_an_evaluation():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("broken", [2, 3])  # either micro-batch of the second step
-def test_a_loss_that_is_no_number_stops_before_weights_change(value, broken):
+def test_a_loss_that_is_not_finite_stops_before_weights_change(value, broken):
     model = make_model()
     ema = ModelEma(model, decay=0.5)
     optimizer = sgd(model)
@@ -290,19 +166,15 @@ def test_a_loss_that_is_no_number_stops_before_weights_change(value, broken):
         return loss * value if len(calls) == broken + 1 else loss
 
     after_first = None
-    steps = train_epoch(
-        model=model,
-        loader=make_batches([2] * 6),
-        mixup=None,
+    steps = steps_of(
+        model,
+        make_batches([2] * 6),
+        optimizer,
         criterion=breaking,
-        precision=Precision(),
-        optimizer=optimizer,
         learning_rate=lambda step: 0.1,
         ema=ema,
         accum_iter=2,
-        seed=0,
         epoch=6,
-        first_batch=0,
         first_step=41,
     )
     next(steps)
@@ -319,61 +191,6 @@ def test_a_loss_that_is_no_number_stops_before_weights_change(value, broken):
     assert_identical({n: now[n] for n in trainable}, {n: after_first[n] for n in trainable})
     np.testing.assert_array_equal(ema.state()["head.weight"], average)
     assert len(optimizer.gradients) == 1
-
-
-class FakeScaler:
-    """Halves its scale at every step, as Paddle's does on overflow."""
-
-    def __init__(self, scale):
-        self.value = scale
-        self.steps = 0
-
-    def scale(self, loss):
-        return loss * self.value
-
-    def step(self, optimizer):
-        self.steps += 1
-
-    def update(self):
-        self.value /= 2
-
-    def state_dict(self):
-        return {"scale": np.array([self.value], "float32"), "incr_count": 0}
-
-
-def test_a_loss_scale_below_its_floor_stops_with_the_place_and_the_scale():
-    model = make_model()
-    precision = Precision()
-    precision.scaler = FakeScaler(LOSS_SCALE_FLOOR * 4)
-    steps = train_epoch(
-        model=model,
-        loader=make_batches([2] * 6),
-        mixup=None,
-        criterion=LabelSmoothingCrossEntropy(0.1),
-        precision=precision,
-        optimizer=sgd(model),
-        learning_rate=lambda step: 0.1,
-        ema=None,
-        accum_iter=1,
-        seed=0,
-        epoch=0,
-        first_batch=0,
-        first_step=9,
-    )
-    done = [next(steps), next(steps)]  # 2 and 1: at the floor, not below it
-    assert len(done) == 2
-    with pytest.raises(DivergedError, match="epoch 1, step 11, loss .*loss scale fell to 0.5"):
-        next(steps)
-
-
-def test_loss_scale_leaves_the_reported_loss_alone():
-    plain, scaled = make_model(), make_model()
-    precision = Precision()
-    precision.scaler = FakeScaler(2.0**30)
-    (step,) = train(plain, make_batches([4]), Recorder(plain))
-    (step_scaled,) = train(scaled, make_batches([4]), Recorder(scaled), precision=precision)
-    assert step.loss == step_scaled.loss
-    assert precision.state()["scale"] == 2.0**29
 
 
 # ---- what is drawn
@@ -405,15 +222,13 @@ def draws(*, first_batch=0, first_step=0, start=None, disturb=False, seed=0, epo
         paddle.randn([1000])
         np.random.seed(7)
     states = []
-    for _ in train_epoch(
-        model=model,
-        loader=make_batches([4] * 5),
+    for _ in steps_of(
+        model,
+        make_batches([4] * 5),
+        sgd(model),
         mixup=recorded,
         criterion=SoftTargetCrossEntropy(),
-        precision=Precision(),
-        optimizer=sgd(model),
         learning_rate=lambda step: 0.05,
-        ema=None,
         accum_iter=2,
         seed=seed,
         epoch=epoch,

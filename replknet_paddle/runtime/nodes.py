@@ -1,0 +1,182 @@
+"""The machines of a run: under which address they know each other, and whether all are alive.
+
+Nodes started by Paddle's launcher hear nothing of each other: where one fails, the others wait in
+a collective for ever. Here each node's launcher writes a file into a folder that they share, every
+few seconds, and reads those of the others.
+"""
+
+import contextlib
+import hashlib
+import os
+import signal
+import socket
+import time
+from dataclasses import dataclass
+
+from replknet_paddle.runtime.errors import InputError
+
+BEAT_SECONDS = 2.0
+LOST_SECONDS = 30.0  # without a sign, after which a node is lost
+STOPPED = (0, 128 + signal.SIGINT, 128 + signal.SIGTERM)  # statuses that all nodes agree on
+
+ATTEMPT_FILE = "attempt"  # in the log folder of launched processes
+FOLDER = "nodes"  # beside the log folders of the machines
+
+
+def name_attempt() -> None:
+    """Leave, for this machine's `Heartbeat`, a name of this start of the run.
+
+    The addresses and ports of all its processes, which Paddle's launcher has agreed with the other
+    machines. To be called by each process once it is started.
+    """
+    folder = os.environ.get("PADDLE_LOG_DIR")
+    endpoints = os.environ.get("PADDLE_TRAINER_ENDPOINTS", "")
+    if folder and os.environ.get("PADDLE_RANK_IN_NODE") == "0":
+        name = hashlib.sha256(endpoints.encode()).hexdigest()[:16]
+        with contextlib.suppress(OSError):
+            _replace(os.path.join(folder, ATTEMPT_FILE), name)
+
+
+@dataclass
+class _Peer:
+    """What was last read of another node, and when that had changed, on this machine's clock."""
+
+    text: str
+    changed: float
+
+
+class Heartbeat:
+    """The signs of life of this machine, and of the others that take part in the same start.
+
+    Clocks are not compared: a node is lost where its file stays the same for LOST_SECONDS.
+
+    Args:
+        log_dir: this machine's, a folder beside those of the others; its name is the node's.
+    """
+
+    def __init__(self, log_dir: str):
+        self.log_dir = os.path.abspath(log_dir)
+        self.node = os.path.basename(self.log_dir)
+        self.count = 0
+        self.peers: dict[str, _Peer] = {}
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(self.log_dir, ATTEMPT_FILE))
+
+    def beat(self) -> tuple[int, str] | None:
+        """Give a sign and look for the others'.
+
+        Returns:
+            Once another node has failed: its exit status, or that of a killed process where it is
+            lost, and a message.
+        """
+        folder = self._folder()
+        if folder is None:  # the processes of the nodes have not found each other yet
+            return None
+        self.count += 1
+        with contextlib.suppress(OSError):  # a full or slow disk is no reason to stop
+            os.makedirs(folder, exist_ok=True)
+            _replace(os.path.join(folder, self.node), f"{self.count}\n")
+        for node, text in self._read_others(folder):
+            now = time.monotonic()
+            peer = self.peers.setdefault(node, _Peer(text, now))
+            if text != peer.text:
+                self.peers[node] = peer = _Peer(text, now)
+            _, status, message = (text.split("\n", 2) + ["", ""])[:3]
+            if status:
+                if int(status) not in STOPPED:
+                    return int(status), (
+                        f"error: machine {node} has failed with status {status}"
+                        f"{': ' if message else ''}{message}"
+                    )
+            elif now - peer.changed > LOST_SECONDS:
+                return 128 + signal.SIGKILL, (
+                    f"error: machine {node} has given no sign for {LOST_SECONDS:g} s; this run "
+                    "ends on all its machines"
+                )
+        return None
+
+    def end(self, status: int, message: str) -> None:
+        """Tell the others how this machine's part of the run ended."""
+        folder = self._folder()
+        if folder is not None:
+            with contextlib.suppress(OSError):
+                os.makedirs(folder, exist_ok=True)
+                _replace(os.path.join(folder, self.node), f"{self.count}\n{status}\n{message}")
+
+    def _folder(self) -> str | None:
+        """Where the nodes of this start of the run write; None until it has a name."""
+        try:
+            with open(os.path.join(self.log_dir, ATTEMPT_FILE), encoding="utf-8") as file:
+                return os.path.join(os.path.dirname(self.log_dir), FOLDER, file.read())
+        except OSError:
+            return None
+
+    def _read_others(self, folder: str) -> list[tuple[str, str]]:
+        """Names and contents of the other nodes' files; none where the folder cannot be read."""
+        found = []
+        with contextlib.suppress(OSError):
+            for node in os.listdir(folder):
+                if node != self.node and not node.endswith(".unfinished"):
+                    with open(os.path.join(folder, node), encoding="utf-8") as file:
+                        found.append((node, file.read()))
+        return found
+
+
+def _replace(path: str, text: str) -> None:
+    """Write a small file such that others see the old text or the new."""
+    unfinished = f"{path}.unfinished"
+    with open(unfinished, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(unfinished, path)
+
+
+def node_addresses(master: str) -> tuple[str, str]:
+    """The address of the master, and the one under which other nodes reach this machine.
+
+    Paddle's launcher starts the server of `--master` only on the machine whose `--host` is the same
+    text, and hands its own address, by default whatever its name resolves to, to the other nodes.
+    Debian lets a machine's name mean 127.0.1.1, which is of no use to them.
+
+    Args:
+        master: HOST:PORT.
+
+    Returns:
+        ADDRESS:PORT and ADDRESS, equal addresses on the machine that MASTER means.
+
+    Raises:
+        InputError: a name that does not resolve.
+    """
+    host, port = master.rsplit(":", 1)
+    try:
+        address = socket.gethostbyname(host)
+    except OSError as error:
+        raise InputError(
+            f"MASTER is {master}, and {host} does not resolve ({error}); allowed: HOST:PORT of one "
+            "of the machines, by a name or an IPv4 address that all of them know"
+        ) from None
+    is_name = host != address
+    if is_name and host != "localhost" and address.startswith("127."):
+        address = outgoing_address("192.0.2.1") or address  # any address beyond this network
+    if is_own_address(address):
+        return f"{address}:{port}", address
+    return f"{address}:{port}", outgoing_address(address) or address
+
+
+def is_own_address(address: str) -> bool:
+    """Whether this machine has this IPv4 address."""
+    with socket.socket() as listener:
+        try:
+            listener.bind((address, 0))
+        except OSError:
+            return False
+    return True
+
+
+def outgoing_address(destination: str) -> str | None:
+    """This machine's address on the way to another one; None without a route. Sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((destination, 9))
+        except OSError:
+            return None
+        return probe.getsockname()[0]

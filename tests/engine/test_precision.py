@@ -1,0 +1,283 @@
+"""What a CPU can show of mixed precision: the loss scale, its state, and the types of layers."""
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import paddle
+import pytest
+from epochs import (
+    Batches,
+    Recorder,
+    assert_close,
+    assert_identical,
+    freeze_batch_norm,
+    make_batches,
+    make_model,
+    sgd,
+    steps_of,
+    train,
+    weights,
+)
+from processes import finish_ranks
+
+from replknet_paddle.engine.batch_norm import check_synchronized
+from replknet_paddle.engine.precision import LOSS_SCALE_FLOOR, LossScaler, Precision
+from replknet_paddle.engine.train import DivergedError
+from replknet_paddle.optim.ema import ModelEma
+from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy
+from replknet_paddle.runtime import processes
+from replknet_paddle.runtime.errors import InputError
+
+
+def overflowing(steps):
+    """A criterion whose gradients, though not its loss, overflow in these calls."""
+    criterion = LabelSmoothingCrossEntropy(0.1)
+    calls = []
+
+    def loss_of(logits, labels):
+        loss = criterion(logits, labels)
+        if len(calls) in steps:
+            loss = loss + paddle.sqrt(logits.sum() - logits.detach().sum())  # 0, of infinite slope
+        calls.append(1)
+        return loss
+
+    return loss_of
+
+
+def scaled(scale=2.0**16) -> Precision:
+    """As with float16 on a GPU, but for the type that is computed in."""
+    precision = Precision()
+    precision.scaler = LossScaler(scale)
+    return precision
+
+
+def test_a_loss_scale_below_its_floor_stops_with_the_place_and_the_scale():
+    model = make_model()
+    steps = steps_of(
+        model,
+        make_batches([2] * 6),
+        sgd(model),
+        criterion=overflowing(range(6)),
+        precision=scaled(LOSS_SCALE_FLOOR * 4),
+        first_step=9,
+    )
+    before = weights(model)
+    done = [next(steps), next(steps)]  # 2 and 1: at the floor, not below it
+    assert len(done) == 2
+    with pytest.raises(DivergedError, match="epoch 1, step 11, loss .*loss scale fell to 0.5"):
+        next(steps)
+    trainable = [name for name, p in model.named_parameters() if not p.stop_gradient]
+    now = weights(model)
+    assert_identical({n: now[n] for n in trainable}, {n: before[n] for n in trainable})
+
+
+def test_a_step_whose_gradients_overflow_is_left_out_and_halves_the_scale():
+    model, other = make_model(), make_model()
+    for each in (model, other):
+        freeze_batch_norm(each)
+    precision, optimizer = scaled(), sgd(model)
+    seen = []
+    for _ in steps_of(
+        model,
+        make_batches([2] * 5),
+        optimizer,
+        criterion=overflowing([1, 3]),
+        precision=precision,
+    ):
+        seen.append((precision.scaler.scale, precision.scaler.good_steps))
+    assert seen == [(2.0**16, 1), (2.0**15, 0), (2.0**15, 1), (2.0**14, 0), (2.0**14, 1)]
+    assert len(optimizer.gradients) == 3
+    # The same as never having met those batches, but for the rates, which follow the step.
+    batches = make_batches([2] * 5).batches
+    wanted = sgd(other)
+    train(other, Batches(batches[::2]), wanted, learning_rate=lambda i: 0.1 / (2 * i + 1))
+    for got, want in zip(optimizer.gradients, wanted.gradients):
+        assert_close(got, want)
+    assert_close(list(weights(model).values()), list(weights(other).values()))
+
+
+def test_the_loss_scale_doubles_after_many_good_steps(monkeypatch):
+    monkeypatch.setattr(LossScaler, "STEPS_UNTIL_DOUBLED", 3)
+    scaler = LossScaler(8.0)
+    scales = []
+    for finite in [True, True, False, True, True, True, True]:
+        scaler.update(finite=finite)
+        scales.append(scaler.scale)
+    assert scales == [8, 8, 4, 4, 4, 8, 8]
+
+
+def test_a_scaler_goes_on_from_its_state():
+    precision, resumed = scaled(), scaled()
+    precision.scaler.update(finite=False)
+    precision.scaler.update(finite=True)
+    state = precision.state()
+    assert state == {"scale": 2.0**15, "incr_count": 1}
+    resumed.load_state(state)
+    for finite in (True, False, True):
+        for each in (precision, resumed):
+            each.scaler.update(finite=finite)
+    assert resumed.state() == precision.state() == {"scale": 2.0**14, "incr_count": 1}
+    resumed.load_state({})  # of a run without a scale
+    assert resumed.state() == precision.state()
+    # As Paddle's own scaler was saved by earlier versions.
+    resumed.load_state({"scale": 4.0, "incr_count": 7, "decr_count": 0, "incr_ratio": 2.0})
+    assert resumed.state() == {"scale": 4.0, "incr_count": 7}
+    assert Precision().state() == {}
+
+
+def test_loss_scale_leaves_the_loss_and_the_gradients_alone():
+    plain, other = make_model(), make_model()
+    recorders = Recorder(plain), Recorder(other)
+    (step,) = train(plain, make_batches([4]), recorders[0])
+    (step_scaled,) = train(other, make_batches([4]), recorders[1], precision=scaled(2.0**30))
+    assert step.loss == step_scaled.loss
+    assert_close(recorders[1].gradients[0], recorders[0].gradients[0])
+
+
+# ---- over ranks
+
+
+def ranks_with_one_that_breaks(arguments: list[str]) -> int:
+    """Five steps on each rank; on rank 1 gradients overflow in two of them, or a loss breaks."""
+    what, output = arguments
+    processes.init()
+    model = make_model()
+    precision, optimizer = scaled(), sgd(model)
+    criterion = LabelSmoothingCrossEntropy(0.1)
+    if what == "overflow" and processes.rank() == 1:
+        criterion = overflowing([1, 3])
+    if what == "loss" and processes.rank() == 1:
+        criterion = breaking_at(3)
+    scales, message = [], ""
+    ema = ModelEma(model, decay=0.5)
+    try:
+        for _ in steps_of(
+            model,
+            make_batches([2] * 5, seed=processes.rank()),
+            optimizer,
+            criterion=criterion,
+            precision=precision,
+            ema=ema,
+        ):
+            scales.append(precision.scaler.scale)
+            kept = weights(model)
+    except DivergedError as error:
+        message = str(error)
+    trainable = [name for name, p in model.named_parameters() if not p.stop_gradient]
+    np.savez(
+        f"{output}.{processes.rank()}.npz",
+        **weights(model),
+        scales=scales,
+        message=message,
+        optimizer_steps=len(optimizer.gradients),
+        untouched=all(np.array_equal(weights(model)[n], kept[n]) for n in trainable),
+        **{f"ema/{name}": value for name, value in ema.state().items()},
+    )
+    return 0
+
+
+def breaking_at(call):
+    criterion = LabelSmoothingCrossEntropy(0.1)
+    calls = []
+
+    def loss_of(logits, labels):
+        calls.append(1)
+        return criterion(logits, labels) * (float("nan") if len(calls) == call + 1 else 1)
+
+    return loss_of
+
+
+@pytest.mark.parametrize(
+    "what, scales, optimizer_steps",
+    [
+        ("overflow", [2.0**16, 2.0**15, 2.0**15, 2.0**14, 2.0**14], 3),
+        ("loss", [2.0**16] * 3, 3),
+    ],
+)
+def test_all_ranks_decide_alike_where_one_breaks(tmp_path, what, scales, optimizer_steps):
+    finish_ranks([what, tmp_path / "out"], folder=tmp_path, target=ranks_with_one_that_breaks)
+    first, second = (dict(np.load(tmp_path / f"out.{rank}.npz")) for rank in range(2))
+    assert first.keys() == second.keys()
+    different = [name for name in first if first[name].tobytes() != second[name].tobytes()]
+    statistics = {name for name in different if name.endswith(("_mean", "_variance"))}
+    assert not set(different) - statistics
+    assert first["scales"].tolist() == scales
+    assert first["optimizer_steps"] == optimizer_steps
+    assert ("step 3" in str(first["message"])) == (what == "loss")
+    if what == "loss":
+        assert first["untouched"]
+    else:
+        assert not statistics
+
+
+# ---- types of layers
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Paddle's preparation for AMP, which does nothing on a CPU, believes that this is a GPU."""
+    auto_cast = sys.modules["paddle.amp.auto_cast"]
+    place = SimpleNamespace(
+        is_gpu_place=lambda: True, is_xpu_place=lambda: False, is_custom_place=lambda: False
+    )
+    monkeypatch.setattr(
+        auto_cast, "_dygraph_tracer", lambda: SimpleNamespace(_expected_place=place)
+    )
+    monkeypatch.setattr(auto_cast, "_is_gpu_float16_supported", lambda: True)
+    monkeypatch.setattr(auto_cast, "_is_gpu_bfloat16_supported", lambda: True)
+    monkeypatch.setattr(processes, "on_gpu", lambda: True)
+    monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda *_: (8, 0))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("level", ["O1", "O2"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_types_of_all_layers(on_gpu, level, dtype, trained):
+    model = make_model()
+    optimizer = paddle.optimizer.AdamW(1e-3, parameters=model.parameters())
+    precision = Precision(enabled=True, level=level, dtype=dtype)
+    precision.prepare(model, optimizer if trained else None)
+    half = getattr(paddle, dtype) if level == "O2" else paddle.float32
+    for name, layer in model.named_sublayers(include_self=True):
+        # Batch norm keeps float32; its sums over a batch need it.
+        wanted = paddle.float32 if isinstance(layer, paddle.nn.BatchNorm2D) else half
+        own = dict(layer.named_parameters(include_sublayers=False))
+        assert {p.dtype for p in own.values()} <= {wanted}, name
+    assert optimizer._multi_precision == (level == "O2" and trained)
+    assert (precision.loss_scale is None) == (dtype == "bfloat16")
+    assert precision.half_weights == (level == "O2")
+
+
+def test_bfloat16_on_a_gpu_without_it_is_refused(on_gpu, monkeypatch):
+    monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda *_: (7, 5))
+    with pytest.raises(InputError, match="AMP_DTYPE is bfloat16.*float16"):
+        Precision(enabled=True, dtype="bfloat16")
+    assert Precision(enabled=True, dtype="float16").loss_scale == 2.0**16
+
+
+# ---- synchronized batch norm
+
+
+class Averaging(paddle.nn.BatchNorm2D):
+    """Synchronized as far as its running mean goes."""
+
+    def forward(self, x):
+        return super().forward(paddle.full_like(x, (processes.world_size() - 1) / 2))
+
+
+def check_layers(arguments: list[str]) -> int:
+    """On each rank: what is said of a layer that averages, and of one that does not."""
+    processes.init()
+    check_synchronized(Averaging)
+    try:
+        check_synchronized(paddle.nn.BatchNorm2D)
+    except RuntimeError as error:
+        print(error)
+    return 0
+
+
+@pytest.mark.parametrize("ranks", [2, 3])  # of three, one has the mean of all
+def test_batch_norm_that_stays_local_is_found_on_every_rank(tmp_path, ranks):
+    for said in finish_ranks([], folder=tmp_path, ranks=ranks, target=check_layers):
+        assert "MODEL.SYNC_BN" in said and "each GPU by itself" in said

@@ -1,0 +1,145 @@
+"""What one training step asks of the host and of the network: counted by name, at real ranks.
+
+A host synchronization costs a GPU all that it could have been given meanwhile; a reduction its
+latency; a copy of a tensor a kernel. Whoever adds one to a step changes the numbers here.
+"""
+
+import contextlib
+import json
+from collections import Counter
+
+import numpy as np
+import paddle
+import paddle.distributed as dist
+from epochs import make_model
+from processes import finish_ranks
+
+from replknet_paddle.config import get_config, update_config
+from replknet_paddle.data.dataset import get_dataloader, get_dataset
+from replknet_paddle.data.transforms import build_mixup
+from replknet_paddle.engine.precision import LossScaler, Precision
+from replknet_paddle.engine.train import Parts, train_epoch
+from replknet_paddle.optim.ema import ModelEma
+from replknet_paddle.optim.losses import SoftTargetCrossEntropy
+from replknet_paddle.runtime import processes
+
+SYNCHRONIZATIONS = ("numpy", "item", "tolist", "cpu", "__array__", "__float__", "__int__")
+SYNCHRONIZATIONS += ("__bool__", "__index__", "__len__")
+REDUCTIONS = ("all_reduce", "broadcast", "all_gather", "barrier", "reduce")
+COPIES = ("copy_", "_copy_to", "cuda", "pin_memory", "set_value", "clone")
+FUNCTIONS = ("to_tensor", "assign", "concat", "split")
+
+# A step of one batch, with mixing, erasing, a loss scale, EMA weights and statistics to average.
+EXPECTED = {
+    "numpy": 1,  # loss, images, requests, overflow
+    "all_reduce": 3,  # those; the gradients, in one bucket of 64 MiB; the statistics
+    "to_tensor": 4,  # the next batch: images, labels, where to erase, and with what
+    "concat": 4,  # gradients, statistics, EMA weights, what is read
+    "split": 2,  # gradients, statistics
+}
+
+
+class Counted:
+    """Counts the calls of the functions above, by name, while it is entered."""
+
+    def __init__(self):
+        self.calls = Counter()
+        self.stack = contextlib.ExitStack()
+
+    def __enter__(self):
+        for name in SYNCHRONIZATIONS + COPIES:
+            if hasattr(paddle.Tensor, name):
+                self.patch(paddle.Tensor, name)
+        for name in REDUCTIONS:
+            self.patch(dist, name)
+        for name in FUNCTIONS:
+            self.patch(paddle, name)
+        return self.calls
+
+    def patch(self, owner, name):
+        original = getattr(owner, name)
+
+        def counting(*args, **kwargs):
+            self.calls[name] += 1
+            return original(*args, **kwargs)
+
+        setattr(owner, name, counting)
+        self.stack.callback(setattr, owner, name, original)
+
+    def __exit__(self, *_):
+        self.stack.close()
+
+
+def added_to_a_step(what: str, loss: paddle.Tensor) -> paddle.Tensor:
+    """One more of something, as a change of the loop might bring."""
+    if what == "synchronization":
+        float(loss)
+    if what == "reduction":
+        dist.all_reduce(loss.detach().clone())
+    if what == "copy":
+        paddle.to_tensor(np.zeros(1))
+    return loss
+
+
+def count_steps(arguments: list[str]) -> int:
+    """On each rank: what the third step of an epoch calls, as JSON."""
+    cfg, data_path, output, *added = arguments
+
+    class Flags:
+        opts = ["DATA.DATA_PATH", data_path, "TRAIN.RANDOM_ERASE_PROB", "1", "MODEL.DROPPATH", "0"]
+        batch_size = 4
+
+    processes.init()
+    config = update_config(get_config(cfg), Flags)
+    loader = get_dataloader(
+        config,
+        get_dataset(config, True),
+        True,
+        rank=processes.rank(),
+        world_size=processes.world_size(),
+    )
+    model = make_model()
+    criterion = SoftTargetCrossEntropy()
+    precision = Precision()
+    precision.scaler = LossScaler(2.0)
+    parts = Parts(
+        model=model,
+        criterion=lambda *args: added_to_a_step("".join(added), criterion(*args)),
+        optimizer=paddle.optimizer.AdamW(1e-3, parameters=model.parameters()),
+        learning_rate=lambda step: 1e-3,
+        precision=precision,
+        mixup=build_mixup(config),
+        ema=ModelEma(model, decay=0.9),
+    )
+    steps = train_epoch(parts, loader, accum_iter=1, seed=0, epoch=0, requests=lambda: [0.0, 1.0])
+    next(steps)
+    next(steps)
+    with Counted() as calls:
+        step = next(steps)
+    assert step.requests == [0, processes.world_size()]
+    with open(f"{output}.{processes.rank()}", "w") as file:
+        json.dump(calls, file)
+    return 0
+
+
+def counts(tiny_config_file, tiny_data, folder, *added) -> list[Counter]:
+    output = folder / "counts"
+    finish_ranks([tiny_config_file, tiny_data, output, *added], folder=folder, target=count_steps)
+    return [Counter(json.loads((folder / f"counts.{rank}").read_text())) for rank in range(2)]
+
+
+def test_a_step_waits_once_reduces_thrice_and_copies_nothing_but_its_batch(
+    tiny_config_file, tiny_data, tmp_path
+):
+    for calls in counts(tiny_config_file, tiny_data, tmp_path):
+        assert calls == EXPECTED
+
+
+def test_one_more_of_anything_is_seen(tiny_config_file, tiny_data, tmp_path):
+    seen = {}
+    for added in ("synchronization", "reduction", "copy"):
+        calls, _ = counts(tiny_config_file, tiny_data, tmp_path, added)
+        seen[added] = set(calls - Counter(EXPECTED))
+    assert "__float__" in seen["synchronization"]
+    assert "all_reduce" in seen["reduction"]
+    assert "to_tensor" in seen["copy"]

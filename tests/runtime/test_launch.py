@@ -1,0 +1,65 @@
+"""Where a node says it is, and processes without a visible GPU."""
+
+import socket
+
+import pytest
+
+from replknet_paddle.runtime import launch as module
+from replknet_paddle.runtime import nodes
+from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.launch import launch
+from replknet_paddle.runtime.nodes import node_addresses, outgoing_address
+
+OWN = outgoing_address("192.0.2.1") or "127.0.0.1"  # of a machine with a network
+
+
+def test_the_master_is_its_own_host_by_whatever_name(monkeypatch):
+    addresses = {"localhost": "127.0.0.1", "me": OWN, "debian": "127.0.1.1"}
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: addresses.get(name, name))
+    assert node_addresses("localhost:80") == ("127.0.0.1:80", "127.0.0.1")
+    assert node_addresses("127.0.0.1:80") == ("127.0.0.1:80", "127.0.0.1")
+    assert node_addresses("127.0.1.1:80") == ("127.0.1.1:80", "127.0.1.1")
+    assert node_addresses("me:80") == (f"{OWN}:80", OWN)
+    # Other machines cannot reach 127.0.1.1, which Debian's /etc/hosts gives a machine's name.
+    assert node_addresses("debian:80") == (f"{OWN}:80", OWN)
+
+
+def test_another_machine_is_told_the_address_on_the_way_to_the_master(monkeypatch):
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "203.0.113.7")
+    monkeypatch.setattr(nodes, "outgoing_address", lambda destination: f"to {destination}")
+    assert node_addresses("head:80") == ("203.0.113.7:80", "to 203.0.113.7")
+
+
+def test_a_master_that_does_not_resolve_is_one_message(tmp_path):
+    with pytest.raises(InputError, match="MASTER is no.such.host.invalid:80.*does not resolve"):
+        launch(
+            ["x.py"],
+            processes=1,
+            log_dir=str(tmp_path),
+            nodes=2,
+            master="no.such.host.invalid:80",
+        )
+
+
+RANK = """
+import os, sys
+from replknet_paddle.runtime.processes import init, rank, sum_over_ranks
+init()
+total = sum_over_ranks([1.0])
+open(os.path.join(sys.argv[1], f"rank{rank()}"), "w").write(str(total[0]))
+"""
+
+
+@pytest.mark.parametrize("visible", ["", "-1", None])
+def test_processes_without_a_visible_gpu_run_on_the_cpu(tmp_path, monkeypatch, visible):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(module, "visible_devices", lambda: 0)
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    status, _ = launch([str(script), str(tmp_path)], processes=2, log_dir=str(tmp_path / "workers"))
+    assert status == 0
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == ["2.0", "2.0"]
