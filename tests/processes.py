@@ -146,6 +146,50 @@ def start_really(arguments, **options) -> subprocess.Popen:
     )
 
 
+# Stands for Python: counts how often the program is started, and lets it fail where a test wants.
+WRAPPER = """
+import os, runpy, signal, sys
+
+root, starts, failures, how = {root!r}, {starts!r}, {failures!r}, {how!r}
+sys.path.insert(0, root)
+with open(starts, "a") as file:
+    file.write(" ".join(sys.argv[1:]) + "\\n")
+number = len(open(starts).readlines()) - 1
+from replknet_paddle.engine.run_log import RunLog
+
+really_write = RunLog.write_step
+
+
+def write_step(self, step):
+    really_write(self, step)
+    if number < len(failures) and step == failures[number]:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError("fails where a test wants it to")
+
+
+RunLog.write_step = write_step
+sys.argv[:] = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def failing_python(folder: Path, *, failures: list[int], how="killed") -> Path:
+    """A program for `Script` that runs Python and fails after the given steps, one each start.
+
+    Args:
+        folder: for the program; `starts` there gets the arguments of each start.
+        how: "killed", or "raises".
+    """
+    starts, wrapper, python = (folder / name for name in ("starts", "wrapper.py", "python"))
+    wrapper.write_text(
+        WRAPPER.format(root=str(ROOT), starts=str(starts), failures=failures, how=how)
+    )
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{wrapper}" "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
 class Script:
     """run_train_multi.sh on the tiny network, in a process group of its own."""
 

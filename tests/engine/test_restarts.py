@@ -3,42 +3,13 @@
 import os
 import re
 import signal
-import sys
 
 import pytest
-from processes import Script, assert_same_end, step_of, wait_for, worker
-from tiny import ROOT
+from processes import Script, assert_same_end, failing_python, step_of, wait_for, worker
 
 from replknet_paddle.checkpoints.training import load_checkpoint
 
 pytest_plugins = ["run_fixtures"]
-
-# Stands for Python: counts how often the program is started, and lets it fail where a test wants.
-WRAPPER = """
-import os, runpy, signal, sys
-
-root, starts, failures, how = {root!r}, {starts!r}, {failures!r}, {how!r}
-sys.path.insert(0, root)
-with open(starts, "a") as file:
-    file.write(" ".join(sys.argv[1:]) + "\\n")
-number = len(open(starts).readlines()) - 1
-from replknet_paddle.engine.run_log import RunLog
-
-really_write = RunLog.write_step
-
-
-def write_step(self, step):
-    really_write(self, step)
-    if number < len(failures) and step == failures[number]:
-        if how == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        raise RuntimeError("fails where a test wants it to")
-
-
-RunLog.write_step = write_step
-sys.argv[:] = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 @pytest.fixture
@@ -47,13 +18,7 @@ def failing(tmp_path, tiny_config_file, tiny_data):
 
     def run(*flags, failures, restarts, how="killed", status=None, folder=None):
         starts = tmp_path / "starts"
-        wrapper = tmp_path / "wrapper.py"
-        wrapper.write_text(
-            WRAPPER.format(root=str(ROOT), starts=str(starts), failures=failures, how=how)
-        )
-        python = tmp_path / "python"
-        python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{wrapper}" "$@"\n')
-        python.chmod(0o755)
+        python = failing_python(tmp_path, failures=failures, how=how)
         where = [] if folder is None else [f"-output={folder}"]
         arguments = [f"-cfg={tiny_config_file}", f"-data_path={tiny_data}", *where, *flags]
         got, said = Script(arguments, restarts=restarts, python=python).finish()

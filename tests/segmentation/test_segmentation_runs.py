@@ -5,7 +5,17 @@ import signal
 
 import numpy as np
 import pytest
-from processes import Run, assert_same_end, finish, finish_ranks, metrics, step_of, wait_for
+from processes import (
+    Run,
+    Script,
+    assert_same_end,
+    failing_python,
+    finish,
+    finish_ranks,
+    metrics,
+    step_of,
+    wait_for,
+)
 
 from replknet_paddle.checkpoints.training import load_checkpoint
 
@@ -57,6 +67,16 @@ def test_resuming_gives_the_same_bits(trained, tiny_upernet_file, shapes, tmp_pa
         ["-resume", "auto", "-data_path", shapes, "-output", folder],
         output=tmp_path / "second.txt",
     )
+    assert_same_end(folder, trained)
+
+
+def test_a_killed_run_is_restarted_and_ends_the_same(trained, tiny_upernet_file, shapes, tmp_path):
+    """run_train_multi.sh with MAX_RESTARTS, its training process killed in mid-epoch."""
+    folder = tmp_path / "run"
+    arguments = [f"-cfg={tiny_upernet_file}", f"-data_path={shapes}", f"-output={folder}"]
+    python = failing_python(tmp_path, failures=[6])
+    status, said = Script(arguments, restarts=1, python=python).finish(timeout=300)
+    assert status == 0 and "restart 1 of 1" in said, said
     assert_same_end(folder, trained)
 
 
