@@ -72,15 +72,21 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog)
     assert "cannot be locked (No locks available)" in caplog.text
 
 
-def test_a_second_run_stops_and_the_first_is_undisturbed(run_flags, straight, tmp_path):
-    folder = tmp_path / "run"
-    first = Run(
-        [*run_flags, f"-output={folder}"],
+def run_at_step_4(run_flags, tmp_path) -> Run:
+    """A run in the folder `run` that waits after its fourth step until `go` exists."""
+    run = Run(
+        [*run_flags, f"-output={tmp_path / 'run'}"],
         output=tmp_path / "first.log",
         target=paused,
         environment={"PAUSE_AT": "4", "GO": str(tmp_path / "go")},
     )
-    wait_for(lambda: step_of(folder) >= 4)
+    wait_for(lambda: step_of(tmp_path / "run") >= 4)
+    return run
+
+
+def test_a_second_run_stops_and_the_first_is_undisturbed(run_flags, straight, tmp_path):
+    folder = tmp_path / "run"
+    first = run_at_step_4(run_flags, tmp_path)
     for flags in (["-resume=auto"], [f"-resume={folder}"], []):
         said = finish([*run_flags, f"-output={folder}", *flags], output=tmp_path / "log", status=2)
         assert f"in use by process {first.pid}" in said or "of another run" in said, said
@@ -99,13 +105,7 @@ def test_a_second_run_stops_and_the_first_is_undisturbed(run_flags, straight, tm
 def test_a_run_takes_up_what_the_one_before_it_saved_while_ending(run_flags, straight, tmp_path):
     """The newest checkpoint is looked for once the folder is free, and so it is the last one."""
     folder = tmp_path / "run"
-    first = Run(
-        [*run_flags, f"-output={folder}"],
-        output=tmp_path / "first.log",
-        target=paused,
-        environment={"PAUSE_AT": "4", "GO": str(tmp_path / "go")},
-    )
-    wait_for(lambda: step_of(folder) >= 4)
+    first = run_at_step_4(run_flags, tmp_path)
     second = Run(
         [*run_flags, f"-output={folder}", "-resume=auto"],
         output=tmp_path / "second.log",
