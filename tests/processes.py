@@ -99,6 +99,22 @@ def main_status(arguments: list[str]) -> int:
     return run_command("train", arguments)
 
 
+def paused(arguments: list[str]) -> int:
+    """A run that waits after optimizer step PAUSE_AT until the file GO exists, so that a test can
+    signal it there, however busy the machine is."""
+    from replknet_paddle.engine.run_log import RunLog
+
+    really_write = RunLog.write_step
+
+    def write_step(self, step):
+        really_write(self, step)
+        if step == int(os.environ["PAUSE_AT"]):
+            wait_for(lambda: os.path.exists(os.environ["GO"]), timeout=300)
+
+    RunLog.write_step = write_step
+    return main_status(arguments)
+
+
 def finish(arguments, *, output: Path, status: int = 0, **options) -> str:
     """Run to the end; returns what was printed, once the status is right."""
     run = Run(arguments, output=output, **options)

@@ -96,6 +96,13 @@ def add_arguments(parser) -> None:
     network.add_argument("--forward_batch", type=int, default=1, help="images (%(default)s)")
     network.add_argument("--step_batch", type=int, default=4, help="images (%(default)s)")
 
+    startup = what.add_parser(
+        "startup",
+        help="how soon the help of each command answers",
+        epilog="example: replknet benchmark startup",
+    )
+    startup.add_argument("--rounds", type=int, default=10, help="of each (%(default)s)")
+
 
 def run(args) -> int:
     log_to_stderr()
@@ -105,6 +112,7 @@ def run(args) -> int:
         "inference": inference,
         "conv": conv,
         "network": network,
+        "startup": startup,
     }[args.what](args)
     return 0
 
@@ -161,3 +169,15 @@ def network(args) -> None:
         step_batch=args.step_batch,
         rounds=args.rounds,
     )
+
+
+def startup(args) -> None:
+    from replknet_paddle.bench.startup import time_help
+    from replknet_paddle.bench.timing import check_counts, describe_machine, summarize
+    from replknet_paddle.commands import COMMANDS
+
+    check_counts(rounds=args.rounds)
+    seconds = time_help(COMMANDS, rounds=args.rounds)
+    print(describe_machine())
+    for name, values in seconds.items():
+        print(f"{name}: {summarize(values)}")

@@ -272,3 +272,10 @@ def test_what_was_measured_is_written_if_a_later_batch_is_interrupted(
     flags += ["--json", str(tmp_path / "b.json")]
     assert main(["inference", "-cfg", str(tiny_config_file), *flags]) == 130
     assert [r["batch"] for r in json.loads((tmp_path / "b.json").read_text())["rows"]] == [1]
+
+
+def test_startup_times_the_help_of_every_command(capsys):
+    assert main(["startup", "--rounds", "1"]) == 0
+    out = capsys.readouterr().out
+    for name in ("replknet -h", "replknet train -h", "replknet build -h"):
+        assert f"{name}: median " in out

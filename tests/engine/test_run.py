@@ -17,6 +17,7 @@ from processes import (
     finish,
     finish_ranks,
     free_ports,
+    paused,
     start_really,
     step_of,
     wait_for,
@@ -57,11 +58,18 @@ def test_a_run_started_as_people_start_it_is_the_same(run_flags, straight, tmp_p
 # ---- stopping and going on
 
 
-def stop_when(flags, folder, condition, number, tmp_path) -> int:
-    """Run until `condition()`, then signal; the exit status."""
-    run = Run([*flags, f"-output={folder}"], output=tmp_path / "stopped.log")
-    wait_for(lambda: condition() or not run.process.is_alive())
+def stop_at(flags, folder, step, number, tmp_path) -> int:
+    """Run, and signal after an optimizer step; the exit status."""
+    go = tmp_path / "go"
+    run = Run(
+        [*flags, f"-output={folder}"],
+        output=tmp_path / "stopped.log",
+        target=paused,
+        environment={"PAUSE_AT": str(step), "GO": str(go)},
+    )
+    wait_for(lambda: step_of(folder) == step or not run.process.is_alive())
     run.send(number)
+    go.touch()
     return run.wait()
 
 
@@ -100,7 +108,7 @@ def test_a_signal_at_any_step_saves_and_the_run_goes_on(
 ):
     folder = tmp_path / "run"
     flags = [*run_flags, "-opts", "SAVE_STEPS", "2"]
-    got = stop_when(flags, folder, lambda: step_of(folder) >= step, number, tmp_path)
+    got = stop_at(flags, folder, step, number, tmp_path)
     said = (tmp_path / "stopped.log").read_text()
     assert got == status, said
     stopped_at = step_of(folder)
@@ -115,8 +123,7 @@ def test_a_signal_at_any_step_saves_and_the_run_goes_on(
 def test_a_signal_with_loader_workers_saves_too(run_flags, straight, tmp_path):
     folder = tmp_path / "run"
     flags = [*run_flags, "-opts", "DATA.NUM_WORKERS", "2"]
-    condition = lambda: step_of(folder) >= 5  # noqa: E731
-    assert stop_when(flags, folder, condition, signal.SIGTERM, tmp_path) == 143
+    assert stop_at(flags, folder, 5, signal.SIGTERM, tmp_path) == 143
     finish([*flags, f"-output={folder}", "-resume=auto"], output=tmp_path / "log")
     assert_same_end(folder, straight)
 
@@ -153,9 +160,15 @@ def test_going_on_from_an_older_checkpoint_loses_neither_it_nor_what_follows(run
     finish([*run_flags, f"-output={folder}", "-opts", "SAVE_FREQ", "1"], output=tmp_path / "log")
     flags = [*run_flags, "-opts", "TRAIN.BASE_LR", "1e-5", "SAVE_FREQ", "100", "SAVE_KEEP", "1"]
     old = folder / "checkpoints" / "epoch_0001_step_00000003.safetensors"
-    run = Run([*flags, f"-resume={old}"], output=tmp_path / "log")
+    run = Run(
+        [*flags, f"-resume={old}"],
+        output=tmp_path / "log",
+        target=paused,
+        environment={"PAUSE_AT": "7", "GO": str(tmp_path / "go")},
+    )
     wait_for(lambda: step_of(folder) == 7 or not run.process.is_alive())  # 12 at first
     run.send(signal.SIGTERM)
+    (tmp_path / "go").touch()
     assert run.wait() == 143, run.text()
     step = step_of(folder)
     assert 7 <= step < 12
@@ -192,7 +205,8 @@ def test_resume_auto_passes_over_a_damaged_checkpoint(run_flags, straight, tmp_p
 def test_a_checkpoint_in_mid_epoch_needs_the_same_batches(run_flags, tmp_path):
     folder = tmp_path / "run"
     flags = [*run_flags, "-opts", "SAVE_STEPS", "1"]
-    stop_when(flags, folder, lambda: 4 in whole_steps(folder), signal.SIGKILL, tmp_path)
+    stop_at(flags, folder, 5, signal.SIGKILL, tmp_path)
+    assert 4 in whole_steps(folder)
     paths = [p for p in checkpoints(str(folder)) if load_checkpoint(p).progress.batch]
     said = finish(
         [*run_flags, f"-output={folder}", f"-resume={paths[-1]}", "-batch_size=5"],

@@ -4,10 +4,11 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import signal
 
 import pytest
-from processes import Run, assert_same_end, finish, main_status, step_of, wait_for
+from processes import Run, assert_same_end, finish, main_status, paused, step_of, wait_for
 
 from replknet_paddle.engine import run_lock
 from replknet_paddle.engine.run_lock import RunLock
@@ -72,10 +73,21 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog)
     assert "cannot be locked (No locks available)" in caplog.text
 
 
+def run_at_step_4(run_flags, tmp_path) -> Run:
+    """A run in the folder `run` that waits after its fourth step until `go` exists."""
+    run = Run(
+        [*run_flags, f"-output={tmp_path / 'run'}"],
+        output=tmp_path / "first.log",
+        target=paused,
+        environment={"PAUSE_AT": "4", "GO": str(tmp_path / "go")},
+    )
+    wait_for(lambda: step_of(tmp_path / "run") >= 4)
+    return run
+
+
 def test_a_second_run_stops_and_the_first_is_undisturbed(run_flags, straight, tmp_path):
     folder = tmp_path / "run"
-    first = Run([*run_flags, f"-output={folder}"], output=tmp_path / "first.log", target=paused)
-    wait_for(lambda: step_of(folder) >= 4)
+    first = run_at_step_4(run_flags, tmp_path)
     for flags in (["-resume=auto"], [f"-resume={folder}"], []):
         said = finish([*run_flags, f"-output={folder}", *flags], output=tmp_path / "log", status=2)
         assert f"in use by process {first.pid}" in said or "of another run" in said, said
@@ -91,29 +103,10 @@ def test_a_second_run_stops_and_the_first_is_undisturbed(run_flags, straight, tm
     assert_same_end(folder, straight)
 
 
-def paused(arguments: list[str]) -> int:
-    """A run that waits at step 4 until the file `go` is there."""
-    from pathlib import Path
-
-    from replknet_paddle.engine.run_log import RunLog
-
-    go = Path(arguments[-1].removeprefix("-output=")).parent / "go"
-    really_write = RunLog.write_step
-
-    def write_step(self, step):
-        really_write(self, step)
-        if step == 4:
-            wait_for(go.exists)
-
-    RunLog.write_step = write_step
-    return main_status(arguments)
-
-
 def test_a_run_takes_up_what_the_one_before_it_saved_while_ending(run_flags, straight, tmp_path):
     """The newest checkpoint is looked for once the folder is free, and so it is the last one."""
     folder = tmp_path / "run"
-    first = Run([*run_flags, f"-output={folder}"], output=tmp_path / "first.log", target=paused)
-    wait_for(lambda: step_of(folder) >= 4)
+    first = run_at_step_4(run_flags, tmp_path)
     second = Run(
         [*run_flags, f"-output={folder}", "-resume=auto"],
         output=tmp_path / "second.log",
@@ -123,8 +116,9 @@ def test_a_run_takes_up_what_the_one_before_it_saved_while_ending(run_flags, str
     first.send(signal.SIGTERM)
     (tmp_path / "go").touch()
     assert first.wait() == 143, first.text()
+    [stopped_at] = re.findall(r"stopped by SIGTERM (after epoch 1, step [45]);", first.text())
     assert second.wait() == 0, second.text()
-    assert "continuing after epoch 1, step 4" in second.text()
+    assert f"continuing {stopped_at}" in second.text()
     assert not (folder / "superseded").exists()
     assert_same_end(folder, straight)
 
