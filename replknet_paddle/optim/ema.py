@@ -64,7 +64,7 @@ class ModelEma:
         """Within the context `model` carries the averaged weights, cast to its own types.
 
         Afterwards, whatever happened inside, it has its own weights and statistics again, bit for
-        bit. Costs one more copy of the model for as long as it lasts.
+        bit. Costs two more copies of the model for as long as it lasts.
 
         Raises:
             ValueError: a model with other names than the one averaged.

@@ -85,8 +85,7 @@ def test_nothing_is_kept_where_weights_may_change(change, case):
 
 def test_evaluation_of_the_average_of_weights_uses_it(case):
     ema = ModelEma(case.layer, decay=0.5)
-    for tensor in ema.average.values():
-        tensor.set_value(tensor + 0.1)
+    ema.flat.set_value(ema.flat + 0.1)
     with frozen_weights(case.layer):
         case.check()
     with ema.applied_to(case.layer), frozen_weights(case.layer):
