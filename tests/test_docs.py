@@ -19,7 +19,8 @@ from tiny import FIXTURES, ROOT, make_data
 from replknet_paddle.commands import main, run_command
 
 PAGES = sorted(
-    str(path.relative_to(ROOT)) for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+    str(path.relative_to(ROOT))
+    for path in (*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md"))
 )
 # Run by tests of their own: the demo and the tests by hand, installing by test_install.py.
 ELSEWHERE = ("sh run_demo.sh", "sh run_tests.sh", "sh setup_env.sh")

@@ -74,6 +74,7 @@ def _table(columns: tuple[tuple[str, Callable[[PublishedModel], str]], ...]) -> 
 
 TABLES = {
     _ROOT / "README.md": _table(_README_COLUMNS),
+    _ROOT / "README_zh.md": _table(_README_COLUMNS),
     _ROOT / "docs" / "model_zoo.md": f"{_table(_ZOO_COLUMNS)}\n\n"
     f"All files: [official PyTorch]({OFFICIAL_PAGE}), [PaddleViT]({PADDLEVIT_PAGE}).",
 }
