@@ -17,7 +17,6 @@ import time
 import urllib.request
 
 import pytest
-from PIL import Image
 from photographs import (
     CLASSES,
     CORRUPT,
@@ -27,6 +26,7 @@ from photographs import (
     SHOWN_IN_MISLABELLED,
     make_photographs,
 )
+from PIL import Image
 from test_docs import command_lines
 from tiny import ROOT
 
