@@ -1,14 +1,11 @@
 """Counts against the exact figures of the official code, and against counting by hand."""
 
-import gc
-
 import numpy as np
 import paddle
 import pytest
 from paddle import nn
 from tiny import ROOT
 
-from replknet_paddle import model as replknet
 from replknet_paddle.analysis.complexity import count_macs, count_parameters
 from replknet_paddle.config import get_config, update_config
 from replknet_paddle.model import RepLKNet, build_replknet
@@ -34,15 +31,6 @@ COUNTS = {
     ),
 }
 SIZES = {"large_kernel_sizes": [7, 7, 5, 5], "layers": [1, 1, 2, 1], "channels": [4, 8, 8, 12]}
-
-
-@pytest.fixture
-def no_random_weights(monkeypatch):
-    """Counting asks for shapes alone: zeros are faster to make."""
-    zeros = paddle.ParamAttr(initializer=nn.initializer.Constant(0.0))
-    monkeypatch.setattr(replknet, "uniform", lambda fan_in: zeros)
-    yield
-    gc.collect()
 
 
 @pytest.mark.parametrize("name", COUNTS)
