@@ -46,6 +46,12 @@ RECIPES = {
     "replknet_31l_22k1k_384": (512, 30, 1, 4e-4, 3e-4, 1e-8, 0.3, (0, 0), True, 0.7, 384, 1000),
 }
 
+# For small datasets. File: what it starts from.
+FINETUNE = {
+    "replknet_31b_finetune": "replknet_31b_22k1k_224",
+    "replknet_nano_finetune": "replknet_nano",
+}
+
 IMAGENET_1K, IMAGENET_22K = 1_281_167, 14_197_122  # training images
 
 # Steps per epoch. File: global batch and images (official README), and their quotient.
@@ -68,7 +74,7 @@ def test_every_file_of_configs_loads_and_is_named_for_its_model(name):
 
 
 def test_the_tables_here_cover_the_folder():
-    named = {f"{name}.yaml" for name in PUBLISHED | RECIPES} | {"replknet_nano.yaml"}
+    named = {f"{name}.yaml" for name in [*(PUBLISHED | RECIPES), *FINETUNE, "replknet_nano"]}
     # Those of segmentation are in tests/segmentation/test_published_rows.py.
     assert named == {name for name in ALL_CONFIGS if name.startswith("replknet")}
 
@@ -154,6 +160,34 @@ def test_the_batch_in_a_files_head_is_the_one_that_it_sets(name):
     batch, per_gpu, steps = (int(number or 1) for number in stated.groups())
     assert (per_gpu, steps) == (config.DATA.BATCH_SIZE, config.TRAIN.ACCUM_ITER)
     assert batch == 8 * per_gpu * steps
+
+
+@pytest.mark.parametrize("name", FINETUNE)
+def test_recipe_for_small_datasets_takes_its_numbers_from_its_base(name):
+    config, base = (get_config(CONFIGS / f"{file}.yaml") for file in (name, FINETUNE[name]))
+    assert config.MODEL.NUM_CLASSES is None and config.MODEL.DROP_HEAD
+    assert not config.DATA.IMAGENET_NAMES and not config.MODEL.SYNC_BN
+    architecture = ("CHANNELS", "LAYERS", "LARGE_KERNEL_SIZES", "SMALL_KERNEL", "DW_RATIO")
+    assert all(config.MODEL[key] == base.MODEL[key] for key in architecture)
+    batch = config.DATA.BATCH_SIZE * config.TRAIN.ACCUM_ITER
+    base_batch = RECIPES.get(FINETUNE[name], [base.DATA.BATCH_SIZE])[0]
+    rate = base.TRAIN.BASE_LR * (batch / base_batch) ** 0.5
+    assert config.TRAIN.BASE_LR == pytest.approx(rate, rel=0.02)
+    warmup = config.TRAIN.WARMUP_EPOCHS / config.TRAIN.NUM_EPOCHS
+    assert 0.08 <= warmup <= 0.1
+
+
+def test_averaged_weights_of_a_small_dataset_cover_the_same_part_of_the_run():
+    """1,000 images here against ImageNet-1K in the base, whose share is 13 %."""
+    small, base = (
+        get_config(CONFIGS / f"{name}.yaml").TRAIN for name in next(iter(FINETUNE.items()))
+    )
+    steps, base_steps = (1000 // 32 * small.NUM_EPOCHS, IMAGENET_1K // 512 * base.NUM_EPOCHS)
+    share, base_share = (
+        1 / (1 - train.MODEL_EMA_DECAY) / count
+        for train, count in ((small, steps), (base, base_steps))
+    )
+    assert share == pytest.approx(base_share, rel=0.25)
 
 
 @pytest.mark.parametrize("gpus", [8, 16])

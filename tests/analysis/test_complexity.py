@@ -1,14 +1,11 @@
 """Counts against the exact figures of the official code, and against counting by hand."""
 
-import gc
-
 import numpy as np
 import paddle
 import pytest
 from paddle import nn
 from tiny import ROOT
 
-from replknet_paddle import model as replknet
 from replknet_paddle.analysis.complexity import count_macs, count_parameters
 from replknet_paddle.config import get_config, update_config
 from replknet_paddle.model import RepLKNet, build_replknet
@@ -36,15 +33,6 @@ COUNTS = {
 SIZES = {"large_kernel_sizes": [7, 7, 5, 5], "layers": [1, 1, 2, 1], "channels": [4, 8, 8, 12]}
 
 
-@pytest.fixture
-def no_random_weights(monkeypatch):
-    """Counting asks for shapes alone: zeros are faster to make."""
-    zeros = paddle.ParamAttr(initializer=nn.initializer.Constant(0.0))
-    monkeypatch.setattr(replknet, "uniform", lambda fan_in: zeros)
-    yield
-    gc.collect()
-
-
 @pytest.mark.parametrize("name", COUNTS)
 def test_published_networks_have_the_official_counts_to_the_unit(name, no_random_weights):
     parameters, merged_parameters, macs = COUNTS[name]
@@ -64,6 +52,7 @@ def test_every_published_row_has_one_of_these_counts():
     sizes = {
         (config.MODEL.CHANNELS[0], config.MODEL.NUM_CLASSES)
         for config in map(get_config, (ROOT / "configs").glob("replknet_[3x]*.yaml"))
+        if config.MODEL.NUM_CLASSES is not None  # else it is left to the data
     }
     counted = {
         (config.MODEL.CHANNELS[0], config.MODEL.NUM_CLASSES)
