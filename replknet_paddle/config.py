@@ -10,19 +10,15 @@ import ast
 import difflib
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 from yacs.config import CfgNode
 
 from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.places import PROJECT_FOLDER, find_path, tried
 
-_PACKAGE = Path(__file__).resolve().parent
-# In an installed package the YAML files lie inside it, in a checkout beside it.
-CONFIG_FOLDER = next(
-    folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir()
-)
+CONFIG_FOLDER = PROJECT_FOLDER / "configs"
 
 
 class Rule(NamedTuple):
@@ -146,8 +142,8 @@ _KEYS: dict[str, tuple[Any, Rule]] = {
     # to IMAGE_SIZE / CROP_PCT and centre crop, or both sides to IMAGE_SIZE
     "DATA.NUM_WORKERS": (2, integer(0)),  # loader processes for each training process
     "DATA.CLASS_NAMES": (None, optional(text())),  # (+) file of one class name per line, or
-    # ade20k or cityscapes, whose names the project has; None: class_names.txt beside the lists, if
-    # there is one, or as IMAGENET_NAMES says
+    # ade20k or cityscapes, whose names the project has; None: those in the checkpoint, or
+    # class_names.txt beside the lists, or as IMAGENET_NAMES says
     "DATA.IMAGENET_NAMES": (False, boolean()),  # (+) 1000 classes that nothing else names are
     # ImageNet-1K's, in the order of its synsets; set by the configs of published models
     "DATA.MAX_BAD_IMAGES": (10, integer(0)),  # (+) unreadable training images, per process, to
@@ -168,13 +164,15 @@ _KEYS: dict[str, tuple[Any, Rule]] = {
     "MODEL.NAME": ("replknet_31b", text()),  # for logs and the default run folder
     "MODEL.RESUME": (None, optional(text())),  # checkpoint or run folder to go on from; auto: the
     # newest whole checkpoint of SAVE, or a fresh start where there is none
-    "MODEL.PRETRAINED": (None, optional(text())),  # weights to evaluate or to start training from
+    "MODEL.PRETRAINED": (None, optional(text())),  # weights to evaluate or to start training from;
+    # random: a freshly initialized network, which evaluation has to be asked for
     "MODEL.PRETRAINED_WEIGHTS": ("auto", choice("auto", "model", "model_ema")),  # (+) which of a
     # training checkpoint: its weights, the EMA weights, or those of the two that the run found
     # better, which are the weights for files without that record
     "MODEL.DROP_HEAD": (False, boolean()),  # (+) start with a fresh head where PRETRAINED has other
     # classes
-    "MODEL.NUM_CLASSES": (1000, integer(1)),
+    "MODEL.NUM_CLASSES": (1000, optional(integer(1))),  # None: as many as the checkpoint that is
+    # evaluated or resumed has, or the data: names in class_names.txt, else the largest label and 1
     "MODEL.DROPPATH": (0.5, number(0, 0.999)),  # stochastic depth of the last block
     "MODEL.LARGE_KERNEL_SIZES": ([31, 29, 27, 13], several(integer(1), 4)),  # odd, per stage
     "MODEL.LAYERS": ([2, 2, 18, 2], several(integer(1), 4)),  # (RepLK block, ConvFFN) pairs
@@ -274,6 +272,10 @@ _KEYS: dict[str, tuple[Any, Rule]] = {
 }
 
 
+# Paths that may lie here or in the project.
+_FOUND = ("DATA.DATA_PATH", "DATA.CLASS_NAMES", "MODEL.RESUME", "MODEL.PRETRAINED")
+
+
 def _tree(values: dict[str, Any]) -> CfgNode:
     root = CfgNode()
     for key, value in values.items():
@@ -345,7 +347,7 @@ def _merge_file(
             tree = _ConfigLoader(file).get_single_data()
     except FileNotFoundError:
         by = f" (a BASE of {chain[-1]})" if chain else ""
-        raise FileNotFoundError(f"no config file {path}{by}{_configs_hint(path)}") from None
+        raise FileNotFoundError(f"no config file {tried(path)}{by}{_configs_hint(path)}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: e.g. 2024-02-30
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     tree = {} if tree is None else tree
@@ -384,13 +386,6 @@ def _leaves(tree: dict, path: str, problems: list[str], prefix: str = ""):
             yield name, value
         elif value is not None:  # an empty section is fine
             problems.append(f"{path}: {name} is {value!r}; allowed: a section with keys")
-
-
-def _find_config(path: str) -> str:
-    """`path`, or the project's file of that name where there is no such file here."""
-    own = CONFIG_FOLDER.parent / path
-    is_missing = not os.path.isabs(path) and not os.path.exists(path)
-    return str(own) if is_missing and own.is_file() else path
 
 
 def _configs_hint(path: str) -> str:
@@ -493,6 +488,9 @@ def _checked(values: dict[str, Any], problems: list[str], source: str) -> CfgNod
         problems = [f"{source}: {problem}" for problem in _contradictions(values)]
     if problems:
         raise InputError("\n".join(problems))
+    for key in _FOUND:
+        if values[key] is not None:
+            values[key] = find_path(values[key])
     return _tree(values)
 
 
@@ -511,7 +509,7 @@ def get_config(cfg_file: str | os.PathLike | None = None, **overrides: Any) -> C
     values = {key: default for key, (default, _) in _KEYS.items()}
     problems: list[str] = []
     if cfg_file:
-        _merge_file(values, _find_config(str(cfg_file)), problems)
+        _merge_file(values, find_path(str(cfg_file)), problems)
     _set_all(values, overrides, problems)
     return _checked(values, problems, str(cfg_file or "defaults"))
 
@@ -525,6 +523,15 @@ def override(config: CfgNode, **overrides: Any) -> CfgNode:
     values, problems = _flat(config), []
     _set_all(values, overrides, problems)
     return _checked(values, problems, "configuration")
+
+
+def check_class_count(config: CfgNode) -> None:
+    """Raise InputError where MODEL.NUM_CLASSES is left to data that nothing here reads."""
+    if config.MODEL.NUM_CLASSES is None:
+        raise InputError(
+            "MODEL.NUM_CLASSES is None, which only training and evaluation take from the data; "
+            "give the number, e.g. -opts MODEL.NUM_CLASSES 5"
+        )
 
 
 def _set_all(values: dict[str, Any], overrides: dict[str, Any], problems: list[str]) -> None:
@@ -541,6 +548,8 @@ def config_changes(before: str, after: str) -> list[str]:
         if old.get(key) != new.get(key)
     ]
 
+
+RANDOM = "random"  # MODEL.PRETRAINED of an evaluation that is meant to have no weights
 
 # Flags of the command lines and the keys they set.
 _FLAGS = {

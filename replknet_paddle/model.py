@@ -328,6 +328,8 @@ def build_replknet(config, *, sync_bn: bool = False) -> RepLKNet:
             (MODEL.SYNC_BN, GPUs, several processes), so the caller decides.
     """
     model = config.MODEL
+    if model.NUM_CLASSES is None and model.OUT_INDICES is None:
+        raise ValueError("MODEL.NUM_CLASSES is None; allowed here: an integer >= 1")
     network = RepLKNet(
         large_kernel_sizes=model.LARGE_KERNEL_SIZES,
         layers=model.LAYERS,

@@ -17,12 +17,9 @@ import paddle
 
 from replknet_paddle.checkpoints.fit import fitting_names
 from replknet_paddle.checkpoints.layouts import BATCH_COUNT, LAYOUTS, from_native, recognize
-from replknet_paddle.checkpoints.readers import (
-    is_safetensors,
-    read_checkpoint,
-    read_safetensors_metadata,
-)
-from replknet_paddle.checkpoints.run_folder import METADATA_KEY, WEIGHTS, chosen_weights
+from replknet_paddle.checkpoints.readers import read_checkpoint
+from replknet_paddle.checkpoints.record import class_names_metadata, verified_body
+from replknet_paddle.checkpoints.run_folder import WEIGHTS, chosen_weights
 from replknet_paddle.checkpoints.writers import write_pdparams, write_safetensors
 from replknet_paddle.model import build_replknet
 from replknet_paddle.runtime.errors import InputError
@@ -38,7 +35,12 @@ _SKIPPED = (BATCH_COUNT, "StructuredToParameterName@@")
 
 
 def load_pretrained(
-    model, path: str | os.PathLike, *, weights: str = "auto", drop_head: bool = False
+    model,
+    path: str | os.PathLike,
+    *,
+    weights: str = "auto",
+    drop_head: bool = False,
+    other_classes: bool = False,
 ) -> None:
     """Set every parameter and statistic of `model` from a checkpoint file in any known layout.
 
@@ -51,7 +53,8 @@ def load_pretrained(
         path: the file, of any format that `readers` reads.
         weights: 'model', 'model_ema' for the EMA weights of a training checkpoint, or 'auto'; see
             `run_folder.chosen_weights`.
-        drop_head: leave the head fresh where the file's is missing or has other classes.
+        drop_head: leave the head fresh where the file's is missing or of another size.
+        other_classes: with `drop_head`, leave it fresh in any case: the classes are others.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
@@ -59,7 +62,13 @@ def load_pretrained(
     """
     weights = chosen_weights(path, weights)
     state = _read_native(path, weights)
-    kept = fitting_names(_shapes(state), _shapes(model.state_dict()), path, drop_head=drop_head)
+    kept = fitting_names(
+        _shapes(state),
+        _shapes(model.state_dict()),
+        path,
+        drop_head=drop_head,
+        other_classes=other_classes,
+    )
     target = model.state_dict()
     for name in kept:
         target[name].set_value(_as_float32(state[name]))
@@ -126,7 +135,8 @@ def convert_file(
         write_pdparams(destination, state)
     else:
         framework = "pt" if LAYOUTS[layout].is_torch else "pd"
-        write_safetensors(destination, state, {"format": framework})
+        metadata = {"format": framework, **class_names_metadata(source)}
+        write_safetensors(destination, state, metadata)
     return len(state)
 
 
@@ -190,7 +200,7 @@ def _choose(content: object, path: str | os.PathLike, weights: str) -> dict:
     """The state dict meant by `weights` out of what a file holds."""
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not tensors by name")
-    if is_safetensors(path) and METADATA_KEY in read_safetensors_metadata(path):
+    if verified_body(path, content) is not None:
         content = _nested(content)
     for key in _CONTAINERS[weights]:
         if isinstance(content.get(key), dict):

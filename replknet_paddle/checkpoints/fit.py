@@ -22,6 +22,7 @@ def fitting_names(
     path: str | os.PathLike,
     *,
     drop_head: bool = False,
+    other_classes: bool = False,
 ) -> list[str]:
     """The names to load, if the file and the network agree, except in what is allowed to differ.
 
@@ -30,6 +31,7 @@ def fitting_names(
         wanted: the same of the network.
         path: the file, for messages.
         drop_head: leave out the head where it differs.
+        other_classes: with `drop_head`, leave it out in any case.
 
     Raises:
         InputError: they do not agree; the message lists all that is wrong.
@@ -39,7 +41,7 @@ def fitting_names(
         found = {
             name: shape for name, shape in found.items() if not name.startswith(("norm.", "head."))
         }
-    elif drop_head and any(found.get(name) != wanted[name] for name in head):
+    elif drop_head and (other_classes or any(found.get(name) != wanted[name] for name in head)):
         logger.warning(
             "the head of %s (%s) is not loaded; the network keeps its fresh one for %s",
             path,

@@ -1,13 +1,11 @@
 """What a run folder says about its checkpoints: the configuration, and which weights are better."""
 
-import json
 import os
 
-from replknet_paddle.checkpoints.readers import is_safetensors, read_safetensors_metadata
+from replknet_paddle.checkpoints.readers import is_safetensors
+from replknet_paddle.checkpoints.record import read_body
 from replknet_paddle.runtime.errors import InputError
-
-# Metadata entry of the checkpoints that training writes.
-METADATA_KEY = "replknet_paddle"
+from replknet_paddle.runtime.places import find_path, tried
 
 # Which weights of a checkpoint to take, and what messages call them.
 WEIGHTS = {"model": "weights", "model_ema": "EMA weights"}
@@ -28,10 +26,11 @@ def run_config_file(path: str) -> str:
     Raises:
         InputError: the checkpoint does not lie in a run folder.
     """
+    path = find_path(path)
     folder = run_folder_of(path)
     if folder is None:
         if not os.path.exists(path):
-            raise FileNotFoundError(f"no checkpoint {path}")
+            raise FileNotFoundError(f"no checkpoint {tried(path)}")
         raise InputError(
             f"{path} does not lie in a run folder with a config.yaml; name its "
             "configuration by -cfg"
@@ -45,7 +44,7 @@ def weights_of(path: str | os.PathLike) -> str:
     Raises:
         InputError: a run folder without either.
     """
-    path = os.fspath(path)
+    path = find_path(path)
     if not os.path.isfile(os.path.join(path, "config.yaml")):
         return path
     for name in ("best", "last"):
@@ -71,11 +70,10 @@ def chosen_weights(path: str | os.PathLike, weights: str) -> str:
         raise InputError(f"weights is {weights!r}; allowed: auto, {', '.join(WEIGHTS)}")
     if not os.path.isfile(path) or not is_safetensors(path):
         return "model"
-    record = read_safetensors_metadata(path).get(METADATA_KEY, "{}")
+    body = read_body(path) or {}
     try:
-        body = json.loads(json.loads(record).get("body", "{}"))
         better = body.get("progress", {}).get("better_weights", "model")
-    except (ValueError, TypeError, AttributeError):
+    except (TypeError, AttributeError):
         better = None
     if better not in WEIGHTS:
         raise InputError(f"{path} is damaged: its metadata is not what training writes")

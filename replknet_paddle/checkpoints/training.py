@@ -2,7 +2,8 @@
 
 Tensors are `model.*`, `model_ema.*` (the EMA weights, if the run has them) and `optimizer.*`,
 under native parameter names; the file's metadata holds, as JSON, the schema version, the
-configuration and the progress of the run. No pickle: reading one cannot run code.
+configuration, the progress of the run and the names of the classes (see `record`). No pickle:
+reading one cannot run code.
 
     RUN/checkpoints/epoch_0010_step_00012510.safetensors    and others
     RUN/last, RUN/best                                      links to two of them
@@ -11,28 +12,22 @@ A checkpoint is written under a temporary name and renamed when it is complete, 
 final name is complete.
 """
 
-import json
 import logging
 import os
 import re
 import shutil
-import zlib
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
-from replknet_paddle.checkpoints.readers import (
-    is_safetensors,
-    read_checkpoint,
-    read_safetensors_metadata,
-)
-from replknet_paddle.checkpoints.run_folder import METADATA_KEY
+from replknet_paddle.checkpoints.readers import read_checkpoint
+from replknet_paddle.checkpoints.record import record_metadata, verified_body
 from replknet_paddle.checkpoints.writers import write_safetensors
 from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.places import tried
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
 PARTS = ("model", "model_ema", "optimizer")
 FOLDER = "checkpoints"
 NAME = re.compile(r"epoch_(\d+)_step_(\d+)\.safetensors")
@@ -76,6 +71,7 @@ class Checkpoint:
         config: YAML.
         model, model_ema, optimizer: arrays by parameter name.
         scaler: of the loss, with float16.
+        class_names: one for each class, or None.
         path: where it was read from.
     """
 
@@ -85,6 +81,7 @@ class Checkpoint:
     model_ema: dict[str, np.ndarray] = field(default_factory=dict)
     optimizer: dict[str, np.ndarray] = field(default_factory=dict)
     scaler: dict[str, float] = field(default_factory=dict)
+    class_names: tuple[str, ...] | None = None
     path: str = ""
 
     def progress_with(self, **batches: int) -> Progress:
@@ -119,17 +116,15 @@ def save_checkpoint(path: str, checkpoint: Checkpoint) -> None:
     for part in PARTS:
         for name, value in getattr(checkpoint, part).items():
             tensors[f"{part}.{name}"] = np.ascontiguousarray(value).reshape(value.shape)
-    body = json.dumps(
-        {
-            "config": checkpoint.config,
-            "progress": asdict(checkpoint.progress),
-            "scaler": checkpoint.scaler,
-        }
-    )
-    metadata = {"schema_version": SCHEMA_VERSION, "crc32": checksum(body, tensors), "body": body}
+    body = {
+        "config": checkpoint.config,
+        "progress": asdict(checkpoint.progress),
+        "scaler": checkpoint.scaler,
+        "class_names": checkpoint.class_names,
+    }
     os.makedirs(os.path.dirname(path), exist_ok=True)
     try:
-        write_safetensors(path, tensors, {METADATA_KEY: json.dumps(metadata)})
+        write_safetensors(path, tensors, record_metadata(body, tensors))
     except OSError as error:  # a full disk, mostly
         free = shutil.disk_usage(os.path.dirname(path)).free
         size = sum(tensor.nbytes for tensor in tensors.values())
@@ -147,50 +142,31 @@ def load_checkpoint(path: str) -> Checkpoint:
         InputError: something else, or a damaged or newer file.
     """
     if not os.path.exists(path):
-        raise FileNotFoundError(f"no checkpoint {path} to resume from")
+        raise FileNotFoundError(f"no checkpoint {tried(path)} to resume from")
     tensors = read_checkpoint(path)
-    metadata = read_safetensors_metadata(path) if is_safetensors(path) else {}
-    if METADATA_KEY not in metadata:
+    body = verified_body(path, tensors)
+    if body is None:
         raise InputError(
             f"{path} is no training checkpoint of this program, and only those can be resumed; "
             "-pretrained starts a new run from weights"
         )
-    try:
-        metadata = json.loads(metadata[METADATA_KEY])
-        version = metadata["schema_version"]
-        if version == SCHEMA_VERSION:
-            body = metadata["body"]
-            is_whole = metadata["crc32"] == checksum(body, tensors)
-    except (ValueError, TypeError, KeyError):
-        version, is_whole = SCHEMA_VERSION, False
-    if version != SCHEMA_VERSION:
-        raise InputError(
-            f"{path} has schema version {version}; this program reads version {SCHEMA_VERSION}"
-        )
-    if not is_whole:
-        raise InputError(f"{path} is damaged: its contents differ from what was written")
     parts = {part: {} for part in PARTS}
     for key, value in tensors.items():
         part, name = key.split(".", 1)
         parts[part][name] = value
-    body = json.loads(body)
     progress = body["progress"]
     progress["epoch_sums"] = tuple(progress["epoch_sums"])
     if "best_top1_percent" in progress:  # as version 0.1 named it
         progress["best_score"] = progress.pop("best_top1_percent")
+    names = body.get("class_names")
     return Checkpoint(
-        body["config"], Progress(**progress), **parts, scaler=body["scaler"], path=path
+        body["config"],
+        Progress(**progress),
+        **parts,
+        scaler=body["scaler"],
+        class_names=None if names is None else tuple(names),
+        path=path,
     )
-
-
-def checksum(body: str, tensors: dict[str, np.ndarray]) -> int:
-    """CRC-32 over metadata, names and bytes of all tensors."""
-    crc = zlib.crc32(f"{SCHEMA_VERSION} {body}".encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        crc = zlib.crc32(f"{name} {tensor.dtype} {tensor.shape}".encode(), crc)
-        crc = zlib.crc32(tensor.reshape(-1).view("uint8"), crc)
-    return crc
 
 
 def newest_whole_checkpoint(run_folder: str) -> str | None:

@@ -8,7 +8,9 @@ from replknet_paddle.commands.train import add_arguments
 
 __all__ = ["add_arguments", "run"]
 
-EXAMPLES = "example: replknet eval -pretrained=output/RUN/best -data_path=data/digits"
+EXAMPLES = """\
+example: replknet eval -pretrained=output/RUN/best -data_path=data/digits --report report
+"""
 
 
 def run(args) -> int:

@@ -30,17 +30,25 @@ def add_config_flags(parser: argparse.ArgumentParser, *, required=False, default
     )
 
 
-def config_from(args: argparse.Namespace, checkpoint: str | None = None):
+def config_from(
+    args: argparse.Namespace, checkpoint: str | None = None, *, reads_data: bool = False
+):
     """The configuration of -cfg, or else of the checkpoint's run folder, with -opts over it.
+
+    Args:
+        reads_data: whether MODEL.NUM_CLASSES may be left to the data.
 
     Raises:
         FileNotFoundError: no such file.
         InputError: wrong keys or values, or no configuration at all.
     """
     from replknet_paddle.checkpoints.run_folder import run_config_file
-    from replknet_paddle.config import get_config, update_config
+    from replknet_paddle.config import check_class_count, get_config, update_config
     from replknet_paddle.runtime.errors import InputError
 
     if args.cfg is None and checkpoint is None:
         raise InputError("no configuration; give one by -cfg, e.g. -cfg=configs/replknet_31b.yaml")
-    return update_config(get_config(args.cfg or run_config_file(checkpoint)), args)
+    config = update_config(get_config(args.cfg or run_config_file(checkpoint)), args)
+    if not reads_data:
+        check_class_count(config)
+    return config

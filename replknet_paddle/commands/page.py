@@ -11,6 +11,7 @@ import sys
 from replknet_paddle.commands.console import log_to_stderr
 from replknet_paddle.commands.flags import add_config_flags
 from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.places import find_path
 
 EXAMPLES = "example: replknet page output/RUN/best"
 
@@ -30,6 +31,7 @@ def run(args) -> int:
 
     from replknet_paddle.deploy.page_server import reserve_port, serve
 
+    args.model = find_path(args.model)
     listener = reserve_port(args.port)  # before the model, which takes longer
 
     from replknet_paddle.deploy.page import build_page, import_gradio

@@ -22,6 +22,7 @@ from replknet_paddle.commands.console import (
 from replknet_paddle.commands.flags import add_config_flags, add_flag
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import PARTIAL_SUFFIX, check_file_target, check_new_folder
+from replknet_paddle.runtime.places import find_path
 
 NAMED_PROBLEMS = 10
 
@@ -151,6 +152,7 @@ def predict(args) -> int:
             raise InputError(f"{flag} is {value}; allowed: an integer >= 1")
     if not 0 <= args.every < float("inf"):
         raise InputError(f"--every is {args.every}; allowed: a number of seconds >= 0")
+    args.model = find_path(args.model)
     files = ImageFiles(args.images, leave_out=args.save_pictures, frame_seconds=args.every)
     if args.out is not None:
         check_file_target(args.out, SUFFIXES)

@@ -5,6 +5,7 @@ The flags are PaddleViT's, each with a --double-dash twin. `main_multi_gpu.py` i
 
 import os
 import re
+import signal
 import socket
 import sys
 import time
@@ -12,14 +13,18 @@ import traceback
 from functools import partial
 
 from replknet_paddle.commands.flags import add_config_flags, add_flag, config_from
-from replknet_paddle.config import update_config
+from replknet_paddle.config import RANDOM, update_config
 from replknet_paddle.runtime.errors import InputError, SystemFault
+from replknet_paddle.runtime.files import check_new_folder, check_place_is_writable
 from replknet_paddle.runtime.parent import end_with_parent
+from replknet_paddle.runtime.places import command_line, tried
 
 EXAMPLES = """\
 example: python main_multi_gpu.py -cfg=./configs/replknet_31b.yaml -data_path=/dataset/imagenet \\
              -batch_size=256 -eval -pretrained=./replknet_31b.pdparams -amp
 """
+
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 # What runs in each process, in the same environment.
 PROGRAM = (sys.executable, "-u", "-m", "replknet_paddle", "train")
@@ -45,7 +50,12 @@ def add_arguments(parser) -> None:
 
     what = parser.add_argument_group("what to do")
     flag(what, "eval", "evaluate -pretrained and stop", action="store_true")
-    flag(what, "pretrained", "weights to evaluate, or to start training from", metavar="FILE")
+    flag(
+        what,
+        "pretrained",
+        "weights to evaluate, or to start training from; with -eval, random for none",
+        metavar="FILE",
+    )
     flag(
         what,
         "resume",
@@ -57,6 +67,12 @@ def add_arguments(parser) -> None:
         what,
         "output",
         "run folder; default that of -resume, or output/NAME-train-TIME, or output/NAME-eval-TIME",
+        metavar="DIR",
+    )
+    flag(
+        what,
+        "report",
+        "with -eval: new folder for a report: accuracy of each class, confusion matrix, mistakes",
         metavar="DIR",
     )
     flag(
@@ -124,9 +140,18 @@ def train_or_evaluate(args) -> tuple[int, str]:
     try:
         if args.backend is not None and not config.EVAL:
             raise InputError(f"-backend {args.backend} without -eval; allowed: with -eval")
+        if args.report is not None:
+            if not config.EVAL:
+                raise InputError(f"-report {args.report} without -eval; allowed: with -eval")
+            if config.MODEL.TYPE != "RepLKNet":
+                raise InputError(
+                    f"-report for MODEL.TYPE {config.MODEL.TYPE}; allowed: for classifiers"
+                )
+            check_new_folder(args.report)
         if config.SAVE is None:
             args.output = default_run_folder(config)
             config = update_config(config, args)
+        check_place_is_writable(config.SAVE)
         if not is_launched():
             nodes, master, processes = places(args.nproc)
             if nodes * processes > 1:
@@ -139,6 +164,8 @@ def train_or_evaluate(args) -> tuple[int, str]:
                     master=master,
                 )
                 append_to_log(config.SAVE, message)
+                if status in STOPPED and not message:
+                    message = how_to_resume(config, processes)
                 return status, message
         open_network = None
         backend = args.backend
@@ -147,7 +174,8 @@ def train_or_evaluate(args) -> tuple[int, str]:
         if backend is not None:
             build = task_of(config).network
             open_network = partial(open_for_evaluation, name=backend, build=build)
-        run_config(config, task=task_of(config), open_network=open_network)
+        report = None if args.report is None else partial(write_evaluation, args.report)
+        run_config(config, task=task_of(config), open_network=open_network, report=report)
     except (InputError, OSError) as error:
         return 2, f"error: {error}"
     except PeerLost as error:
@@ -158,7 +186,7 @@ def train_or_evaluate(args) -> tuple[int, str]:
     except (DivergedError, SystemFault) as error:
         return 1, f"error: {error}"
     except Stopped as stop:
-        return 128 + stop.number, ""
+        return 128 + stop.number, "" if is_launched() else how_to_resume(config, 1)
     return 0, ""
 
 
@@ -171,6 +199,35 @@ def task_of(config):
     from replknet_paddle.engine.task import CLASSIFICATION
 
     return CLASSIFICATION
+
+
+def write_evaluation(folder: str, evaluation) -> None:
+    """Write the report of an `engine.evaluate.Evaluation`."""
+    from replknet_paddle.data.transforms.image import to_rgb
+    from replknet_paddle.deploy.report import Evaluated, write_report
+
+    config, dataset = evaluation.config, evaluation.dataset
+    evaluated = Evaluated(
+        model=config.MODEL.NAME,
+        weights=config.MODEL.PRETRAINED,
+        data=dataset.list_file,
+        metrics=str(evaluation.metrics),
+        class_names=evaluation.class_names or list(map(str, range(config.MODEL.NUM_CLASSES))),
+        outcomes=evaluation.outcomes,
+        path=dataset.path,
+        picture=lambda index: dataset.read(0, index, lambda image, _: to_rgb(image).copy()),
+    )
+    write_report(folder, evaluated)
+
+
+def how_to_resume(config, processes: int) -> str:
+    """The command that continues a stopped training run, if there is anything to continue."""
+    from replknet_paddle.checkpoints.training import checkpoints
+
+    if config.EVAL or not checkpoints(config.SAVE):
+        return ""
+    flags = [f"-nproc={processes}"] if processes > 1 else []
+    return f"to continue: {command_line('train', f'-resume={config.SAVE}', *flags)}"
 
 
 def read_config(args):
@@ -189,7 +246,9 @@ def read_config(args):
                 "the other flags that it was started with"
             )
     checkpoint = args.output if args.resume == "auto" else args.resume or args.pretrained
-    return config_from(args, checkpoint)
+    if checkpoint == RANDOM:
+        checkpoint = None
+    return config_from(args, checkpoint, reads_data=True)
 
 
 def default_run_folder(config) -> str:
@@ -250,11 +309,13 @@ def worker_log_dir(run_folder: str, nodes: int) -> str:
 def check_inputs(config) -> None:
     """Check the input once, so that not every process reports the same mistake."""
     from replknet_paddle.engine.run_log import check_run_folder
+    from replknet_paddle.engine.start import check_weights_are_named
 
+    check_weights_are_named(config)
     path = config.MODEL.RESUME or config.MODEL.PRETRAINED
-    if path not in (None, "auto") and not os.path.exists(path):
+    if path not in (None, "auto", RANDOM) and not os.path.exists(path):
         raise FileNotFoundError(
-            f"no checkpoint {path}; docs/model_zoo.md says where the published ones are"
+            f"no checkpoint {tried(path)}; docs/model_zoo.md says where the published ones are"
         )
     for is_train in [False] if config.EVAL else [True, False]:
         task_of(config).dataset(config, is_train)

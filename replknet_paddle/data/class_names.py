@@ -1,9 +1,11 @@
 """The names of the classes of a dataset."""
 
 import os
+from collections.abc import Sequence
 
 from replknet_paddle.config import CONFIG_FOLDER
 from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.places import tried
 
 CLASS_NAMES_FILE = "class_names.txt"
 IMAGENET_NAMES = os.path.join(CONFIG_FOLDER, "imagenet1k_class_names.txt")
@@ -12,38 +14,72 @@ KNOWN_NAMES = {
     for name in ("ade20k", "cityscapes")
 }
 
+LISTED_DIFFERENCES = 10
 
-def get_class_names(config) -> list[str] | None:
+
+def get_class_names(config, stored: Sequence[str] | None = None) -> list[str] | None:
     """The names of the classes, or None where nothing names them.
 
-    In this order: what DATA.CLASS_NAMES says; class_names.txt beside the lists; with
+    In this order: `stored`; what DATA.CLASS_NAMES says; class_names.txt beside the lists; with
     DATA.IMAGENET_NAMES and 1000 classes, ImageNet-1K's.
+
+    Args:
+        config: with MODEL.NUM_CLASSES.
+        stored: those that the checkpoint in use brings.
 
     Raises:
         FileNotFoundError: no file DATA.CLASS_NAMES.
         InputError: a file that does not have one name per class.
     """
-    beside = os.path.join(config.DATA.DATA_PATH, CLASS_NAMES_FILE)
-    path = KNOWN_NAMES.get(config.DATA.CLASS_NAMES, config.DATA.CLASS_NAMES)
-    if path is None and os.path.isfile(beside):
-        path = beside
+    if stored is not None:
+        return list(stored)
+    path = names_file(config)
     if path is None and config.DATA.IMAGENET_NAMES and config.MODEL.NUM_CLASSES == 1000:
         path = IMAGENET_NAMES
     return None if path is None else read_class_names(path, config.MODEL.NUM_CLASSES)
 
 
-def read_class_names(path: str, num_classes: int) -> list[str]:
-    """The lines of a text file, one name each."""
+def names_file(config) -> str | None:
+    """The file that names the classes of the data: DATA.CLASS_NAMES, or class_names.txt beside
+    the lists; None where there is none."""
+    beside = os.path.join(config.DATA.DATA_PATH, CLASS_NAMES_FILE)
+    if config.DATA.CLASS_NAMES is None and os.path.isfile(beside):
+        return beside
+    return KNOWN_NAMES.get(config.DATA.CLASS_NAMES, config.DATA.CLASS_NAMES)
+
+
+def read_class_names(path: str, num_classes: int | None = None) -> list[str]:
+    """The lines of a text file, one name each.
+
+    Args:
+        num_classes: how many there must be; None: any number.
+    """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"no file of class names {path}")
+        raise FileNotFoundError(f"no file of class names {tried(path)}")
     try:
         with open(path, encoding="utf-8-sig") as file:
             names = [line.strip() for line in file.read().splitlines()]
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: {error}") from None
-    if len(names) != num_classes or not all(names):
+    if not all(names) or not names or num_classes not in (None, len(names)):
+        each = "each class" if num_classes is None else f"each of the {num_classes} classes"
         raise InputError(
             f"{path} has {len(names)} lines, {names.count('')} of them empty; "
-            f"allowed: one name for each of the {num_classes} classes"
+            f"allowed: one name for {each}"
         )
     return names
+
+
+def name_differences(ours: Sequence[str], theirs: Sequence[str]) -> list[str]:
+    """How two lists of class names differ, a line for each class, at most `LISTED_DIFFERENCES`."""
+    lines = []
+    if len(ours) != len(theirs):
+        lines.append(f"{len(ours)} classes and {len(theirs)}")
+    for label in range(max(len(ours), len(theirs))):
+        pair = [repr(names[label]) if label < len(names) else "none" for names in (ours, theirs)]
+        if pair[0] != pair[1]:
+            lines.append(f"class {label}: {pair[0]} and {pair[1]}")
+    if len(lines) > LISTED_DIFFERENCES:
+        more = len(lines) - LISTED_DIFFERENCES
+        lines[LISTED_DIFFERENCES:] = [f"and {more} more"]
+    return lines

@@ -34,7 +34,7 @@ class ListDataset(paddle.io.Dataset):
         list_file: path of the list.
         root: folder that the list's paths are relative to, and that no image may lie outside of.
         transform: (PIL image, random generator) -> float32 array (3, H, W).
-        num_classes: labels must be in [0, num_classes).
+        num_classes: labels must be in [0, num_classes); None: any that is not negative.
         seed: of the random generators.
         allow_outside: let images lie anywhere else, after all.
 
@@ -50,7 +50,7 @@ class ListDataset(paddle.io.Dataset):
         root: str,
         transform: Callable,
         *,
-        num_classes: int,
+        num_classes: int | None,
         seed: int = 0,
         allow_outside: bool = False,
     ):

@@ -17,6 +17,7 @@ import numpy as np
 
 from replknet_paddle.data.storage import describe
 from replknet_paddle.runtime.errors import InputError, SampleError
+from replknet_paddle.runtime.places import tried
 
 LAYOUT = (
     "-data_path takes a folder with train_list.txt and val_list.txt, whose lines are the "
@@ -36,7 +37,7 @@ def check_list(list_file: str, root: str, layout: str = LAYOUT) -> None:
         FileNotFoundError, InputError: there are not, or the list may not be read.
     """
     if not os.path.isdir(root):
-        raise FileNotFoundError(f"no data folder {root}; {layout}")
+        raise FileNotFoundError(f"no data folder {tried(root)}; {layout}")
     if not os.path.isfile(list_file):
         raise FileNotFoundError(f"no list file {list_file}; {layout}")
     if not os.access(list_file, os.R_OK):
@@ -88,8 +89,11 @@ def parse_list(
                 yield Line(number, *_parse_line(line, num_classes, allow_outside))
 
 
-def read_list(list_file: str, num_classes: int, *, allow_outside: bool = False):
+def read_list(list_file: str, num_classes: int | None, *, allow_outside: bool = False):
     """Read a list file of which every line must be good.
+
+    Args:
+        num_classes, allow_outside: as for `parse_list`.
 
     Returns:
         All paths as one bytes object, the end of each path in it, the line number of each image,

@@ -20,8 +20,9 @@ import paddle
 from paddle import nn
 
 from replknet_paddle.checkpoints.convert import load_pretrained
+from replknet_paddle.checkpoints.record import read_classes
 from replknet_paddle.checkpoints.run_folder import run_config_file, weights_of
-from replknet_paddle.config import get_config
+from replknet_paddle.config import check_class_count, get_config
 from replknet_paddle.data.class_names import get_class_names
 from replknet_paddle.deploy.auto import open_fastest
 from replknet_paddle.deploy.export import (
@@ -97,7 +98,8 @@ def open_backend(
             OMP_NUM_THREADS, when they start.
         precision: to compute in; None for what the export was made for, or fp32. An export made
             for fp32 also runs in `bf16`.
-        class_names: of a network or checkpoint; None for those that its config names.
+        class_names: of a network or checkpoint; None for those that it brings, or that its config
+            names.
         batch_size: images that `run` will get at once, for `auto` to measure with.
         build: config -> the network of a checkpoint.
 
@@ -122,7 +124,7 @@ def open_backend(
     precision = precision or "fp32"
     check_network_precision(precision, name)
     if class_names is None:
-        class_names = get_class_names(config)
+        class_names = getattr(model, "class_names", None) or get_class_names(config)
     sidecar = Sidecar.build(config, format="paddle", precision=precision, class_names=class_names)
     if name == "dygraph":
         use_fast_convolutions(model, config)
@@ -139,6 +141,8 @@ def is_export(source) -> bool:
 def load_network(source, config=None, build: Callable = build_replknet) -> tuple[nn.Layer, object]:
     """The network of a checkpoint or run folder with its weights, and its configuration.
 
+    The network has the names of its classes, or None, as `class_names`.
+
     Args:
         config: instead of that of the run folder.
         build: config -> the network.
@@ -149,9 +153,12 @@ def load_network(source, config=None, build: Callable = build_replknet) -> tuple
     config = get_config(run_config_file(source)) if config is None else config
     if config.MODEL.TYPE != "RepLKNet" and build is build_replknet:
         raise InputError(f"{source} is a segmentation network; `replknet segment predict` runs it")
+    check_class_count(config)
     model = build(config)
     load_pretrained(model, weights_of(source), weights=config.MODEL.PRETRAINED_WEIGHTS)
     model.eval()
+    names = read_classes(weights_of(source)).names_for(config)
+    model.class_names = get_class_names(config, names)
     return model, config
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import paddle
 
 from replknet_paddle.checkpoints.run_folder import weights_of
-from replknet_paddle.data.class_names import get_class_names
 from replknet_paddle.data.dataset import ListDataset, get_dataset
 from replknet_paddle.data.lists import LIST_FILES
 from replknet_paddle.data.transforms import build_eval_transform
@@ -92,7 +91,7 @@ def export_checkpoint(
         format=format,
         precision=precision,
         fixed_size=conv_impl == "matmul",
-        class_names=get_class_names(config),
+        class_names=model.class_names,
         source_sha256=file_sha256(source),
         paddle_version=paddle.__version__,
     )

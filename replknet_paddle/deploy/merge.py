@@ -2,6 +2,8 @@
 
 import os
 
+from replknet_paddle.checkpoints.record import class_names_metadata
+from replknet_paddle.checkpoints.run_folder import weights_of
 from replknet_paddle.checkpoints.writers import write_safetensors
 from replknet_paddle.deploy.backends import load_network
 from replknet_paddle.deploy.fold import Form, compare_forms, random_images
@@ -30,7 +32,6 @@ def merge_checkpoint(config, source: str, target: str) -> list[Form]:
     images = random_images(2, size)
     forms = compare_forms(model, images)
     model.structural_reparam()
-    write_safetensors(
-        target, {name: value.numpy() for name, value in model.state_dict().items()}, metadata={}
-    )
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    write_safetensors(target, state, class_names_metadata(weights_of(source)))
     return forms

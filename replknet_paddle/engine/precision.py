@@ -1,9 +1,11 @@
 """Mixed precision: what is computed in half, how gradients survive it, and when to give up."""
 
+import numpy as np
 import paddle
 from paddle import nn
 
 from replknet_paddle.ops import large_kernel_layers
+from replknet_paddle.optim.optimizer import master_weights
 from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.errors import InputError
 
@@ -130,3 +132,9 @@ class Precision:
         if self.scaler is not None and state:
             self.scaler.scale = float(state["scale"])
             self.scaler.good_steps = int(state["incr_count"])
+
+
+def float32_weights(model: paddle.nn.Layer, optimizer) -> dict[str, np.ndarray]:
+    """All of a model's tensors; of half-precision weights, the masters they are rounded from."""
+    tensors = {**model.state_dict(), **master_weights(optimizer, model)}
+    return {name: tensor.astype("float32").numpy() for name, tensor in tensors.items()}

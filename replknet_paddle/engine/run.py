@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import numpy as np
 import paddle
 
 from replknet_paddle.checkpoints.run_folder import WEIGHTS
@@ -24,23 +23,26 @@ from replknet_paddle.checkpoints.training import (
     take_up,
 )
 from replknet_paddle.data.loader import Loader
-from replknet_paddle.engine.batch_norm import check_synchronized
+from replknet_paddle.engine.build import build_network, build_precision, synchronizes_batch_norm
+from replknet_paddle.engine.classes import check_labels, report_absent_classes, settle_classes
 from replknet_paddle.engine.evaluate import evaluate
-from replknet_paddle.engine.precision import Precision
+from replknet_paddle.engine.outcomes import Evaluation, OutcomeSums
+from replknet_paddle.engine.precision import float32_weights
 from replknet_paddle.engine.run_log import RunLog, config_text
 from replknet_paddle.engine.signals import Stopped, StopSignals
-from replknet_paddle.engine.start import find_resumed, from_rank_0, load_start
-from replknet_paddle.engine.task import CLASSIFICATION, Task
-from replknet_paddle.engine.train import Parts, train_epoch
-from replknet_paddle.ops import (
-    describe_convolutions,
-    use_fast_depthwise_conv,
-    use_fast_pointwise_conv,
+from replknet_paddle.engine.start import (
+    check_weights_are_named,
+    find_start,
+    from_rank_0,
+    load_start,
 )
+from replknet_paddle.engine.summary import log_summary
+from replknet_paddle.engine.task import CLASSIFICATION, Task
+from replknet_paddle.engine.time_left import text_of_time_left
+from replknet_paddle.engine.train import Parts, train_epoch
 from replknet_paddle.optim.ema import ModelEma
 from replknet_paddle.optim.optimizer import (
     load_optimizer_state,
-    master_weights,
     optimizer_state,
 )
 from replknet_paddle.optim.schedule import base_learning_rate
@@ -50,7 +52,13 @@ from replknet_paddle.runtime.errors import SystemFault
 logger = logging.getLogger(__name__)
 
 
-def run(config, *, task: Task = CLASSIFICATION, open_network: Callable | None = None):
+def run(
+    config,
+    *,
+    task: Task = CLASSIFICATION,
+    open_network: Callable | None = None,
+    report: Callable[[Evaluation], None] | None = None,
+):
     """Train or evaluate as `config` says, in this process and those launched beside it.
 
     Args:
@@ -58,6 +66,7 @@ def run(config, *, task: Task = CLASSIFICATION, open_network: Callable | None = 
         task: what the network is for.
         open_network: config -> what to evaluate instead of the network in Paddle's eager mode, with
             the weights of MODEL.PRETRAINED: a layer with the network's inputs and outputs.
+        report: called on rank 0 with what the evaluation of a classifier found.
 
     Returns:
         The last evaluation's metrics.
@@ -70,12 +79,15 @@ def run(config, *, task: Task = CLASSIFICATION, open_network: Callable | None = 
     """
     log = RunLog(is_main=processes.rank() == 0)
     with log.with_its_end():
-        return run_logged(config, task, log, open_network)
+        return run_logged(config, task, log, open_network, report)
 
 
-def run_logged(config, task: Task, log: RunLog, open_network: Callable | None):
+def run_logged(
+    config, task: Task, log: RunLog, open_network: Callable | None, report: Callable | None
+):
     """What `run` does once there is a log."""
     task.check(config)
+    check_weights_are_named(config)
     loaders = {False: task.loader(config, is_train=False)}
     if not config.EVAL:
         loaders[True] = task.loader(config, is_train=True)
@@ -95,38 +107,53 @@ def run_logged(config, task: Task, log: RunLog, open_network: Callable | None):
         logger.warning("-amp has no effect on CPU: computing in float32")
     from_rank_0(lambda: log.lock(config.SAVE, resume=config.MODEL.RESUME))
     if config.EVAL:
-        return run_evaluation(config, task, log, loaders[False], open_network)
+        return run_evaluation(config, task, log, loaders[False], open_network, report)
     return Training(config, task, log, loaders).run()
 
 
-def run_evaluation(config, task: Task, log: RunLog, loader: Loader, open_network: Callable | None):
+def run_evaluation(
+    config,
+    task: Task,
+    log: RunLog,
+    loader: Loader,
+    open_network: Callable | None,
+    report: Callable | None,
+):
     """Evaluate MODEL.PRETRAINED on the validation list."""
+    start = find_start(config, is_opened=open_network is not None)
+    config, class_names = settle_classes(config, start.classes, start.path)
+    check_labels(loader.dataset, config.MODEL.NUM_CLASSES)
     precision = build_precision(config)
     if open_network is not None:
         model = open_network(config)
     else:
         model = build_network(config, task)
-        if config.MODEL.PRETRAINED is None:
-            logger.warning("no -pretrained weights: evaluating a freshly initialized network")
-        load_start(model, config, task.load_weights)
+        load_start(model, config, task.load_weights, start)
         precision.prepare(model)
-    log.open(config.SAVE, config)
-    start = time.perf_counter()
+    log.open(config.SAVE, config, class_names=class_names)
+    sums = task.metric_sums(config)
+    if report is not None:
+        sums = OutcomeSums(sums, loader, config.MODEL.NUM_CLASSES)
+    began = time.perf_counter()
     with loader:
         metrics = evaluate(
             model=model,
             inference=task.inference(config, model),
             loader=loader,
             precision=precision,
-            sums=task.metric_sums(config),
+            sums=sums,
             progress=log.bar,
         )
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - began
     log.write_metrics({"epoch": 0, **metrics.record("val"), "val_seconds": round(seconds, 3)})
     logger.info(
         "%d images in %.1f s, %.1f images/s", metrics.images, seconds, metrics.images / seconds
     )
     logger.info("%s", metrics)
+    if report is not None:
+        outcomes = sums.outcomes()
+        if processes.rank() == 0:
+            report(Evaluation(config, class_names, metrics, outcomes, loader.dataset))
     return metrics
 
 
@@ -134,18 +161,22 @@ class Training:
     """The parts of one training run, wired together, and its epochs."""
 
     def __init__(self, config, task: Task, log: RunLog, loaders: dict[bool, Loader]):
+        start = find_start(config)
+        config, self.class_names = settle_classes(config, start.classes, start.path)
         self.config = config
         self.task = task
         self.log = log
-        resumed = find_resumed(config)
         self.train_loader, self.val_loader = loaders[True], loaders[False]
+        for loader in (self.train_loader, self.val_loader):
+            check_labels(loader.dataset, config.MODEL.NUM_CLASSES)
+            report_absent_classes(loader.dataset, config.MODEL.NUM_CLASSES, self.class_names)
         self.batches = len(self.train_loader.batch_sampler)  # an epoch's, on each process
         self.steps_per_epoch = self.batches // config.TRAIN.ACCUM_ITER
         self.mixup = task.mixup(config)
         self.criterion = task.criterion(config)
 
         self.model = build_network(config, task)
-        load_start(self.model, config, task.load_weights, resumed)
+        load_start(self.model, config, task.load_weights, start)
         self.learning_rate = self.build_schedule()
         self.precision = build_precision(config)
         self.optimizer = task.optimizer(
@@ -176,9 +207,10 @@ class Training:
             accum_iter=config.TRAIN.ACCUM_ITER,
             step=config.TRAIN.LAST_EPOCH * self.steps_per_epoch,
         )
-        if resumed is not None:
-            self.restore(resumed)
+        if start.resumed is not None:
+            self.restore(start.resumed)
         self.saved_at = time.monotonic()
+        self.evaluation_seconds = 0.0
 
     def build_schedule(self) -> Callable[[int], float]:
         """The learning rate of each optimizer step of the run."""
@@ -219,7 +251,7 @@ class Training:
     def run(self):
         """Train the remaining epochs, evaluating and saving as configured."""
         config, log = self.config, self.log
-        log.open(config.SAVE, config, resume=config.MODEL.RESUME)
+        log.open(config.SAVE, config, resume=config.MODEL.RESUME, class_names=self.class_names)
         log.forget_metrics_after(self.progress.epoch)
         processes.sum_over_ranks([0])  # all ranks have read before files are moved
         if processes.rank() == 0:
@@ -230,14 +262,17 @@ class Training:
             logger.info(
                 "continuing after epoch %d, step %d", self.progress.epoch, self.progress.step
             )
-        first_step = self.progress.step
+        first_epoch, first_step = self.progress.epoch, self.progress.step
+        began = time.monotonic()
         try:
             with StopSignals() as signals, self.train_loader, self.val_loader:
-                return self.train_epochs(signals)
+                metrics = self.train_epochs(signals)
         except OSError as error:
             if self.progress.step == first_step:
                 raise
             raise SystemFault(str(error)) from error
+        log_summary(config, self.progress, first_epoch, time.monotonic() - began)
+        return metrics
 
     def train_epochs(self, signals: StopSignals):
         """Train, evaluate and save epoch by epoch; the last evaluation, if there was any."""
@@ -247,11 +282,13 @@ class Training:
             record = self.train_one_epoch(signals)
             epoch = self.progress.epoch
             is_finished = epoch == config.TRAIN.NUM_EPOCHS
-            is_best = False
+            is_best, began = False, time.monotonic()
             if epoch % config.VALIDATE_FREQ == 0 or is_finished:
                 metrics, is_best = self.validate(record)
             self.log.write_metrics(record)
             self.save(is_best=is_best)
+            if metrics is not None:
+                self.evaluation_seconds = time.monotonic() - began
             if not is_finished:
                 self.stop(processes.sum_over_ranks(signals.requests()))
         return metrics
@@ -283,10 +320,17 @@ class Training:
                 images_here += step.images
                 waited += step.data_seconds
                 seconds = time.perf_counter() - started
+                left = text_of_time_left(
+                    self.progress,
+                    epochs=config.TRAIN.NUM_EPOCHS,
+                    every=config.VALIDATE_FREQ,
+                    batch_seconds=seconds / (step.batch - start.batch),
+                    evaluation_seconds=self.evaluation_seconds,
+                )
                 self.log.show_step(
                     bar,
                     f"loss {step.loss:.4f}, lr {step.lr:.3g}, {images_here / seconds:.1f} "
-                    f"images/s, data wait {waited / seconds:.0%}",
+                    f"images/s, data wait {waited / seconds:.0%}, {left} left",
                     title=title,
                     batch=step.batch,
                     is_due=step.batch % config.REPORT_FREQ < config.TRAIN.ACCUM_ITER,
@@ -395,6 +439,7 @@ class Training:
                 model_ema={} if self.ema is None else self.ema.state(),
                 optimizer=optimizer_state(self.optimizer, self.model),
                 scaler=self.precision.state(),
+                class_names=self.class_names,
             ),
         )
         point_to(folder, "last", path)
@@ -403,44 +448,3 @@ class Training:
         remove_superseded(
             folder, keep_every=self.config.SAVE_FREQ, keep_newest=self.config.SAVE_KEEP
         )
-
-
-def float32_weights(model: paddle.nn.Layer, optimizer) -> dict[str, np.ndarray]:
-    """All of a model's tensors; of half-precision weights, the masters they are rounded from."""
-    tensors = {**model.state_dict(), **master_weights(optimizer, model)}
-    return {name: tensor.astype("float32").numpy() for name, tensor in tensors.items()}
-
-
-def build_network(config, task: Task) -> paddle.nn.Layer:
-    """The network on this process's device, with fast convolutions and synchronized BN where those
-    apply."""
-    sync_bn = synchronizes_batch_norm(config)
-    if sync_bn:
-        check_synchronized()
-    if config.MODEL.SYNC_BN and processes.world_size() > 1 and not processes.on_gpu():
-        logger.warning(
-            "MODEL.SYNC_BN needs GPUs: each process normalizes by its own batches, "
-            "and running statistics are averaged over the processes"
-        )
-    model = task.network(config, sync_bn=sync_bn)
-    use_fast_depthwise_conv(
-        model, config.MODEL.CONV_IMPL, memory_bytes=config.MODEL.CONV_MEMORY_MB * 2**20
-    )
-    pointwise = use_fast_pointwise_conv(model, config.MODEL.CONV_IMPL)
-    logger.info(
-        "depthwise convolutions: %s; 1x1 convolutions: %s",
-        describe_convolutions(model),
-        f"{pointwise} by the compiled operator" if pointwise else "all by Paddle",
-    )
-    return model
-
-
-def synchronizes_batch_norm(config) -> bool:
-    """Whether this run computes batch statistics over all its GPUs."""
-    several_gpus = processes.on_gpu() and processes.world_size() > 1
-    return config.MODEL.SYNC_BN and several_gpus and not config.EVAL
-
-
-def build_precision(config) -> Precision:
-    """How to compute: mixed precision where asked for and possible."""
-    return Precision(enabled=config.AMP, level=config.AMP_LEVEL, dtype=config.AMP_DTYPE)

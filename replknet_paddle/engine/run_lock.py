@@ -12,6 +12,7 @@ import socket
 import time
 
 from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.files import naming
 
 try:
     import fcntl
@@ -57,8 +58,9 @@ class RunLock:
                 )
             time.sleep(POLL_SECONDS)
         self._file.truncate(0)  # in append mode, so the text goes to the start
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._file.flush()
+        holder = f"process {os.getpid()} on {socket.gethostname()}\n"
+        with naming(self._file.name):
+            os.write(self._file.fileno(), holder.encode())  # a buffer would be written again
 
     def _acquire(self) -> bool:
         if fcntl is None:

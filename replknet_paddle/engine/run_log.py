@@ -9,7 +9,6 @@ import json
 import logging
 import logging.handlers
 import os
-import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -19,12 +18,14 @@ from tqdm import tqdm
 from replknet_paddle.checkpoints.run_folder import run_folder_of
 from replknet_paddle.checkpoints.training import checkpoints
 from replknet_paddle.config import get_config
+from replknet_paddle.data.class_names import CLASS_NAMES_FILE
+from replknet_paddle.engine.console import Console
 from replknet_paddle.engine.run_lock import RunLock
 from replknet_paddle.engine.signals import Stopped
 from replknet_paddle.engine.train import DivergedError
 from replknet_paddle.runtime.errors import InputError, SystemFault
 from replknet_paddle.runtime.extras import import_extra
-from replknet_paddle.runtime.files import write_text
+from replknet_paddle.runtime.files import append_whole, naming, write_text
 from replknet_paddle.runtime.launch import PeerLost, is_lost_peer
 
 logger = logging.getLogger(__name__)
@@ -70,8 +71,25 @@ def check_run_folder(folder: str, *, resume: str | None) -> None:
         InputError: it cannot be written, holds another run, or is in use.
     """
     check_is_own(folder, resume=resume)
-    make_run_folder(folder)
-    RunLock(folder).release()
+    with nothing_left_if_it_fails(folder):
+        make_run_folder(folder)
+        RunLock(folder).release()
+
+
+@contextlib.contextmanager
+def nothing_left_if_it_fails(folder: str) -> Iterator[None]:
+    """Remove the files that this context has made in a run folder, and the folder if it is new,
+    where an error ends it: on a full disk they would be empty."""
+    before = set(os.listdir(folder)) if os.path.isdir(folder) else None
+    try:
+        yield
+    except (InputError, OSError):
+        with contextlib.suppress(OSError):
+            for name in set(os.listdir(folder)) - (before or set()):
+                os.unlink(os.path.join(folder, name))
+            if before is None:
+                os.rmdir(folder)
+        raise
 
 
 def make_run_folder(folder: str) -> None:
@@ -147,14 +165,13 @@ class RunLog:
         self.visualdl = None
         self.is_main = is_main
         self.run_lock = None
-        self.on_terminal = is_main and sys.stdout.isatty()
         self.early = logging.handlers.MemoryHandler(capacity=10**6, flushOnClose=False)
-        console = logging.StreamHandler(sys.stdout)
-        console.setFormatter(logging.Formatter("%(message)s"))
+        self.console = Console(is_main=is_main)
+        self.bar = self.console.bar
         root = logging.getLogger()
         for level_of in (root, logging.getLogger("replknet_paddle")):
             level_of.setLevel(logging.INFO if is_main else logging.ERROR)
-        root.handlers[:] = [console, self.early]
+        root.handlers[:] = [self.console, self.early]
         # Each rank reads images of its own.
         logging.getLogger("replknet_paddle.data.loader").setLevel(
             logging.INFO if is_main else logging.WARNING
@@ -173,28 +190,34 @@ class RunLog:
             check_is_own(folder, resume=resume)
             self.run_lock = RunLock(folder)
 
-    def open(self, folder: str, config, *, resume: str | None = None) -> None:
-        """Make the run folder: log.txt, and config.yaml, which can stand for `-cfg`.
+    def open(self, folder: str, config, *, resume: str | None = None, class_names=None) -> None:
+        """Make the run folder: log.txt, config.yaml, which can stand for `-cfg`, and the names of
+        the classes, where there are any, in class_names.txt.
 
         Raises:
             InputError: as `check_run_folder`.
         """
-        root = logging.getLogger()
-        root.removeHandler(self.early)
+        logging.getLogger().removeHandler(self.early)
         if not self.is_main:
             return
         check_is_own(folder, resume=resume)
+        with nothing_left_if_it_fails(folder):
+            self._open(folder, config, class_names)
+
+    def _open(self, folder: str, config, class_names) -> None:
         make_run_folder(folder)
         if self.run_lock is None:
             self.run_lock = RunLock(folder)
         self.folder = folder
         self.file = LogFile(os.path.join(folder, LOG_FILE), encoding="utf-8")
         self.file.setFormatter(logging.Formatter(LOG_FORMAT))
-        root.addHandler(self.file)
+        logging.getLogger().addHandler(self.file)
         self.early.setTarget(self.file)
         self.early.flush()
         write_text(os.path.join(folder, "config.yaml"), config_text(config))
-        self.step_file = os.open(os.path.join(folder, "step"), os.O_WRONLY | os.O_CREAT, 0o644)
+        if class_names is not None:
+            text = "".join(f"{name}\n" for name in class_names)
+            write_text(os.path.join(folder, CLASS_NAMES_FILE), text)
         self.metrics_jsonl = config.LOG.METRICS_JSONL
         if config.LOG.VISUALDL:
             self.visualdl = visualdl_writer(os.path.join(folder, "visualdl"))
@@ -229,8 +252,7 @@ class RunLog:
         if not self.is_main:
             return
         if self.metrics_jsonl:
-            with open(self._metrics_file(), "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            append_whole(self._metrics_file(), json.dumps(record) + "\n")
         if self.visualdl is not None:
             for tag, value in record.items():
                 if tag != "epoch" and not isinstance(value, list):
@@ -242,7 +264,11 @@ class RunLog:
         run_train_multi.sh compares the steps of two failures.
         """
         if self.is_main:
-            os.pwrite(self.step_file, b"%-12d\n" % step, 0)
+            path = os.path.join(self.folder, "step")
+            with naming(path):
+                if self.step_file is None:
+                    self.step_file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+                os.pwrite(self.step_file, b"%-12d\n" % step, 0)
 
     def forget_metrics_after(self, epoch: int) -> None:
         """Delete the records of epochs that a resumed run trains again."""
@@ -272,14 +298,3 @@ class RunLog:
             bar.set_postfix_str(text)
         elif is_due or batch == bar.total:
             logger.info("%s, batch %d/%d, %s", title, batch, bar.total, text)
-
-    def bar(self, batches=None, **options) -> tqdm:
-        """tqdm's progress bar over batches; invisible where there is no terminal."""
-        return tqdm(
-            batches,
-            unit="batch",
-            leave=False,
-            dynamic_ncols=True,
-            disable=not self.on_terminal,
-            **options,
-        )

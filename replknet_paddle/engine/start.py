@@ -10,22 +10,25 @@ import os
 import time
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import paddle
 
 from replknet_paddle.checkpoints.convert import load_pretrained
+from replknet_paddle.checkpoints.record import Classes, read_classes
 from replknet_paddle.checkpoints.run_folder import weights_of
 from replknet_paddle.checkpoints.training import (
     Checkpoint,
     load_checkpoint,
     newest_whole_checkpoint,
 )
-from replknet_paddle.config import config_changes
+from replknet_paddle.config import RANDOM, config_changes, override
 from replknet_paddle.engine.run_log import config_text
 from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.errors import InputError, SystemFault
 from replknet_paddle.runtime.files import file_sha256
+from replknet_paddle.runtime.places import tried
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,57 @@ logger = logging.getLogger(__name__)
 # to a minute.
 FILE_WAIT_SECONDS = 120.0
 POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from.
+
+    Attributes:
+        resumed: the checkpoint that it continues, if any.
+        path: the file whose weights are loaded; None: fresh ones.
+        classes: of that file, if its head is to be kept.
+    """
+
+    resumed: Checkpoint | None = None
+    path: str | None = None
+    classes: Classes = Classes()
+
+
+def check_weights_are_named(config) -> None:
+    """Raise InputError for an evaluation without weights that nobody asked for."""
+    if config.EVAL and config.MODEL.PRETRAINED is None:
+        raise InputError(
+            "-eval without weights; name them by -pretrained. -pretrained=random evaluates a "
+            "freshly initialized network"
+        )
+
+
+def find_start(config, *, is_opened: bool = False) -> Start:
+    """What MODEL.RESUME and MODEL.PRETRAINED mean; the same on all ranks.
+
+    Args:
+        is_opened: something else opens MODEL.PRETRAINED, which may be a folder.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        InputError: it cannot be read, or not be continued with this configuration.
+        SystemFault: another rank does not see it.
+    """
+    resumed = find_resumed(config)
+    if resumed is not None:
+        return Start(resumed, resumed.path, read_classes(resumed.path))
+    if config.MODEL.PRETRAINED in (None, RANDOM):
+        return Start()
+    path = from_rank_0(lambda: weights_of(config.MODEL.PRETRAINED))
+    if is_opened and os.path.isdir(path):
+        return Start()
+    wait_for_file(path)
+    classes = read_classes(path)
+    has_new_head = config.MODEL.DROP_HEAD and not config.EVAL
+    if has_new_head or classes.model_type not in (None, config.MODEL.TYPE):
+        classes = Classes()
+    return Start(None, path, classes)
 
 
 def find_resumed(config) -> Checkpoint | None:
@@ -50,6 +104,8 @@ def find_resumed(config) -> Checkpoint | None:
     checkpoint = load_checkpoint(path)
     progress = checkpoint.progress
     logger.info("resuming %s", path)
+    if config.MODEL.NUM_CLASSES is None:
+        config = override(config, MODEL__NUM_CLASSES=read_classes(path).count)
     for change in config_changes(checkpoint.config, config_text(config)):
         logger.warning("other than in the run resumed: %s", change)
     if config.TRAIN.LAST_EPOCH > progress.epoch:
@@ -79,8 +135,8 @@ def resumed_path(config) -> str:
     return path or ""
 
 
-def load_start(model, config, load_weights: Callable, resumed: Checkpoint | None = None) -> None:
-    """Load the weights of `resumed`, or else those of MODEL.PRETRAINED, if there are any.
+def load_start(model, config, load_weights: Callable, start: Start) -> None:
+    """Load the weights of `start`, if there are any.
 
     Afterwards all ranks hold the same weights and statistics.
 
@@ -88,16 +144,13 @@ def load_start(model, config, load_weights: Callable, resumed: Checkpoint | None
         load_weights: (model, config, path of MODEL.PRETRAINED) -> None.
 
     Raises:
-        OSError, InputError: the file does not exist, cannot be read, or does not fit; or the ranks
-            hold different weights.
-        SystemFault: another rank does not see the file.
+        OSError, InputError: the file cannot be read, or does not fit; or the ranks hold different
+            weights.
     """
-    if resumed is not None:
-        load_pretrained(model, resumed.path, weights="model")
-    elif config.MODEL.PRETRAINED is not None:
-        path = from_rank_0(lambda: weights_of(config.MODEL.PRETRAINED))
-        wait_for_file(path)
-        load_weights(model, config, path)
+    if start.resumed is not None:
+        load_pretrained(model, start.path, weights="model")
+    elif start.path is not None:
+        load_weights(model, config, start.path)
     check_same_weights(model)
 
 
@@ -160,7 +213,7 @@ def digest_of(path: str) -> str:
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(
-            f"no checkpoint {path}; docs/model_zoo.md says where the published ones are"
+            f"no checkpoint {tried(path)}; docs/model_zoo.md says where the published ones are"
         )
     return file_sha256(path)
 

@@ -7,9 +7,11 @@ from functools import partial
 import paddle
 
 from replknet_paddle.checkpoints.convert import load_pretrained
+from replknet_paddle.checkpoints.record import read_classes
 from replknet_paddle.data.dataset import get_dataloader, get_dataset
 from replknet_paddle.data.loader import Loader
 from replknet_paddle.data.transforms import build_mixup
+from replknet_paddle.engine.classes import has_other_names
 from replknet_paddle.engine.metrics import MetricSums
 from replknet_paddle.model import build_replknet
 from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -78,6 +80,7 @@ def load_weights(model: paddle.nn.Layer, config, path: str) -> None:
         path,
         weights=config.MODEL.PRETRAINED_WEIGHTS,
         drop_head=config.MODEL.DROP_HEAD and not config.EVAL,
+        other_classes=has_other_names(config, read_classes(path)),
     )
 
 

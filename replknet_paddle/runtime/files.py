@@ -1,6 +1,7 @@
 """Files: written whole or not at all, locked, checked before work starts, and their digests."""
 
 import contextlib
+import errno
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -73,6 +74,33 @@ def name_the_file(error: OSError, path: Path_) -> None:
     """Make the message of a failed read or write name `path`, which a full disk's does not."""
     if error.errno is not None and error.filename is None:
         error.filename = os.fspath(path)
+
+
+@contextlib.contextmanager
+def naming(path: Path_) -> Iterator[None]:
+    """Let an OSError that leaves this context name `path`."""
+    try:
+        yield
+    except OSError as error:
+        name_the_file(error, path)
+        raise
+
+
+def append_whole(path: Path_, text: str) -> None:
+    """Append to a text file, all of `text` or nothing.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with naming(path), open(path, "ab", buffering=0) as file:
+        size = file.tell()
+        data = text.encode()
+        try:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def write_text(path: Path_, text: str) -> None:
@@ -157,10 +185,15 @@ def check_new_folder(path: Path_) -> None:
     elif os.path.lexists(path):
         raise InputError(f"{path} is a file; name a new folder")
     else:
-        parent = os.path.abspath(path)
-        while not os.path.isdir(parent):
-            parent = os.path.dirname(parent)
-        check_folder_is_writable(parent)
+        check_place_is_writable(path)
+
+
+def check_place_is_writable(path: Path_) -> None:
+    """Raise InputError where the folder `path`, or what it would be made in, is read-only."""
+    folder = os.path.abspath(path)
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    check_folder_is_writable(folder)
 
 
 def check_folder_is_writable(folder: Path_) -> None:

@@ -16,6 +16,9 @@ from replknet_paddle.runtime.processes import is_launched, rank, visible_devices
 
 GRACE_SECONDS = 5  # for the processes of this machine to end, once another machine's have
 
+# Path of the terminal that a run was started on, for rank 0 of several processes.
+TERMINAL_VARIABLE = "REPLKNET_PADDLE_TERMINAL"
+
 STATUS_FILE = "status"  # in the log folder of launched processes
 
 # Paddle's launcher looks every second or two, and kills what is still there after three.
@@ -59,6 +62,8 @@ def launch(
     # The processes import this very package, wherever they are started and whatever is installed.
     paths = [_PACKAGE_PARENT, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
+    if sys.stdout.isatty():
+        environment[TERMINAL_VARIABLE] = os.ttyname(sys.stdout.fileno())
     if not visible_devices():
         environment["PADDLE_DISTRI_BACKEND"] = "gloo"
         # Paddle's launcher gives each process one of the devices listed here, and takes an empty

@@ -4,6 +4,8 @@ Works alike in one process, in several on CPU (gloo) and on GPUs (NCCL), over on
 `paddle.distributed.launch` starts the processes and tells each its rank in the environment.
 """
 
+import contextlib
+import io
 import os
 from collections.abc import Iterator
 
@@ -51,7 +53,9 @@ def init(*, deterministic: bool = False) -> None:
         paddle.set_flags(DETERMINISTIC_FLAGS)
     if world_size() > 1:
         name_attempt()
-        dist.init_parallel_env()
+        # Paddle lists the flags that its own launcher has set.
+        with contextlib.redirect_stderr(io.StringIO()):
+            dist.init_parallel_env()
 
 
 def on_gpu() -> bool:

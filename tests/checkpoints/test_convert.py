@@ -1,4 +1,3 @@
-import json
 import logging
 import pickle
 import re
@@ -17,6 +16,7 @@ from replknet_paddle.checkpoints.convert import (
 )
 from replknet_paddle.checkpoints.layouts import LAYOUTS, from_native
 from replknet_paddle.checkpoints.readers import read_checkpoint
+from replknet_paddle.checkpoints.record import record_metadata
 from replknet_paddle.checkpoints.writers import write_pdparams, write_safetensors
 from replknet_paddle.config import get_config
 from replknet_paddle.runtime.errors import InputError
@@ -245,24 +245,25 @@ def test_training_checkpoints_of_this_project(network, tmp_path):
         "optimizer.head.weight.moment1": np.zeros(3, "f4"),
     }
     path = tmp_path / "epoch.safetensors"
-    write_safetensors(path, tensors, {"replknet_paddle": '{"schema_version": 1}'})
+    write_safetensors(path, tensors, record_metadata({}, tensors))
     assert_same_bits(load_state(path), model)
     assert_same_bits(load_state(path, weights="model_ema"), average)
     for better, wanted in (("model_ema", average), ("model", model)):
-        body = json.dumps({"progress": {"better_weights": better}})
-        write_safetensors(path, tensors, {"replknet_paddle": json.dumps({"body": body})})
+        body = {"progress": {"better_weights": better}}
+        write_safetensors(path, tensors, record_metadata(body, tensors))
         assert_same_bits(load_state(path), wanted)
         assert_same_bits(load_state(path, weights="model"), model)
-    for record in ("", "[]", '{"body": "{"}', '{"body": "{\\"progress\\": []}"}'):
+    for body in ([], {"progress": []}, {"progress": {"better_weights": 1}}):
+        write_safetensors(path, tensors, record_metadata(body, tensors))
+        with pytest.raises(InputError, match="is damaged: its metadata is not what training"):
+            load_state(path)
+    for record in ("", "[]", '{"schema_version": 1}', '{"schema_version": 1, "body": "{"}'):
         write_safetensors(path, tensors, {"replknet_paddle": record})
         with pytest.raises(InputError, match="is damaged: its metadata is not what training"):
             load_state(path)
     del tensors["optimizer.head.weight.moment1"]
-    write_safetensors(
-        path,
-        {name: value for name, value in tensors.items() if not name.startswith("model_ema")},
-        {"replknet_paddle": "{}"},
-    )
+    tensors = {name: value for name, value in tensors.items() if not name.startswith("model_ema")}
+    write_safetensors(path, tensors, record_metadata({}, tensors))
     with pytest.raises(InputError, match="holds no model_ema; it holds model"):
         load_state(path, weights="model_ema")
 

@@ -12,7 +12,7 @@ import pytest
 from saved import assert_same, example, names, save_at
 from tiny import ROOT
 
-from replknet_paddle.checkpoints import training as module
+from replknet_paddle.checkpoints import record
 from replknet_paddle.checkpoints.training import (
     Checkpoint,
     Progress,
@@ -304,4 +304,4 @@ def test_a_run_without_checkpoints_has_no_newest(tmp_path):
 
 
 def test_schema_version_is_the_one_these_tests_know():
-    assert module.SCHEMA_VERSION == 1
+    assert record.SCHEMA_VERSION == 1

@@ -1,12 +1,11 @@
 """Every command that writes, on a full file system and on a read-only one, both real."""
 
-import contextlib
 import json
 import os
-import subprocess
 
 import pytest
 from runs import make_run
+from small_disk import FILLING, mounted, small_disk
 from tiny import FIXTURES, command
 
 PICTURES = sorted(map(str, (FIXTURES / "images").glob("[!eR]*")))[:4]
@@ -19,31 +18,9 @@ def run_folder(tmp_path_factory):
     return folder
 
 
-@contextlib.contextmanager
-def mounted(folder, options):
-    """A file system of 1 MiB in memory, mounted with these options."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a small file system")
-    folder.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size=1m,{options}", "tmpfs", str(folder)],
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
 @pytest.fixture
 def full_disk(tmp_path):
-    with mounted(tmp_path / "full", "rw") as folder:
-        with open(folder / "filling", "wb", buffering=0) as file, contextlib.suppress(OSError):
-            while file.write(bytes(4096)):
-                pass
+    with small_disk(tmp_path / "full") as folder:
         yield folder
 
 
@@ -95,7 +72,7 @@ def test_a_full_disk_is_one_message_with_the_path(what, full_disk, run_folder, c
     message = error[error.index("error: ") :]
     assert message.startswith(f"error: [Errno 28] No space left on device: '{path}")
     assert message.count("\n") == 1 and "Traceback" not in error
-    left = [path for path in full_disk.rglob("*") if path.name not in ("filling", "drawn")]
+    left = [path for path in full_disk.rglob("*") if path.name not in (FILLING, "drawn")]
     assert left == []
 
 

@@ -120,7 +120,7 @@ class TestData:
                 f"-data_path={folder}",
                 f"-output={tmp_path / 'run'}",
                 f"-nproc={processes}",
-                *(["-eval"] if is_eval else []),
+                *(["-eval", "-pretrained=random"] if is_eval else []),
             )
             assert not (tmp_path / "run").exists()
             return message
@@ -180,6 +180,8 @@ def test_an_image_is_named_by_list_and_line(
         workers,
         "EVAL",
         is_eval,
+        "MODEL.PRETRAINED",
+        "random" if is_eval else None,
         "DATA.MAX_BAD_IMAGES",
         0,
     )
@@ -261,7 +263,7 @@ def test_more_images_in_a_batch_than_there_are(refused, tiny, tmp_path):
 def test_run_folder_that_cannot_be_written(refused, tiny, tmp_path, is_eval, processes):
     (tmp_path / "file").write_text("kept")
     folder = tmp_path / "file" / "run"
-    flags = ["-eval"] if is_eval else []
+    flags = ["-eval", "-pretrained=random"] if is_eval else []
     message = refused(*tiny[:2], f"-output={folder}", f"-nproc={processes}", *flags)
     assert f"cannot write the run folder {folder}" in message and "-output" in message
     assert (tmp_path / "file").read_text() == "kept"
@@ -285,7 +287,7 @@ def test_folder_of_another_run(refused, tiny, tmp_path, processes, is_eval):
     checkpoint = tmp_path / "run" / "checkpoints" / "epoch_0001_step_00000003.safetensors"
     checkpoint.parent.mkdir(parents=True)
     checkpoint.write_bytes(b"theirs")
-    flags = ["-eval"] if is_eval else []
+    flags = ["-eval", "-pretrained=random"] if is_eval else []
     message = refused(*tiny, f"-nproc={processes}", *flags)
     assert f"{tmp_path / 'run'} holds the checkpoints of another run" in message
     assert os.listdir(tmp_path / "run") == ["checkpoints"]

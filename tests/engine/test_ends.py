@@ -192,7 +192,7 @@ def broken_system(arguments: list[str]) -> int:
     return main_status(arguments)
 
 
-@pytest.mark.parametrize("flags", [[], ["-eval"]])
+@pytest.mark.parametrize("flags", [[], ["-eval", "-pretrained=random"]])
 def test_a_system_fault_is_status_1_and_one_line(run_flags, tmp_path, flags):
     said = finish(
         [*run_flags, f"-output={tmp_path / 'run'}", *flags],

@@ -1,0 +1,82 @@
+"""replknet eval --report: the same figures as the evaluation, in one process and in several."""
+
+import csv
+import os
+import re
+
+import pytest
+from processes import finish, finish_ranks, metrics
+from tiny import command
+
+pytest_plugins = ["run_fixtures"]
+
+TABLES = ("per_class.csv", "confusion_matrix.csv", "confusion_matrix.png")
+
+
+@pytest.fixture(scope="module")
+def reported(straight, tiny_data, tmp_path_factory):
+    """The folder of a report made in one process."""
+    folder = tmp_path_factory.mktemp("reported")
+    said = finish(flags_of(straight, tiny_data, folder), output=folder / "log")
+    assert f"report: {folder / 'report' / 'report.html'}" in said
+    return folder
+
+
+def flags_of(straight, tiny_data, folder) -> list[str]:
+    return [
+        *("-eval", f"-pretrained={straight / 'best'}", f"-data_path={tiny_data}"),
+        *(f"-output={folder / 'eval'}", f"-report={folder / 'report'}"),
+    ]
+
+
+def test_the_tables_add_up_to_the_accuracy(reported):
+    with open(reported / "report" / "per_class.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    images, right = (sum(int(row[key]) for row in rows) for key in ("images", "right"))
+    [record] = metrics(reported / "eval")
+    assert images == 101 and 100 * right / images == pytest.approx(record["val_top1_percent"])
+    assert [int(row["images"]) for row in rows] == [26, 25, 25, 25]
+    with open(reported / "report" / "confusion_matrix.csv", newline="") as file:
+        _, *matrix = csv.reader(file)
+    assert [int(row[1 + i]) for i, row in enumerate(matrix)] == [int(r["right"]) for r in rows]
+
+
+def test_mistakes_are_images_of_the_list(reported, tiny_data):
+    page = (reported / "report" / "report.html").read_text()
+    paths = re.findall(r"<bdi>(val/class \d/\d+\.jpg)</bdi>", page)
+    assert paths and all((tiny_data / path).is_file() for path in paths)
+    assert len(paths) == len(set(paths)) == len(os.listdir(reported / "report" / "mistakes"))
+
+
+def test_two_processes_write_the_same_report(reported, straight, tiny_data, tmp_path):
+    finish_ranks(flags_of(straight, tiny_data, tmp_path), folder=tmp_path)
+    for name in TABLES:
+        one, two = (folder / "report" / name for folder in (reported, tmp_path))
+        assert one.read_bytes() == two.read_bytes(), name
+    pictures = [sorted(os.listdir(f / "report" / "mistakes")) for f in (reported, tmp_path)]
+    assert pictures[0] == pictures[1]
+
+
+def test_other_backends_report_too(reported, straight, tiny_data, tmp_path):
+    flags = flags_of(straight, tiny_data, tmp_path)
+    finish([*flags, "-backend=paddle"], output=tmp_path / "log")
+    for name in TABLES:
+        one, two = (folder / "report" / name for folder in (reported, tmp_path))
+        assert one.read_bytes() == two.read_bytes(), name
+
+
+@pytest.mark.parametrize("what", ["training", "full folder"])
+def test_a_report_that_cannot_be_is_refused_before_the_work(
+    straight, tiny_data, tmp_path, capsys, what
+):
+    flags = flags_of(straight, tiny_data, tmp_path)
+    says = f"folder {tmp_path / 'report'} is not empty"
+    if what == "training":
+        flags = [f"-cfg={straight / 'config.yaml'}", *flags[2:]]
+        says = "without -eval"
+    else:
+        (tmp_path / "report").mkdir()
+        (tmp_path / "report" / "kept").write_text("")
+    assert command("train")(flags) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "eval").exists()

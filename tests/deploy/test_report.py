@@ -1,0 +1,226 @@
+"""The report of an evaluation: the numbers are right, and the page holds all of it."""
+
+import base64
+import csv
+import os
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from replknet_paddle.analysis.outcomes import Outcomes
+from replknet_paddle.deploy.confusion import draw_confusion_matrix
+from replknet_paddle.deploy.report import Evaluated, write_report
+from replknet_paddle.runtime.errors import InputError
+
+NAMES = ["Mäuse <b>", "猫 & dogs", "🐟", 'no "images"', "birds"]
+
+# Label, first and second class, their probabilities.
+ANSWERS = [
+    (0, 0, 1, 0.9, 0.1),
+    (0, 1, 0, 0.8, 0.1),
+    (0, 1, 2, 0.6, 0.3),
+    (0, 2, 0, 0.99, 0.01),
+    (1, 1, 0, 0.5, 0.2),
+    (1, 1, 2, 0.7, 0.2),
+    (2, 4, 2, 0.95, 0.05),
+    (4, 4, 0, 1.0, 0.0),
+]
+
+
+def outcomes_of(answers) -> Outcomes:
+    values = np.array(answers)
+    return Outcomes(values[:, 0].astype(int), values[:, 1:3].astype(int), values[:, 3:])
+
+
+def evaluated_of(answers, names=NAMES) -> Evaluated:
+    return Evaluated(
+        model="nano <1>",
+        weights="output/run/best",
+        data="data/val_list.txt",
+        metrics="top-1 50.00 %",
+        class_names=names,
+        outcomes=outcomes_of(answers),
+        path=lambda index: f"val/猫 & <x>/{index}.jpg",
+        picture=lambda index: Image.new("RGB", (60, 40), (10 * index, 0, 0)),
+    )
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; an error for what is not closed."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.open, self.text = [], [], []
+        self.feed(text)
+        assert self.open == [], f"not closed: {self.open}"
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def attributes(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report") / "new"
+    write_report(folder, evaluated_of(ANSWERS))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(report):
+    return Page((report / "report.html").read_text("utf-8"))
+
+
+def rows_of(path) -> list[list[str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_tables_have_what_counting_by_hand_gives(report):
+    assert rows_of(report / "per_class.csv") == [
+        ["label", "class", "images", "right", "accuracy_percent"],
+        ["0", NAMES[0], "4", "1", "25.00"],
+        ["1", NAMES[1], "2", "2", "100.00"],
+        ["2", NAMES[2], "1", "0", "0.00"],
+        ["3", NAMES[3], "0", "0", ""],
+        ["4", NAMES[4], "1", "1", "100.00"],
+    ]
+    header, *rows = rows_of(report / "confusion_matrix.csv")
+    assert header == ["true class", *NAMES] and [row[0] for row in rows] == NAMES
+    wanted = np.zeros((5, 5), int)
+    for label, first, *_ in ANSWERS:
+        wanted[label, first] += 1
+    assert np.array_equal(np.array([row[1:] for row in rows]).astype(int), wanted)
+
+
+def test_mistakes_come_by_confidence_and_confusions_by_count():
+    outcomes = outcomes_of(ANSWERS)
+    assert outcomes.confident_mistakes(10) == [3, 6, 1, 2]
+    assert outcomes.confident_mistakes(2) == [3, 6]
+    assert outcomes.confusions(10) == [(0, 1, 2), (0, 2, 1), (2, 4, 1)]
+    assert outcomes.confusions(1) == [(0, 1, 2)]
+
+
+def test_the_page_needs_nothing_else(report, page):
+    text = (report / "report.html").read_text("utf-8")
+    assert not page.attributes("script") and not page.attributes("link")
+    assert all(image["src"].startswith("data:image/") for image in page.attributes("img"))
+    assert not re.search(r"https?://|url\(|@import", text)
+    assert "default-src 'none'" in text
+
+
+def test_the_page_holds_the_files_and_describes_them(report, page):
+    images = [
+        base64.b64decode(attributes["src"].split(",", 1)[1])
+        for attributes in page.attributes("img")
+    ]
+    assert images[0] == (report / "confusion_matrix.png").read_bytes()
+    files = sorted((report / "mistakes").iterdir())
+    assert [path.read_bytes() for path in files] == images[1:] and len(files) == 4
+    alts = [attributes["alt"] for attributes in page.attributes("img")]
+    assert alts[1] == "Mäuse <b>, taken for 🐟 (99.0 %)"
+    assert all(alts)
+    text = "".join(page.text)
+    for said in ("nano <1>", "50.00 %", "no images", *NAMES, "val/猫 & <x>/3.jpg"):
+        assert said in text, said
+    assert not page.attributes("b") and not page.attributes("x")  # names are text
+    mean = (25 + 100 + 0 + 100) / 4
+    assert f"{mean:.2f} %" in text and "4 of 5" in text
+
+
+def test_pictures_are_what_they_say(report):
+    matrix = Image.open(report / "confusion_matrix.png")
+    assert matrix.mode == "RGB" and min(matrix.size) > 250
+    for path in (report / "mistakes").iterdir():
+        assert Image.open(path).size == (720, 240)
+
+
+def test_shades_of_the_matrix_are_shares_of_the_row():
+    counts = np.zeros((60, 60), int)  # too many for names
+    counts[5, 5], counts[5, 9], counts[7, 7] = 3, 1, 8
+    picture = np.asarray(draw_confusion_matrix(counts, [str(i) for i in range(60)])).astype(int)
+    cell = -(-1000 // 60)
+    left = np.flatnonzero((picture == [30, 75, 140]).all(axis=2).any(axis=0))[0] - 7 * cell
+    top = np.flatnonzero((picture == [30, 75, 140]).all(axis=2).any(axis=1))[0] - 7 * cell
+
+    def shade(row, column):
+        return picture[top + row * cell + cell // 2, left + column * cell + cell // 2]
+
+    full, white = np.array([30, 75, 140]), np.array([255, 255, 255])
+    assert (shade(7, 7) == full).all() and (shade(3, 3) == white).all()
+    for column, share in ((5, 0.75), (9, 0.25)):
+        assert np.abs(shade(5, column) - (white + share * (full - white))).max() <= 1
+
+
+def test_long_names_and_thousand_classes_fit():
+    picture = draw_confusion_matrix(np.eye(3, dtype=int), ["x" * 500, "y", "z"])
+    assert max(picture.size) < 1000
+    picture = draw_confusion_matrix(np.eye(1000, dtype=int), [str(i) for i in range(1000)])
+    assert max(picture.size) < 1200
+
+
+def test_all_right_and_no_mistakes(tmp_path):
+    write_report(tmp_path / "new", evaluated_of([ANSWERS[0], ANSWERS[4]]))
+    assert not (tmp_path / "new" / "mistakes").exists()
+    text = (tmp_path / "new" / "report.html").read_text("utf-8")
+    Page(text)
+    assert "every image is right" in text
+
+
+def test_a_matrix_of_21841_classes_is_left_out(tmp_path):
+    names = [str(i) for i in range(21841)]
+    write_report(tmp_path / "new", evaluated_of(ANSWERS, names))
+    assert sorted(os.listdir(tmp_path / "new")) == ["mistakes", "per_class.csv", "report.html"]
+    assert "more than 1,000 classes" in (tmp_path / "new" / "report.html").read_text()
+
+
+def test_an_error_leaves_nothing(tmp_path):
+    def broken(_):
+        raise OSError(28, "No space left on device")
+
+    evaluated = evaluated_of(ANSWERS)
+    object.__setattr__(evaluated, "picture", broken)
+    with pytest.raises(OSError, match="No space left"):
+        write_report(tmp_path / "new", evaluated)
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "kept").write_text("x")
+    with pytest.raises(InputError, match="not empty"):
+        write_report(tmp_path / "used", evaluated)
+    assert os.listdir(tmp_path / "used") == ["kept"]
+
+
+def test_a_browser_without_a_network_shows_all_of_it(report, tmp_path):
+    playwright_api = pytest.importorskip("playwright.sync_api", reason="requirements/test.txt")
+    program = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("no Chromium on this system")
+    shutil.copy(report / "report.html", tmp_path)  # without the files beside it
+    with playwright_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        context = browser.new_context(viewport={"width": 400, "height": 800}, offline=True)
+        page = context.new_page()
+        complaints, requests = [], []
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("request", lambda request: requests.append(request.url.split(":")[0]))
+        page.goto(f"file://{tmp_path / 'report.html'}")
+        sizes = page.evaluate("[...document.images].map(image => image.naturalWidth)")
+        width = page.evaluate("document.documentElement.scrollWidth")
+        browser.close()
+    assert len(sizes) == 5 and all(sizes) and complaints == []
+    assert requests.count("file") == 1 and set(requests) <= {"file", "data"}
+    assert width <= 400

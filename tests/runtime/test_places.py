@@ -1,0 +1,86 @@
+"""Relative paths: here first, then in the project; and messages that say where was looked."""
+
+import subprocess
+
+import pytest
+from tiny import FIXTURES, ROOT, command, make_data
+
+from replknet_paddle.config import get_config
+from replknet_paddle.runtime import places
+from replknet_paddle.runtime.places import command_line, find_path, tried
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The folder that the test stands in, and a project that is another one."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(places, "PROJECT_FOLDER", tmp_path / "project")
+    return tmp_path / "here"
+
+
+def test_the_project_is_the_checkout():
+    assert places.PROJECT_FOLDER == ROOT
+
+
+def test_what_is_here_comes_first(here, tmp_path):
+    project_file = tmp_path / "project" / "a.txt"
+    assert find_path("a.txt") == "a.txt"
+    project_file.write_text("")
+    assert find_path("a.txt") == str(project_file)
+    (here / "a.txt").write_text("")
+    assert find_path("a.txt") == "a.txt"
+    (here / "a.txt").unlink()
+    (here / "a.txt").symlink_to("nowhere")  # a broken link is meant, not replaced
+    assert find_path("a.txt") == "a.txt"
+    assert find_path(str(tmp_path / "none")) == str(tmp_path / "none")
+
+
+def test_messages_name_both_places(here, tmp_path):
+    project = tmp_path / "project"
+    assert tried("x/y") == f"x/y (tried {here}/x/y and {project}/x/y)"
+    assert tried("/x/y") == "/x/y"
+
+
+def test_one_place_is_named_once(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert tried("x/y") == f"x/y (tried {ROOT}/x/y)"
+
+
+def test_data_and_weights_of_a_configuration_are_found(here, tmp_path):
+    make_data(tmp_path / "project" / "data" / "own", train=8, val=4)
+    (tmp_path / "project" / "weights").write_text("")
+    config = get_config(DATA__DATA_PATH="data/own", MODEL__PRETRAINED="weights")
+    assert config.DATA.DATA_PATH == str(tmp_path / "project" / "data" / "own")
+    assert config.MODEL.PRETRAINED == str(tmp_path / "project" / "weights")
+    config = get_config(DATA__DATA_PATH="data/other", MODEL__PRETRAINED="random")
+    assert (config.DATA.DATA_PATH, config.MODEL.PRETRAINED) == ("data/other", "random")
+
+
+@pytest.mark.parametrize(
+    "name, flags, says",
+    [
+        ("train", ["-cfg=no.yaml"], "no config file no.yaml"),
+        (
+            "train",
+            [f"-cfg={ROOT}/configs/replknet_nano.yaml", "-data_path=data/none"],
+            "no data folder data/none",
+        ),
+        ("eval", ["-pretrained=output/none/best"], "no checkpoint output/none/best"),
+        ("predict", ["output/none/best", str(FIXTURES / "images")], "no model output/none/best"),
+    ],
+)
+def test_commands_say_what_was_tried(here, capsys, name, flags, says):
+    assert command(name)(flags) == 2
+    message = capsys.readouterr().err
+    path = says.split()[-1]
+    assert f"{says} (tried {here / path} and " in message, message
+
+
+def test_the_command_line_can_be_typed():
+    """Whether or not the package's script is on the PATH."""
+    line = command_line("plot", "--help")
+    assert line.startswith("replknet ") or " -m replknet_paddle plot" in line
+    done = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "usage:" in done.stdout
