@@ -5,8 +5,8 @@ import re
 import pytest
 from tiny import ROOT, flags, leaves
 
-from replknet_paddle import config as config_module
 from replknet_paddle.config import get_config, update_config
+from replknet_paddle.config_keys import KEYS
 from replknet_paddle.runtime.errors import InputError
 
 CONFIGS = ROOT / "configs"
@@ -389,7 +389,7 @@ def test_results_are_frozen_and_share_nothing(load):
 
 
 def test_every_default_passes_its_own_rule():
-    for key, (default, rule) in config_module._KEYS.items():
+    for key, (default, rule) in KEYS.items():
         read = rule.read(default)
         assert read == default, key
         assert isinstance(read, bool) == isinstance(default, bool), key
@@ -397,12 +397,12 @@ def test_every_default_passes_its_own_rule():
 
 
 def test_the_config_is_the_table():
-    assert leaves(get_config()).keys() == config_module._KEYS.keys()
+    assert leaves(get_config()).keys() == KEYS.keys()
 
 
-@pytest.mark.parametrize("key", sorted(config_module._KEYS))
+@pytest.mark.parametrize("key", sorted(KEYS))
 def test_no_rule_lets_an_object_through(key):
-    _, rule = config_module._KEYS[key]
+    _, rule = KEYS[key]
     for value in (object(), {}, {"a": 1}, {1, 2}, b"x", [None], [[]]):
         with pytest.raises((ValueError, TypeError)):
             rule.read(value)
