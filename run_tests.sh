@@ -9,7 +9,8 @@
 #
 # Flags go to pytest: sh run_tests.sh -k merging
 #
-# A step that fails does not keep the others from running; the status is 1 if any failed.
+# Tests marked slow run once, on the newest Paddle. A step that fails does not keep the others from
+# running; the status is 1 if any failed.
 set -u
 cd "$(dirname "$0")"
 cores=$(nproc 2>/dev/null || echo 2)
@@ -119,11 +120,11 @@ sys.exit(lint_imports())'
     step "$(paddle_version "$python"), instructions up to AVX2" env LK_ISA=1 \
         ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell \
         MKL_ENABLE_INSTRUCTIONS=AVX2 MKL_DEBUG_CPU_TYPE=5 \
-        "$python" -m pytest -n "$cores" $(ignored $once) $numerical "$@"
+        "$python" -m pytest -n "$cores" -m "not slow" $(ignored $once) $numerical "$@"
     step "$(paddle_version "$python"), instructions up to SSE4" env LK_ISA=0 \
         ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Nehalem \
         MKL_ENABLE_INSTRUCTIONS=SSE4_2 MKL_DEBUG_CPU_TYPE=3 \
-        "$python" -m pytest -n "$cores" $(ignored $once) $numerical "$@"
+        "$python" -m pytest -n "$cores" -m "not slow" $(ignored $once) $numerical "$@"
     if [ -n "${GPU_WHEEL:-}" ]; then
         if python=$(unset PYTHON && VENV=.venv-gpu PADDLE=requirements.txt \
             sh setup_env.sh requirements/test.txt); then
@@ -138,7 +139,7 @@ sys.exit(lint_imports())'
         if python=$(VENV=.venv-paddle2 PIP_CONSTRAINT=requirements/constraints-paddle2.txt \
             sh setup_env.sh requirements/test.txt requirements/page.txt); then
             step "$(paddle_version "$python")" \
-                "$python" -m pytest -n "$cores" $(ignored $once) "$@"
+                "$python" -m pytest -n "$cores" -m "not slow" $(ignored $once) "$@"
         else
             failed="$failed
     the environment with the oldest Paddle"
