@@ -86,11 +86,12 @@ def test_weights_and_optimizer_state_are_what_paddle_holds():
     counted = count_weight_bytes(model, ema=True)
     # Beside: running statistics and their average, AdamW's powers of beta, and rounding up of each
     # tensor to 64 bytes: all of them per tensor or per channel, and this network is a small one.
+    # One copy of the weights more or less, of five, is outside of this range.
     assert counted < held < 1.25 * counted
     assert counted - count_weight_bytes(model) == 4 * sum(
         p.size for p in model.parameters() if not p.stop_gradient
     )
-    assert ema.average
+    del ema, optimizer
 
 
 def test_computation_is_three_forward_passes_or_four():
