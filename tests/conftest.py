@@ -6,6 +6,7 @@ processes that they start, compute on the CPU.
 
 import contextlib
 import ctypes
+import logging
 import os
 import subprocess
 import sys
@@ -42,6 +43,17 @@ def pytest_terminal_summary(terminalreporter):
 
     for line in table():
         terminalreporter.write_line(line)
+
+
+@pytest.fixture(autouse=True)
+def restore_logging():
+    """Runs replace the root logger's handlers; the next test gets them as they were."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.getLogger("replknet_paddle.data.loader").setLevel(logging.NOTSET)
 
 
 @pytest.fixture

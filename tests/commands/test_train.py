@@ -1,7 +1,6 @@
 """The command line: what is wrong is said once, and nothing is left behind."""
 
 import io
-import logging
 import os
 import sys
 
@@ -17,15 +16,6 @@ from replknet_paddle.model import RepLKNet
 main = command("train")
 
 RECIPES = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
-
-
-@pytest.fixture(autouse=True)
-def restore_logging():
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 class Finished:

@@ -1,7 +1,6 @@
 """-eval -backend NAME: the metrics of the evaluation loop, whatever runs the network."""
 
 import json
-import logging
 import shutil
 
 import pytest
@@ -17,15 +16,6 @@ from replknet_paddle.deploy.sidecar import Sidecar
 from replknet_paddle.model import build_replknet
 
 main = command("train")
-
-
-@pytest.fixture(autouse=True)
-def restore_logging():
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 @pytest.fixture(scope="module")

@@ -13,16 +13,6 @@ from replknet_paddle.runtime.errors import InputError
 CONFIG = update_config(get_config(), flags(output="elsewhere", resume="some/checkpoint"))
 
 
-@pytest.fixture(autouse=True)
-def restore_logging():
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    logging.getLogger("replknet_paddle.data.loader").setLevel(logging.NOTSET)
-
-
 def opened(folder, *, config=CONFIG, is_main=True):
     log = RunLog(is_main=is_main)
     log.open(str(folder), config)
