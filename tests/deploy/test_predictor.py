@@ -199,7 +199,7 @@ def test_outputs_that_are_no_numbers_are_an_error(predictor, value):
 def test_a_run_trained_with_the_operator_is_predicted_where_there_is_none(monkeypatch, tmp_path):
     """What the compiled operator is for is eager mode alone."""
 
-    def missing(*_):
+    def missing(*_, **__):
         raise InputError("not compiled here")
 
     for name in ("use_fast_depthwise_conv", "use_fast_pointwise_conv"):
