@@ -62,7 +62,7 @@ def test_a_broken_image_of_another_rank_is_named_on_the_console(
     (folder / line.rsplit(" ", 1)[0]).write_bytes(b"no image")
     done = run_main(
         f"-cfg={tiny_config_file}", f"-data_path={folder}", f"-output={tmp_path / 'run'}",
-        "-eval", "-nproc=2",
+        "-eval", "-pretrained=random", "-nproc=2",
     )  # fmt: skip
     said = done.stdout + done.stderr
     assert done.returncode == 2, said
