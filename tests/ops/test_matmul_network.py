@@ -155,7 +155,7 @@ for impl in ("paddle", "auto", "matmul"):
         with precision.autocast():
             loss = paddle.nn.functional.cross_entropy(model(images), labels)
         precision.backward(loss)
-        precision.step(optimizer)
+        precision.step(optimizer, finite=True)
         optimizer.clear_grad()
         losses[impl].append(float(loss))
     model.eval()
