@@ -1,7 +1,7 @@
 """The one table of the configuration's keys: default, rule, and meaning with its unit.
 
 Keys and meanings are PaddleViT's wherever PaddleViT has one, so its YAML files load unchanged; the
-keys that are ours say so by a (+).
+keys of this project are marked by a (+).
 """
 
 from typing import Any
@@ -52,7 +52,7 @@ KEYS: dict[str, tuple[Any, Rule]] = {
     "MODEL.TYPE": ("RepLKNet", choice("RepLKNet", "UPerNet")),  # UPerNet (+): segmentation, with
     # the heads of SEGMENTATION on a backbone of OUT_INDICES
     "MODEL.NAME": ("replknet_31b", text()),  # for logs and the default run folder
-    "MODEL.RESUME": (None, optional(text())),  # checkpoint or run folder to go on from; auto: the
+    "MODEL.RESUME": (None, optional(text())),  # checkpoint or run folder to continue; auto: the
     # newest whole checkpoint of SAVE, or a fresh start where there is none
     "MODEL.PRETRAINED": (None, optional(text())),  # weights to evaluate or to start training from;
     # random: a freshly initialized network, which evaluation has to be asked for

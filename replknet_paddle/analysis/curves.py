@@ -28,7 +28,7 @@ def read_metrics(run_folder: str) -> list[dict]:
 
     Raises:
         FileNotFoundError: no metrics.jsonl there.
-        InputError: a line that is no record, or none at all.
+        InputError: a line that is not a record, or none at all.
     """
     path = os.path.join(run_folder, "metrics.jsonl")
     if not os.path.isfile(path):
@@ -69,7 +69,7 @@ def plot_metrics(run_folders: list[str], target: str) -> None:
 
     Raises:
         FileNotFoundError: no folder to write into, or what `read_metrics` says.
-        InputError: matplotlib is missing, `target` is no picture, or what `read_metrics` says.
+        InputError: matplotlib is missing, `target` is not a picture, or what `read_metrics` says.
         OSError: it cannot be written.
     """
     check_figure_target(target)

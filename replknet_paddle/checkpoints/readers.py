@@ -1,6 +1,6 @@
 """Reading checkpoint files as plain data: numpy arrays in dictionaries, and no code is executed.
 
-Four formats, told apart by their first bytes:
+Four formats, recognized by their first bytes:
 
 - PyTorch's zip archive: `data.pkl`, whose tensors refer to one archive member per storage;
 - PyTorch's older file: five pickles in a row, then the storages;

@@ -147,7 +147,7 @@ def load_checkpoint(path: str) -> Checkpoint:
     body = verified_body(path, tensors)
     if body is None:
         raise InputError(
-            f"{path} is no training checkpoint of this program, and only those can be resumed; "
+            f"{path} is not a training checkpoint of this program, and only those can be resumed; "
             "-pretrained starts a new run from weights"
         )
     parts = {part: {} for part in PARTS}

@@ -62,7 +62,7 @@ def add_arguments(parser) -> None:
         "checkpoint or run folder to continue; auto: the newest whole checkpoint of -output",
         metavar="PATH",
     )
-    flag(what, "last_epoch", "epochs that -pretrained weights have behind them", metavar="N")
+    flag(what, "last_epoch", "epochs that the -pretrained weights were trained for", metavar="N")
     flag(
         what,
         "output",

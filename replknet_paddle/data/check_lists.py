@@ -34,7 +34,7 @@ KINDS = {
     "label": "labels out of range",
     "outside": "paths that lead out of the data folder",
     "missing": "missing files",
-    "undecodable": "files that are no image, or damaged",
+    "undecodable": "files that are damaged or not images",
     "truncated": "files that end too early",
     "duplicate": "lines whose path is in the list already",
     "overlap": "validation images that training has as well, by path or by content",

@@ -365,7 +365,7 @@ def _set_up_worker(parent: int, read: _ReadBatch) -> None:
         signal.signal(number, signal.SIG_DFL)  # the parent's handlers are about the parent's run
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was killed before the kernel was told
+    if os.getppid() != parent:  # it was killed before prctl took effect
         os._exit(1)
 
 
@@ -404,7 +404,7 @@ def available_memory_bytes(cgroup: str = "/sys/fs/cgroup") -> int | None:
             int(Path(cgroup, name).read_text()) for name in ("memory.current", "memory.max")
         )
         statistics = dict(map(str.split, Path(cgroup, "memory.stat").read_text().splitlines()))
-        # Files read before count as used, and give way to whoever needs their room.
+        # Files read before count as used, and are freed when memory is needed.
         cached = int(statistics["active_file"]) + int(statistics["inactive_file"])
         limits.append(most - used + cached)
     return min(limits, default=None)

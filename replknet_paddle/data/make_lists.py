@@ -140,7 +140,7 @@ def _ground_truth_lines(root: str, part: str, classes: list[str], devkit: str) -
         synset = synsets.get(int(number)) if number.isdigit() else None
         if synset not in labels:
             raise InputError(
-                f"{truth}: {number} stands for {synset}, which is no class in training"
+                f"{truth}: {number} stands for {synset}, which is not a class of the training set"
             )
         lines.append(_line(image, labels[synset]))
     return lines

@@ -133,7 +133,7 @@ def open_backend(
 
 
 def is_export(source) -> bool:
-    """Whether a path is an export folder: any folder that is no run folder is meant as one."""
+    """Whether a path is an export folder: any folder that is not a run folder counts as one."""
     folder = Path(source)
     return folder.is_dir() and ((folder / FILE).exists() or not (folder / "config.yaml").exists())
 

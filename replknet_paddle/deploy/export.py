@@ -92,7 +92,7 @@ def check_target(target: str | os.PathLike) -> Path:
         return target
     if not (target / FILE).is_file():
         raise InputError(
-            f"{target} is there and is no earlier export (it has no {FILE}); {allowed}"
+            f"{target} exists and is not an earlier export (it has no {FILE}); {allowed}"
         )
     written = {FILE, *Sidecar.read(target).files}
     others = sorted(

@@ -60,7 +60,7 @@ SCRIPT = """() => {
 
 
 def import_gradio():
-    """Gradio, told to keep to itself.
+    """Gradio, without telemetry or requests to other machines.
 
     Raises:
         InputError: it is not installed.
@@ -106,7 +106,7 @@ def look(predictor: Predictor, network, path: str) -> Look:
         path: of a picture.
 
     Raises:
-        InputError: it cannot be decoded, or the network gives no numbers.
+        InputError: it cannot be decoded, or the network's outputs are not finite.
     """
     image = decode(path)
     array = predictor.transform(image)[None]
@@ -237,7 +237,7 @@ def build_page(predictor: Predictor, network, facts: PageFacts):
                     buttons=[],
                     height=420,
                 )
-                # The file as it came: Gradio's own way stumbles over what is no image. (A derived
+                # The file as it came: Gradio's own way fails on what is not an image. (A derived
                 # class would make Gradio write a .pyi file beside this one.)
                 upload.preprocess = lambda payload: uploaded(payload, upload.GRADIO_CACHE)
                 if facts.examples:

@@ -114,7 +114,7 @@ class Predictor:
         """Preprocessed images (N, 3, H, W) -> probabilities (N, num_classes), float32.
 
         Raises:
-            InputError: the network gives no numbers.
+            InputError: the network's outputs are not finite.
         """
         return probabilities(self.backend.run(images), self.backend.name)
 
@@ -123,7 +123,7 @@ def read_config(model: str, cfg: str | None, opts: list[str] | None):
     """What -cfg and -opts say of a checkpoint; None where neither is given.
 
     Raises:
-        InputError: what they say cannot be, or `model` is no checkpoint.
+        InputError: what they say cannot be, or `model` is not a checkpoint.
     """
     if cfg is None and opts is None:
         return None
@@ -136,7 +136,7 @@ def check_is_checkpoint(model: str | os.PathLike) -> None:
     """Raise InputError for a model that brings its configuration: an export or a published one."""
     if not os.path.exists(model) or is_export(model):
         raise InputError(
-            f"a configuration (-cfg, -opts) for {model}, which is no checkpoint or run folder; "
+            f"a configuration (-cfg, -opts) for {model}, which is not a checkpoint or run folder; "
             "allowed: for these alone, since an export and a published model have theirs"
         )
 
@@ -183,7 +183,7 @@ def probabilities(logits: np.ndarray, backend: str) -> np.ndarray:
     """`softmax` of what a network gave on `backend`.
 
     Raises:
-        InputError: some are no finite numbers.
+        InputError: some are not finite.
     """
     if not np.isfinite(logits).all():
         raise InputError(

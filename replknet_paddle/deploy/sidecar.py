@@ -137,7 +137,7 @@ class Sidecar:
             if not Path(folder).exists():
                 raise FileNotFoundError(f"no export folder {folder}")
             raise InputError(
-                f"{folder} is no exported model: it has no {FILE}; "
+                f"{folder} is not an exported model: it has no {FILE}; "
                 "replknet export writes one beside the model"
             )
         try:

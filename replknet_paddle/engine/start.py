@@ -110,8 +110,8 @@ def find_resumed(config) -> Checkpoint | None:
         logger.warning("other than in the run resumed: %s", change)
     if config.TRAIN.LAST_EPOCH > progress.epoch:
         raise InputError(
-            f"-last_epoch {config.TRAIN.LAST_EPOCH} contradicts {path}, which has "
-            f"{progress.epoch} epochs behind it; leave -last_epoch out"
+            f"-last_epoch {config.TRAIN.LAST_EPOCH} contradicts {path}, which was "
+            f"trained for {progress.epoch} epochs; leave -last_epoch out"
         )
     if config.TRAIN.MODEL_EMA != bool(checkpoint.model_ema):
         raise InputError(

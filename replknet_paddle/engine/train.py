@@ -204,5 +204,5 @@ def train_epoch(
 
 ADVICE = (
     "A lower TRAIN.BASE_LR, more TRAIN.WARMUP_EPOCHS, TRAIN.GRAD_CLIP or AMP_DTYPE bfloat16 "
-    "may help; -resume goes on from a checkpoint"
+    "may help; -resume continues from a checkpoint"
 )

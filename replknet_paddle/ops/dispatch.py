@@ -55,7 +55,7 @@ def _one_value(place: str) -> paddle.Tensor:
     return paddle.ones([1, 1])
 
 
-_told: set[str] = set()
+_reported: set[str] = set()
 
 
 def why_not_operator(*, on_cpu: bool) -> str | None:
@@ -73,7 +73,7 @@ def use_operator(impl: str, on_cpu: bool) -> bool:
     """Whether to compute by the compiled operator; logs once why not where `auto` would have.
 
     Raises:
-        InputError: it is asked for by name and cannot be had.
+        InputError: it is asked for by name and unavailable.
     """
     if impl in ("paddle", "matmul"):
         return False
@@ -82,8 +82,8 @@ def use_operator(impl: str, on_cpu: bool) -> bool:
         return True
     if impl != "auto":
         raise InputError(f"depthwise convolution {impl!r} needs the compiled operator: {why}")
-    if on_cpu and why not in _told:  # elsewhere Paddle's own is what one expects
-        _told.add(why)
+    if on_cpu and why not in _reported:  # elsewhere Paddle's own is what one expects
+        _reported.add(why)
         logger.warning(
             "depthwise convolutions run on Paddle's own, not on the compiled operator: %s", why
         )

@@ -1,4 +1,4 @@
-"""The compiled library: found, loaded, tried out, and told how many threads to use.
+"""The compiled library: found, loaded, tried out, and given its number of threads.
 
 `get_library` loads it once per process, on first use, and compares what it computes with a
 reference before anyone relies on it. Nothing is compiled here: `ops.build` does that at set-up.
@@ -49,7 +49,7 @@ class Library:
 
     Args:
         path: the shared library.
-        threads: for all that it computes unless told otherwise.
+        threads: for all that it computes unless stated otherwise.
     """
 
     def __init__(self, path: Path, *, threads: int):
@@ -142,7 +142,7 @@ def thread_count(environment=os.environ) -> int:
     Paddle and its launcher set it to 1 wherever the user does not.
 
     Raises:
-        InputError: LARGE_KERNEL_THREADS is no positive number.
+        InputError: LARGE_KERNEL_THREADS is not a positive number.
     """
     wanted = environment.get(THREADS_VARIABLE)
     if wanted is not None:
@@ -226,7 +226,7 @@ def self_test(library: Library) -> None:
 
 def _compare(what: str, ours: np.ndarray, right: np.ndarray, tolerance: float) -> None:
     error = np.abs(ours - right).max() / np.abs(right).max()
-    if not error <= tolerance:  # nor where it is no number
+    if not error <= tolerance:  # NaN fails as well
         raise LibraryError(
             f"self-test failed: {what}: relative error {error:.1e}; allowed: {tolerance:.0e}"
         )

@@ -104,7 +104,7 @@ def use_fast_pointwise_conv(model: nn.Layer, impl: str = "auto") -> int:
         How many layers compute by the operator now.
 
     Raises:
-        InputError: an unknown impl, or one that cannot be had here.
+        InputError: an unknown impl, or one that is unavailable here.
     """
     check_impl(impl)
     fast = use_operator("auto" if impl == "matmul" else impl, paddle.device.get_device() == "cpu")

@@ -113,7 +113,7 @@ def optimizer_state(optimizer: paddle.optimizer.AdamW, model: nn.Layer) -> dict[
     Kinds: `moment1`, `moment2` and, of a half-precision parameter with a float32 master,
     `master`, all in the parameter's shape; `beta1_pow` and `beta2_pow`, shape (1,). Every
     trainable parameter has its entries: before its first step, those it will start from.
-    The learning rate is no part of the state; it follows from the step.
+    The learning rate is not part of the state; it follows from the step.
     """
     state = initial_state(optimizer, model)
     for key, tensor in live_state(optimizer, model).items():

@@ -73,7 +73,7 @@ class Heartbeat:
         if folder is None:  # the processes of the nodes have not found each other yet
             return None
         self.count += 1
-        with contextlib.suppress(OSError):  # a full or slow disk is no reason to stop
+        with contextlib.suppress(OSError):  # a full or slow disk does not stop a run
             os.makedirs(folder, exist_ok=True)
             _replace(os.path.join(folder, self.node), f"{self.count}\n")
         for node, text in self._read_others(folder):

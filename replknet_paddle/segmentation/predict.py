@@ -39,7 +39,7 @@ class SegmentationPredictor:
 
     Raises:
         FileNotFoundError: there is no such model.
-        InputError: it cannot be opened, or is no segmentation network.
+        InputError: it cannot be opened, or is not a segmentation network.
     """
 
     def __init__(self, model, *, backend: str = "auto", config=None):

@@ -49,7 +49,7 @@ def test_every_format_gives_the_same_arrays(name, file):
         np.testing.assert_array_equal(model[key], value)
 
 
-def test_format_is_told_by_content_not_by_suffix(file):
+def test_format_is_reported_by_content_not_by_suffix(file):
     for data in every_format().values():
         assert read_checkpoint(file(data, "weights.txt"))
 

@@ -185,7 +185,9 @@ def test_bad_flags_of_inference_are_one_message(
     assert says in capsys.readouterr().err
 
 
-def test_a_chart_without_matplotlib_is_told_before_measuring(tiny_config_file, monkeypatch, capsys):
+def test_a_chart_without_matplotlib_is_reported_before_measuring(
+    tiny_config_file, monkeypatch, capsys
+):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(inference, "time_backends", lambda *_, **__: pytest.fail("measures"))
     assert main(["inference", "-cfg", str(tiny_config_file), "--chart", "b.png"]) == 2

@@ -89,7 +89,7 @@ def test_moving_average_and_other_keys(cfg, tmp_path):
         ("tiny31_official.pth", "x.pdparams", ["-opts", "MODEL.NAMES", "x"], ["MODEL.NAMES"]),
     ],
 )
-def test_mistakes_are_told_in_one_message(
+def test_mistakes_are_reported_in_one_message(
     source, destination, options, words, cfg, tmp_path, capsys
 ):
     status = main([str(FIXTURES / source), str(tmp_path / destination), "-cfg", cfg, *options])

@@ -95,7 +95,7 @@ def bad_inputs(folder, run):
         "no checkpoint": (["-pretrained", str(folder / "nowhere")], "dst", "nowhere"),
         "no weights in the run": (["-pretrained", str(folder / "empty_run")], "dst", "neither"),
         "another network": ([*good, "-cfg", str(folder / "other.yaml")], "dst", "does not fit"),
-        "occupied": (good, "occupied", "no earlier export"),
+        "occupied": (good, "occupied", "not an earlier export"),
         "no parent": (good, "no/where", "no folder"),
         "three names": ([*good, "-class_names", str(folder / "names.txt")], "dst", "has 3 lines"),
         "names": ([*good, "-class_names", str(folder / "latin.txt")], "dst", "UTF-8"),

@@ -195,7 +195,7 @@ def test_the_source_is_not_overwritten(tmp_path, config_file, capsys, name):
     assert source.read_bytes() == before
 
 
-def test_bad_targets_are_told_before_anything_is_computed(tmp_path, config_file, monkeypatch):
+def test_bad_targets_are_reported_before_anything_is_computed(tmp_path, config_file, monkeypatch):
     monkeypatch.setattr(
         "replknet_paddle.deploy.merge.load_network", lambda *_: pytest.fail("computes")
     )

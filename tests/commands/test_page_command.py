@@ -292,7 +292,7 @@ def test_it_fits_a_screen_400_pixels_wide(page):
         assert box["x"] >= 0 and box["x"] + box["width"] <= 400
 
 
-def test_a_file_that_is_no_picture_is_told_and_the_page_goes_on(page, tmp_path):
+def test_a_file_that_is_no_picture_is_reported_and_the_page_goes_on(page, tmp_path):
     upload(page, PICTURE)
     before = shown_classes(page)
     page.get_by_label("Remove Image").click()
@@ -306,7 +306,7 @@ def test_a_file_that_is_no_picture_is_told_and_the_page_goes_on(page, tmp_path):
     assert shown_classes(page) == before
 
 
-def test_a_huge_picture_is_told(page, tmp_path):
+def test_a_huge_picture_is_reported(page, tmp_path):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
     upload(page, tmp_path / "huge.png")
     page.get_by_text("decompression bomb").wait_for()

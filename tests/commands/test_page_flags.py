@@ -49,7 +49,7 @@ def test_an_export_takes_no_configuration(capsys, tmp_path, port, flag):
     pytest.importorskip("gradio", reason=NEEDS_GRADIO)
     (tmp_path / "replknet.json").write_text("{}")
     assert main([str(tmp_path), flag, port]) == 2
-    assert "which is no checkpoint or run folder; allowed" in capsys.readouterr().err
+    assert "which is not a checkpoint or run folder; allowed" in capsys.readouterr().err
 
 
 def test_a_checkpoint_takes_a_configuration(monkeypatch, run_folder, port):

@@ -87,7 +87,7 @@ def test_an_export_is_all_it_takes_and_brings_the_names_of_the_classes(export, t
     assert sum(float(row[f"score_{i}"]) for i in range(1, 10)) == pytest.approx(1, abs=1e-5)
 
 
-def test_a_folder_is_classified_and_what_does_not_decode_is_skipped_and_told(
+def test_a_folder_is_classified_and_what_does_not_decode_is_skipped_and_reported(
     run_folder, photos, tmp_path, capsys
 ):
     out = tmp_path / "results.jsonl"
@@ -279,7 +279,10 @@ def bad_inputs(folder, run_folder, export):
         "grid": ([run, picture, f"--save-grid={folder}/there.png"], "there.png exists"),
         "opts": ([run, picture, "-opts", "MODEL.NAMES", "x"], "MODEL.NAMES"),
         "no cfg": ([run, picture, f"-cfg={folder}/no.yaml"], "no.yaml"),
-        "cfg of an export": ([str(export), picture, "-cfg=x.yaml"], "no checkpoint or run folder"),
+        "cfg of an export": (
+            [str(export), picture, "-cfg=x.yaml"],
+            "not a checkpoint or run folder",
+        ),
         "opts of an export": ([str(export), picture, "-opts", *MERGED], "is no checkpoint"),
         "opts of a name": (["replknet-31b-1k-224", picture, "-opts", *MERGED], "published model"),
     }

@@ -93,7 +93,7 @@ def test_a_batch_is_erased_by_one_write_with_constants_of_the_device(mode, monke
     finish(paddle.full([1, 4, 4, 3], 7, "uint8"))
 
 
-def test_workers_start_when_told_to(tiny_config_file, tiny_data):
+def test_workers_start_when_reported_to(tiny_config_file, tiny_data):
     from tiny import flags
 
     from replknet_paddle.config import get_config, update_config

@@ -116,7 +116,7 @@ def test_what_cannot_become_a_list_is_refused(tmp_path):
     assert not list(tmp_path.glob("*.txt*"))
 
 
-def test_command_line_replaces_lists_only_when_told(tmp_path, capsys):
+def test_command_line_replaces_lists_only_when_reported(tmp_path, capsys):
     tree(tmp_path, ["train/a/1.jpg", "val/a/1.jpg"])
     assert make_lists_command([str(tmp_path)]) == 0
     assert "train_list.txt: 1 lines" in capsys.readouterr().out

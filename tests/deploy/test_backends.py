@@ -301,7 +301,7 @@ def test_an_export_of_paddle_3_on_paddle_2_says_so(monkeypatch, tmp_path, config
 
 
 def test_a_folder_that_is_nothing(tmp_path):
-    with pytest.raises(InputError, match=r"is no exported model: it has no replknet\.json"):
+    with pytest.raises(InputError, match=r"is not an exported model: it has no replknet\.json"):
         open_backend(tmp_path)
 
 

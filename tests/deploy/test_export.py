@@ -89,7 +89,7 @@ def test_nothing_else_is_overwritten(tmp_path, config, what):
     else:
         target.mkdir()
         (target / "precious").write_text("precious")
-    with pytest.raises(InputError, match="no earlier export"):
+    with pytest.raises(InputError, match="not an earlier export"):
         export_model(small_network(config), target, Sidecar.build(config, format="paddle"))
     assert listing(tmp_path) == ["dst", "small.yaml"]
     assert (target if what == "a file" else target / "precious").read_text() == "precious"
@@ -117,7 +117,7 @@ def test_what_comes_while_it_is_exported_stays(tmp_path, config, monkeypatch):
         "replknet_paddle.deploy.export.write_paddle_model",
         lambda *_: (target / "precious").write_text("precious"),
     )
-    with pytest.raises(InputError, match="no earlier export"):
+    with pytest.raises(InputError, match="not an earlier export"):
         export_model(small_network(config), target, sidecar)
     assert listing(target) == ["precious"]
 

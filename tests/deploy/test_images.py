@@ -118,7 +118,7 @@ def as_nobody():
         os.seteuid(0)
 
 
-def test_a_folder_without_permission_is_an_error_or_told_among_the_files():
+def test_a_folder_without_permission_is_an_error_or_reported_among_the_files():
     with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to others
         os.chmod(folder, 0o755)
         picture = make(Path(folder) / "a.png")

@@ -75,7 +75,7 @@ def pixels_of(drawn, colour):
     return int((np.asarray(drawn) == colour).all(axis=-1).sum())
 
 
-def test_right_and_wrong_are_told_apart_where_the_class_is_known():
+def test_right_and_wrong_are_reported_apart_where_the_class_is_known():
     def draw(truth):
         picture = Image.new("RGB", (60, 40), RED)
         return annotate(picture, ["cat", "dog"], [0.9, 0.1], caption="x", truth=truth)

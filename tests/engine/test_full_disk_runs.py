@@ -1,4 +1,4 @@
-"""Training and evaluation on a disk without room: one message with the path, nothing left."""
+"""Training and evaluation on a full disk: one message with the path, nothing left."""
 
 import os
 

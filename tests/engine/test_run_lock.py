@@ -48,7 +48,7 @@ def holder(tmp_path):
     run.wait()
 
 
-def test_the_second_process_is_told_which_one_holds_the_lock(holder, tmp_path):
+def test_the_second_process_is_reported_which_one_holds_the_lock(holder, tmp_path):
     said = finish([tmp_path, 0.3], output=tmp_path / "log", target=lock_at_once, status=2)
     assert f"{tmp_path} is in use by process {holder.pid} on " in said
 

@@ -94,7 +94,7 @@ def test_another_compiler_makes_another_library(fake):
         ("false", "false failed with status 1"),
     ],
 )
-def test_failure_is_told_and_remembered(fake, monkeypatch, compiler, told):
+def test_failure_is_reported_and_remembered(fake, monkeypatch, compiler, told):
     monkeypatch.setenv("CXX", compiler)
     with pytest.raises(BuildError, match=told):
         operators_library().build()
@@ -106,7 +106,7 @@ def test_failure_is_told_and_remembered(fake, monkeypatch, compiler, told):
     assert operators_library().build()[0] == operators_library().find()
 
 
-def test_no_compiler_at_all_is_told(fake, monkeypatch):
+def test_no_compiler_at_all_is_reported(fake, monkeypatch):
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(fake.parent))
     with pytest.raises(BuildError, match="no C.. compiler: none of c.., g.., clang.."):

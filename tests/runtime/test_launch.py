@@ -24,7 +24,7 @@ def test_the_master_is_its_own_host_by_whatever_name(monkeypatch):
     assert node_addresses("debian:80") == (f"{OWN}:80", OWN)
 
 
-def test_another_machine_is_told_the_address_on_the_way_to_the_master(monkeypatch):
+def test_another_machine_is_reported_the_address_on_the_way_to_the_master(monkeypatch):
     monkeypatch.setattr(socket, "gethostbyname", lambda name: "203.0.113.7")
     monkeypatch.setattr(nodes, "outgoing_address", lambda destination: f"to {destination}")
     assert node_addresses("head:80") == ("203.0.113.7:80", "to 203.0.113.7")

@@ -55,7 +55,7 @@ def test_weights_and_their_average_give_different_results(evaluate):
     assert losses["model_ema"] != pytest.approx(plain, rel=1e-3)
 
 
-def test_file_that_does_not_fit_is_told_without_a_traceback(evaluate, capsys):
+def test_file_that_does_not_fit_is_reported_without_a_traceback(evaluate, capsys):
     status, _ = evaluate("tiny31_official_merged.pth")
     assert status == 2
     error = capsys.readouterr().err

@@ -7,7 +7,7 @@ timm has several scales for one operation, the names tell them apart: the plain 
 setting `rand-m9-mstd0.5-inc1`: magnitude 9, its noise of standard deviation 0.5, the increasing
 scales.
 
-timm draws bilinear or bicubic resampling at random unless told otherwise. The official
+timm draws bilinear or bicubic resampling at random unless stated otherwise. The official
 recipe tells it bicubic, and so it is here. Every operation gives the pixels that Pillow's function
 of that name gives.
 """

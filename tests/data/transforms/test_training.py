@@ -20,7 +20,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def train_transform(**changed) -> TrainTransform:
-    """Random crop and flip alone, unless told otherwise."""
+    """Random crop and flip alone, unless stated otherwise."""
     return TrainTransform(
         **(
             {
