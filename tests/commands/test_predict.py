@@ -283,7 +283,7 @@ def bad_inputs(folder, run_folder, export):
             [str(export), picture, "-cfg=x.yaml"],
             "not a checkpoint or run folder",
         ),
-        "opts of an export": ([str(export), picture, "-opts", *MERGED], "is no checkpoint"),
+        "opts of an export": ([str(export), picture, "-opts", *MERGED], "is not a checkpoint"),
         "opts of a name": (["replknet-31b-1k-224", picture, "-opts", *MERGED], "published model"),
     }
 
