@@ -25,7 +25,7 @@ once="
     tests/commands/test_plot.py
     tests/data/test_class_names.py
     tests/data/test_fuzz.py
-    tests/data/test_images.py
+    tests/data/test_image_files.py
     tests/data/test_list_files.py
     tests/data/test_lists.py
     tests/data/test_samplers.py
