@@ -160,3 +160,9 @@ config.get_config()
 def test_what_must_answer_at_once_does_not_import_paddle(code):
     done = run_python(f"import sys\n{code}\nsys.exit('paddle' in sys.modules)")
     assert done.returncode == 0, done.stderr
+
+
+def test_test_files_have_names_of_their_own():
+    """pytest imports them by their names alone."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
