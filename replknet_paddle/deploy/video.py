@@ -47,7 +47,9 @@ def import_opencv():
     """
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     cv2 = import_extra("cv2", "video")
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    # The function's place in OpenCV 4 and in OpenCV 5; 0 is silent in both.
+    owner = cv2 if hasattr(cv2, "setLogLevel") else cv2.utils.logging
+    owner.setLogLevel(0)
     return cv2
 
 
