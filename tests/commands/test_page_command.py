@@ -241,18 +241,20 @@ def without_margins(shown, size):
 
 def test_the_page_says_what_its_model_is(page, run_folder):
     assert f"tiny ({run_folder})" in page.locator("h1").inner_text()
-    text = page.locator("body").inner_text()
-    assert "Trained on the images of " in text
-    assert "It sees 96 x 96 pixels and tells 7 classes apart." in text
+    page.get_by_text("Trained on the images of ").first.wait_for()
+    page.get_by_text("It sees 96 x 96 pixels and tells 7 classes apart.").first.wait_for()
     page.get_by_text("Its 7 classes").click()
     listed = page.locator("#classes-list li")
+    listed.nth(len(CLASSES) - 1).wait_for()  # it is filled once it is open
     assert listed.all_inner_texts() == CLASSES
 
 
 def test_every_picture_is_described_in_words(page):
     upload(page, PICTURE)
     seen_pictures(page)
-    page.wait_for_function("() => document.querySelector('#picture img')?.alt")
+    page.wait_for_function(
+        "() => document.images.length === 3 && [...document.images].every(image => image.alt)"
+    )
     described = [image.get_attribute("alt") for image in page.locator("img").all()]
     assert len(described) == 3 and all(described), described
     assert page.locator("#seen .scale").get_attribute("aria-label").startswith("Colours of the")
