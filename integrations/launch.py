@@ -47,7 +47,6 @@ def main(argv: list[str]) -> int:
     sys.path[0] = str(script.resolve().parent)
     sys.path.insert(1, str(folder))
     sys.path.append(str(Path(__file__).resolve().parent.parent))
-    import_module("replknet_paddle")  # before Paddle 2.6, whose zlib would replace the system's
     import_module(adapter)
     sys.argv = argv
     runpy.run_path(str(script), run_name="__main__")

@@ -10,13 +10,10 @@ takes no time.
 """
 
 import importlib
-import sys
-import zlib  # noqa: F401  before Paddle 2.6: see runtime/system_zlib.py
 
-if "paddle" in sys.modules:
-    from replknet_paddle.runtime import system_zlib
+from replknet_paddle.runtime.supported_paddle import refuse_other_paddles
 
-    system_zlib.restore()
+refuse_other_paddles()
 
 __version__ = "0.2.0"
 

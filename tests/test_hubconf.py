@@ -10,6 +10,8 @@ from tiny import FIXTURES, ROOT
 from replknet_paddle.config import CONFIG_FOLDER
 from replknet_paddle.zoo.records import MODELS
 
+pytestmark = pytest.mark.paddle_version
+
 ENTRIES = {
     "replknet_31b",
     "replknet_31b_384",

@@ -13,6 +13,8 @@ from replknet_paddle.config import get_config
 from replknet_paddle.model import RepLKNet, build_replknet
 from replknet_paddle.ops import use_fast_depthwise_conv, use_fast_pointwise_conv
 
+pytestmark = [pytest.mark.numbers, pytest.mark.paddle_version]
+
 REFERENCE_CONFIG = """
 DATA:
   IMAGE_SIZE: 64

@@ -110,11 +110,12 @@ def run(args) -> int:
         status, message = train_or_evaluate(args)
     except Exception:
         message = traceback.format_exc()
-    from replknet_paddle.runtime.launch import leave_status
-
     if message:
         print(message.rstrip(), file=sys.stderr)
-    leave_status(status, message)
+    if "PADDLE_TRAINERS_NUM" in os.environ:
+        from replknet_paddle.runtime.launch import leave_status
+
+        leave_status(status, message)
     return status
 
 
@@ -128,16 +129,21 @@ def train_or_evaluate(args) -> tuple[int, str]:
     except (InputError, OSError) as error:
         return 2, f"error: {error}"
 
-    # Paddle is imported once the configuration is known to be right.
-    from replknet_paddle.deploy.backends import is_export, open_for_evaluation
-    from replknet_paddle.engine.run import run as run_config
-    from replknet_paddle.engine.run_log import append_to_log
-    from replknet_paddle.engine.signals import Stopped
-    from replknet_paddle.engine.train import DivergedError
-    from replknet_paddle.runtime.launch import PeerLost, another_failed, launch, wait_to_be_ended
-    from replknet_paddle.runtime.processes import is_launched
-
     try:
+        # Paddle is imported once the configuration is known to be right.
+        from replknet_paddle.deploy.backends import is_export, open_for_evaluation
+        from replknet_paddle.engine.run import run as run_config
+        from replknet_paddle.engine.run_log import append_to_log
+        from replknet_paddle.engine.signals import Stopped
+        from replknet_paddle.engine.train import DivergedError
+        from replknet_paddle.runtime.launch import (
+            PeerLost,
+            another_failed,
+            launch,
+            wait_to_be_ended,
+        )
+        from replknet_paddle.runtime.processes import is_launched
+
         if args.backend is not None and not config.EVAL:
             raise InputError(f"-backend {args.backend} without -eval; allowed: with -eval")
         if args.report is not None:

@@ -283,7 +283,7 @@ def model_path(folder: Path, sidecar: Sidecar, files: Iterable[str]) -> Path:
     """The ONNX file or the Paddle program among the `files` of an export folder.
 
     Raises:
-        InputError: they are not those of the export's format, or this Paddle cannot read them.
+        InputError: they are not those of the export's format.
     """
     programs = (ONNX_MODEL_FILE,) if sidecar.format == "onnx" else PADDLE_MODEL_FILES
     others = () if sidecar.format == "onnx" else (PADDLE_WEIGHTS_FILE,)
@@ -294,14 +294,7 @@ def model_path(folder: Path, sidecar: Sidecar, files: Iterable[str]) -> Path:
             f"{folder / FILE} lists {', '.join(sorted(files)) or 'no files'}; an export of format "
             f"{sidecar.format} has {wanted}; {AGAIN}"
         )
-    path = folder / found[0]
-    if path.suffix == ".json" and paddle.__version__.startswith("2."):
-        raise InputError(
-            f"{path} was written by Paddle {sidecar.paddle_version}, and Paddle "
-            f"{paddle.__version__} cannot read it; export it again with this Paddle, or use "
-            "-format onnx, which all read"
-        )
-    return path
+    return folder / found[0]
 
 
 class BackendLayer(nn.Layer):

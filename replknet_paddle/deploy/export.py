@@ -21,7 +21,8 @@ from replknet_paddle.ops import use_fast_depthwise_conv
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import check_folder_is_writable, name_the_file
 
-PADDLE_MODEL_FILES = ("model.json", "model.pdmodel")  # of Paddle 3 and Paddle 2
+# Paddle 3 writes the first; exports of version 0.2 may hold the second, which Paddle 3 reads.
+PADDLE_MODEL_FILES = ("model.json", "model.pdmodel")
 PADDLE_WEIGHTS_FILE = "model.pdiparams"
 CONV_IMPLS = ("paddle", "matmul")
 ONNX_MODEL_FILE = "model.onnx"
@@ -223,4 +224,3 @@ def write_paddle_model(
     form.eval()
     spec = paddle.static.InputSpec([None, 3, *(matmul_size or (None, None))], "float32", INPUT)
     paddle.jit.save(form, str(folder / "model"), input_spec=[spec])
-    (folder / "model.pdiparams.info").unlink(missing_ok=True)  # Paddle 2's, for training on

@@ -2,8 +2,7 @@
 Runtime, and OpenVINO."""
 
 import contextlib
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -12,18 +11,12 @@ import paddle
 from paddle import inference, nn
 
 from replknet_paddle.deploy.export import PADDLE_WEIGHTS_FILE
-from replknet_paddle.deploy.onnx_graph import INPUT
 from replknet_paddle.deploy.sidecar import Sidecar
 from replknet_paddle.ops import frozen_weights
 from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.cores import onednn_may_use_bfloat16, processor_has
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.extras import import_extra
-
-logger = logging.getLogger(__name__)
-
-# The largest batch that TensorRT prepares for.
-TENSORRT_BATCH = 64
 
 
 @runtime_checkable
@@ -136,7 +129,7 @@ class DygraphBackend:
 
 
 class PaddleBackend:
-    """Paddle Inference: oneDNN on CPU; on GPU with TensorRT where Paddle has it."""
+    """Paddle Inference: oneDNN on CPU, cuDNN on GPU."""
 
     name = "paddle"
 
@@ -144,19 +137,14 @@ class PaddleBackend:
         if not computes_in(self.name, precision):
             raise InputError(no_bfloat16(self.name))
         self.sidecar = sidecar
-        self.prepared = None  # largest batch and image side that TensorRT is prepared for
-
-        def settings():
+        try:
             config = inference.Config(str(path), str(path.with_name(PADDLE_WEIGHTS_FILE)))
             config.disable_glog_info()
             config.switch_ir_optim(True)
-            return config
-
-        try:
             if processes.on_gpu():
-                self.predictor, self.prepared = gpu_predictor(settings, sidecar, precision)
+                self.predictor = gpu_predictor(config, precision)
             else:
-                self.predictor = cpu_predictor(settings(), threads, precision)
+                self.predictor = cpu_predictor(config, threads, precision)
         except (RuntimeError, ValueError, IndexError, OSError, MemoryError) as error:
             if isinstance(error, InputError):
                 raise
@@ -165,20 +153,7 @@ class PaddleBackend:
         self.output = self.predictor.get_output_handle(self.predictor.get_output_names()[0])
 
     def run(self, images: np.ndarray) -> np.ndarray:
-        images = check_images(images, self.sidecar)
-        if self.prepared is None:
-            return self.run_batch(images)
-        largest, side = self.prepared
-        if images.shape[2:] != (side, side):
-            raise InputError(
-                f"images of {images.shape[2]} x {images.shape[3]} pixels; TensorRT is prepared for "
-                f"{side} x {side}, the size that the export's preprocessing makes"
-            )
-        parts = [images[i : i + largest] for i in range(0, len(images), largest)]
-        return np.concatenate([self.run_batch(part) for part in parts])
-
-    def run_batch(self, images: np.ndarray) -> np.ndarray:
-        self.input.copy_from_cpu(images)
+        self.input.copy_from_cpu(check_images(images, self.sidecar))
         self.predictor.run()
         return self.output.copy_to_cpu().astype(np.float32, copy=False)
 
@@ -198,16 +173,8 @@ def cpu_predictor(config, threads: int, precision: str):
     return inference.create_predictor(config)
 
 
-def gpu_predictor(settings: Callable, sidecar: Sidecar, precision: str):
-    """A predictor on the current GPU, with TensorRT if Paddle has it and it takes the network.
-
-    Paddle 3 gives its `.json` programs to TensorRT by a conversion of its own, which is left out:
-    they run on cuDNN.
-
-    Returns:
-        The predictor; and with TensorRT, the largest batch and the image side that it is prepared
-        for, else None.
-    """
+def gpu_predictor(config, precision: str):
+    """A predictor with cuDNN on the current GPU, of an `inference.Config`."""
     types = {
         "fp32": inference.PrecisionType.Float32,
         "fp16": inference.PrecisionType.Half,
@@ -218,48 +185,10 @@ def gpu_predictor(settings: Callable, sidecar: Sidecar, precision: str):
             f"precision {precision} with backend paddle on GPU; allowed: {', '.join(types)}"
         )
     device = int(paddle.device.get_device().partition(":")[2] or 0)
-
-    size = sidecar.preprocessing.image_size
-
-    def predictor(*, tensorrt: bool):
-        config = settings()
-        config.enable_use_gpu(256, device, types[precision])
-        # Paddle's depthwise kernel accumulates in half precision; the names of Paddle 2 and 3.
-        config.exp_disable_mixed_precision_ops({"depthwise_conv2d", "pd_op.depthwise_conv2d"})
-        if tensorrt:
-            config.enable_tensorrt_engine(
-                workspace_size=1 << 30,
-                max_batch_size=TENSORRT_BATCH,
-                min_subgraph_size=3,
-                precision_mode=types[precision],
-                use_static=False,
-                use_calib_mode=False,
-            )
-            config.set_trt_dynamic_shape_info(
-                {INPUT: [1, 3, size, size]},
-                {INPUT: [TENSORRT_BATCH, 3, size, size]},
-                {INPUT: [8, 3, size, size]},
-            )
-        return inference.create_predictor(config)
-
-    # Images of a segmentation network have any size; TensorRT is prepared for one.
-    if sidecar.segmentation is None and precision != "bf16" and has_tensorrt():
-        try:
-            return predictor(tensorrt=True), (TENSORRT_BATCH, size)
-        except (RuntimeError, ValueError) as error:
-            logger.warning("without TensorRT, which does not take this network: %s", error)
-    return predictor(tensorrt=False), None
-
-
-def has_tensorrt() -> bool:
-    """Whether this Paddle gives `.pdmodel` programs to a TensorRT that is installed."""
-    if not paddle.__version__.startswith("2."):
-        return False
-    try:
-        versions = (inference.get_trt_compile_version(), inference.get_trt_runtime_version())
-    except RuntimeError:  # PyPI's GPU wheel is built with TensorRT and does not bring it
-        return False
-    return all(any(version) for version in versions)
+    config.enable_use_gpu(256, device, types[precision])
+    # Paddle's depthwise kernel accumulates in half precision; the names in both kinds of program.
+    config.exp_disable_mixed_precision_ops({"depthwise_conv2d", "pd_op.depthwise_conv2d"})
+    return inference.create_predictor(config)
 
 
 class OnnxRuntimeBackend:

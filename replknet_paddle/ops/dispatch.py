@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import logging
-import os
 
 import paddle
 from paddle.autograd import PyLayer
@@ -47,7 +46,7 @@ def autocast_dtype(x):
     if x.dtype != paddle.float32 or is_on_cpu(x) or not paddle.in_dynamic_mode():
         return x.dtype
     one = _one_value(str(x.place))
-    return paddle.matmul(one, one).dtype  # Paddle 2.6 has no public way to ask
+    return paddle.matmul(one, one).dtype  # Paddle 3.1 has no public way to ask
 
 
 @functools.cache
@@ -99,37 +98,8 @@ def pair(value) -> list:
 
 
 def as_one_operation(target):
-    """Let program capture take a function or a layer as a whole, not follow its Python code.
-
-    What this takes of Paddle 2.6 is not public. With a Paddle that has moved it, everything in
-    eager mode works as before.
-    """
-    try:
-        return _as_one_operation(target)
-    except (ImportError, AttributeError) as error:
-        logger.debug("program capture follows %s: %s", target.__name__, error)
-        return target
-
-
-def _as_one_operation(target):
-    marker = getattr(paddle.jit, "marker", None)
-    if marker is not None:  # Paddle 3
-        return marker.unified(target)
-    from paddle.jit.sot.opcode_translator import skip_files
-    from paddle.jit.sot.utils import paddle_api_config
-
-    if isinstance(target, type):  # Paddle 2.6 can be told of functions alone
-        whole = _as_one_operation(target.forward)
-
-        def forward(self, x):
-            return whole(self, x)
-
-        target.forward = paddle.jit.not_to_static(forward)
-        return target
-    skip_files.skip_file_names.add(os.path.dirname(os.path.abspath(__file__)) + os.sep)
-    skip_files.setup_skip_files()
-    paddle_api_config.paddle_api_list.append(target)
-    return paddle.jit.not_to_static(target)
+    """Let program capture take a function or a layer as a whole, not follow its Python code."""
+    return paddle.jit.marker.unified(target)
 
 
 def apply_layer(layer: type[PyLayer], *arguments):
@@ -147,26 +117,5 @@ def run_operator(name: str, inputs: dict[str, paddle.Tensor], attributes: dict) 
     Args:
         inputs, attributes: by name, in the order of registration.
     """
-    run = getattr(paddle._C_ops, "_run_custom_op", None)  # Paddle 3
-    if run is None and paddle.in_dynamic_mode():
-        run = paddle.base.core.eager._run_custom_op
-    if run is not None and (paddle.in_dynamic_mode() or paddle.base.framework.in_pir_mode()):
-        out = run(name, *inputs.values(), *attributes.values())
-        return out[0] if isinstance(out, (list, tuple)) else out
-    from paddle.base.layer_helper import LayerHelper
-
-    # Paddle 2.6's gradient operators need a place for every gradient, wanted or not.
-    inputs = {
-        slot: _with_gradient(tensor) if tensor.stop_gradient else tensor
-        for slot, tensor in inputs.items()
-    }
-    helper = LayerHelper(name)
-    out = helper.create_variable_for_type_inference(dtype=inputs["X"].dtype)
-    helper.append_op(type=name, inputs=inputs, outputs={"Out": out}, attrs=attributes)
-    return out
-
-
-def _with_gradient(tensor):
-    tensor = paddle.assign(tensor)
-    tensor.stop_gradient = False
-    return tensor
+    out = paddle._C_ops._run_custom_op(name, *inputs.values(), *attributes.values())
+    return out[0] if isinstance(out, (list, tuple)) else out

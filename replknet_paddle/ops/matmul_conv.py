@@ -49,8 +49,8 @@ def matmul_conv(
         weight: (C, 1, K, K), K odd; is rounded to the type of x.
         memory_bytes: bound of `Plan.scratch_bytes`.
         forward: `matmul`, or `paddle` for Paddle's own convolution with gradients by products.
-        training: whether a program that is being captured is to have these gradients. Programs to
-            export must not: Paddle 2.6 cannot save several.
+        training: whether a program that is being captured is to have these gradients; a program to
+            export has no use for them.
 
     Returns:
         (N, C, H, W) in the type of x.

@@ -3,7 +3,7 @@
 Both take images of any size. ONNX has no pooling over a grid of a given number of cells, so the
 averages of the pooling pyramid are products with matrices that the graph computes from the size of
 the map. In the Paddle form the resizing is such products, too: with oneDNN, Paddle Inference gives
-wrong values for bilinear interpolation in 2.6.2 and raises NotImplementedError in 3.3.1.
+raises NotImplementedError for bilinear interpolation (3.3.1).
 """
 
 from functools import partial
@@ -46,7 +46,7 @@ def product(rows: paddle.Tensor, x: paddle.Tensor, columns: paddle.Tensor) -> pa
     """rows (h, H) times each map of (N, C, H, W) times the transpose of columns (w, W).
 
     The products are of two matrices each: oneDNN's of more dimensions are wrong in Paddle
-    Inference 2.6.2 and 3.3.1.
+    Inference 3.3.1.
     """
     return times(times(x, columns).transpose([0, 1, 3, 2]), rows).transpose([0, 1, 3, 2])
 

@@ -17,6 +17,8 @@ from replknet_paddle.ops.library import LibraryError, self_test, thread_count
 from replknet_paddle.runtime.compiler import BuildError, build_folder
 from replknet_paddle.runtime.errors import InputError
 
+pytestmark = pytest.mark.paddle_version
+
 FAKE_COMPILER = """#!/bin/sh
 # Writes an empty file where a compiler would write its output, and counts.
 [ "$1" = --version ] && { echo fake 1.0; exit 0; }

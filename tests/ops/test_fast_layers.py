@@ -15,7 +15,7 @@ from replknet_paddle.ops import (
     use_fast_pointwise_conv,
 )
 
-pytestmark = pytest.mark.usefixtures("operators")
+pytestmark = [pytest.mark.usefixtures("operators"), pytest.mark.numbers, pytest.mark.paddle_version]
 
 VARIANTS = {  # kernels, small kernel, ratio, large and small kernels in each block
     "31B": ([31, 29, 27, 13], 5, 1.0, 2),

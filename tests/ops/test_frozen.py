@@ -10,7 +10,7 @@ from paddle import nn
 from replknet_paddle.ops import frozen, frozen_weights, get_library, use_fast_depthwise_conv
 from replknet_paddle.optim.ema import ModelEma
 
-pytestmark = pytest.mark.usefixtures("operators")
+pytestmark = [pytest.mark.usefixtures("operators"), pytest.mark.numbers, pytest.mark.paddle_version]
 
 
 class Case:

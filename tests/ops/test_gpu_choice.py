@@ -21,6 +21,8 @@ from replknet_paddle.ops import (
 from replknet_paddle.ops.gpu_choice import CHOICES, PADDLE, choose
 from replknet_paddle.runtime import processes
 
+pytestmark = pytest.mark.paddle_version
+
 SHAPE = (2, 4, 12, 10)
 # Seconds of Paddle's own and of products, forward and for the gradients.
 FASTEST = {

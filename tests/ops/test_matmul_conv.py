@@ -16,6 +16,8 @@ from paddle import nn
 from replknet_paddle.ops import large_kernel_depthwise_conv2d, use_fast_depthwise_conv
 from replknet_paddle.ops.matmul_conv import weight_gradient
 
+pytestmark = [pytest.mark.numbers, pytest.mark.paddle_version]
+
 STAGES = [(128, 56, 31), (256, 28, 29), (512, 14, 27), (1024, 7, 13)]
 NAMES = ("y", "dx", "dweight", "dbias")
 HALF = ("float16", "bfloat16")
@@ -223,8 +225,6 @@ def test_a_captured_program_trains_like_eager_mode(full_graph):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_recomputation_gives_the_same_gradients(reentrant):
-    if not reentrant and paddle.__version__.startswith("2."):
-        pytest.skip("use_reentrant=False came with Paddle 3 for layers with gradients of their own")
     from paddle.distributed.fleet.utils import recompute
 
     model, images = Net(), paddle.randn([2, 3, 12, 10])

@@ -18,6 +18,8 @@ from replknet_paddle.ops import (
     use_fast_pointwise_conv,
 )
 
+pytestmark = pytest.mark.numbers
+
 
 def pair(make):
     """Two networks of the same weights: on Paddle's own convolutions, and on products."""

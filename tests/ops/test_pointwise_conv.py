@@ -8,7 +8,7 @@ from paddle import nn
 
 from replknet_paddle.ops import LibraryError, pointwise_conv2d, use_fast_pointwise_conv
 
-pytestmark = pytest.mark.usefixtures("operators")
+pytestmark = [pytest.mark.usefixtures("operators"), pytest.mark.numbers, pytest.mark.paddle_version]
 
 
 def ours(x, weight, dy):

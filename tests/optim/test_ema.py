@@ -7,6 +7,8 @@ from replknet_paddle.optim.ema import ModelEma
 from replknet_paddle.optim.optimizer import build_optimizer
 from replknet_paddle.runtime.errors import InputError
 
+pytestmark = pytest.mark.paddle_version
+
 
 @pytest.fixture
 def trained():

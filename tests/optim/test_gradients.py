@@ -12,6 +12,8 @@ from processes import finish_ranks
 from replknet_paddle.optim.gradients import Gradients
 from replknet_paddle.runtime import processes
 
+pytestmark = pytest.mark.paddle_version
+
 
 class Scale(nn.Layer):
     """x -> weight * x, in the weight's type."""

@@ -4,6 +4,8 @@ import pytest
 
 from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
+pytestmark = pytest.mark.paddle_version
+
 LABELS = np.array([0, 3, 3, 6])
 
 

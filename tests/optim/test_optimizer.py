@@ -15,6 +15,8 @@ from replknet_paddle.optim.optimizer import (
 from replknet_paddle.optim.parameter_groups import layer_id
 from replknet_paddle.runtime.errors import InputError
 
+pytestmark = pytest.mark.paddle_version
+
 KINDS = ("moment1", "moment2", "beta1_pow", "beta2_pow")
 
 
