@@ -5,10 +5,12 @@ import paddle
 import pytest
 from small_networks import FORMS, assert_same, images, logits, small_config, small_network
 
-from replknet_paddle.deploy import open_backend, runtimes
+from replknet_paddle.deploy import open_backend
 from replknet_paddle.deploy.export import PADDLE_MODEL_FILES, check_combination, export_model
 from replknet_paddle.deploy.sidecar import Sidecar
 from replknet_paddle.runtime.errors import InputError
+
+pytestmark = pytest.mark.paddle_version
 
 
 def operations(folder):
@@ -46,28 +48,3 @@ def test_the_option_is_refused_where_it_has_no_meaning():
         check_combination("onnx", "fp32", "matmul")
     with pytest.raises(InputError, match="-conv_impl fft; allowed: paddle, matmul"):
         check_combination("paddle", "fp32", "fft")
-
-
-class Config:
-    """What `inference.Config` is told."""
-
-    def __init__(self):
-        self.told = {}
-
-    def __getattr__(self, name):
-        return lambda *arguments, **options: self.told.setdefault(name, arguments or options)
-
-
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_paddles_depthwise_kernel_stays_float32_in_mixed_precision_on_gpu(
-    precision, tmp_path, monkeypatch
-):
-    config = Config()
-    monkeypatch.setattr(runtimes.inference, "create_predictor", lambda config: config)
-    monkeypatch.setattr(paddle.device, "get_device", lambda: "gpu:0")
-    monkeypatch.setattr(runtimes.inference, "get_trt_compile_version", lambda: (0, 0, 0))
-    sidecar = Sidecar.build(small_config(tmp_path), format="paddle", precision=precision)
-    predictor, _ = runtimes.gpu_predictor(lambda: config, sidecar, precision)
-    (excluded,) = predictor.told["exp_disable_mixed_precision_ops"]
-    assert excluded == {"depthwise_conv2d", "pd_op.depthwise_conv2d"}
-    paddle.inference.Config().exp_disable_mixed_precision_ops(excluded)  # Paddle's own takes it

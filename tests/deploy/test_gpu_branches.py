@@ -1,17 +1,15 @@
 """What Paddle Inference is asked to do on GPUs, with the device faked."""
 
-from types import SimpleNamespace
-
 import paddle
 import pytest
 from small_networks import small_config, small_network
 
 from replknet_paddle.deploy import open_backend, runtimes
-from replknet_paddle.deploy.runtimes import TENSORRT_BATCH, computes_in, gpu_predictor
+from replknet_paddle.deploy.runtimes import computes_in, gpu_predictor
 from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.errors import InputError
 
-SIDECAR = SimpleNamespace(preprocessing=SimpleNamespace(image_size=32), segmentation=None)
+pytestmark = pytest.mark.paddle_version
 
 
 class Settings:
@@ -37,34 +35,23 @@ def on_gpu(monkeypatch):
     return pretend
 
 
-def tensorrt_of_the_wheel(monkeypatch, runtime_version):
-    """As `paddlepaddle-gpu` 2.6.2 of PyPI, which is built with TensorRT and does not bring it."""
-    monkeypatch.setattr(paddle, "__version__", "2.6.2")
-    monkeypatch.setattr(runtimes.inference, "get_trt_compile_version", lambda: (8, 5, 3))
-    monkeypatch.setattr(runtimes.inference, "get_trt_runtime_version", runtime_version)
-
-
-def missing_library():
-    raise RuntimeError("(NotFound) TensorRT is needed, but its dynamic library is not found.")
-
-
-@pytest.mark.parametrize("runtime_version", [missing_library, lambda: (0, 0, 0)])
-def test_a_gpu_without_tensorrt_uses_cudnn(monkeypatch, on_gpu, runtime_version):
+@pytest.mark.parametrize(
+    "precision, kind", [("fp32", "Float32"), ("fp16", "Half"), ("bf16", "Bfloat16")]
+)
+def test_paddle_inference_computes_on_this_processes_gpu(on_gpu, precision, kind):
     on_gpu()
-    tensorrt_of_the_wheel(monkeypatch, runtime_version)
-    predictor, prepared = gpu_predictor(Settings, SIDECAR, "fp16")
-    assert prepared is None and "enable_tensorrt_engine" not in predictor.calls
-    assert predictor.calls["enable_use_gpu"][0][1:] == (1, paddle.inference.PrecisionType.Half)
+    calls = gpu_predictor(Settings(), precision).calls
+    assert calls["enable_use_gpu"][0][1:] == (1, getattr(paddle.inference.PrecisionType, kind))
+    # It would accumulate in half precision.
+    ((excluded,), _) = calls["exp_disable_mixed_precision_ops"]
+    assert excluded == {"depthwise_conv2d", "pd_op.depthwise_conv2d"}
+    paddle.inference.Config().exp_disable_mixed_precision_ops(excluded)  # Paddle's own takes it
 
 
-def test_a_gpu_with_tensorrt_is_prepared_for_batches(monkeypatch, on_gpu):
+def test_int8_is_refused_on_a_gpu(on_gpu):
     on_gpu()
-    tensorrt_of_the_wheel(monkeypatch, lambda: (8, 5, 3))
-    predictor, prepared = gpu_predictor(Settings, SIDECAR, "fp32")
-    assert prepared == (TENSORRT_BATCH, 32) and "enable_tensorrt_engine" in predictor.calls
-    for other, version in (("bf16", "2.6.2"), ("fp32", "3.3.1")):
-        monkeypatch.setattr(paddle, "__version__", version)
-        assert gpu_predictor(Settings, SIDECAR, other)[1] is None
+    with pytest.raises(InputError, match="precision int8 .* on GPU; allowed: fp32, fp16, bf16"):
+        gpu_predictor(Settings(), "int8")
 
 
 @pytest.mark.parametrize("capability, allowed", [((7, 5), False), ((8, 0), True), ((9, 0), True)])

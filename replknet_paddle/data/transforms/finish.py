@@ -56,7 +56,7 @@ class FinishBatch:
             self._constants = [paddle.to_tensor(c) for c in (_WHITE, self.mean, self.std)]
         white, mean, std = self._constants
         images = pixels.transpose([0, 3, 1, 2]).astype("float32")
-        # By a tensor: Paddle 3.0 multiplies by the inverse of a number, which rounds differently.
+        # By a tensor: Paddle 3.1 multiplies by the inverse of a number, which rounds differently.
         images = (images / white - mean) / std
         if not erasures:
             return images
