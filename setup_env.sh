@@ -73,7 +73,8 @@ END
 
 # Install with the environment's pip; what it says is kept in the file $log.
 pip_install() {
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@" >"$log" 2>&1
+    "$venv/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check "$@" \
+        >"$log" 2>&1
 }
 
 # Paddle for CPU and for GPU are two packages with the same files.

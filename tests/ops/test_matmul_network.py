@@ -126,12 +126,8 @@ import sys
 import paddle
 
 # A Paddle that has moved what the CPU operators and program capture need of it.
-owners = [(paddle.jit, "marker"), (paddle._C_ops, "_run_custom_op")]
-for owner, name in [*owners, (paddle.base.core.eager, "_run_custom_op")]:
-    if hasattr(owner, name):
-        delattr(owner, name)
-for name in ("jit.sot.opcode_translator", "jit.sot.utils", "jit.dy2static.py_layer",
-             "base.layer_helper", "utils.cpp_extension"):
+del paddle._C_ops._run_custom_op
+for name in ("jit.dy2static.py_layer", "utils.cpp_extension"):
     sys.modules["paddle." + name] = None
 paddle.device.get_device = lambda: "gpu:0"
 
