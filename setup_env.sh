@@ -19,10 +19,10 @@ cd "$(dirname "$0")"
 index=${PADDLE_INDEX:-https://www.paddlepaddle.org.cn/packages/stable}
 
 # Paddle's builds: folder of the index, lowest and highest compute capability (x 10) that it has code
-# for, oldest driver, oldest Paddle. docs/gpu.md has the same table, with sources.
-BUILDS="cu118 60 86 450 3.1
-cu126 70 90 525 3.1
-cu129 80 129 525 3.2"
+# for, oldest driver. docs/gpu.md has the same table, with sources.
+BUILDS="cu118 60 86 450
+cu126 70 90 525
+cu129 80 129 525"
 
 fail() {
     echo "error: $*" >&2
@@ -55,7 +55,7 @@ choose_paddle() {
         return
     fi
     no_gpu="no build of Paddle has code for all of $names; CUDA_VISIBLE_DEVICES hides some"
-    while read -r build lowest highest oldest_driver oldest_paddle; do
+    while read -r build lowest highest oldest_driver; do
         if [ "$1" -lt "$lowest" ] || [ "$2" -gt "$highest" ]; then
             continue
         fi
@@ -63,7 +63,7 @@ choose_paddle() {
         if [ "${3%%.*}" -lt "$oldest_driver" ]; then
             no_gpu="driver $3 is too old for Paddle on $names; it needs $oldest_driver or later"
         else
-            paddle="paddlepaddle-gpu>=$oldest_paddle,<3.4 --extra-index-url $index/$build/"
+            paddle="-r requirements/gpu.txt --extra-index-url $index/$build/"
         fi
         return
     done <<END
@@ -98,9 +98,7 @@ compile_ops() {
 if [ "${1:-}" = --paddle ]; then
     choose_paddle
     [ -z "$no_gpu" ] || echo "Paddle for CPU: $no_gpu" >&2
-    # shellcheck disable=SC2086  # words
-    set -- $paddle
-    echo "python3 -m pip install '$1' $2 ${3:-}"
+    echo "python3 -m pip install $paddle"
     exit 0
 fi
 
@@ -167,16 +165,18 @@ sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1; then
     fi
     rm -f "$venv/installed" "$venv/no-gpu"
     [ "$(cat "$venv/paddle" 2>/dev/null || echo "$paddle")" = "$paddle" ] || uninstall_paddle
-    if [ "${paddle#-r}" = "$paddle" ]; then
-        echo "installing $paddle into $venv" >&2
-        # shellcheck disable=SC2086  # words
-        if pip_install $paddle; then
-            no_gpu=$(why_no_gpu "$venv/bin/python")
-            [ -z "$no_gpu" ] || uninstall_paddle
-        else
-            no_gpu="pip could not install $paddle ($(grep '^ERROR' "$log" | tail -n 1))"
-        fi
-    fi
+    case $paddle in
+        *gpu.txt*)
+            echo "installing $paddle into $venv" >&2
+            # shellcheck disable=SC2086  # words
+            if pip_install $paddle; then
+                no_gpu=$(why_no_gpu "$venv/bin/python")
+                [ -z "$no_gpu" ] || uninstall_paddle
+            else
+                no_gpu="pip could not install $paddle ($(grep '^ERROR' "$log" | tail -n 1))"
+            fi
+            ;;
+    esac
     if [ -n "$no_gpu" ]; then
         echo "no GPU is used, but Paddle for CPU: $no_gpu" >&2
         echo "$no_gpu" > "$venv/no-gpu"
