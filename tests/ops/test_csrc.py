@@ -18,7 +18,7 @@ SOURCES = [
 STUB = Path(__file__).parent / "dnnl_stub.cpp"
 COMPILER = shutil.which("g++") or shutil.which("c++")
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")]
 
 SANITIZERS = {
     "none": [],
@@ -41,14 +41,7 @@ def _link_works(flags: list[str], folder: Path) -> bool:
     )
 
 
-@pytest.mark.parametrize(
-    ("sanitizer", "shapes"),
-    [
-        ("none", 500),
-        pytest.param("address", 10, marks=pytest.mark.slow),
-        pytest.param("thread", 10, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("sanitizer", "shapes"), [("none", 500), ("address", 10), ("thread", 10)])
 def test_kernels_are_exact_deterministic_and_safe(tmp_path, sanitizer, shapes):
     flags = SANITIZERS[sanitizer]
     if not _link_works(flags, tmp_path):
