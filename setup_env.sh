@@ -84,8 +84,8 @@ uninstall_paddle() {
 
 # Why the Python $1 does not compute on the GPUs of this machine, if there are any; else nothing.
 why_no_gpu() {
-    if [ -n "$(gpus)" ]; then
-        "$1" -m replknet_paddle.runtime.gpu_check 2>/dev/null || true
+    if [ -n "$(gpus)" ] && ! said=$("$1" -m replknet_paddle.runtime.gpu_check 2>&1); then
+        echo "$said" | tail -n 1
     fi
 }
 
