@@ -106,6 +106,8 @@ import os, types
 import numpy as np
 
 __version__, _device = "3.3.1", "cpu"
+if os.environ["FAKE_GPU"] == "does not start":
+    raise ImportError("libcudart.so.12: cannot open shared object file")
 
 class Tensor:
     def __init__(self, value): self.value = value
@@ -269,6 +271,9 @@ def test_paddle_is_tried_on_the_gpu(tmp_path, gpu, reason):
     "gpu, reason",
     [
         ("wrong", "Paddle 3.3.1 computes a wrong matrix product on NVIDIA Fake: relative error"),
+        pytest.param(
+            "does not start", "ImportError: libcudart.so.12: cannot open", marks=pytest.mark.slow
+        ),
         (
             "unreachable index",
             "pip could not install -r requirements/gpu.txt --extra-index-url file:",
