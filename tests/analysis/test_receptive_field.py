@@ -19,6 +19,8 @@ from replknet_paddle.checkpoints.convert import load_pretrained
 from replknet_paddle.model import RepLKNet
 from replknet_paddle.runtime.errors import InputError
 
+pytestmark = [pytest.mark.numbers, pytest.mark.paddle_version]
+
 # By the functions `get_input_grad` and `get_rectangle` of the official repository's erf/ scripts,
 # PyTorch 2.13, on the official network with tiny31_official.pth: `scores` (2, 64, 64) of the images
 # in tiny31_expected.npz, and `sides` of their mean at the four thresholds, 0 for none. In float64,

@@ -21,6 +21,8 @@ from replknet_paddle.checkpoints.writers import write_pdparams, write_safetensor
 from replknet_paddle.config import get_config
 from replknet_paddle.runtime.errors import InputError
 
+pytestmark = pytest.mark.paddle_version
+
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 CONFIGS = FIXTURES.parent.parent / "configs"
 REFERENCE_FILES = sorted(path.name for path in FIXTURES.glob("tiny*.p[td]*"))

@@ -1,6 +1,9 @@
 """Files that do not fit a network: the message says what they are and what to change."""
 
+import functools
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -12,18 +15,22 @@ from replknet_paddle.checkpoints.layouts import LAYOUTS, from_native
 from replknet_paddle.config import get_config
 from replknet_paddle.runtime.errors import InputError
 
+pytestmark = pytest.mark.paddle_version
+
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 CONFIGS = FIXTURES.parent.parent / "configs"
 
 
-def shapes(config_name: str, **keys) -> dict[str, tuple]:
+@functools.cache
+def shapes(config_name: str, **keys) -> Mapping[str, tuple]:
+    keys = {key: list(value) if isinstance(value, tuple) else value for key, value in keys.items()}
     config = get_config(str(CONFIGS / f"{config_name}.yaml"))
     config.defrost()
     config.MODEL.update(keys)
-    return parameter_shapes(config)
+    return MappingProxyType(parameter_shapes(config))
 
 
-def zeros(shapes: dict[str, tuple]) -> dict[str, np.ndarray]:
+def zeros(shapes: Mapping[str, tuple]) -> dict[str, np.ndarray]:
     """Tensors of full size that take no memory."""
     return {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
 
@@ -41,7 +48,7 @@ class Network(NamedTuple):
 def misfit(monkeypatch):
     """The message when a file of one state is loaded into a network of given shapes."""
 
-    def load(state: dict, network_shapes: dict, **options) -> str:
+    def load(state: dict, network_shapes: Mapping, **options) -> str:
         path = FIXTURES / "tiny31_official.pth"
         monkeypatch.setattr(convert, "read_checkpoint", lambda path: state)
         with pytest.raises(InputError) as caught:
@@ -114,10 +121,10 @@ PAIRS = {
     ),
     "small kernel": ("replknet_31b", {"SMALL_KERNEL": 7}, {}, ["MODEL.SMALL_KERNEL: 7"]),
     "ffn ratio": ("replknet_31b", {"FFN_RATIO": 2.0}, {}, ["MODEL.FFN_RATIO: 2.0"]),
-    "layers": ("replknet_31b", {"LAYERS": [2, 2, 6, 2]}, {}, ["MODEL.LAYERS: [2, 2, 6, 2]"]),
+    "layers": ("replknet_31b", {"LAYERS": (2, 2, 6, 2)}, {}, ["MODEL.LAYERS: [2, 2, 6, 2]"]),
     "no head": (
         "replknet_31b",
-        {"OUT_INDICES": [3]},
+        {"OUT_INDICES": (3,)},
         {},
         ["no head", "6 missing from the file", "2 x head.{weight, bias}"],
     ),

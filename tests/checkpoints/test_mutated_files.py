@@ -11,6 +11,7 @@ from replknet_paddle.runtime.errors import InputError
 
 FILES = 5000
 SHARDS = 20
+QUICK_SHARDS = 4  # of them in every run of the tests; all in the full one
 
 # Numbers that parsers stumble over, as 1, 2, 4 and 8 bytes.
 EXTREMES = [
@@ -54,7 +55,10 @@ def mutate(data: bytes, rng: np.random.Generator, others: list[bytes]) -> bytes:
     return bytes(data)
 
 
-@pytest.mark.parametrize("shard", range(SHARDS))
+@pytest.mark.parametrize(
+    "shard",
+    [pytest.param(i, marks=[pytest.mark.slow] if i >= QUICK_SHARDS else []) for i in range(SHARDS)],
+)
 def test_mutated_files_load_or_are_refused(shard, tmp_path):
     bases = every_format()
     path = tmp_path / "checkpoint"

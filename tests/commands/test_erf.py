@@ -1,15 +1,16 @@
 """`replknet erf` and `replknet kernels`: pictures, tables, and a killed run that goes on."""
 
 import os
-import subprocess
-import sys
+import signal
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import FIXTURES, ROOT, command
+from processes import Run, wait_for
+from tiny import FIXTURES, command
 
+from replknet_paddle.analysis import receptive_field
 from replknet_paddle.analysis.receptive_field import contribution_scores, load_field
 from replknet_paddle.checkpoints.convert import load_pretrained
 
@@ -92,43 +93,23 @@ def test_fields_are_compared_side_by_side(folder, flags, tmp_path, capsys):
     assert_picture(both, panels=2)
 
 
-# Waits before each image, so that the signal comes between two of them.
-SLOWLY = """
-import sys, time
-from replknet_paddle.analysis import receptive_field
-scores = receptive_field.contribution_scores
-receptive_field.contribution_scores = lambda *given: (time.sleep(0.5), scores(*given))[1]
-from replknet_paddle.commands import main
-sys.exit(main())
-"""
+def slow_erf(arguments) -> int:
+    """The command, which waits before each image, so that a signal comes between two of them."""
+    scores = receptive_field.contribution_scores
+    receptive_field.contribution_scores = lambda *given: (time.sleep(0.5), scores(*given))[1]
+    return erf(arguments)
 
 
 def test_a_killed_run_goes_on_and_gives_the_same_array(folder, flags, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    program = {"slow": ["-c", SLOWLY], "plain": ["-m", "replknet_paddle"]}
-
-    def start(kind, out):
-        return subprocess.Popen(
-            [sys.executable, *program[kind], "erf", *arguments(folder, flags, out)],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
     whole, killed = tmp_path / "whole.npy", tmp_path / "killed.npy"
-    process = start("slow", killed)
-    deadline = time.monotonic() + 300
-    while not killed.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.kill()
-    process.communicate()
+    run = Run(arguments(folder, flags, killed), output=tmp_path / "killed.txt", target=slow_erf)
+    wait_for(lambda: killed.exists() or run.process.exitcode is not None, timeout=300)
+    run.send(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL, run.text()
     assert 1 <= len(load_field(killed).images) < COUNT
     assert not (tmp_path / "killed.png").exists()
     for out in (killed, whole):
-        process = start("plain", out)
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+        assert erf(arguments(folder, flags, out)) == 0
     assert killed.read_bytes() == whole.read_bytes()
 
 

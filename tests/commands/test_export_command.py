@@ -129,16 +129,15 @@ def test_bad_input_is_one_message_and_writes_nothing(tmp_path, run_folder, capsy
 
 
 def test_the_command_runs_from_the_shell(tmp_path, run_folder):
-    for source, status in ((run_folder / "best", 0), (tmp_path / "nowhere", 2)):
-        done = subprocess.run(
-            [sys.executable, "-m", "replknet_paddle", "export", "--pretrained", str(source)]
-            + [str(tmp_path / f"dst{status}")],
-            cwd=ROOT,
-            text=True,
-            capture_output=True,
-            timeout=120,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == status, done.stderr
-        assert (tmp_path / f"dst{status}").exists() == (status == 0)
-        assert "Traceback" not in done.stderr
+    pytest.importorskip("onnx")  # quickly written
+    done = subprocess.run(
+        [sys.executable, "-m", "replknet_paddle", "export", "--format", "onnx"]
+        + ["--pretrained", str(run_folder / "best"), str(tmp_path / "dst")],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "dst").exists() and "Traceback" not in done.stderr

@@ -26,6 +26,10 @@ from replknet_paddle.deploy.page import look
 from replknet_paddle.deploy.pictures import fitted
 from replknet_paddle.deploy.predictor import Predictor, open_network
 
+# Starting the server takes ten seconds: what the page shows, and whom its server answers, is
+# tested without one in tests/deploy/test_page.py.
+pytestmark = pytest.mark.slow
+
 PICTURE = FIXTURES / "images" / "landscape_499x375.jpg"
 ROTATED = FIXTURES / "images" / "exif_rotated_400x300.jpg"
 CLASSES = ["cat", "Äpfel & <b>Birnen</b>", "猫", "二叉树", "fish", "bird", "tree"]

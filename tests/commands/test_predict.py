@@ -236,7 +236,15 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(run_folder, monkeypatch, 
     assert capsys.readouterr().err == ""
 
 
-def bad_inputs(folder, run_folder, export):
+@pytest.fixture(scope="module")
+def huge(tmp_path_factory):
+    """A picture too large to be read; it takes long to write."""
+    path = tmp_path_factory.mktemp("huge") / "huge.png"
+    Image.new("1", (20_000, 20_000)).save(path)
+    return path
+
+
+def bad_inputs(folder, run_folder, export, huge):
     """{what: (arguments, part of the message)}, with the files that they need."""
     picture = PICTURES[0]
     (folder / "empty").mkdir()
@@ -244,7 +252,7 @@ def bad_inputs(folder, run_folder, export):
     (folder / "full").mkdir()
     (folder / "full" / "file").touch()
     (folder / "there.png").write_bytes(b"precious")
-    Image.new("1", (20_000, 20_000)).save(folder / "huge.png")
+    os.link(huge, folder / "huge.png")
     for name, change in {
         "no_sidecar": lambda path: (path / FILE).unlink(),
         "other_version": lambda path: (path / FILE).write_text(
@@ -316,8 +324,10 @@ WHAT = [
 
 
 @pytest.mark.parametrize("what", WHAT)
-def test_bad_input_is_one_message_and_writes_nothing(tmp_path, run_folder, export, capfd, what):
-    inputs = bad_inputs(tmp_path, run_folder, export)
+def test_bad_input_is_one_message_and_writes_nothing(
+    tmp_path, run_folder, export, huge, capfd, what
+):
+    inputs = bad_inputs(tmp_path, run_folder, export, huge)
     assert list(inputs) == WHAT
     arguments, says = inputs[what]
     wanted = {"--out": "r.csv", "--save-pictures": "drawn", "--save-grid": "grid.png"}

@@ -139,17 +139,19 @@ def memory_bytes(pid: int) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="needs Linux")
 def test_memory_of_workers_and_parent_stays_flat(tmp_path, tiny_config_file):
+    """On small images: those of a few batches, which allocators keep or not, are then too few to
+    matter; one of each batch, kept for good, is not."""
     for i in range(50):
-        (tmp_path / f"{i}.jpg").write_bytes(picture(i, size=(500, 375)))
+        (tmp_path / f"{i}.jpg").write_bytes(picture(i, size=(160, 120)))
     lines = "".join(f"{i % 50}.jpg {i % 4}\n" for i in range(2000))
     (tmp_path / "train_list.txt").write_text(lines)
     config = configured(
-        tiny_config_file, tmp_path, "DATA.IMAGE_SIZE", 224, "DATA.NUM_WORKERS", 2,
+        tiny_config_file, tmp_path, "DATA.IMAGE_SIZE", 48, "DATA.NUM_WORKERS", 2,
         "TRAIN.RAND_AUGMENT", True, batch_size=10,
     )  # fmt: skip
     loader = get_dataloader(config, get_dataset(config, True), True)
     used = []
-    for number in range(5):
+    for number in range(6):
         loader.batch_sampler.set_epoch(number)
         assert sum(len(labels) for _, labels in loader) == 2000
         gc.collect()
@@ -157,4 +159,5 @@ def test_memory_of_workers_and_parent_stays_flat(tmp_path, tiny_config_file):
         used.append([memory_bytes(pid) for pid in (os.getpid(), *workers)])
     used = np.array(used) / 1e6
     print("MB of parent and workers after each epoch:", used.round(1).tolist())
-    assert (np.abs(used[1:] / used[0] - 1) < 0.02).all()
+    # From the second epoch on: after the first, allocators have not yet all of their pools.
+    assert (np.abs(used[2:] / used[1] - 1) < 0.02).all()

@@ -14,6 +14,8 @@ from tiny import make_data
 from replknet_paddle.data.dataset import get_dataloader, get_dataset
 from replknet_paddle.runtime.errors import InputError, SampleError
 
+pytestmark = pytest.mark.paddle_version
+
 
 def noisy(image, rng):
     return small(image, rng) + rng.normal(size=(3, 4, 4)).astype("float32")

@@ -2,7 +2,7 @@
 
 import json
 import logging
-import time
+import types
 
 import numpy as np
 import pytest
@@ -27,10 +27,27 @@ def cache(tmp_path, monkeypatch):
     return folder
 
 
+class Clock:
+    """Stands for the module `time`; goes on when someone sleeps, and not otherwise."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+    def read(self):
+        return self.now
+
+    def module(self):
+        return types.SimpleNamespace(sleep=self.sleep, monotonic=self.read, perf_counter=self.read)
+
+
 class Sleeper:
     """A backend whose run takes a time of its own."""
 
-    def __init__(self, name, seconds, opened):
+    def __init__(self, name, seconds, opened, clock):
+        self.clock = clock
         self.name = name
         self.seconds = seconds
         self.runs = []
@@ -41,7 +58,7 @@ class Sleeper:
         self.runs.append(batch.shape)
         if isinstance(self.seconds, Exception):
             raise self.seconds
-        time.sleep(self.seconds)
+        self.clock.sleep(self.seconds)
         return np.zeros((len(batch), 3), "float32")
 
     def close(self):
@@ -50,14 +67,16 @@ class Sleeper:
 
 def fastest(seconds, *, facts=FACTS, batch_size=1):
     """The chosen backend, and all that were opened, of {name: seconds of a run or an error}."""
-    opened = []
+    opened, clock = [], Clock()
 
     def open_one(name):
         if isinstance(seconds[name], InputError):
             raise seconds[name]
-        return Sleeper(name, seconds[name], opened)
+        return Sleeper(name, seconds[name], opened, clock)
 
-    chosen = auto.open_fastest(list(seconds), open_one, facts=facts, batch_size=batch_size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(auto, "time", clock.module())
+        chosen = auto.open_fastest(list(seconds), open_one, facts=facts, batch_size=batch_size)
     return chosen, opened
 
 

@@ -1,6 +1,7 @@
 """Export folders appear whole or not at all, and hold what they say."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -11,19 +12,47 @@ from replknet_paddle.deploy.export import export_model
 from replknet_paddle.deploy.sidecar import FILE, Sidecar
 from replknet_paddle.runtime.errors import InputError
 
+pytestmark = pytest.mark.paddle_version
+
 
 @pytest.fixture
 def config(tmp_path):
     return small_config(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """An export of the small network in format `paddle`; writing one takes long."""
+    folder = tmp_path_factory.mktemp("exported")
+    config = small_config(folder)
+    export_model(small_network(config), folder / "dst", Sidecar.build(config, format="paddle"))
+    return folder / "dst"
+
+
+@pytest.fixture
+def earlier(tmp_path, exported):
+    """The same as an earlier export in `dst`."""
+    return shutil.copytree(exported, tmp_path / "dst")
+
+
+@pytest.fixture
+def copied(exported, monkeypatch):
+    """Exports have the model files of `exported`, for tests of where they go."""
+
+    def write(form, folder, matmul_size=None):
+        for path in exported.glob("model.*"):
+            shutil.copy(path, folder)
+
+    monkeypatch.setattr("replknet_paddle.deploy.export.write_paddle_model", write)
+
+
 def listing(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_paddle_export_is_program_weights_and_sidecar(tmp_path, config):
-    export_model(small_network(config), tmp_path / "dst", Sidecar.build(config, format="paddle"))
-    files = set(listing(tmp_path / "dst"))
+def test_a_paddle_export_is_program_weights_and_sidecar(exported):
+    assert listing(exported.parent) == ["dst", "small.yaml"]
+    files = set(listing(exported))
     assert {"model.pdiparams", FILE} < files and len(files) == 3
     assert files & {"model.json", "model.pdmodel"}
 
@@ -66,16 +95,15 @@ def test_fp16_weights_compute_almost_the_same(tmp_path, config):
     assert_same(outputs, logits(model, images(4)), 1e-2)
 
 
-def test_an_earlier_export_is_replaced(tmp_path, config):
-    target, sidecar = tmp_path / "dst", Sidecar.build(config, format="paddle")
-    export_model(small_network(config), target, sidecar)
-    before = open_backend(target).run(images(1))
-    export_model(small_network(config, seed=9), target, sidecar)
-    assert not np.allclose(open_backend(target).run(images(1)), before)
+def test_an_earlier_export_is_replaced(tmp_path, config, earlier):
+    before = open_backend(earlier).run(images(1))
+    network = small_network(config, seed=9)
+    export_model(network, earlier, Sidecar.build(config, format="paddle"))
+    assert not np.allclose(open_backend(earlier).run(images(1)), before)
     assert listing(tmp_path) == ["dst", "small.yaml"]
 
 
-def test_an_empty_folder_is_filled(tmp_path, config):
+def test_an_empty_folder_is_filled(tmp_path, config, copied):
     (tmp_path / "dst").mkdir()
     export_model(small_network(config), tmp_path / "dst", Sidecar.build(config, format="paddle"))
     assert (tmp_path / "dst" / FILE).exists()
@@ -96,9 +124,8 @@ def test_nothing_else_is_overwritten(tmp_path, config, what):
 
 
 @pytest.mark.parametrize("what", ["notes.txt", "a folder", "no sidecar"])
-def test_an_earlier_export_with_other_things_in_it_stays(tmp_path, config, what):
-    target, sidecar = tmp_path / "dst", Sidecar.build(config, format="paddle")
-    export_model(small_network(config), target, sidecar)
+def test_an_earlier_export_with_other_things_in_it_stays(tmp_path, config, earlier, what):
+    target, sidecar = earlier, Sidecar.build(config, format="paddle")
     if what == "a folder":
         (target / what).mkdir()
     else:
@@ -122,14 +149,18 @@ def test_what_comes_while_it_is_exported_stays(tmp_path, config, monkeypatch):
     assert listing(target) == ["precious"]
 
 
-def test_a_link_leads_to_the_folder_that_is_replaced(tmp_path, config):
+def test_a_link_leads_to_the_folder_that_is_replaced(tmp_path, config, exported, copied):
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to("disk/dst")
-    for seed in (0, 9):
-        network = small_network(config, seed=seed)
-        export_model(network, tmp_path / "link", Sidecar.build(config, format="paddle"))
-        outputs = open_backend(tmp_path / "disk" / "dst").run(images(1))
-        assert_same(outputs, logits(network, images(1)))
+    network, sidecar = small_network(config), Sidecar.build(config, format="paddle")
+    export_model(network, tmp_path / "link", sidecar)
+    weights = tmp_path / "disk" / "dst" / "model.pdiparams"
+    assert weights.read_bytes() == (exported / "model.pdiparams").read_bytes()
+    sidecar = Sidecar.build(config, format="paddle", class_names=list("abcde"))
+    export_model(network, tmp_path / "link", sidecar)
+    backend = open_backend(tmp_path / "disk" / "dst")
+    assert backend.sidecar.class_names == tuple("abcde")
+    assert_same(backend.run(images(1)), logits(network, images(1)))
     assert (tmp_path / "link").is_symlink() and listing(tmp_path / "disk") == ["dst"]
 
 
@@ -142,10 +173,10 @@ def test_the_folder_that_it_runs_in_is_not_replaced(tmp_path, config, monkeypatc
 
 
 def test_an_earlier_export_comes_back_where_the_new_one_cannot_have_its_name(
-    tmp_path, config, monkeypatch
+    tmp_path, config, earlier, copied, monkeypatch
 ):
-    target, sidecar = tmp_path / "dst", Sidecar.build(config, format="paddle")
-    export_model(small_network(config), target, sidecar)
+    target = earlier
+    sidecar = Sidecar.build(config, format="paddle", class_names=list("abcde"))  # unlike that one
     before = {name: (target / name).read_bytes() for name in listing(target)}
     rename = os.rename
 
@@ -161,9 +192,8 @@ def test_an_earlier_export_comes_back_where_the_new_one_cannot_have_its_name(
     assert listing(tmp_path) == ["dst", "small.yaml"]
 
 
-def test_a_failed_export_leaves_the_earlier_one(tmp_path, config, monkeypatch):
-    target, sidecar = tmp_path / "dst", Sidecar.build(config, format="paddle")
-    export_model(small_network(config), target, sidecar)
+def test_a_failed_export_leaves_the_earlier_one(tmp_path, config, earlier, monkeypatch):
+    target, sidecar = earlier, Sidecar.build(config, format="paddle")
     before = {name: (target / name).read_bytes() for name in listing(target)}
 
     def full(*_):

@@ -23,6 +23,8 @@ from replknet_paddle.deploy.fold import (
     merged,
 )
 
+pytestmark = [pytest.mark.numbers, pytest.mark.paddle_version]
+
 
 def assert_outputs_stay(model, build, batch):
     """In float64 to better than float32 can say, and in float32 to its rounding."""

@@ -7,6 +7,8 @@ import pytest
 from replknet_paddle.deploy.gradcam import grad_cam
 from replknet_paddle.model import RepLKNet
 
+pytestmark = pytest.mark.paddle_version
+
 CLASSES = 5
 
 

@@ -10,6 +10,8 @@ from replknet_paddle.deploy.quantize import compare, spread_batches
 from replknet_paddle.deploy.sidecar import Sidecar
 from replknet_paddle.runtime.errors import InputError, SampleError
 
+pytestmark = pytest.mark.numbers
+
 
 @pytest.fixture
 def int8(tmp_path):

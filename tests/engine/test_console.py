@@ -7,10 +7,13 @@ import subprocess
 import sys
 
 import pytest
+from launched import SIGNALLED_AFTER_STEP_4, LaunchedRun, customized
 from processes import (
+    Run,
     assert_same_end,
     children,
     finish,
+    paused,
     start_really,
     step_of,
     wait_for,
@@ -19,8 +22,6 @@ from terminal import OnTerminal, Screen
 from tiny import ROOT, make_data
 
 from replknet_paddle.engine.time_left import evaluations_left, seconds_left
-
-pytest_plugins = ["run_fixtures"]
 
 LOG_LINE = re.compile(r"[-\d]+ [\d:,]+ [A-Z]+ (.*)")
 
@@ -46,7 +47,7 @@ def run_typed(line: str, timeout: float = 180) -> subprocess.CompletedProcess:
 # ---- bars
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_bars_and_lines_on_a_terminal(tiny_config_file, tmp_path, processes):
     run, data = tmp_path / "run", tmp_path / "data"
     make_data(data, train=60, val=20)
@@ -120,23 +121,37 @@ def test_the_summary_names_the_best_and_a_command_that_works(straight, tiny_data
 
 
 def test_ctrl_c_shows_the_command_that_continues(run_flags, straight, tmp_path):
-    check_ctrl_c([*run_flags, f"-output={tmp_path / 'run'}"], tmp_path / "run", straight)
+    folder, go = tmp_path / "run", tmp_path / "go"
+    run = Run(
+        [*run_flags, f"-output={folder}"],
+        output=tmp_path / "said",
+        target=paused,
+        environment={"PAUSE_AT": "4", "GO": str(go)},
+    )
+    wait_for(lambda: step_of(folder) == 4 or not run.process.is_alive())
+    run.send(signal.SIGINT)
+    go.touch()
+    check_ctrl_c(run.wait(), run.text(), folder, straight)
 
 
+@pytest.mark.slow
 def test_ctrl_c_with_several_processes_shows_it_too(run_flags, straight_on_two, tmp_path):
-    flags = [*run_flags, "-batch_size=4", "-nproc=2", f"-output={tmp_path / 'run'}"]
-    check_ctrl_c(flags, tmp_path / "run", straight_on_two)
-
-
-def check_ctrl_c(flags, run, wanted) -> None:
-    process = start_really(flags)
+    folder = tmp_path / "run"
+    process = start_really(
+        [*run_flags, "-batch_size=4", "-nproc=2", f"-output={folder}"],
+        **customized(tmp_path, SIGNALLED_AFTER_STEP_4),
+    )
     try:
-        wait_for(lambda: step_of(run) >= 4 or process.poll() is not None)
+        wait_for(lambda: step_of(folder) == 4 or process.poll() is not None)
         process.send_signal(signal.SIGINT)
         said, _ = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert process.returncode == 130, said
+    check_ctrl_c(process.returncode, said, folder, straight_on_two)
+
+
+def check_ctrl_c(status, said, run, wanted) -> None:
+    assert status == 130, said
     for noise in ("Traceback", "gloo", "ccache", "KeyboardInterrupt"):
         assert noise not in said, said
     [line] = [line for line in said.splitlines() if line.startswith("to continue: ")]
@@ -147,17 +162,19 @@ def check_ctrl_c(flags, run, wanted) -> None:
 
 
 def test_ctrl_c_before_the_first_checkpoint_promises_nothing(run_flags, tmp_path):
-    process = start_really([*run_flags, "-nproc=2", f"-output={tmp_path / 'run'}"])
+    run = LaunchedRun([*run_flags, "-nproc=2", f"-output={tmp_path / 'run'}"],
+                      output=tmp_path / "said")  # fmt: skip
     try:
-        wait_for(lambda: children(process.pid) or process.poll() is not None)
-        process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=120)
+        wait_for(lambda: children(run.pid) or not run.process.is_alive())
+        run.send(signal.SIGINT)
+        status, said = run.wait(), run.text()
     finally:
-        process.kill()
-    assert process.returncode == 130, said
+        run.kill()
+    assert status == 130, said
     assert "to continue" not in said and "Traceback" not in said, said
 
 
+@pytest.mark.slow
 def test_a_run_in_several_processes_says_nothing_of_paddles_own(run_flags, tmp_path):
     said = finish_really([*run_flags, "-nproc=2", "-batch_size=4", f"-output={tmp_path / 'run'}"])
     for noise in ("ccache", "Warning", "gloo", "Traceback", "LAUNCH"):
@@ -174,10 +191,10 @@ def finish_really(flags) -> str:
     return said
 
 
-def test_evaluation_without_weights_has_to_be_asked_for(run_flags, tmp_path):
+def test_evaluation_without_weights_has_to_be_asked_for(run_flags, validation_images, tmp_path):
     flags = [*run_flags, "-eval", f"-output={tmp_path / 'run'}"]
     said = finish(flags, output=tmp_path / "log", status=2)
     assert "-eval without weights" in said and "-pretrained=random" in said
     assert not (tmp_path / "run").exists()
     said = finish([*flags, "-pretrained=random"], output=tmp_path / "log")
-    assert "101 images" in said
+    assert f"{validation_images} images" in said

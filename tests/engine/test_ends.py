@@ -5,12 +5,12 @@ import re
 import signal
 
 import pytest
+from launched import LaunchedRun, customized
 from processes import (
     Run,
     assert_same_end,
     finish,
     main_status,
-    start_really,
     step_of,
     wait_for,
     worker,
@@ -18,37 +18,24 @@ from processes import (
 
 from replknet_paddle.runtime.launch import killed_by
 
-pytest_plugins = ["run_fixtures"]
-
-# Runs at the start of each training process: sitecustomize of a folder on PYTHONPATH.
-CUSTOMIZED = """
-import os
-if "PADDLE_TRAINER_ID" in os.environ:
-    import signal
-    from replknet_paddle.engine import run, run_log
-    rank = int(os.environ["PADDLE_TRAINER_ID"])
-{code}
-"""
-
 
 @pytest.fixture
 def two_processes(run_flags, tmp_path):
     """Starts a run in two processes, of which each runs some code first."""
     started = []
 
-    def start(code: str = "    pass", *flags):
-        (tmp_path / "custom").mkdir()
-        (tmp_path / "custom" / "sitecustomize.py").write_text(CUSTOMIZED.format(code=code))
-        process = start_really(
-            [*run_flags, "-batch_size=4", f"-output={tmp_path / 'run'}", "-nproc=2", *flags],
-            PYTHONPATH=str(tmp_path / "custom"),
+    def start(code: str):
+        run = LaunchedRun(
+            [*run_flags, "-batch_size=4", f"-output={tmp_path / 'run'}", "-nproc=2"],
+            output=tmp_path / "said",
+            environment=customized(tmp_path, code),
         )
-        started.append(process)
-        return process
+        started.append(run)
+        return run
 
     yield start
-    for process in started:
-        process.kill()
+    for run in started:
+        run.kill()
 
 
 # ---- a finished run
@@ -81,40 +68,53 @@ def test_a_signal_in_the_last_validation_does_not_stop_a_finished_run(
     assert_same_end(tmp_path / "run", straight)
 
 
+# The signal has come back, by way of the launcher, before rank 0 goes on.
 LAST_VALIDATION = """
-    really_validate = run.Training.validate
+    really_validate, really_note, noted = run.Training.validate, StopSignals.note, []
+    def note(self, *rest):
+        noted.append(rest)
+        really_note(self, *rest)
     def validate(self, record):
         if rank == 0 and self.progress.epoch == self.config.TRAIN.NUM_EPOCHS:
-            os.kill(int(os.environ["MAIN"]), signal.SIGTERM)
-            import time
-            time.sleep(2)  # until the launcher has handed it on
+            os.kill(int(open({main!r}).read()), signal.SIGTERM)
+            while not noted:
+                time.sleep(0.01)
         return really_validate(self, record)
-    run.Training.validate = validate
+    StopSignals.note, run.Training.validate = note, validate
 """
 
 
+@pytest.mark.slow
 def test_nor_does_one_to_a_run_of_several_processes(two_processes, straight_on_two, tmp_path):
-    code = LAST_VALIDATION.replace(
-        'int(os.environ["MAIN"])', f"int(open({str(tmp_path / 'main')!r}).read())"
-    )
-    process = two_processes(code)
-    (tmp_path / "main").write_text(str(process.pid))
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said
+    run = two_processes(LAST_VALIDATION.format(main=str(tmp_path / "main")))
+    (tmp_path / "main").write_text(str(run.pid))
+    assert run.wait() == 0, run.text()
     assert_same_end(tmp_path / "run", straight_on_two)
 
 
 # ---- killed processes
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+# Rank 0 goes on, and the other one with it, once a file exists.
+WAITS_AFTER_STEP_2 = """
+    really_write_step = run_log.RunLog.write_step
+    def write_step(self, step):
+        really_write_step(self, step)
+        while rank == 0 and step == 2 and not os.path.exists({go!r}):
+            time.sleep(0.01)
+    run_log.RunLog.write_step = write_step
+"""
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_process_is_one_line_and_128_plus_the_signal(two_processes, tmp_path, rank):
-    process = two_processes()
+    run = two_processes(WAITS_AFTER_STEP_2.format(go=str(tmp_path / "go")))
     run_folder = tmp_path / "run"
-    wait_for(lambda: step_of(run_folder) >= 2 or process.poll() is not None)
-    os.kill(wait_for(lambda: worker(process.pid, rank)), signal.SIGKILL)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGKILL, said
+    wait_for(lambda: step_of(run_folder) >= 2 or not run.process.is_alive())
+    os.kill(wait_for(lambda: worker(run.pid, rank)), signal.SIGKILL)
+    (tmp_path / "go").touch()
+    status, said = run.wait(), run.text()
+    assert status == 128 + signal.SIGKILL, said
     line = "a process of this run was killed by signal 9 (SIGKILL); the output of each is in "
     assert said.count(line) == 1, said
     assert "Traceback" not in said and "gloo" not in said, said
@@ -141,9 +141,9 @@ def test_an_error_of_another_rank_is_in_the_log(two_processes, tmp_path):
             raise ValueError("fails on rank 1")
     run_log.RunLog.write_step = write_step
 """
-    process = two_processes(code)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 1, said
+    run = two_processes(code)
+    status, said = run.wait(), run.text()
+    assert status == 1, said
     log = (tmp_path / "run" / "log.txt").read_text()
     for text in (said, log):
         assert "ValueError: fails on rank 1" in text and "gloo" not in text, text

@@ -8,8 +8,6 @@ from small_disk import FILLING, mounted, small_disk
 
 from replknet_paddle.runtime.files import append_whole
 
-pytest_plugins = ["run_fixtures"]
-
 
 @pytest.fixture
 def full_disk(tmp_path):

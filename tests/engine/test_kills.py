@@ -4,6 +4,7 @@ KILLS is the number of kills: 50 take a minute in one process, and ten in two, w
 started anew each time. KILLS_SEED repeats a sequence, as far as the machine is as busy.
 """
 
+import functools
 import os
 import random
 import shutil
@@ -23,9 +24,48 @@ from processes import (
 
 from replknet_paddle.checkpoints.training import load_checkpoint, newest_whole_checkpoint
 
-pytest_plugins = ["run_fixtures"]
-
 KILLS = int(os.environ.get("KILLS", 12))
+
+
+def stuck_in_mid_write(arguments: list[str]) -> int:
+    """A run that waits for ever once it has written half of the first piece of its checkpoint of
+    step 8."""
+    import builtins
+
+    from processes import main_status
+
+    really_open = builtins.open
+
+    def open_to_get_stuck(name, mode="r", *rest, **options):
+        file = really_open(name, mode, *rest, **options)
+        if "step_00000008" in str(name) and "w" in mode:
+            file.write = functools.partial(write_half, file, file.write)
+        return file
+
+    def write_half(file, really_write, data):
+        really_write(data[: len(data) // 2])
+        file.flush()
+        signal.pause()
+
+    builtins.open = open_to_get_stuck
+    return main_status(arguments)
+
+
+def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(
+    run_flags, straight, tmp_path
+):
+    flags = [*run_flags, "-opts", "SAVE_STEPS", "1"]
+    folder = tmp_path / "run"
+    run = Run([*flags, f"-output={folder}"], output=tmp_path / "log", target=stuck_in_mid_write)
+    half = folder / "checkpoints" / f"epoch_0002_step_00000008.safetensors.{run.pid}.unfinished"
+    wait_for(lambda: half.exists() and half.stat().st_size or not run.process.is_alive())
+    run.send(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL, run.text()
+    assert half.exists() and max(whole_steps(folder)) == 7
+    said = finish([*flags, f"-output={folder}", "-resume=auto"], output=tmp_path / "log")
+    assert "continuing after epoch 2, step 7" in said
+    assert_same_end(folder, straight)
+    assert not [n for n in os.listdir(folder / "checkpoints") if "unfinished" in n]
 
 
 def slow_disk(arguments: list[str]) -> int:
@@ -62,6 +102,7 @@ def slow_disk(arguments: list[str]) -> int:
     return main_status(arguments)
 
 
+@pytest.mark.slow
 def test_runs_killed_at_random_moments_lose_nothing_saved(run_flags, straight, tmp_path):
     seed = int(os.environ.get("KILLS_SEED", time.time()))
     rng = random.Random(seed)

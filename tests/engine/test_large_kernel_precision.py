@@ -15,6 +15,8 @@ from replknet_paddle.ops import (
     use_fast_depthwise_conv,
 )
 
+pytestmark = pytest.mark.paddle_version
+
 
 @pytest.fixture
 def gpu(monkeypatch):

@@ -29,6 +29,8 @@ from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy
 from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.errors import InputError
 
+pytestmark = pytest.mark.paddle_version
+
 
 def overflowing(steps):
     """A criterion whose gradients, though not its loss, overflow in these calls."""

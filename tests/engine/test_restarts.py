@@ -3,13 +3,13 @@
 import os
 import re
 import signal
+import sys
 
 import pytest
-from processes import Script, assert_same_end, failing_python, step_of, wait_for, worker
+from launched import SIGNALLED_AFTER_STEP_4, wrapped
+from processes import Script, assert_same_end, failing_python, finish, step_of, wait_for, worker
 
 from replknet_paddle.checkpoints.training import load_checkpoint
-
-pytest_plugins = ["run_fixtures"]
 
 
 @pytest.fixture
@@ -29,6 +29,70 @@ def failing(tmp_path, tiny_config_file, tiny_data):
     return run
 
 
+# Stands for Python and a run: each start reaches the next step of a plan, and ends as that says.
+PLANNED = """#!/bin/sh
+echo "$*" >> "{here}/starts"
+set -- $(sed -n "$(wc -l < "{here}/starts")p" "{here}/plan")
+mkdir -p "{run}"
+printf '%-12s\\n' "$1" > "{run}/step"
+[ "$2" != killed ] || kill -KILL $$
+exit "$2"
+"""
+
+
+@pytest.fixture
+def planned(tmp_path):
+    """Runs the script with a program that ends as planned: (step, status or 'killed'), ..."""
+
+    def run(*plan, restarts):
+        run_folder, python = tmp_path / "run", tmp_path / "python"
+        (tmp_path / "plan").write_text("".join(f"{step} {how}\n" for step, how in plan))
+        python.write_text(PLANNED.format(here=tmp_path, run=run_folder))
+        python.chmod(0o755)
+        got, said = Script([f"-output={run_folder}"], restarts=restarts, python=python).finish()
+        return got, said, (tmp_path / "starts").read_text().splitlines()
+
+    return run
+
+
+# ---- the script, whatever it starts
+
+
+def test_restarts_run_out(planned, tmp_path):
+    status, said, starts = planned((1, "killed"), (2, "killed"), restarts=1)
+    assert status == 137 and len(starts) == 2
+    assert "all 1 restarts are used up" in said
+    assert "all 1 restarts are used up" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_the_same_step_twice_stops(planned):
+    got, said, starts = planned((2, 1), (5, 1), (5, 1), (6, 0), restarts=9)
+    assert got == 1 and len(starts) == 3, said
+    assert "at step 5 for the second time; not restarting" in said
+
+
+def test_being_killed_twice_at_the_same_step_does_not_stop(planned):
+    got, said, starts = planned((5, "killed"), (5, "killed"), (5, 1), (6, 0), restarts=9)
+    assert got == 0 and len(starts) == 4, said
+
+
+@pytest.mark.parametrize("status", [0, 2, 130, 143])
+def test_ends_that_are_not_restarted(planned, status):
+    got, said, starts = planned((5, status), restarts=9)
+    assert got == status and len(starts) == 1
+    assert "failed with status" not in said
+
+
+def test_without_restarts_the_script_is_the_program(planned):
+    got, said, starts = planned((1, "killed"), restarts=0)
+    assert got in (137, -signal.SIGKILL) and len(starts) == 1
+    assert "failed with status" not in said
+
+
+# ---- with real runs
+
+
+@pytest.mark.slow
 def test_killed_workers_are_restarted_and_the_end_is_the_same(
     tiny_config_file,
     tiny_data,
@@ -71,18 +135,17 @@ def test_a_run_that_fails_on_is_restarted_as_often_as_allowed(
     assert (
         "-resume" not in starts[0] and "-resume=auto" in starts[1] and "-resume=auto" in starts[2]
     )
-    assert "failed with status 137 at step 7; restart 2 of 2" in said
+    log = (folder / "log.txt").read_text()
+    for line in (
+        "failed with status 137 at step 1; restart 1 of 2",
+        "failed with status 137 at step 7; restart 2 of 2",
+    ):
+        assert line in said
+        assert re.search(rf"\d\d:\d\d:\d\d .*{line}", log), log
     assert_same_end(folder, straight)
 
 
-def test_restarts_run_out(failing, tmp_path):
-    folder = tmp_path / "run"
-    status, said, starts = failing(folder=folder, failures=[1, 2, 3], restarts=1)
-    assert status == 137 and len(starts) == 2
-    assert "all 1 restarts are used up" in said
-    assert "all 1 restarts are used up" in (folder / "log.txt").read_text()
-
-
+@pytest.mark.slow
 def test_a_run_that_fails_twice_at_the_same_step_stops(failing, tmp_path):
     folder = tmp_path / "run"
     failures = [2, 5, 5, 5]
@@ -92,19 +155,17 @@ def test_a_run_that_fails_twice_at_the_same_step_stops(failing, tmp_path):
     assert load_checkpoint(str(folder / "last")).progress.step == 3
 
 
-def test_bad_input_is_not_restarted(failing, tmp_path):
-    missing = tmp_path / "imagenet"
-    _, said, starts = failing(
-        f"-data_path={missing}", folder=tmp_path / "run", failures=[], restarts=3, status=2
-    )
-    assert len(starts) == 1
+def test_bad_input_is_not_restarted(tiny_config_file, tmp_path):
+    missing, python, starts = (tmp_path / name for name in ("imagenet", "python", "starts"))
+    python.write_text(f'#!/bin/sh\necho >> "{starts}"\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    status, said = Script(
+        [f"-cfg={tiny_config_file}", f"-data_path={missing}", f"-output={tmp_path / 'run'}"],
+        restarts=3, python=python,
+    ).finish()  # fmt: skip
+    assert status == 2, said
+    assert len(starts.read_text()) == 1
     assert said.count("error: ") == 1 and str(missing) in said
-
-
-def test_without_restarts_the_script_is_the_program(failing, tmp_path):
-    got, said, starts = failing(folder=tmp_path / "run", failures=[1], restarts=0)
-    assert got in (137, -signal.SIGKILL) and len(starts) == 1
-    assert "failed with status" not in said
 
 
 @pytest.mark.parametrize("how", ["TERM", "Ctrl-C"])
@@ -117,8 +178,8 @@ def test_a_stop_is_passed_on_saved_and_not_restarted(
 ):
     folder = tmp_path / "run"
     flags = [f"-cfg={tiny_config_file}", f"-data_path={tiny_data}", f"-output={folder}"]
-    script = Script(flags, restarts=3)
-    wait_for(lambda: step_of(folder) >= 4 or script.process.poll() is not None)
+    script = Script(flags, restarts=3, python=wrapped(tmp_path, SIGNALLED_AFTER_STEP_4))
+    wait_for(lambda: step_of(folder) == 4 or script.process.poll() is not None)
     if how == "TERM":
         script.process.send_signal(signal.SIGTERM)
     else:  # a terminal tells every process of the foreground's group
@@ -127,11 +188,11 @@ def test_a_stop_is_passed_on_saved_and_not_restarted(
     assert status == (143 if how == "TERM" else 130), said
     assert "Traceback" not in said, said
     assert load_checkpoint(str(folder / "last")).progress.step == step_of(folder) >= 4
-    status, said = Script([*flags, "-resume=auto"], restarts=0).finish()
-    assert status == 0, said
+    finish([*flags, "-resume=auto"], output=tmp_path / "log")
     assert_same_end(folder, straight)
 
 
+@pytest.mark.slow
 def test_restarts_of_a_resumed_run_lose_nothing(failing, straight, tmp_path):
     """`-resume=RUN` without -output goes on in RUN; so does a restart, even one before a save."""
     folder = tmp_path / "run"
@@ -142,11 +203,3 @@ def test_restarts_of_a_resumed_run_lose_nothing(failing, straight, tmp_path):
     assert len(starts) == 2
     assert said.count("continuing after epoch 1, step 3") == 2, said
     assert_same_end(folder, straight)
-
-
-def test_what_it_says_names_the_status_the_step_and_the_count(failing, tmp_path):
-    folder = tmp_path / "run"
-    _, said, _ = failing(folder=folder, failures=[2], restarts=4, status=0)
-    line = r"failed with status 137 at step 2; restart 1 of 4"
-    assert re.search(line, said)
-    assert re.search(rf"\d\d:\d\d:\d\d .*{line}", (folder / "log.txt").read_text())

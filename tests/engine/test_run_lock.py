@@ -8,12 +8,11 @@ import re
 import signal
 
 import pytest
-from processes import Run, assert_same_end, finish, main_status, paused, step_of, wait_for
+from launched import customized
+from processes import Run, assert_same_end, children, finish, main_status, paused, step_of, wait_for
 
 from replknet_paddle.engine import run_lock
 from replknet_paddle.engine.run_lock import RunLock
-
-pytest_plugins = ["run_fixtures"]
 
 
 def hold(arguments: list[str]) -> int:
@@ -43,9 +42,11 @@ def lock_at_once(arguments: list[str]) -> int:
 def holder(tmp_path):
     run = Run([tmp_path], output=tmp_path / "holder.log", target=hold)
     wait_for(lambda: "locked" in run.text())
+    [child] = children(run.pid)
     yield run
     run.send(signal.SIGKILL)
     run.wait()
+    os.kill(child, signal.SIGKILL)
 
 
 def test_the_second_process_is_reported_which_one_holds_the_lock(holder, tmp_path):
@@ -85,16 +86,32 @@ def run_at_step_4(run_flags, tmp_path) -> Run:
     return run
 
 
+def impatient(arguments: list[str]) -> int:
+    """A run that does not wait long for its folder."""
+    run_lock.WAIT_SECONDS = 0.3
+    return main_status(arguments)
+
+
+# The same of launched processes.
+IMPATIENT = """
+    from replknet_paddle.engine import run_lock
+    run_lock.WAIT_SECONDS = 0.3
+"""
+
+
 def test_a_second_run_stops_and_the_first_is_undisturbed(run_flags, straight, tmp_path):
     folder = tmp_path / "run"
     first = run_at_step_4(run_flags, tmp_path)
     for flags in (["-resume=auto"], [f"-resume={folder}"], []):
-        said = finish([*run_flags, f"-output={folder}", *flags], output=tmp_path / "log", status=2)
+        said = finish(
+            [*run_flags, f"-output={folder}", *flags],
+            output=tmp_path / "log", status=2, target=impatient,
+        )  # fmt: skip
         assert f"in use by process {first.pid}" in said or "of another run" in said, said
         assert "Traceback" not in said
     said = finish(
         [*run_flags, f"-output={folder}", "-resume=auto", "-nproc=2"],
-        output=tmp_path / "log", status=2,
+        output=tmp_path / "log", status=2, environment=customized(tmp_path, IMPATIENT),
     )  # fmt: skip
     assert said.count(f"in use by process {first.pid}") == 1, said
     assert "in use" not in (folder / "log.txt").read_text()

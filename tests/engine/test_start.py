@@ -12,15 +12,13 @@ from processes import (
     main_status,
 )
 
-pytest_plugins = ["run_fixtures"]
-
-LAG_SECONDS = 3.0
+LAG_SECONDS = 1.0
 
 
 def lagging(arguments: list[str]) -> int:
-    """A run whose rank 1 sees the files of a folder, the last argument, 3 s late.
+    """A run whose rank 1 sees the files of a folder, the last argument, a second late.
 
-    For that rank they do not exist until 3 s after it first looks for one.
+    For that rank they do not exist until a second after it first looks for one.
     """
     *arguments, folder = arguments
     if os.environ.get("PADDLE_TRAINER_ID") == "1":
@@ -110,7 +108,8 @@ def test_a_rank_that_sees_pretrained_weights_late_starts_from_them(flags, straig
         folder = tmp_path / name
         hidden = [straight] if target is lagging else []
         finish_ranks(
-            [*flags, f"-output={folder}", f"-pretrained={straight / 'best'}", *hidden],
+            [*flags, f"-output={folder}", f"-pretrained={straight / 'best'}",
+             "-opts", "TRAIN.NUM_EPOCHS", "2", *hidden],
             folder=tmp_path, target=target,
         )  # fmt: skip
         ends.append(folder)

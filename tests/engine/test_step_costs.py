@@ -11,6 +11,7 @@ from collections import Counter
 import numpy as np
 import paddle
 import paddle.distributed as dist
+import pytest
 from epochs import make_model
 from processes import finish_ranks
 
@@ -22,6 +23,8 @@ from replknet_paddle.engine.train import Parts, train_epoch
 from replknet_paddle.optim.ema import ModelEma
 from replknet_paddle.optim.losses import SoftTargetCrossEntropy
 from replknet_paddle.runtime import processes
+
+pytestmark = pytest.mark.paddle_version
 
 SYNCHRONIZATIONS = ("numpy", "item", "tolist", "cpu", "__array__", "__float__", "__int__")
 SYNCHRONIZATIONS += ("__bool__", "__index__", "__len__")

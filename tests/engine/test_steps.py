@@ -1,9 +1,12 @@
 """Optimizer steps per epoch: whole groups of batches only."""
 
+import pytest
 from processes import finish
 from tiny import make_data
 
 from replknet_paddle.checkpoints.training import load_checkpoint
+
+pytestmark = pytest.mark.paddle_version
 
 
 def test_a_run_makes_whole_steps_and_says_what_they_leave_out(tiny_config_file, tmp_path):

@@ -10,8 +10,6 @@ import pytest
 from processes import assert_same_end, finish, finish_ranks, main_status
 from tiny import ROOT
 
-pytest_plugins = ["run_fixtures"]
-
 
 @pytest.fixture
 def arguments(tiny_config_file, tiny_data, tmp_path):
@@ -104,6 +102,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_max_restarts_goes_on_once_the_storage_has_healed(
     tiny_config_file, tiny_data, straight, tmp_path
 ):

@@ -23,6 +23,8 @@ from replknet_paddle.engine.train import DivergedError
 from replknet_paddle.optim.ema import ModelEma
 from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
+pytestmark = pytest.mark.paddle_version
+
 # ---- accumulation
 
 

@@ -1,6 +1,8 @@
 """Where a node says it is, and processes without a visible GPU."""
 
+import os
 import socket
+import sys
 
 import pytest
 
@@ -41,25 +43,53 @@ def test_a_master_that_does_not_resolve_is_one_message(tmp_path):
         )
 
 
-RANK = """
-import os, sys
-from replknet_paddle.runtime.processes import init, rank, sum_over_ranks
-init()
-total = sum_over_ranks([1.0])
-open(os.path.join(sys.argv[1], f"rank{rank()}"), "w").write(str(total[0]))
+# Stands for Python, which would run Paddle's launcher.
+LAUNCHER = """#!/bin/sh
+printf "%s %s" "$CUDA_VISIBLE_DEVICES" "$PADDLE_DISTRI_BACKEND" > "{seen}"
 """
 
 
 @pytest.mark.parametrize("visible", ["", "-1", None])
-def test_processes_without_a_visible_gpu_run_on_the_cpu(tmp_path, monkeypatch, visible):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_the_launcher_gets_a_hidden_device_for_each_process(tmp_path, monkeypatch, visible):
+    hide(monkeypatch, visible)
+    python, seen = tmp_path / "python", tmp_path / "seen"
+    python.write_text(LAUNCHER.format(seen=seen))
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert launch(["x.py"], processes=2, log_dir=str(tmp_path / "workers")) == (0, "")
+    assert seen.read_text() == "-1,-1 gloo"
+
+
+def hide(monkeypatch, visible) -> None:
+    """Let no GPU be visible, where CUDA_VISIBLE_DEVICES is `visible`."""
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(module, "visible_devices", lambda: 0)
-    script = tmp_path / "rank.py"
+
+
+RANK = """
+import os, sys
+from replknet_paddle.runtime.processes import init, rank, sum_over_ranks
+init()
+total = sum_over_ranks([1.0])
+open(os.path.join(sys.argv[1], f"rank{rank()}"), "w").write(f"{total[0]} {sys.argv[2]}")
+"""
+
+
+@pytest.mark.parametrize("visible", [""])
+def test_processes_without_a_visible_gpu_run_on_the_cpu(tmp_path, monkeypatch, visible):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    hide(monkeypatch, visible)
+    script = tmp_path / "script of a rank.py"
     script.write_text(RANK)
-    status, _ = launch([str(script), str(tmp_path)], processes=2, log_dir=str(tmp_path / "workers"))
+    status, _ = launch(
+        [str(script), str(tmp_path), "an argument with spaces"],
+        processes=2,
+        log_dir=str(tmp_path / "workers"),
+    )
     assert status == 0
-    assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == ["2.0", "2.0"]
+    for rank in range(2):
+        assert (tmp_path / f"rank{rank}").read_text() == "2.0 an argument with spaces"
+    assert "PADDLE_DISTRI_BACKEND" not in os.environ

@@ -8,25 +8,16 @@ import sys
 import time
 
 import pytest
-from processes import assert_same_end, free_ports, step_of, wait_for
+from processes import Run, assert_same_end, free_ports, step_of, wait_for
 from tiny import ROOT
 
+from replknet_paddle.runtime import launch as launch_module
 from replknet_paddle.runtime import nodes
 from replknet_paddle.runtime.nodes import Heartbeat
 
 pytest_plugins = ["run_fixtures"]
 
-NODE = """
-import sys
-from replknet_paddle.runtime import nodes
-from replknet_paddle.runtime.launch import launch
-
-nodes.LOST_SECONDS = 6.0
-script, log_dir, master = sys.argv[1:]
-status, message = launch([script], processes=1, log_dir=log_dir, nodes=2, master=master)
-print(message)
-sys.exit(status)
-"""
+BEAT_SECONDS = 0.5
 
 # As a rank whose collective waits for another one for ever.
 RANK = """
@@ -46,6 +37,17 @@ while True:
 """
 
 
+def node(arguments: list[str]) -> int:
+    """One of two nodes, as the program of a run is."""
+    script, log_dir, master = arguments
+    nodes.LOST_SECONDS, launch_module.BEAT_SECONDS = 6.0, BEAT_SECONDS
+    status, message = launch_module.launch(
+        [script], processes=1, log_dir=log_dir, nodes=2, master=master
+    )
+    print(message)
+    return status
+
+
 @pytest.fixture
 def start_nodes(tmp_path):
     """Starts two nodes and waits until their processes have met; ends what is left of them."""
@@ -56,44 +58,35 @@ def start_nodes(tmp_path):
         script.write_text(RANK)
         folders = [tmp_path / "workers" / name for name in ("one", "two")]
         for folder in folders:
-            started.append(
-                subprocess.Popen(
-                    [sys.executable, "-c", NODE, str(script), str(folder), master],
-                    cwd=ROOT,
-                    env={**os.environ, "OMP_NUM_THREADS": "1"},
-                    stdout=subprocess.PIPE,
-                    text=True,
-                )
-            )
+            said = tmp_path / f"{folder.name}.txt"
+            started.append(Run([script, folder, master], output=said, target=node))
         wait_for(lambda: all((f / "ready").exists() for f in folders), timeout=120, every=0.1)
         shared = tmp_path / "workers" / nodes.FOLDER
         wait_for(lambda: len(list(shared.glob("*/*"))) == 2, timeout=60, every=0.1)
         return list(zip(started, folders))
 
     yield start
-    for process in started:
-        process.kill()
-        process.wait()
+    for run in started:
+        run.send(signal.SIGKILL)
+        run.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["localhost", "127.0.1.1", socket.gethostname()])
 def test_where_a_node_is_killed_the_other_one_ends(start_nodes, name):
     (one, _), (two, _) = start_nodes(f"{name}:{free_ports(1)[0]}")
-    time.sleep(2 * nodes.BEAT_SECONDS)
-    assert one.poll() is None and two.poll() is None
-    two.kill()  # and the kernel kills all that it has started
-    said, _ = one.communicate(timeout=60)
-    assert "machine two has given no sign for 6 s" in said
-    assert one.returncode == 128 + signal.SIGKILL  # which MAX_RESTARTS restarts
+    time.sleep(2 * BEAT_SECONDS)
+    assert one.process.is_alive() and two.process.is_alive()
+    two.send(signal.SIGKILL)  # and the kernel kills all that it has started
+    assert one.wait(60) == 128 + signal.SIGKILL, one.text()  # which MAX_RESTARTS restarts
+    assert "machine two has given no sign for 6 s" in one.text()
 
 
 def test_where_a_process_fails_both_nodes_end_at_once(start_nodes):
     (one, _), (two, folder) = start_nodes(f"localhost:{free_ports(1)[0]}")
     (folder / "fail").touch()
-    said, _ = one.communicate(timeout=60)
-    assert "machine two has failed with status" in said
-    two.communicate(timeout=60)
-    assert one.returncode == two.returncode != 0
+    assert one.wait(60) == two.wait(60) != 0, one.text()
+    assert "machine two has failed with status" in one.text()
 
 
 @pytest.fixture

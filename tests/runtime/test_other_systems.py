@@ -6,13 +6,14 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from runs import make_run
 from tiny import FIXTURES, ROOT, make_data
 
-# The system's differences are made before anything of the project is imported. Other packages are
-# imported first: they have builds of their own for each system, and these are Linux's.
+# The systems' differences are made before anything of the project is imported, anew for each. Other
+# packages are imported first: they have builds of their own for each system, and these are Linux's.
 PROGRAM = """
-import ctypes, json, logging, multiprocessing, os, pkgutil, sys
+import builtins, ctypes, json, logging, multiprocessing, os, pkgutil, sys
 
 import concurrent.futures, http.server, numpy, paddle, paddle.inference, PIL.Image, tqdm, yacs
 
@@ -23,8 +24,6 @@ for extra in "matplotlib.figure onnx onnxruntime openvino scipy.io sklearn.datas
         pass
 
 del os.sched_getaffinity, os.fork, os.forkpty
-if {windows}:
-    del os.setpgid, os.getpgid, os.killpg
 sys.modules["fcntl"] = sys.modules["resource"] = None
 really_open = open
 
@@ -39,65 +38,74 @@ def library(name, *args, **kwargs):
     raise OSError("no shared libraries of Linux here")
 
 
-import builtins
 builtins.open = open_without_proc
 ctypes.CDLL = library
-sys.platform = {platform!r}
 logging.basicConfig(level=logging.INFO)
 
-import replknet_paddle
 
-for module in pkgutil.walk_packages(replknet_paddle.__path__, "replknet_paddle."):
-    if not module.name.endswith("__main__"):
-        __import__(module.name)
+def import_and_predict(run, picture, data, lock):
+    import replknet_paddle
 
-from replknet_paddle.config import get_config
-from replknet_paddle.data.check_lists import check_data
-from replknet_paddle.data.dataset import get_dataloader, get_dataset
-from replknet_paddle.deploy.predictor import Predictor
-from replknet_paddle.runtime.cores import available_cores
-from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.files import locked
+    for module in pkgutil.walk_packages(replknet_paddle.__path__, "replknet_paddle."):
+        if not module.name.endswith("__main__"):
+            __import__(module.name)
 
-assert available_cores() == os.cpu_count()
-with locked(sys.argv[3]):
-    pass
-result = replknet_paddle.inference_model(Predictor(sys.argv[1], backend="dygraph"), sys.argv[2])
-config = get_config(sys.argv[1] + "/config.yaml", DATA__DATA_PATH=sys.argv[4])
-images = [images for images, _ in get_dataloader(config, get_dataset(config, False), False)]
-config = get_config(
-    sys.argv[1] + "/config.yaml", DATA__DATA_PATH=sys.argv[4], DATA__NUM_WORKERS=2
-)
-try:
-    next(iter(get_dataloader(config, get_dataset(config, False), False)))
-    refused = None
-except InputError as error:
-    refused = str(error)
-scores = [float(score) for score in result["pred_scores"]]
-print(json.dumps({{"scores": scores, "batches": len(images), "refused": refused}}))
+    from replknet_paddle.config import get_config
+    from replknet_paddle.data.dataset import get_dataloader, get_dataset
+    from replknet_paddle.deploy.predictor import Predictor
+    from replknet_paddle.runtime.cores import available_cores
+    from replknet_paddle.runtime.errors import InputError
+    from replknet_paddle.runtime.files import locked
+
+    assert available_cores() == os.cpu_count()
+    with locked(lock):
+        pass
+    result = replknet_paddle.inference_model(Predictor(run, backend="dygraph"), picture)
+    config = get_config(run + "/config.yaml", DATA__DATA_PATH=data)
+    images = [images for images, _ in get_dataloader(config, get_dataset(config, False), False)]
+    config = get_config(run + "/config.yaml", DATA__DATA_PATH=data, DATA__NUM_WORKERS=2)
+    try:
+        next(iter(get_dataloader(config, get_dataset(config, False), False)))
+        refused = None
+    except InputError as error:
+        refused = str(error)
+    scores = [float(score) for score in result["pred_scores"]]
+    return {"scores": scores, "batches": len(images), "refused": refused}
+
+
+found = {}
+for sys.platform in ("darwin", "win32"):
+    for name in [name for name in sys.modules if name.startswith("replknet_paddle")]:
+        del sys.modules[name]
+    if sys.platform == "win32":
+        del os.setpgid, os.getpgid, os.killpg
+    found[sys.platform] = import_and_predict(*sys.argv[1:])
+print(json.dumps(found))
 """
 
 
-def import_and_predict(tmp_path, platform: str):
-    """What the program prints, and its log."""
-    run, data = make_run(tmp_path), tmp_path / "data"
+@pytest.fixture(scope="module")
+def systems(tmp_path_factory):
+    """What the program prints, its log, and what it predicts from."""
+    folder = tmp_path_factory.mktemp("systems")
+    run, data = make_run(folder), folder / "data"
     make_data(data, train=4, val=9)
-    program = PROGRAM.format(platform=platform, windows=platform == "win32")
     picture = str(FIXTURES / "images" / "landscape_499x375.jpg")
     done = subprocess.run(
-        [sys.executable, "-c", program, str(run), picture, str(tmp_path / "lock"), str(data)],
+        [sys.executable, "-c", PROGRAM, str(run), picture, str(data), str(folder / "lock")],
         cwd=ROOT,
         text=True,
         capture_output=True,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "REPLKNET_PADDLE_CACHE": str(tmp_path / "c")},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "REPLKNET_PADDLE_CACHE": str(folder / "c")},
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]), done.stderr, run, picture
 
 
-def test_macos_imports_and_predicts_and_names_what_it_lacks(tmp_path):
-    got, log, run, picture = import_and_predict(tmp_path, "darwin")
+def test_macos_imports_and_predicts_and_names_what_it_lacks(systems):
+    found, log, run, picture = systems
+    got = found["darwin"]
     from replknet_paddle.deploy.predictor import Predictor, inference_model
 
     here = inference_model(Predictor(str(run), backend="dygraph"), picture)["pred_scores"]
@@ -108,6 +116,7 @@ def test_macos_imports_and_predicts_and_names_what_it_lacks(tmp_path):
     assert log.count("compiled operators are for Linux; this is darwin") == 2, log
 
 
-def test_windows_imports_and_predicts(tmp_path):
-    got, _, _, _ = import_and_predict(tmp_path, "win32")
+def test_windows_imports_and_predicts(systems):
+    found, *_ = systems
+    got = found["win32"]
     assert abs(sum(got["scores"]) - 1) < 1e-5 and "DATA.NUM_WORKERS" in got["refused"]

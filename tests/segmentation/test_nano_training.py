@@ -14,24 +14,46 @@ from tiny import FIXTURES, ROOT
 from replknet_paddle.commands import main
 
 
-@pytest.mark.slow
-def test_the_documentations_commands_train_and_use_the_nano_network(tmp_path):
-    """All that docs/segmentation.md shows and that needs no dataset, in its order."""
+@pytest.fixture
+def commands(tmp_path):
+    """All that docs/segmentation.md shows and that needs no dataset, in its order; without
+    `replknet`, and for the folder `tmp_path`."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "photos").mkdir()
     shutil.copy(sorted((FIXTURES / "images").glob("[!eR]*.jpg"))[0], tmp_path / "photos")
     lines = command_lines("docs/segmentation.md")
     assert len(lines) == 6
-    for line in lines:
+    return [shlex.split(line, comments=True)[1:] for line in lines]
+
+
+def test_the_documentations_commands_run(commands, tmp_path, monkeypatch):
+    """With few images and one step of training."""
+    monkeypatch.chdir(tmp_path)
+    one_step = ["TRAIN.NUM_EPOCHS", "1", "SEGMENTATION.EPOCH_STEPS", "1"]
+    shorter = {
+        "make-shapes": ["-count", "10"],
+        "segment train": ["-opts", *one_step, "SEGMENTATION.WARMUP_STEPS", "0"],
+    }
+    for command in commands:
+        name = " ".join(command[: 2 if command[0] == "segment" else 1])
+        assert main([*command, *shorter.get(name, [])]) == 0, command
+    assert len((tmp_path / "output/shapes/metrics.jsonl").read_text().splitlines()) == 1
+    assert len(list((tmp_path / "predictions").iterdir())) == 2 * 10
+    assert len(list((tmp_path / "tinted_photos").iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_the_documentations_commands_train_and_use_the_nano_network(commands, tmp_path):
+    for command in commands:
         done = subprocess.run(
-            [sys.executable, "-m", "replknet_paddle", *shlex.split(line, comments=True)[1:]],
+            [sys.executable, "-m", "replknet_paddle", *command],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             text=True,
             capture_output=True,
             timeout=1200,
         )
-        assert done.returncode == 0, f"{line}:\n{done.stdout}\n{done.stderr}"
+        assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
     text = (tmp_path / "output/shapes/metrics.jsonl").read_text()
     last = json.loads(text.splitlines()[-1])
     assert last["val_miou_percent"] > 90

@@ -118,11 +118,11 @@ def test_both_classifiers_stay_fresh_for_other_classes_on_demand(config_file, tm
     assert (loaded == official_state()["decode_head.bottleneck.conv.weight"]).all()
 
 
-def test_a_classifier_does_not_take_a_segmentation_file():
+def test_a_classifier_does_not_take_a_segmentation_file(tiny_config_file):
     from replknet_paddle.model import build_replknet
 
     with pytest.raises(InputError, match="does not fit"):
-        load_pretrained(build_replknet(get_config(None)), OFFICIAL)
+        load_pretrained(build_replknet(get_config(tiny_config_file)), OFFICIAL)
 
 
 def test_mmpretrain_has_no_names_for_segmentation(config_file, tmp_path, capsys):

@@ -70,6 +70,7 @@ def test_resuming_gives_the_same_bits(trained, tiny_upernet_file, shapes, tmp_pa
     assert_same_end(folder, trained)
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_restarted_and_ends_the_same(trained, tiny_upernet_file, shapes, tmp_path):
     """run_train_multi.sh with MAX_RESTARTS, its training process killed in mid-epoch."""
     folder = tmp_path / "run"

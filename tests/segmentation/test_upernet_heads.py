@@ -7,6 +7,8 @@ from numpy_heads import fcn_head, uper_head
 
 from replknet_paddle.segmentation.heads import FCNHead, UPerHead
 
+pytestmark = pytest.mark.paddle_version
+
 CHANNELS = [3, 4, 5, 6]
 
 

@@ -3,8 +3,6 @@
 import contextlib
 import hashlib
 import os
-import subprocess
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import Run
 
 from replknet_paddle import zoo
 from replknet_paddle.checkpoints.convert import load_state
@@ -24,7 +23,6 @@ from replknet_paddle.zoo.download import download, fetch
 from replknet_paddle.zoo.records import PublishedModel
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
-ROOT = FIXTURES.parent.parent
 CONTENT = (FIXTURES / "tiny31_mmpretrain.pth").read_bytes()
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 TIMES = {"timeout_seconds": 0.5, "pause_seconds": 0.01}
@@ -326,29 +324,32 @@ def test_default_cache_is_below_the_home_folder(monkeypatch):
     assert cache_folder() == Path.home() / ".cache" / "replknet_paddle"
 
 
+def fetch_published(arguments) -> int:
+    """In a process of its own: print the path of the file that is found at a URL."""
+    name, url, sha256, file = arguments
+
+    class Published(PublishedModel):
+        pass
+
+    Published.url, Published.sha256_start = url, sha256
+    print(fetch(Published(name, "x", None, 64, 10, 0, 0, (), "", "", file)))
+    return 0
+
+
 @pytest.mark.skipif(files.fcntl is None, reason="processes are kept apart by POSIX locks")
 def test_processes_that_ask_at_once_download_once(published, server, tmp_path):
     server.behaviours = ["slow"]
-    program = (
-        "import sys; from replknet_paddle.zoo.download import fetch\n"
-        "from replknet_paddle.zoo.records import PublishedModel\n"
-        "class Published(PublishedModel):\n"
-        f"    url = {server.url!r}\n"
-        f"    sha256_start = {SHA256!r}\n"
-        f'print(fetch(Published({published.name!r}, "x", None, 64, 10, 0, 0, (), "", "", '
-        f"{published.mmpretrain_file!r})))\n"
-    )
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program],
-            cwd=ROOT,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+    arguments = [published.name, server.url, SHA256, published.mmpretrain_file]
+    runs = [
+        Run(
+            arguments,
+            output=tmp_path / f"{i}.txt",
+            target=fetch_published,
+            environment={CACHE_VARIABLE: str(tmp_path / "cache")},
         )
-        for _ in range(3)
+        for i in range(3)
     ]
-    answers = {process.communicate(timeout=120)[0].strip() for process in processes}
+    assert [run.wait() for run in runs] == [0, 0, 0], [run.text() for run in runs]
+    answers = {run.text().splitlines()[-1] for run in runs}
     assert answers == {str(tmp_path / "cache" / "tiny31.safetensors")}
     assert len(server.requests) == 1

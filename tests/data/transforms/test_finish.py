@@ -8,6 +8,8 @@ from replknet_paddle.data.transforms.finish import FinishBatch
 from replknet_paddle.data.transforms.image import normalize
 from replknet_paddle.data.transforms.training import TrainTransform
 
+pytestmark = pytest.mark.paddle_version
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 

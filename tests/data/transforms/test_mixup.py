@@ -15,6 +15,8 @@ from replknet_paddle.data.transforms.mixup import (
 )
 from replknet_paddle.runtime.errors import InputError
 
+pytestmark = pytest.mark.paddle_version
+
 GOLDENS = Path(__file__).parent / "goldens"  # what made them: see make_goldens.py there
 DRAWS = json.loads((GOLDENS / "timm_draws.json").read_text())
 

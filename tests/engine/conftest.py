@@ -1,0 +1,22 @@
+"""The runs of this folder's tests evaluate often, and so on few images."""
+
+import pytest
+from tiny import make_data
+
+pytest.register_assert_rewrite("run_fixtures")
+
+from run_fixtures import run_flags, straight, straight_on_two  # noqa: E402, F401  with these images
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """60 training and 23 validation pictures of noise, each class brighter than the last."""
+    folder = tmp_path_factory.mktemp("engine_data")
+    make_data(folder, train=60, val=23)  # multiples of no batch size and of no number of ranks
+    return folder
+
+
+@pytest.fixture
+def validation_images(tiny_data):
+    """How many there are."""
+    return len((tiny_data / "val_list.txt").read_text().splitlines())
