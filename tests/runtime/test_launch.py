@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+import time
 
 import pytest
 
@@ -67,6 +68,38 @@ def hide(monkeypatch, visible) -> None:
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(module, "visible_devices", lambda: 0)
+
+
+# Stands for Python and a launcher whose processes have met those of the other node, and now wait.
+WAITING_LAUNCHER = """#!/bin/sh
+echo "$@" > "{folder}/arguments"
+mkdir -p "{folder}/workers/one"
+printf first-start > "{folder}/workers/one/{attempt}"
+exec sleep 60
+"""
+
+
+def test_a_launcher_is_ended_once_another_node_has_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(module, "GRACE_SECONDS", 0.05)
+    python, workers = tmp_path / "python", tmp_path / "workers"
+    python.write_text(WAITING_LAUNCHER.format(folder=tmp_path, attempt=nodes.ATTEMPT_FILE))
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    (workers / nodes.FOLDER / "first-start").mkdir(parents=True)
+    (workers / nodes.FOLDER / "first-start" / "two").write_text("5\n7\nerror: so it was")
+    began = time.monotonic()
+    status, message = launch(
+        ["x.py"], processes=1, log_dir=str(workers / "one"), nodes=2, master="localhost:80"
+    )
+    assert time.monotonic() - began < 50
+    assert (status, message) == (
+        7,
+        "error: machine two has failed with status 7: error: so it was",
+    )
+    arguments = (tmp_path / "arguments").read_text()
+    assert "--nnodes 2 --master 127.0.0.1:80 --host 127.0.0.1 x.py" in arguments
+    assert (workers / nodes.FOLDER / "first-start" / "one").exists()
 
 
 RANK = """

@@ -82,6 +82,7 @@ def test_where_a_node_is_killed_the_other_one_ends(start_nodes, name):
     assert "machine two has given no sign for 6 s" in one.text()
 
 
+@pytest.mark.slow
 def test_where_a_process_fails_both_nodes_end_at_once(start_nodes):
     (one, _), (two, folder) = start_nodes(f"localhost:{free_ports(1)[0]}")
     (folder / "fail").touch()
