@@ -30,6 +30,7 @@ def test_without_imagenet_they_say_what_to_prepare(script, tmp_path):
     assert len(done.stderr.strip().splitlines()) <= 3  # the message, and no more than Paddle's own
 
 
+@pytest.mark.slow
 def test_training_without_data_describes_the_layout(tmp_path):
     done = sh("run_train_multi.sh", f"-data_path={tmp_path / 'imagenet'}")
     assert "train_list.txt and val_list.txt" in done.stderr

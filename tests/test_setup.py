@@ -270,7 +270,11 @@ def test_paddle_is_tried_on_the_gpu(tmp_path, gpu, reason):
 @pytest.mark.parametrize(
     "gpu, reason",
     [
-        ("wrong", "Paddle 3.3.1 computes a wrong matrix product on NVIDIA Fake: relative error"),
+        pytest.param(
+            "wrong",
+            "Paddle 3.3.1 computes a wrong matrix product on NVIDIA Fake: relative error",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "does not start", "ImportError: libcudart.so.12: cannot open", marks=pytest.mark.slow
         ),

@@ -139,6 +139,7 @@ def test_no_rounds_are_bad_input(flags, capsys):
     assert "--rounds 0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_inference_times_each_backend_and_says_how_far_it_is_off(
     tiny_config_file, tmp_path, capsys
 ):

@@ -100,6 +100,7 @@ def slow_erf(arguments) -> int:
     return erf(arguments)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_gives_the_same_array(folder, flags, tmp_path):
     whole, killed = tmp_path / "whole.npy", tmp_path / "killed.npy"
     run = Run(arguments(folder, flags, killed), output=tmp_path / "killed.txt", target=slow_erf)

@@ -88,6 +88,7 @@ def test_a_checkpoint_in_its_run_folder_needs_no_config(tmp_path, config_file):
     np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_command_runs_from_the_shell(tmp_path, config_file):
     target = tmp_path / "merged.safetensors"
     done = subprocess.run(

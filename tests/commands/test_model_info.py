@@ -47,6 +47,7 @@ def test_figures_of_31b_are_the_papers(capsys, monkeypatch):
     assert "replknet_31b" in printed and "224" in printed and "1000" in printed
 
 
+@pytest.mark.slow
 def test_the_command_runs_from_the_shell(tiny_config_file):
     done = run("-cfg", tiny_config_file)
     assert done.returncode == 0, done.stderr

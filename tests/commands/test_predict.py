@@ -348,6 +348,7 @@ def test_bad_input_is_one_message_and_writes_nothing(
     assert not (tmp_path / "drawn").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_many_files_take_no_more_memory_than_few(run_folder, tmp_path):
     """The peak of 2,000 files in one folder against that of 200, in a process of their own."""

@@ -134,6 +134,7 @@ def test_the_signal_in_a_launchers_status(status, number):
 # ---- errors
 
 
+@pytest.mark.slow
 def test_an_error_of_another_rank_is_in_the_log(two_processes, tmp_path):
     code = """
     def write_step(self, step):

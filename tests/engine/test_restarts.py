@@ -123,6 +123,7 @@ def test_killed_workers_are_restarted_and_the_end_is_the_same(
     assert_same_end(folder, straight_on_two)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_on_is_restarted_as_often_as_allowed(
     failing,
     straight,
@@ -168,7 +169,7 @@ def test_bad_input_is_not_restarted(tiny_config_file, tmp_path):
     assert said.count("error: ") == 1 and str(missing) in said
 
 
-@pytest.mark.parametrize("how", ["TERM", "Ctrl-C"])
+@pytest.mark.parametrize("how", ["TERM", pytest.param("Ctrl-C", marks=pytest.mark.slow)])
 def test_a_stop_is_passed_on_saved_and_not_restarted(
     tiny_config_file,
     tiny_data,

@@ -134,6 +134,7 @@ def test_a_signal_with_loader_workers_saves_too(run_flags, straight, tmp_path):
     assert_same_end(folder, straight)
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_and_go_on(run_flags, straight_on_two, tmp_path):
     """SIGTERM to the program alone, which hands it on."""
     folder = tmp_path / "run"

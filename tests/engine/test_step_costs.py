@@ -138,6 +138,7 @@ def test_a_step_waits_once_reduces_thrice_and_copies_nothing_but_its_batch(
         assert calls == EXPECTED
 
 
+@pytest.mark.slow
 def test_one_more_of_anything_is_seen(tiny_config_file, tiny_data, tmp_path):
     seen = {}
     for added in ("synchronization", "reduction", "copy"):

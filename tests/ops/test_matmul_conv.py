@@ -181,7 +181,7 @@ print(forward, both)
 """
 
 
-@pytest.mark.parametrize("megabytes", [24, 96])
+@pytest.mark.parametrize("megabytes", [24, pytest.param(96, marks=pytest.mark.slow)])
 def test_peak_memory_of_a_layer_at_56_pixels_is_within_the_bound(megabytes):
     """Beside inputs, outputs, and chunks of the output until they are joined."""
     command = [sys.executable, "-c", PEAK, str(megabytes * 2**20)]

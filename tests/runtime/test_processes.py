@@ -171,7 +171,8 @@ def test_processes_add_up_and_agree(tmp_path, ranks):
     finish_ranks([ranks], folder=tmp_path, ranks=ranks, target=checks)
 
 
-@pytest.mark.parametrize("failing", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
 @pytest.mark.parametrize("status", [2])
 def test_the_status_of_a_failing_worker_comes_through(tmp_path, status, failing):
     script = f"""
