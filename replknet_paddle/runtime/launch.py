@@ -83,21 +83,26 @@ def launch(
     if nodes > 1:
         address, own_address = node_addresses(master)
         launcher_command += ["--nnodes", str(nodes), "--master", address, "--host", own_address]
-    # A session of its own: Ctrl-C reaches it once, from here, and not its processes as well.
-    launcher = subprocess.Popen(
-        [*launcher_command, *command],
-        env=environment,
-        start_new_session=True,
-        preexec_fn=functools.partial(end_with_parent, os.getpid()),
-    )
+    launcher = None
     received = []
 
     def hand_on(number, _):
         received.append(number)
-        launcher.send_signal(number)
+        if launcher is not None:
+            launcher.terminate()  # a SIGINT may get lost while Paddle imports its launcher
 
+    # Before the launcher is started: Python loses a KeyboardInterrupt of that moment.
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
+        # A session of its own: Ctrl-C reaches it once, from here, and not its processes as well.
+        launcher = subprocess.Popen(
+            [*launcher_command, *command],
+            env=environment,
+            start_new_session=True,
+            preexec_fn=functools.partial(end_with_parent, os.getpid()),
+        )
+        if received:
+            launcher.terminate()
         failure = wait_with_nodes(launcher, heartbeat)
         status = launcher.wait()
     finally:
