@@ -7,12 +7,14 @@ Works alike in one process, in several on CPU (gloo) and on GPUs (NCCL), over on
 import contextlib
 import io
 import os
+import sys
 from collections.abc import Iterator
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
 
+from replknet_paddle.runtime.cores import processes_on_this_machine
 from replknet_paddle.runtime.nodes import name_attempt
 
 # Gradients travel in pieces of about this many bytes: large enough to be efficient, small enough
@@ -53,6 +55,9 @@ def init(*, deterministic: bool = False) -> None:
         paddle.set_flags(DETERMINISTIC_FLAGS)
     if world_size() > 1:
         name_attempt()
+        if processes_on_this_machine() == world_size() and sys.platform == "linux":
+            # Else gloo looks up this machine's name, which need not resolve.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         # Paddle lists the flags that its own launcher has set.
         with contextlib.redirect_stderr(io.StringIO()):
             dist.init_parallel_env()

@@ -1,10 +1,13 @@
 """Where a node says it is, and processes without a visible GPU."""
 
 import os
+import shutil
 import socket
+import subprocess
 import sys
 
 import pytest
+from tiny import ROOT
 
 from replknet_paddle.runtime import launch as module
 from replknet_paddle.runtime import nodes
@@ -124,3 +127,20 @@ def test_processes_without_a_visible_gpu_run_on_the_cpu(tmp_path, monkeypatch, v
     for rank in range(2):
         assert (tmp_path / f"rank{rank}").read_text() == "2.0 an argument with spaces"
     assert "PADDLE_DISTRI_BACKEND" not in os.environ
+
+
+@pytest.mark.slow
+def test_the_name_of_the_machine_need_not_resolve(tiny_config_file, tiny_data, tmp_path):
+    renamed = ["unshare", "--uts", "sh", "-c", 'hostname no-such-name && exec "$@"', "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*renamed, "true"]).returncode:
+        pytest.skip("only root can give this process a machine's name of its own")
+    flags = [f"-cfg={tiny_config_file}", f"-data_path={tiny_data}", f"-output={tmp_path / 'run'}"]
+    flags += ["-nproc=2", "-batch_size=4", "-opts", "TRAIN.NUM_EPOCHS", "1"]
+    done = subprocess.run(
+        [*renamed, sys.executable, "main_multi_gpu.py", *flags],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
