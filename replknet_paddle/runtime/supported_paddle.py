@@ -46,7 +46,7 @@ def refuse_other_paddles() -> None:
 
 def why_not(spec) -> str | None:
     """Return why the Paddle of a module spec cannot be used and the command that helps, or None."""
-    if spec is None:
+    if spec is None or not spec.origin:  # a folder that is called paddle is no Paddle
         return f"this needs Paddle: {install_command('cpu')}; docs/gpu.md has the command for GPUs"
     file = Path(spec.origin).with_name("version") / "__init__.py"
     content = file.read_text() if file.is_file() else ""
