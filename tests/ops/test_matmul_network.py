@@ -138,6 +138,7 @@ from replknet_paddle.ops import depthwise_conv, use_fast_depthwise_conv, use_fas
 
 depthwise_conv.is_on_cpu = lambda x: False  # tensors of the GPU, for `auto`
 losses = {}
+paddle.seed(0)
 images, labels = paddle.randn([8, 3, 64, 64]), paddle.arange(8) % 3
 for impl in ("paddle", "auto", "matmul"):
     paddle.seed(0)
@@ -146,7 +147,8 @@ for impl in ("paddle", "auto", "matmul"):
     assert use_fast_depthwise_conv(model, impl) == (0 if impl == "paddle" else 4)
     assert use_fast_pointwise_conv(model, impl) == 0
     precision = Precision()
-    optimizer = paddle.optimizer.SGD(0.01, parameters=model.parameters())
+    # At ten times this rate rounding alone grows to 0.5 % of the third loss; here to 4e-6.
+    optimizer = paddle.optimizer.SGD(0.001, parameters=model.parameters())
     precision.prepare(model, optimizer)
     losses[impl] = []
     for _ in range(3):
@@ -159,8 +161,8 @@ for impl in ("paddle", "auto", "matmul"):
     model.eval()
     with paddle.no_grad():
         model(images)
-np.testing.assert_allclose(losses["auto"], losses["paddle"], rtol=1e-3)
-np.testing.assert_allclose(losses["matmul"], losses["paddle"], rtol=1e-3)
+np.testing.assert_allclose(losses["auto"], losses["paddle"], rtol=1e-4)
+np.testing.assert_allclose(losses["matmul"], losses["paddle"], rtol=1e-4)
 """
 
 
