@@ -1,6 +1,6 @@
 """Storage that fails or hangs, by an `open` that is patched in a run and in the workers it forks.
 
-Each function here takes the place of `main_status` in `processes.Run`.
+Each function of arguments takes the place of `main_status` in `processes.Run`.
 """
 
 import builtins
@@ -67,12 +67,17 @@ def flaky_for_a_second(arguments) -> int:
     return main_status(arguments)
 
 
-def broken_for_ever(arguments) -> int:
+def break_for_ever() -> None:
     """One image gives EIO whenever it is read; the pauses are a tenth of the real ones."""
     from replknet_paddle.data import storage
 
     storage.PAUSES_SECONDS = tuple(pause / 10 for pause in storage.PAUSES_SECONDS)
     patch_open(lambda path: _BrokenFile if path.endswith("0020.jpg") else None)
+
+
+def broken_for_ever(arguments) -> int:
+    """A run with `break_for_ever`."""
+    break_for_ever()
     return main_status(arguments)
 
 

@@ -162,54 +162,60 @@ def start_really(arguments, **options) -> subprocess.Popen:
     )
 
 
-# Stands for Python: counts how often the program is started, and lets it fail where a test wants.
-WRAPPER = """
-import os, runpy, signal, sys
+# The sitecustomize of a folder on PYTHONPATH, which Python imports before it runs a program.
+CUSTOMIZED = """
+import os, sys
+if sys.orig_argv[1:5] == ["-u", "-m", "replknet_paddle", "train"]:
+    import signal, time
+    from replknet_paddle.engine import run, run_log
+    from replknet_paddle.engine.signals import StopSignals
+    rank = int(os.environ.get("PADDLE_TRAINER_ID", 0))
+{code}
+"""
 
-root, starts, failures, how = {root!r}, {starts!r}, {failures!r}, {how!r}
-sys.path.insert(0, root)
-with open(starts, "a") as file:
-    file.write(" ".join(sys.argv[1:]) + "\\n")
-number = len(open(starts).readlines()) - 1
-from replknet_paddle.engine.run_log import RunLog
-
-really_write = RunLog.write_step
-
-
-def write_step(self, step):
-    really_write(self, step)
-    if number < len(failures) and step == failures[number]:
-        if how == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        raise RuntimeError("fails where a test wants it to")
-
-
-RunLog.write_step = write_step
-sys.argv[:] = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+# Counts how often a run is started, and lets it fail where a test wants.
+FAILING = """
+    with open({starts!r}, "a") as file:
+        file.write(" ".join(sys.argv[1:]) + chr(10))
+    failures = {failures!r}[len(open({starts!r}).readlines()) - 1 :]
+    really_write = run_log.RunLog.write_step
+    def write_step(self, step):
+        really_write(self, step)
+        if failures and step == failures[0]:
+            if {how!r} == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError("fails where a test wants it to")
+    run_log.RunLog.write_step = write_step
 """
 
 
-def failing_python(folder: Path, *, failures: list[int], how="killed") -> Path:
-    """A program for `Script` that runs Python and fails after the given steps, one each start.
+def customized(folder: Path, code: str) -> dict[str, str]:
+    """Variables with which each process that a run starts, by Paddle's launcher or as one that may
+    be restarted, executes `code`, indented by four.
 
     Args:
-        folder: for the program; `starts` there gets the arguments of each start.
+        folder: for the code.
+    """
+    (folder / "custom").mkdir()
+    (folder / "custom" / "sitecustomize.py").write_text(CUSTOMIZED.format(code=code))
+    return {"PYTHONPATH": os.pathsep.join([str(folder / "custom"), str(ROOT)])}
+
+
+def failing(folder: Path, *, failures: list[int], how="killed") -> dict[str, str]:
+    """Variables with which a run that may be restarted fails after the given steps, one each start.
+
+    Args:
+        folder: for the code; `starts` there gets the arguments of each start.
         how: "killed", or "raises".
     """
-    starts, wrapper, python = (folder / name for name in ("starts", "wrapper.py", "python"))
-    wrapper.write_text(
-        WRAPPER.format(root=str(ROOT), starts=str(starts), failures=failures, how=how)
-    )
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{wrapper}" "$@"\n')
-    python.chmod(0o755)
-    return python
+    starts = str(folder / "starts")
+    return customized(folder, FAILING.format(starts=starts, failures=failures, how=how))
 
 
 class Script:
     """run_train_multi.sh on the tiny network, in a process group of its own."""
 
-    def __init__(self, arguments, *, restarts, python=sys.executable):
+    def __init__(self, arguments, *, restarts, **environment):
         self.process = subprocess.Popen(
             ["sh", str(ROOT / "run_train_multi.sh"), *map(str, arguments)],
             text=True,
@@ -219,8 +225,9 @@ class Script:
             env={
                 **os.environ,
                 "OMP_NUM_THREADS": "1",
-                "PYTHON": str(python),
+                "PYTHON": sys.executable,
                 "MAX_RESTARTS": str(restarts),
+                **environment,
             },
         )
 

@@ -57,7 +57,7 @@ def best_record(records: list[dict]) -> tuple[str, dict] | None:
         for record in records
         for keys in SCORES.values()
         for key in keys
-        if key in record
+        if record.get(key) is not None
     ]
     return max(found, key=lambda mark: mark[0])[1:] if found else None
 
@@ -96,7 +96,9 @@ def build_figure(runs: dict[str, list[dict]]):
 def draw_run(axes, name: str, records: list[dict], keys: dict[str, str], *, colour: str) -> None:
     """Draw the curves of one run in one panel, and a star at its best epoch."""
     for key, style in keys.items():
-        points = [(record["epoch"], record[key]) for record in records if key in record]
+        points = [
+            (record["epoch"], record[key]) for record in records if record.get(key) is not None
+        ]
         if points:
             label = f"{name}: {key.split('_percent')[0]}"
             axes.plot(*zip(*points), style, color=colour, label=label)

@@ -39,7 +39,9 @@ class Classes:
 
     def names_for(self, config) -> tuple[str, ...] | None:
         """The names, unless `config` names another file of class names than the run did."""
-        return self.names if config.DATA.CLASS_NAMES in (None, self.names_file) else None
+        given = config.DATA.CLASS_NAMES
+        is_same = given is None or given == self.names_file
+        return self.names if is_same or os.path.abspath(given) == self.names_file else None
 
 
 def record_metadata(body: dict, tensors: Mapping[str, np.ndarray]) -> dict[str, str]:

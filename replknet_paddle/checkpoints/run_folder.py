@@ -20,6 +20,11 @@ def run_folder_of(path: str) -> str | None:
     return None
 
 
+def is_same(folder: str | None, other: str) -> bool:
+    """Whether two paths lead to one folder."""
+    return folder is not None and os.path.realpath(folder) == os.path.realpath(other)
+
+
 def run_config_file(path: str) -> str:
     """The configuration that a checkpoint in its run folder was trained with.
 

@@ -12,6 +12,7 @@ A checkpoint is written under a temporary name and renamed when it is complete, 
 final name is complete.
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -22,8 +23,10 @@ import numpy as np
 
 from replknet_paddle.checkpoints.readers import read_checkpoint
 from replknet_paddle.checkpoints.record import record_metadata, verified_body
+from replknet_paddle.checkpoints.run_folder import is_same, run_folder_of
 from replknet_paddle.checkpoints.writers import write_safetensors
 from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.files import is_full_of_files
 from replknet_paddle.runtime.places import tried
 
 logger = logging.getLogger(__name__)
@@ -41,7 +44,7 @@ class Progress:
         epoch: epochs done.
         batch: forward passes done, on each process, in the epoch after those.
         batches: how many an epoch has.
-        step: optimizer steps done in all.
+        step: optimizer steps done in all, however many an epoch had when they were done.
         batch_size, accum_iter: of those, images on all processes, and how many make a step.
         best_score: best top-1 accuracy (mIoU in segmentation) so far, percent, of the weights or of
             the EMA weights.
@@ -49,6 +52,7 @@ class Progress:
         better_weights: 'model' or 'model_ema', whichever had the higher accuracy in the latest
             evaluation.
         epoch_sums: loss times images, and images, of the current epoch so far.
+        record: of metrics.jsonl, of the last epoch done, where its evaluation is still to come.
     """
 
     epoch: int = 0
@@ -61,6 +65,12 @@ class Progress:
     best_checkpoint: str = ""
     better_weights: str = "model"
     epoch_sums: tuple[float, float] = (0.0, 0.0)
+    record: dict = field(default_factory=dict)
+
+    @property
+    def schedule_step(self) -> int:
+        """The optimizer steps that a run with epochs like this one takes to come as far."""
+        return (self.epoch * self.batches + self.batch) // self.accum_iter
 
 
 @dataclass(frozen=True)
@@ -122,16 +132,25 @@ def save_checkpoint(path: str, checkpoint: Checkpoint) -> None:
         "scaler": checkpoint.scaler,
         "class_names": checkpoint.class_names,
     }
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    folder = os.path.dirname(path)
     try:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder)  # and not the run folder: one that is not there has been deleted
         write_safetensors(path, tensors, record_metadata(body, tensors))
     except OSError as error:  # a full disk, mostly
-        free = shutil.disk_usage(os.path.dirname(path)).free
         size = sum(tensor.nbytes for tensor in tensors.values())
         raise OSError(
-            f"cannot write {path}: {error.strerror}; {size / 2**20:.1f} MiB are needed "
-            f"and {free / 2**20:.0f} MiB free there. Earlier checkpoints are unchanged"
+            f"cannot write {path}: {error.strerror}{room_in(folder, size)}. Earlier checkpoints "
+            "are unchanged"
         ) from None
+
+
+def room_in(folder: str, size: int) -> str:
+    """What a message says of the space in a folder for a file of `size` bytes."""
+    if is_full_of_files(folder) or not os.path.isdir(folder):
+        return ""
+    free = shutil.disk_usage(folder).free
+    return f"; {size / 2**20:.1f} MiB are needed and {free / 2**20:.0f} MiB free there"
 
 
 def load_checkpoint(path: str) -> Checkpoint:
@@ -201,6 +220,8 @@ def checkpoints(run_folder: str) -> list[str]:
 def point_to(run_folder: str, name: str, path: str) -> None:
     """Let RUN/`name` link to the checkpoint `path`, atomically."""
     link = os.path.join(run_folder, name)
+    if os.path.realpath(link) == os.path.realpath(path):
+        return
     unfinished = f"{link}.unfinished"
     if os.path.lexists(unfinished):
         os.unlink(unfinished)
@@ -232,13 +253,18 @@ def remove_superseded(run_folder: str, *, keep_every: int, keep_newest: int) -> 
             os.unlink(os.path.join(folder, name))
 
 
-def take_up(run_folder: str, progress: Progress) -> None:
+def take_up(run_folder: str, progress: Progress, resumed: str | None = None) -> None:
     """Prepare a run folder for a run that continues from `progress`, or starts.
 
     Later checkpoints are moved to RUN/superseded: they are from an abandoned branch of the run, and
-    would be taken for its newest. RUN/best is linked again, because a crash may have come between
-    writing the checkpoint and linking it.
+    would be taken for its newest. RUN/last and RUN/best are linked again: `last` may have been one
+    of those, and a crash may have come between writing a checkpoint and linking it.
+
+    Args:
+        resumed: the checkpoint that is continued from, if any.
     """
+    if resumed is not None and is_same(run_folder_of(resumed), run_folder):
+        point_to(run_folder, "last", resumed)
     best = os.path.realpath(os.path.join(run_folder, "best"))
     for path in checkpoints(run_folder):
         place = tuple(map(int, NAME.fullmatch(os.path.basename(path)).groups()))

@@ -26,6 +26,7 @@ def add_config_flags(parser: argparse.ArgumentParser, *, required=False, default
         "opts",
         "any other keys, e.g. -opts TRAIN.BASE_LR 1e-3 SEED 1",
         nargs="+",
+        action="extend",
         metavar="KEY VALUE",
     )
 

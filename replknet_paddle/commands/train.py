@@ -18,6 +18,7 @@ from replknet_paddle.runtime.errors import InputError, SystemFault
 from replknet_paddle.runtime.files import check_new_folder, check_place_is_writable
 from replknet_paddle.runtime.parent import end_with_parent
 from replknet_paddle.runtime.places import command_line, tried
+from replknet_paddle.runtime.restarts import run_with_restarts
 
 EXAMPLES = """\
 example: python main_multi_gpu.py -cfg=./configs/replknet_31b.yaml -data_path=/dataset/imagenet \\
@@ -126,14 +127,26 @@ def train_or_evaluate(args) -> tuple[int, str]:
         if args.print_config:
             print(config.dump(), end="")
             return 0, ""
+        if config.SAVE is None:
+            args.output = default_run_folder(config)
+            config = update_config(config, args)
+        check_place_is_writable(config.SAVE)
+        restarts = whole_number("MAX_RESTARTS", os.environ.get("MAX_RESTARTS", 0))
     except (InputError, OSError) as error:
         return 2, f"error: {error}"
+    command = [*PROGRAM, *args.argv, f"-output={config.SAVE}"]
+    if restarts and not config.EVAL and "PADDLE_TRAINERS_NUM" not in os.environ:
+        is_resuming = config.MODEL.RESUME is not None
+        return run_with_restarts(
+            command, restarts=restarts, run_folder=config.SAVE, is_resuming=is_resuming
+        ), ""
 
     try:
         # Paddle is imported once the configuration is known to be right.
         from replknet_paddle.deploy.backends import is_export, open_for_evaluation
         from replknet_paddle.engine.run import run as run_config
-        from replknet_paddle.engine.run_log import append_to_log
+        from replknet_paddle.engine.run_lock import LAUNCHER
+        from replknet_paddle.engine.run_log import append_to_log, lock_run_folder
         from replknet_paddle.engine.signals import Stopped
         from replknet_paddle.engine.train import DivergedError
         from replknet_paddle.runtime.launch import (
@@ -154,22 +167,23 @@ def train_or_evaluate(args) -> tuple[int, str]:
                     f"-report for MODEL.TYPE {config.MODEL.TYPE}; allowed: for classifiers"
                 )
             check_new_folder(args.report)
-        if config.SAVE is None:
-            args.output = default_run_folder(config)
-            config = update_config(config, args)
-        check_place_is_writable(config.SAVE)
         if not is_launched():
             nodes, master, processes = places(args.nproc)
             if nodes * processes > 1:
                 check_inputs(config)
+                lock = None
+                if nodes == 1:  # of several machines, only that of rank 0 locks the folder
+                    lock = lock_run_folder(config.SAVE, LAUNCHER, resume=config.MODEL.RESUME)
                 status, message = launch(
-                    [*PROGRAM, *args.argv, f"-output={config.SAVE}"],
+                    command,
                     processes=processes,
                     log_dir=worker_log_dir(config.SAVE, nodes),
                     nodes=nodes,
                     master=master,
                 )
                 append_to_log(config.SAVE, message)
+                if lock is not None:
+                    lock.release()
                 if status in STOPPED and not message:
                     message = how_to_resume(config, processes)
                 return status, message
@@ -233,7 +247,8 @@ def how_to_resume(config, processes: int) -> str:
     if config.EVAL or not checkpoints(config.SAVE):
         return ""
     flags = [f"-nproc={processes}"] if processes > 1 else []
-    return f"to continue: {command_line('train', f'-resume={config.SAVE}', *flags)}"
+    folder = os.path.abspath(config.SAVE)
+    return f"to continue: {command_line('train', f'-resume={folder}', *flags)}"
 
 
 def read_config(args):
@@ -258,15 +273,28 @@ def read_config(args):
 
 
 def default_run_folder(config) -> str:
-    """The run folder of MODEL.RESUME, or output/NAME-train-TIME, or output/NAME-eval-TIME."""
+    """The run folder of MODEL.RESUME, or output/NAME-train-TIME, or output/NAME-eval-TIME.
+
+    TIME has the number of this process behind it: runs may start in the same second.
+
+    Raises:
+        InputError: several machines, whose clocks and processes differ.
+    """
     from replknet_paddle.checkpoints.run_folder import run_folder_of
 
     if config.MODEL.RESUME is not None:  # not auto, which needs SAVE
         folder = run_folder_of(config.MODEL.RESUME)
         if folder is not None:
             return folder
+    nodes = os.environ.get("NNODES", "1")
+    if nodes != "1":
+        raise InputError(
+            f"NNODES is {nodes} and there is no -output; give it on each machine, a folder that "
+            "they share"
+        )
     kind = "eval" if config.EVAL else "train"
-    return os.path.join("output", f"{config.MODEL.NAME}-{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
+    now = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    return os.path.join("output", f"{config.MODEL.NAME}-{kind}-{now}")
 
 
 def places(nproc: int | None) -> tuple[int, str | None, int]:
@@ -275,7 +303,7 @@ def places(nproc: int | None) -> tuple[int, str | None, int]:
     From the environment: NNODES, MASTER (HOST:PORT of one of the machines) and NPROC_PER_NODE; by
     default only this machine, with one process for each visible GPU, or one on CPU.
     """
-    nodes = positive_integer("NNODES", os.environ.get("NNODES", 1))
+    nodes = whole_number("NNODES", os.environ.get("NNODES", 1), 1)
     master = os.environ.get("MASTER")
     if nodes > 1 and not re.fullmatch(r"[^:]+:[0-9]{1,5}", master or ""):
         raise InputError(
@@ -285,24 +313,24 @@ def places(nproc: int | None) -> tuple[int, str | None, int]:
 
     devices = visible_devices()
     if nproc is not None:
-        processes = positive_integer("-nproc", nproc)
+        processes = whole_number("-nproc", nproc, 1)
     else:
-        processes = positive_integer(
-            "NPROC_PER_NODE", os.environ.get("NPROC_PER_NODE", max(devices, 1))
+        processes = whole_number(
+            "NPROC_PER_NODE", os.environ.get("NPROC_PER_NODE", max(devices, 1)), 1
         )
     if 0 < devices < processes:
         raise InputError(f"{processes} processes for {devices} visible GPUs; allowed: one each")
     return nodes, master, processes
 
 
-def positive_integer(name: str, value: str | int) -> int:
-    """`value` as an integer of at least 1, or an InputError that names it."""
+def whole_number(name: str, value: str | int, least: int = 0) -> int:
+    """`value` as an integer of at least `least`, or an InputError that names it."""
     try:
         number = int(value)
     except ValueError:
-        number = 0
-    if number < 1:
-        raise InputError(f"{name} is {value}; allowed: an integer >= 1")
+        number = least - 1
+    if number < least:
+        raise InputError(f"{name} is {value}; allowed: an integer >= {least}")
     return number
 
 
@@ -314,7 +342,6 @@ def worker_log_dir(run_folder: str, nodes: int) -> str:
 
 def check_inputs(config) -> None:
     """Check the input once, so that not every process reports the same mistake."""
-    from replknet_paddle.engine.run_log import check_run_folder
     from replknet_paddle.engine.start import check_weights_are_named
 
     check_weights_are_named(config)
@@ -325,4 +352,3 @@ def check_inputs(config) -> None:
         )
     for is_train in [False] if config.EVAL else [True, False]:
         task_of(config).dataset(config, is_train)
-    check_run_folder(config.SAVE, resume=config.MODEL.RESUME)

@@ -34,8 +34,8 @@ class Metrics:
 
     @property
     def score(self) -> float:
-        """By which the best weights of a run are chosen."""
-        return self.top1_percent
+        """By which the best weights of a run are chosen; -1 for those whose loss is not finite."""
+        return self.top1_percent if np.isfinite(self.loss) else -1.0
 
     def record(self, prefix: str) -> dict[str, float]:
         """The figures for metrics.jsonl; each key begins with `prefix`."""

@@ -39,7 +39,13 @@ from replknet_paddle.engine.start import (
 from replknet_paddle.engine.summary import log_summary
 from replknet_paddle.engine.task import CLASSIFICATION, Task
 from replknet_paddle.engine.time_left import text_of_time_left
-from replknet_paddle.engine.train import Parts, train_epoch
+from replknet_paddle.engine.train import (
+    ADVICE,
+    DivergedError,
+    Parts,
+    check_is_finite,
+    train_epoch,
+)
 from replknet_paddle.optim.ema import ModelEma
 from replknet_paddle.optim.optimizer import (
     load_optimizer_state,
@@ -131,6 +137,7 @@ def run_evaluation(
         load_start(model, config, task.load_weights, start)
         precision.prepare(model)
     log.open(config.SAVE, config, class_names=class_names)
+    logger.info("evaluating the images of %s", os.path.abspath(loader.dataset.list_file))
     sums = task.metric_sums(config)
     if report is not None:
         sums = OutcomeSums(sums, loader, config.MODEL.NUM_CLASSES)
@@ -207,6 +214,7 @@ class Training:
             accum_iter=config.TRAIN.ACCUM_ITER,
             step=config.TRAIN.LAST_EPOCH * self.steps_per_epoch,
         )
+        self.resumed_path = None
         if start.resumed is not None:
             self.restore(start.resumed)
         self.saved_at = time.monotonic()
@@ -236,13 +244,12 @@ class Training:
 
     def restore(self, resumed: Checkpoint) -> None:
         """Take over everything but the weights from a checkpoint."""
+        self.resumed_path = resumed.path
         self.progress = resumed.progress_with(
             batches=self.progress.batches,
             batch_size=self.progress.batch_size,
             accum_iter=self.progress.accum_iter,
         )
-        if self.progress.batch == 0:
-            self.progress = replace(self.progress, step=self.progress.epoch * self.steps_per_epoch)
         load_optimizer_state(self.optimizer, self.model, resumed.optimizer)
         self.precision.load_state(resumed.scaler)
         if self.ema is not None:
@@ -252,11 +259,13 @@ class Training:
         """Train the remaining epochs, evaluating and saving as configured."""
         config, log = self.config, self.log
         log.open(config.SAVE, config, resume=config.MODEL.RESUME, class_names=self.class_names)
-        log.forget_metrics_after(self.progress.epoch)
+        log.forget_metrics_after(self.progress.epoch - bool(self.progress.record))
         processes.sum_over_ranks([0])  # all ranks have read before files are moved
         if processes.rank() == 0:
-            take_up(config.SAVE, self.progress)
-        if self.progress.epoch >= config.TRAIN.NUM_EPOCHS:
+            take_up(config.SAVE, self.progress, self.resumed_path)
+        if self.progress.record:
+            logger.info("epoch %d is trained; its evaluation is next", self.progress.epoch)
+        elif self.progress.epoch >= config.TRAIN.NUM_EPOCHS:
             logger.info("all %d epochs of TRAIN.NUM_EPOCHS are done", config.TRAIN.NUM_EPOCHS)
         elif self.progress.step:
             logger.info(
@@ -275,26 +284,37 @@ class Training:
         return metrics
 
     def train_epochs(self, signals: StopSignals):
-        """Train, evaluate and save epoch by epoch; the last evaluation, if there was any."""
+        """Train, save and evaluate epoch by epoch; the last evaluation, if there was any.
+
+        The checkpoint of an epoch is written before its evaluation, which may fail, and again with
+        what that has found.
+        """
         config = self.config
         metrics = None
-        while self.progress.epoch < config.TRAIN.NUM_EPOCHS:
-            record = self.train_one_epoch(signals)
+        is_trained = bool(self.progress.record)  # the epoch that the resumed run did not evaluate
+        while is_trained or self.progress.epoch < config.TRAIN.NUM_EPOCHS:
+            if not is_trained:
+                self.train_one_epoch(signals)
             epoch = self.progress.epoch
-            is_finished = epoch == config.TRAIN.NUM_EPOCHS
-            is_best, began = False, time.monotonic()
-            if epoch % config.VALIDATE_FREQ == 0 or is_finished:
+            is_finished = epoch >= config.TRAIN.NUM_EPOCHS
+            is_due = is_trained or epoch % config.VALIDATE_FREQ == 0 or is_finished
+            if is_due and not is_trained:
+                self.save()
+            record, is_best, began = dict(self.progress.record), False, time.monotonic()
+            if is_due:
                 metrics, is_best = self.validate(record)
+            self.progress = replace(self.progress, record={})
             self.log.write_metrics(record)
             self.save(is_best=is_best)
-            if metrics is not None:
+            if is_due:
                 self.evaluation_seconds = time.monotonic() - began
+            is_trained = False
             if not is_finished:
                 self.stop(processes.sum_over_ranks(signals.requests()))
         return metrics
 
-    def train_one_epoch(self, signals: StopSignals) -> dict:
-        """Train the rest of the current epoch; returns its part of metrics.jsonl."""
+    def train_one_epoch(self, signals: StopSignals) -> None:
+        """Train the rest of the current epoch."""
         config, start = self.config, self.progress
         started, waited, images_here = time.perf_counter(), 0.0, 0
         title = f"epoch {start.epoch + 1}/{config.TRAIN.NUM_EPOCHS}"
@@ -306,7 +326,7 @@ class Training:
                 seed=config.SEED,
                 epoch=start.epoch,
                 first_batch=start.batch,
-                first_step=start.step,
+                first_step=start.schedule_step,
                 requests=signals.requests,
             )
             for step in steps if start.batch < self.batches else ():
@@ -346,20 +366,24 @@ class Training:
         self.progress = replace(
             self.progress, epoch=start.epoch + 1, batch=0, epoch_sums=(0.0, 0.0)
         )
-        return {
+        record = {
             "epoch": self.progress.epoch,
             "step": self.progress.step,
-            "learning_rate": self.learning_rate(self.progress.step - 1),
+            "learning_rate": self.learning_rate(self.progress.schedule_step - 1),
             "train_loss": loss_sum / images,
             "train_seconds": round(seconds, 3),
             "train_images_per_second": round(images_here / seconds, 3),
         }
+        self.progress = replace(self.progress, record=record)
 
     def validate(self, record: dict) -> tuple:
         """Evaluate the weights and the EMA weights; adds to `record`.
 
         Returns:
             The better of the two metrics, and whether it is the best of the run.
+
+        Raises:
+            DivergedError: after the last epoch, neither of the two has a finite loss.
         """
         inference = self.task.inference(self.config, self.model)
 
@@ -388,6 +412,11 @@ class Training:
             )
         better = max(results, key=lambda name: results[name].score)
         best = results[better]
+        if best.score < 0:
+            text = f"epoch {self.progress.epoch}: the loss of the evaluation is not finite"
+            if self.progress.epoch >= self.config.TRAIN.NUM_EPOCHS:
+                raise DivergedError(f"{text}. {ADVICE}")
+            logger.warning("%s", text)
         self.progress = replace(self.progress, better_weights=kinds[better])
         is_best = best.score > self.progress.best_score
         if is_best:
@@ -417,12 +446,17 @@ class Training:
             number.name,
             self.progress.epoch,
             self.progress.step,
-            self.config.SAVE,
+            os.path.abspath(self.config.SAVE),
         )
         raise Stopped(number)
 
     def save(self, *, is_best: bool = False) -> None:
-        """Write a checkpoint, and delete those that it supersedes."""
+        """Write a checkpoint, and delete those that it supersedes.
+
+        Raises:
+            DivergedError: on rank 0, for weights that are not finite; nothing is written.
+            OSError: on rank 0, where it cannot be written.
+        """
         self.saved_at = time.monotonic()
         if processes.rank() != 0:
             return
@@ -430,18 +464,17 @@ class Training:
         path = checkpoint_path(folder, self.progress)
         if is_best:
             self.progress = replace(self.progress, best_checkpoint=os.path.basename(path))
-        save_checkpoint(
-            path,
-            Checkpoint(
-                config=config_text(self.config),
-                progress=self.progress,
-                model=float32_weights(self.model, self.optimizer),
-                model_ema={} if self.ema is None else self.ema.state(),
-                optimizer=optimizer_state(self.optimizer, self.model),
-                scaler=self.precision.state(),
-                class_names=self.class_names,
-            ),
+        checkpoint = Checkpoint(
+            config=config_text(self.config),
+            progress=self.progress,
+            model=float32_weights(self.model, self.optimizer),
+            model_ema={} if self.ema is None else self.ema.state(),
+            optimizer=optimizer_state(self.optimizer, self.model),
+            scaler=self.precision.state(),
+            class_names=self.class_names,
         )
+        check_is_finite(checkpoint)
+        save_checkpoint(path, checkpoint)
         point_to(folder, "last", path)
         if is_best:
             point_to(folder, "best", path)

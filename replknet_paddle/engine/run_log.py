@@ -15,22 +15,24 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-from replknet_paddle.checkpoints.run_folder import run_folder_of
+from replknet_paddle.checkpoints.run_folder import is_same, run_folder_of
 from replknet_paddle.checkpoints.training import checkpoints
 from replknet_paddle.config import get_config
 from replknet_paddle.data.class_names import CLASS_NAMES_FILE
 from replknet_paddle.engine.console import Console
-from replknet_paddle.engine.run_lock import RunLock
+from replknet_paddle.engine.run_lock import ALONE, LAUNCHED, RunLock
 from replknet_paddle.engine.signals import Stopped
 from replknet_paddle.engine.train import DivergedError
 from replknet_paddle.runtime.errors import InputError, SystemFault
 from replknet_paddle.runtime.extras import import_extra
-from replknet_paddle.runtime.files import append_whole, naming, write_text
+from replknet_paddle.runtime.files import append_whole, json_text, naming, write_text
 from replknet_paddle.runtime.launch import PeerLost, is_lost_peer
+from replknet_paddle.runtime.processes import is_launched
 
 logger = logging.getLogger(__name__)
 
 LOG_FILE = "log.txt"
+CONFIG_FILE = "config.yaml"
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 # What only concerns the start of a run. A resumed run has another start, and a checkpoint that is
@@ -61,45 +63,49 @@ def check_is_own(folder: str, *, resume: str | None) -> None:
         )
 
 
-def check_run_folder(folder: str, *, resume: str | None) -> None:
-    """Make the run folder, if it is not there, and check that a run may use it.
+def lock_run_folder(folder: str, part: tuple[int, int], *, resume: str | None) -> RunLock:
+    """Lock a run folder, which is made if it is not there, and make its log.
 
     Args:
+        part: as for `RunLock`.
         resume: as for `check_is_own`.
+
+    Returns:
+        The lock, until whose release or this process's end other runs are kept out.
 
     Raises:
         InputError: it cannot be written, holds another run, or is in use.
     """
-    check_is_own(folder, resume=resume)
-    with nothing_left_if_it_fails(folder):
-        make_run_folder(folder)
-        RunLock(folder).release()
+    lock = RunLock(folder, part)
+    with nothing_left_if_it_fails(lock):
+        check_is_own(folder, resume=resume)
+        make_log(folder)
+    return lock
 
 
 @contextlib.contextmanager
-def nothing_left_if_it_fails(folder: str) -> Iterator[None]:
-    """Remove the files that this context has made in a run folder, and the folder if it is new,
-    where an error ends it: on a full disk they would be empty."""
-    before = set(os.listdir(folder)) if os.path.isdir(folder) else None
+def nothing_left_if_it_fails(lock: RunLock) -> Iterator[None]:
+    """Remove what a run begins with in its folder, as far as this context has made it, where an
+    error ends it: on a full disk the files would be empty."""
+    paths = [os.path.join(lock.folder, name) for name in (LOG_FILE, CONFIG_FILE, CLASS_NAMES_FILE)]
+    new = [path for path in paths if not os.path.lexists(path)]
     try:
         yield
     except (InputError, OSError):
-        with contextlib.suppress(OSError):
-            for name in set(os.listdir(folder)) - (before or set()):
-                os.unlink(os.path.join(folder, name))
-            if before is None:
-                os.rmdir(folder)
+        for path in new:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        lock.withdraw()
         raise
 
 
-def make_run_folder(folder: str) -> None:
-    """Make a run folder with its log, where they do not exist.
+def make_log(folder: str) -> None:
+    """Make the log of a run folder, where it does not exist.
 
     Raises:
         InputError: it cannot be written.
     """
     try:
-        os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, LOG_FILE), "a", encoding="utf-8"):
             pass
     except OSError as error:
@@ -108,18 +114,16 @@ def make_run_folder(folder: str) -> None:
         ) from None
 
 
-def is_same(folder: str | None, other: str) -> bool:
-    """Whether two paths lead to one folder."""
-    return folder is not None and os.path.realpath(folder) == os.path.realpath(other)
-
-
 def config_text(config) -> str:
-    """YAML of what a run folder says about its checkpoints: the configuration without the keys of
-    `START_KEYS`, which have their defaults."""
+    """YAML of what a run folder says about its checkpoints: the configuration with absolute paths,
+    and without the keys of `START_KEYS`, which have their defaults."""
     defaults = get_config()
     config = config.clone()
     config.defrost()
     config.SAVE = defaults.SAVE
+    for key in ("DATA_PATH", "CLASS_NAMES"):  # to be found from any folder
+        if config.DATA[key] is not None:
+            config.DATA[key] = os.path.abspath(config.DATA[key])
     for section, key in START_KEYS:
         config[section][key] = defaults[section][key]
     return config.dump()
@@ -165,6 +169,7 @@ class RunLog:
         self.visualdl = None
         self.is_main = is_main
         self.run_lock = None
+        self.lock_part = LAUNCHED if is_launched() else ALONE
         self.early = logging.handlers.MemoryHandler(capacity=10**6, flushOnClose=False)
         self.console = Console(is_main=is_main)
         self.bar = self.console.bar
@@ -184,37 +189,38 @@ class RunLog:
         may still write one. A folder that does not exist yet is locked by `open`.
 
         Raises:
-            InputError: as `check_run_folder`.
+            InputError: as `lock_run_folder`.
         """
         if self.is_main and os.path.isdir(folder):
-            check_is_own(folder, resume=resume)
-            self.run_lock = RunLock(folder)
+            self.run_lock = RunLock(folder, self.lock_part)
+            with nothing_left_if_it_fails(self.run_lock):
+                check_is_own(folder, resume=resume)
 
     def open(self, folder: str, config, *, resume: str | None = None, class_names=None) -> None:
         """Make the run folder: log.txt, config.yaml, which can stand for `-cfg`, and the names of
         the classes, where there are any, in class_names.txt.
 
         Raises:
-            InputError: as `check_run_folder`.
+            InputError: as `lock_run_folder`.
         """
         logging.getLogger().removeHandler(self.early)
         if not self.is_main:
             return
-        check_is_own(folder, resume=resume)
-        with nothing_left_if_it_fails(folder):
+        if self.run_lock is None:
+            self.run_lock = RunLock(folder, self.lock_part)
+        with nothing_left_if_it_fails(self.run_lock):
+            check_is_own(folder, resume=resume)
             self._open(folder, config, class_names)
 
     def _open(self, folder: str, config, class_names) -> None:
-        make_run_folder(folder)
-        if self.run_lock is None:
-            self.run_lock = RunLock(folder)
+        make_log(folder)
         self.folder = folder
         self.file = LogFile(os.path.join(folder, LOG_FILE), encoding="utf-8")
         self.file.setFormatter(logging.Formatter(LOG_FORMAT))
         logging.getLogger().addHandler(self.file)
         self.early.setTarget(self.file)
         self.early.flush()
-        write_text(os.path.join(folder, "config.yaml"), config_text(config))
+        write_text(os.path.join(folder, CONFIG_FILE), config_text(config))
         if class_names is not None:
             text = "".join(f"{name}\n" for name in class_names)
             write_text(os.path.join(folder, CLASS_NAMES_FILE), text)
@@ -252,7 +258,7 @@ class RunLog:
         if not self.is_main:
             return
         if self.metrics_jsonl:
-            append_whole(self._metrics_file(), json.dumps(record) + "\n")
+            append_whole(self._metrics_file(), json_text(record) + "\n")
         if self.visualdl is not None:
             for tag, value in record.items():
                 if tag != "epoch" and not isinstance(value, list):

@@ -53,8 +53,9 @@ def summary_lines(config, progress: Progress, first_epoch: int, seconds: float) 
         if os.path.isfile(os.path.join(run_folder, name))
     ]
     lines.append(f"in {run_folder}: {', '.join(others)}")
-    words = ["eval", f"-pretrained={best}"]
+    folder = os.path.abspath(run_folder)  # the command can be typed anywhere
+    words = ["eval", f"-pretrained={os.path.join(folder, 'best')}"]
     if config.MODEL.TYPE == "RepLKNet":
-        words.append(f"-report={os.path.join(run_folder, 'report')}")
+        words.append(f"-report={os.path.join(folder, 'report')}")
     lines.append(f"next: {command_line(*words)}")
     return lines

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import paddle
 
+from replknet_paddle.checkpoints.training import Checkpoint
 from replknet_paddle.data.loader import Loader
 from replknet_paddle.engine.precision import LossScaleError, Precision
 from replknet_paddle.optim.ema import ModelEma
@@ -26,7 +27,7 @@ from replknet_paddle.runtime.processes import (
 
 
 class DivergedError(RuntimeError):
-    """The loss is no longer finite; going on would only waste time."""
+    """The loss or a weight is no longer finite; going on would only waste time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +201,18 @@ def train_epoch(
                 requested,
             )
             loss_sum, images_done = 0.0, 0
+
+
+def check_is_finite(checkpoint: Checkpoint) -> None:
+    """Raise DivergedError for weights that are not finite, which no later step can mend."""
+    weights = [*checkpoint.model.items(), *checkpoint.model_ema.items()]
+    wrong = [name for name, value in weights if not np.isfinite(value).all()]
+    if wrong:
+        progress = checkpoint.progress
+        raise DivergedError(
+            f"epoch {progress.epoch + 1}, step {progress.step}: {len(wrong)} of {len(weights)} "
+            f"weights are no longer finite, such as {wrong[0]}; they are not saved. {ADVICE}"
+        )
 
 
 ADVICE = (

@@ -3,6 +3,8 @@
 import contextlib
 import errno
 import hashlib
+import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -71,9 +73,20 @@ def written_whole(path: Path_, mode: str = "w", *, keep_partial=None, **options)
 
 
 def name_the_file(error: OSError, path: Path_) -> None:
-    """Make the message of a failed read or write name `path`, which a full disk's does not."""
+    """Make the message of a failed read or write name `path`, which a full disk's does not, and
+    what it is full of."""
     if error.errno is not None and error.filename is None:
         error.filename = os.fspath(path)
+    if error.errno == errno.ENOSPC and is_full_of_files(os.path.dirname(path)):
+        error.strerror = "No free inodes left on device, so no more files can be made"
+
+
+def is_full_of_files(folder: Path_) -> bool:
+    """Whether the file system of a folder has no inode left for another file."""
+    with contextlib.suppress(OSError):
+        space = os.statvfs(folder or ".")
+        return space.f_files > 0 and space.f_favail == 0
+    return False
 
 
 @contextlib.contextmanager
@@ -101,6 +114,19 @@ def append_whole(path: Path_, text: str) -> None:
         except OSError:
             file.truncate(size)
             raise
+
+
+def json_text(value) -> str:
+    """`value` as JSON, which has no word for a number that is not finite: it becomes null."""
+    return json.dumps(_without_nan(value))
+
+
+def _without_nan(value):
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(path: Path_, text: str) -> None:

@@ -1,7 +1,6 @@
 """Starting the processes of a run by `paddle.distributed.launch`, and learning how they ended."""
 
 import contextlib
-import functools
 import os
 import signal
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from replknet_paddle.runtime.errors import SystemFault
 from replknet_paddle.runtime.nodes import BEAT_SECONDS, Heartbeat, node_addresses
-from replknet_paddle.runtime.parent import end_with_parent
+from replknet_paddle.runtime.parent import child_process
 from replknet_paddle.runtime.processes import is_launched, rank, visible_devices
 
 GRACE_SECONDS = 5  # for the processes of this machine to end, once another machine's have
@@ -83,31 +82,13 @@ def launch(
     if nodes > 1:
         address, own_address = node_addresses(master)
         launcher_command += ["--nnodes", str(nodes), "--master", address, "--host", own_address]
-    launcher = None
-    received = []
-
-    def hand_on(number, _):
-        received.append(number)
-        if launcher is not None:
-            launcher.terminate()  # a SIGINT may get lost while Paddle imports its launcher
-
-    # Before the launcher is started: Python loses a KeyboardInterrupt of that moment.
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        # A session of its own: Ctrl-C reaches it once, from here, and not its processes as well.
-        launcher = subprocess.Popen(
-            [*launcher_command, *command],
-            env=environment,
-            start_new_session=True,
-            preexec_fn=functools.partial(end_with_parent, os.getpid()),
-        )
-        if received:
-            launcher.terminate()
+    # SIGTERM for both: a SIGINT may get lost while Paddle imports its launcher.
+    with child_process([*launcher_command, *command], environment, handed_on=signal.SIGTERM) as (
+        launcher,
+        received,
+    ):
         failure = wait_with_nodes(launcher, heartbeat)
         status = launcher.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if failure is not None and not received:
         return failure
     status, message = outcome(status, *read_status(status_file), received, log_dir)

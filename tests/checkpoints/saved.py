@@ -19,6 +19,7 @@ PROGRESS = Progress(
     step=37,
     best_score=100 / 3,
     epoch_sums=(0.1 + 0.2, 128.0),
+    record={"epoch": 3, "train_loss": 0.1 + 0.2},
 )
 
 
@@ -51,6 +52,7 @@ def example(progress=PROGRESS, seed=0, size=3) -> Checkpoint:
 def save_at(run_folder, epoch, step, batch=0, **options) -> str:
     progress = replace(PROGRESS, epoch=epoch, step=step, batch=batch)
     path = checkpoint_path(str(run_folder), progress)
+    os.makedirs(run_folder, exist_ok=True)
     save_checkpoint(path, example(progress, seed=step, **options))
     return path
 

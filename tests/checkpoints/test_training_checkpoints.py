@@ -27,7 +27,7 @@ from replknet_paddle.runtime.errors import InputError
 
 
 def test_everything_returns_bit_for_bit(tmp_path):
-    path = str(tmp_path / "run" / "checkpoints" / "a.safetensors")
+    path = str(tmp_path / "checkpoints" / "a.safetensors")
     save_checkpoint(path, example())
     got = load_checkpoint(path)
     assert_same(got, example())

@@ -7,11 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from launched import SIGNALLED_AFTER_STEP_4, LaunchedRun, customized
+from launched import SIGNALLED_AFTER_STEP_4, LaunchedRun
 from processes import (
     Run,
     assert_same_end,
     children,
+    customized,
     finish,
     paused,
     start_really,

@@ -5,10 +5,11 @@ import re
 import signal
 
 import pytest
-from launched import LaunchedRun, customized
+from launched import LaunchedRun
 from processes import (
     Run,
     assert_same_end,
+    customized,
     finish,
     main_status,
     step_of,

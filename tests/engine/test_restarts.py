@@ -2,26 +2,39 @@
 
 import os
 import re
+import shutil
 import signal
 import sys
 
 import pytest
-from launched import SIGNALLED_AFTER_STEP_4, wrapped
-from processes import Script, assert_same_end, failing_python, finish, step_of, wait_for, worker
+from launched import SIGNALLED_AFTER_STEP_4
+from processes import (
+    Run,
+    Script,
+    assert_same_end,
+    customized,
+    failing,
+    finish,
+    step_of,
+    wait_for,
+    worker,
+)
 
 from replknet_paddle.checkpoints.training import load_checkpoint
+from replknet_paddle.runtime.restarts import run_with_restarts
 
 
 @pytest.fixture
-def failing(tmp_path, tiny_config_file, tiny_data):
-    """Runs the script with a program that fails after the given steps, one of them a start."""
+def fails(tmp_path, tiny_config_file, tiny_data):
+    """Runs the script with a run that fails after the given steps, one of them a start."""
 
     def run(*flags, failures, restarts, how="killed", status=None, folder=None):
         starts = tmp_path / "starts"
-        python = failing_python(tmp_path, failures=failures, how=how)
+        shutil.rmtree(tmp_path / "custom", ignore_errors=True)
+        environment = failing(tmp_path, failures=failures, how=how)
         where = [] if folder is None else [f"-output={folder}"]
         arguments = [f"-cfg={tiny_config_file}", f"-data_path={tiny_data}", *where, *flags]
-        got, said = Script(arguments, restarts=restarts, python=python).finish()
+        got, said = Script(arguments, restarts=restarts, **environment).finish()
         if status is not None:
             assert got == status, said
         return got, said, starts.read_text().splitlines() if starts.exists() else []
@@ -29,7 +42,7 @@ def failing(tmp_path, tiny_config_file, tiny_data):
     return run
 
 
-# Stands for Python and a run: each start reaches the next step of a plan, and ends as that says.
+# Stands for a run: each start reaches the next step of a plan, and ends as that says.
 PLANNED = """#!/bin/sh
 echo "$*" >> "{here}/starts"
 set -- $(sed -n "$(wc -l < "{here}/starts")p" "{here}/plan")
@@ -41,21 +54,23 @@ exit "$2"
 
 
 @pytest.fixture
-def planned(tmp_path):
-    """Runs the script with a program that ends as planned: (step, status or 'killed'), ..."""
+def planned(tmp_path, capfd):
+    """Restarts a program that ends as planned: (step, status or 'killed'), ..."""
 
     def run(*plan, restarts):
-        run_folder, python = tmp_path / "run", tmp_path / "python"
+        run_folder, program = tmp_path / "run", tmp_path / "program"
         (tmp_path / "plan").write_text("".join(f"{step} {how}\n" for step, how in plan))
-        python.write_text(PLANNED.format(here=tmp_path, run=run_folder))
-        python.chmod(0o755)
-        got, said = Script([f"-output={run_folder}"], restarts=restarts, python=python).finish()
-        return got, said, (tmp_path / "starts").read_text().splitlines()
+        program.write_text(PLANNED.format(here=tmp_path, run=run_folder))
+        program.chmod(0o755)
+        got = run_with_restarts(
+            [str(program)], restarts=restarts, run_folder=str(run_folder), is_resuming=False
+        )
+        return got, capfd.readouterr().out, (tmp_path / "starts").read_text().splitlines()
 
     return run
 
 
-# ---- the script, whatever it starts
+# ---- whatever is started
 
 
 def test_restarts_run_out(planned, tmp_path):
@@ -83,10 +98,27 @@ def test_ends_that_are_not_restarted(planned, status):
     assert "failed with status" not in said
 
 
-def test_without_restarts_the_script_is_the_program(planned):
-    got, said, starts = planned((1, "killed"), restarts=0)
-    assert got in (137, -signal.SIGKILL) and len(starts) == 1
-    assert "failed with status" not in said
+def test_a_run_that_fails_as_it_is_stopped_is_not_restarted(tmp_path):
+    program = [sys.executable, "-c", FAILS_WHEN_STOPPED, str(tmp_path / "ready")]
+    parent = Run([*program, tmp_path], output=tmp_path / "said", target=restarting)
+    wait_for((tmp_path / "ready").exists)
+    parent.send(signal.SIGTERM)
+    assert parent.wait() == 1
+    assert "failed" not in parent.text()
+
+
+FAILS_WHEN_STOPPED = """
+import signal, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+open(sys.argv[1], "w").close()
+signal.pause()
+"""
+
+
+def restarting(arguments: list[str]) -> int:
+    """Restart a program in the run folder that is the last argument."""
+    *command, folder = arguments
+    return run_with_restarts(command, restarts=9, run_folder=folder, is_resuming=False)
 
 
 # ---- with real runs
@@ -125,17 +157,15 @@ def test_killed_workers_are_restarted_and_the_end_is_the_same(
 
 @pytest.mark.slow
 def test_a_run_that_fails_on_is_restarted_as_often_as_allowed(
-    failing,
+    fails,
     straight,
     tmp_path,
 ):
     """Fails at the first step, before anything is saved, then in the middle, then no more."""
     folder = tmp_path / "run"
-    _, said, starts = failing(folder=folder, failures=[1, 7], restarts=2, status=0)
+    _, said, starts = fails(folder=folder, failures=[1, 7], restarts=2, status=0)
     assert len(starts) == 3
-    assert (
-        "-resume" not in starts[0] and "-resume=auto" in starts[1] and "-resume=auto" in starts[2]
-    )
+    assert ["MODEL.RESUME auto" in start for start in starts] == [False, True, True]
     log = (folder / "log.txt").read_text()
     for line in (
         "failed with status 137 at step 1; restart 1 of 2",
@@ -147,25 +177,21 @@ def test_a_run_that_fails_on_is_restarted_as_often_as_allowed(
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_twice_at_the_same_step_stops(failing, tmp_path):
+def test_a_run_that_fails_twice_at_the_same_step_stops(fails, tmp_path):
     folder = tmp_path / "run"
     failures = [2, 5, 5, 5]
-    got, said, starts = failing(folder=folder, failures=failures, restarts=9, how="raises")
+    got, said, starts = fails(folder=folder, failures=failures, restarts=9, how="raises")
     assert got == 1 and len(starts) == 3, said
     assert "at step 5 for the second time; not restarting" in said
     assert load_checkpoint(str(folder / "last")).progress.step == 3
 
 
-def test_bad_input_is_not_restarted(tiny_config_file, tmp_path):
-    missing, python, starts = (tmp_path / name for name in ("imagenet", "python", "starts"))
-    python.write_text(f'#!/bin/sh\necho >> "{starts}"\nexec "{sys.executable}" "$@"\n')
-    python.chmod(0o755)
-    status, said = Script(
-        [f"-cfg={tiny_config_file}", f"-data_path={missing}", f"-output={tmp_path / 'run'}"],
-        restarts=3, python=python,
-    ).finish()  # fmt: skip
-    assert status == 2, said
-    assert len(starts.read_text()) == 1
+def test_bad_input_is_not_restarted(fails, tmp_path):
+    missing = tmp_path / "imagenet"
+    got, said, starts = fails(
+        f"-data_path={missing}", failures=[], restarts=3, folder=tmp_path / "run"
+    )
+    assert got == 2 and len(starts) == 1, said
     assert said.count("error: ") == 1 and str(missing) in said
 
 
@@ -179,12 +205,10 @@ def test_a_stop_is_passed_on_saved_and_not_restarted(
 ):
     folder = tmp_path / "run"
     flags = [f"-cfg={tiny_config_file}", f"-data_path={tiny_data}", f"-output={folder}"]
-    script = Script(flags, restarts=3, python=wrapped(tmp_path, SIGNALLED_AFTER_STEP_4))
+    script = Script(flags, restarts=3, **customized(tmp_path, SIGNALLED_AFTER_STEP_4))
     wait_for(lambda: step_of(folder) == 4 or script.process.poll() is not None)
-    if how == "TERM":
-        script.process.send_signal(signal.SIGTERM)
-    else:  # a terminal tells every process of the foreground's group
-        os.killpg(script.process.pid, signal.SIGINT)
+    number = signal.SIGTERM if how == "TERM" else signal.SIGINT
+    script.process.send_signal(number)
     status, said = script.finish()
     assert status == (143 if how == "TERM" else 130), said
     assert "Traceback" not in said, said
@@ -194,13 +218,24 @@ def test_a_stop_is_passed_on_saved_and_not_restarted(
 
 
 @pytest.mark.slow
-def test_restarts_of_a_resumed_run_lose_nothing(failing, straight, tmp_path):
+def test_restarts_of_a_resumed_run_lose_nothing(fails, straight, tmp_path):
     """`-resume=RUN` without -output goes on in RUN; so does a restart, even one before a save."""
     folder = tmp_path / "run"
-    failing(folder=folder, failures=[5], restarts=0)
+    fails(folder=folder, failures=[5, 5], restarts=1, status=137)
     assert load_checkpoint(str(folder / "last")).progress.step == 3
     (tmp_path / "starts").unlink()
-    _, said, starts = failing(f"-resume={folder}", failures=[4], restarts=2, status=0)
+    _, said, starts = fails(f"-resume={folder}", failures=[4], restarts=2, status=0)
     assert len(starts) == 2
     assert said.count("continuing after epoch 1, step 3") == 2, said
+    assert_same_end(folder, straight)
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_output_and_resume_mean_the_same_before_and_after_opts(fails, straight, tmp_path, where):
+    """A restart begins where the run was, whatever the order of the flags."""
+    folder = tmp_path / "run"
+    flags = [f"-output={folder}", "-opts", "SAVE_STEPS", "1"]
+    flags = flags if where == "before" else [*flags[1:], flags[0]]
+    _, said, starts = fails(*flags, failures=[2], restarts=1, status=0)
+    assert len(starts) == 2 and "continuing after epoch 0, step 1" in said, said
     assert_same_end(folder, straight)

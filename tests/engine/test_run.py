@@ -11,10 +11,11 @@ import signal
 
 import numpy as np
 import pytest
-from launched import SIGNALLED_AFTER_STEP_4, LaunchedRun, customized
+from launched import SIGNALLED_AFTER_STEP_4, LaunchedRun
 from processes import (
     Run,
     assert_same_end,
+    customized,
     finish,
     finish_ranks,
     free_ports,

@@ -8,8 +8,17 @@ import re
 import signal
 
 import pytest
-from launched import customized
-from processes import Run, assert_same_end, children, finish, main_status, paused, step_of, wait_for
+from processes import (
+    Run,
+    assert_same_end,
+    children,
+    customized,
+    finish,
+    main_status,
+    paused,
+    step_of,
+    wait_for,
+)
 
 from replknet_paddle.engine import run_lock
 from replknet_paddle.engine.run_lock import RunLock

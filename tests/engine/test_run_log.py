@@ -7,7 +7,8 @@ import pytest
 from tiny import flags
 
 from replknet_paddle.config import get_config, update_config
-from replknet_paddle.engine.run_log import RunLog, check_run_folder
+from replknet_paddle.engine.run_lock import ALONE
+from replknet_paddle.engine.run_log import RunLog, lock_run_folder
 from replknet_paddle.runtime.errors import InputError
 
 CONFIG = update_config(get_config(), flags(output="elsewhere", resume="some/checkpoint"))
@@ -93,12 +94,12 @@ def test_folder_of_another_run_and_folder_that_cannot_be_are_refused(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "epoch_0001_step_00000003.safetensors").touch()
     with pytest.raises(InputError, match="holds the checkpoints of another run"):
-        check_run_folder(str(tmp_path / "run"), resume=None)
+        lock_run_folder(str(tmp_path / "run"), ALONE, resume=None)
     with pytest.raises(InputError, match="holds the checkpoints of another run"):
-        check_run_folder(str(tmp_path / "run"), resume=str(tmp_path / "elsewhere"))
-    check_run_folder(str(tmp_path / "run"), resume="auto")
+        lock_run_folder(str(tmp_path / "run"), ALONE, resume=str(tmp_path / "elsewhere"))
+    lock_run_folder(str(tmp_path / "run"), ALONE, resume="auto").release()
     (tmp_path / "run" / "config.yaml").touch()
-    check_run_folder(str(tmp_path / "run"), resume=str(tmp_path / "run"))
+    lock_run_folder(str(tmp_path / "run"), ALONE, resume=str(tmp_path / "run")).release()
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot write the run folder .*file/run"):
-        check_run_folder(str(tmp_path / "file" / "run"), resume=None)
+        lock_run_folder(str(tmp_path / "file" / "run"), ALONE, resume=None)

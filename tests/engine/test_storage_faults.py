@@ -1,13 +1,10 @@
 """Runs on storage that fails for a while, for ever, or hangs: what they end with and as."""
 
-import os
-import subprocess
-import sys
 import time
 
 import faulty_storage
 import pytest
-from processes import assert_same_end, finish, finish_ranks, main_status
+from processes import Script, assert_same_end, customized, finish, finish_ranks, main_status
 from tiny import ROOT
 
 
@@ -87,18 +84,12 @@ def test_a_worker_that_hangs_ends_the_run_after_the_set_time(arguments, tmp_path
     assert last in said and "Traceback" not in said
 
 
-SHIM = """
-import os, runpy, sys
-
-sys.path[:0] = [{root!r}, {tests!r}]
-sys.argv[:] = sys.argv[1:]
-import faulty_storage
-
-if os.path.exists({healed!r}):
-    runpy.run_path(sys.argv[0], run_name="__main__")
-else:
-    open({healed!r}, "w").close()
-    sys.exit(faulty_storage.broken_for_ever(sys.argv[1:]))
+BROKEN_AT_FIRST = """
+    if not os.path.exists({healed!r}):
+        open({healed!r}, "w").close()
+        sys.path.append({tests!r})
+        import faulty_storage
+        faulty_storage.break_for_ever()
 """
 
 
@@ -106,22 +97,14 @@ else:
 def test_max_restarts_goes_on_once_the_storage_has_healed(
     tiny_config_file, tiny_data, straight, tmp_path
 ):
-    shim, python = tmp_path / "shim.py", tmp_path / "python"
-    tests = str(ROOT / "tests")
-    shim.write_text(SHIM.format(root=str(ROOT), tests=tests, healed=str(tmp_path / "healed")))
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{shim}" "$@"\n')
-    python.chmod(0o755)
     folder = tmp_path / "run"
-    run = subprocess.run(
-        ["sh", str(ROOT / "run_train_multi.sh"), f"-cfg={tiny_config_file}"]
-        + [f"-data_path={tiny_data}", f"-output={folder}"],
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MAX_RESTARTS": "1", "PYTHON": str(python)},
-    )
-    assert run.returncode == 0, run.stdout
-    assert "error: cannot read image" in run.stdout
-    assert "failed with status 1 at step " in run.stdout and "restart 1 of 1" in run.stdout
+    code = BROKEN_AT_FIRST.format(healed=str(tmp_path / "healed"), tests=str(ROOT / "tests"))
+    status, said = Script(
+        [f"-cfg={tiny_config_file}", f"-data_path={tiny_data}", f"-output={folder}"],
+        restarts=1,
+        **customized(tmp_path, code),
+    ).finish()
+    assert status == 0, said
+    assert "error: cannot read image" in said
+    assert "failed with status 1 at step " in said and "restart 1 of 1" in said
     assert_same_end(folder, straight)

@@ -9,7 +9,7 @@ from processes import (
     Run,
     Script,
     assert_same_end,
-    failing_python,
+    failing,
     finish,
     finish_ranks,
     metrics,
@@ -75,8 +75,8 @@ def test_a_killed_run_is_restarted_and_ends_the_same(trained, tiny_upernet_file,
     """run_train_multi.sh with MAX_RESTARTS, its training process killed in mid-epoch."""
     folder = tmp_path / "run"
     arguments = [f"-cfg={tiny_upernet_file}", f"-data_path={shapes}", f"-output={folder}"]
-    python = failing_python(tmp_path, failures=[6])
-    status, said = Script(arguments, restarts=1, python=python).finish(timeout=300)
+    script = Script(arguments, restarts=1, **failing(tmp_path, failures=[6]))
+    status, said = script.finish(timeout=300)
     assert status == 0 and "restart 1 of 1" in said, said
     assert_same_end(folder, trained)
 
