@@ -7,6 +7,7 @@ Works alike in one process, in several on CPU (gloo) and on GPUs (NCCL), over on
 import contextlib
 import io
 import os
+import socket
 import sys
 from collections.abc import Iterator
 
@@ -55,12 +56,24 @@ def init(*, deterministic: bool = False) -> None:
         paddle.set_flags(DETERMINISTIC_FLAGS)
     if world_size() > 1:
         name_attempt()
-        if processes_on_this_machine() == world_size() and sys.platform == "linux":
+        is_local = processes_on_this_machine() == world_size() and sys.platform == "linux"
+        if is_local:
             # Else gloo looks up this machine's name, which need not resolve.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         # Paddle lists the flags that its own launcher has set.
         with contextlib.redirect_stderr(io.StringIO()):
             dist.init_parallel_env()
+        if is_local:
+            close_to_other_machines()
+
+
+def close_to_other_machines() -> None:
+    """Let the sockets that this process listens on hear of this machine alone. Paddle's store
+    listens on all addresses."""
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as listener:
+            if listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
 
 
 def on_gpu() -> bool:
