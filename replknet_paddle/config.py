@@ -191,11 +191,9 @@ def _segmentation_contradictions(values: dict[str, Any]):
             f"MODEL.OUT_INDICES is {values['MODEL.OUT_INDICES']}; allowed with MODEL.TYPE UPerNet: "
             "[0, 1, 2, 3]"
         )
-    if values["MODEL.NUM_CLASSES"] > 255:
-        yield (
-            f"MODEL.NUM_CLASSES is {values['MODEL.NUM_CLASSES']}; allowed with MODEL.TYPE UPerNet: "
-            "at most 255"
-        )
+    classes = values["MODEL.NUM_CLASSES"]
+    if classes is None or not 2 <= classes <= 255:
+        yield f"MODEL.NUM_CLASSES is {classes}; allowed with MODEL.TYPE UPerNet: 2 to 255"
     if values["TRAIN.LAYER_DECAY"] is not None:
         yield (
             f"TRAIN.LAYER_DECAY is {values['TRAIN.LAYER_DECAY']}; allowed with MODEL.TYPE UPerNet: "

@@ -1,7 +1,16 @@
 """The one table of the configuration's keys: default, rule, and meaning with its unit.
 
-Keys and meanings are PaddleViT's wherever PaddleViT has one, so its YAML files load unchanged; the
-keys of this project are marked by a (+).
+Keys are PaddleViT's wherever PaddleViT has one, so its YAML files load unchanged; the keys of this
+project are marked by a (+). Meanings are PaddleViT's, too, but where that departs from the recipe
+by which the published weights were trained:
+
+    TRAIN.WEIGHT_DECAY       in PaddleViT also for norms and biases
+    learning rate            in PaddleViT changed once an epoch, here at each optimizer step
+    TRAIN.MODEL_EMA_DECAY    in PaddleViT for each forward pass, here for each optimizer step
+    TRAIN.LINEAR_SCALED_LR   256 by default in PaddleViT
+    TRAIN.AUTO_AUGMENT       in PaddleViT with noise on the magnitudes
+    TRAIN.RAND_AUGMENT       in PaddleViT shifts by pixels, here by shares of the side (timm)
+    both                     in PaddleViT fill with grey 128, here with the mean colour
 """
 
 from typing import Any

@@ -122,8 +122,12 @@ class RepLKNetStage(nn.Layer):
 def recompute_block(block: nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
     """Run `block` keeping only its input; the backward pass runs it again for the rest.
 
-    The second run must not move the running statistics a second time.
+    The second run must not move the running statistics a second time. Paddle's function gives
+    gradients to no parameter where the input needs none, as behind layers that are frozen.
     """
+    if x.stop_gradient and any(not param.stop_gradient for param in block.parameters()):
+        x = x.detach()
+        x.stop_gradient = False
     from paddle.distributed.fleet.utils import recompute  # slow to import, rarely wanted
 
     runs = 0

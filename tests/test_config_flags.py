@@ -5,6 +5,7 @@ import argparse
 import pytest
 from tiny import ROOT, flags, leaves
 
+from replknet_paddle.commands.flags import add_config_flags
 from replknet_paddle.config import get_config, update_config
 from replknet_paddle.runtime.errors import InputError
 
@@ -107,3 +108,12 @@ def test_flags_can_contradict_the_file():
         update_config(get_config(), flags(eval=True, resume="run"))
     with pytest.raises(InputError, match="TRAIN.LAST_EPOCH"):
         update_config(get_config(CONFIGS / "replknet_31b_384.yaml"), flags(last_epoch="30"))
+
+
+def test_every_opts_counts_and_the_later_one_wins():
+    parser = argparse.ArgumentParser()
+    add_config_flags(parser, required=True)
+    epochs, seed = ["-opts", "TRAIN.NUM_EPOCHS", "20", "SEED", "1"], ["--opts", "SEED", "7"]
+    args = parser.parse_args(["-cfg=x", *epochs, *seed, "-opts", "DATA.IMAGE_SIZE", "64"])
+    config = update_config(get_config(), args)
+    assert (config.TRAIN.NUM_EPOCHS, config.SEED, config.DATA.IMAGE_SIZE) == (20, 7, 64)

@@ -38,11 +38,12 @@ def test_the_figure_names_the_sizes_of_the_stages(figure):
 def test_the_picture_in_the_docs_is_the_one_that_is_drawn(figure, tmp_path):
     save_figure(figure, str(tmp_path / "drawn.png"))
     drawn, kept = (
-        np.asarray(Image.open(path).convert("RGB"), dtype=int)
+        np.asarray(Image.open(path).convert("RGB").reduce(8), dtype=int)
         for path in (tmp_path / "drawn.png", ROOT / "docs" / "architecture.png")
     )
     assert drawn.shape == kept.shape
-    # Letters may differ with the version of matplotlib and the fonts of the system: boxes, which
-    # are most of the coloured area, do not.
-    assert np.mean(np.abs(drawn - kept).max(axis=2) > 60) < 0.03
-    assert kept.min() < 60 and tuple(kept[0, 0]) == (255, 255, 255)
+    # Letters differ with the version of matplotlib and the fonts of the system, by a quarter of a
+    # percent of means over eight by eight pixels; one box that moves by a fifth of an inch makes
+    # eight tenths.
+    assert np.mean(np.abs(drawn - kept).max(axis=2) > 60) < 0.005
+    assert kept.min() < 120 and tuple(kept[0, 0]) == (255, 255, 255)

@@ -240,6 +240,34 @@ def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
     assert (drop_path(paddle.ones([10, 2, 3, 3])).numpy() == 1).all()
 
 
+FROZEN = {
+    "nothing": (),
+    "stem": ("stem.",),
+    "stem and stage 0": ("stem.", "stages.0."),
+    "all but the head": ("stem.", "stages.", "transitions.", "norm."),
+}
+
+
+@pytest.mark.parametrize("frozen", FROZEN)
+def test_recompute_gives_the_same_gradients_behind_frozen_layers(frozen):
+    results = []
+    for recompute in (False, True):
+        paddle.seed(3)
+        model = RepLKNet(**SIZES, recompute=recompute, drop_path_rate=0.5)
+        for name, param in model.named_parameters():
+            param.stop_gradient = param.stop_gradient or name.startswith(FROZEN[frozen])
+        images = paddle.to_tensor(np.random.default_rng(0).normal(size=(4, 3, 32, 32)), "float32")
+        paddle.seed(4)
+        model(images).square().sum().backward()
+        trained = {name: p for name, p in model.named_parameters() if not p.stop_gradient}
+        assert all(p.grad is not None for p in trained.values())
+        results.append({name: p.grad.numpy() for name, p in trained.items()})
+    plain, recomputed = results
+    assert plain.keys() == recomputed.keys()
+    for name, gradient in plain.items():
+        np.testing.assert_allclose(recomputed[name], gradient, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
 def test_recompute_gives_the_same_gradients_and_statistics():
     results = []
     for recompute in (False, True):

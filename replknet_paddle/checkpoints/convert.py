@@ -26,12 +26,22 @@ from replknet_paddle.runtime.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# Where checkpoints keep each kind of weights, in the order of preference.
-_CONTAINERS = {"model": ("model", "state_dict"), "model_ema": ("model_ema",)}
+# Where checkpoints keep each kind of weights, in the order of preference; the last is timm's.
+_CONTAINERS = {
+    "model": ("model", "state_dict"),
+    "model_ema": ("model_ema", "state_dict_ema"),
+}
+
+# mmengine's entry beside `state_dict`. It swaps the two when it saves: `state_dict` holds the EMA
+# weights, and this one those that were trained.
+_SWAPPED = "ema_state_dict"
 
 # Entries of a state dict that belong there and have no counterpart: PyTorch's count of the
-# batches that a batch norm has seen, and Paddle's internal names.
-_SKIPPED = (BATCH_COUNT, "StructuredToParameterName@@")
+# batches that a batch norm has seen, Paddle's internal names, and counts of profilers (thop).
+_SKIPPED = (BATCH_COUNT, "StructuredToParameterName@@", "total_ops", "total_params")
+
+# What PyTorch's wrappers put before every name: data parallel ones, and `torch.compile`.
+_WRAPPERS = ("module.", "_orig_mod.")
 
 
 def load_pretrained(
@@ -163,13 +173,34 @@ def _shapes(state: Mapping) -> dict[str, tuple[int, ...]]:
 
 def _named_tensors(path: str | os.PathLike, weights: str) -> dict[str, np.ndarray]:
     """The file's tensors under its own names, without what has no counterpart."""
-    state = _choose(read_checkpoint(path), path, chosen_weights(path, weights))
+    content = read_checkpoint(path)
+    if isinstance(content, dict) and _SWAPPED in content:
+        content = _unswapped(content, weights)
+    state = _choose(content, path, chosen_weights(path, weights))
     if not all(isinstance(name, str) for name in state):
         raise InputError(f"{path}: holds values under numbers, not tensors by name")
     state = {name: value for name, value in state.items() if name.split(".")[-1] not in _SKIPPED}
-    while state and all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
+    while state and (prefix := _wrapper_of(state)):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
+
+
+def _wrapper_of(state: Mapping[str, object]) -> str | None:
+    """What of `_WRAPPERS` all names begin with."""
+    return next((p for p in _WRAPPERS if all(name.startswith(p) for name in state)), None)
+
+
+def _unswapped(content: dict, weights: str) -> dict[str, object]:
+    """mmengine's checkpoint with both kinds of weights where others keep them.
+
+    'auto' takes those that the run was evaluated with, as mmpretrain does: the EMA weights.
+    """
+    averaged, trained = content.get("state_dict"), content[_SWAPPED]
+    if weights == "auto":
+        return {"model": averaged}
+    if isinstance(trained, dict):  # and the number of its updates, `steps`
+        trained = {k: v for k, v in trained.items() if str(k).startswith("module.")}
+    return {"model": trained, "model_ema": averaged}
 
 
 def _read_native(path: str | os.PathLike, weights: str) -> dict[str, np.ndarray]:

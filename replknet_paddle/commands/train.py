@@ -17,7 +17,7 @@ from replknet_paddle.config import RANDOM, update_config
 from replknet_paddle.runtime.errors import InputError, SystemFault
 from replknet_paddle.runtime.files import check_new_folder, check_place_is_writable
 from replknet_paddle.runtime.parent import end_with_parent
-from replknet_paddle.runtime.places import command_line, tried
+from replknet_paddle.runtime.places import command_line, tried_checkpoint
 from replknet_paddle.runtime.restarts import run_with_restarts
 
 EXAMPLES = """\
@@ -67,7 +67,8 @@ def add_arguments(parser) -> None:
     flag(
         what,
         "output",
-        "run folder; default that of -resume, or output/NAME-train-TIME, or output/NAME-eval-TIME",
+        "run folder; default that of -resume, or output/NAME-train-TIME-PID or "
+        "output/NAME-eval-TIME-PID",
         metavar="DIR",
     )
     flag(
@@ -222,7 +223,7 @@ def task_of(config):
 
 
 def write_evaluation(folder: str, evaluation) -> None:
-    """Write the report of an `engine.evaluate.Evaluation`."""
+    """Write the report of an `engine.outcomes.Evaluation`."""
     from replknet_paddle.data.transforms.image import to_rgb
     from replknet_paddle.deploy.report import Evaluated, write_report
 
@@ -273,9 +274,9 @@ def read_config(args):
 
 
 def default_run_folder(config) -> str:
-    """The run folder of MODEL.RESUME, or output/NAME-train-TIME, or output/NAME-eval-TIME.
+    """The run folder of MODEL.RESUME, or output/NAME-train-TIME-PID or output/NAME-eval-TIME-PID.
 
-    TIME has the number of this process behind it: runs may start in the same second.
+    PID is the number of this process: runs may start in the same second.
 
     Raises:
         InputError: several machines, whose clocks and processes differ.
@@ -348,7 +349,8 @@ def check_inputs(config) -> None:
     path = config.MODEL.RESUME or config.MODEL.PRETRAINED
     if path not in (None, "auto", RANDOM) and not os.path.exists(path):
         raise FileNotFoundError(
-            f"no checkpoint {tried(path)}; docs/model_zoo.md says where the published ones are"
+            f"no checkpoint {tried_checkpoint(path)}; docs/model_zoo.md says where the published "
+            "ones are"
         )
     for is_train in [False] if config.EVAL else [True, False]:
         task_of(config).dataset(config, is_train)

@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
-from replknet_paddle.data.lists import LIST_FILES, Line, parse_list, resolve
+from replknet_paddle.data.lists import LIST_FILES, Line, parse_list, resolve, shifted_folders
 from replknet_paddle.data.storage import describe, read_patiently
 from replknet_paddle.data.transforms.image import load, open_image, read_file, to_rgb
 from replknet_paddle.runtime.errors import InputError
@@ -41,6 +41,7 @@ KINDS = {
     "conflict": "files with the same bytes as one of another class",
     "empty class": "classes without a training image",
     "no validation": "classes with training images and without a validation image",
+    "shifted": "folders whose label is another one in training",
 }
 
 
@@ -112,6 +113,10 @@ def check_data(
             if train[label] and not val[label]:
                 message = f"class {label} has no image, and {train[label]} in training"
                 problems.append(Problem("no validation", names[1], 0, "", message))
+        labels = ([(n.path, n.label) for n in lines[name] if not n.problem] for name in names)
+        for folder, in_train, in_val in shifted_folders(*labels):
+            message = f"label {in_val}, and {in_train} in {names[0]}"
+            problems.append(Problem("shifted", names[1], 0, folder, message))
     counts = Counter(problem.kind for problem in problems)
     return {
         "data_path": root,

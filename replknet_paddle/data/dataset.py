@@ -1,7 +1,7 @@
 """The images of a list file, and the dataloaders over them."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import paddle
@@ -74,6 +74,17 @@ class ListDataset(paddle.io.Dataset):
         """The path of image `index`, relative to the data folder."""
         start = self._ends[index - 1] if index else 0
         return os.fsdecode(self._paths[start : self._ends[index]])
+
+    def paths_and_labels(self) -> Iterator[tuple[bytes, int]]:
+        """The path below the data folder and the label of each image."""
+        start = 0
+        for end, label in zip(self._ends.tolist(), self.labels.tolist()):
+            yield self._paths[start:end], label
+            start = end
+
+    def absent_classes(self, count: int, **_) -> list[int]:
+        """The classes in [0, count) that no image belongs to."""
+        return np.flatnonzero(np.bincount(self.labels, minlength=count) == 0).tolist()
 
     def __getitem__(self, sample: tuple[int, int]) -> tuple[np.ndarray, np.int64]:
         """The image (3, H, W) and label of sample (epoch, index)."""

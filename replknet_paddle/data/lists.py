@@ -10,7 +10,9 @@ import functools
 import os
 import stat
 import sys
-from collections.abc import Iterator
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -87,6 +89,37 @@ def parse_list(
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
                 yield Line(number, *_parse_line(line, num_classes, allow_outside))
+
+
+def shifted_folders(
+    train: Iterable[tuple[bytes, int]], val: Iterable[tuple[bytes, int]]
+) -> list[tuple[str, int, int]]:
+    """Folders with another label in the one list than in the other: name, and the two labels.
+
+    Folders are the same by their own name, `train/cat` and `val/cat`, and count where each list
+    gives one label to all that lies in them. Somebody has numbered the classes twice.
+
+    Args:
+        train, val: paths and labels.
+    """
+    in_train, in_val = (_labels_of_folders(lines) for lines in (train, val))
+    return sorted(
+        (name, label, in_val[name])
+        for name, label in in_train.items()
+        if in_val.get(name, label) != label
+    )
+
+
+def _labels_of_folders(lines: Iterable[tuple[bytes, int]]) -> dict[str, int]:
+    """The one label of each folder that has only one, by the folder's name."""
+    labels: dict[bytes, set[int]] = defaultdict(set)
+    for path, label in lines:
+        labels[path.rpartition(b"/")[0].rpartition(b"/")[2]].add(label)
+    return {
+        unicodedata.normalize("NFC", os.fsdecode(name)): next(iter(found))
+        for name, found in labels.items()
+        if name and len(found) == 1
+    }
 
 
 def read_list(list_file: str, num_classes: int | None, *, allow_outside: bool = False):

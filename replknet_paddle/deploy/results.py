@@ -2,13 +2,14 @@
 
 import contextlib
 import csv
+import json
 import os
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from replknet_paddle.deploy.predictor import Prediction
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.files import check_file_target, json_text, written_whole
+from replknet_paddle.runtime.files import check_file_target, written_whole
 
 SUFFIXES = (".jsonl", ".csv")
 
@@ -37,7 +38,7 @@ class JsonLines:
                 for label, score in zip(prediction.labels, prediction.scores)
             ]
             record |= {f"pred_{key}": value for key, value in topk[0].items()} | {"topk": topk}
-        self.file.write(json_text(record) + "\n")
+        self.file.write(json.dumps(record) + "\n")
 
 
 class Csv:

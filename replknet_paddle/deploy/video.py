@@ -13,6 +13,10 @@ from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.extras import import_extra
 
 SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
+# A film that ends earlier than it says by more than the larger of these, once its last frame has
+# been shown as long as any other, has lost something: containers round.
+MISSING_SECONDS, MISSING_SHARE = 1.0, 0.05
+
 WEBCAM = re.compile(r"webcam(?::(\d+))?")
 
 
@@ -81,11 +85,11 @@ def count_frames(film: str, every_seconds: float) -> int:
     """
     cv2 = import_opencv()
     capture = open_capture(film)
-    count, rate = (capture.get(what) for what in (cv2.CAP_PROP_FRAME_COUNT, cv2.CAP_PROP_FPS))
+    count, seconds = capture.get(cv2.CAP_PROP_FRAME_COUNT), stated_seconds(capture)
     capture.release()
-    if not (count > 0 and rate > 0):
+    if not seconds:
         return 1
-    return min(int(count), math.ceil(count / rate / every_seconds))
+    return min(int(count), math.ceil(seconds / every_seconds)) if every_seconds else int(count)
 
 
 def frames(argument: str, every_seconds: float) -> Iterator[Frame]:
@@ -99,22 +103,39 @@ def frames(argument: str, every_seconds: float) -> Iterator[Frame]:
     cv2 = import_opencv()
     capture = open_capture(argument)
     live = is_webcam(argument)
-    start, number, due = time.monotonic(), 0, 0.0
-    rate = capture.get(cv2.CAP_PROP_FPS)
+    start, seconds, longest, due = time.monotonic(), None, 0.0, 0.0
+    stated = 0.0 if live else stated_seconds(capture)
     try:
         while capture.grab():
-            seconds = number / rate if rate > 0 else capture.get(cv2.CAP_PROP_POS_MSEC) / 1e3
+            before = seconds or 0.0
             if live:
                 seconds = time.monotonic() - start
-            number += 1
+            else:  # of the frame, in the container: films may have a variable rate
+                seconds = capture.get(cv2.CAP_PROP_POS_MSEC) / 1e3
+            longest = max(longest, seconds - before)
             if seconds < due - 1e-6:
                 continue
             decoded, pixels = capture.retrieve()
             if not decoded:
                 continue
-            due = max(due + every_seconds, seconds) if live else due + every_seconds
+            if live:
+                due = max(due + every_seconds, seconds)
+            elif every_seconds:  # the next one after this frame, and not those that it came after
+                due += every_seconds * (1 + math.floor((seconds - due) / every_seconds + 1e-6))
             yield Frame(f"{argument}#t={seconds:.2f}", cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
     finally:
         capture.release()
-    if due == 0 and not number:
+    if seconds is None:
         raise InputError("OpenCV decodes no frame of it")
+    if stated - seconds > longest + max(MISSING_SECONDS, MISSING_SHARE * stated):
+        raise InputError(
+            f"the film ends after {seconds:.1f} of {stated:.1f} seconds: the rest is missing or "
+            "damaged"
+        )
+
+
+def stated_seconds(capture) -> float:
+    """How long a film says that it is; 0 where it says nothing."""
+    cv2 = import_opencv()
+    count, rate = (capture.get(what) for what in (cv2.CAP_PROP_FRAME_COUNT, cv2.CAP_PROP_FPS))
+    return count / rate if count > 0 and rate > 0 else 0.0

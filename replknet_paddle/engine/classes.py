@@ -5,14 +5,16 @@ import logging
 import numpy as np
 
 from replknet_paddle.checkpoints.record import Classes
-from replknet_paddle.config import check_class_count, override
+from replknet_paddle.config import override
 from replknet_paddle.data.class_names import (
     get_class_names,
     name_differences,
     names_file,
     read_class_names,
 )
-from replknet_paddle.data.dataset import get_dataset
+from replknet_paddle.data.dataset import ListDataset, get_dataset
+from replknet_paddle.data.lists import shifted_folders
+from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -62,8 +64,6 @@ def count_classes(config) -> int:
     path = names_file(config)
     if path is not None:
         return len(read_class_names(path))
-    if config.MODEL.TYPE != "RepLKNet":  # labels in pictures
-        check_class_count(config)
     return 1 + max(
         int(get_dataset(config, is_train).labels.max())
         for is_train in ([False] if config.EVAL else [True, False])
@@ -84,22 +84,46 @@ def check_labels(dataset, count: int) -> None:
         )
 
 
-def report_absent_classes(dataset, count: int, names) -> None:
-    """Warn of classes of the head that no image of a list belongs to.
+def report_shifted_folders(train, val) -> None:
+    """Warn of folders whose label in the validation list is not that in the training list.
 
     Args:
-        dataset: with a `list_file`, and `labels` in [0, count) if images have one each.
+        train, val: the datasets.
+    """
+    if not isinstance(train, ListDataset):  # labels in pictures
+        return
+    shifted = shifted_folders(train.paths_and_labels(), val.paths_and_labels())
+    if shifted:
+        shown = [f"{name}: {one} and {other}" for name, one, other in shifted[:LISTED_CLASSES]]
+        more = len(shifted) - len(shown)
+        logger.warning(
+            "%d folders have another label in %s than in %s, so that the accuracy means nothing: "
+            "%s%s",
+            len(shifted),
+            train.list_file,
+            val.list_file,
+            "; ".join(shown),
+            f"; and {more} more" if more else "",
+        )
+
+
+def report_absent_classes(dataset, count: int, names) -> None:
+    """Warn of classes of the head that no label of a list has. For all ranks to call.
+
+    Args:
+        dataset: with a `list_file` and `absent_classes`.
         names: of the classes, or None.
     """
-    if not hasattr(dataset, "labels"):
-        return
-    absent = np.flatnonzero(np.bincount(dataset.labels, minlength=count) == 0).tolist()
+    ranks = processes.world_size()
+    is_absent = np.zeros(count)
+    is_absent[dataset.absent_classes(count, rank=processes.rank(), world_size=ranks)] = 1
+    absent = np.flatnonzero(processes.sum_over_ranks(is_absent) == ranks).tolist()
     if not absent:
         return
     shown = [f"{i} ({names[i]})" if names else str(i) for i in absent[:LISTED_CLASSES]]
     more = len(absent) - len(shown)
     logger.warning(
-        "%s has no image of %d of the %d classes (MODEL.NUM_CLASSES): %s%s",
+        "%s has no label of %d of the %d classes (MODEL.NUM_CLASSES): %s%s",
         dataset.list_file,
         len(absent),
         count,

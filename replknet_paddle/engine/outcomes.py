@@ -9,7 +9,7 @@ from paddle.nn import functional as F
 from replknet_paddle.analysis.outcomes import Outcomes
 from replknet_paddle.data.dataset import ListDataset
 from replknet_paddle.data.loader import Loader
-from replknet_paddle.engine.metrics import Metrics, MetricSums
+from replknet_paddle.engine.metrics import Metrics, MetricSums, top_classes
 from replknet_paddle.runtime.processes import sum_over_ranks
 
 KEPT_CLASSES = 5
@@ -51,9 +51,10 @@ class OutcomeSums:
     def add(self, logits: paddle.Tensor, labels: paddle.Tensor) -> None:
         """Count a batch: logits (N, classes), labels (N,) int64."""
         self.sums.add(logits, labels)
-        scores, classes = F.softmax(logits.astype("float32")).topk(self.kept)
-        parts = [labels.unsqueeze(1), classes, scores]
-        for row in np.concatenate([part.numpy() for part in parts], axis=1):
+        logits = logits.astype("float32")
+        classes = top_classes(logits, labels, self.kept)
+        scores = np.take_along_axis(F.softmax(logits).numpy(), classes, axis=1)
+        for row in np.concatenate([labels.numpy()[:, None], classes, scores], axis=1):
             self.values[next(self.indices)] = row
 
     def total(self) -> Metrics:

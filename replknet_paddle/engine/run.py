@@ -24,7 +24,12 @@ from replknet_paddle.checkpoints.training import (
 )
 from replknet_paddle.data.loader import Loader
 from replknet_paddle.engine.build import build_network, build_precision, synchronizes_batch_norm
-from replknet_paddle.engine.classes import check_labels, report_absent_classes, settle_classes
+from replknet_paddle.engine.classes import (
+    check_labels,
+    report_absent_classes,
+    report_shifted_folders,
+    settle_classes,
+)
 from replknet_paddle.engine.evaluate import evaluate
 from replknet_paddle.engine.outcomes import Evaluation, OutcomeSums
 from replknet_paddle.engine.precision import float32_weights
@@ -177,6 +182,8 @@ class Training:
         for loader in (self.train_loader, self.val_loader):
             check_labels(loader.dataset, config.MODEL.NUM_CLASSES)
             report_absent_classes(loader.dataset, config.MODEL.NUM_CLASSES, self.class_names)
+        if processes.rank() == 0:
+            report_shifted_folders(self.train_loader.dataset, self.val_loader.dataset)
         self.batches = len(self.train_loader.batch_sampler)  # an epoch's, on each process
         self.steps_per_epoch = self.batches // config.TRAIN.ACCUM_ITER
         self.mixup = task.mixup(config)

@@ -28,7 +28,7 @@ from replknet_paddle.engine.run_log import config_text
 from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.errors import InputError, SystemFault
 from replknet_paddle.runtime.files import file_sha256
-from replknet_paddle.runtime.places import tried
+from replknet_paddle.runtime.places import tried_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +213,8 @@ def digest_of(path: str) -> str:
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(
-            f"no checkpoint {tried(path)}; docs/model_zoo.md says where the published ones are"
+            f"no checkpoint {tried_checkpoint(path)}; docs/model_zoo.md says where the published "
+            "ones are"
         )
     return file_sha256(path)
 

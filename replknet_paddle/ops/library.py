@@ -1,7 +1,7 @@
 """The compiled library: found, loaded, tried out, and given its number of threads.
 
 `get_library` loads it once per process, on first use, and compares what it computes with a
-reference before anyone relies on it. Nothing is compiled here: `ops.build` does that at set-up.
+reference before anyone relies on it. Where nobody has compiled it yet, `ops.build` does so first.
 """
 
 import ctypes

@@ -1,5 +1,6 @@
 """Where relative paths are looked up, and how commands are called from where one stands."""
 
+import glob
 import os
 import shlex
 import shutil
@@ -29,6 +30,16 @@ def tried(path: str | os.PathLike) -> str:
         return path
     places = dict.fromkeys([os.path.abspath(path), os.path.join(PROJECT_FOLDER, path)])
     return f"{path} (tried {' and '.join(places)})"
+
+
+def tried_checkpoint(path: str | os.PathLike) -> str:
+    """As `tried`, and what lies there by the same name and a suffix, if anything does."""
+    names = []
+    for folder in (".", PROJECT_FOLDER):
+        found = glob.glob(glob.escape(os.path.join(folder, path)) + ".*")
+        names += [f"{os.fspath(path)}{name[len(os.path.join(folder, path)) :]}" for name in found]
+    near = f"; did you mean {min(names)}?" if names else ""
+    return f"{tried(path)}{near}"
 
 
 def command_line(*words: str) -> str:

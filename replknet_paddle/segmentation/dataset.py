@@ -8,6 +8,7 @@ Paths are relative to DATA_PATH. A line whose paths hold spaces separates them b
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import paddle
@@ -18,8 +19,13 @@ from replknet_paddle.data.loader import Loader, check_memory
 from replknet_paddle.data.samplers import EvalBatches, StepBatches
 from replknet_paddle.data.storage import read_patiently
 from replknet_paddle.data.transforms.finish import FinishBatch, Unfinished
-from replknet_paddle.data.transforms.image import load, open_image, to_rgb
-from replknet_paddle.runtime.cores import processes_on_this_machine
+from replknet_paddle.data.transforms.image import (
+    asks_for_a_quarter_turn,
+    load,
+    open_image,
+    to_rgb,
+)
+from replknet_paddle.runtime.cores import available_cores, processes_on_this_machine
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.segmentation.transforms import TrainCrop, read_labels, whole_image
 
@@ -29,6 +35,7 @@ LAYOUT = (
     '"images/1.jpg annotations/1.png"; docs/segmentation.md says how to write them'
 )
 MAX_LISTED_PROBLEMS = 10
+LABELS_AT_ONCE = 64
 
 
 class SegmentationDataset(paddle.io.Dataset):
@@ -102,7 +109,7 @@ class SegmentationDataset(paddle.io.Dataset):
         def read_image():
             with self.open(path) as image:
                 load(image)
-                return np.array(to_rgb(image))
+                return np.array(to_rgb(image)), asks_for_a_quarter_turn(image)
 
         def read_classes():
             with self.open(path) as labels:
@@ -111,15 +118,45 @@ class SegmentationDataset(paddle.io.Dataset):
                     pixels.shape[1::-1],
                     num_classes=self.num_classes,
                     zero_is_ignored=self.zero_is_ignored,
+                    is_turned=is_turned,
                 )
 
         try:
-            pixels = read_patiently(read_image, self.describe(index), failures)
+            pixels, is_turned = read_patiently(read_image, self.describe(index), failures)
             path = labels_path
             classes = read_patiently(read_classes, self.describe(index), failures)
         except (OSError, InputError) as error:
             raise unreadable(self.list_file, self.lines[index], path, error) from None
         return self.transform(pixels, classes, np.random.default_rng((self.seed, epoch, index)))
+
+    def absent_classes(self, count: int, *, rank: int = 0, world_size: int = 1) -> list[int]:
+        """The classes in [0, count) that no label image of a rank's share has.
+
+        Label images are read until each class has been seen. Those that cannot be read are passed
+        over, for training reports them.
+        """
+        absent = set(range(count))
+        paths = [pair.split("\t")[1] for pair in self.pairs[rank::world_size]]
+        with ThreadPoolExecutor(available_cores()) as pool:
+            for start in range(0, len(paths), LABELS_AT_ONCE):
+                for present in pool.map(self._classes_in, paths[start : start + LABELS_AT_ONCE]):
+                    absent.difference_update(present)
+                if not absent:
+                    break
+        return sorted(absent)
+
+    def _classes_in(self, path: str) -> list[int]:
+        try:
+            with self.open(path) as labels:
+                classes = read_labels(
+                    labels,
+                    labels.size,
+                    num_classes=self.num_classes,
+                    zero_is_ignored=self.zero_is_ignored,
+                )
+        except (OSError, InputError):
+            return []
+        return np.unique(classes).tolist()
 
     def open(self, path: str) -> Image.Image:
         """An image file of the list, opened."""

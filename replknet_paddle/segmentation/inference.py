@@ -14,7 +14,7 @@ from paddle.nn import functional as F
 
 from replknet_paddle.deploy.sidecar import Sidecar, segmentation_settings
 from replknet_paddle.segmentation.heads import resize
-from replknet_paddle.segmentation.transforms import Box, resized_size
+from replknet_paddle.segmentation.transforms import Box, resized_size, scaled
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ def class_probabilities(
     size = images.shape[2:]
     total = 0
     for ratio in settings.ratios:
-        scaled_size = resized_size(size, [ratio * edge for edge in settings.scale])
-        scaled = images
-        if scaled_size != tuple(size):
-            scaled = resize(images, scaled_size, align_corners=False)
+        new_size = resized_size(size, scaled(settings.scale, ratio))
+        resized = images
+        if new_size != tuple(size):
+            resized = resize(images, new_size, align_corners=False)
         for mirrored in (False, True) if settings.flip else (False,):
-            logits = image_logits(network, scaled.flip(3) if mirrored else scaled, settings)
+            logits = image_logits(network, resized.flip(3) if mirrored else resized, settings)
             if logits.shape[2:] != size:
                 logits = resize(logits, size, align_corners=settings.align_corners)
             probabilities = F.softmax(logits, axis=1)

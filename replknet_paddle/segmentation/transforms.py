@@ -27,12 +27,18 @@ Box = tuple[int, int, int, int]  # top, left, bottom, right
 
 
 def read_labels(
-    labels: Image.Image, size: tuple[int, int], *, num_classes: int, zero_is_ignored: bool
+    labels: Image.Image,
+    size: tuple[int, int],
+    *,
+    num_classes: int,
+    zero_is_ignored: bool,
+    is_turned: bool = False,
 ) -> np.ndarray:
     """The label map (H, W) uint8 of an opened label image: classes from 0, and `IGNORED`.
 
     Args:
         size: (width, height) of the image that it belongs to.
+        is_turned: whether that image asks to be shown turned by a quarter, for the message.
         zero_is_ignored: the file counts classes from 1, and its 0 is ignored (ADE20K).
 
     Raises:
@@ -44,12 +50,20 @@ def read_labels(
             f"(modes {', '.join(LABEL_MODES)})"
         )
     if labels.size != size:
+        turned = ""
+        if labels.size == size[::-1] and is_turned:
+            turned = (
+                ". The labels are those of the upright picture: the image file asks to be turned "
+                "(its EXIF orientation), and is read as it is; turn the pixels themselves, for "
+                "instance with exiftran -ai"
+            )
         raise InputError(
             f"the label image has {labels.width} x {labels.height} pixels and its image "
-            f"{size[0]} x {size[1]}; allowed: the same size"
+            f"{size[0]} x {size[1]}; allowed: the same size{turned}"
         )
+    step = _grey_step(labels)
     load(labels)
-    classes = np.array(labels, np.uint8)
+    classes = np.array(labels, np.uint8) // np.uint8(step)
     if zero_is_ignored:
         # 0 wraps around to 255, and 255 stays.
         classes = np.where(classes == IGNORED, IGNORED, classes - np.uint8(1))
@@ -65,6 +79,12 @@ def read_labels(
     return classes
 
 
+def _grey_step(labels: Image.Image) -> int:
+    """What Pillow multiplies the numbers of a grey image by that has 2 or 4 bits for each."""
+    tile = labels.tile[0] if labels.mode == "L" and getattr(labels, "tile", None) else None
+    return {"L;2": 255 // 3, "L;4": 255 // 15}.get(tile[3] if tile else None, 1)
+
+
 def resized_size(size: tuple[int, int], scale: Sequence[float]) -> tuple[int, int]:
     """The size (height, width) that an image of `size` gets to fit `scale`, its shape kept.
 
@@ -73,6 +93,11 @@ def resized_size(size: tuple[int, int], scale: Sequence[float]) -> tuple[int, in
     """
     ratio = min(max(scale) / max(size), min(scale) / min(size))
     return tuple(max(1, int(side * ratio + 0.5)) for side in size)
+
+
+def scaled(scale: Sequence[int], ratio: float) -> list[int]:
+    """What images fit at a ratio: both edges are cut to whole pixels, as in the official code."""
+    return [int(ratio * edge) for edge in scale]
 
 
 def source_rows(start: int, end: int, new_size: int, size: int) -> np.ndarray:
@@ -198,7 +223,7 @@ class TrainCrop:
         """
         side = self.crop_size
         ratio = rng.uniform(*SCALE_RANGE)
-        size = resized_size(pixels.shape[:2], [ratio * edge for edge in self.scale])
+        size = resized_size(pixels.shape[:2], scaled(self.scale, ratio))
         box = self.choose_crop(labels, size, rng)
         flip = rng.random() < FLIP_PROB
         window = resize_window(pixels, size, box)

@@ -228,14 +228,55 @@ def test_failed_writing_leaves_the_old_file(tmp_path):
         lambda state: {f"module.{name}": value for name, value in state.items()},
         lambda state: {"model": {f"module.module.{name}": value for name, value in state.items()}},
         lambda state: {**state, "StructuredToParameterName@@": {"head.weight": "linear_0.w_0"}},
+        lambda state: {f"_orig_mod.{name}": value for name, value in state.items()},
+        lambda state: {"model": {f"module._orig_mod.{k}": v for k, v in state.items()}},
+        lambda state: {f"_orig_mod.module.{name}": value for name, value in state.items()},
+        lambda state: {
+            **state,
+            **dict.fromkeys(("total_ops", "stages.0.total_params"), np.zeros(1)),
+        },
+        lambda state: {"epoch": 3, "state_dict": state, "state_dict_ema": {}, "metric": 80.0},
+        lambda state: {"state_dict": state, "ema_state_dict": {"steps": np.int64(3)}},
     ],
-    ids=["training", "state_dict", "module", "module twice", "paddle names"],
+    ids=[
+        "training",
+        "state_dict",
+        "module",
+        "module twice",
+        "paddle names",
+        "compiled",
+        "compiled in module",
+        "module in compiled",
+        "profiled",
+        "timm",
+        "mmengine",
+    ],
 )
 def test_containers(wrap, network, tmp_path):
     state = random_state(network("tiny31"))
     path = tmp_path / "x.pdparams"
     path.write_bytes(pickle.dumps(wrap(state), protocol=4))
     assert_same_bits(load_state(path), state)
+
+
+def test_ema_weights_of_timm_and_of_mmengine(network, tmp_path):
+    """mmengine exchanges the two when it saves (EMAHook._swap_ema_state_dict): its `state_dict`
+    has the average, and `ema_state_dict` what was trained, with the number of updates."""
+    trained, average = (random_state(network("tiny31")) for _ in range(2))
+    average = {name: value * 2 for name, value in average.items()}
+    path = tmp_path / "x.pdparams"
+    wrapped = {f"module.{name}": value for name, value in trained.items()}
+    for content, default in (
+        ({"state_dict": trained, "state_dict_ema": average}, trained),
+        (
+            {"state_dict": average, "ema_state_dict": {"steps": np.int64(3), **wrapped}},
+            average,
+        ),
+    ):
+        path.write_bytes(pickle.dumps(content, protocol=4))
+        assert_same_bits(load_state(path, weights="model"), trained)
+        assert_same_bits(load_state(path, weights="model_ema"), average)
+        assert_same_bits(load_state(path), default)
 
 
 def test_training_checkpoints_of_this_project(network, tmp_path):

@@ -4,9 +4,13 @@ import csv
 import os
 import re
 
+import numpy as np
 import pytest
 from processes import finish, finish_ranks, metrics
 from tiny import command
+
+from replknet_paddle.checkpoints.convert import load_state
+from replknet_paddle.checkpoints.writers import write_safetensors
 
 pytest_plugins = ["run_fixtures"]
 
@@ -39,6 +43,30 @@ def test_the_tables_add_up_to_the_accuracy(reported):
     with open(reported / "report" / "confusion_matrix.csv", newline="") as file:
         _, *matrix = csv.reader(file)
     assert [int(row[1 + i]) for i, row in enumerate(matrix)] == [int(r["right"]) for r in rows]
+
+
+@pytest.mark.parametrize("broken", ["zero", "nan"])
+def test_a_head_whose_logits_tie_or_are_nan_has_one_accuracy(straight, tiny_data, tmp_path, broken):
+    """The headline ranks labels, the tables count first classes."""
+    weights = dict(load_state(straight / "best"))
+    value = {"zero": 0.0, "nan": np.nan}[broken]
+    for name in ("head.weight", "head.bias"):
+        weights[name] = np.full_like(weights[name], value)
+    write_safetensors(tmp_path / "broken.safetensors", weights, {})
+    finish(
+        [
+            *("-eval", f"-pretrained={tmp_path / 'broken.safetensors'}"),
+            *(f"-cfg={straight / 'config.yaml'}", f"-data_path={tiny_data}"),
+            *(f"-output={tmp_path / 'eval'}", f"-report={tmp_path / 'report'}"),
+        ],
+        output=tmp_path / "log",
+    )
+    [record] = metrics(tmp_path / "eval")
+    assert record["val_top1_percent"] == pytest.approx(2600 / 101 if broken == "zero" else 0)
+    with open(tmp_path / "report" / "per_class.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    right = [26, 0, 0, 0] if broken == "zero" else [0, 0, 0, 0]
+    assert [int(row["right"]) for row in rows] == right
 
 
 def test_mistakes_are_images_of_the_list(reported, tiny_data):

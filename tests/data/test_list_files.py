@@ -131,7 +131,8 @@ def test_command_line_replaces_lists_only_when_reported(tmp_path, capsys):
 
 def damaged(folder):
     """A data set with each kind of damage; returns {kind: [(list, line)]}."""
-    tree(folder, [f"train/{i}.jpg" for i in range(8)] + ["val/0.jpg", "val/1.jpg"])
+    names = [f"train/{i}.jpg" for i in range(8)] + ["val/0.jpg", "val/1.jpg"]
+    tree(folder, [*names, "train/odd/8.jpg", "val/odd/2.jpg"])
     write(folder.parent / "outside.jpg", jpeg(100))
     (folder / "train" / "link.jpg").symlink_to(folder.parent / "outside.jpg")
     write(folder / "train" / "text.jpg", b"no image at all")
@@ -167,6 +168,7 @@ def damaged(folder):
         ("train/broken.png 3", "undecodable"),
         ("train/deep.png 1", "undecodable"),
         ("train/copy.jpg 3", "conflict"),
+        ("train/odd/8.jpg 1", None),
     ]
     val = [
         ("val/0.jpg 0", None),
@@ -175,9 +177,11 @@ def damaged(folder):
         ("val/copy.jpg 4", "overlap"),
         ("val/again.jpg 0", "conflict"),
         ("val/1.jpg one", "line"),
+        ("val/odd/2.jpg 0", None),
     ]
-    # Class 2 has no training image, class 3 no validation image.
+    # Class 2 has no training image, class 3 no validation image, and `odd` another label there.
     expected = [("empty class", "train_list.txt", 0), ("no validation", "val_list.txt", 0)]
+    expected.append(("shifted", "val_list.txt", 0))
     for name, content in (("train_list.txt", train), ("val_list.txt", val)):
         (folder / name).write_text("".join(f"{line}\n" for line, _ in content))
         expected += [(kind, name, number) for number, (_, kind) in enumerate(content, 1) if kind]
@@ -191,7 +195,7 @@ def test_every_kind_of_damage_is_found_and_nothing_else(tmp_path):
     assert sorted(found) == expected
     assert {kind for kind, _, _ in found} == set(KINDS)
     assert report["counts"] == {kind: [k for k, _, _ in found].count(kind) for kind in KINDS}
-    assert report["lists"]["val_list.txt"]["images_per_class"] == [3, 1, 0, 0, 1]
+    assert report["lists"]["val_list.txt"]["images_per_class"] == [4, 1, 0, 0, 1]
 
 
 def test_command_line_reports_and_says_so_by_its_status(tmp_path, capsys):
@@ -199,9 +203,9 @@ def test_command_line_reports_and_says_so_by_its_status(tmp_path, capsys):
     report = tmp_path / "report.json"
     arguments = [str(tmp_path / "data"), "-num_classes", "5", "-workers", "1"]
     assert check_data_command([*arguments, "-report", str(report)]) == 1
-    assert len(json.loads(report.read_text())["problems"]) == 20
+    assert len(json.loads(report.read_text())["problems"]) == 21
     out = capsys.readouterr().out
-    assert "train_list.txt, line 3: line: " in out and out.endswith("Problems found: 20\n")
+    assert "train_list.txt, line 3: line: " in out and out.endswith("Problems found: 21\n")
 
     tree(tmp_path / "good", ["train/a/0.jpg"])
     tree(tmp_path / "good", ["other/b/0.jpg", "val/a/1.jpg"])
@@ -225,6 +229,23 @@ def test_the_same_bytes_in_two_classes_are_named_with_both_lines(tmp_path):
     assert problems[0]["message"] == (
         "class 1; the same bytes have class 0 in line 1 of train_list.txt"
     )
+
+
+def test_folders_of_one_name_and_two_labels_are_one_problem_each(tmp_path):
+    """Lists that were numbered each for itself, where one of them lacks the first class. A name
+    may be composed in one list and decomposed in the other."""
+    house = "Geb\u00e4ude"
+    train = ["train/cat/0.jpg", f"train/{house}/1.jpg", f"train/{house}/2.jpg", "train/x/3.jpg"]
+    val = ["val/Geba\u0308ude/4.jpg", "val/x/5.jpg", "val/x/6.jpg", "val/7.jpg", "val/8.jpg"]
+    tree(tmp_path, train + val)
+    for name, paths, labels in (("train", train, [0, 1, 1, 2]), ("val", val, [0, 1, 1, 0, 1])):
+        lines = [f"{path} {label}\n" for path, label in zip(paths, labels)]
+        (tmp_path / f"{name}_list.txt").write_text("".join(lines))
+    problems = [p for p in check_data(str(tmp_path))["problems"] if p["kind"] == "shifted"]
+    assert [(p["path"], p["message"]) for p in problems] == [
+        (house, "label 0, and 1 in train_list.txt"),
+        ("x", "label 1, and 2 in train_list.txt"),
+    ]
 
 
 def test_classes_without_a_validation_image_are_problems_where_there_is_a_validation_list(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import struct
 import sys
 
 import numpy as np
@@ -55,6 +56,96 @@ def test_a_frame_is_taken_every_so_often_with_its_time_and_colours(film, every, 
         assert red == pytest.approx(7 * i, abs=6) and max(green, blue) < 8
     if every:
         assert count_frames(film, every) == len(taken)
+
+
+def element(number: str, *content) -> bytes:
+    """An element of Matroska: numbers, text, bytes, or elements within it."""
+    parts = []
+    for part in content:
+        if isinstance(part, int):
+            part = part.to_bytes(8, "big")
+        elif isinstance(part, float):
+            part = struct.pack(">d", part)
+        parts.append(part.encode() if isinstance(part, str) else part)
+    payload = b"".join(parts)
+    return bytes.fromhex(number) + b"\x01" + len(payload).to_bytes(7, "big") + payload
+
+
+def write_matroska(path, cv2, milliseconds, *, stated_ms: float) -> None:
+    """A film of JPEGs at the given times, the i-th of them with 7 (i % 36) of red."""
+    clusters = []
+    for i, time in enumerate(milliseconds):
+        pixels = np.zeros((48, 64, 3), "uint8")
+        pixels[..., 2] = 7 * (i % 36)
+        jpeg = cv2.imencode(".jpg", pixels)[1].tobytes()
+        block = element("a3", b"\x81\0\0\x80" + jpeg)
+        clusters.append(element("1f43b675", element("e7", time), block))
+    head = element(
+        "1a45dfa3", element("4286", 1), element("42f7", 1), element("42f2", 4),
+        element("42f3", 8), element("4282", "matroska"), element("4287", 4), element("4285", 2),
+    )  # fmt: skip
+    info = element("1549a966", element("2ad7b1", 1_000_000), element("4489", float(stated_ms)),
+                   element("4d80", "x"), element("5741", "x"))  # fmt: skip
+    size = element("e0", element("b0", 64), element("ba", 48))
+    track = element("ae", element("d7", 1), element("73c5", 1), element("83", 1),
+                    element("86", "V_MJPEG"), size)  # fmt: skip
+    segment = element("18538067", info, element("1654ae6b", track), *clusters)
+    path.write_bytes(head + segment)
+
+
+# 30 frames a second for two seconds, then one, and for the last second 10.
+VARIABLE_MS = [
+    *(round(i * 1000 / 30) for i in range(60)),
+    *range(2000, 22000, 1000),
+    *range(22000, 23000, 100),
+]
+
+
+@pytest.mark.parametrize(
+    "every, taken",
+    [
+        (1, [0, 30, *range(60, 80), 80]),
+        (0, range(90)),
+        (0.5, [0, 15, 30, 45, *range(60, 80), 80, 85]),
+        (5, [0, 63, 68, 73, 78]),
+    ],
+)
+def test_a_film_of_variable_rate_has_the_times_of_its_frames(cv2, tmp_path, every, taken):
+    film = tmp_path / "film.mkv"
+    write_matroska(film, cv2, VARIABLE_MS, stated_ms=23000)
+    found = list(frames(str(film), every))
+    assert [f.path for f in found] == [f"{film}#t={VARIABLE_MS[i] / 1000:.2f}" for i in taken]
+    if max(taken) < 36:  # of eight bits
+        assert [round(f.pixels[..., 0].mean() / 7) for f in found] == list(taken)
+
+
+@pytest.mark.parametrize("name", ["film.mkv", "film.avi"])
+def test_a_film_that_ends_early_is_a_problem_that_is_counted(cv2, tmp_path, capsys, name):
+    path, run = tmp_path / name, tmp_path / "run"
+    run.mkdir()
+    if name == "film.mkv":
+        write_matroska(path, cv2, range(0, 4000, 250), stated_ms=9000)
+    else:
+        writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), FPS, (64, 48))
+        for i in range(90):
+            writer.write(np.full((48, 64, 3), i, "uint8"))
+        writer.release()
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+    assert main([str(make_run(run) / "best"), str(path)]) == 1
+    said = capsys.readouterr().err
+    assert "the film ends after" in said and "of 9.0 seconds" in said
+    assert "skipped 1" in said
+
+
+def test_a_whole_film_ends_as_it_says(film):
+    list(frames(film, 1))
+    assert count_frames(film, 0) == FRAMES
+
+
+def test_a_film_of_slides_is_whole(cv2, tmp_path):
+    write_matroska(tmp_path / "film.mkv", cv2, range(0, 60000, 12000), stated_ms=60000)
+    assert len(list(frames(str(tmp_path / "film.mkv"), 0))) == 5
 
 
 def test_a_film_among_pictures_is_classified_frame_by_frame(film, tmp_path, capsys):

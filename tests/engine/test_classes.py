@@ -173,19 +173,44 @@ def test_classes_without_images_are_reported_before_training(tiny_data, tmp_path
         output=tmp_path / "log",
     )
     line = (
-        f"{tiny_data / 'train_list.txt'} has no image of 2 of the 6 classes (MODEL.NUM_CLASSES): "
+        f"{tiny_data / 'train_list.txt'} has no label of 2 of the 6 classes (MODEL.NUM_CLASSES): "
     )
     assert said.index(f"{line}4, 5\n") < said.index("epoch 1/1, batch")
-    assert "val_list.txt has no image of 2 of the 6" in said
+    assert "val_list.txt has no label of 2 of the 6" in said
+
+
+def test_folders_with_another_label_in_the_other_list_are_reported(
+    tiny_data, tmp_path, tiny_config_file
+):
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    shifted = [line.rsplit(" ", 1) for line in (data / "val_list.txt").read_text().splitlines()]
+    text = "".join(f"{path} {(int(label) + 1) % 4}\n" for path, label in shifted)
+    (data / "val_list.txt").write_text(text)
+    said = finish(
+        [
+            *(f"-cfg={tiny_config_file}", f"-data_path={data}", f"-output={tmp_path / 'run'}"),
+            *("-opts", "TRAIN.NUM_EPOCHS", 1),
+        ],
+        output=tmp_path / "log",
+    )
+    assert "4 folders have another label in" in said
+    assert "class 0: 0 and 1; class 1: 1 and 2" in said
 
 
 def test_a_long_list_of_absent_classes_is_cut(caplog):
     names, labels = [f"name {i}" for i in range(1000)], np.array([0, 999, 999])
-    report_absent_classes(flags(list_file="train_list.txt", labels=labels), 1000, names)
-    assert "no image of 998 of the 1000 classes" in caplog.text
+
+    def absent(count, **_):
+        return sorted(set(range(count)) - set(labels.tolist()))
+
+    dataset = flags(list_file="train_list.txt", absent_classes=absent)
+    report_absent_classes(dataset, 1000, names)
+    assert "no label of 998 of the 1000 classes" in caplog.text
     assert "1 (name 1), 2 (name 2)" in caplog.text and "10 (name 10) and 988 more" in caplog.text
     caplog.clear()
-    report_absent_classes(flags(list_file="train_list.txt", labels=np.arange(3)), 3, None)
+    labels = np.arange(3)
+    report_absent_classes(dataset, 3, None)
     assert not caplog.text
 
 

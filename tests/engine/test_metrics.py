@@ -4,7 +4,7 @@ import numpy as np
 import paddle
 import pytest
 
-from replknet_paddle.engine.metrics import Metrics, MetricSums, label_ranks
+from replknet_paddle.engine.metrics import Metrics, MetricSums, label_ranks, top_classes
 
 
 def ranks(logits, labels):
@@ -44,6 +44,25 @@ def test_rank_counts_the_classes_before_the_label(logits, label, rank):
 )
 def test_a_network_that_gives_nan_is_never_right(logits, label, rank):
     assert ranks([logits], [label]) == [rank]
+
+
+@pytest.mark.parametrize("values", [(0.0,), (0.0, 1.0), (0.0, 1.0, np.nan), (np.nan,),
+                                    (np.nan, np.inf, -np.inf, -0.0)])  # fmt: skip
+def test_the_label_stands_among_the_top_classes_where_its_rank_says(values):
+    """So that the tables of a report, which are made of these classes, agree with its headline."""
+    rng = np.random.default_rng(0)
+    logits = rng.choice(np.float32(values), (500, 7))
+    labels = rng.integers(0, 7, 500)
+    expected = np.array(ranks(logits, labels))
+    logits, labels = paddle.to_tensor(logits), paddle.to_tensor(labels)
+    for count in (1, 5, 7):
+        classes = top_classes(logits, labels, count)
+        assert classes.shape == (500, count)
+        is_label = classes == labels.numpy()[:, None]
+        places = np.where(is_label.any(axis=1), is_label.argmax(axis=1), count)
+        if count < 7:
+            np.testing.assert_array_equal(places, np.minimum(expected, count))
+    assert (np.sort(classes, axis=1) == np.arange(7)).all()  # each class once
 
 
 @pytest.mark.parametrize("logits", [[np.nan] * 10, [np.nan] * 5 + [1.0] * 5])

@@ -78,6 +78,23 @@ def test_commands_say_what_was_tried(here, capsys, name, flags, says):
     assert f"{says} (tried {here / path} and " in message, message
 
 
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        ("eval", ["-pretrained=weights/p4"]),
+        ("predict", ["weights/p4", str(FIXTURES / "images")]),
+        ("train", ["-nproc=2", "-cfg={nano}", "-pretrained=weights/p4"]),
+        ("train", ["-nproc=2", "-cfg={nano}", "-resume=weights/p4"]),
+    ],
+)
+def test_a_suffix_that_was_left_out_is_named(here, capsys, name, flags):
+    (here / "weights").mkdir()
+    (here / "weights" / "p4.pdparams").touch()
+    flags = [flag.format(nano=ROOT / "configs" / "replknet_nano.yaml") for flag in flags]
+    assert command(name)(flags) == 2
+    assert "did you mean weights/p4.pdparams?" in capsys.readouterr().err
+
+
 def test_the_command_line_can_be_typed():
     """Whether or not the package's script is on the PATH."""
     line = command_line("plot", "--help")

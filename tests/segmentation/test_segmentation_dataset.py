@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from replknet_paddle.runtime.errors import InputError, SampleError
 from replknet_paddle.segmentation.dataset import SegmentationDataset
@@ -91,3 +91,27 @@ def test_zero_is_ignored_where_the_dataset_says_so(folder):
     labels = data.read_sample(0, 0)[1]
     numbers = np.array(Image.open(folder / "al.png")).astype(int)
     assert (labels == np.where(numbers == 0, IGNORED, numbers - 1)).all()
+
+
+def test_labels_drawn_for_the_upright_photo_are_told_apart_from_wrong_ones(folder):
+    photo = Image.new("RGB", (9, 7))
+    exif = photo.getexif()
+    exif[ExifTags.Base.Orientation] = 6
+    photo.save(folder / "turned.jpg", exif=exif)
+    Image.new("L", (7, 9)).save(folder / "upright.png")
+    with pytest.raises(SampleError, match="7 x 9 .* 9 x 7; .*EXIF orientation"):
+        dataset(folder, "turned.jpg upright.png").read_sample(0, 0)
+    with pytest.raises(SampleError) as caught:
+        dataset(folder, "a.png upright.png").read_sample(0, 0)
+    assert "EXIF" not in str(caught.value)
+
+
+def test_classes_that_no_label_has(folder):
+    Image.fromarray(np.full((7, 9), 2, "uint8")).save(folder / "two.png")
+    Image.fromarray(np.full((7, 9), IGNORED, "uint8")).save(folder / "nothing.png")
+    text = "a.png two.png\na.png nothing.png\na.png missing.png\na.png al.png\n"
+    data = dataset(folder, text)
+    present = set(np.unique(np.array(Image.open(folder / "al.png"))).tolist())
+    assert data.absent_classes(3) == sorted({0, 1} - present)
+    assert data.absent_classes(3, rank=0, world_size=2) == [0, 1]
+    assert data.absent_classes(3, rank=1, world_size=4) == [0, 1, 2]

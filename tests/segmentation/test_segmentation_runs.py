@@ -1,10 +1,12 @@
 """Training and evaluation of segmentation on the engine, in processes of their own."""
 
 import json
+import shutil
 import signal
 
 import numpy as np
 import pytest
+from PIL import Image
 from processes import (
     Run,
     Script,
@@ -185,3 +187,35 @@ def test_contradictions_are_found_before_anything_runs(tiny_upernet_file, change
 def test_records_are_json_with_null_for_absent_classes(trained):
     for line in (trained / "metrics.jsonl").read_text().splitlines():
         assert "NaN" not in line and json.loads(line)
+
+
+def test_masks_of_0_and_255_are_not_two_classes(tiny_upernet_file, shapes, tmp_path):
+    """The second class never occurs, so that 100 % mIoU would mean nothing."""
+    data = tmp_path / "data"
+    shutil.copytree(shapes, data)
+    (data / "class_names.txt").unlink()
+    for name in ("train", "val"):
+        for line in (data / f"{name}_list.txt").read_text().splitlines():
+            path = data / line.split()[1]
+            inside = np.array(Image.open(path)) > 0
+            Image.fromarray((255 * inside).astype("uint8")).save(path)
+    more = ("-opts", "MODEL.NUM_CLASSES", "2", "TRAIN.NUM_EPOCHS", "1")
+    command = flags(tiny_upernet_file, data, tmp_path / "run", *more)
+    said = finish(command, output=tmp_path / "one.txt")
+    for name in ("train_list.txt", "val_list.txt"):
+        assert f"{data / name} has no label of 1 of the 2 classes (MODEL.NUM_CLASSES): 1" in said
+    (tmp_path / "two").mkdir()
+    command[command.index(tmp_path / "run")] = tmp_path / "of two"
+    texts = finish_ranks([*command, "TRAIN.ACCUM_ITER", "1"], folder=tmp_path / "two")
+    assert texts[0].count("has no label of 1 of the 2 classes") == 2
+
+
+@pytest.mark.parametrize("count", ["1", "None", "256"])
+def test_a_number_of_classes_that_cannot_be(tiny_upernet_file, shapes, tmp_path, count):
+    more = ("-opts", "MODEL.NUM_CLASSES", count)
+    said = finish(
+        flags(tiny_upernet_file, shapes, tmp_path / "run", *more),
+        output=tmp_path / "log",
+        status=2,
+    )
+    assert f"MODEL.NUM_CLASSES is {count}; allowed with MODEL.TYPE UPerNet: 2 to 255" in said

@@ -1,6 +1,8 @@
 """The pipelines' steps against Pillow, colorsys and counts, and what may not happen by chance."""
 
 import colorsys
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from replknet_paddle.segmentation.transforms import (
     resize_window,
     resized_size,
     saturate_and_turn,
+    scaled,
 )
 
 
@@ -86,6 +89,56 @@ def test_labels_that_cannot_be_right(image, zero_is_ignored, message):
 )
 def test_size_that_fits_the_scale(size, scale, wanted):
     assert resized_size(size, scale) == wanted
+
+
+@pytest.mark.parametrize(
+    "ratio, wanted",
+    [(0.5, (512, 1024)), (0.75, (768, 1536)), (1.0, (1025, 2049)), (1.25, (1281, 2561)),
+     (1.5, (1537, 3073)), (1.75, (1793, 3585))],
+)  # fmt: skip
+def test_edges_at_a_ratio_are_whole_pixels_as_in_the_official_code(ratio, wanted):
+    """A Cityscapes image. mmsegmentation cuts ratio * edge to an integer for both edges, and
+    mmcv then rounds what keeps the shape."""
+    edges = [int(2049 * ratio), int(1025 * ratio)]
+    factor = min(edges[0] / 2048, edges[1] / 1024)
+    assert wanted == (int(1024 * factor + 0.5), int(2048 * factor + 0.5))
+    assert resized_size((1024, 2048), scaled((2049, 1025), ratio)) == wanted
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_grey_labels_of_fewer_bits_are_their_numbers(bits, tmp_path):
+    """Pillow multiplies what it reads from grey PNGs, and does not write them."""
+    numbers = np.arange(2**bits, dtype=np.uint8)[None]
+    image = read_png(tmp_path / "labels.png", numbers, bits)
+    labels = read_labels(image, numbers.shape[::-1], num_classes=255, zero_is_ignored=False)
+    assert labels.tolist() == numbers.tolist()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_palette_labels_of_fewer_bits_are_their_numbers(bits, tmp_path):
+    numbers = np.arange(2**bits, dtype=np.uint8)[None]
+    image = Image.frombytes("P", numbers.shape[::-1], numbers.tobytes())
+    image.putpalette(list(range(3 * 2**bits)))
+    image.save(tmp_path / "labels.png", bits=bits)
+    image = Image.open(tmp_path / "labels.png")
+    labels = read_labels(image, image.size, num_classes=16, zero_is_ignored=False)
+    assert labels.tolist() == numbers.tolist()
+
+
+def read_png(path, numbers, bits):
+    """A grey PNG of one row whose numbers have so many bits, opened."""
+    digits = np.unpackbits(numbers[0][:, None], axis=1)[:, 8 - bits :].ravel()
+    row = b"\0" + np.packbits(digits).tobytes()
+
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", numbers.shape[1], 1, bits, 0, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    return Image.open(path)
 
 
 @pytest.mark.parametrize("new_size", [(23, 31), (40, 17), (11, 60), (1, 1)])

@@ -9,7 +9,7 @@ import os
 import stat
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from replknet_paddle.runtime.errors import InputError
 
@@ -63,6 +63,14 @@ def open_image(source: str | bytes) -> Image.Image:
         image.close()
         raise InputError(f"{size} pixels may be a decompression bomb; allowed: {MAX_PIXELS:,}")
     return image
+
+
+def asks_for_a_quarter_turn(image: Image.Image) -> bool:
+    """Whether the EXIF orientation of an opened image says that its sides are to be exchanged."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except Exception:  # damaged files make Pillow's readers raise almost anything
+        return False
 
 
 def load(image: Image.Image) -> None:
