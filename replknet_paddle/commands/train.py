@@ -156,7 +156,7 @@ def train_or_evaluate(args) -> tuple[int, str]:
             launch,
             wait_to_be_ended,
         )
-        from replknet_paddle.runtime.processes import is_launched
+        from replknet_paddle.runtime.processes import is_launched, rank
 
         if args.backend is not None and not config.EVAL:
             raise InputError(f"-backend {args.backend} without -eval; allowed: with -eval")
@@ -181,8 +181,8 @@ def train_or_evaluate(args) -> tuple[int, str]:
                     log_dir=worker_log_dir(config.SAVE, nodes),
                     nodes=nodes,
                     master=master,
+                    note=partial(append_to_log, config.SAVE),
                 )
-                append_to_log(config.SAVE, message)
                 if lock is not None:
                     lock.release()
                 if status in STOPPED and not message:
@@ -203,6 +203,8 @@ def train_or_evaluate(args) -> tuple[int, str]:
         if another_failed():  # and has said why
             return 1, ""
         wait_to_be_ended()
+        if rank() == 0:
+            append_to_log(config.SAVE, f"error: {error}")
         return 1, f"error: {error}"
     except (DivergedError, SystemFault) as error:
         return 1, f"error: {error}"

@@ -26,7 +26,7 @@ from replknet_paddle.engine.train import DivergedError
 from replknet_paddle.runtime.errors import InputError, SystemFault
 from replknet_paddle.runtime.extras import import_extra
 from replknet_paddle.runtime.files import append_whole, json_text, naming, write_text
-from replknet_paddle.runtime.launch import PeerLost, is_lost_peer
+from replknet_paddle.runtime.launch import lost_peer
 from replknet_paddle.runtime.processes import is_launched
 
 logger = logging.getLogger(__name__)
@@ -243,8 +243,9 @@ class RunLog:
             self._write_end(str(error))
             raise
         except BaseException as error:
-            if is_lost_peer(error):
-                raise PeerLost("another process of this run has ended") from None
+            lost = lost_peer(error)
+            if lost is not None:
+                raise lost from None
             self._write_end(traceback.format_exc())
             raise
 

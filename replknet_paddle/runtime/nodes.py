@@ -2,21 +2,31 @@
 
 Nodes started by Paddle's launcher hear nothing of each other: where one fails, the others wait in
 a collective for ever. Here each node's launcher writes a file into a folder that they share, every
-few seconds, and reads those of the others.
+few seconds, and reads those of the others. It says, too, what it waits for, of which Paddle's
+launcher does not speak.
 """
 
+import array
 import contextlib
+import errno
 import hashlib
+import json
 import os
 import signal
 import socket
+import struct
+import sys
 import time
+import urllib.error
+import urllib.request
 from dataclasses import dataclass
 
 from replknet_paddle.runtime.errors import InputError
 
 BEAT_SECONDS = 2.0
 LOST_SECONDS = 30.0  # without a sign, after which a node is lost
+SIOCGIFCONF, IFREQ_BYTES = 0x8912, 40  # of Linux's netdevice(7), on 64-bit machines
+FIRST_REMINDER_SECONDS, REMINDER_SECONDS = 30.0, 60.0  # of what is waited for
 STOPPED = (0, 128 + signal.SIGINT, 128 + signal.SIGTERM)  # statuses that all nodes agree on
 
 ATTEMPT_FILE = "attempt"  # in the log folder of launched processes
@@ -52,9 +62,15 @@ class Heartbeat:
 
     Args:
         log_dir: this machine's, a folder beside those of the others; its name is the node's.
+        nodes: how many machines there are to be.
+        master, address: as `node_addresses` gives them, for messages.
     """
 
-    def __init__(self, log_dir: str):
+    def __init__(self, log_dir: str, *, nodes: int, master: str, address: str):
+        self.nodes = nodes
+        self.master = master
+        self.address = address
+        self.reminder = Reminder()
         self.log_dir = os.path.abspath(log_dir)
         self.node = os.path.basename(self.log_dir)
         self.count = 0
@@ -70,6 +86,12 @@ class Heartbeat:
             lost, and a message.
         """
         folder = self._folder()
+        if folder is not None and not self.count:  # now the others' first signs are waited for
+            self.reminder = Reminder()
+        if self.reminder.is_due():
+            missing = self._missing(folder)
+            if missing is not None:
+                print(missing, file=sys.stderr, flush=True)
         if folder is None:  # the processes of the nodes have not found each other yet
             return None
         self.count += 1
@@ -103,6 +125,21 @@ class Heartbeat:
                 os.makedirs(folder, exist_ok=True)
                 _replace(os.path.join(folder, self.node), f"{self.count}\n{status}\n{message}")
 
+    def _missing(self, folder: str | None) -> str | None:
+        """What to say where a machine is missing."""
+        if folder is None:
+            return (
+                f"still waiting for {self.nodes} machines (NNODES); this one is {self.address}, "
+                f"and {who_is_there(self.master)}"
+            )
+        seen = 1 + len(self._read_others(folder))
+        if seen >= self.nodes:
+            return None
+        return (
+            f"{seen} of {self.nodes} machines (NNODES) give signs of life in {folder}: -output "
+            "must be one folder that all machines share, and NNODES the same on each"
+        )
+
     def _folder(self) -> str | None:
         """Where the nodes of this start of the run write; None until it has a name."""
         try:
@@ -128,6 +165,79 @@ def _replace(path: str, text: str) -> None:
     with open(unfinished, "w", encoding="utf-8") as file:
         file.write(text)
     os.replace(unfinished, path)
+
+
+class Reminder:
+    """When it is time to say again what is waited for."""
+
+    def __init__(self):
+        self.next = time.monotonic() + FIRST_REMINDER_SECONDS
+
+    def is_due(self) -> bool:
+        if time.monotonic() < self.next:
+            return False
+        self.next += REMINDER_SECONDS
+        return True
+
+
+def who_is_there(master: str) -> str:
+    """Which machines have found the server of Paddle's launcher at MASTER; or why it is not there.
+
+    Args:
+        master: ADDRESS:PORT.
+    """
+    try:
+        found = ask(master, "/")
+    except urllib.error.HTTPError:
+        return f"what answers at MASTER {master} is not Paddle's launcher but another program"
+    except urllib.error.URLError as error:
+        return (
+            f"nobody answers at MASTER {master} ({error.reason}): the run must be started on that "
+            "machine as well, and the port must be open"
+        )
+    except (OSError, ValueError):
+        return f"what answers at MASTER {master} is not Paddle's launcher but another program"
+    pods = [json.loads(value) for key, value in found.items() if "/info/" in key]
+    addresses = sorted(str(pod.get("candidate", "?")).rpartition(":")[0] for pod in pods)
+    return f"{len(pods)} are at MASTER {master}: {', '.join(addresses) or 'none'}"
+
+
+def ask(master: str, path: str) -> dict:
+    """What the server of Paddle's launcher holds below a path.
+
+    Raises:
+        OSError, ValueError: nothing answers, or something else does.
+    """
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"http://{master}{path}", timeout=5) as reply:
+        found = json.loads(reply.read())
+    if not isinstance(found, dict) or "/healthy" not in found:
+        raise ValueError(found)
+    return found
+
+
+def check_port(master: str) -> None:
+    """Check, on the machine that MASTER means, that no other program has the port.
+
+    Raises:
+        InputError: one has.
+    """
+    address, port = master.rsplit(":", 1)
+    if not is_own_address(address):
+        return
+    try:
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(("", int(port)))
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            with contextlib.suppress(OSError, ValueError):
+                ask(master, "/")
+                return  # another node on this machine
+        raise InputError(
+            f"MASTER is {master}, and this machine's port {port} cannot be used "
+            f"({error.strerror.lower()}); allowed: a free port from 1024 to 65535"
+        ) from None
 
 
 def node_addresses(master: str) -> tuple[str, str]:
@@ -156,10 +266,53 @@ def node_addresses(master: str) -> tuple[str, str]:
         ) from None
     is_name = host != address
     if is_name and host != "localhost" and address.startswith("127."):
-        address = outgoing_address("192.0.2.1") or address  # any address beyond this network
+        address = address_for_others() or address
     if is_own_address(address):
         return f"{address}:{port}", address
-    return f"{address}:{port}", outgoing_address(address) or address
+    return f"{address}:{port}", wait_for_route(address)
+
+
+def wait_for_route(destination: str) -> str:
+    """This machine's address on the way to another one, as soon as there is a way."""
+    reminder = Reminder()
+    while (address := outgoing_address(destination)) is None:
+        if reminder.is_due():
+            print(
+                f"still waiting for a network: no route to MASTER {destination}",
+                file=sys.stderr,
+                flush=True,
+            )
+        time.sleep(1)
+    return address
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has an IPv4 address; None where none has, or not on Linux."""
+    return next((name for name, own in interfaces() if own == address), None)
+
+
+def interfaces() -> list[tuple[str, str]]:
+    """Names and IPv4 addresses of the network interfaces that are up; on Linux alone."""
+    if sys.platform != "linux":
+        return []
+    import fcntl
+
+    entries = array.array("B", bytes(256 * IFREQ_BYTES))
+    request = struct.pack("iL", len(entries), entries.buffer_info()[0])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        used, _ = struct.unpack("iL", fcntl.ioctl(probe, SIOCGIFCONF, request))
+    found = []
+    for start in range(0, used, IFREQ_BYTES):
+        entry = entries[start : start + IFREQ_BYTES].tobytes()
+        name = entry[:16].partition(b"\0")[0].partition(b":")[0].decode()
+        found.append((name, socket.inet_ntoa(entry[20:24])))
+    return found
+
+
+def address_for_others() -> str | None:
+    """This machine's address on the way out, or else that of its first interface but loopback."""
+    others = (own for _, own in interfaces() if not own.startswith("127."))
+    return outgoing_address("192.0.2.1") or next(others, None)  # any address beyond this network
 
 
 def is_own_address(address: str) -> bool:

@@ -16,7 +16,7 @@ import paddle
 import paddle.distributed as dist
 
 from replknet_paddle.runtime.cores import processes_on_this_machine
-from replknet_paddle.runtime.nodes import name_attempt
+from replknet_paddle.runtime.nodes import interface_of, name_attempt
 
 # Gradients travel in pieces of about this many bytes: large enough to be efficient, small enough
 # that the copy that a piece needs does not count beside the model.
@@ -57,9 +57,11 @@ def init(*, deterministic: bool = False) -> None:
     if world_size() > 1:
         name_attempt()
         is_local = processes_on_this_machine() == world_size() and sys.platform == "linux"
-        if is_local:
-            # Else gloo looks up this machine's name, which need not resolve.
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        address = os.environ.get("PADDLE_CURRENT_ENDPOINT", "").rpartition(":")[0]
+        interface = "lo" if is_local else interface_of(address)
+        if interface is not None:
+            # Else gloo looks up this machine's name, which may mean 127.0.1.1, or nothing.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         # Paddle lists the flags that its own launcher has set.
         with contextlib.redirect_stderr(io.StringIO()):
             dist.init_parallel_env()

@@ -4,7 +4,9 @@ KILLS is the number of kills: 50 take a minute in one process, and ten in two, w
 started anew each time. KILLS_SEED repeats a sequence, as far as the machine is as busy.
 """
 
+import fcntl
 import functools
+import json
 import os
 import random
 import shutil
@@ -18,11 +20,16 @@ from processes import (
     assert_same_end,
     children,
     finish,
+    step_of,
     wait_for,
     whole_steps,
 )
 
-from replknet_paddle.checkpoints.training import load_checkpoint, newest_whole_checkpoint
+from replknet_paddle.checkpoints.training import (
+    checkpoints,
+    load_checkpoint,
+    newest_whole_checkpoint,
+)
 
 KILLS = int(os.environ.get("KILLS", 12))
 
@@ -167,6 +174,90 @@ def unfinished(folder, pid) -> list[str]:
     where = folder / "checkpoints"
     names = os.listdir(where) if where.exists() else []
     return [name for name in names if name.endswith(f".{pid}.unfinished")]
+
+
+# ---- other settings at each resume
+
+
+def records_of(folder) -> list[int]:
+    """The epochs of metrics.jsonl, each line of which is JSON as the standard has it."""
+
+    def refuse(word):
+        raise ValueError(f"{word} is not JSON")
+
+    if not (folder / "metrics.jsonl").exists():
+        return []
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse)["epoch"] for line in lines]
+
+
+@pytest.mark.slow
+def test_runs_whose_settings_change_at_each_resume_lose_nothing(run_flags, tmp_path):
+    """Killed or stopped at random moments; then resumed with another batch size, accumulation or
+    number of processes, except where a stop came in mid-epoch, which needs the same ones."""
+    seed = int(os.environ.get("KILLS_SEED", time.time()))
+    rng = random.Random(seed)
+    folder, log = tmp_path / "run", tmp_path / "log"
+    ends: dict[str, int] = {}
+    settings, done = [], (0, 0)
+    while sum(ends.values()) < KILLS:
+        before = progress_of(folder)
+        in_mid_epoch = before is not None and before.batch > 0
+        if not in_mid_epoch:
+            processes = rng.choice([1, 1, 1, 2])
+            settings = [
+                f"-batch_size={rng.choice([4, 5, 8, 12, 16]) // processes}",
+                f"-accum_iter={rng.choice([1, 2, 3])}",
+                f"-nproc={processes}",
+            ]
+        flags = [*run_flags, f"-output={folder}", "-resume=auto", *settings]
+        run = Run([*flags, "-opts", "TRAIN.NUM_EPOCHS", "40"], output=log)
+        begun = step_of(folder)
+        wait_for(
+            lambda run=run, begun=begun: not run.process.is_alive() or step_of(folder) > begun,
+            timeout=120,
+        )
+        time.sleep(rng.uniform(0, 1.5))
+        number = rng.choice([signal.SIGKILL, signal.SIGTERM])
+        run.send(number)
+        status = run.wait()
+        # A launcher that is killed takes its processes with it, a moment later.
+        if processes > 1:
+            wait_for(lambda: not is_locked(folder), timeout=30)
+        assert status in (0, -signal.SIGKILL, 143), f"seed {seed}: {run.text()}"
+        assert "resume it with the same" not in run.text()
+        ends[signal.Signals(number).name] = ends.get(signal.Signals(number).name, 0) + 1
+        progress = progress_of(folder)
+        if progress is None:  # killed in the first epoch
+            continue
+        newest = os.path.realpath(checkpoints(str(folder))[-1])
+        assert os.path.realpath(folder / "last") == newest, f"seed {seed}"
+        assert (progress.epoch, progress.step) >= done, f"seed {seed}: {settings}"
+        done = (progress.epoch, progress.step)
+        recorded = progress.epoch - bool(progress.record)
+        assert records_of(folder)[:recorded] == list(range(1, recorded + 1)), f"seed {seed}"
+        assert not (folder / "superseded").exists()
+        if progress.epoch == 40:
+            shutil.rmtree(folder)
+            done = (0, 0)
+    print(f"{ends}, epoch {done[0]}, seed {seed}")
+
+
+def progress_of(folder):
+    """The progress of RUN/last; None where there is none yet."""
+    if not os.path.lexists(folder / "last"):
+        return None
+    return load_checkpoint(str(folder / "last")).progress
+
+
+def is_locked(folder) -> bool:
+    """Whether a process still has the run folder."""
+    with open(folder / "lock", "a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
 
 
 # ---- any process of a run in two processes, under MAX_RESTARTS

@@ -13,9 +13,9 @@ from replknet_paddle.runtime import launch as module
 from replknet_paddle.runtime import nodes
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.launch import launch
-from replknet_paddle.runtime.nodes import node_addresses, outgoing_address
+from replknet_paddle.runtime.nodes import address_for_others, node_addresses
 
-OWN = outgoing_address("192.0.2.1") or "127.0.0.1"  # of a machine with a network
+OWN = address_for_others() or "127.0.1.1"
 
 
 def test_the_master_is_its_own_host_by_whatever_name(monkeypatch):

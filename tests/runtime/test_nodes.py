@@ -98,7 +98,7 @@ def attempt(tmp_path, monkeypatch):
     monkeypatch.setattr(nodes.time, "monotonic", lambda: clock[0])
 
     def make(name, ports="a:1,b:2"):
-        heartbeat = Heartbeat(str(tmp_path / name))
+        heartbeat = Heartbeat(str(tmp_path / name), nodes=2, master="a:1", address="b")
         (tmp_path / name).mkdir(exist_ok=True)
         monkeypatch.setenv("PADDLE_LOG_DIR", str(tmp_path / name))
         monkeypatch.setenv("PADDLE_TRAINER_ENDPOINTS", ports)
