@@ -308,7 +308,8 @@ def places(nproc: int | None) -> tuple[int, str | None, int]:
     """
     nodes = whole_number("NNODES", os.environ.get("NNODES", 1), 1)
     master = os.environ.get("MASTER")
-    if nodes > 1 and not re.fullmatch(r"[^:]+:[0-9]{1,5}", master or ""):
+    named = re.fullmatch(r"[^:]+:([0-9]{1,5})", master or "")
+    if nodes > 1 and not (named and 1 <= int(named[1]) <= 65535):
         raise InputError(
             f"NNODES is {nodes}; MASTER must be HOST:PORT of one of these machines, got {master}"
         )

@@ -187,33 +187,34 @@ def who_is_there(master: str) -> str:
         master: ADDRESS:PORT.
     """
     try:
-        found = ask(master, "/")
-    except urllib.error.HTTPError:
-        return f"what answers at MASTER {master} is not Paddle's launcher but another program"
-    except urllib.error.URLError as error:
+        addresses = addresses_at(master)
+    except (OSError, ValueError) as error:
+        is_silent = isinstance(error, urllib.error.URLError) and not hasattr(error, "code")
+        if not is_silent:
+            return f"what answers at MASTER {master} is not Paddle's launcher but another program"
         return (
             f"nobody answers at MASTER {master} ({error.reason}): the run must be started on that "
             "machine as well, and the port must be open"
         )
-    except (OSError, ValueError):
-        return f"what answers at MASTER {master} is not Paddle's launcher but another program"
-    pods = [json.loads(value) for key, value in found.items() if "/info/" in key]
-    addresses = sorted(str(pod.get("candidate", "?")).rpartition(":")[0] for pod in pods)
-    return f"{len(pods)} are at MASTER {master}: {', '.join(addresses) or 'none'}"
+    return f"{len(addresses)} are at MASTER {master}: {', '.join(addresses) or 'none'}"
 
 
-def ask(master: str, path: str) -> dict:
-    """What the server of Paddle's launcher holds below a path.
+def addresses_at(master: str) -> list[str]:
+    """The addresses of the machines that the server of Paddle's launcher knows.
 
     Raises:
         OSError, ValueError: nothing answers, or something else does.
     """
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(f"http://{master}{path}", timeout=5) as reply:
+    with opener.open(f"http://{master}/", timeout=5) as reply:
         found = json.loads(reply.read())
-    if not isinstance(found, dict) or "/healthy" not in found:
-        raise ValueError(found)
-    return found
+    try:
+        if found["/healthy"] != "ok":
+            raise KeyError
+        machines = [json.loads(found[key]) for key in found if "/info/" in key]
+        return sorted(machine["candidate"].rpartition(":")[0] for machine in machines)
+    except (TypeError, KeyError, AttributeError):
+        raise ValueError("not Paddle's launcher") from None
 
 
 def check_port(master: str) -> None:
@@ -232,7 +233,7 @@ def check_port(master: str) -> None:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             with contextlib.suppress(OSError, ValueError):
-                ask(master, "/")
+                addresses_at(master)
                 return  # another node on this machine
         raise InputError(
             f"MASTER is {master}, and this machine's port {port} cannot be used "

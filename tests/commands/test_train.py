@@ -296,8 +296,11 @@ def test_number_of_processes(start, tiny, tmp_path, processes):
     assert not (tmp_path / "run").exists()
 
 
-def test_nodes_without_a_master(refused, tiny, monkeypatch, tmp_path):
+@pytest.mark.parametrize("master", [None, "head", "head:", "head:0", "head:65536"])
+def test_nodes_without_a_master(refused, tiny, monkeypatch, tmp_path, master):
     monkeypatch.setenv("NNODES", "2")
+    if master is not None:
+        monkeypatch.setenv("MASTER", master)
     assert "NNODES is 2; MASTER must be HOST:PORT" in refused(*tiny)
     assert not (tmp_path / "run").exists()
 
