@@ -81,8 +81,9 @@ def read_labels(
 
 def _grey_step(labels: Image.Image) -> int:
     """What Pillow multiplies the numbers of a grey image by that has 2 or 4 bits for each."""
-    tile = labels.tile[0] if labels.mode == "L" and getattr(labels, "tile", None) else None
-    return {"L;2": 255 // 3, "L;4": 255 // 15}.get(tile[3] if tile else None, 1)
+    how = labels.tile[0][3] if getattr(labels, "tile", None) else None
+    how = how[0] if isinstance(how, tuple) and how else how  # with details, in a TIFF
+    return {"L;2": 255 // 3, "L;4": 255 // 15}.get(how, 1) if labels.mode == "L" else 1
 
 
 def resized_size(size: tuple[int, int], scale: Sequence[float]) -> tuple[int, int]:

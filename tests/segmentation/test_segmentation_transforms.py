@@ -114,6 +114,18 @@ def test_grey_labels_of_fewer_bits_are_their_numbers(bits, tmp_path):
     assert labels.tolist() == numbers.tolist()
 
 
+def test_grey_tiffs_of_four_bits_are_their_numbers(tmp_path):
+    tags = [(256, 16), (257, 1), (258, 4), (259, 1), (262, 1), (273, 8), (278, 1), (279, 8)]
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
+    pixels = bytes(2 * i << 4 | 2 * i + 1 for i in range(8))
+    count = struct.pack("<H", len(tags))
+    header = struct.pack("<2sHI", b"II", 42, 8 + len(pixels))
+    (tmp_path / "labels.tif").write_bytes(header + pixels + count + entries + bytes(4))
+    image = Image.open(tmp_path / "labels.tif")
+    labels = read_labels(image, (16, 1), num_classes=16, zero_is_ignored=False)
+    assert labels.tolist() == [list(range(16))]
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_palette_labels_of_fewer_bits_are_their_numbers(bits, tmp_path):
     numbers = np.arange(2**bits, dtype=np.uint8)[None]
