@@ -132,12 +132,18 @@ def flags(run_flags, tmp_path):
     return [*run_flags, "-batch_size=4", f"-output={tmp_path / 'run'}"]
 
 
-@pytest.mark.parametrize("master", [ADDRESSES["a"], "node-a"])
-def test_names_that_mean_127_0_1_1_are_no_obstacle(
-    machines, flags, straight_on_two, tmp_path, master
+@pytest.mark.parametrize(
+    "own_name, master",
+    [("127.0.1.1", ADDRESSES["a"]), ("127.0.1.1", "node-a"), ("nothing", ADDRESSES["a"])],
+)
+def test_what_a_machines_own_name_means_is_no_obstacle(
+    machines, flags, straight_on_two, tmp_path, own_name, master
 ):
-    """Each machine's own name does so, as on Debian; the others know it by an address."""
-    for node in ADDRESSES:
+    """127.0.1.1, as on Debian, or nothing; the others know it by an address."""
+    for node, name in machines.names.items():
+        if own_name == "nothing":
+            hosts = Path("/etc/netns") / name / "hosts"
+            hosts.write_text(re.sub(r"127\.0\.1\.1.*\n", "", hosts.read_text()))
         machines.start(node, flags, master=f"{master}:{PORT}")
     for node in ADDRESSES:
         assert machines.ended(node) == 0, machines.said(node)
