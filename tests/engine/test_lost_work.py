@@ -150,7 +150,9 @@ OTHER_SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("settings", OTHER_SETTINGS)
+@pytest.mark.parametrize(
+    "settings", [*list(OTHER_SETTINGS)[:-1], pytest.param("two processes", marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_may_have_other_steps_and_is_resumed_again(run_flags, tmp_path, settings):
     """Killed in its first epoch, by which the checkpoint that it resumed is the newest one."""
     first, folder, straight = (tmp_path / name for name in ("first", "run", "straight"))
