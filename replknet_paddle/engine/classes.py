@@ -97,8 +97,8 @@ def report_shifted_folders(train, val) -> None:
         shown = [f"{name}: {one} and {other}" for name, one, other in shifted[:LISTED_CLASSES]]
         more = len(shifted) - len(shown)
         logger.warning(
-            "%d folders have another label in %s than in %s, so that the accuracy means nothing: "
-            "%s%s",
+            "%d folders have another label in %s than in %s; unless they only share a name, the "
+            "accuracy means nothing: %s%s",
             len(shifted),
             train.list_file,
             val.list_file,

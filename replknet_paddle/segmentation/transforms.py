@@ -63,7 +63,9 @@ def read_labels(
         )
     step = _grey_step(labels)
     load(labels)
-    classes = np.array(labels, np.uint8) // np.uint8(step)
+    classes = np.array(labels, np.uint8)
+    if step > 1:
+        classes //= np.uint8(step)
     if zero_is_ignored:
         # 0 wraps around to 255, and 255 stays.
         classes = np.where(classes == IGNORED, IGNORED, classes - np.uint8(1))
