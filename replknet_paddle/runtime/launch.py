@@ -43,8 +43,6 @@ except AssertionError as error:
     sys.exit(1)
 """
 
-_PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
-
 
 def launch(
     command: list[str],
@@ -81,9 +79,6 @@ def launch(
     heartbeat = None
     quiet = {"PYTHONWARNINGS": "ignore:No ccache found", "GLOG_minloglevel": "1"}  # Paddle's own
     environment = {**quiet, **os.environ}
-    # The processes import this very package, wherever they are started and whatever is installed.
-    paths = [_PACKAGE_PARENT, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
     if sys.stdout.isatty():
         environment[TERMINAL_VARIABLE] = os.ttyname(sys.stdout.fileno())
     if not visible_devices():

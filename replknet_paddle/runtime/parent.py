@@ -8,11 +8,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
 
 # Looked up here, because between fork and exec as little as possible may be called.
 _prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+
+
+_PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 
 
 def end_with_parent(parent: int | None = None) -> None:
@@ -39,6 +43,9 @@ def child_process(
     Returns:
         The process, and the list of the signals that came in the context.
     """
+    # It imports this very package, wherever it is started and whatever is installed.
+    paths = [_PACKAGE_PARENT, *filter(None, [environment.get("PYTHONPATH")])]
+    environment = {**environment, "PYTHONPATH": os.pathsep.join(paths)}
     child, received = None, []
 
     def hand_on(number, _):

@@ -1,5 +1,6 @@
 """Starting a run that has failed again, from the newest checkpoint that it has written."""
 
+import contextlib
 import os
 import signal
 import time
@@ -70,8 +71,7 @@ def read_step(folder: Path) -> str:
 
 
 def note(folder: Path, text: str) -> None:
-    """Print a line, and append it to the run's log, if there is one."""
+    """Print a line, and append it to the run's log, if there is one and the disk has room."""
     print(text, flush=True)
-    if folder.is_dir():
-        with open(folder / "log.txt", "a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} WARNING {text}\n")
+    with contextlib.suppress(OSError), open(folder / "log.txt", "a", encoding="utf-8") as file:
+        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} WARNING {text}\n")

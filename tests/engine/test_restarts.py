@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -96,6 +97,21 @@ def test_ends_that_are_not_restarted(planned, status):
     got, said, starts = planned((5, status), restarts=9)
     assert got == status and len(starts) == 1
     assert "failed with status" not in said
+
+
+def test_a_log_that_cannot_be_written_stops_no_restart(planned, tmp_path):
+    (tmp_path / "run" / "log.txt").mkdir(parents=True)
+    status, said, starts = planned((1, 1), (2, 0), restarts=1)
+    assert status == 0 and len(starts) == 2 and "restart 1 of 1" in said
+
+
+def test_a_run_finds_the_package_from_any_folder(tmp_path, monkeypatch):
+    """Without what is installed, as where only a checkout is there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    command = [sys.executable, "-S", "-c", "import replknet_paddle.runtime.parent"]
+    assert subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 1
+    assert run_with_restarts(command, restarts=0, run_folder="run", is_resuming=False) == 0
 
 
 def test_a_run_that_fails_as_it_is_stopped_is_not_restarted(tmp_path):
