@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import assert_same_end, step_of, wait_for
+from processes import assert_same_end, customized, step_of, wait_for
 from tiny import ROOT
 
 pytest_plugins = ["run_fixtures"]
@@ -34,6 +34,13 @@ sys.exit(run_command("train", sys.argv[1:]))
 """
 
 
+# Of the training processes: one that waited for Paddle's launcher to end it would wait long.
+PATIENT = """
+    from replknet_paddle.runtime import launch
+    launch.LAUNCHER_SECONDS = 3600
+"""
+
+
 def ip(*arguments) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
 
@@ -46,6 +53,7 @@ class Machines:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.environment = customized(folder, PATIENT)
         self.names = {node: f"replknet{os.getpid()}{node}" for node in ADDRESSES}
         self.runs: dict[str, subprocess.Popen] = {}
 
@@ -93,7 +101,7 @@ class Machines:
         program = PROGRAM.format(root=str(ROOT))
         variables = {
             "NNODES": str(count), "NPROC_PER_NODE": "1", "MASTER": master, "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "", **environment,
+            "CUDA_VISIBLE_DEVICES": "", **self.environment, **environment,
         }  # fmt: skip
         with open(self.folder / node, "w") as output:
             self.runs[node] = subprocess.Popen(
@@ -128,7 +136,7 @@ def machines(tmp_path):
 
 @pytest.fixture
 def flags(run_flags, tmp_path):
-    """Of the run `straight_on_two`, with workers so that steps take a while."""
+    """Of the run `straight_on_two`."""
     return [*run_flags, "-batch_size=4", f"-output={tmp_path / 'run'}"]
 
 
@@ -151,13 +159,14 @@ def test_what_a_machines_own_name_means_is_no_obstacle(
     assert_same_end(tmp_path / "run", straight_on_two)
 
 
-def slow_steps(flags) -> list[str]:
+def of_a_long_run(flags) -> list[str]:
+    """Of a run that is long enough to meet what happens to it."""
     return [*flags, "-opts", "TRAIN.NUM_EPOCHS", "40"]
 
 
 def test_a_link_cut_for_ten_seconds_changes_no_bit(machines, flags, tmp_path):
     for node in ADDRESSES:
-        machines.start(node, slow_steps(flags))
+        machines.start(node, of_a_long_run(flags))
     wait_for(lambda: step_of(tmp_path / "run") >= 4, timeout=120)
     machines.cut()
     time.sleep(10)
@@ -168,7 +177,7 @@ def test_a_link_cut_for_ten_seconds_changes_no_bit(machines, flags, tmp_path):
         assert machines.ended(node, 240) == 0, machines.said(node)
     straight = tmp_path / "straight"
     for node in ADDRESSES:
-        machines.start(node, slow_steps([*flags[:-1], f"-output={straight}"]))
+        machines.start(node, of_a_long_run([*flags[:-1], f"-output={straight}"]))
     for node in ADDRESSES:
         assert machines.ended(node, 240) == 0, machines.said(node)
     assert_same_end(tmp_path / "run", straight)
@@ -176,16 +185,14 @@ def test_a_link_cut_for_ten_seconds_changes_no_bit(machines, flags, tmp_path):
 
 def test_a_link_cut_for_good_ends_both_with_what_gloo_says(machines, flags, tmp_path):
     for node in ADDRESSES:
-        machines.start(node, slow_steps(flags))
+        machines.start(node, of_a_long_run(flags))
     wait_for(lambda: step_of(tmp_path / "run") >= 4, timeout=120)
     machines.cut()
-    began = time.monotonic()
-    for node in ADDRESSES:
+    for node in ADDRESSES:  # after gloo's 30 seconds, and without PATIENT's hour
         assert machines.ended(node) == 1, machines.said(node)
         said = machines.said(node)
         assert said.count("error: ") == 1 and "Traceback" not in said, said
         assert "give signs of life" not in said, said
-    assert time.monotonic() - began < 60  # gloo's 30 seconds, and no 30 more
     texts = [machines.said(node) for node in ADDRESSES]
     lost = "the connection to another process of this run is lost: "
     assert any(lost in text and "(gloo: TIMEOUT" in text for text in texts)
@@ -194,12 +201,10 @@ def test_a_link_cut_for_good_ends_both_with_what_gloo_says(machines, flags, tmp_
 
 def test_a_killed_machine_is_noticed_by_the_other_at_once(machines, flags, tmp_path):
     for node in ADDRESSES:
-        machines.start(node, slow_steps(flags))
+        machines.start(node, of_a_long_run(flags))
     wait_for(lambda: step_of(tmp_path / "run") >= 4, timeout=120)
     machines.runs["b"].kill()
-    began = time.monotonic()
     assert machines.ended("a") == 1, machines.said("a")
-    assert time.monotonic() - began < 25
     said = machines.said("a")
     assert re.search(r"another process of this run is lost: .*\(gloo: .*(closed|reset)", said), said
     log = (tmp_path / "run" / "log.txt").read_text()
@@ -255,7 +260,7 @@ def test_a_port_taken_by_another_program_is_an_error_at_once(machines, flags):
 
 def test_folders_that_are_not_shared_are_noticed(machines, flags, tmp_path):
     for node in ADDRESSES:
-        machines.start(node, slow_steps([*flags[:-1], f"-output={tmp_path / f'run {node}'}"]))
+        machines.start(node, of_a_long_run([*flags[:-1], f"-output={tmp_path / f'run {node}'}"]))
     for node in ADDRESSES:
         wait_for(lambda node=node: "1 of 2 machines (NNODES)" in machines.said(node), timeout=120)
         assert "must be one folder that all machines share" in machines.said(node)
