@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import logging.handlers
+import math
 import os
 import time
 import traceback
@@ -25,7 +26,7 @@ from replknet_paddle.engine.signals import Stopped
 from replknet_paddle.engine.train import DivergedError
 from replknet_paddle.runtime.errors import InputError, SystemFault
 from replknet_paddle.runtime.extras import import_extra
-from replknet_paddle.runtime.files import append_whole, json_text, naming, write_text
+from replknet_paddle.runtime.files import append_whole, naming, write_text
 from replknet_paddle.runtime.launch import lost_peer
 from replknet_paddle.runtime.processes import is_launched
 
@@ -127,6 +128,19 @@ def config_text(config) -> str:
     for section, key in START_KEYS:
         config[section][key] = defaults[section][key]
     return config.dump()
+
+
+def json_text(value) -> str:
+    """`value` as JSON, which has no word for a number that is not finite: it becomes null."""
+    return json.dumps(_without_nan(value))
+
+
+def _without_nan(value):
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def visualdl_writer(folder: str):

@@ -3,8 +3,6 @@
 import contextlib
 import errno
 import hashlib
-import json
-import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -114,19 +112,6 @@ def append_whole(path: Path_, text: str) -> None:
         except OSError:
             file.truncate(size)
             raise
-
-
-def json_text(value) -> str:
-    """`value` as JSON, which has no word for a number that is not finite: it becomes null."""
-    return json.dumps(_without_nan(value))
-
-
-def _without_nan(value):
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(path: Path_, text: str) -> None:

@@ -6,7 +6,6 @@ started anew each time. KILLS_SEED repeats a sequence, as far as the machine is 
 
 import fcntl
 import functools
-import json
 import os
 import random
 import shutil
@@ -20,6 +19,7 @@ from processes import (
     assert_same_end,
     children,
     finish,
+    metrics,
     step_of,
     wait_for,
     whole_steps,
@@ -179,18 +179,6 @@ def unfinished(folder, pid) -> list[str]:
 # ---- other settings at each resume
 
 
-def records_of(folder) -> list[int]:
-    """The epochs of metrics.jsonl, each line of which is JSON as the standard has it."""
-
-    def refuse(word):
-        raise ValueError(f"{word} is not JSON")
-
-    if not (folder / "metrics.jsonl").exists():
-        return []
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line, parse_constant=refuse)["epoch"] for line in lines]
-
-
 @pytest.mark.slow
 def test_runs_whose_settings_change_at_each_resume_lose_nothing(run_flags, tmp_path):
     """Killed or stopped at random moments; then resumed with another batch size, accumulation or
@@ -235,7 +223,8 @@ def test_runs_whose_settings_change_at_each_resume_lose_nothing(run_flags, tmp_p
         assert (progress.epoch, progress.step) >= done, f"seed {seed}: {settings}"
         done = (progress.epoch, progress.step)
         recorded = progress.epoch - bool(progress.record)
-        assert records_of(folder)[:recorded] == list(range(1, recorded + 1)), f"seed {seed}"
+        epochs = [r["epoch"] for r in metrics(folder)] if recorded else []
+        assert epochs[:recorded] == list(range(1, recorded + 1)), f"seed {seed}"
         assert not (folder / "superseded").exists()
         if progress.epoch == 40:
             shutil.rmtree(folder)

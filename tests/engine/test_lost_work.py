@@ -31,18 +31,8 @@ from tiny import ROOT
 
 from replknet_paddle.checkpoints.training import checkpoints, load_checkpoint
 from replknet_paddle.engine.run_lock import RunLock
+from replknet_paddle.engine.run_log import json_text
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.files import json_text
-
-
-def records(folder) -> list[dict]:
-    """The lines of metrics.jsonl, each of them JSON as the standard has it."""
-
-    def refuse(word):
-        raise ValueError(f"{word} is not JSON")
-
-    with open(folder / "metrics.jsonl") as file:
-        return [json.loads(line, parse_constant=refuse) for line in file]
 
 
 def assert_last_opens(folder):
@@ -108,7 +98,7 @@ def test_an_evaluation_that_ends_the_run_costs_no_epoch(run_flags, straight, tmp
     flags = [*run_flags, f"-output={folder}"]
     finish([how, *flags], output=tmp_path / "log", status=status, target=evaluation_that_fails)
     assert assert_last_opens(folder).step == 6
-    assert [record["epoch"] for record in records(folder)] == [1]
+    assert [record["epoch"] for record in metrics(folder)] == [1]
     finish([f"-resume={folder}"], output=tmp_path / "log")
     assert_same_end(folder, straight)
 
@@ -134,7 +124,7 @@ def test_an_evaluation_that_is_repeated_is_recorded_once(run_flags, straight, tm
         [*run_flags, f"-output={folder}"],
         output=tmp_path / "log", status=-9, target=killed_before_the_second_save,
     )  # fmt: skip
-    assert [record["epoch"] for record in records(folder)] == [1, 2]
+    assert [record["epoch"] for record in metrics(folder)] == [1, 2]
     finish([f"-resume={folder}"], output=tmp_path / "log")
     assert_same_end(folder, straight)
 
@@ -278,7 +268,7 @@ def test_they_leave_the_checkpoint_before_as_it_is(run_flags, tmp_path):
     assert "weights are no longer finite" in said
     assert assert_last_opens(folder).epoch == 1
     assert (folder / "last").read_bytes() == (folder / "best").read_bytes() == before
-    assert [record["epoch"] for record in records(folder)] == [1]
+    assert [record["epoch"] for record in metrics(folder)] == [1]
 
 
 def test_weights_whose_loss_is_not_finite_are_not_the_best(run_flags, tmp_path):
@@ -289,7 +279,7 @@ def test_weights_whose_loss_is_not_finite_are_not_the_best(run_flags, tmp_path):
     assert "the loss of the evaluation is not finite" in said and "finished" not in said
     assert assert_last_opens(folder).epoch == 1 and not os.path.lexists(folder / "best")
     finish([*flags, "-resume=auto"], output=tmp_path / "log", status=1)  # the loss in training
-    assert records(folder)[0]["val_loss"] is None and not os.path.lexists(folder / "best")
+    assert metrics(folder)[0]["val_loss"] is None and not os.path.lexists(folder / "best")
 
 
 def test_json_has_no_word_for_a_number_that_is_not_finite():
