@@ -73,6 +73,7 @@ step "ruff format" "$python" -m ruff format --check .
 step "import-linter" "$python" -c 'import sys
 from importlinter.cli import lint_imports
 sys.exit(lint_imports())'
+step "weight" "$python" tests/weight.py
 step "tests" tests -m "not slow" "$@"
 if [ -n "$full" ]; then
     step "slow tests" tests -m slow "$@"
