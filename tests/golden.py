@@ -1,7 +1,8 @@
 """Golden runs: what the program computes, seen from outside, to hold a change against it.
 
-    python tests/golden.py CHECKOUT    the runs in CHECKOUT and in this one; names what differs
-    python tests/golden.py --record    write tests/fixtures/golden.json, by this checkout
+    python tests/golden.py --save FILE.npz     the results of this checkout, some 15 MB
+    python tests/golden.py --against FILE.npz  name what differs from them in this checkout
+    python tests/golden.py --record            write tests/fixtures/golden.json
 
 The runs call commands, the faces at the top level and documented functions alone, each in a process
 of its own, and read the files that these leave: nothing here knows a module of the package. The
@@ -366,26 +367,24 @@ def differences(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> lis
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkout", nargs="?", type=Path, help="another checkout to compare with")
-    parser.add_argument("--record", action="store_true", help=f"write {RECORDED.name}")
+    parser.add_argument("--save", type=Path, metavar="FILE")
+    parser.add_argument("--against", type=Path, metavar="FILE")
+    parser.add_argument("--record", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        here = results_of(ROOT, _made(Path(folder, "a")))
-        if args.record:
-            kept = sorted(record(here).items())
-            lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in kept]
-            RECORDED.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-        if args.checkout is None:
-            return 0
-        there = results_of(args.checkout.resolve(), _made(Path(folder, "b")))
-    lines = differences(here, there)
-    print("\n".join(lines) or f"{len(here):,} results are the same, bit for bit")
+        results = results_of(ROOT, Path(folder))
+    if args.save is not None:
+        np.savez_compressed(args.save, **results)
+    if args.record:
+        kept = sorted(record(results).items())
+        lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in kept]
+        RECORDED.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    if args.against is None:
+        return 0
+    with np.load(args.against) as saved:
+        lines = differences(results, {name: saved[name] for name in saved.files})
+    print("\n".join(lines) or f"{len(results):,} results are the same, bit for bit")
     return 1 if lines else 0
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
 
 
 if __name__ == "__main__":
