@@ -287,21 +287,3 @@ def test_recompute_gives_the_same_gradients_and_statistics():
         assert plain.keys() == recomputed.keys()
         for name in plain:
             assert np.array_equal(plain[name], recomputed[name]), name
-
-
-@pytest.mark.parametrize(
-    "wrong, message",
-    [
-        ({"large_kernel_sizes": [30, 29, 27, 13]}, r"odd.*\[30\]"),
-        ({"large_kernel_sizes": [31, 29, 27]}, "large_kernel_sizes must be 4"),
-        ({"channels": [8, 0, 8, 8]}, "channels must be 4 positive"),
-        ({"small_kernel": 4}, "small_kernel.*got 4"),
-        ({"small_kernel": 9}, r"at most 5, the smallest large kernel"),
-        ({"out_indices": [4]}, r"got \[4\]"),
-        ({"out_indices": []}, r"got \[\]"),
-        ({"out_indices": [1, 1]}, r"got \[1, 1\]"),
-    ],
-)
-def test_impossible_sizes_are_refused_by_name(wrong, message):
-    with pytest.raises(ValueError, match=message):
-        RepLKNet(**{**SIZES, **wrong})

@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from replknet_paddle.layers import ReparamLargeKernelConv
-from replknet_paddle.model import RepLKNet
+from replknet_paddle.model import ReparamLargeKernelConv, RepLKNet
 
 
 def kernel_magnitudes(model: RepLKNet) -> list[np.ndarray]:

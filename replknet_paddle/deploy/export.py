@@ -12,7 +12,6 @@ import paddle
 from paddle import nn
 from paddle.nn import functional as F
 
-import replknet_paddle.layers
 import replknet_paddle.model
 from replknet_paddle.deploy.fold import folded
 from replknet_paddle.deploy.onnx_graph import INPUT, onnx_model
@@ -24,8 +23,8 @@ from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import check_folder_is_writable, name_the_file
 
 # Nothing there depends on the values of tensors, so capturing a program need not rewrite the Python
-# of these modules first, which takes three quarters of the time of an export.
-paddle.jit.ignore_module([replknet_paddle.layers, replknet_paddle.model])
+# of this module first, which takes three quarters of the time of an export.
+paddle.jit.ignore_module([replknet_paddle.model])
 
 # Paddle 3 writes the first; exports of version 0.2 may hold the second, which Paddle 3 reads.
 PADDLE_MODEL_FILES = ("model.json", "model.pdmodel")

@@ -12,7 +12,7 @@ import paddle
 from paddle import nn
 from paddle.nn import functional as F
 
-from replknet_paddle.layers import ConvNorm, uniform
+from replknet_paddle.model import ConvNorm, uniform
 
 POOL_SCALES = (1, 2, 3, 6)
 DROPOUT = 0.1  # of whole channels, before the classifier
