@@ -1,5 +1,7 @@
 """The one table of the configuration's keys: default, rule, and meaning with its unit.
 
+Above the table are the rules that it is made of; below it, what values must not go together.
+
 Keys are PaddleViT's wherever PaddleViT has one, so its YAML files load unchanged; the keys of this
 project are marked by a (+). Meanings are PaddleViT's, too, but where that departs from the recipe
 by which the published weights were trained:
@@ -13,29 +15,132 @@ by which the published weights were trained:
     both                     in PaddleViT fill with grey 128, here with the mean colour
 """
 
-from typing import Any
+import ast
+import operator
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from replknet_paddle.config_rules import (
-    Rule,
-    boolean,
-    choice,
-    integer,
-    number,
-    optional,
-    palette,
-    probability,
-    several,
-    text,
-)
+
+class Rule(NamedTuple):
+    """What a value must be: `read` returns it in its proper type, or raises ValueError."""
+
+    read: Callable[[Any], Any]
+    allowed: str  # as messages show it
+
+
+def decoded(value: Any) -> Any:
+    """YAML 1.1 reads 4e-3 and None as text, and so do command lines: give them their meaning."""
+    try:
+        return ast.literal_eval(value.strip()) if isinstance(value, str) else value
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return value
+
+
+def _numeric(kind: type, name: str, low: float, high: float | None) -> Rule:
+    largest = {int: sys.maxsize, float: sys.float_info.max}[kind] if high is None else high
+
+    def read(value):
+        value = decoded(value)
+        if isinstance(value, bool) or not isinstance(value, (int, kind)):
+            raise ValueError
+        value = kind(value)
+        if not low <= value <= largest:
+            raise ValueError
+        return value
+
+    return Rule(read, f"{name} >= {low}" if high is None else f"{name} from {low} to {high}")
+
+
+def integer(low: int, high: int | None = None) -> Rule:
+    return _numeric(int, "an integer", low, high)
+
+
+def number(low: float, high: float | None = None) -> Rule:
+    return _numeric(float, "a number", low, high)
+
+
+def boolean() -> Rule:
+    def read(value):
+        value = decoded(value)
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            value = value.lower() == "true"
+        if not isinstance(value, bool):
+            raise ValueError
+        return value
+
+    return Rule(read, "True or False")
+
+
+def text() -> Rule:
+    def read(value):
+        if not isinstance(value, str) or not value:
+            raise ValueError
+        return value
+
+    return Rule(read, "text")
+
+
+def palette() -> Rule:
+    def read(value):
+        value = f"{value:06d}" if isinstance(value, int) else value  # of one colour
+        colours = value.lower().split() if isinstance(value, str) else []
+        if not colours or any(len(c) != 6 or set(c) - set("0123456789abcdef") for c in colours):
+            raise ValueError
+        return " ".join(colours)
+
+    return Rule(read, "colours of six hexadecimal digits each, with spaces between")
+
+
+def choice(*options: str) -> Rule:
+    def read(value):
+        if value not in options:
+            raise ValueError
+        return value
+
+    return Rule(read, " or ".join(map(repr, options)))
+
+
+def several(item: Rule, count: int | None = None) -> Rule:
+    def read(value):
+        value = decoded(value)
+        if not isinstance(value, (list, tuple)) or len(value) != (count or len(value)):
+            raise ValueError
+        return [item.read(v) for v in value]
+
+    many = f"{count} values" if count else "a list of values"
+    return Rule(read, f"{many}, each {item.allowed}")
+
+
+def optional(rule: Rule) -> Rule:
+    def read(value):
+        return None if decoded(value) is None else rule.read(value)
+
+    return Rule(read, f"{rule.allowed}, or None")
+
+
+probability = number(0, 1)
+
+# Keys with one value, which no configuration holds: PaddleViT's, and options of 0.1 and 0.2 that
+# are gone. They are accepted in files and flags, and reported where they ask for something else.
+FIXED_KEYS: dict[str, tuple[Any, Rule]] = {
+    "DATA.DATASET": ("imagenet2012", choice("imagenet2012")),  # list files in ImageNet's layout
+    "DATA.IMAGE_CHANNELS": (3, integer(3, 3)),  # images are read as RGB
+    "DATA.NATIVE_PIXELS": (True, boolean()),
+    "DATA.FINISH_ON_DEVICE": (True, boolean()),
+    "TRAIN.OPTIMIZER.NAME": ("AdamW", choice("AdamW")),
+    "TRAIN.MODEL_EMA_FORCE_CPU": (False, boolean()),
+    "TRAIN.MIXUP_MODE": ("batch", choice("batch")),
+    "SAVE_MINUTES": (None, optional(number(0))),  # SAVE_STEPS instead
+    "LOG.METRICS_JSONL": (True, boolean()),
+}
 
 KEYS: dict[str, tuple[Any, Rule]] = {
     # Data. Paths in the lists are relative to DATA_PATH.
     "DATA.BATCH_SIZE": (64, integer(1)),  # training images per process and forward pass
     "DATA.BATCH_SIZE_EVAL": (None, optional(integer(1))),  # likewise in evaluation; None: the same
     "DATA.DATA_PATH": ("/dataset/imagenet/", text()),  # folder of train_list.txt, val_list.txt
-    "DATA.DATASET": ("imagenet2012", choice("imagenet2012")),  # list files in ImageNet's layout
     "DATA.IMAGE_SIZE": (224, integer(1)),  # pixels, both sides of the network's input
-    "DATA.IMAGE_CHANNELS": (3, integer(3, 3)),  # images are read as RGB
     "DATA.CROP_PCT": (0.875, number(0.01, 1)),  # evaluation: crop size over resized short side
     "DATA.RESIZE_MODE": ("short_crop", choice("short_crop", "warp")),  # (+) evaluation: short side
     # to IMAGE_SIZE / CROP_PCT and centre crop, or both sides to IMAGE_SIZE
@@ -51,11 +156,8 @@ KEYS: dict[str, tuple[Any, Rule]] = {
     # processes before the run ends with status 1: their storage hangs
     "DATA.ALLOW_OUTSIDE": (False, boolean()),  # (+) list lines may lead out of DATA_PATH: by .., as
     # absolute paths, through links
-    "DATA.NATIVE_PIXELS": (True, boolean()),  # (+) resize and augment in compiled code, which gives
-    # the same bits as Pillow; without a C++ compiler Pillow does it anyway
     "DATA.REDUCED_DECODE": (True, boolean()),  # (+) in training, decode large crops of JPEGs at
     # 1/2, 1/4 or 1/8 scale: within 2 grey levels on average
-    "DATA.FINISH_ON_DEVICE": (True, boolean()),  # (+) move 8-bit batches, normalize and erase there
     "DATA.IMAGENET_MEAN": ([0.485, 0.456, 0.406], several(number(0, 1), 3)),  # RGB in [0, 1]
     "DATA.IMAGENET_STD": ([0.229, 0.224, 0.225], several(number(1e-6, 1), 3)),  # RGB in [0, 1]
     "MODEL.TYPE": ("RepLKNet", choice("RepLKNet", "UPerNet")),  # UPerNet (+): segmentation, with
@@ -103,12 +205,10 @@ KEYS: dict[str, tuple[Any, Rule]] = {
     "TRAIN.ACCUM_ITER": (1, integer(1)),  # forward passes per optimizer step
     "TRAIN.LINEAR_SCALED_LR": (None, optional(integer(1))),  # None: BASE_LR is what is used; else
     # BASE_LR is for this global batch and scales with the actual one (PaddleViT: 256)
-    "TRAIN.OPTIMIZER.NAME": ("AdamW", choice("AdamW")),
     "TRAIN.OPTIMIZER.EPS": (1e-8, number(1e-20)),
     "TRAIN.OPTIMIZER.BETAS": ([0.9, 0.999], several(number(0, 0.999999), 2)),
     "TRAIN.MODEL_EMA": (True, boolean()),  # keep and evaluate a moving average of the weights
     "TRAIN.MODEL_EMA_DECAY": (0.9999, number(0, 0.9999999)),  # per optimizer step
-    "TRAIN.MODEL_EMA_FORCE_CPU": (False, boolean()),  # PaddleViT's key; the average stays on GPU
     "TRAIN.CROP_SCALE": ([0.08, 1.0], several(number(1e-4, 1), 2)),  # (+) area of a random crop
     "TRAIN.CROP_RATIO": ([3 / 4, 4 / 3], several(number(0.01, 100), 2)),  # (+) width over height
     "TRAIN.HFLIP_PROB": (0.5, probability),  # (+) horizontal flip
@@ -117,13 +217,12 @@ KEYS: dict[str, tuple[Any, Rule]] = {
     "TRAIN.AUTO_AUGMENT": (True, boolean()),
     "TRAIN.RAND_AUGMENT": (False, boolean()),  # goes before AUTO_AUGMENT
     "TRAIN.RAND_AUGMENT_LAYERS": (2, integer(0)),  # operations per image
-    "TRAIN.RAND_AUGMENT_MAGNITUDE": (9, number(0, 10)),
+    "TRAIN.RAND_AUGMENT_MAGNITUDE": (9.0, number(0, 10)),
     "TRAIN.RAND_AUGMENT_MAGNITUDE_STD": (0.5, number(0)),  # (+) timm's mstd
     "TRAIN.RAND_AUGMENT_INCREASING": (True, boolean()),  # (+) timm's inc1: stronger with magnitude
     "TRAIN.MIXUP_ALPHA": (0.8, number(0)),  # 0: no mixup
     "TRAIN.MIXUP_PROB": (1.0, probability),  # that a batch is mixed at all
     "TRAIN.MIXUP_SWITCH_PROB": (0.5, probability),  # that it is cutmix, where both are on
-    "TRAIN.MIXUP_MODE": ("batch", choice("batch")),
     "TRAIN.CUTMIX_ALPHA": (1.0, number(0)),  # 0: no cutmix
     "TRAIN.CUTMIX_MINMAX": (None, optional(several(number(0, 1), 2))),  # box sides over the image's
     "TRAIN.RANDOM_ERASE_PROB": (0.25, probability),
@@ -150,15 +249,10 @@ KEYS: dict[str, tuple[Any, Rule]] = {
     "SAVE": (None, optional(text())),  # run folder; None: that of MODEL.RESUME, or
     # output/<name>-<train|eval>-<time>
     "SAVE_FREQ": (10, integer(1)),  # epochs between checkpoints that are never deleted
-    "SAVE_KEEP": (
-        2,
-        integer(1),
-    ),  # (+) newest checkpoints to keep besides; one is written every epoch
+    "SAVE_KEEP": (2, integer(1)),  # (+) newest checkpoints to keep besides; each epoch writes one
     "SAVE_STEPS": (None, optional(integer(1))),  # (+) optimizer steps between further checkpoints
-    "SAVE_MINUTES": (None, optional(number(0))),  # (+) minutes between further checkpoints
     "REPORT_FREQ": (20, integer(1)),  # forward passes between log lines
     "VALIDATE_FREQ": (1, integer(1)),  # epochs between evaluations; the last is always evaluated
-    "LOG.METRICS_JSONL": (True, boolean()),  # (+) one object per epoch in metrics.jsonl
     "LOG.VISUALDL": (False, boolean()),  # (+) the same as VisualDL scalars
     "SEED": (42, integer(0, 2**31 - 1)),
     "DETERMINISTIC": (False, boolean()),  # (+) on GPU: only algorithms that give the same bits each
@@ -169,3 +263,79 @@ KEYS: dict[str, tuple[Any, Rule]] = {
     # weights too, with float32 masters and gradients
     "AMP_DTYPE": ("float16", choice("float16", "bfloat16")),  # (+) float16 scales the loss
 }
+
+# Values that are each legal and cannot go together: keys, when their values contradict each other,
+# and what is allowed, which messages show behind "KEY is VALUE; allowed: ", unless it says that
+# itself. {key} is the first of the keys, {0} and so on are the values, {found} what the condition
+# gave.
+Contradiction = tuple[tuple[str, ...], Callable[..., Any], str]
+
+_SIZES, _CHANNELS, _EPOCHS = "MODEL.LARGE_KERNEL_SIZES", "MODEL.CHANNELS", "TRAIN.NUM_EPOCHS"
+CONTRADICTIONS: list[Contradiction] = [
+    ((_SIZES,), lambda sizes: any(k % 2 == 0 for k in sizes), "odd sizes, which keep the map size"),
+    (
+        ("MODEL.SMALL_KERNEL", _SIZES),
+        lambda small, sizes: small and (small % 2 == 0 or small > min(sizes)) and min(sizes),
+        f"odd, at most the smallest of {_SIZES} ({{found}}), or None",
+    ),
+    *(
+        (
+            (key, _CHANNELS),
+            lambda ratio, channels: min(channels) * ratio < 1,
+            f"at least one channel in each stage of {_CHANNELS} ({{1}})",
+        )
+        for key in ("MODEL.DW_RATIO", "MODEL.FFN_RATIO")
+    ),
+    (
+        ("MODEL.OUT_INDICES",),
+        lambda stages: stages == [] or len(set(stages or ())) < len(stages or ()),
+        "distinct stages from 0 to 3, or None",
+    ),
+    (("TRAIN.WARMUP_EPOCHS", _EPOCHS), operator.gt, f"at most {_EPOCHS} ({{1}})"),
+    (("TRAIN.LAST_EPOCH", _EPOCHS), operator.ge, f"less than {_EPOCHS} ({{1}})"),
+    *(
+        ((key,), lambda limits: limits and limits[0] > limits[1], "the smaller number first")
+        for key in ("TRAIN.CROP_SCALE", "TRAIN.CROP_RATIO", "TRAIN.CUTMIX_MINMAX")
+    ),
+    (
+        ("MODEL.RESUME", "EVAL"),
+        lambda resume, evaluates: resume and evaluates,
+        "{key} goes with training, EVAL does not; allowed: MODEL.PRETRAINED names the weights to "
+        "evaluate",
+    ),
+    (
+        ("MODEL.RESUME", "SAVE"),
+        lambda resume, save: resume == "auto" and save is None,
+        "{key} is auto; allowed with a run folder to look in, SAVE (-output)",
+    ),
+    (
+        ("MODEL.OUT_INDICES", "EVAL", "MODEL.TYPE"),
+        lambda stages, evaluates, kind: stages is not None and evaluates and kind != "UPerNet",
+        "{key} makes a backbone without a head; allowed with EVAL: None",
+    ),
+]
+
+# Of MODEL.TYPE UPerNet alone.
+_HERE = "{key} is {0}; allowed with MODEL.TYPE UPerNet: "
+SEGMENTATION_CONTRADICTIONS: list[Contradiction] = [
+    (("MODEL.OUT_INDICES",), lambda stages: stages != [0, 1, 2, 3], f"{_HERE}[0, 1, 2, 3]"),
+    (("MODEL.NUM_CLASSES",), lambda count: not 2 <= (count or 0) <= 255, f"{_HERE}2 to 255"),
+    (("TRAIN.LAYER_DECAY",), lambda decay: decay is not None, f"{_HERE}None"),
+    (("TRAIN.WARMUP_EPOCHS",), bool, f"{_HERE}0; SEGMENTATION.WARMUP_STEPS sets the warm-up"),
+    (
+        ("SEGMENTATION.WARMUP_STEPS", _EPOCHS, "SEGMENTATION.EPOCH_STEPS"),
+        lambda warmup, epochs, steps: warmup > epochs * steps and epochs * steps,
+        "at most the {found} steps of the run",
+    ),
+    (
+        ("SEGMENTATION.SLIDE_STRIDE", "DATA.IMAGE_SIZE"),
+        lambda stride, size: stride is not None and stride > size,
+        "at most DATA.IMAGE_SIZE ({1}), so that windows leave no gap",
+    ),
+    (("SEGMENTATION.EVAL_RATIOS",), operator.not_, "at least one ratio"),
+    (
+        ("SEGMENTATION.PALETTE", "MODEL.NUM_CLASSES"),
+        lambda colours, classes: colours and (n := len(colours.split())) != classes and n,
+        "{key} has {found} colours; allowed: one for each of the {1} classes",
+    ),
+]

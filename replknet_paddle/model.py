@@ -443,7 +443,7 @@ def build_replknet(config, *, sync_bn: bool = False) -> RepLKNet:
     It carries that configuration as `config`, for what comes before and after the network.
 
     Args:
-        config: a yacs node with DATA.IMAGE_CHANNELS and MODEL.*.
+        config: a yacs node with MODEL.*.
         sync_bn: batch statistics over all devices; whether it applies depends on the run
             (MODEL.SYNC_BN, GPUs, several processes), so the caller decides.
     """
@@ -458,7 +458,6 @@ def build_replknet(config, *, sync_bn: bool = False) -> RepLKNet:
         small_kernel=model.SMALL_KERNEL,
         dw_ratio=model.DW_RATIO,
         ffn_ratio=model.FFN_RATIO,
-        in_channels=config.DATA.IMAGE_CHANNELS,
         num_classes=model.NUM_CLASSES,
         out_indices=model.OUT_INDICES,
         small_kernel_merged=model.SMALL_KERNEL_MERGED,

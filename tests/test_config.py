@@ -1,12 +1,18 @@
-"""Configuration files: BASE, and everything that a user can get wrong."""
+"""Configuration files, BASE, flags, and everything that a user can get wrong."""
 
+import argparse
+import logging
 import re
 
 import pytest
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from tiny import ROOT, flags, leaves
 
-from replknet_paddle.config import get_config, update_config
-from replknet_paddle.config_keys import KEYS
+from replknet_paddle.commands.flags import add_config_flags
+from replknet_paddle.config import config_changes, get_config, update_config
+from replknet_paddle.config_keys import FIXED_KEYS, KEYS
 from replknet_paddle.runtime.errors import InputError
 
 CONFIGS = ROOT / "configs"
@@ -45,33 +51,19 @@ def test_an_empty_base_is_none(load, base):
     assert load(f"BASE: {base}\nSEED: 7\n").SEED == 7
 
 
-def test_base_is_relative_to_its_file_and_the_child_goes_last(tmp_path, load, monkeypatch):
+def test_bases_are_relative_to_their_file_and_the_later_goes_over_the_earlier(
+    tmp_path, load, monkeypatch
+):
     (tmp_path / "deep").mkdir()
-    (tmp_path / "deep" / "grandparent.yaml").write_text(
+    (tmp_path / "deep" / "root.yaml").write_text(
         "SEED: 1\nSAVE_FREQ: 1\nREPORT_FREQ: 1\nTRAIN: {NUM_EPOCHS: 50, WARMUP_EPOCHS: 3}\n"
     )
-    (tmp_path / "deep" / "parent.yaml").write_text(
-        "BASE: ['grandparent.yaml']\nSEED: 2\nSAVE_FREQ: 2\n"
-    )
+    (tmp_path / "deep" / "a.yaml").write_text("BASE: root.yaml\nSEED: 2\nSAVE_FREQ: 2\n")
+    (tmp_path / "deep" / "b.yaml").write_text("BASE: ['root.yaml']\nSEED: 3\n")
     monkeypatch.chdir("/")  # the working folder has nothing to do with it
-    config = load("BASE: ['deep/parent.yaml']\nSEED: 3\nTRAIN: {NUM_EPOCHS: 60}\n")
-    assert (config.SEED, config.SAVE_FREQ, config.REPORT_FREQ) == (3, 2, 1)
+    config = load("BASE: ['deep/a.yaml', 'deep/b.yaml']\nTRAIN: {NUM_EPOCHS: 60}\n")
+    assert (config.SEED, config.SAVE_FREQ, config.REPORT_FREQ) == (3, 1, 1)
     assert (config.TRAIN.NUM_EPOCHS, config.TRAIN.WARMUP_EPOCHS) == (60, 3)
-
-
-def test_of_several_bases_the_later_goes_over_the_earlier(tmp_path, load):
-    (tmp_path / "a.yaml").write_text("SEED: 1\nSAVE_FREQ: 1\n")
-    (tmp_path / "b.yaml").write_text("SEED: 2\n")
-    config = load("BASE: [a.yaml, b.yaml]\n")
-    assert (config.SEED, config.SAVE_FREQ) == (2, 1)
-
-
-def test_two_bases_may_share_one(tmp_path, load):
-    (tmp_path / "root.yaml").write_text("SEED: 1\n")
-    (tmp_path / "a.yaml").write_text("BASE: root.yaml\n")
-    (tmp_path / "b.yaml").write_text("BASE: root.yaml\nSAVE_FREQ: 4\n")
-    config = load("BASE: [a.yaml, b.yaml]\n")
-    assert (config.SEED, config.SAVE_FREQ) == (1, 4)
 
 
 @pytest.mark.parametrize("base", ["user.yaml", "other.yaml", "./user.yaml"])
@@ -96,12 +88,6 @@ def test_a_problem_in_a_base_names_the_base(tmp_path, complaint):
     assert "user.yaml" in lines[1] and "SAVE_FREQ" in lines[1]
 
 
-@pytest.mark.parametrize("base", ["3", "true", "1.5", "[3]", "[[a.yaml]]", "{a: b}"])
-def test_a_base_that_is_no_file_name_is_a_wrong_value(load, base):
-    with pytest.raises((InputError, FileNotFoundError), match="BASE"):
-        load(f"BASE: {base}\n")
-
-
 # ---- files that are no configuration
 
 
@@ -117,14 +103,11 @@ def test_a_missing_file_suggests_the_nearest():
     [
         "!!python/object/apply:os.system ['touch {}']",
         "!!python/object/new:os.system ['touch {}']",
-        "!!python/object/apply:subprocess.check_output [['touch', '{}']]",
         "!!python/name:os.system",
         "!!python/module:os",
     ],
 )
-@pytest.mark.parametrize(
-    "place", ["SEED: {}", "{}", "BASE: {}", "? {}\n: 1", "MODEL: {{NAME: {} }}"]
-)
+@pytest.mark.parametrize("place", ["SEED: {}", "{}", "BASE: {}", "? {}\n: 1"])
 def test_unsafe_tags_run_nothing_and_are_refused(tmp_path, complaint, tag, place):
     mark = tmp_path / "ran"
     [line] = complaint(place.format(tag.format(mark)) + "\n")
@@ -132,65 +115,47 @@ def test_unsafe_tags_run_nothing_and_are_refused(tmp_path, complaint, tag, place
     assert not mark.exists()
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "DATA: {IMAGE_SIZE: 224",
-        "DATA:\n\t- IMAGE_SIZE: 224",
-        '"',
-        "a: b: c",
-        "%",
-        "*nobody",
-        "SEED: 1\n---\nSEED: 2\n",
-    ],
-)
-def test_invalid_yaml_is_one_line_that_names_the_file(complaint, text):
-    [line] = complaint(text)
-    assert "user.yaml" in line and "YAML" in line
-
-
-@pytest.mark.parametrize("content", [b"\xff\xfeS\x00", b"MODEL: {NAME: \xe9}", b"SEED: 1\x00"])
-def test_a_file_that_is_no_text_is_named(tmp_path, content):
-    (tmp_path / "user.yaml").write_bytes(content)
-    with pytest.raises(InputError, match="user.yaml is not valid YAML"):
-        get_config(tmp_path / "user.yaml")
-
-
-@pytest.mark.parametrize("value", ["2024-02-30", "9" * 5000])
-def test_values_that_yaml_itself_cannot_build_are_reported(load, value):
-    with pytest.raises(InputError, match="user.yaml"):
-        load(f"SAVE: {value}\n")
-
-
 @pytest.mark.parametrize("text", ["", "\n\n", "# nothing\n", "---\n", "DATA:\nMODEL:\nTRAIN:\n"])
 def test_an_empty_file_is_the_defaults(load, text):
     assert load(text) == get_config()
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "text", "3", "- DATA"])
-def test_a_file_without_sections_is_refused(complaint, text):
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("DATA: {IMAGE_SIZE: 224", "user.yaml is not valid YAML"),
+        ("DATA:\n\t- IMAGE_SIZE: 224", "user.yaml is not valid YAML"),
+        ("SEED: 1\n---\nSEED: 2\n", "user.yaml is not valid YAML"),
+        ("SEED: 1\x00", "user.yaml is not valid YAML"),
+        ("SAVE: 2024-02-30", "user.yaml is not valid YAML"),
+        ("TRAIN: {SEED: 1}\nTRAIN: {SEED: 2}", "TRAIN is given twice"),
+        ("- DATA", "expected sections such as DATA"),
+        ("3", "expected sections such as DATA"),
+        ("BASE: [3]", "BASE is [3]; allowed: file names"),
+        ("BASE: {a: b}", "BASE is {'a': 'b'}; allowed: file names"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_one_line_that_names_it(complaint, text, says):
     [line] = complaint(text)
-    assert "user.yaml" in line and "DATA" in line
+    assert "user.yaml" in line and says in line
 
 
-def test_a_file_that_sets_a_key_twice_is_refused(complaint):
-    """YAML's own rule; PyYAML would forget the first section without a word."""
-    lines = complaint("TRAIN:\n  BASE_LR: 1.0\nSEED: 1\nTRAIN:\n  NUM_EPOCHS: 20\n")
-    assert "TRAIN" in " ".join(lines)
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "user.yaml").write_bytes(b"MODEL: {NAME: \xe9}")
+    with pytest.raises(InputError, match="user.yaml is not valid YAML"):
+        get_config(tmp_path / "user.yaml")
 
 
-# ---- wrong keys
+# ---- wrong keys and values
 
 
 @pytest.mark.parametrize(
     "text, written, meant",
     [
         ("TRAIN: {BASELR: 1}", "TRAIN.BASELR", "TRAIN.BASE_LR"),
-        ("MODEL: {DROP_PATH: 0.1}", "MODEL.DROP_PATH", "MODEL.DROPPATH"),
         ("data: {batch_size: 3}", "data.batch_size", "DATA.BATCH_SIZE"),
         ("BATCH_SIZE: 3", "BATCH_SIZE", "DATA.BATCH_SIZE"),
         ("MODEL: {IMAGE_SIZE: 5}", "MODEL.IMAGE_SIZE", "DATA.IMAGE_SIZE"),
-        ("TRAIN: {NUM_CLASSES: 5}", "TRAIN.NUM_CLASSES", "MODEL.NUM_CLASSES"),
         ("TRAIN: {OPTIMIZER: {BETA: [0.9, 0.99]}}", "OPTIMIZER.BETA", "TRAIN.OPTIMIZER.BETAS"),
         ("OPTIMIZER: {EPS: 1.0e-6}", "OPTIMIZER.EPS", "TRAIN.OPTIMIZER.EPS"),
         ("SED: 1", "SED", "SEED"),
@@ -214,82 +179,40 @@ def test_an_unknown_key_is_refused_even_without_a_value(complaint, text):
     assert "unknown key" in line
 
 
-# ---- wrong values
-
-
 @pytest.mark.parametrize(
-    "text, key, allowed",
+    "key, values, allowed",
     [
-        ("DATA: {BATCH_SIZE: 0}", "DATA.BATCH_SIZE", "an integer >= 1"),
-        ("DATA: {BATCH_SIZE: -1}", "DATA.BATCH_SIZE", "an integer >= 1"),
-        ("DATA: {BATCH_SIZE: 1.5}", "DATA.BATCH_SIZE", "an integer >= 1"),
-        ("DATA: {BATCH_SIZE: True}", "DATA.BATCH_SIZE", "an integer >= 1"),
-        ("DATA: {BATCH_SIZE: '8 '' '}", "DATA.BATCH_SIZE", "an integer >= 1"),
-        ("DATA: {BATCH_SIZE: }", "DATA.BATCH_SIZE", "an integer >= 1"),
-        ("DATA: {BATCH_SIZE: [8]}", "DATA.BATCH_SIZE", "an integer >= 1"),
-        ("DATA: {IMAGE_SIZE: .inf}", "DATA.IMAGE_SIZE", "an integer >= 1"),
-        ("DATA: {IMAGE_SIZE: '(224, 224)'}", "DATA.IMAGE_SIZE", "an integer >= 1"),
-        ("DATA: {IMAGE_CHANNELS: 1}", "DATA.IMAGE_CHANNELS", "3"),
-        ("DATA: {CROP_PCT: 0}", "DATA.CROP_PCT", "to 1"),
-        ("DATA: {CROP_PCT: 1.01}", "DATA.CROP_PCT", "to 1"),
-        ("DATA: {RESIZE_MODE: Warp}", "DATA.RESIZE_MODE", "'short_crop' or 'warp'"),
-        ("DATA: {DATASET: cifar10}", "DATA.DATASET", "'imagenet2012'"),
-        ("DATA: {DATA_PATH: ''}", "DATA.DATA_PATH", "text"),
-        ("DATA: {DATA_PATH: [a, b]}", "DATA.DATA_PATH", "text"),
-        ("DATA: {IMAGENET_MEAN: [0.5, 0.5]}", "DATA.IMAGENET_MEAN", "3 values"),
-        ("DATA: {IMAGENET_MEAN: [123.7, 116.3, 103.5]}", "DATA.IMAGENET_MEAN", "0 to 1"),
-        ("DATA: {IMAGENET_STD: [0, 0, 0]}", "DATA.IMAGENET_STD", "3 values"),
-        ("MODEL: {NAME: 31}", "MODEL.NAME", "text"),
-        ("MODEL: {TYPE: ResNet}", "MODEL.TYPE", "'RepLKNet'"),
-        ("MODEL: {LAYERS: [2, 2, 18]}", "MODEL.LAYERS", "4 values"),
-        ("MODEL: {LAYERS: [2, 2, 0, 2]}", "MODEL.LAYERS", "4 values"),
-        ("MODEL: {LAYERS: 2}", "MODEL.LAYERS", "4 values"),
-        ("MODEL: {LAYERS: '2222'}", "MODEL.LAYERS", "4 values"),
-        ("MODEL: {DROPPATH: 1.0}", "MODEL.DROPPATH", "0.999"),
-        ("MODEL: {OUT_INDICES: [4]}", "MODEL.OUT_INDICES", "0 to 3"),
-        ("MODEL: {OUT_INDICES: [-1]}", "MODEL.OUT_INDICES", "0 to 3"),
-        ("MODEL: {OUT_INDICES: 3}", "MODEL.OUT_INDICES", "0 to 3"),
-        ("MODEL: {SMALL_KERNEL: false}", "MODEL.SMALL_KERNEL", "or None"),
-        ("MODEL: {SYNC_BN: 1}", "MODEL.SYNC_BN", "True or False"),
-        ("MODEL: {SYNC_BN: None}", "MODEL.SYNC_BN", "True or False"),
-        ("TRAIN: {BASE_LR: -1e-3}", "TRAIN.BASE_LR", "a number >= 0"),
-        ("TRAIN: {BASE_LR: .nan}", "TRAIN.BASE_LR", "a number >= 0"),
-        ("TRAIN: {BASE_LR: .inf}", "TRAIN.BASE_LR", "a number >= 0"),
-        ("TRAIN: {BASE_LR: 1e999}", "TRAIN.BASE_LR", "a number >= 0"),
-        ("TRAIN: {BASE_LR: None}", "TRAIN.BASE_LR", "a number >= 0"),
-        ("TRAIN: {BASE_LR: 1+2j}", "TRAIN.BASE_LR", "a number >= 0"),
-        ("TRAIN: {NUM_EPOCHS: 0}", "TRAIN.NUM_EPOCHS", "an integer >= 1"),
-        ("TRAIN: {GRAD_CLIP: 0}", "TRAIN.GRAD_CLIP", "None"),
-        ("TRAIN: {OPTIMIZER: {NAME: SGD}}", "TRAIN.OPTIMIZER.NAME", "'AdamW'"),
-        ("TRAIN: {OPTIMIZER: {BETAS: [0.9, 1.0]}}", "TRAIN.OPTIMIZER.BETAS", "2 values"),
-        ("TRAIN: {OPTIMIZER: AdamW}", "TRAIN.OPTIMIZER", "section"),
-        ("TRAIN: {RANDOM_ERASE_PROB: 1.5}", "TRAIN.RANDOM_ERASE_PROB", "0 to 1"),
-        ("TRAIN: {MIXUP_MODE: elem}", "TRAIN.MIXUP_MODE", "'batch'"),
-        ("SEED: -1", "SEED", "0 to 2147483647"),
-        ("SEED: 2147483648", "SEED", "0 to 2147483647"),
-        ("EVAL: 'yes'", "EVAL", "True or False"),
-        ("MODEL: 3", "MODEL", "section"),
-        ("MODEL: [1]", "MODEL", "section"),
-        ("SAVE: 7", "SAVE", "text"),
+        ("DATA.BATCH_SIZE", [0, -1, 1.5, True, "8 '", None, [8], 10**400], "an integer >= 1"),
+        ("DATA.IMAGE_SIZE", [float("inf"), "(224, 224)"], "an integer >= 1"),
+        ("DATA.IMAGE_CHANNELS", [1], "an integer from 3 to 3"),
+        ("DATA.CROP_PCT", [0, 1.01], "a number from 0.01 to 1"),
+        ("DATA.RESIZE_MODE", ["Warp"], "'short_crop' or 'warp'"),
+        ("DATA.DATASET", ["cifar10"], "'imagenet2012'"),
+        ("DATA.DATA_PATH", ["", ["a", "b"]], "text"),
+        ("DATA.IMAGENET_MEAN", [[0.5, 0.5], [123.7, 116.3, 103.5]], "3 values, each a number from"),
+        ("MODEL.NAME", [31], "text"),
+        ("MODEL.LAYERS", [[2, 2, 18], [2, 2, 0, 2], 2, "2222"], "4 values, each an integer >= 1"),
+        ("MODEL.OUT_INDICES", [[4], [-1], 3], "a list of values, each an integer from 0 to 3"),
+        ("MODEL.SMALL_KERNEL", [False], "an integer >= 1, or None"),
+        ("MODEL.SYNC_BN", [1, None, "yes"], "True or False"),
+        ("TRAIN.BASE_LR", [-1e-3, float("nan"), float("inf"), "1e999", "1+2j"], "a number >= 0"),
+        ("TRAIN.BASE_LR", [10**400, "1" + "0" * 400], "a number >= 0"),
+        ("TRAIN.OPTIMIZER.NAME", ["SGD"], "'AdamW'"),
+        ("TRAIN.MIXUP_MODE", ["elem"], "'batch'"),
+        ("SEGMENTATION.PALETTE", ["ff00zz", "ff00ff00", " ", "+12345"], "colours of six hexa"),
+        ("SEED", [-1, 2**31, {}, {"a": 1}], "an integer from 0 to 2147483647"),
+        ("TRAIN.OPTIMIZER", ["AdamW"], "a section with keys"),
+        ("MODEL", [3, [1]], "a section with keys"),
     ],
 )
-def test_a_wrong_value_names_the_key_the_value_and_what_is_allowed(complaint, text, key, allowed):
-    [line] = complaint(text)
-    assert re.search(rf"user\.yaml: {re.escape(key)} is .*; allowed: ", line)
-    assert allowed in line.split("; allowed: ")[1]
-
-
-@pytest.mark.parametrize("text", ["TRAIN: {BASE_LR: 1%s}", "MODEL: {FFN_RATIO: '1%s'}"])
-def test_a_number_too_large_for_a_float_is_a_wrong_value(complaint, text):
-    [line] = complaint(text % ("0" * 400))
-    assert "allowed: a number" in line
-
-
-@pytest.mark.parametrize(
-    "text", ["SEED: {}", "MODEL: {LAYERS: {}}", "SEED: {a: 1}", "EVAL: {EVAL: 1}"]
-)
-def test_a_section_in_place_of_a_value_is_refused(complaint, text):
-    assert any(key in complaint(text)[0] for key in ("SEED", "MODEL.LAYERS", "EVAL"))
+def test_a_wrong_value_names_the_key_the_value_and_what_is_allowed(complaint, key, values, allowed):
+    for value in values:
+        tree = value
+        for part in reversed(key.split(".")):
+            tree = {part: tree}
+        [line] = complaint(yaml.safe_dump(tree))
+        found = re.search(rf"user\.yaml: {re.escape(key)} is (.*); allowed: (.*)", line)
+        assert found and allowed in found[2] and len(found[1]) < 210, line
 
 
 @pytest.mark.parametrize("text", ["DATA: &a {DATA: *a}", "MODEL: {LAYERS: &a [*a]}"])
@@ -304,43 +227,55 @@ MODEL: {LAYERS: [1, 2], NMAE: x}
 TRAIN: {OPTIMIZER: {EPS: tiny}}
 SEDE: 1
 """)
-    assert len(lines) == 6
-    for line, key in zip(
-        lines,
-        [
-            "DATA.BATCH_SIZE is 0",
-            "DATA.IMAGESIZE",
-            "MODEL.LAYERS is [1, 2]",
-            "MODEL.NMAE",
-            "TRAIN.OPTIMIZER.EPS is 'tiny'",
-            "SEDE",
-        ],
-    ):
-        assert key in line
+    wanted = ["DATA.BATCH_SIZE is 0", "DATA.IMAGESIZE", "MODEL.LAYERS is [1, 2]", "MODEL.NMAE"]
+    wanted += ["TRAIN.OPTIMIZER.EPS is 'tiny'", "SEDE"]
+    assert len(lines) == 6 and all(key in line for line, key in zip(lines, wanted))
+
+
+UPERNET = "MODEL: {TYPE: UPerNet, OUT_INDICES: [0, 1, 2, 3], NUM_CLASSES: 9, %s}\nTRAIN: {%s}\n%s"
 
 
 @pytest.mark.parametrize(
-    "text, keys",
+    "text, says",
     [
-        ("MODEL: {LARGE_KERNEL_SIZES: [31, 28, 27, 13]}", ["MODEL.LARGE_KERNEL_SIZES"]),
-        ("MODEL: {SMALL_KERNEL: 4}", ["MODEL.SMALL_KERNEL"]),
-        ("MODEL: {SMALL_KERNEL: 15}", ["MODEL.SMALL_KERNEL", "13"]),
-        ("MODEL: {OUT_INDICES: []}", ["MODEL.OUT_INDICES"]),
-        ("MODEL: {OUT_INDICES: [1, 1]}", ["MODEL.OUT_INDICES"]),
-        ("MODEL: {OUT_INDICES: [3]}\nEVAL: True", ["MODEL.OUT_INDICES", "EVAL"]),
-        ("MODEL: {RESUME: a}\nEVAL: True", ["MODEL.RESUME", "EVAL", "MODEL.PRETRAINED"]),
-        ("MODEL: {DW_RATIO: 0.01, CHANNELS: [16, 128, 128, 128]}", ["MODEL.DW_RATIO"]),
-        ("MODEL: {FFN_RATIO: 0.01, CHANNELS: [16, 128, 128, 128]}", ["MODEL.FFN_RATIO"]),
-        ("TRAIN: {WARMUP_EPOCHS: 301}", ["TRAIN.WARMUP_EPOCHS", "301", "300"]),
-        ("TRAIN: {LAST_EPOCH: 300}", ["TRAIN.LAST_EPOCH", "300"]),
-        ("TRAIN: {CROP_SCALE: [1.0, 0.5]}", ["TRAIN.CROP_SCALE"]),
-        ("TRAIN: {CROP_RATIO: [2, 1]}", ["TRAIN.CROP_RATIO"]),
-        ("TRAIN: {CUTMIX_MINMAX: [0.8, 0.2]}", ["TRAIN.CUTMIX_MINMAX"]),
+        ("MODEL: {LARGE_KERNEL_SIZES: [31, 28, 27, 13]}", "is [31, 28, 27, 13]; allowed: odd"),
+        ("MODEL: {SMALL_KERNEL: 4}", "MODEL.SMALL_KERNEL is 4; allowed: odd, at most"),
+        ("MODEL: {SMALL_KERNEL: 15}", "smallest of MODEL.LARGE_KERNEL_SIZES (13), or None"),
+        ("MODEL: {OUT_INDICES: []}", "MODEL.OUT_INDICES is []; allowed: distinct"),
+        ("MODEL: {OUT_INDICES: [1, 1]}", "MODEL.OUT_INDICES is [1, 1]; allowed: distinct"),
+        ("MODEL: {OUT_INDICES: [3]}\nEVAL: True", "OUT_INDICES makes a backbone without a head"),
+        ("MODEL: {RESUME: a}\nEVAL: True", "MODEL.RESUME goes with training, EVAL does not"),
+        ("MODEL: {RESUME: auto}", "MODEL.RESUME is auto; allowed with a run folder"),
+        ("MODEL: {DW_RATIO: 0.01, CHANNELS: [16, 9, 9, 9]}", "MODEL.DW_RATIO is 0.01; allowed: at"),
+        ("MODEL: {FFN_RATIO: 0.01, CHANNELS: [16, 9, 9, 9]}", "CHANNELS ([16, 9, 9, 9])"),
+        ("TRAIN: {WARMUP_EPOCHS: 301}", "is 301; allowed: at most TRAIN.NUM_EPOCHS (300)"),
+        ("TRAIN: {LAST_EPOCH: 300}", "is 300; allowed: less than TRAIN.NUM_EPOCHS (300)"),
+        ("TRAIN: {CROP_SCALE: [1.0, 0.5]}", "TRAIN.CROP_SCALE is [1.0, 0.5]; allowed: the smaller"),
+        ("TRAIN: {CUTMIX_MINMAX: [0.8, 0.2]}", "TRAIN.CUTMIX_MINMAX is [0.8, 0.2]"),
+        (UPERNET % ("", "WARMUP_EPOCHS: 0, LAYER_DECAY: 0.9", ""), "LAYER_DECAY is 0.9; allowed"),
+        (UPERNET % ("", "WARMUP_EPOCHS: 1", ""), "UPerNet: 0; SEGMENTATION.WARMUP_STEPS sets"),
+        (
+            UPERNET.replace("9", "None") % ("", "WARMUP_EPOCHS: 0", ""),
+            "MODEL.NUM_CLASSES is None; allowed with MODEL.TYPE UPerNet: 2 to 255",
+        ),
+        (
+            UPERNET.replace("0, 1, 2, 3", "3") % ("", "WARMUP_EPOCHS: 0", ""),
+            "MODEL.OUT_INDICES is [3]; allowed with MODEL.TYPE UPerNet: [0, 1, 2, 3]",
+        ),
+        *(
+            (UPERNET % ("", "WARMUP_EPOCHS: 0, NUM_EPOCHS: 2", f"SEGMENTATION: {{{keys}}}"), says)
+            for keys, says in (
+                ("WARMUP_STEPS: 11, EPOCH_STEPS: 5", "is 11; allowed: at most the 10 steps"),
+                ("SLIDE_STRIDE: 225", "is 225; allowed: at most DATA.IMAGE_SIZE (224), so that"),
+                ("EVAL_RATIOS: []", "SEGMENTATION.EVAL_RATIOS is []; allowed: at least one"),
+                ("PALETTE: 00ff00 ff0000", "PALETTE has 2 colours; allowed: one for each of the 9"),
+            )
+        ),
     ],
 )
-def test_values_that_contradict_each_other_are_refused(complaint, text, keys):
+def test_values_that_contradict_each_other_are_refused(complaint, text, says):
     [line] = complaint(text)
-    assert all(key in line for key in ["user.yaml", "allowed", *keys])
+    assert line.startswith(line.split("user.yaml: ")[0] + "user.yaml: ") and says in line
 
 
 def test_contradictions_are_reported_together(complaint):
@@ -351,6 +286,71 @@ def test_contradictions_are_reported_together(complaint):
 @pytest.mark.parametrize("text", ["TRAIN: {WARMUP_EPOCHS: 300}", "TRAIN: {LAST_EPOCH: 299}"])
 def test_values_at_the_edge_go_together(load, text):
     load(text)
+
+
+def takes(rule, value):
+    try:
+        rule.read(value)
+    except (ValueError, TypeError, OverflowError):
+        return False
+    return True
+
+
+# Values of every kind, and for each key some that its own rule allows, so that trees get as far as
+# the contradictions.
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+)
+POOL = [None, True, False, 0, 1, 2, 3, 4, 13, 31, 255, 256, 10**9, 10**400]
+POOL += [0.0, 0.01, 0.5, 1.0, 1e308, "auto", "UPerNet", "ff00ff 000000"]
+POOL += [[], [0], [1, 1], [0, 1, 2, 3], [4, 7, 9, 31], [0.9, 0.1]]
+LEGAL = {
+    key: [value for value in POOL if takes(rule, value)] or [default]
+    for key, (default, rule) in (KEYS | FIXED_KEYS).items()
+}
+
+
+@st.composite
+def trees(draw):
+    """A tree of sections: legal values for the most part."""
+    tree = {}
+    for key in draw(st.lists(st.sampled_from(sorted(LEGAL)), max_size=15)):
+        *sections, leaf = key.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[leaf] = draw(st.sampled_from(LEGAL[key]))
+    if draw(st.integers(0, 3)) == 0:
+        key = draw(st.sampled_from(["BASE", "DATA", "MODEL", "SEED", "SAVE", "x"]))
+        tree[key] = draw(ANYTHING)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("trees")
+
+
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(tree=trees())
+@example(tree={"MODEL": {"TYPE": "UPerNet", "NUM_CLASSES": None, "OUT_INDICES": [0, 1, 2, 3]}})
+@example(tree={"MODEL": {"FFN_RATIO": 1e308}})
+@example(tree={"BASE": "a\0b"})
+def test_any_tree_is_a_configuration_or_bad_input(folder, tree):
+    """And a configuration that loads is itself again, dumped and loaded."""
+    path = folder / "user.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    try:
+        config = get_config(path)
+    except (InputError, OSError) as error:  # OSError: a BASE that is not there
+        assert str(error)
+        return
+    path.write_text(config.dump())
+    assert get_config(path) == config and config.is_frozen()
+    for key, value in leaves(config).items():
+        read = KEYS[key][1].read(value)
+        assert read == value and type(read) is type(value)
 
 
 # ---- the result
@@ -373,36 +373,140 @@ def test_awkward_values_survive_dump_and_load(load):
 def test_results_are_frozen_and_share_nothing(load):
     first, second = get_config(), get_config()
     for config in (first, load("SEED: 1\n"), update_config(first, flags())):
-        with pytest.raises(AttributeError):
-            config.SEED = 1
-        with pytest.raises(AttributeError):
-            config.MODEL.NAME = "x"
-        with pytest.raises(AttributeError):
-            config.TRAIN.OPTIMIZER.EPS = 1
+        for node in (config, config.MODEL, config.TRAIN.OPTIMIZER):
+            with pytest.raises(AttributeError):
+                node.NEW = 1
     updated = update_config(first, flags())
     for key, value in leaves(first).items():
         if isinstance(value, list):
             value.append("mine")
-            assert "mine" not in leaves(second)[key]
-            assert "mine" not in leaves(updated)[key]
-            assert "mine" not in leaves(get_config())[key]
+            for other in (second, updated, get_config()):
+                assert "mine" not in leaves(other)[key]
 
 
-def test_every_default_passes_its_own_rule():
-    for key, (default, rule) in KEYS.items():
+def test_every_default_passes_its_own_rule_and_is_in_the_config():
+    for key, (default, rule) in (KEYS | FIXED_KEYS).items():
         read = rule.read(default)
-        assert read == default, key
-        assert isinstance(read, bool) == isinstance(default, bool), key
-        assert rule.allowed, key
-
-
-def test_the_config_is_the_table():
+        assert read == default and type(read) is type(default) and rule.allowed, key
     assert leaves(get_config()).keys() == KEYS.keys()
 
 
-@pytest.mark.parametrize("key", sorted(KEYS))
-def test_no_rule_lets_an_object_through(key):
-    _, rule = KEYS[key]
-    for value in (object(), {}, {"a": 1}, {1, 2}, b"x", [None], [[]]):
-        with pytest.raises((ValueError, TypeError)):
-            rule.read(value)
+# ---- keys without effect
+
+
+def test_keys_with_one_value_are_read_and_reported_together_where_they_ask_for_another(
+    load, caplog
+):
+    same = {key: value for key, (value, _) in FIXED_KEYS.items()}
+    config = update_config(
+        load("SAVE_MINUTES: null\nLOG: {METRICS_JSONL: true}\nDATA: {DATASET: imagenet2012}\n"),
+        flags(dataset="imagenet2012", opts=[x for key in same for x in (key, str(same[key]))]),
+    )
+    assert config == get_config() and not caplog.records
+    load("SAVE_MINUTES: 10\nLOG: {METRICS_JSONL: False}\nDATA: {NATIVE_PIXELS: 'True'}\n")
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING and "NATIVE_PIXELS" not in record.getMessage()
+    for part in ("user.yaml: SAVE_MINUTES 10.0 (always None)", "LOG.METRICS_JSONL False (always T"):
+        assert part in record.getMessage()
+
+
+def test_a_run_of_0_2_is_resumed_without_a_word_on_keys_that_are_gone():
+    before = get_config().dump() + "SAVE_MINUTES: 5\n"
+    assert config_changes(before, get_config(None, SEED=1).dump()) == ["SEED is 1, was 42"]
+
+
+# ---- flags and -opts
+
+ALL_FLAGS = {
+    "data_path": ("/d", {"DATA.DATA_PATH": "/d"}),
+    "output": ("run", {"SAVE": "run"}),
+    "batch_size": ("16", {"DATA.BATCH_SIZE": 16, "DATA.BATCH_SIZE_EVAL": 16}),
+    "batch_size_eval": ("8", {"DATA.BATCH_SIZE_EVAL": 8}),
+    "image_size": ("96", {"DATA.IMAGE_SIZE": 96}),
+    "accum_iter": ("3", {"TRAIN.ACCUM_ITER": 3}),
+    "pretrained": ("w.pdparams", {"MODEL.PRETRAINED": "w.pdparams"}),
+    "resume": ("run/last", {"MODEL.RESUME": "run/last"}),
+    "last_epoch": ("5", {"TRAIN.LAST_EPOCH": 5}),
+    "eval": (True, {"EVAL": True}),
+    "amp": (True, {"AMP": True}),
+}
+
+
+@pytest.mark.parametrize("flag", ALL_FLAGS)
+def test_a_flag_sets_its_keys_and_no_other(flag):
+    value, expected = ALL_FLAGS[flag]
+    config = get_config()
+    before = config.dump()
+    absent = dict.fromkeys(ALL_FLAGS) | {"eval": False, "amp": False, "opts": None, "cfg": None}
+    updated = update_config(config, flags(**absent | {flag: value}))
+    changed = {
+        key: value
+        for key, value in leaves(updated).items()
+        if value != leaves(config)[key] or key in expected
+    }
+    assert changed == expected
+    assert config.dump() == before and config.is_frozen() and updated.is_frozen()
+
+
+def test_no_flags_change_nothing():
+    config = get_config(CONFIGS / "replknet_xl.yaml")
+    assert update_config(config, argparse.Namespace()) == config
+
+
+def test_opts_go_over_flags_in_their_order():
+    opts = ["DATA.BATCH_SIZE", "4", "SEED", "1", "SEED", "2", "AMP", "false"]
+    updated = update_config(get_config(), flags(batch_size=32, opts=opts))
+    assert (updated.DATA.BATCH_SIZE, updated.DATA.BATCH_SIZE_EVAL) == (4, 32)
+    assert updated.SEED == 2 and updated.AMP is False
+    updated = update_config(get_config(), flags(batch_size=32, batch_size_eval=128))
+    assert (updated.DATA.BATCH_SIZE, updated.DATA.BATCH_SIZE_EVAL) == (32, 128)
+
+
+@pytest.mark.parametrize(
+    "key, text, value",
+    [
+        ("TRAIN.BASE_LR", "1e-3", 1e-3),
+        ("TRAIN.BASE_LR", "1", 1.0),
+        ("TRAIN.LAYER_DECAY", "None", None),
+        ("MODEL.LARGE_KERNEL_SIZES", "[13,13,13,13]", [13, 13, 13, 13]),
+        ("MODEL.LARGE_KERNEL_SIZES", "13, 13, 13, 13", [13, 13, 13, 13]),
+        ("TRAIN.OPTIMIZER.BETAS", "(0.9, 0.95)", [0.9, 0.95]),
+        ("MODEL.NAME", "2024", "2024"),
+        ("MODEL.PRETRAINED", "a b.pdparams", "a b.pdparams"),
+        ("AMP", "True", True),
+    ],
+)
+def test_opts_read_text_as_the_keys_type(key, text, value):
+    read = leaves(update_config(get_config(), flags(opts=[key, text])))[key]
+    assert read == value and type(read) is type(value)
+
+
+def test_wrong_flags_and_opts_are_reported_together_by_the_names_that_were_typed():
+    opts = ["SED", "1", "AMP"]
+    wrong = flags(batch_size="0", image_size=0, last_epoch="x", dataset="mnist", opts=opts)
+    with pytest.raises(InputError) as caught:
+        update_config(get_config(), wrong)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 7  # -batch_size sets two keys
+    for part in (
+        *("-batch_size: DATA.BATCH_SIZE is '0'", "-batch_size: DATA.BATCH_SIZE_EVAL"),
+        *("-image_size: DATA.IMAGE_SIZE is 0; allowed", "-last_epoch: ", "-dataset: "),
+        *("did you mean SEED?", "AMP has no value"),
+    ):
+        assert any(part in line for line in lines)
+
+
+def test_flags_can_contradict_the_file():
+    with pytest.raises(InputError, match="MODEL.RESUME"):
+        update_config(get_config(), flags(eval=True, resume="run"))
+    with pytest.raises(InputError, match="TRAIN.LAST_EPOCH"):
+        update_config(get_config(CONFIGS / "replknet_31b_384.yaml"), flags(last_epoch="30"))
+
+
+def test_every_opts_counts_and_the_later_one_wins():
+    parser = argparse.ArgumentParser()
+    add_config_flags(parser, required=True)
+    epochs, seed = ["-opts", "TRAIN.NUM_EPOCHS", "20", "SEED", "1"], ["--opts", "SEED", "7"]
+    args = parser.parse_args(["-cfg=x", *epochs, *seed, "-opts", "DATA.IMAGE_SIZE", "64"])
+    config = update_config(get_config(), args)
+    assert (config.TRAIN.NUM_EPOCHS, config.SEED, config.DATA.IMAGE_SIZE) == (20, 7, 64)

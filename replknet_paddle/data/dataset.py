@@ -181,7 +181,7 @@ def get_dataloader(
         )
     workers = config.DATA.NUM_WORKERS
     finish = None
-    if config.DATA.FINISH_ON_DEVICE and hasattr(dataset.transform, "unfinished"):
+    if hasattr(dataset.transform, "unfinished"):
         finish = build_finish(config)
     value_bytes = 4 if finish is None else 1
     image_bytes = 3 * config.DATA.IMAGE_SIZE**2 * value_bytes

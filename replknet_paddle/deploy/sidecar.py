@@ -109,7 +109,7 @@ class Sidecar:
                 mode=data.RESIZE_MODE,
                 mean=tuple(data.IMAGENET_MEAN),
                 std=tuple(data.IMAGENET_STD),
-                native_pixels=data.NATIVE_PIXELS,
+                native_pixels=True,
             ),
             num_classes=config.MODEL.NUM_CLASSES,
             class_names=None if class_names is None else tuple(class_names),

@@ -224,7 +224,6 @@ class Training:
         self.resumed_path = None
         if start.resumed is not None:
             self.restore(start.resumed)
-        self.saved_at = time.monotonic()
         self.evaluation_seconds = 0.0
 
     def build_schedule(self) -> Callable[[int], float]:
@@ -431,11 +430,9 @@ class Training:
         return best, is_best
 
     def save_if_due(self) -> None:
-        """Save in mid-epoch, every SAVE_STEPS steps or SAVE_MINUTES."""
-        steps, minutes = self.config.SAVE_STEPS, self.config.SAVE_MINUTES
-        if (steps is not None and self.progress.step % steps == 0) or (
-            minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
-        ):
+        """Save in mid-epoch, every SAVE_STEPS steps."""
+        steps = self.config.SAVE_STEPS
+        if steps is not None and self.progress.step % steps == 0:
             self.save()
 
     def stop(self, requests: Sequence[float]) -> None:
@@ -464,7 +461,6 @@ class Training:
             DivergedError: on rank 0, for weights that are not finite; nothing is written.
             OSError: on rank 0, where it cannot be written.
         """
-        self.saved_at = time.monotonic()
         if processes.rank() != 0:
             return
         folder = self.config.SAVE

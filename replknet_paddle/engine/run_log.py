@@ -238,7 +238,7 @@ class RunLog:
         if class_names is not None:
             text = "".join(f"{name}\n" for name in class_names)
             write_text(os.path.join(folder, CLASS_NAMES_FILE), text)
-        self.metrics_jsonl = config.LOG.METRICS_JSONL
+        self.metrics_jsonl = True
         if config.LOG.VISUALDL:
             self.visualdl = visualdl_writer(os.path.join(folder, "visualdl"))
 

@@ -19,7 +19,6 @@ from paddle import nn
 
 from replknet_paddle.optim.parameter_groups import ParameterGroup, parameter_groups
 from replknet_paddle.optim.state import check_fits
-from replknet_paddle.runtime.errors import InputError
 
 # Paddle's names for AdamW's tensors; a master of a half-precision parameter has its own name.
 TENSOR_NAME = re.compile(
@@ -50,8 +49,6 @@ def build_optimizer(
         ValueError: a trainable parameter that no layer group covers.
     """
     train = config.TRAIN
-    if train.OPTIMIZER.NAME != "AdamW":
-        raise InputError(f"TRAIN.OPTIMIZER.NAME must be 'AdamW'; got {train.OPTIMIZER.NAME!r}")
     groups = parameter_groups(
         model,
         weight_decay=train.WEIGHT_DECAY,

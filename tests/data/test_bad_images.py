@@ -79,23 +79,6 @@ def test_a_defect_in_a_transform_ends_the_loader_with_its_traceback(
         epoch(get_dataloader(config, dataset, True), 0)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("is_train", [True, False])
-def test_finishing_on_the_device_gives_the_workers_bits(
-    tmp_path, tiny_config_file, workers, is_train
-):
-    data_with(tmp_path, {})
-    seen = []
-    for on_device in (True, False):
-        config = configured(
-            tiny_config_file, tmp_path, "DATA.NUM_WORKERS", workers,
-            "DATA.FINISH_ON_DEVICE", on_device, "TRAIN.RANDOM_ERASE_PROB", 0.0,
-        )  # fmt: skip
-        loader = get_dataloader(config, get_dataset(config, is_train), is_train)
-        seen.append([images.numpy() for images, _ in loader])
-    assert all(np.array_equal(a, b) for a, b in zip(*seen))
-
-
 def test_memory_that_the_batches_need_is_checked_before_training(monkeypatch):
     monkeypatch.setattr(loader_module, "available_memory_bytes", lambda: 10_000_000)
     check_memory(batch_bytes=1_000_000, workers=4, processes=1)  # 4 * 2 + 1 batches

@@ -66,13 +66,6 @@ def test_metrics_of_epochs_that_are_trained_again_are_dropped(tmp_path):
     assert [json.loads(line)["epoch"] for line in path.read_text().splitlines()] == [1, 2]
 
 
-def test_metrics_switch_off(tmp_path):
-    config = update_config(CONFIG, flags(opts=["LOG.METRICS_JSONL", "False"]))
-    log = opened(tmp_path / "run", config=config)
-    log.write_metrics({"epoch": 1})
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
-
-
 def test_visualdl_gets_every_number_by_epoch(tmp_path):
     visualdl = pytest.importorskip("visualdl", reason="optional: requirements/plots.txt")
     config = update_config(CONFIG, flags(opts=["LOG.VISUALDL", "True"]))

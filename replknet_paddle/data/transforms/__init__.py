@@ -22,7 +22,7 @@ def build_eval_transform(config) -> EvalTransform:
         mode=config.DATA.RESIZE_MODE,
         mean=config.DATA.IMAGENET_MEAN,
         std=config.DATA.IMAGENET_STD,
-        pixels=get_pixels(config.DATA.NATIVE_PIXELS),
+        pixels=get_pixels(True),
     )
 
 
@@ -74,7 +74,7 @@ def build_train_transform(config) -> TrainTransform:
         erasing=erasing,
         mean=config.DATA.IMAGENET_MEAN,
         std=config.DATA.IMAGENET_STD,
-        pixels=get_pixels(config.DATA.NATIVE_PIXELS),
+        pixels=get_pixels(True),
         reduced_decode=config.DATA.REDUCED_DECODE,
     )
 
@@ -98,8 +98,6 @@ def build_mixup(config) -> Mixup | None:
     mixes = train.MIXUP_ALPHA > 0 or train.CUTMIX_ALPHA > 0 or train.CUTMIX_MINMAX is not None
     if not mixes or train.MIXUP_PROB == 0:
         return None
-    if train.MIXUP_MODE != "batch":
-        raise InputError(f"TRAIN.MIXUP_MODE {train.MIXUP_MODE!r}: must be 'batch'")
     return Mixup(
         mixup_alpha=train.MIXUP_ALPHA,
         cutmix_alpha=train.CUTMIX_ALPHA,

@@ -256,8 +256,7 @@ def get_pixels(native: bool) -> Pixels:
     except (BuildError, OSError) as error:
         logger.warning(
             "no compiled image operations, so Pillow does them: the same pixels at a third to "
-            "half the speed. CXX names a C++ compiler; DATA.NATIVE_PIXELS False avoids this "
-            "message. The reason: %s",
+            "half the speed. CXX names a C++ compiler. The reason: %s",
             error,
         )
         return PillowPixels()

@@ -159,8 +159,3 @@ def test_minmax_alone_switches_cutmix_on():
         )
     )
     assert mixup.draw(10, 10, np.random.default_rng(0)).box is not None
-
-
-def test_other_mixup_modes_are_refused():
-    with pytest.raises(InputError, match=r"TRAIN\.MIXUP_MODE 'elem': must be 'batch'"):
-        build_mixup(config("TRAIN.MIXUP_MODE", "elem"))

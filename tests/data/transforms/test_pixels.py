@@ -165,7 +165,7 @@ def test_without_a_compiler_pillow_does_it_and_says_so(monkeypatch, caplog, tmp_
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("REPLKNET_PADDLE_CACHE", str(tmp_path))
     assert isinstance(get_pixels.__wrapped__(True), PillowPixels)
-    assert "CXX" in caplog.text and "DATA.NATIVE_PIXELS" in caplog.text
+    assert "CXX" in caplog.text
     assert not list(tmp_path.rglob("*.so"))
 
 
