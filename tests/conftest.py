@@ -30,7 +30,7 @@ def pytest_sessionstart(session):
     """Compile the operators before anything runs: a run and its repetition must both have them."""
     import paddle  # noqa: F401  which the library needs
 
-    from replknet_paddle.ops.build import operators_library
+    from replknet_paddle.ops.library import operators_library
     from replknet_paddle.runtime.compiler import BuildError
 
     with contextlib.suppress(BuildError):  # the tests that need them are skipped and say why
@@ -77,8 +77,7 @@ def restore_logging():
 @pytest.fixture
 def operators():
     """The compiled operators; skips where there are none for want of a compiler."""
-    from replknet_paddle.ops.build import operators_library
-    from replknet_paddle.ops.library import get_library
+    from replknet_paddle.ops.library import get_library, operators_library
     from replknet_paddle.runtime.compiler import BuildError, find_compiler
 
     try:

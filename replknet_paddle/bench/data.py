@@ -12,11 +12,13 @@ import PIL
 from PIL import Image
 
 from replknet_paddle.bench.timing import (
+    Table,
     check_counts,
     describe_machine,
     median_ratio,
     time_in_turn,
 )
+from replknet_paddle.config import override
 from replknet_paddle.data.dataset import ListDataset, get_dataset
 from replknet_paddle.data.lists import LIST_FILES
 from replknet_paddle.data.loader import Loader
@@ -37,10 +39,11 @@ def report_data(
 
     Args:
         config: whose pipelines to time; on copies of the photographs.
-        photographs: as the `sources` of `make_photographs`.
-        rounds: as of `core_seconds`.
+        photographs: of about 500x375 pixels. What they show decides how long decoding takes, so
+            noise would not do.
+        rounds: of `ROUND` images for each pipeline.
         workers: also compare a loader of this many with a loader of one; 0: do not.
-        epochs: as of `loader_seconds`.
+        epochs: of each loader, after one in which its workers start.
 
     Raises:
         InputError: a number below 1, or below 0 workers.
@@ -49,28 +52,26 @@ def report_data(
     if workers < 0:
         raise InputError(f"--workers {workers}; allowed: an integer >= 0")
     with tempfile.TemporaryDirectory() as folder:
-        files = make_photographs(photographs, folder, IMAGES)
+        paths = make_photographs(photographs, folder, IMAGES)
         for name in LIST_FILES.values():
             with open(os.path.join(folder, name), "w", encoding="ascii") as file:
-                file.writelines(f"{image} 0\n" for image in files)
-        config = config.clone()
-        config.defrost()
-        config.DATA.DATA_PATH = folder
-        config.freeze()
+                file.writelines(f"{os.path.basename(path)} 0\n" for path in paths)
+        config = override(config, DATA__DATA_PATH=folder)
         train, val = get_dataset(config, True), get_dataset(config, False)
-        paths = [os.path.join(folder, name) for name in files]
         kilobytes = sum(map(os.path.getsize, paths)) / len(paths) / 1e3
         print(f"{describe_machine()}, Pillow {PIL.__version__}")
         print(
-            f"{len(files)} photographs of 500x375 pixels, quality {QUALITY}, {kilobytes:.0f} kB, "
+            f"{len(paths)} photographs of 500x375 pixels, quality {QUALITY}, {kilobytes:.0f} kB, "
             f"to {config.DATA.IMAGE_SIZE} pixels by {type(train.transform.px).__name__}"
         )
-        seconds = core_seconds(paths, _jobs(train, val), rounds=rounds)
-        print(f"{'one core':34}{'images/s':>9}{'quartiles':>14}{'of decoding':>14}")
+        table = Table({"one core": -34, "images/s": 8, "quartiles": 13, "of decoding": 13})
+        seconds = core_seconds(paths, jobs_of(train, val), rounds=rounds)
         for name, values in seconds.items():
             low, median, high = (1 / q for q in _quartiles(values)[::-1])
             ratio = median_ratio(seconds[PLAIN], values)
-            print(f"{name:34}{median:9.0f}{f'{low:.0f}..{high:.0f}':>14}{ratio:14.3f}")
+            table.add(name, f"{median:.0f}", f"{low:.0f}..{high:.0f}", f"{ratio:.3f}")
+        if not workers:
+            return
         loaders = {
             number: Loader(
                 train,
@@ -81,18 +82,18 @@ def report_data(
                 max_bad_images=0,
                 timeout_seconds=config.DATA.WORKER_TIMEOUT,
             )
-            for number in sorted({1, workers} if workers else ())
+            for number in sorted({1, workers})
         }
+        table = Table({"training loader": -34, "images/s": 8, "times one": 13})
         seconds = loader_seconds(loaders, epochs=epochs)
         for number, values in seconds.items():
             loaders[number].close()
-            print(
-                f"{f'training loader, {number} worker(s)':34}{1 / statistics.median(values):9.0f}"
-                f"{median_ratio(seconds[1], values):28.2f} times one"
-            )
+            ratio = median_ratio(seconds[1], values)
+            table.add(f"{number} worker(s)", f"{1 / statistics.median(values):.0f}", f"{ratio:.2f}")
 
 
-def _jobs(train: ListDataset, val: ListDataset) -> dict[str, Callable[[int, int], object]]:
+def jobs_of(train: ListDataset, val: ListDataset) -> dict[str, Callable[[int, int], object]]:
+    """The pipelines to time: (round, index of the image) -> a sample."""
     return {
         "evaluation, 8 bits": lambda _, i: val.read(0, i, val.transform.unfinished),
         "evaluation, normalized": lambda _, i: val.read(0, i, val.transform),
@@ -106,17 +107,9 @@ def _quartiles(values: list[float]) -> list[float]:
 
 
 def make_photographs(sources: list[str], folder: str, count: int) -> list[str]:
-    """Write JPEGs of 500x375 pixels: crops, scaled by less than a quarter, of photographs.
-
-    Args:
-        sources: photographs of about that size. What they show decides how long decoding takes,
-            so noise would not do.
-
-    Returns:
-        The names of the files in `folder`.
-    """
+    """Write JPEGs of 500x375 pixels: crops of photographs, scaled by less than a quarter."""
     rng = np.random.default_rng(0)
-    names = []
+    paths = []
     for i in range(count):
         with Image.open(sources[i % len(sources)]) as image:
             image = image.convert("RGB")
@@ -127,24 +120,15 @@ def make_photographs(sources: list[str], folder: str, count: int) -> list[str]:
         height = width * PHOTOGRAPH[1] / PHOTOGRAPH[0]
         left, top = rng.uniform(0, image.width - width), rng.uniform(0, image.height - height)
         box = (left, top, left + width, top + height)
-        name = f"{i:05d}.jpg"
-        image.resize(PHOTOGRAPH, Image.Resampling.BICUBIC, box).save(
-            os.path.join(folder, name), quality=QUALITY
-        )
-        names.append(name)
-    return names
+        paths.append(os.path.join(folder, f"{i:05d}.jpg"))
+        image.resize(PHOTOGRAPH, Image.Resampling.BICUBIC, box).save(paths[-1], quality=QUALITY)
+    return paths
 
 
 def core_seconds(
     paths: list[str], jobs: dict[str, Callable[[int, int], object]], *, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds that a core computes for an image, in turn with plain decoding, round by round.
-
-    Args:
-        paths: the images that are decoded.
-        jobs: called with (round, index of the image).
-        rounds: of `ROUND` images for each job.
-    """
+    """Seconds that a core computes for an image, in turn with plain decoding, round by round."""
 
     def decode(_, index):
         with Image.open(paths[index]) as image:
@@ -166,10 +150,7 @@ def core_seconds(
 
 
 def loader_seconds(loaders: dict[int, object], *, epochs: int) -> dict[int, list[float]]:
-    """Seconds an image takes each loader by the clock on the wall, epoch by epoch, in turn.
-
-    A first epoch, in which the workers start, is left out.
-    """
+    """Seconds an image takes each loader by the clock on the wall, epoch by epoch, in turn."""
     seconds = {name: [] for name in loaders}
     for epoch in range(epochs + 1):
         for name, loader in loaders.items():

@@ -5,7 +5,7 @@ import gc
 import importlib.metadata
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,8 +13,13 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from replknet_paddle.bench.inference_chart import chart_suffixes, draw_chart
-from replknet_paddle.bench.timing import check_counts, describe_machine, summarize, time_in_turn
+from replknet_paddle.bench.timing import (
+    Table,
+    check_counts,
+    describe_machine,
+    summarize,
+    time_in_turn,
+)
 from replknet_paddle.deploy.backends import (
     PACKAGES,
     installed_backends,
@@ -40,12 +45,15 @@ CANDIDATES = (
     ("openvino", "int8"),
     ("onnxruntime", "int8"),
 )
-EAGER = ("dygraph", "trained", "fp32")
-# Eager mode takes about as long for one run as the others for twenty.
-DYGRAPH_ROUNDS = 3
+Key = tuple[
+    str, str, str
+]  # backend; network, `trained` as in the checkpoint or `folded`; precision
+EAGER: Key = ("dygraph", "trained", "fp32")
+EAGER_ROUNDS = 3  # one takes about as long as twenty of the others
 # Intel's OpenMP, which Paddle brings, lets idle threads spin for 0.2 s.
 SETTLE_SECONDS = 0.3
-MEASURED_PACKAGES = ("onnx", "onnxruntime", "openvino")
+COLUMNS = {"batch": 5, "backend": -12, "network": -8, "precision": -9, "median ms": 10}
+COLUMNS |= {"from": 9, "to": 9, "images/s": 9, "x eager": 8, "deviation": 9, "runs": 4}
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,7 @@ class Plan:
                 raise InputError(f"{flag} {' '.join(unknown)}; allowed: {' '.join(allowed)}")
 
     def candidates(self) -> list[tuple[str, str]]:
-        """The (backend, precision) to time besides eager mode."""
+        """Return the (backend, precision) to time besides eager mode."""
         backends = installed_backends() if self.backends is None else self.backends
         on_gpu = paddle.device.get_device().startswith("gpu")
         return [
@@ -118,16 +126,13 @@ class Plan:
         ]
 
 
-def report_inference(
-    config, pretrained: str | None, plan: Plan, *, json_file: str | None, chart_file: str | None
-) -> None:
+def report_inference(config, pretrained: str | None, plan: Plan, *, json_file: str | None) -> None:
     """Print how fast each backend runs a network, in each precision and batch size.
 
     Args:
         config: of the network.
         pretrained: checkpoint or run folder; None for random weights.
-        json_file, chart_file: also write the figures, and a picture of them. What has been measured
-            is written after each batch size.
+        json_file: also write the figures. What has been measured is written after each batch size.
 
     Raises:
         FileNotFoundError, InputError: something cannot be measured or written so.
@@ -140,8 +145,6 @@ def report_inference(
     plan.check()
     if json_file:
         check_file_target(json_file, [".json"])
-    if chart_file:
-        check_file_target(chart_file, chart_suffixes())
     size = config.DATA.IMAGE_SIZE
     if pretrained:
         model, _ = load_network(pretrained, config)
@@ -150,18 +153,23 @@ def report_inference(
         model = build_replknet(config)
         set_statistics(model, random_images(max(4, 2 * (256 // size) ** 2), size))
     print(machine())
-    weights = pretrained or "random weights"
-    title = f"{config.MODEL.NAME}, {size} x {size} pixels, {weights}"
+    title = f"{config.MODEL.NAME}, {size} x {size} pixels, {pretrained or 'random weights'}"
     print(f"{title}, {plan.threads or 'all'} threads")
-
-    def keep(rows: list[Row]) -> None:
+    table, rows = Table(COLUMNS), []
+    for of_batch in time_backends(model, config, plan):
+        rows += of_batch
+        for row in of_batch:
+            table.add(
+                *(row.batch, row.backend, row.network, row.precision),
+                *(f"{value:.2f}" for value in (row.median_ms, row.min_ms, row.max_ms)),
+                f"{row.images_per_second:.2f}",
+                f"{of_batch[0].median_ms / row.median_ms:.2f}",
+                *(f"{row.deviation:.1e}", row.runs),
+            )
         if json_file:
-            write_json(json_file, rows, machine=machine(), network=title, threads=plan.threads)
-        if chart_file:
-            draw_chart(chart_file, rows, f"{title}\n{machine()}")
-
-    rows = time_backends(model, config, plan, report=print, keep=keep)
-    print(table(rows))
+            facts = {"machine": machine(), "network": title, "threads": plan.threads}
+            with written_whole(json_file) as file:
+                json.dump({**facts, "rows": [asdict(row) for row in rows]}, file, indent=2)
 
 
 def set_statistics(model: RepLKNet, images: np.ndarray) -> None:
@@ -182,14 +190,7 @@ def set_statistics(model: RepLKNet, images: np.ndarray) -> None:
         norm._momentum = momentum
 
 
-def time_backends(
-    model: RepLKNet,
-    config,
-    plan: Plan,
-    *,
-    report: Callable[[str], object],
-    keep: Callable[[list[Row]], object] = lambda rows: None,
-) -> list[Row]:
+def time_backends(model: RepLKNet, config, plan: Plan) -> Iterator[list[Row]]:
     """Time eager mode and each candidate of `plan`.
 
     Eager mode is Paddle alone, with its own convolutions: `replknet benchmark network` has those of
@@ -199,82 +200,78 @@ def time_backends(
 
     Args:
         model: a classifier in evaluation mode; stays as it is.
-        report: gets what is left out, and why.
-        keep: gets all rows so far, after each batch size.
+
+    Yields:
+        The rows of each batch size, that of eager mode first.
     """
     eager = DygraphBackend(model, Sidecar.build(config, format="paddle"))
-    rows = []
-    with tempfile.TemporaryDirectory(prefix="replknet-") as folder, contextlib.ExitStack() as open_:
-        opened = open_candidates(model, config, plan, Path(folder), report)
-        open_.callback(close_all, opened)
-        for batch in plan.batch_sizes:
-            rows += time_batch(eager, opened, batch, config.DATA.IMAGE_SIZE, plan.rounds, report)
-            keep(rows)
-    return rows
+    with tempfile.TemporaryDirectory(prefix="replknet-") as folder:
+        opened = open_candidates(model, config, plan, Path(folder))
+        try:
+            for batch in plan.batch_sizes:
+                yield time_batch(eager, opened, batch, config.DATA.IMAGE_SIZE, plan.rounds)
+        finally:  # the memory of all backends goes back
+            for backend in opened.values():
+                backend.close()
+            opened.clear()
+            gc.collect()
 
 
-def open_candidates(
-    model: RepLKNet, config, plan: Plan, folder: Path, report: Callable[[str], object]
-) -> dict[tuple[str, str, str], Backend]:
-    """Open what `plan` names, by (backend, network, precision); a failure is reported.
-
-    Args:
-        folder: an empty one for exports.
-    """
+def open_candidates(model: RepLKNet, config, plan: Plan, folder: Path) -> dict[Key, Backend]:
+    """Open what `plan` names; exports go into `folder`, which is empty."""
     opened = {}
-    int8 = folder / "int8"
-
-    def open_one(backend: str, precision: str) -> Backend:
-        if precision != "int8":
-            return open_backend(
-                model, backend, config=config, threads=plan.threads, precision=precision
-            )
-        if not int8.exists():
-            sidecar = Sidecar.build(config, format="onnx", precision="int8")
-            calibration = [random_images(4, config.DATA.IMAGE_SIZE)]
-            export_model(model, int8, sidecar, calibration=calibration)
-        return open_backend(int8, backend, threads=plan.threads)
-
-    candidates = plan.candidates()
-    if ("paddle", "fp32") in candidates:
-        try:
-            opened["paddle", "trained", "fp32"] = open_trained(
-                model, config, folder / "trained", plan.threads
-            )
-        except Exception as error:
-            report(f"left out: paddle on the trained form: {one_line(error)}")
-    for backend, precision in candidates:
-        try:
-            opened[backend, "folded", precision] = open_one(backend, precision)
-        except Exception as error:  # whatever a backend raises, the others are measured
-            report(f"left out: {backend} in {precision}: {one_line(error)}")
+    for backend, precision in plan.candidates():
+        if (backend, precision) == ("paddle", "fp32"):
+            with left_out_if_it_fails("paddle on the trained form"):
+                trained = folder / "trained"  # neither merged nor folded
+                trained.mkdir()
+                write_paddle_model(model, trained)
+                Sidecar.build(config, format="paddle").write(trained)
+                opened[backend, "trained", precision] = open_backend(
+                    trained, backend, threads=plan.threads
+                )
+        with left_out_if_it_fails(f"{backend} in {precision}"):
+            if precision != "int8":
+                opened[backend, "folded", precision] = open_backend(
+                    model, backend, config=config, threads=plan.threads, precision=precision
+                )
+                continue
+            int8 = folder / "int8"
+            if not int8.exists():
+                sidecar = Sidecar.build(config, format="onnx", precision="int8")
+                calibration = [random_images(4, config.DATA.IMAGE_SIZE)]
+                export_model(model, int8, sidecar, calibration=calibration)
+            opened[backend, "folded", precision] = open_backend(int8, backend, threads=plan.threads)
     return opened
 
 
+@contextlib.contextmanager
+def left_out_if_it_fails(what: str) -> Iterator[None]:
+    """Report whatever a backend raises, so that the others are measured."""
+    try:
+        yield
+    except Exception as error:
+        message = " ".join(str(error).split())[:300] or type(error).__name__
+        print(f"left out: {what}: {message}")
+
+
 def time_batch(
-    eager: Backend,
-    opened: dict[tuple[str, str, str], Backend],
-    batch: int,
-    size: int,
-    rounds: int,
-    report: Callable[[str], object],
+    eager: Backend, opened: dict[Key, Backend], batch: int, size: int, rounds: int
 ) -> list[Row]:
     """Rows of one batch size; candidates that fail are reported, and removed from `opened`."""
     images = random_images(batch, size)
-    reference = eager.run(images)
-    outputs = {EAGER: reference}
+    outputs = {EAGER: eager.run(images)}
     for key in list(opened):
-        try:
+        with left_out_if_it_fails(f"{key[0]} in {key[2]} at batch {batch}"):
             outputs[key] = opened[key].run(images)
-        except Exception as error:  # as above
-            report(f"left out: {key[0]} in {key[2]} at batch {batch}: {one_line(error)}")
-            opened.pop(key).close()
+            continue
+        opened.pop(key).close()
     seconds = time_in_turn(
         {key: partial(backend.run, images) for key, backend in opened.items()},
         rounds=rounds,
         settle_seconds=SETTLE_SECONDS,
     )
-    seconds |= time_in_turn({EAGER: partial(eager.run, images)}, rounds=min(rounds, DYGRAPH_ROUNDS))
+    seconds |= time_in_turn({EAGER: partial(eager.run, images)}, rounds=min(rounds, EAGER_ROUNDS))
     rows = []
     for key in (EAGER, *opened):
         timing = summarize(seconds[key])
@@ -287,62 +284,18 @@ def time_batch(
                 max_ms=1e3 * timing.max_seconds,
                 images_per_second=batch / timing.median_seconds,
                 runs=timing.runs,
-                deviation=largest_deviation(outputs[key], reference),
+                deviation=largest_deviation(outputs[key], outputs[EAGER]),
             )
         )
     return rows
 
 
-def close_all(opened: dict[tuple[str, str, str], Backend]) -> None:
-    """Give the memory of all backends back."""
-    for backend in opened.values():
-        backend.close()
-    opened.clear()
-    gc.collect()
-
-
-def one_line(error: Exception) -> str:
-    """The message of an exception, at most 300 characters of it."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def open_trained(model: RepLKNet, config, folder: Path, threads: int | None) -> Backend:
-    """Paddle Inference on the network as it is: neither merged nor folded."""
-    folder.mkdir()
-    write_paddle_model(model, folder)
-    Sidecar.build(config, format="paddle").write(folder)
-    return open_backend(folder, "paddle", threads=threads)
-
-
-def table(rows: list[Row]) -> str:
-    """The rows as text, each batch size by itself and with its ratio to eager mode."""
-    lines = [
-        f"{'batch':>5}  {'backend':<12} {'network':<8} {'precision':<9} {'median':>10}  "
-        f"{'range':>19}  {'images/s':>8}  {'x eager':>8}  deviation"
-    ]
-    eager = {row.batch: row.median_ms for row in rows if row.backend == "dygraph"}
-    for row in rows:
-        lines.append(
-            f"{row.batch:>5}  {row.backend:<12} {row.network:<8} {row.precision:<9} "
-            f"{row.median_ms:>7.2f} ms  {row.min_ms:>8.2f} - {row.max_ms:>8.2f}  "
-            f"{row.images_per_second:>8.2f}  {eager[row.batch] / row.median_ms:>8.2f}  "
-            f"{row.deviation:.1e} (n = {row.runs})"
-        )
-    return "\n".join(lines)
-
-
 def machine() -> str:
     """Hardware and versions, in one line."""
     versions = []
-    for name in MEASURED_PACKAGES:
+    for name in ("onnx", "onnxruntime", "openvino"):
         try:
             versions.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             versions.append(f"no {name}")
     return f"{describe_machine()}, {', '.join(versions)}"
-
-
-def write_json(path: str, rows: list[Row], **facts) -> None:
-    """Write the rows, and what else is to be known of the run, to a JSON file."""
-    with written_whole(path) as file:
-        json.dump({**facts, "rows": [asdict(row) for row in rows]}, file, indent=2)

@@ -1,12 +1,14 @@
 """What the training loop costs beside the network, and what the network's convolutions cost."""
 
 import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
 import paddle
+from paddle import nn
 
-from replknet_paddle.bench.conv import measured_library, seconds_by_layer
 from replknet_paddle.bench.timing import (
     check_counts,
     describe_machine,
@@ -18,9 +20,15 @@ from replknet_paddle.data.samplers import TrainBatches
 from replknet_paddle.engine.precision import Precision
 from replknet_paddle.engine.train import Parts, train_epoch
 from replknet_paddle.model import build_replknet
-from replknet_paddle.ops import use_fast_depthwise_conv, use_fast_pointwise_conv
+from replknet_paddle.ops import (
+    LibraryError,
+    get_library,
+    use_fast_depthwise_conv,
+    use_fast_pointwise_conv,
+)
 from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy
 from replknet_paddle.optim.optimizer import build_optimizer
+from replknet_paddle.runtime.errors import InputError
 
 
 class Batches(list):
@@ -36,7 +44,10 @@ def report_train_loop(config, *, steps: int, rounds: int) -> None:
     """Print what the training loop adds to forward, backward and optimizer step.
 
     Args:
-        config, steps, rounds: as of `time_train_loop`.
+        config: the network, batch size and optimizer; mixing and the average of weights stay out
+            of both sides.
+        steps: of one timed run.
+        rounds: timed runs of each side.
 
     Raises:
         InputError: a number below 1.
@@ -52,50 +63,24 @@ def report_train_loop(config, *, steps: int, rounds: int) -> None:
 
 
 def time_train_loop(config, *, steps: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds per step of `train_epoch` and of a bare forward, backward, step, in turn.
-
-    Args:
-        config: the network, batch size and optimizer; mixing and the average of weights stay out
-            of both sides.
-        steps: of one timed run.
-        rounds: timed runs of each side.
-
-    Returns:
-        Seconds per step under 'loop' and 'bare'.
-    """
-    rng = np.random.default_rng(config.SEED)
-    shape = (config.DATA.BATCH_SIZE, 3, config.DATA.IMAGE_SIZE, config.DATA.IMAGE_SIZE)
-    loader = Batches(
-        [
-            (
-                paddle.to_tensor(rng.normal(size=shape).astype("float32")),
-                paddle.to_tensor(rng.integers(0, config.MODEL.NUM_CLASSES, shape[0])),
-            )
-            for _ in range(steps)
-        ]
-    )
+    """Seconds per step of `train_epoch` ("loop") and of a bare forward, backward, step ("bare")."""
+    batch = config.DATA.BATCH_SIZE
+    loader = Batches([random_batch(config, batch, seed=step) for step in range(steps)])
     criterion = LabelSmoothingCrossEntropy(config.TRAIN.SMOOTHING)
-
-    def parts():
-        paddle.seed(config.SEED)
-        model = build_replknet(config)
-        use_fast_depthwise_conv(
-            model, config.MODEL.CONV_IMPL, memory_bytes=config.MODEL.CONV_MEMORY_MB * 2**20
-        )
-        use_fast_pointwise_conv(model, config.MODEL.CONV_IMPL)
-        model.train()
-        return model, build_optimizer(config, model, lr=1e-4)
-
-    loop_model, loop_optimizer = parts()
-    bare_model, bare_optimizer = parts()
-
+    memory_bytes = config.MODEL.CONV_MEMORY_MB * 2**20
+    loop_model, bare_model = (
+        network_with(config, config.MODEL.CONV_IMPL, memory_bytes=memory_bytes) for _ in range(2)
+    )
+    bare_optimizer = build_optimizer(config, bare_model, lr=1e-4)
     loop_parts = Parts(
         model=loop_model,
         criterion=criterion,
-        optimizer=loop_optimizer,
+        optimizer=build_optimizer(config, loop_model, lr=1e-4),
         learning_rate=lambda step: 1e-4,
         precision=Precision(),
     )
+    for model in (loop_model, bare_model):
+        model.train()
 
     def loop():
         for _ in train_epoch(loop_parts, loader, accum_iter=1, seed=0, epoch=0):
@@ -113,17 +98,40 @@ def time_train_loop(config, *, steps: int, rounds: int) -> dict[str, list[float]
     return {name: [s / steps for s in values] for name, values in seconds.items()}
 
 
+def network_with(config, impl: str, **options) -> nn.Layer:
+    """The network of a config, always the same, whose convolutions `impl` computes."""
+    paddle.seed(config.SEED)
+    model = build_replknet(config)
+    use_fast_depthwise_conv(model, impl, **options)
+    use_fast_pointwise_conv(model, impl)
+    return model
+
+
+def random_batch(config, count: int, *, seed: int) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """Images and labels of noise."""
+    rng = np.random.default_rng(config.SEED + seed)
+    shape = (count, 3, config.DATA.IMAGE_SIZE, config.DATA.IMAGE_SIZE)
+    images = paddle.to_tensor(rng.normal(size=shape).astype("float32"))
+    return images, paddle.to_tensor(rng.integers(0, config.MODEL.NUM_CLASSES, count))
+
+
 def report_network(config, *, forward_batch: int, step_batch: int, rounds: int) -> None:
     """Print how fast a network is with and without the compiled operators, and where time goes.
 
     Args:
-        config, forward_batch, step_batch, rounds: as of `time_network`.
+        config: the network and optimizer.
+        forward_batch: images of a forward pass in evaluation mode.
+        step_batch: images of a training step: forward, backward, optimizer.
+        rounds: how often each is timed.
 
     Raises:
         InputError: a number below 1, or the operators are not there.
     """
     check_counts(forward_batch=forward_batch, step_batch=step_batch, rounds=rounds)
-    library = measured_library()
+    try:
+        library = get_library()
+    except LibraryError as error:
+        raise InputError(f"nothing to measure: {error}") from None
     print(describe_machine())
     print(f"{library.isa}, {library.threads} thread(s) (LARGE_KERNEL_THREADS)")
     for what, seconds, parts in time_network(
@@ -137,28 +145,19 @@ def report_network(config, *, forward_batch: int, step_batch: int, rounds: int) 
             print(f"    {part:36}{1e3 * value:9.1f} ms", flush=True)
 
 
-def time_network(config, *, forward_batch: int, step_batch: int, rounds: int):
+def time_network(
+    config, *, forward_batch: int, step_batch: int, rounds: int
+) -> Iterator[tuple[str, dict[str, list[float]], dict[str, float]]]:
     """Time a network with the compiled operators and with Paddle's own convolutions, in turn.
-
-    Args:
-        config: the network and optimizer.
-        forward_batch: images of a forward pass in evaluation mode.
-        step_batch: images of a training step: forward, backward, optimizer.
-        rounds: how often each is timed.
 
     Yields:
         What was timed; seconds of each round by implementation; and seconds of one more round with
         the operators by parts: of a forward pass by kinds of layer, of a step by its three parts.
     """
-    models = {}
-    for name, impl in (("operators", "auto"), ("Paddle's own", "paddle")):
-        paddle.seed(config.SEED)
-        models[name] = model = build_replknet(config)
-        use_fast_depthwise_conv(model, impl)
-        use_fast_pointwise_conv(model, impl)
-    rng = np.random.default_rng(config.SEED)
-    side = config.DATA.IMAGE_SIZE
-    images = paddle.to_tensor(rng.normal(size=(forward_batch, 3, side, side)).astype("float32"))
+    impls = {"operators": "auto", "Paddle's own": "paddle"}
+    models = {name: network_with(config, impl) for name, impl in impls.items()}
+    ours = models["operators"]
+    images, _ = random_batch(config, forward_batch, seed=0)
 
     def forward(model):
         with paddle.no_grad():
@@ -166,23 +165,17 @@ def time_network(config, *, forward_batch: int, step_batch: int, rounds: int):
 
     for model in models.values():
         model.eval()
-    seconds = time_in_turn(
-        {name: partial(forward, model) for name, model in models.items()}, rounds=rounds
-    )
-    ours = models["operators"]
-    parts = seconds_by_layer(ours, partial(forward, ours))
-    yield f"forward, batch {forward_batch}", seconds, parts
+    calls = {name: partial(forward, model) for name, model in models.items()}
+    seconds = time_in_turn(calls, rounds=rounds)
+    yield f"forward, batch {forward_batch}", seconds, seconds_by_layer(ours, calls["operators"])
 
-    images_of_step = paddle.to_tensor(
-        rng.normal(size=(step_batch, 3, side, side)).astype("float32")
-    )
-    labels = paddle.to_tensor(rng.integers(0, config.MODEL.NUM_CLASSES, step_batch))
+    trained, labels = random_batch(config, step_batch, seed=1)
     criterion = LabelSmoothingCrossEntropy(config.TRAIN.SMOOTHING)
     optimizers = {name: build_optimizer(config, m, lr=1e-4) for name, m in models.items()}
 
     def step(name):
         times = [time.perf_counter()]
-        loss = criterion(models[name](images_of_step), labels)
+        loss = criterion(models[name](trained), labels)
         times.append(time.perf_counter())
         loss.backward()
         times.append(time.perf_counter())
@@ -195,5 +188,44 @@ def time_network(config, *, forward_batch: int, step_batch: int, rounds: int):
         model.train()
     seconds = time_in_turn({name: partial(step, name) for name in models}, rounds=rounds)
     yield f"training step, batch {step_batch}", seconds, step("operators")
-    parts = seconds_by_layer(ours, lambda: ours(images_of_step))
+    parts = seconds_by_layer(ours, lambda: ours(trained))
     yield f"its forward pass, batch {step_batch}", {}, parts
+
+
+def seconds_by_layer(model: nn.Layer, run: Callable[[], object]) -> dict[str, float]:
+    """Seconds that one `run` of the model spends in the forward pass of each kind of layer.
+
+    Only layers without sublayers count; what `forward` methods of others compute, such as ReLU,
+    GELU and additions, goes under "between layers". The hooks stay no longer than this.
+    """
+    seconds: dict[str, float] = defaultdict(float)
+    hooks, started = [], {}
+
+    def before(layer, _):
+        started[id(layer)] = time.perf_counter()
+
+    def after(layer, _, output):
+        seconds[_kind(layer)] += time.perf_counter() - started[id(layer)]
+
+    for layer in model.sublayers():
+        if not list(layer.children()):
+            hooks.append(layer.register_forward_pre_hook(before))
+            hooks.append(layer.register_forward_post_hook(after))
+    try:
+        start = time.perf_counter()
+        run()
+        total = time.perf_counter() - start
+    finally:
+        for hook in hooks:
+            hook.remove()
+    seconds["between layers"] = total - sum(seconds.values())
+    return dict(seconds)
+
+
+def _kind(layer: nn.Layer) -> str:
+    if not isinstance(layer, nn.Conv2D):
+        return type(layer).__name__
+    kernel, stride = layer._kernel_size[0], layer._stride
+    stride = stride if isinstance(stride, int) else stride[0]
+    depthwise = " depthwise" if layer._groups > 1 else ""
+    return f"{kernel}x{kernel}{depthwise} convolution" + f", stride {stride}" * (stride > 1)

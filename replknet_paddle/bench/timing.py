@@ -30,6 +30,26 @@ class Timing:
         )
 
 
+class Table:
+    """A table that is printed row by row, so that a long measurement shows what it has.
+
+    Args:
+        columns: width of each column by its heading; below 0 for text, which stands on the left.
+    """
+
+    def __init__(self, columns: dict[str, int]):
+        self.widths = list(columns.values())
+        self.add(*columns)
+
+    def add(self, *cells) -> None:
+        """Print one row."""
+        texts = (
+            f"{cell:{'<' if width < 0 else '>'}{abs(width)}}"
+            for cell, width in zip(map(str, cells), self.widths)
+        )
+        print(" ".join(texts).rstrip(), flush=True)
+
+
 def time_in_turn(
     alternatives: dict[Hashable, Callable[[], object]],
     *,
@@ -38,7 +58,7 @@ def time_in_turn(
     settle_seconds: float = 0.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Hashable, list[float]]:
-    """Seconds of each call, A B A B ..., so that a drift of the machine meets all alike.
+    """Return the seconds of each call, timed A B A B ..., so that a drift meets all alike.
 
     Args:
         rounds: how often each is timed.
@@ -62,28 +82,24 @@ def time_in_turn(
 
 
 def summarize(seconds: list[float]) -> Timing:
-    """The figures to quote of a list of measured seconds."""
+    """Return the figures to quote of a list of measured seconds."""
     return Timing(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
 
 
 def median_ratio(seconds: list[float], baseline: list[float]) -> float:
-    """Median of the ratios of neighbouring runs, which a drift of the machine does not move."""
+    """Return the median ratio of neighbouring runs, which a drift of the machine does not move."""
     return statistics.median(a / b for a, b in zip(seconds, baseline))
 
 
 def check_counts(**counts: int) -> None:
-    """Check numbers of rounds, images and the like, under the names of their flags.
-
-    Raises:
-        InputError: one is below 1.
-    """
+    """Raise InputError for a number of rounds or images below 1, by the name of its flag."""
     if min(counts.values()) < 1:
         given = " ".join(f"--{name} {value}" for name, value in counts.items())
         raise InputError(f"{given}; allowed: integers >= 1")
 
 
 def describe_machine() -> str:
-    """Processor, cores that this process may use, and versions, in one line."""
+    """Return processor, cores that this process may use, and versions, in one line."""
     return (
         f"{processor_name()}, {available_cores()} cores, "
         f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}, "

@@ -44,7 +44,7 @@ def add_arguments(parser) -> None:
         "inference",
         help="latency and throughput of every installed backend",
         epilog="example: replknet benchmark inference -cfg configs/replknet_31b.yaml "
-        "--threads 2 --json inference.json --chart inference.png",
+        "--threads 2 --json inference.json",
     )
     add_config_flags(inference)
     add_flag(inference, "pretrained", "weights; default random ones", metavar="FILE")
@@ -64,7 +64,6 @@ def add_arguments(parser) -> None:
     inference.add_argument("--threads", type=int, metavar="N", help="default: all cores")
     inference.add_argument("--rounds", type=int, default=9, metavar="N", help="(%(default)s)")
     inference.add_argument("--json", metavar="FILE", help="write the figures to FILE")
-    inference.add_argument("--chart", metavar="FILE", help="draw them, e.g. inference.png")
 
     conv = what.add_parser(
         "conv",
@@ -96,13 +95,6 @@ def add_arguments(parser) -> None:
     network.add_argument("--forward_batch", type=int, default=1, help="images (%(default)s)")
     network.add_argument("--step_batch", type=int, default=4, help="images (%(default)s)")
 
-    startup = what.add_parser(
-        "startup",
-        help="how soon the help of each command answers",
-        epilog="example: replknet benchmark startup",
-    )
-    startup.add_argument("--rounds", type=int, default=10, help="of each (%(default)s)")
-
 
 def run(args) -> int:
     log_to_stderr()
@@ -112,7 +104,6 @@ def run(args) -> int:
         "inference": inference,
         "conv": conv,
         "network": network,
-        "startup": startup,
     }[args.what](args)
     return 0
 
@@ -151,7 +142,7 @@ def inference(args) -> None:
         threads=args.threads,
         rounds=args.rounds,
     )
-    report_inference(config, args.pretrained, plan, json_file=args.json, chart_file=args.chart)
+    report_inference(config, args.pretrained, plan, json_file=args.json)
 
 
 def conv(args) -> None:
@@ -169,15 +160,3 @@ def network(args) -> None:
         step_batch=args.step_batch,
         rounds=args.rounds,
     )
-
-
-def startup(args) -> None:
-    from replknet_paddle.bench.startup import time_help
-    from replknet_paddle.bench.timing import check_counts, describe_machine, summarize
-    from replknet_paddle.commands import COMMANDS
-
-    check_counts(rounds=args.rounds)
-    seconds = time_help(COMMANDS, rounds=args.rounds)
-    print(describe_machine())
-    for name, values in seconds.items():
-        print(f"{name}: {summarize(values)}")

@@ -13,7 +13,7 @@ def add_arguments(parser) -> None:
 
 def run(args) -> int:
     from replknet_paddle.data.transforms.pixels import pixels_library
-    from replknet_paddle.ops.build import operators_library
+    from replknet_paddle.ops.library import operators_library
     from replknet_paddle.runtime.compiler import BuildError
 
     status = 0

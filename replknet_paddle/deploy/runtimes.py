@@ -12,7 +12,7 @@ from paddle import inference, nn
 
 from replknet_paddle.deploy.export import PADDLE_WEIGHTS_FILE
 from replknet_paddle.deploy.sidecar import Sidecar
-from replknet_paddle.ops import frozen_weights
+from replknet_paddle.ops import cache_weights
 from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.cores import onednn_may_use_bfloat16, processor_has
 from replknet_paddle.runtime.errors import InputError
@@ -117,7 +117,7 @@ class DygraphBackend:
         self.model = model
         self.frozen = contextlib.ExitStack()
         if is_owner:
-            self.frozen.enter_context(frozen_weights(model))
+            self.frozen.enter_context(cache_weights(model))
 
     def run(self, images: np.ndarray) -> np.ndarray:
         with paddle.no_grad(), evaluation_mode(self.model):

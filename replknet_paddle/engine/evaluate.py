@@ -6,7 +6,7 @@ import paddle
 
 from replknet_paddle.data.loader import Loader
 from replknet_paddle.engine.precision import Precision
-from replknet_paddle.ops import frozen_weights
+from replknet_paddle.ops import cache_weights
 
 
 @paddle.no_grad()
@@ -33,7 +33,7 @@ def evaluate(
         The total of `sums` over all processes.
     """
     model.eval()
-    with frozen_weights(model):
+    with cache_weights(model):
         for images, labels in progress(loader, desc="evaluation"):
             with precision.autocast():
                 outputs = inference(images)

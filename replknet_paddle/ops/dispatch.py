@@ -1,4 +1,4 @@
-"""Whether the compiled operators are to compute, and how Paddle is asked to run them."""
+"""Whether the compiled operators compute, how Paddle runs them, and Paddle's own convolution."""
 
 import contextlib
 import functools
@@ -6,6 +6,7 @@ import logging
 
 import paddle
 from paddle.autograd import PyLayer
+from paddle.nn import functional as F
 
 from replknet_paddle.ops.library import LibraryError, get_library
 from replknet_paddle.runtime.errors import InputError
@@ -119,3 +120,22 @@ def run_operator(name: str, inputs: dict[str, paddle.Tensor], attributes: dict) 
     """
     out = paddle._C_ops._run_custom_op(name, *inputs.values(), *attributes.values())
     return out[0] if isinstance(out, (list, tuple)) else out
+
+
+def large_kernel_depthwise_conv2d_reference(
+    x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor | None = None
+) -> paddle.Tensor:
+    """Return what `large_kernel_depthwise_conv2d` computes, by Paddle's own, in float32.
+
+    In half precision, and so under autocast at level O2, Paddle's kernel for GPUs accumulates in
+    half precision: an rms error of 2.6 % in bfloat16 with a kernel of 31.
+    """
+    with without_autocast():
+        y = F.conv2d(
+            cast(x, paddle.float32),
+            cast(weight, paddle.float32),
+            None if bias is None else cast(bias, paddle.float32),
+            padding=weight.shape[-1] // 2,
+            groups=weight.shape[0],
+        )
+        return cast(y, x.dtype)

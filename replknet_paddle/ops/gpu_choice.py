@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import paddle
 
+from replknet_paddle.ops.dispatch import large_kernel_depthwise_conv2d_reference as paddle_conv
 from replknet_paddle.ops.matmul_conv import convolve, weight_gradient
-from replknet_paddle.ops.reference import large_kernel_depthwise_conv2d_reference as paddle_conv
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.processes import rank, sum_over_ranks
 

@@ -1,22 +1,28 @@
-"""The compiled library: found, loaded, tried out, and given its number of threads.
+"""The compiled library: what it is built from, found or built, loaded, tried out, given threads.
 
-`get_library` loads it once per process, on first use, and compares what it computes with a
-reference before anyone relies on it. Where nobody has compiled it yet, `ops.build` does so first.
+csrc/ has kernels, and a thin operator that is compiled against the headers of the installed Paddle;
+the kernels know nothing of it. `get_library` loads the library once per process, on first use, and
+compares what it computes with a reference before anyone relies on it. Where nobody has compiled it
+yet - `replknet build`, setup_env.sh - it is compiled then.
 """
 
 import ctypes
 import functools
+import importlib.util
 import os
+import sys
 import threading
 from pathlib import Path
 
 import numpy as np
 import paddle
 
-from replknet_paddle.ops.build import operators_library
-from replknet_paddle.runtime.compiler import BuildError
+from replknet_paddle.runtime.compiler import BuildError, SharedLibrary
 from replknet_paddle.runtime.cores import core_share
 from replknet_paddle.runtime.errors import InputError
+
+CSRC = Path(__file__).resolve().parent / "csrc"
+OPERATORS = "paddle_op.cpp"  # the only source that knows Paddle
 
 ALGORITHMS = {"auto": 0, "direct": 1, "fft": 2}
 PASSES = {"forward": 0, "gradients": 1, "forward_cached": 2}
@@ -28,8 +34,49 @@ MAX_THREADS = 64  # of csrc/cpu/pool.h
 SELF_TEST_TOLERANCE = {"direct": 1e-5, "fft": 1e-4}
 
 
-class LibraryError(RuntimeError):
-    """Why the compiled operator cannot be used here, and what to do."""
+LibraryError = BuildError  # why the compiled operators cannot be used here, and what to do
+
+
+def paddle_folder() -> Path:
+    """Where Paddle is installed, without importing it.
+
+    Raises:
+        BuildError: nowhere.
+    """
+    spec = importlib.util.find_spec("paddle")
+    if spec is None or not spec.origin:
+        raise BuildError(f"{sys.executable} has no Paddle")
+    return Path(spec.origin).parent
+
+
+def operators_library() -> SharedLibrary:
+    """The library of convolutions for this machine's Paddle.
+
+    Raises:
+        BuildError: Paddle is not installed.
+    """
+    paddle = paddle_folder()
+    base = paddle / "base"
+    includes = (CSRC, paddle / "include", paddle / "include" / "third_party")
+    kernels = sorted((CSRC / "cpu").glob("*.cpp"))
+    sources = (*kernels, CSRC / "pointwise.cpp", CSRC / OPERATORS)
+    return SharedLibrary(
+        name="large_kernel",
+        sources=sources,
+        headers=tuple(p for p in CSRC.rglob("*") if p.is_file() and p not in sources),
+        flags=(
+            *("-fvisibility=hidden", "-pthread", "-w", "-DPADDLE_WITH_CUSTOM_KERNEL"),
+            *(f"-I{path}" for path in includes),
+        ),
+        # No path of libpaddle.so: whoever loads this library has imported Paddle. All environments
+        # with the same build of Paddle share it.
+        link_flags=(
+            *("-pthread", f"-L{base}", f"-L{paddle / 'libs'}"),
+            *("-Wl,--no-as-needed", "-l:libpaddle.so", "-ldl"),
+        ),
+        must_match=(paddle / "version" / "__init__.py").read_bytes(),
+        dependent=(OPERATORS,),
+    )
 
 
 class _Shape(ctypes.Structure):
@@ -178,7 +225,7 @@ def _load() -> Library | LibraryError:
         library = Library(path, threads=thread_count())
         paddle.utils.cpp_extension.load_op_meta_info_and_register_op(str(path))
         self_test(library)
-    except (BuildError, LibraryError, OSError, AttributeError, RuntimeError) as error:
+    except (BuildError, OSError, AttributeError, RuntimeError) as error:
         return LibraryError(" ".join(str(error).split())[:500])
     return library
 

@@ -20,10 +20,10 @@ from replknet_paddle.ops.dispatch import (
     as_one_operation,
     cast,
     is_on_cpu,
+    large_kernel_depthwise_conv2d_reference,
     without_autocast,
 )
 from replknet_paddle.ops.matmul_plan import Axis, Plan, make_plan
-from replknet_paddle.ops.reference import large_kernel_depthwise_conv2d_reference
 
 # F.pad is called with four numbers, left, right, top, bottom: programs with its other form, which
 # is another operation, destroy memory in Paddle Inference 3.3.1.

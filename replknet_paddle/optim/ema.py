@@ -13,7 +13,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from replknet_paddle.optim.state import check_fits
+from replknet_paddle.optim.optimizer import check_fits
 from replknet_paddle.runtime.processes import flatten
 
 
@@ -25,15 +25,10 @@ class ModelEma:
     Args:
         model: whose `state_dict()` is averaged; not wrapped, for wrappers rename.
         decay: in [0, 1); 0 follows the weights, 0.9999 averages over about 10,000 steps.
-
-    Raises:
-        ValueError: decay out of range.
     """
 
     @paddle.no_grad()
     def __init__(self, model: nn.Layer, *, decay: float):
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"decay must lie in [0, 1); got {decay}")
         tensors = model.state_dict()
         self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
         # One buffer: an update is two operations instead of one for each of 968 tensors (31B).
@@ -79,7 +74,7 @@ class ModelEma:
             overwrite(tensors, own)
 
     def state(self) -> dict[str, np.ndarray]:
-        """The averages, float32, by structured name: weights that a bare model can load."""
+        """Return the averages, float32, by structured name: weights that a bare model can load."""
         pieces = np.split(self.flat.numpy(), np.cumsum(self._sizes())[:-1])
         return {
             name: piece.reshape(shape) for (name, shape), piece in zip(self.shapes.items(), pieces)

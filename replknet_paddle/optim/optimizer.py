@@ -1,4 +1,10 @@
-"""AdamW for RepLKNet, and its state under names that mean the same in every process.
+"""AdamW for RepLKNet: its groups of parameters, and its state under names of every process.
+
+Weight decay: none on biases and other 1-D parameters (batch norm's scale and shift). Layer decay
+(BEiT's, as the official RepLKNet fine-tuning uses it): the network is cut into groups from the stem
+to the head, and group `i` of `n` learns at `layer_decay ** (n - 1 - i)` times the rate. Groups
+follow the official code, which knows only layers (2, 2, 18, 2); here stage 2 has a group for every
+4 of its blocks, RepLK blocks and ConvFFNs counted alike, whatever its depth.
 
 Two properties of Paddle's AdamW shape this file:
 
@@ -12,13 +18,17 @@ Two properties of Paddle's AdamW shape this file:
 """
 
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import paddle
 from paddle import nn
 
-from replknet_paddle.optim.parameter_groups import ParameterGroup, parameter_groups
-from replknet_paddle.optim.state import check_fits
+from replknet_paddle.runtime.errors import InputError
+
+STAGE2_BLOCKS_PER_GROUP = 4
+LISTED = 20  # problems in one message; another network's state has thousands
 
 # Paddle's names for AdamW's tensors; a master of a half-precision parameter has its own name.
 TENSOR_NAME = re.compile(
@@ -27,17 +37,119 @@ TENSOR_NAME = re.compile(
 )
 
 
+@dataclass
+class ParameterGroup:
+    """Parameters that share a layer group and a weight decay.
+
+    Attributes:
+        layer_id: group of `layer_id()`, whether or not layer decay is on.
+        lr_scale: factor on the learning rate, in (0, 1]; 1 without layer decay.
+        weight_decay: decoupled decay per step and unit of learning rate; 0 for none.
+        names: structured names.
+        params: the parameters, in the order of `names`.
+    """
+
+    layer_id: int
+    lr_scale: float
+    weight_decay: float
+    names: list[str] = field(default_factory=list)
+    params: list[paddle.Tensor] = field(default_factory=list)
+
+
+def num_layer_groups(layers: Sequence[int]) -> int:
+    """Return the number of layer groups: 14 for the published depths (2, 2, 18, 2)."""
+    return 5 + -(-2 * layers[2] // STAGE2_BLOCKS_PER_GROUP)
+
+
+def layer_id(name: str, layers: Sequence[int]) -> int:
+    """Return the layer group of a parameter, from 0 to num_layer_groups - 1.
+
+    0: stem. 1 and 2: stages 0 and 1, each with the transition after it. From 3: stage 2, four
+    blocks at a time, its last group with the transition (and stage norm) after it. Then stage 3;
+    then the final norm and the head. Source: official `optim_factory.py`.
+
+    Args:
+        name: e.g. `stages.2.blocks.7.pw_conv_1.conv.weight`.
+        layers: pairs of blocks in each of the four stages.
+
+    Raises:
+        ValueError: a name that belongs to no part of a RepLKNet with these layers.
+    """
+    last = num_layer_groups(layers) - 1
+    match name.split("."):
+        case ["stem", *_]:
+            return 0
+        case ["stages", "0" | "1" as stage, *_] | ["transitions", "0" | "1" as stage, *_]:
+            return 1 + int(stage)
+        case ["stages", "2", "blocks", block, *_] if int(block) < 2 * layers[2]:
+            return 3 + int(block) // STAGE2_BLOCKS_PER_GROUP
+        case ["stages", "2", "norm", *_] | ["transitions", "2", *_]:
+            return last - 2
+        case ["stages", "3", *_]:
+            return last - 1
+        case ["norm" | "head", *_]:
+            return last
+    raise ValueError(
+        f"parameter {name!r} has no layer group in a RepLKNet with layers "
+        f"{list(layers)}; give it one in layer_id()"
+    )
+
+
+def decays(name: str, param: paddle.Tensor) -> bool:
+    """Whether weight decay applies: to all but biases and 1-D parameters."""
+    return param.ndim > 1 and not name.endswith(".bias")
+
+
+def parameter_groups(
+    model: nn.Layer, *, weight_decay: float, layer_decay: float | None = None, layers: Sequence[int]
+) -> list[ParameterGroup]:
+    """Return the trainable parameters of `model`, each in exactly one group.
+
+    Frozen parameters are left out; so are batch norm's running statistics, which Paddle lists
+    among the parameters.
+
+    Args:
+        model: a RepLKNet; not wrapped, for the wrapper's prefix would hide the names.
+        weight_decay: for the parameters that decay; the others get 0.
+        layer_decay: ratio between neighbouring groups' learning rates, in (0, 1]; None for one
+            rate everywhere.
+        layers: pairs of blocks in each stage of `model`.
+
+    Returns:
+        Groups by rising layer id, decaying parameters before the others.
+
+    Raises:
+        ValueError: a trainable parameter that no layer group covers.
+    """
+    count = num_layer_groups(layers)
+    groups = {}
+    for name, param in model.named_parameters():
+        if param.stop_gradient:
+            continue
+        key = (layer_id(name, layers), not decays(name, param))
+        if key not in groups:
+            index, exempt = key
+            groups[key] = ParameterGroup(
+                layer_id=index,
+                lr_scale=1.0 if layer_decay is None else layer_decay ** (count - 1 - index),
+                weight_decay=0.0 if exempt else weight_decay,
+            )
+        groups[key].names.append(name)
+        groups[key].params.append(param)
+    return [groups[key] for key in sorted(groups)]
+
+
 def build_optimizer(
     config, model: nn.Layer, *, lr: float, multi_precision: bool = False
 ) -> paddle.optimizer.AdamW:
-    """AdamW over the trainable parameters of `model`, driven by `optimizer.set_lr(lr)`.
+    """Return AdamW over the trainable parameters of `model`, driven by `optimizer.set_lr(lr)`.
 
     Each parameter learns at the rate last set times its layer-decay factor; the decay is
     decoupled and scales with that same rate (arXiv 1711.05101, as in PyTorch). The factors stay
     on the parameters, so a later optimizer over the same model replaces them.
 
     Args:
-        config: TRAIN.OPTIMIZER.{NAME,BETAS,EPS}, TRAIN.WEIGHT_DECAY, TRAIN.LAYER_DECAY,
+        config: TRAIN.OPTIMIZER.{BETAS,EPS}, TRAIN.WEIGHT_DECAY, TRAIN.LAYER_DECAY,
             TRAIN.GRAD_CLIP (limit of the global norm of all gradients; None for none) and
             MODEL.LAYERS.
         model: a RepLKNet, not wrapped.
@@ -45,7 +157,6 @@ def build_optimizer(
         multi_precision: keep a float32 master of every half-precision parameter (AMP O2).
 
     Raises:
-        InputError: an optimizer other than AdamW.
         ValueError: a trainable parameter that no layer group covers.
     """
     train = config.TRAIN
@@ -61,7 +172,7 @@ def build_optimizer(
 def adamw(
     config, groups: list[ParameterGroup], *, lr: float, multi_precision: bool = False
 ) -> paddle.optimizer.AdamW:
-    """AdamW over groups of parameters, as TRAIN says; see `build_optimizer`."""
+    """Return AdamW over groups of parameters, as TRAIN says; see `build_optimizer`."""
     train = config.TRAIN
     decaying = set()
     for group in groups:
@@ -85,14 +196,14 @@ def adamw(
 
 
 def trainable_parameters(model: nn.Layer) -> dict[str, paddle.Tensor]:
-    """Parameters that an optimizer changes, by structured name."""
+    """Return the parameters that an optimizer changes, by structured name."""
     return {name: param for name, param in model.named_parameters() if not param.stop_gradient}
 
 
 def master_weights(
     optimizer: paddle.optimizer.Optimizer, model: nn.Layer
 ) -> dict[str, paddle.Tensor]:
-    """The optimizer's live float32 masters, by structured parameter name.
+    """Return the optimizer's live float32 masters, by structured parameter name.
 
     Empty unless `multi_precision` met half-precision parameters, and before the first step.
     """
@@ -105,7 +216,7 @@ def master_weights(
 
 
 def optimizer_state(optimizer: paddle.optimizer.AdamW, model: nn.Layer) -> dict[str, np.ndarray]:
-    """All that AdamW remembers, float32, keyed `<structured parameter name>.<kind>`.
+    """Return all that AdamW remembers, float32, keyed `<structured parameter name>.<kind>`.
 
     Kinds: `moment1`, `moment2` and, of a half-precision parameter with a float32 master,
     `master`, all in the parameter's shape; `beta1_pow` and `beta2_pow`, shape (1,). Every
@@ -175,3 +286,20 @@ def live_state(optimizer: paddle.optimizer.AdamW, model: nn.Layer) -> dict[str, 
     for name, master in master_weights(optimizer, model).items():
         state[f"{name}.master"] = master
     return state
+
+
+def check_fits(
+    state: Mapping[str, np.ndarray], shapes: Mapping[str, Sequence[int]], what: str
+) -> None:
+    """Raise InputError unless `state` has exactly the names of `shapes`, with these shapes."""
+    problems = [f"missing: {name}" for name in shapes if name not in state]
+    problems += [f"unknown: {name}" for name in state if name not in shapes]
+    problems += [
+        f"{name}: shape {np.shape(state[name])}, expected {tuple(shape)}"
+        for name, shape in shapes.items()
+        if name in state and np.shape(state[name]) != tuple(shape)
+    ]
+    if len(problems) > LISTED:
+        problems[LISTED:] = [f"and {len(problems) - LISTED} more"]
+    if problems:
+        raise InputError(f"{what} does not fit the model:\n  " + "\n  ".join(problems))

@@ -10,8 +10,7 @@ from replknet_paddle.checkpoints.convert import layout_of, load_pretrained
 from replknet_paddle.data.class_names import get_class_names
 from replknet_paddle.data.loader import Loader
 from replknet_paddle.engine.task import Task
-from replknet_paddle.optim.optimizer import adamw
-from replknet_paddle.optim.parameter_groups import ParameterGroup
+from replknet_paddle.optim.optimizer import ParameterGroup, adamw
 from replknet_paddle.optim.schedule import get_poly_lr
 from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.errors import InputError

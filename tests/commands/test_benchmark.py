@@ -1,15 +1,12 @@
 """The benchmark commands work and measure what they say; no timing decides a test."""
 
 import json
-import sys
 
 import pytest
-from PIL import Image
 from tiny import FIXTURES, command
 
-from replknet_paddle.bench import conv, inference
+from replknet_paddle.bench import conv, data, inference, network
 from replknet_paddle.bench.conv import ConvCase
-from replknet_paddle.bench.inference_chart import build_chart
 from replknet_paddle.bench.timing import median_ratio, summarize, time_in_turn
 from replknet_paddle.deploy.runtimes import computes_in
 from replknet_paddle.ops.matmul_plan import make_plan
@@ -43,11 +40,6 @@ def test_train_loop_prints_both_sides_and_their_ratio(tiny_config_file, capsys):
     assert "Paddle" in out and "cores" in out
 
 
-def test_bad_config_is_one_message(tmp_path, capsys):
-    assert main(["train_loop", "-cfg", str(tmp_path / "none.yaml")]) == 2
-    assert "no config file" in capsys.readouterr().err
-
-
 def test_what_to_measure_must_be_named():
     with pytest.raises(SystemExit) as stop:
         main([])
@@ -62,13 +54,8 @@ def test_data_prints_each_pipeline_beside_plain_decoding(capsys):
     assert "photographs of 500x375 pixels, quality 90" in lines[1]
     plain = next(line for line in lines if line.startswith("plain Pillow decoding"))
     assert plain.split()[-1] == "1.000"
-    for name in ("evaluation, 8 bits", "training, normalized and erased", "training loader, 1"):
+    for name in ("evaluation, 8 bits", "training, normalized and erased", "1 worker(s)"):
         assert any(line.startswith(name) for line in lines)
-
-
-def test_data_refuses_rounds_below_one(capsys):
-    assert main(["data", "photo.jpg", "--rounds", "0"]) == 2
-    assert "--rounds 0" in capsys.readouterr().err
 
 
 def conv_rows(out):
@@ -77,7 +64,7 @@ def conv_rows(out):
     for line in out.splitlines():
         if line.lstrip().startswith("1x"):
             shape, kernel = line.split()[:2]
-            rows[shape, kernel, line[21:38].strip(), line[38:53].strip()] = line[53:].split()
+            rows[shape, kernel, line[21:37].strip(), line[38:52].strip()] = line[52:].split()
     return rows
 
 
@@ -112,11 +99,6 @@ def test_conv_on_a_gpu_prints_shares_of_its_measured_rates(capsys, monkeypatch):
     assert float(columns[6]) == pytest.approx(share, abs=0.02, rel=0.02)
 
 
-def test_half_precision_on_cpu_is_refused(capsys):
-    assert main(["conv", "--dtype", "float16"]) == 2
-    assert "--dtype float16 on CPU; allowed: float32" in capsys.readouterr().err
-
-
 def test_useful_work_leaves_taps_outside_the_map_out():
     # 1x1 maps see the middle tap alone; 3x3 maps under a 3x3 kernel 4 to 9 taps of each output.
     assert ConvCase(2, 5, 1, 31).useful_flops == 2 * 2 * 5
@@ -133,17 +115,11 @@ def test_network_prints_both_sides_and_the_parts(operators, tiny_config_file, ca
         assert f"    {part} " in out
 
 
-@pytest.mark.parametrize("flags", [["conv", "--rounds", "0"], ["network", "--rounds", "0"]])
-def test_no_rounds_are_bad_input(flags, capsys):
-    assert main(flags) == 2
-    assert "--rounds 0" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_inference_times_each_backend_and_says_how_far_it_is_off(
     tiny_config_file, tmp_path, capsys
 ):
-    files = ["--json", str(tmp_path / "b.json"), "--chart", str(tmp_path / "b.png")]
+    files = ["--json", str(tmp_path / "b.json")]
     flags = ["--backends", "dygraph", "paddle", "--batch_sizes", "1", "2", "--rounds", "1"]
     assert main(["inference", "-cfg", str(tiny_config_file), *flags, *files]) == 0
     out = capsys.readouterr().out
@@ -158,69 +134,40 @@ def test_inference_times_each_backend_and_says_how_far_it_is_off(
         if row["precision"] == "fp32":
             assert row["deviation"] < 1e-4
         assert row["images_per_second"] == pytest.approx(1e3 * row["batch"] / row["median_ms"])
-    with Image.open(tmp_path / "b.png") as picture:
-        assert picture.size[0] > 500
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.json", "b.png"]
+    assert [path.name for path in tmp_path.iterdir()] == ["b.json"]
 
 
 @pytest.mark.parametrize(
     "flags, says",
     [
-        (["--backends", "tensorrt"], "allowed: dygraph paddle"),
-        (["--precisions", "fp32", "fp8"], "--precisions fp8; allowed: fp32 fp16 bf16 int8"),
-        (["--rounds", "0"], "integers >= 1"),
-        (["--batch_sizes", "1", "0"], "integers >= 1"),
-        (["-opts", "MODEL.OUT_INDICES", "[3]"], "MODEL.OUT_INDICES"),
-        (["--json", "b.txt"], "b.txt: the name must end in .json"),
-        (["--json", "nowhere/b.json"], "no folder nowhere"),
-        (["--chart", "b.json"], "b.json: the name must end in"),
-        (["--chart", "nowhere/b.png"], "no folder nowhere"),
+        (["train_loop", "-cfg", "none.yaml"], "no config file none.yaml"),
+        (["data", "photo.jpg", "--rounds", "0"], "--rounds 0"),
+        (["conv", "--rounds", "0"], "--rounds 0"),
+        (["conv", "--dtype", "float16"], "--dtype float16 on CPU; allowed: float32"),
+        (["network", "--rounds", "0"], "--rounds 0"),
+        (["inference"], "-cfg"),
+        *(
+            (["inference", "-cfg", "TINY", *flags], says)
+            for flags, says in (
+                (["--backends", "tensorrt"], "allowed: dygraph paddle"),
+                (["--precisions", "fp8"], "--precisions fp8; allowed: fp32 fp16 bf16 int8"),
+                (["--rounds", "0"], "integers >= 1"),
+                (["--batch_sizes", "1", "0"], "integers >= 1"),
+                (["-opts", "MODEL.OUT_INDICES", "[3]"], "MODEL.OUT_INDICES"),
+                (["--json", "b.txt"], "b.txt: the name must end in .json"),
+                (["--json", "nowhere/b.json"], "no folder nowhere"),
+            )
+        ),
     ],
 )
-def test_bad_flags_of_inference_are_one_message(
+def test_bad_flags_are_one_message_before_anything_is_measured(
     tiny_config_file, tmp_path, monkeypatch, capsys, flags, says
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(inference, "time_backends", lambda *_, **__: pytest.fail("measures"))
-    assert main(["inference", "-cfg", str(tiny_config_file), *flags]) == 2
+    for module in (conv, inference, network, data):
+        monkeypatch.setattr(module, "time_in_turn", lambda *_, **__: pytest.fail("measures"))
+    assert main([str(tiny_config_file) if word == "TINY" else word for word in flags]) == 2
     assert says in capsys.readouterr().err
-
-
-def test_a_chart_without_matplotlib_is_reported_before_measuring(
-    tiny_config_file, monkeypatch, capsys
-):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr(inference, "time_backends", lambda *_, **__: pytest.fail("measures"))
-    assert main(["inference", "-cfg", str(tiny_config_file), "--chart", "b.png"]) == 2
-    assert "requirements/plots.txt" in capsys.readouterr().err
-
-
-def test_inference_needs_a_configuration(capsys):
-    assert main(["inference"]) == 2
-    assert "-cfg" in capsys.readouterr().err
-
-
-def row(backend, batch, low, median, high):
-    return inference.Row(backend, "folded", "fp32", batch, median, low, high, 1.0, 3, 0.0)
-
-
-def test_the_chart_has_milliseconds_with_their_ranges_and_a_legible_eager_row():
-    pytest.importorskip("matplotlib", reason="optional: requirements/plots.txt")
-    rows = [row("dygraph", 1, 3000, 3100, 3300), row("openvino", 1, 70, 80, 95)]
-    rows += [row("dygraph", 8, 20_000, 21_000, 22_000), row("openvino", 8, 500, 600, 700)]
-    figure = build_chart(rows, [1, 8], "title")
-    for axes, batch in zip(figure.axes, (1, 8)):
-        shown = [r for r in rows if r.batch == batch][::-1]
-        assert axes.get_xlabel().startswith("milliseconds a batch") and axes.get_xscale() == "log"
-        assert axes.get_title() == f"batch {batch}"
-        ranges = [tuple(path.vertices[:, 0]) for path in axes.collections[1].get_paths()]
-        assert ranges == [(r.min_ms, r.max_ms) for r in shown]
-        medians = axes.collections[2].get_offsets()[:, 0]
-        assert list(medians) == [r.median_ms for r in shown]
-        left, right = axes.get_xlim()
-        assert left < min(r.min_ms for r in shown) and right > 2 * max(r.max_ms for r in shown)
-        names = [label.get_text() for label in axes.get_yticklabels()]
-        assert names == ["openvino fp32, folded", "eager mode (Paddle's own)"]
 
 
 def test_a_candidate_that_fails_is_reported_and_the_others_are_written(
@@ -277,11 +224,3 @@ def test_what_was_measured_is_written_if_a_later_batch_is_interrupted(
     flags += ["--json", str(tmp_path / "b.json")]
     assert main(["inference", "-cfg", str(tiny_config_file), *flags]) == 130
     assert [r["batch"] for r in json.loads((tmp_path / "b.json").read_text())["rows"]] == [1]
-
-
-def test_startup_times_the_help_of_every_command(capsys, monkeypatch):
-    monkeypatch.setattr("replknet_paddle.commands.COMMANDS", ("train", "build"))
-    assert main(["startup", "--rounds", "1"]) == 0
-    out = capsys.readouterr().out
-    for name in ("replknet -h", "replknet train -h", "replknet build -h"):
-        assert f"{name}: median " in out

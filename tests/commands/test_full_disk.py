@@ -46,7 +46,6 @@ def arguments(run, target):
         "convert": ("convert", [str(run)], "weights.pdparams"),
         "plot": ("plot", [str(run), "--out"], "curves.png"),
         "benchmark json": ("benchmark", [*inference, "--json"], "figures.json"),
-        "benchmark chart": ("benchmark", [*inference, "--chart"], "figures.png"),
     }
     return {
         what: (name, [*given, str(target / file)], str(target / file))
@@ -56,9 +55,9 @@ def arguments(run, target):
 
 CASES = [
     "predict jsonl", "predict csv", "predict pictures", "predict grid", "export paddle",
-    "export onnx", "merge", "convert", "plot", "benchmark json", "benchmark chart",
+    "export onnx", "merge", "convert", "plot", "benchmark json",
 ]  # fmt: skip
-NEEDS = {"export onnx": "onnx", "plot": "matplotlib", "benchmark chart": "matplotlib"}
+NEEDS = {"export onnx": "onnx", "plot": "matplotlib"}
 
 
 @pytest.mark.parametrize("what", CASES)

@@ -9,9 +9,9 @@ from replknet_paddle.engine import precision as precision_module
 from replknet_paddle.engine.precision import Precision
 from replknet_paddle.model import RepLKNet
 from replknet_paddle.ops import (
+    dispatch,
     large_kernel_depthwise_conv2d_reference,
     large_kernel_layers,
-    reference,
     use_fast_depthwise_conv,
 )
 
@@ -52,13 +52,13 @@ def test_o2_leaves_the_weights_of_large_kernels_in_float32(impl, trained, gpu):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_paddles_own_convolution_gets_float32_outside_of_autocast(dtype, monkeypatch):
     seen, contexts = [], []
-    conv2d, auto_cast = reference.F.conv2d, paddle.amp.auto_cast
+    conv2d, auto_cast = dispatch.F.conv2d, paddle.amp.auto_cast
 
     def spied(x, weight, bias, **options):
         seen.extend(t.dtype for t in (x, weight, bias))
         return conv2d(x, weight, bias, **options)
 
-    monkeypatch.setattr(reference.F, "conv2d", spied)
+    monkeypatch.setattr(dispatch.F, "conv2d", spied)
     monkeypatch.setattr(
         paddle.amp, "auto_cast", lambda **options: contexts.append(options) or auto_cast(**options)
     )

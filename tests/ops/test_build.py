@@ -11,9 +11,8 @@ import pytest
 from tiny import ROOT
 
 from replknet_paddle.commands import run_command
-from replknet_paddle.ops import build as build_module
-from replknet_paddle.ops.build import operators_library
-from replknet_paddle.ops.library import LibraryError, self_test, thread_count
+from replknet_paddle.ops import library as library_module
+from replknet_paddle.ops.library import LibraryError, operators_library, self_test, thread_count
 from replknet_paddle.runtime.compiler import BuildError, build_folder
 from replknet_paddle.runtime.errors import InputError
 
@@ -72,7 +71,7 @@ def test_another_paddle_shares_the_kernels_and_not_the_library(fake, tmp_path, m
     other = tmp_path / "paddle"
     (other / "version").mkdir(parents=True)
     (other / "version" / "__init__.py").write_text("full_version = '9.9'")
-    monkeypatch.setattr(build_module, "paddle_folder", lambda: other)
+    monkeypatch.setattr(library_module, "paddle_folder", lambda: other)
     assert operators_library().find() is None
     second, _ = operators_library().build()
     assert second != first

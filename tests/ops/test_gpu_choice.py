@@ -12,7 +12,7 @@ from processes import finish_ranks
 
 from replknet_paddle.ops import (
     FastDepthwiseConv2D,
-    depthwise_conv,
+    depthwise,
     gpu_choice,
     large_kernel_depthwise_conv2d,
     matmul_conv,
@@ -35,7 +35,7 @@ FASTEST = {
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch):
     """`auto` measures as on a GPU, afresh."""
-    monkeypatch.setattr(depthwise_conv, "is_on_cpu", lambda x: False)
+    monkeypatch.setattr(depthwise, "is_on_cpu", lambda x: False)
     monkeypatch.setattr(gpu_choice, "_trained", {})
     monkeypatch.setattr(gpu_choice, "_evaluated", {})
 
@@ -68,7 +68,7 @@ def test_each_pass_is_computed_by_what_was_faster(choice, seconds, monkeypatch):
         (matmul_conv, "convolve"),
         (matmul_conv, "weight_gradient"),
         (matmul_conv, "large_kernel_depthwise_conv2d_reference"),
-        (depthwise_conv, "large_kernel_depthwise_conv2d_reference"),
+        (depthwise, "large_kernel_depthwise_conv2d_reference"),
     ):
         function = getattr(module, name)
         monkeypatch.setattr(

@@ -134,9 +134,9 @@ paddle.device.get_device = lambda: "gpu:0"
 import numpy as np
 from replknet_paddle.model import RepLKNet
 from replknet_paddle.engine.precision import Precision
-from replknet_paddle.ops import depthwise_conv, use_fast_depthwise_conv, use_fast_pointwise_conv
+from replknet_paddle.ops import depthwise, use_fast_depthwise_conv, use_fast_pointwise_conv
 
-depthwise_conv.is_on_cpu = lambda x: False  # tensors of the GPU, for `auto`
+depthwise.is_on_cpu = lambda x: False  # tensors of the GPU, for `auto`
 losses = {}
 paddle.seed(0)
 images, labels = paddle.randn([8, 3, 64, 64]), paddle.arange(8) % 3

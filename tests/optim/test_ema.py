@@ -142,9 +142,3 @@ def test_another_network_is_refused():
     merged.structural_reparam()
     with pytest.raises(ValueError, match="large_kernel_reparam"):
         ema.update(merged)
-
-
-@pytest.mark.parametrize("decay", [-0.1, 1.0])
-def test_decay_out_of_range_is_refused(decay):
-    with pytest.raises(ValueError, match="decay"):
-        ModelEma(make_model(), decay=decay)

@@ -85,12 +85,6 @@ def test_mixed_precision_does_not_reach_the_loss(logits, level):
     assert float(inside) == pytest.approx(float(loss(x, labels)), rel=1e-6)
 
 
-@pytest.mark.parametrize("smoothing", [-0.1, 1.0])
-def test_smoothing_out_of_range_is_refused(smoothing):
-    with pytest.raises(ValueError, match="smoothing"):
-        LabelSmoothingCrossEntropy(smoothing)
-
-
 @pytest.mark.parametrize("labels_shape", [[3], [4, 1], [4, 7]])
 def test_labels_of_another_shape_are_refused(logits, labels_shape):
     with pytest.raises(ValueError, match=r"labels \(N,\)"):

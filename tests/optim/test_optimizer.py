@@ -8,11 +8,12 @@ from tiny_training import assert_identical, make_config, make_model, train, weig
 
 from replknet_paddle.optim.optimizer import (
     build_optimizer,
+    check_fits,
+    layer_id,
     load_optimizer_state,
     master_weights,
     optimizer_state,
 )
-from replknet_paddle.optim.parameter_groups import layer_id
 from replknet_paddle.runtime.errors import InputError
 
 pytestmark = pytest.mark.paddle_version
@@ -93,12 +94,6 @@ def test_steps_equal_an_independent_adamw(clip, layer_decay):
         np.testing.assert_allclose(
             param.numpy(), expected[name], rtol=1e-5, atol=1e-6, err_msg=name
         )
-
-
-def test_other_optimizers_are_refused():
-    config = make_config(OPTIMIZER=SimpleNamespace(NAME="SGD", EPS=1e-8, BETAS=[0.9, 0.999]))
-    with pytest.raises(InputError, match="'SGD'"):
-        build_optimizer(config, make_model(), lr=0.1)
 
 
 @pytest.mark.parametrize("steps_before", [0, 3])
@@ -243,3 +238,19 @@ def test_masters_continue_bit_for_bit():
         assert_identical(
             optimizer_state(second_optimizer, second), optimizer_state(straight_optimizer, straight)
         )
+
+
+def test_a_state_that_fits_passes():
+    check_fits({"a": np.zeros((2, 3))}, {"a": [2, 3]}, "the state")
+
+
+def test_another_networks_state_gives_a_message_of_bearable_length():
+    with pytest.raises(InputError) as error:
+        check_fits(
+            {f"theirs.{i}": np.zeros(1) for i in range(500)},
+            {f"ours.{i}": (1,) for i in range(500)},
+            "the state",
+        )
+    lines = str(error.value).splitlines()
+    assert lines[0] == "the state does not fit the model:"
+    assert len(lines) == 22 and lines[-1].strip() == "and 980 more"

@@ -2,7 +2,7 @@ import pytest
 from tiny_training import make_model
 
 from replknet_paddle.model import RepLKNet
-from replknet_paddle.optim.parameter_groups import layer_id, num_layer_groups, parameter_groups
+from replknet_paddle.optim.optimizer import layer_id, num_layer_groups, parameter_groups
 
 LAYERS_31B = [2, 2, 18, 2]
 

@@ -7,7 +7,7 @@ import paddle
 import pytest
 from paddle import nn
 
-from replknet_paddle.ops import frozen, frozen_weights, get_library, use_fast_depthwise_conv
+from replknet_paddle.ops import cache, cache_weights, get_library, use_fast_depthwise_conv
 from replknet_paddle.optim.ema import ModelEma
 
 pytestmark = [pytest.mark.usefixtures("operators"), pytest.mark.numbers, pytest.mark.paddle_version]
@@ -24,7 +24,7 @@ class Case:
         assert use_fast_depthwise_conv(self.layer, impl, memory_bytes=memory_bytes) == 1
         self.layer.eval()
         self.made = 0
-        for owner, name in ((get_library(), "make_spectrum"), (frozen, "make_matrices")):
+        for owner, name in ((get_library(), "make_spectrum"), (cache, "make_matrices")):
             monkeypatch.setattr(owner, name, self.counted(getattr(owner, name)))
 
     def counted(self, function):
@@ -73,12 +73,12 @@ def test_nothing_is_kept_where_weights_may_change(change, case):
     with paddle.no_grad():
         CHANGES[change](case.layer)
     case.check()
-    with frozen_weights(case.layer):
+    with cache_weights(case.layer):
         case.check()
     with paddle.no_grad():
         CHANGES[change](case.layer)
     case.check()
-    with frozen_weights(case.layer):
+    with cache_weights(case.layer):
         case.check()
     assert case.made == 2  # once for each time they were frozen
 
@@ -86,16 +86,16 @@ def test_nothing_is_kept_where_weights_may_change(change, case):
 def test_evaluation_of_the_average_of_weights_uses_it(case):
     ema = ModelEma(case.layer, decay=0.5)
     ema.flat.set_value(ema.flat + 0.1)
-    with frozen_weights(case.layer):
+    with cache_weights(case.layer):
         case.check()
-    with ema.applied_to(case.layer), frozen_weights(case.layer):
+    with ema.applied_to(case.layer), cache_weights(case.layer):
         case.check()
-    with frozen_weights(case.layer):
+    with cache_weights(case.layer):
         case.check()
 
 
 def test_other_map_sizes_and_larger_batches_are_kept_apart(case):
-    with frozen_weights(case.layer):
+    with cache_weights(case.layer):
         case.check()
         case.check(case.x[:1].contiguous())
         assert case.made == 1
@@ -106,7 +106,7 @@ def test_other_map_sizes_and_larger_batches_are_kept_apart(case):
 
 
 def test_training_and_gradients_keep_nothing(case):
-    with frozen_weights(case.layer):
+    with cache_weights(case.layer):
         case.layer(case.x)  # with gradients
         case.layer.train()
         with paddle.no_grad():
@@ -119,16 +119,16 @@ def test_training_and_gradients_keep_nothing(case):
 
 
 def test_the_inner_of_two_scopes_ends_nothing(case):
-    with frozen_weights(case.layer):
-        with frozen_weights(case.layer):
+    with cache_weights(case.layer):
+        with cache_weights(case.layer):
             case.check()
         case.check()
     assert case.made == 1
-    assert not frozen._kept
+    assert not cache._caches
 
 
 def test_a_copy_made_meanwhile_keeps_nothing(case):
-    with frozen_weights(case.layer):
+    with cache_weights(case.layer):
         case.check()
         case.layer = copy.deepcopy(case.layer)
         case.layer.weight.set_value(case.layer.weight + 0.1)
@@ -139,9 +139,9 @@ def test_a_copy_made_meanwhile_keeps_nothing(case):
 def test_what_does_not_fit_into_the_memory_allowed_is_made_each_time(impl, memory, monkeypatch):
     case = Case(impl, monkeypatch, memory_bytes=memory)
     layers = nn.LayerList([case.layer, *(copy.deepcopy(case.layer) for _ in range(7))])
-    with frozen_weights(layers), paddle.no_grad():
+    with cache_weights(layers), paddle.no_grad():
         first, again = ([layer(case.x).numpy() for layer in layers] for _ in range(2))
-        sizes = [sum(size for size, _ in frozen._kept[x].items.values()) for x in layers]
+        sizes = [sum(size for size, _ in cache._caches[x].items.values()) for x in layers]
     assert np.array_equal(first, again)
     assert sizes[0] > 0 == sizes[-1] and sum(sizes) <= memory
     assert case.made == sum(size > 0 for size in sizes)

@@ -2,7 +2,7 @@
 
 Whether a weight has changed cannot be seen cheaply: Paddle's version counter of a tensor misses
 optimizer steps, `set_value` and `copy_`; comparing bytes takes longer on CPU than a kept spectrum
-saves, and makes the host wait for a GPU. So layers keep something only within `frozen_weights`.
+saves, and makes the host wait for a GPU. So layers keep something only within `cache_weights`.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from replknet_paddle.ops.library import get_library
 from replknet_paddle.ops.matmul_conv import make_matrices, plan_for
 
 
-class Kept:
+class WeightCache:
     """What one layer keeps, of the bytes that all layers of its network share.
 
     Args:
@@ -63,28 +63,28 @@ class Kept:
         return self.items[key][1]
 
 
-_kept: "weakref.WeakKeyDictionary[nn.Layer, Kept]" = weakref.WeakKeyDictionary()
+_caches: "weakref.WeakKeyDictionary[nn.Layer, WeightCache]" = weakref.WeakKeyDictionary()
 
 
-def kept_by(layer: nn.Layer) -> Kept | None:
-    """What a layer may keep now: nothing outside `frozen_weights`, in training, with gradients."""
-    kept = _kept.get(layer)
-    return None if kept is None or layer.training or paddle.is_grad_enabled() else kept
+def cache_of(layer: nn.Layer) -> WeightCache | None:
+    """The cache of a layer; None outside `cache_weights`, in training, and with gradients."""
+    cache = _caches.get(layer)
+    return None if layer.training or paddle.is_grad_enabled() else cache
 
 
 @contextlib.contextmanager
-def frozen_weights(model: nn.Layer) -> Iterator[None]:
+def cache_weights(model: nn.Layer) -> Iterator[None]:
     """While this is open, layers of `model` keep what they make of their weights.
 
     Nobody may change the weights until it ends. Spectra and matrices of all layers together take
     at most the layers' `memory_bytes`; those that do not fit are made each time, as before.
     """
     layers = [x for x in model.sublayers(include_self=True) if hasattr(x, "memory_bytes")]
-    layers = [layer for layer in layers if layer not in _kept]  # others belong to one around this
+    layers = [layer for layer in layers if layer not in _caches]  # others belong to one around this
     budget = [max((layer.memory_bytes for layer in layers), default=0)]
-    _kept.update({layer: Kept(budget) for layer in layers})
+    _caches.update({layer: WeightCache(budget) for layer in layers})
     try:
         yield
     finally:
         for layer in layers:
-            _kept.pop(layer, None)
+            _caches.pop(layer, None)
