@@ -8,7 +8,7 @@ dark pages too.
 
 import sys
 
-from replknet_paddle.analysis.figures import new_figure, save_figure
+from replknet_paddle.analysis.plots import new_figure, save_figure
 from replknet_paddle.config import get_config
 
 WIDTH, HEIGHT = 10.0, 6.4  # inches; coordinates below are in tenths of an inch

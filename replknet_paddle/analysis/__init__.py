@@ -1,1 +1,1 @@
-"""Figures about a network that is passed in: sizes and costs."""
+"""Figures about a network that is passed in, and pictures of them."""

@@ -52,8 +52,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    from replknet_paddle.analysis.figures import check_figure_target, save_figure
-    from replknet_paddle.analysis.heat_maps import draw_heat_maps
+    from replknet_paddle.analysis.plots import check_figure_target, draw_heat_maps, save_figure
     from replknet_paddle.analysis.receptive_field import load_field, rescaled
 
     if len(args.paths) == 1 and os.path.isdir(args.paths[0]):

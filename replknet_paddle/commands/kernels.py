@@ -17,13 +17,16 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    from replknet_paddle.analysis.figures import check_figure_target, save_figure
+    from replknet_paddle.analysis.plots import (
+        check_figure_target,
+        draw_heat_maps,
+        kernel_magnitudes,
+        save_figure,
+    )
 
     check_figure_target(args.out)
     config = config_from(args, args.pretrained)  # before Paddle is imported, which takes longer
 
-    from replknet_paddle.analysis.heat_maps import draw_heat_maps
-    from replknet_paddle.analysis.kernels import kernel_magnitudes
     from replknet_paddle.zoo import get_model
 
     model = get_model(config, pretrained=args.pretrained)

@@ -13,7 +13,7 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     config = config_from(args)  # before Paddle is imported, which takes longer
 
-    from replknet_paddle.analysis.complexity import count_macs, count_parameters
+    from replknet_paddle.analysis.costs import count_macs, count_parameters
 
     size = config.DATA.IMAGE_SIZE
     model = task_of(config).network(config)

@@ -11,7 +11,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    from replknet_paddle.analysis.curves import plot_metrics
+    from replknet_paddle.analysis.plots import plot_metrics
 
     plot_metrics(args.runs, args.out)
     print(f"wrote {args.out}")

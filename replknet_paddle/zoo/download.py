@@ -3,9 +3,8 @@
 The cache folder holds one safetensors file per model, under native names. A file has its name
 there only when it is complete, and without a network it is all that is needed.
 
-The download uses the standard library. `requests` and `pooch` begin again where a connection
-breaks (pooch checks hashes), `paddle.utils.download` too, and checks MD5 only; continuing,
-SHA-256 and the retries would be ours with each of them.
+The download uses the standard library: `requests`, `pooch` and `paddle.utils.download` begin again
+where a connection breaks.
 """
 
 import contextlib
@@ -32,10 +31,6 @@ logger = logging.getLogger(__name__)
 _DIGEST_KEY = "source_sha256"
 
 _CHUNK_BYTES = 2**20
-
-
-class _Interrupted(Exception):
-    """The connection failed before the end; what arrived is kept."""
 
 
 def fetch(model: PublishedModel) -> Path:
@@ -137,19 +132,18 @@ def download(
     """
     part = path.with_name(path.name + ".part")
     for attempt in range(attempts):
-        try:
-            _continue_download(url, part, timeout_seconds)
+        trouble = _continue_download(url, part, timeout_seconds)
+        if trouble is None:
             break
-        except _Interrupted as error:
-            size = part.stat().st_size if part.exists() else 0
-            if attempt == attempts - 1:
-                raise InputError(
-                    f"{url}: {error} ({attempts} attempts). The {size} bytes that have arrived are "
-                    "kept: run the same command again to go on, or download the file in another "
-                    f"way to {path}"
-                ) from error
-            logger.warning("%s: %s after %d bytes; trying again", url, error, size)
-            time.sleep(pause_seconds * 2**attempt)
+        size = part.stat().st_size if part.exists() else 0
+        if attempt == attempts - 1:
+            raise InputError(
+                f"{url}: {trouble} ({attempts} attempts). The {size} bytes that have arrived are "
+                "kept: run the same command again to go on, or download the file in another "
+                f"way to {path}"
+            )
+        logger.warning("%s: %s after %d bytes; trying again", url, trouble, size)
+        time.sleep(pause_seconds * 2**attempt)
     found = file_sha256(part)
     if not found.startswith(sha256_start):
         part.unlink()
@@ -161,45 +155,41 @@ def download(
     os.replace(part, path)
 
 
-def _continue_download(url: str, part: Path, timeout_seconds: float) -> None:
-    """Append to `part` what it lacks of `url`.
-
-    Raises:
-        _Interrupted: the connection broke, or brought less than announced.
-        InputError: the server has no such file.
-    """
+def _continue_download(url: str, part: Path, timeout_seconds: float) -> str | None:
+    """Append to `part` what it lacks of `url`; return what went wrong and may pass, or None."""
     start = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
         response = urllib.request.urlopen(request, timeout=timeout_seconds)
     except urllib.error.HTTPError as error:
         if error.code == 416 and start:  # nothing comes after `start`: it was whole, or is too long
-            if error.headers.get("Content-Range") != f"bytes */{start}":
-                part.unlink()
-                raise _Interrupted("an earlier download is longer than the file") from error
-            return
-        if error.code >= 500 or error.code == 429:
-            raise _Interrupted(f"the server answers {error.code} {error.reason}") from error
-        raise InputError(f"{url}: the server answers {error.code} {error.reason}") from error
+            if error.headers.get("Content-Range") == f"bytes */{start}":
+                return None
+            part.unlink()
+            return "an earlier download is longer than the file"
+        answer = f"the server answers {error.code} {error.reason}"
+        if error.code < 500 and error.code != 429:
+            raise InputError(f"{url}: {answer}") from error
+        return answer
     except (OSError, http.client.HTTPException) as error:
-        raise _Interrupted(f"no connection ({getattr(error, 'reason', error)})") from error
-    with response:
-        if start and response.status != 206:  # the server sends the whole file instead
-            start = 0
-        length = response.headers.get("Content-Length", "")
-        total = start + int(length) if length.isdigit() else None
-        with (
-            open(part, "ab" if start else "wb") as file,
-            tqdm.wrapattr(file, "write", total=total, initial=start, desc=part.stem) as out,
-        ):
-            while chunk := _receive(response):
-                out.write(chunk)
+        return f"no connection ({getattr(error, 'reason', error)})"
+    if response.status != 206:  # the server sends the whole file instead
+        start = 0
+    length = response.headers.get("Content-Length", "")
+    total = start + int(length) if length.isdigit() else None
+    with (
+        response,
+        open(part, "ab" if start else "wb") as file,
+        tqdm.wrapattr(file, "write", total=total, initial=start, desc=part.stem) as out,
+    ):
+        while True:
+            try:
+                chunk = response.read(_CHUNK_BYTES)
+            except (OSError, http.client.HTTPException) as error:
+                return f"the connection broke ({error or type(error).__name__})"
+            if not chunk:
+                break
+            out.write(chunk)
     if total is not None and part.stat().st_size < total:
-        raise _Interrupted(f"the connection ended before byte {total}")
-
-
-def _receive(response) -> bytes:
-    try:
-        return response.read(_CHUNK_BYTES)
-    except (OSError, http.client.HTTPException) as error:
-        raise _Interrupted(f"the connection broke ({error or type(error).__name__})") from error
+        return f"the connection ended before byte {total}"
+    return None

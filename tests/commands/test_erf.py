@@ -145,7 +145,7 @@ def test_an_unreadable_image_is_named(folder, flags, tmp_path, capsys):
 
 
 def test_kernels_are_drawn_by_stage(config_file, tmp_path, network):
-    from replknet_paddle.analysis.kernels import kernel_magnitudes
+    from replknet_paddle.analysis.plots import kernel_magnitudes
 
     cfg, out = str(config_file("tiny31")), tmp_path / "kernels.png"
     assert kernels(["-cfg", cfg, "-pretrained", str(WEIGHTS), "-out", str(out)]) == 0

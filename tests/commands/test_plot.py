@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from tiny import command
 
-from replknet_paddle.analysis.curves import best_record, build_figure, read_metrics
+from replknet_paddle.analysis.plots import best_record, build_figure, read_metrics
 from replknet_paddle.runtime.fonts import font_of
 
 main = command("plot")

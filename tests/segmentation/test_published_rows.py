@@ -7,7 +7,7 @@ import pytest
 from shapes_only import without_values
 from tiny import ROOT
 
-from replknet_paddle.analysis.complexity import count_macs, count_parameters
+from replknet_paddle.analysis.costs import count_macs, count_parameters
 from replknet_paddle.config import get_config, update_config
 from replknet_paddle.segmentation.upernet import build_upernet
 

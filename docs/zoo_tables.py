@@ -1,7 +1,7 @@
 """Writes the tables of the published models into README.md and docs/model_zoo.md.
 
-    python -m replknet_paddle.zoo.docs            # after a change to zoo/records.py
-    python -m replknet_paddle.zoo.docs --check    # status 1 if that has not been done
+    python docs/zoo_tables.py            # after a change to zoo/records.py
+    python docs/zoo_tables.py --check    # status 1 if that has not been done
 
 A table stands between two comments that mark its place; everything around it is written by hand.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from replknet_paddle.zoo.records import MODELS, OFFICIAL_PAGE, PADDLEVIT_PAGE, PublishedModel
 
-_ROOT = Path(__file__).resolve().parents[2]
+_ROOT = Path(__file__).resolve().parents[1]
 _BEGIN, _END = "<!-- zoo table: begin -->", "<!-- zoo table: end -->"
 
 
@@ -97,7 +97,6 @@ def with_table(path: Path) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m replknet_paddle.zoo.docs",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -110,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         if args.check:
             print(
-                f"{path} does not match zoo/records.py; run: python -m replknet_paddle.zoo.docs",
+                f"{path} does not match zoo/records.py; run: python docs/zoo_tables.py",
                 file=sys.stderr,
             )
             status = 1
