@@ -1,7 +1,7 @@
 """What no file of the project may do. Directions between packages are import-linter's part."""
 
-import ast
 import os
+import re
 import subprocess
 import sys
 
@@ -9,69 +9,40 @@ import pytest
 from tiny import ROOT
 
 FACES = ("replknet.py", "datasets.py", "config.py", "main_single_gpu.py", "main_multi_gpu.py")
-PACKAGE = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "replknet_paddle").rglob("*.py"))
-ADAPTERS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "integrations").rglob("*.py"))
-FILES = sorted([*FACES, *PACKAGE, *ADAPTERS, "hubconf.py"])
+PACKAGE = sorted((ROOT / "replknet_paddle").rglob("*.py"))
+FILES = [*(ROOT / name for name in (*FACES, "hubconf.py")), *PACKAGE]
+FILES += sorted((ROOT / "integrations").rglob("*.py"))
 
-# Modules that run code from the data they read.
-UNPICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-
-# One reads pickles as data, by Python's unpickler with all replaced that looks up or calls; the
-# other writes .pdparams, which are pickles.
-ALLOWED_PICKLE = {f"replknet_paddle/checkpoints/{name}.py" for name in ("unpickle", "writers")}
-
-
-def tree_of(name):
-    return ast.parse((ROOT / name).read_text(encoding="utf-8"), filename=name)
-
-
-def imports(name):
-    """Top-level names of everything that a file imports, wherever it does."""
-    found = set()
-    for node in ast.walk(tree_of(name)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{name} imports relatively"
-            found.add(node.module.split(".")[0])
-    return found
+# What runs code from the data that it reads, and imports that hide where they lead.
+FORBIDDEN = re.compile(
+    r"""
+    \b(torch|paddle|paddle\.framework\.io)\.load\( | \byaml\.(load|unsafe_load|full_load)\( |
+    (?<![\w.])(eval|exec)\((?!\)) | \bos\.(system|popen)\( | (allow_pickle|shell)=(?!False) |
+    \b(import|from)\s+(cPickle|cloudpickle|dill|joblib|marshal|shelve)\b | ^\s*from\s+\. |
+    \b(import|from)\s+(tests|conftest|pytest|replknet|datasets|main_single_gpu)\b
+    """,
+    re.VERBOSE | re.MULTILINE,
+)
+# Only there, and there as data: tests/checkpoints.
+PICKLE = re.compile(r"^\s*(import|from)\s+_?pickle\b", re.MULTILINE)
 
 
-def dotted(node):
-    """`a.b.c` of an expression of names and attributes."""
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute):
-        return f"{dotted(node.value)}.{node.attr}"
-    return "?"
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_runs_code_from_data_or_imports_a_face_or_a_test(path):
+    text = path.read_text(encoding="utf-8")
+    code = re.sub(r'""".*?"""|#.*?$', "", text, flags=re.MULTILINE | re.DOTALL)
+    assert not FORBIDDEN.findall(code)
+    assert path.parent.name == "checkpoints" or not PICKLE.findall(code)
 
 
-def calls(name):
-    """(dotted name, node) of every call, with the names as imported: `from a import b as c` makes
-    `c()` a call of `a.b`."""
-    tree = tree_of(name)
-    known = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            known |= {alias.asname or alias.name: alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            known |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            first, *rest = dotted(node.func).split(".")
-            yield ".".join([known.get(first, first), *rest]), node
-
-
-def test_the_network_imports_paddle_alone():
-    assert imports("replknet_paddle/layers.py") == {"paddle", "math"}
-    assert imports("replknet_paddle/model.py") == {"paddle", "dataclasses", "replknet_paddle"}
-    assert "from replknet_paddle.layers import" in (ROOT / "replknet_paddle/model.py").read_text()
-
-
-def test_the_package_imports_no_face_and_no_test():
-    names = {name.removesuffix(".py") for name in FACES} | {"tests", "conftest", "pytest"}
-    for name in PACKAGE:
-        assert not imports(name) & names, name
+def test_the_grep_finds_what_it_is_for():
+    for code in (
+        *("paddle.load(x)", "yaml.load(x)", " eval(x)", "os.system(x)", "f(shell=True)"),
+        *("f(allow_pickle=True)", "import dill", "from . import x", "from replknet import x"),
+    ):
+        assert FORBIDDEN.search(code), code
+    for code in ("model.eval()", "yaml.safe_load(x)", "f(allow_pickle=False)"):
+        assert not FORBIDDEN.search(code), code
 
 
 @pytest.mark.parametrize("name", FACES)
@@ -79,48 +50,7 @@ def test_a_face_is_a_few_lines(name):
     assert len((ROOT / name).read_text().splitlines()) <= 20
 
 
-def test_nothing_imports_what_can_unpickle():
-    guilty = {name for name in FILES if imports(name) & UNPICKLERS}
-    assert guilty <= ALLOWED_PICKLE
-
-
-@pytest.mark.parametrize("name", sorted(ALLOWED_PICKLE))
-def test_of_pickle_only_opcodes_and_writing_are_used(name):
-    tree = tree_of(name)
-    aliases = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            aliases |= {a.asname or a.name for a in node.names if a.name == "pickle"}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.module != "pickle", "import the module, so that its uses can be seen"
-    attributes = [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and dotted(node.value) in aliases
-    ]
-    harmless = {"dump", "dumps", "Pickler"}
-    if name.endswith("unpickle.py"):  # what it replaces there: tests/checkpoints
-        harmless |= {"_Unpickler", "UnpicklingError"}
-    assert all(node.attr.isupper() or node.attr in harmless for node in attributes)
-    bare = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id in aliases]
-    assert len(bare) == len(attributes)  # the module itself is handed to nobody: getattr(op, ...)
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_no_file_runs_code_from_data(name):
-    forbidden = {"paddle.load", "torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
-    forbidden |= {"paddle.framework.io.load", "eval", "exec", "os.system", "os.popen"}
-    for called, node in calls(name):
-        assert called not in forbidden, f"line {node.lineno}: {called}"
-        keywords = {k.arg: k.value for k in node.keywords}
-        for keyword in ("allow_pickle", "shell"):
-            value = keywords.get(keyword)
-            assert value is None or (isinstance(value, ast.Constant) and value.value is False), (
-                f"line {node.lineno}: {keyword}"
-            )
-
-
-def run_python(code, **options):
+def run_python(code):
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
@@ -128,7 +58,6 @@ def run_python(code, **options):
         capture_output=True,
         timeout=120,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        **options,
     )
 
 
@@ -154,8 +83,9 @@ config.get_config()
         "import replknet_paddle; replknet_paddle.get_config(); replknet_paddle.list_models()",
         "from replknet_paddle.commands import COMMANDS, command_module\n"
         "list(map(command_module, COMMANDS))",
+        "import replknet_paddle.analysis.plots",
     ],
-    ids=["config and model names", "help of every command"],
+    ids=["config and model names", "help of every command", "plots"],
 )
 def test_what_must_answer_at_once_does_not_import_paddle(code):
     done = run_python(f"import sys\n{code}\nsys.exit('paddle' in sys.modules)")
