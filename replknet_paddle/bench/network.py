@@ -23,8 +23,7 @@ from replknet_paddle.model import build_replknet
 from replknet_paddle.ops import (
     LibraryError,
     get_library,
-    use_fast_depthwise_conv,
-    use_fast_pointwise_conv,
+    use_large_kernel_ops,
 )
 from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy
 from replknet_paddle.optim.optimizer import build_optimizer
@@ -102,8 +101,7 @@ def network_with(config, impl: str, **options) -> nn.Layer:
     """The network of a config, always the same, whose convolutions `impl` computes."""
     paddle.seed(config.SEED)
     model = build_replknet(config)
-    use_fast_depthwise_conv(model, impl, **options)
-    use_fast_pointwise_conv(model, impl)
+    use_large_kernel_ops(model, impl, **options)
     return model
 
 

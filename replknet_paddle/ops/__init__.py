@@ -7,6 +7,7 @@ from replknet_paddle.ops.depthwise import (
     large_kernel_depthwise_conv2d,
     large_kernel_layers,
     use_fast_depthwise_conv,
+    use_large_kernel_ops,
 )
 from replknet_paddle.ops.dispatch import large_kernel_depthwise_conv2d_reference
 from replknet_paddle.ops.library import LibraryError, get_library, thread_count
@@ -30,4 +31,5 @@ __all__ = [
     "thread_count",
     "use_fast_depthwise_conv",
     "use_fast_pointwise_conv",
+    "use_large_kernel_ops",
 ]

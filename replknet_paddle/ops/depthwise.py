@@ -29,6 +29,7 @@ from replknet_paddle.ops.gpu_choice import choose
 from replknet_paddle.ops.library import ALGORITHMS, get_library
 from replknet_paddle.ops.matmul_conv import add_bias, convolve, matmul_conv
 from replknet_paddle.ops.matmul_plan import DEFAULT_MEMORY_BYTES
+from replknet_paddle.ops.pointwise import use_fast_pointwise_conv
 
 KERNEL_SIZES = range(3, 64, 2)  # of the compiled operator
 SMALLEST_PRODUCT_KERNEL = 7  # Paddle has kernels of its own for 3 and 5 on GPU
@@ -44,7 +45,7 @@ def large_kernel_depthwise_conv2d(
     impl: str = "auto",
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
 ) -> paddle.Tensor:
-    """Depthwise convolution with stride 1 and "same" padding, with gradients.
+    """Return the depthwise convolution with stride 1 and "same" padding, with gradients.
 
     Args:
         x: (N, C, H, W), contiguous; float32, float16 or bfloat16.
@@ -281,12 +282,12 @@ def use_fast_depthwise_conv(
 
 
 def large_kernel_layers(model: nn.Layer) -> list[nn.Layer]:
-    """The layers of `FastDepthwiseConv2D`, whose weights stay float32 in mixed precision."""
+    """Return the layers of `FastDepthwiseConv2D`, whose weights stay float32 in mixed precision."""
     return [x for x in model.sublayers(include_self=True) if isinstance(x, FastDepthwiseConv2D)]
 
 
 def describe_convolutions(model: nn.Layer) -> str:
-    """What computes the depthwise convolutions of a network that are swapped, for the log."""
+    """Return what computes the swapped depthwise convolutions of a network, for the log."""
     on_cpu = paddle.device.get_device() == "cpu"
     names = {"matmul": "matrix products", "paddle": "Paddle's own convolution in float32"}
     counts = Counter(
@@ -294,3 +295,24 @@ def describe_convolutions(model: nn.Layer) -> str:
         for layer in large_kernel_layers(model)
     )
     return ", ".join(f"{count} by {name}" for name, count in counts.items()) or "all by Paddle"
+
+
+def use_large_kernel_ops(
+    model: nn.Layer, impl: str = "auto", *, memory_bytes: int = DEFAULT_MEMORY_BYTES
+) -> str:
+    """Choose what computes all convolutions of a built network, in place.
+
+    Args:
+        model, impl, memory_bytes: as of `use_fast_depthwise_conv` and `use_fast_pointwise_conv`.
+
+    Returns:
+        What computes them, for the log.
+
+    Raises:
+        InputError: an unknown impl, or one that is not available here.
+    """
+    use_fast_depthwise_conv(model, impl, memory_bytes=memory_bytes)
+    pointwise = use_fast_pointwise_conv(model, impl)
+    return f"depthwise convolutions: {describe_convolutions(model)}; 1x1 convolutions: " + (
+        f"{pointwise} by the compiled operator" if pointwise else "all by Paddle"
+    )

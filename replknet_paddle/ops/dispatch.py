@@ -24,7 +24,7 @@ def check_impl(impl: str) -> None:
 
 
 def cast(x, dtype):
-    """x in another type; x itself where it has that type, of which Paddle would make a copy."""
+    """Return x in another type; x itself where it has that type, which Paddle would copy."""
     return x if x.dtype == dtype else x.astype(dtype)
 
 
@@ -36,14 +36,14 @@ def is_on_cpu(x) -> bool:
 
 
 def without_autocast():
-    """The context in which nothing is cast; while a program is captured, what is there stays."""
+    """Return the context in which nothing is cast; a program being captured stays as it is."""
     if paddle.in_dynamic_mode():
         return paddle.amp.auto_cast(enable=False)
     return contextlib.nullcontext()
 
 
 def autocast_dtype(x):
-    """The type in which `paddle.matmul` computes a tensor now: autocast's for float32 ones."""
+    """Return the type in which `paddle.matmul` computes x now: autocast's for float32."""
     if x.dtype != paddle.float32 or is_on_cpu(x) or not paddle.in_dynamic_mode():
         return x.dtype
     one = _one_value(str(x.place))
@@ -58,17 +58,6 @@ def _one_value(place: str) -> paddle.Tensor:
 _reported: set[str] = set()
 
 
-def why_not_operator(*, on_cpu: bool) -> str | None:
-    """Why the compiled operator cannot be used, or None."""
-    if not on_cpu:
-        return "it computes on CPU alone"
-    try:
-        get_library()
-    except LibraryError as error:
-        return str(error)
-    return None
-
-
 def use_operator(impl: str, on_cpu: bool) -> bool:
     """Whether to compute by the compiled operator; logs once why not where `auto` would have.
 
@@ -77,9 +66,13 @@ def use_operator(impl: str, on_cpu: bool) -> bool:
     """
     if impl in ("paddle", "matmul"):
         return False
-    why = why_not_operator(on_cpu=on_cpu)
-    if why is None:
-        return True
+    why = "it computes on CPU alone"
+    if on_cpu:
+        try:
+            get_library()
+            return True
+        except LibraryError as error:
+            why = str(error)
     if impl != "auto":
         raise InputError(f"depthwise convolution {impl!r} needs the compiled operator: {why}")
     if on_cpu and why not in _reported:  # elsewhere Paddle's own is what one expects
@@ -91,10 +84,12 @@ def use_operator(impl: str, on_cpu: bool) -> bool:
 
 
 def describe(tensor) -> str:
+    """Return shape and type of a tensor, for messages."""
     return "None" if tensor is None else f"{tuple(tensor.shape)} {str(tensor.dtype).split('.')[-1]}"
 
 
 def pair(value) -> list:
+    """Return both values of a convolution's setting, which may be one for both axes."""
     return list(value) if isinstance(value, (list, tuple)) else [value, value]
 
 
@@ -113,10 +108,9 @@ def apply_layer(layer: type[PyLayer], *arguments):
 
 
 def run_operator(name: str, inputs: dict[str, paddle.Tensor], attributes: dict) -> paddle.Tensor:
-    """The output of a registered operator, or its place in the program that is being captured.
+    """Return the output of a registered operator, or its place in the program being captured.
 
-    Args:
-        inputs, attributes: by name, in the order of registration.
+    Inputs and attributes are in the order of registration.
     """
     out = paddle._C_ops._run_custom_op(name, *inputs.values(), *attributes.values())
     return out[0] if isinstance(out, (list, tuple)) else out

@@ -31,17 +31,12 @@ class Choice(NamedTuple):
     forward: str
     gradients: str
 
-    def describe(self) -> str:
-        """For the log."""
+    def __str__(self) -> str:
         names = {"matmul": "matrix products", "paddle": "Paddle's own"}
         return f"forward by {names[self.forward]}, gradients by {names[self.gradients]}"
 
 
-CHOICES = (
-    Choice("paddle", "paddle"),
-    Choice("paddle", "matmul"),
-    Choice("matmul", "matmul"),
-)
+CHOICES = (Choice("paddle", "paddle"), Choice("paddle", "matmul"), Choice("matmul", "matmul"))
 PADDLE = CHOICES[0]
 
 _trained: dict[tuple, Choice] = {}  # by shape and type
@@ -49,7 +44,7 @@ _evaluated: dict[tuple, Choice] = {}  # by channels, kernel and type
 
 
 def choose(x: paddle.Tensor, weight: paddle.Tensor, memory_bytes: int, *, training: bool) -> Choice:
-    """The fastest choice for tensors like these; measures where none is known.
+    """Return the fastest choice for tensors like these; measure where none is known.
 
     In training every shape and type is measured, and rank 0's choice is that of all ranks, which
     must call this in the same order. In evaluation, where shapes may change from image to image and
@@ -63,15 +58,15 @@ def choose(x: paddle.Tensor, weight: paddle.Tensor, memory_bytes: int, *, traini
         wanted = CHOICES.index(choice) if rank() == 0 else 0
         wanted, vetoes = sum_over_ranks([wanted, not agrees])
         _trained[key] = PADDLE if vetoes else CHOICES[round(wanted)]
-        logger.info("%s: %s", _describe(key), _trained[key].describe())
+        logger.info("%s: %s", _describe(key), _trained[key])
     elif key not in _trained and coarse not in _evaluated:
         _evaluated[coarse], _ = _measure(x, weight, memory_bytes, gradients=False)
-        logger.info("%s in evaluation: %s", _describe(key), _evaluated[coarse].describe())
+        logger.info("%s in evaluation: %s", _describe(key), _evaluated[coarse])
     return _trained[key] if key in _trained else _evaluated[coarse]
 
 
 def _measure(x, weight, memory_bytes: int, *, gradients: bool) -> tuple[Choice, bool]:
-    """The fastest choice on this process's device, and whether both compute the same."""
+    """Return the fastest choice on this device, and whether both compute the same."""
     with paddle.no_grad(), paddle.amp.auto_cast(enable=False):
         x, weight = x.detach(), weight.detach()
         passes = _passes(x, weight, memory_bytes, gradients)
@@ -183,6 +178,7 @@ def _tolerance(x) -> float:
 
 
 def _name(dtype) -> str:
+    """The name of a type, without Paddle's prefix."""
     return str(dtype).split(".")[-1]
 
 

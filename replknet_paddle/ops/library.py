@@ -38,11 +38,7 @@ LibraryError = BuildError  # why the compiled operators cannot be used here, and
 
 
 def paddle_folder() -> Path:
-    """Where Paddle is installed, without importing it.
-
-    Raises:
-        BuildError: nowhere.
-    """
+    """Return where Paddle is installed, without importing it."""
     spec = importlib.util.find_spec("paddle")
     if spec is None or not spec.origin:
         raise BuildError(f"{sys.executable} has no Paddle")
@@ -50,11 +46,7 @@ def paddle_folder() -> Path:
 
 
 def operators_library() -> SharedLibrary:
-    """The library of convolutions for this machine's Paddle.
-
-    Raises:
-        BuildError: Paddle is not installed.
-    """
+    """Return the library of convolutions for this machine's Paddle, which may not be built yet."""
     paddle = paddle_folder()
     base = paddle / "base"
     includes = (CSRC, paddle / "include", paddle / "include" / "third_party")
@@ -147,7 +139,7 @@ class Library:
         _check(self._lk_gradients(_Shape(*shape), x, weight, dy, dx, dweight, code, threads))
 
     def spectrum_floats(self, shape) -> int:
-        """Size of a weight's spectrum for maps of this shape; 0 where none is worth while."""
+        """Return the size of a weight's spectrum for such maps; 0 where none is worth while."""
         return self._lk_spectrum_floats(_Shape(*shape))
 
     def make_spectrum(self, shape, weight, spectrum, *, threads=None) -> None:
@@ -166,12 +158,12 @@ class Library:
         _check(self._pw_gradients(shape, x, weight, dy, dx, dweight, self.threads))
 
     def choose(self, shape, which: str) -> str:
-        """The algorithm that `auto` takes for one of `PASSES`."""
+        """Return the algorithm that `auto` takes for one of `PASSES`."""
         code = self._lk_choose(_Shape(*shape), PASSES[which])
         return next(name for name, value in ALGORITHMS.items() if value == code)
 
     def peak_gflops(self, threads: int) -> float:
-        """Measured rate of multiply-adds from registers, 1e9 operations per second."""
+        """Return the measured rate of multiply-adds from registers, 1e9 operations per second."""
         return self._lk_peak_gflops(threads)
 
 
@@ -183,7 +175,7 @@ def _check(status: int) -> None:
 
 
 def thread_count(environment=os.environ) -> int:
-    """Threads of this process's convolutions.
+    """Return the number of threads of this process's convolutions.
 
     `LARGE_KERNEL_THREADS` where it is set, else `core_share`. `OMP_NUM_THREADS` says nothing here:
     Paddle and its launcher set it to 1 wherever the user does not.
@@ -205,7 +197,7 @@ _lock = threading.Lock()
 
 
 def get_library() -> Library:
-    """The library, ready to use.
+    """Return the library, ready to use.
 
     Raises:
         LibraryError: there is none that works here; the message says why.
@@ -231,11 +223,7 @@ def _load() -> Library | LibraryError:
 
 
 def self_test(library: Library) -> None:
-    """Compare every pass of both algorithms with plain sums in float64.
-
-    Raises:
-        LibraryError: something differs.
-    """
+    """Raise LibraryError where a pass of an algorithm differs from plain sums in float64."""
     rng = np.random.default_rng(0)
     for shape in ((1, 17, 19, 20, 15), (2, 5, 6, 9, 7)):
         batch, channels, height, width, kernel = shape
@@ -280,7 +268,7 @@ def _compare(what: str, ours: np.ndarray, right: np.ndarray, tolerance: float) -
 
 
 def reference_passes(x, weight, bias, dy) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Output, input gradient and weight gradient in float64, tap by tap."""
+    """Return output, input gradient and weight gradient in float64, tap by tap."""
     half, (height, width) = weight.shape[-1] // 2, x.shape[2:]
     margins = ((0, 0), (0, 0), (half, half), (half, half))
     padded = np.pad(x.astype("float64"), margins)

@@ -42,7 +42,7 @@ def matmul_conv(
     forward: str = "matmul",
     training: bool = True,
 ) -> paddle.Tensor:
-    """Depthwise convolution with stride 1 and "same" padding, with gradients.
+    """Return the depthwise convolution with stride 1 and "same" padding, with gradients.
 
     Args:
         x: (N, C, H, W), float32, float16 or bfloat16.
@@ -107,10 +107,9 @@ def convolve(
     flipped: bool = False,
     kept: "Matrices | None" = None,
 ) -> paddle.Tensor:
-    """The convolution of x, or with `flipped` the gradient by the input for that by the output, x.
+    """Return the convolution of x; with `flipped` the gradient by the input, x being that of y.
 
-    Args:
-        kept: `make_matrices` of this weight, for maps of this size and type and at least so many.
+    `kept` is `make_matrices` of this weight, for maps of this size and type and at least so many.
     """
     plan = kept.plan if kept else plan_for("convolution", x, weight.shape[-1], memory_bytes)
     dtype, x = x.dtype, _compute_form(x)
@@ -132,7 +131,7 @@ class Matrices(NamedTuple):
 
 
 def make_matrices(plan: Plan, weight: paddle.Tensor, dtype) -> Matrices:
-    """T of a weight rounded to the type `dtype`."""
+    """Return T of a weight rounded to the type `dtype`."""
     weight = _compute_form(cast(weight, dtype))
     return Matrices(plan, [_make_matrix(weight[chunk], plan, False) for chunk in _chunks(plan)])
 
@@ -140,7 +139,7 @@ def make_matrices(plan: Plan, weight: paddle.Tensor, dtype) -> Matrices:
 def weight_gradient(
     x: paddle.Tensor, dy: paddle.Tensor, kernel: int, memory_bytes: int
 ) -> paddle.Tensor:
-    """Gradient by the weight, float32 (C, 1, kernel, kernel), of the convolution of x."""
+    """Return the gradient by the weight, float32 (C, 1, K, K), of the convolution of x."""
     plan = plan_for("weight gradient", x, kernel, memory_bytes)
     dtype, x, dy = x.dtype, _compute_form(x), _compute_form(dy)
     parts = [_weight_gradient_chunk(x[:, c], dy[:, c], plan, dtype) for c in _chunks(plan)]
@@ -154,7 +153,7 @@ def add_bias(y: paddle.Tensor, bias: paddle.Tensor) -> paddle.Tensor:
 
 
 def plan_for(kind: str, x: paddle.Tensor, kernel: int, memory_bytes: int) -> Plan:
-    """The plan of a pass over a tensor of the shape and type of x."""
+    """Return the plan of a pass over a tensor of the shape and type of x."""
     batch, *rest = x.shape
     itemsize = 4 if x.dtype == paddle.float32 else 2
     batch = ASSUMED_BATCH if batch == -1 else batch

@@ -55,12 +55,7 @@ class Axis:
 
     @classmethod
     def of(cls, size: int, kernel: int, tile: int, *, spare: bool, multiple: int = 1) -> "Axis":
-        """Tiles of `tile` outputs.
-
-        Args:
-            spare: whether `zero` is needed.
-            multiple: what `window` must be a multiple of.
-        """
+        """Return tiles of `tile` outputs, with a `zero` if `spare`; `window` is a `multiple`."""
         half, count = kernel // 2, -(-size // tile)
         around = tile + kernel - 1
         first, end, zero = max(0, half - (count - 1) * tile), min(around, half + size), None
@@ -128,30 +123,29 @@ class Plan:
         """Size of one channel's T."""
         return self.rows.tile * self.columns.tile * self.rows.window * self.columns.window
 
+    # Of one channel, in values: windows; maps cut into windows along rows only, 0 where that is not
+    # done; the kernel laid out along rows, T for tiles of one row; padded maps; outputs, those
+    # beyond the map included.
+
     @property
     def window_values(self) -> int:
-        """Size of one channel's windows."""
         return self.batch * self.tiles * self.rows.window * self.columns.window
 
     @property
     def strip_values(self) -> int:
-        """Size of one channel's maps cut into windows along rows only; 0 where that is not done."""
         strips = self.columns.count * self.columns.window
         return self.batch * self.rows.padded * strips if self.columns.count > 1 else 0
 
     @property
     def kernel_strip_values(self) -> int:
-        """Size of one channel's kernel laid out along rows: T for tiles of one row."""
         return self.columns.tile * (self.rows.kernel + 1) * self.columns.window
 
     @property
     def map_values(self) -> int:
-        """Size of one channel's padded maps."""
         return self.batch * self.rows.padded * self.columns.padded
 
     @property
     def output_values(self) -> int:
-        """Size of one channel's outputs, those beyond the map included."""
         return self.batch * self.rows.outputs * self.columns.outputs
 
     @property
@@ -222,7 +216,7 @@ def make_plan(
     itemsize: int,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
 ) -> Plan:
-    """The tiles of the lowest cost whose `scratch_bytes` are at most `memory_bytes`.
+    """Return the tiles of the lowest cost whose `scratch_bytes` are at most `memory_bytes`.
 
     Depends on the arguments alone, so that all processes of a run use the same.
 

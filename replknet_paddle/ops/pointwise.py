@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @as_one_operation
 def pointwise_conv2d(x: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor:
-    """1x1 convolution with stride 1 by the compiled operator, on CPU, with gradients.
+    """Return the 1x1 convolution with stride 1 by the compiled operator, on CPU, with gradients.
 
     Args:
         x: (N, C, H, W), float32, float16 or bfloat16.
@@ -42,21 +42,13 @@ def pointwise_conv2d(x: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor:
         ValueError: shapes or types that this is not made for.
         LibraryError: there is no compiled operator, or no oneDNN for it.
     """
+    got = f"got x {describe(x)}, weight {describe(weight)}"
     if len(x.shape) != 4 or len(weight.shape) != 4 or list(weight.shape[2:]) != [1, 1]:
-        raise ValueError(
-            "x must be (N, C, H, W) and weight (C', C, 1, 1); got "
-            f"x {describe(x)}, weight {describe(weight)}"
-        )
+        raise ValueError(f"x must be (N, C, H, W) and weight (C', C, 1, 1); {got}")
     if x.shape[1] not in (weight.shape[1], -1) or 0 in x.shape[1:]:
-        raise ValueError(
-            "x must have pixels, and the channels that weight takes; got "
-            f"x {describe(x)}, weight {describe(weight)}"
-        )
+        raise ValueError(f"x must have pixels, and the channels that weight takes; {got}")
     if x.dtype not in DTYPES or weight.dtype not in DTYPES:
-        raise ValueError(
-            "x and weight must be float32, float16 or bfloat16; got "
-            f"x {describe(x)}, weight {describe(weight)}"
-        )
+        raise ValueError(f"x and weight must be float32, float16 or bfloat16; {got}")
     if not get_library().has_pointwise:
         raise LibraryError(NO_ONEDNN)
     return run_operator("pointwise_conv2d", {"X": x, "Weight": weight}, {})

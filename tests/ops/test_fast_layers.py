@@ -13,6 +13,7 @@ from replknet_paddle.ops import (
     FastDepthwiseConv2D,
     use_fast_depthwise_conv,
     use_fast_pointwise_conv,
+    use_large_kernel_ops,
 )
 
 pytestmark = [pytest.mark.usefixtures("operators"), pytest.mark.numbers, pytest.mark.paddle_version]
@@ -46,6 +47,15 @@ def test_every_depthwise_layer_of_stride_one_is_swapped(variant):
     assert use_fast_depthwise_conv(model) == 24 * VARIANTS[variant][3] + 1  # again: the same
     assert use_fast_depthwise_conv(model, "paddle") == 0
     assert not [x for x in model.sublayers() if isinstance(x, FastDepthwiseConv2D)]
+
+
+def test_one_call_swaps_both_kinds_and_says_what_computes_them():
+    model = network("31B")
+    said = use_large_kernel_ops(model)
+    assert said.startswith("depthwise convolutions: 11 by the compiled operator; 1x1 convolutions:")
+    said = use_large_kernel_ops(model, "matmul", memory_bytes=2**20)
+    assert "6 by the compiled operator, 5 by matrix products" in said
+    assert use_large_kernel_ops(model, "paddle").endswith("1x1 convolutions: all by Paddle")
 
 
 @pytest.mark.parametrize("variant", ["31B", "XL"])
