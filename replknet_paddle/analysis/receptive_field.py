@@ -55,7 +55,7 @@ class Area(NamedTuple):
 
 
 def contribution_scores(model: nn.Layer, image: np.ndarray) -> np.ndarray | None:
-    """The contribution of each pixel of one image, by a network in evaluation mode.
+    """Return the contribution of each pixel of one image, by a network in evaluation mode.
 
     Args:
         model: a `RepLKNet`, or any network whose `forward_stages` returns a list of maps.
@@ -85,7 +85,7 @@ def measure(
     target: str,
     on_image: Callable[[str, bool, int], None] = lambda name, used, images_used: None,
 ) -> Field:
-    """The effective receptive field of `model` over the first `num_images` usable images.
+    """Return the effective receptive field of `model` over the first `num_images` usable images.
 
     `target` is replaced after each image, so a later call with the same arguments goes on where an
     earlier one was stopped, with the same result to the last bit.
@@ -104,15 +104,13 @@ def measure(
     """
     if model.training:
         raise ValueError("the network is in training mode; call its eval() first")
-    digest = network_digest(model)
+    result = Field(np.zeros((input_size, input_size)), network=network_digest(model))
     if os.path.exists(target):
-        result = load_field(target)
-        _check_same(result, target, digest, names, num_images, input_size)
-    else:
-        result = Field(np.zeros((input_size, input_size)), network=digest)
+        before = load_field(target)
+        _check_same(before, target, result, names, num_images)
+        result = before
     done = len(result.images) + len(result.skipped)
-    needed = num_images - len(result.images)
-    if len(names) - done < needed:
+    if len(names) - done < num_images - len(result.images):
         raise InputError(_too_few(result, names, num_images))
     trainable = [p for p in model.parameters() if not p.stop_gradient]
     for parameter in trainable:  # only the gradient by the input is needed
@@ -138,7 +136,7 @@ def measure(
 
 
 def network_digest(model: nn.Layer) -> str:
-    """SHA-256 of the names, shapes and values of all parameters and statistics."""
+    """Return the SHA-256 of names, shapes and values of all parameters and statistics."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         array = np.ascontiguousarray(value.numpy())
@@ -147,21 +145,25 @@ def network_digest(model: nn.Layer) -> str:
     return digest.hexdigest()
 
 
-def _check_same(result: Field, target, digest, names, num_images, input_size) -> None:
-    done = len(result.images) + len(result.skipped)
-    problem = None
-    if not result.network:
-        problem = "it was not written by this program"
-    elif result.network != digest:
-        problem = "it is of a network with other weights"
-    elif len(result.scores) != input_size:
-        problem = f"it is of {len(result.scores)} x {len(result.scores)} pixels, not {input_size}"
-    elif {*result.images, *result.skipped} != set(names[:done]):
-        problem = "it is of other images"
-    elif len(result.images) > num_images:
-        problem = f"it holds {len(result.images)} images, more than {num_images}"
-    if problem is not None:
-        raise InputError(f"cannot continue {target}: {problem}. Delete it, or name another file")
+def _check_same(before: Field, target, wanted: Field, names, num_images: int) -> None:
+    """Raise InputError where the file of an earlier call is not of the same measurement."""
+    done, size = [*before.images, *before.skipped], len(before.scores)
+    for is_other, problem in (
+        (not before.network, "it was not written by this program"),
+        (before.network != wanted.network, "it is of a network with other weights"),
+        (
+            size != len(wanted.scores),
+            f"it is of {size} x {size} pixels, not {len(wanted.scores)}",
+        ),
+        (set(done) != set(names[: len(done)]), "it is of other images"),
+        (
+            len(before.images) > num_images,
+            f"it holds {len(before.images)} images, more than {num_images}",
+        ),
+    ):
+        if is_other:
+            text = f"cannot continue {target}: {problem}. Delete it, or name another file"
+            raise InputError(text)
 
 
 def _too_few(result: Field, names: Sequence[str], num_images: int) -> str:
@@ -222,21 +224,19 @@ def _checked(record: object) -> dict:
     """The record of a file, if it has the attributes of `Field` in their types."""
     if not isinstance(record, dict):
         raise ValueError("its record is damaged")
-    names = [record.get(key, []) for key in ("images", "skipped")]
-    texts = [record.get("network", "")]
-    for part in names:
-        texts += part if isinstance(part, list) else [None]
-    if not all(isinstance(text, str) for text in texts):
+    images, skipped, network = (
+        record.get("images", []),
+        record.get("skipped", []),
+        record.get("network", ""),
+    )
+    lists = isinstance(images, list) and isinstance(skipped, list)
+    if not lists or not all(isinstance(text, str) for text in [*images, *skipped, network]):
         raise ValueError("its record is damaged")
     return record
 
 
 def rescaled(scores: np.ndarray) -> np.ndarray:
-    """log10(scores + 1), divided by its largest value: what the table and the picture are made of.
-
-    Raises:
-        InputError: the scores are 0 everywhere.
-    """
+    """Return log10(scores + 1) over its largest value, which table and picture are made of."""
     scores = np.log10(scores + 1)
     if not scores.max() > 0:
         raise InputError("no input pixel contributes: the field is 0 everywhere")
@@ -244,13 +244,10 @@ def rescaled(scores: np.ndarray) -> np.ndarray:
 
 
 def high_contribution_areas(scores: np.ndarray) -> list[Area]:
-    """For each of `THRESHOLDS`, the smallest centred square with more than that share.
+    """Return, for each of `THRESHOLDS`, the smallest centred square with more than that share.
 
-    The shares are of `rescaled` scores. As in the official script, the sides are odd, from 3 to
-    S - 1, and the centre is position S // 2.
-
-    Args:
-        scores: (S, S), the mean of contribution scores.
+    The shares are of `rescaled` scores (S, S). As in the official script, the sides are odd, from 3
+    to S - 1, and the centre is position S // 2.
     """
     scores = rescaled(scores)
     size = len(scores)
@@ -263,9 +260,6 @@ def high_contribution_areas(scores: np.ndarray) -> list[Area]:
     areas = []
     for threshold in THRESHOLDS:
         enough = np.flatnonzero(inside / sums[-1, -1] > threshold)
-        if len(enough):
-            side = 2 * int(reach[enough[0]]) + 1
-            areas.append(Area(threshold, side, (side / size) ** 2))
-        else:
-            areas.append(Area(threshold, None, None))
+        side = 2 * int(reach[enough[0]]) + 1 if len(enough) else None
+        areas.append(Area(threshold, side, None if side is None else (side / size) ** 2))
     return areas

@@ -65,10 +65,7 @@ class ConvCase:
 
     @property
     def useful_flops(self) -> int:
-        """Floating-point operations of one forward pass: two for each tap inside the map.
-
-        Each of the two gradients has as many.
-        """
+        """Operations of a forward pass, or of one gradient: two for each tap inside the map."""
         half = self.kernel // 2
         taps = sum(  # along one axis, over all outputs
             min(self.side, i + half + 1) - max(0, i - half) for i in range(self.side)
@@ -155,13 +152,8 @@ def time_conv(
 ) -> dict[str, dict[str, list[float]]]:
     """Return the seconds of each pass of a layer, by Paddle and each implementation, in turn.
 
-    Args:
-        rounds: how often each is timed.
-        dtype: of the tensors. Paddle's own computes in float32, whatever it is.
-
-    Returns:
-        By pass, of `PASSES`, and implementation. Those that end in `, kept` are of a layer that
-        caches what it makes of its weights.
+    They come by pass, of `PASSES`, and implementation. Those that end in `, kept` are of a layer
+    that caches what it makes of its weights. Paddle's own computes in float32, whatever `dtype`.
     """
     paddle.seed(0)
     shape = [case.batch, case.channels, case.side, case.side]

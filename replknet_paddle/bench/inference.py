@@ -58,14 +58,10 @@ COLUMNS |= {"from": 9, "to": 9, "images/s": 9, "x eager": 8, "deviation": 9, "ru
 
 @dataclass(frozen=True)
 class Row:
-    """One backend, precision and batch size.
+    """One backend, precision and batch size; times are of one batch.
 
-    Attributes:
-        network: `trained`, as the checkpoint has it, or `folded`.
-        median_ms, min_ms, max_ms: of one batch.
-        images_per_second: at the median.
-        runs: how many were timed.
-        deviation: largest difference of logits from eager float32, relative to the largest logit.
+    `network` is `trained`, as the checkpoint has it, or `folded`; `deviation` the largest
+    difference of logits from eager float32, relative to the largest logit.
     """
 
     backend: str
@@ -75,36 +71,25 @@ class Row:
     median_ms: float
     min_ms: float
     max_ms: float
-    images_per_second: float
+    images_per_second: float  # at the median
     runs: int
     deviation: float
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to time.
+    """What to time: each backend in each precision, at each batch size."""
 
-    Attributes:
-        backends: names; None for all that are installed.
-        precisions: of `PRECISIONS`; eager mode runs in fp32 whatever they are.
-        batch_sizes: images at once.
-        threads: that compute; None for all cores of this process.
-        rounds: how often each is timed.
-    """
-
-    backends: Sequence[str] | None = None
-    precisions: Sequence[str] = PRECISIONS
+    backends: Sequence[str] | None = None  # None: all that are installed
+    precisions: Sequence[str] = PRECISIONS  # eager mode runs in fp32 whatever they are
     batch_sizes: Sequence[int] = (1, 8)
-    threads: int | None = None
+    threads: int | None = None  # None: all cores of this process
     rounds: int = 9
 
     def check(self) -> None:
         """Raise InputError for a name or number that is not allowed."""
-        check_counts(
-            rounds=self.rounds,
-            batch_sizes=min(self.batch_sizes),
-            threads=1 if self.threads is None else self.threads,
-        )
+        threads = 1 if self.threads is None else self.threads
+        check_counts(rounds=self.rounds, batch_sizes=min(self.batch_sizes), threads=threads)
         for flag, given, allowed in (
             ("--backends", self.backends or (), PACKAGES),
             ("--precisions", self.precisions, PRECISIONS),
@@ -175,8 +160,7 @@ def report_inference(config, pretrained: str | None, plan: Plan, *, json_file: s
 def set_statistics(model: RepLKNet, images: np.ndarray) -> None:
     """Give every batch norm of `model` the statistics of these images (N, 3, H, W).
 
-    Those of a fresh network are 0 and 1, which make logits so large that no deviation says
-    anything.
+    With those of a fresh network logits are so large that no deviation says anything.
     """
     norms = [layer for layer in model.sublayers() if hasattr(layer, "_momentum")]
     momenta = [norm._momentum for norm in norms]
@@ -191,18 +175,11 @@ def set_statistics(model: RepLKNet, images: np.ndarray) -> None:
 
 
 def time_backends(model: RepLKNet, config, plan: Plan) -> Iterator[list[Row]]:
-    """Time eager mode and each candidate of `plan`.
+    """Time eager mode and each candidate of `plan`; yield the rows of each batch size.
 
-    Eager mode is Paddle alone, with its own convolutions: `replknet benchmark network` has those of
-    `ops/`. INT8 is calibrated with random images, so its speed means something and its deviation
-    little. A candidate that fails, when it is opened or later, is reported and left out from there
-    on.
-
-    Args:
-        model: a classifier in evaluation mode; stays as it is.
-
-    Yields:
-        The rows of each batch size, that of eager mode first.
+    Eager mode, the first row, is Paddle alone, with its own convolutions. INT8 is calibrated with
+    random images, so its speed means something and its deviation little. A candidate that fails,
+    when it is opened or later, is reported and left out from there on.
     """
     eager = DygraphBackend(model, Sidecar.build(config, format="paddle"))
     with tempfile.TemporaryDirectory(prefix="replknet-") as folder:

@@ -148,9 +148,8 @@ def time_network(
 ) -> Iterator[tuple[str, dict[str, list[float]], dict[str, float]]]:
     """Time a network with the compiled operators and with Paddle's own convolutions, in turn.
 
-    Yields:
-        What was timed; seconds of each round by implementation; and seconds of one more round with
-        the operators by parts: of a forward pass by kinds of layer, of a step by its three parts.
+    Yields what was timed; seconds of each round by implementation; and seconds of one more round
+    with the operators by parts: of a forward pass by kinds of layer, of a step by its three parts.
     """
     impls = {"operators": "auto", "Paddle's own": "paddle"}
     models = {name: network_with(config, impl) for name, impl in impls.items()}

@@ -39,21 +39,13 @@ TENSOR_NAME = re.compile(
 
 @dataclass
 class ParameterGroup:
-    """Parameters that share a layer group and a weight decay.
+    """Parameters that share a layer group and a weight decay."""
 
-    Attributes:
-        layer_id: group of `layer_id()`, whether or not layer decay is on.
-        lr_scale: factor on the learning rate, in (0, 1]; 1 without layer decay.
-        weight_decay: decoupled decay per step and unit of learning rate; 0 for none.
-        names: structured names.
-        params: the parameters, in the order of `names`.
-    """
-
-    layer_id: int
-    lr_scale: float
-    weight_decay: float
-    names: list[str] = field(default_factory=list)
-    params: list[paddle.Tensor] = field(default_factory=list)
+    layer_id: int  # of `layer_id()`, whether or not layer decay is on
+    lr_scale: float  # factor on the learning rate, in (0, 1]; 1 without layer decay
+    weight_decay: float  # decoupled, per step and unit of learning rate; 0 for none
+    names: list[str] = field(default_factory=list)  # structured
+    params: list[paddle.Tensor] = field(default_factory=list)  # in the order of `names`
 
 
 def num_layer_groups(layers: Sequence[int]) -> int:
@@ -68,12 +60,8 @@ def layer_id(name: str, layers: Sequence[int]) -> int:
     blocks at a time, its last group with the transition (and stage norm) after it. Then stage 3;
     then the final norm and the head. Source: official `optim_factory.py`.
 
-    Args:
-        name: e.g. `stages.2.blocks.7.pw_conv_1.conv.weight`.
-        layers: pairs of blocks in each of the four stages.
-
     Raises:
-        ValueError: a name that belongs to no part of a RepLKNet with these layers.
+        ValueError: a name that belongs to no part of a RepLKNet with `layers` pairs of blocks.
     """
     last = num_layer_groups(layers) - 1
     match name.split("."):
@@ -108,15 +96,9 @@ def parameter_groups(
     Frozen parameters are left out; so are batch norm's running statistics, which Paddle lists
     among the parameters.
 
-    Args:
-        model: a RepLKNet; not wrapped, for the wrapper's prefix would hide the names.
-        weight_decay: for the parameters that decay; the others get 0.
-        layer_decay: ratio between neighbouring groups' learning rates, in (0, 1]; None for one
-            rate everywhere.
-        layers: pairs of blocks in each stage of `model`.
-
-    Returns:
-        Groups by rising layer id, decaying parameters before the others.
+    Groups come by rising layer id, decaying parameters before the others. `model` is a RepLKNet,
+    not wrapped, for the wrapper's prefix would hide the names; `layers` are its pairs of blocks.
+    `layer_decay` is the ratio between neighbouring groups' learning rates, None for one rate.
 
     Raises:
         ValueError: a trainable parameter that no layer group covers.
@@ -248,10 +230,9 @@ def load_optimizer_state(
 
 
 def create_tensors(optimizer: paddle.optimizer.AdamW, model: nn.Layer) -> None:
-    """Make Paddle create the optimizer's tensors now instead of at the first step.
+    """Make Paddle create the optimizer's tensors now, by a step that changes no weight.
 
-    It has no call for that, so this takes a step that changes no weight: zero gradients at a
-    rate of 0. The tensors' values afterwards are not those of a fresh optimizer.
+    Zero gradients at a rate of 0; the tensors' values afterwards are not those of a fresh one.
     """
     lr = optimizer.get_lr()
     optimizer.set_lr(0.0)
@@ -263,7 +244,7 @@ def create_tensors(optimizer: paddle.optimizer.AdamW, model: nn.Layer) -> None:
 
 
 def initial_state(optimizer: paddle.optimizer.AdamW, model: nn.Layer) -> dict[str, np.ndarray]:
-    """`optimizer_state` of an optimizer that has not taken a step."""
+    """Return `optimizer_state` of an optimizer that has not taken a step."""
     state = {}
     for name, param in trainable_parameters(model).items():
         state[f"{name}.moment1"] = np.zeros(param.shape, "float32")
@@ -276,7 +257,7 @@ def initial_state(optimizer: paddle.optimizer.AdamW, model: nn.Layer) -> dict[st
 
 
 def live_state(optimizer: paddle.optimizer.AdamW, model: nn.Layer) -> dict[str, paddle.Tensor]:
-    """The optimizer's own tensors that exist by now, keyed as in `optimizer_state`."""
+    """Return the optimizer's own tensors that exist by now, keyed as in `optimizer_state`."""
     structured = {param.name: name for name, param in trainable_parameters(model).items()}
     state = {}
     for key, tensor in optimizer.state_dict().items():

@@ -18,7 +18,7 @@ from replknet_paddle.zoo.records import MODELS, PublishedModel
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names of the published models.
+    """Return the names of the published models.
 
     Args:
         pattern: shell pattern, such as '*384*', for the name or for mmpretrain's; case is ignored.
@@ -39,7 +39,7 @@ def get_model(
     weights: str = "auto",
     **overrides: Any,
 ):
-    """Build a RepLKNet, with weights if asked for.
+    """Return a RepLKNet, with weights if asked for.
 
     Args:
         name: name of a published model, ours or mmpretrain's; or a YAML file; or a configuration
@@ -96,11 +96,7 @@ def get_model(
 
 
 def find_record(name: str) -> PublishedModel:
-    """The record of a published model, by its name or mmpretrain's; case is ignored.
-
-    Raises:
-        InputError: there is none.
-    """
+    """Return the record of a published model, by its name or mmpretrain's; case is ignored."""
     for model in MODELS:
         if name.lower() in (known.lower() for known in _names(model)):
             return model

@@ -34,7 +34,7 @@ _CHUNK_BYTES = 2**20
 
 
 def fetch(model: PublishedModel) -> Path:
-    """The model's weights as a native safetensors file in the cache, which is filled if need be.
+    """Return the model's weights as a native file in the cache, which is filled if need be.
 
     The source is the first of these files in the cache folder, and a file that replaces it is
     converted anew:
@@ -94,6 +94,7 @@ def _is_current(converted: Path, source: Path | None) -> bool:
 
 
 def _download_published(folder: Path, model: PublishedModel) -> Path:
+    """Download the file behind `model.url`, or say what a person has to do."""
     if model.url is None:
         raise InputError(
             f"no program can download {model.name}. Download the PyTorch file from {model.page} "
