@@ -22,7 +22,7 @@ NUM_STAGES = 4
 
 
 def uniform(fan_in: int) -> paddle.ParamAttr:
-    """Uniform in +-1/sqrt(fan_in): the initialization that the paper's models were trained from."""
+    """Return the paper's initialization, uniform in +-1/sqrt(fan_in)."""
     bound = 1.0 / math.sqrt(fan_in)
     return paddle.ParamAttr(initializer=nn.initializer.Uniform(-bound, bound))
 
@@ -36,7 +36,7 @@ def conv2d(
     groups: int = 1,
     bias: bool = False,
 ) -> nn.Conv2D:
-    """A convolution with "same" padding; a depthwise one where groups equals the channels."""
+    """Return a convolution with "same" padding; a depthwise one if groups equals channels."""
     fan_in = in_channels // groups * kernel_size**2
     return nn.Conv2D(
         in_channels,
@@ -141,10 +141,7 @@ class ReparamLargeKernelConv(nn.Layer):
             bias = bias + small_bias
             del self.small_kernel_conv
         merged = self.large_kernel_origin.conv  # stays the kind of layer that it has become
-        dtype = merged.weight.dtype
-        merged.bias = merged.create_parameter([weight.shape[0]], is_bias=True, dtype=dtype)
-        merged.weight.set_value(weight.astype(dtype))
-        merged.bias.set_value(bias.astype(dtype))
+        set_weight_and_bias(merged, weight, bias)
         del self.large_kernel_origin
         self.large_kernel_reparam = merged
 
@@ -166,6 +163,15 @@ def fuse_conv_norm(layer: ConvNorm) -> tuple[paddle.Tensor, paddle.Tensor]:
     """Return weight and bias, float64, of the convolution that equals `layer` in evaluation."""
     scale, shift = scale_and_shift(layer.norm)
     return layer.conv.weight.astype("float64") * scale.reshape([-1, 1, 1, 1]), shift
+
+
+def set_weight_and_bias(conv: nn.Conv2D, weight: paddle.Tensor, bias: paddle.Tensor) -> None:
+    """Give a convolution this weight and bias, in its own precision."""
+    dtype = conv.weight.dtype
+    if conv.bias is None:
+        conv.bias = conv.create_parameter([weight.shape[0]], is_bias=True, dtype=dtype)
+    conv.weight.set_value(weight.astype(dtype))
+    conv.bias.set_value(bias.astype(dtype))
 
 
 class RepLKBlock(nn.Layer):
@@ -297,7 +303,7 @@ def recompute_block(block: nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
 
 
 def transition(channels: int, wider: int, norm_layer: type) -> nn.Sequential:
-    """Between two stages: (N, C, H, W) -> (N, C', H/2, W/2)."""
+    """Return the layers between two stages: (N, C, H, W) -> (N, C', H/2, W/2)."""
     return nn.Sequential(
         ConvNorm(channels, wider, 1, relu=True, norm_layer=norm_layer),
         ConvNorm(wider, wider, 3, stride=2, groups=wider, relu=True, norm_layer=norm_layer),
@@ -395,7 +401,7 @@ class RepLKNet(nn.Layer):
             )
 
     def forward_stages(self, x: paddle.Tensor) -> list[paddle.Tensor]:
-        """Each stage's map: strides 4, 8, 16 and 32 of the images (N, 3, H, W)."""
+        """Return each stage's map: strides 4, 8, 16 and 32 of the images (N, 3, H, W)."""
         for layer in self.stem:
             x = layer(x)
         maps = []
@@ -407,7 +413,7 @@ class RepLKNet(nn.Layer):
         return maps
 
     def extract_feat(self, x: paddle.Tensor) -> tuple[paddle.Tensor, ...]:
-        """The maps of `out_indices`, or of all four stages of a classifier.
+        """Return the maps of `out_indices`, or of all four stages of a classifier.
 
         Images (N, 3, H, W) give maps (N, channels[i], H / 2**(i+2), W / 2**(i+2)), rounded up.
         """
@@ -438,7 +444,7 @@ class RepLKNet(nn.Layer):
 
 
 def build_replknet(config, *, sync_bn: bool = False) -> RepLKNet:
-    """The network that `config` (see config.py) describes, freshly initialized.
+    """Return the network that `config` (see config.py) describes, freshly initialized.
 
     It carries that configuration as `config`, for what comes before and after the network.
 
