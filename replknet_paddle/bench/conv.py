@@ -181,10 +181,8 @@ def time_conv(
 
 def operators_here():
     """The compiled operators' library, or None where they do not compute."""
-    if paddle.device.get_device() != "cpu":
-        return None
     with contextlib.suppress(LibraryError):
-        return get_library()
+        return get_library() if paddle.device.get_device() == "cpu" else None
 
 
 def device_rates(dtype: str) -> tuple[float, float]:
@@ -225,11 +223,7 @@ def _layer(case: ConvCase, impl: str) -> nn.Layer:
 
 
 def _forward(convolution: Callable, *tensors, **options) -> Callable[[], None]:
-    def call():
-        with paddle.no_grad():
-            convolution(*tensors, **options)
-
-    return call
+    return paddle.no_grad()(lambda: convolution(*tensors, **options))
 
 
 def _backward(x, weight, dy, impl: str, wanted: tuple[bool, bool]) -> Callable[[], None]:

@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -40,7 +40,7 @@ class Batches(list):
 
 
 def report_train_loop(config, *, steps: int, rounds: int) -> None:
-    """Print what the training loop adds to forward, backward and optimizer step.
+    """Print what `train_epoch` adds to a bare forward, backward and optimizer step, timed in turn.
 
     Args:
         config: the network, batch size and optimizer; mixing and the average of weights stay out
@@ -52,49 +52,43 @@ def report_train_loop(config, *, steps: int, rounds: int) -> None:
         InputError: a number below 1.
     """
     check_counts(steps=steps, rounds=rounds)
-    seconds = time_train_loop(config, steps=steps, rounds=rounds)
-    print(describe_machine())
-    print(f"{config.MODEL.NAME}, batch {config.DATA.BATCH_SIZE}, {steps} steps a run")
-    for name, values in seconds.items():
-        print(f"{name}: {summarize(values)} per step")
-    ratio = median_ratio(seconds["loop"], seconds["bare"])
-    print(f"the loop takes {ratio:.4f} of the bare step's time")
-
-
-def time_train_loop(config, *, steps: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds per step of `train_epoch` ("loop") and of a bare forward, backward, step ("bare")."""
     batch = config.DATA.BATCH_SIZE
     loader = Batches([random_batch(config, batch, seed=step) for step in range(steps)])
     criterion = LabelSmoothingCrossEntropy(config.TRAIN.SMOOTHING)
     memory_bytes = config.MODEL.CONV_MEMORY_MB * 2**20
-    loop_model, bare_model = (
+    models = [
         network_with(config, config.MODEL.CONV_IMPL, memory_bytes=memory_bytes) for _ in range(2)
-    )
-    bare_optimizer = build_optimizer(config, bare_model, lr=1e-4)
-    loop_parts = Parts(
-        model=loop_model,
+    ]
+    optimizers = [build_optimizer(config, model, lr=1e-4) for model in models]
+    for model in models:
+        model.train()
+    parts = Parts(
+        model=models[0],
         criterion=criterion,
-        optimizer=build_optimizer(config, loop_model, lr=1e-4),
+        optimizer=optimizers[0],
         learning_rate=lambda step: 1e-4,
         precision=Precision(),
     )
-    for model in (loop_model, bare_model):
-        model.train()
 
     def loop():
-        for _ in train_epoch(loop_parts, loader, accum_iter=1, seed=0, epoch=0):
+        for _ in train_epoch(parts, loader, accum_iter=1, seed=0, epoch=0):
             pass
 
     def bare():
         for images, labels in loader:
-            loss = criterion(bare_model(images), labels)
+            loss = criterion(models[1](images), labels)
             loss.backward()
-            bare_optimizer.step()
-            bare_optimizer.clear_grad()
+            optimizers[1].step()
+            optimizers[1].clear_grad()
         float(loss)
 
     seconds = time_in_turn({"loop": loop, "bare": bare}, rounds=rounds)
-    return {name: [s / steps for s in values] for name, values in seconds.items()}
+    print(describe_machine())
+    print(f"{config.MODEL.NAME}, batch {batch}, {steps} steps a run")
+    for name, values in seconds.items():
+        print(f"{name}: {summarize([value / steps for value in values])} per step")
+    ratio = median_ratio(seconds["loop"], seconds["bare"])
+    print(f"the loop takes {ratio:.4f} of the bare step's time")
 
 
 def network_with(config, impl: str, **options) -> nn.Layer:
@@ -132,25 +126,6 @@ def report_network(config, *, forward_batch: int, step_batch: int, rounds: int) 
         raise InputError(f"nothing to measure: {error}") from None
     print(describe_machine())
     print(f"{library.isa}, {library.threads} thread(s) (LARGE_KERNEL_THREADS)")
-    for what, seconds, parts in time_network(
-        config, forward_batch=forward_batch, step_batch=step_batch, rounds=rounds
-    ):
-        for impl, values in seconds.items():
-            ratio = median_ratio(seconds["Paddle's own"], values)
-            print(f"{what}, {impl}: {summarize(values)}, Paddle's own/it {ratio:.2f}")
-        print(f"{what}, by parts, with the operators:")
-        for part, value in sorted(parts.items(), key=lambda item: -item[1]):
-            print(f"    {part:36}{1e3 * value:9.1f} ms", flush=True)
-
-
-def time_network(
-    config, *, forward_batch: int, step_batch: int, rounds: int
-) -> Iterator[tuple[str, dict[str, list[float]], dict[str, float]]]:
-    """Time a network with the compiled operators and with Paddle's own convolutions, in turn.
-
-    Yields what was timed; seconds of each round by implementation; and seconds of one more round
-    with the operators by parts: of a forward pass by kinds of layer, of a step by its three parts.
-    """
     impls = {"operators": "auto", "Paddle's own": "paddle"}
     models = {name: network_with(config, impl) for name, impl in impls.items()}
     ours = models["operators"]
@@ -163,8 +138,9 @@ def time_network(
     for model in models.values():
         model.eval()
     calls = {name: partial(forward, model) for name, model in models.items()}
-    seconds = time_in_turn(calls, rounds=rounds)
-    yield f"forward, batch {forward_batch}", seconds, seconds_by_layer(ours, calls["operators"])
+    seconds, what = time_in_turn(calls, rounds=rounds), f"forward, batch {forward_batch}"
+    _print_sides(what, seconds)
+    _print_parts(what, seconds_by_layer(ours, calls["operators"]))
 
     trained, labels = random_batch(config, step_batch, seed=1)
     criterion = LabelSmoothingCrossEntropy(config.TRAIN.SMOOTHING)
@@ -184,9 +160,24 @@ def time_network(
     for model in models.values():
         model.train()
     seconds = time_in_turn({name: partial(step, name) for name in models}, rounds=rounds)
-    yield f"training step, batch {step_batch}", seconds, step("operators")
+    what = f"training step, batch {step_batch}"
+    _print_sides(what, seconds)
+    _print_parts(what, step("operators"))
     parts = seconds_by_layer(ours, lambda: ours(trained))
-    yield f"its forward pass, batch {step_batch}", {}, parts
+    _print_parts(f"its forward pass, batch {step_batch}", parts)
+
+
+def _print_sides(what: str, seconds: dict[str, list[float]]) -> None:
+    for impl, values in seconds.items():
+        ratio = median_ratio(seconds["Paddle's own"], values)
+        print(f"{what}, {impl}: {summarize(values)}, Paddle's own/it {ratio:.2f}")
+
+
+def _print_parts(what: str, parts: dict[str, float]) -> None:
+    """Print seconds of one more round with the operators, the largest part first."""
+    print(f"{what}, by parts, with the operators:")
+    for part, value in sorted(parts.items(), key=lambda item: -item[1]):
+        print(f"    {part:36}{1e3 * value:9.1f} ms", flush=True)
 
 
 def seconds_by_layer(model: nn.Layer, run: Callable[[], object]) -> dict[str, float]:
