@@ -217,7 +217,7 @@ KEYS: dict[str, tuple[Any, Rule]] = {
     "TRAIN.AUTO_AUGMENT": (True, boolean()),
     "TRAIN.RAND_AUGMENT": (False, boolean()),  # goes before AUTO_AUGMENT
     "TRAIN.RAND_AUGMENT_LAYERS": (2, integer(0)),  # operations per image
-    "TRAIN.RAND_AUGMENT_MAGNITUDE": (9.0, number(0, 10)),
+    "TRAIN.RAND_AUGMENT_MAGNITUDE": (9, number(0, 10)),
     "TRAIN.RAND_AUGMENT_MAGNITUDE_STD": (0.5, number(0)),  # (+) timm's mstd
     "TRAIN.RAND_AUGMENT_INCREASING": (True, boolean()),  # (+) timm's inc1: stronger with magnitude
     "TRAIN.MIXUP_ALPHA": (0.8, number(0)),  # 0: no mixup
