@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 
 from replknet_paddle.config_keys import KEYS
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.places import PROJECT_FOLDER, find_path, tried
+from replknet_paddle.runtime.files import PROJECT_FOLDER, find_path, searched
 
 CONFIG_FOLDER = PROJECT_FOLDER / "configs"
 
@@ -92,7 +92,9 @@ def _merge_file(
             tree = _ConfigLoader(file).get_single_data()
     except FileNotFoundError:
         by = f" (a BASE of {chain[-1]})" if chain else ""
-        raise FileNotFoundError(f"no config file {tried(path)}{by}{_configs_hint(path)}") from None
+        raise FileNotFoundError(
+            f"no config file {searched(path)}{by}{_configs_hint(path)}"
+        ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: e.g. 2024-02-30
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     tree = {} if tree is None else tree

@@ -4,9 +4,9 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 
-from replknet_paddle.runtime.extras import import_extra
-from replknet_paddle.runtime.files import check_file_target, written_whole
+from replknet_paddle.runtime.files import atomic_file, check_file_target
 from replknet_paddle.runtime.fonts import plot_fonts
+from replknet_paddle.runtime.packages import import_extra
 
 DOTS_PER_INCH = 120
 
@@ -46,6 +46,6 @@ def save_figure(figure, target: str) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    with written_whole(target, "wb") as file:
+    with atomic_file(target, "wb") as file:
         kind = os.path.splitext(target)[1][1:].lower()
         figure.savefig(file, format=kind, dpi=DOTS_PER_INCH)

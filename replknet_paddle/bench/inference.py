@@ -27,7 +27,7 @@ from replknet_paddle.deploy.runtimes import Backend, DygraphBackend
 from replknet_paddle.deploy.sidecar import PRECISIONS, Sidecar
 from replknet_paddle.model import RepLKNet, build_replknet
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.files import check_file_target, written_whole
+from replknet_paddle.runtime.files import atomic_file, check_file_target
 
 # What there is to time besides eager mode, as (backend, precision); fp16 on GPU alone.
 CANDIDATES = (
@@ -344,5 +344,5 @@ def machine() -> str:
 
 def write_json(path: str, rows: list[Row], **facts) -> None:
     """Write the rows, and what else is to be known of the run, to a JSON file."""
-    with written_whole(path) as file:
+    with atomic_file(path) as file:
         json.dump({**facts, "rows": [asdict(row) for row in rows]}, file, indent=2)

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from replknet_paddle.runtime.extras import import_extra
-from replknet_paddle.runtime.files import written_whole
+from replknet_paddle.runtime.files import atomic_file
+from replknet_paddle.runtime.packages import import_extra
 
 
 def chart_suffixes() -> list[str]:
@@ -30,7 +30,7 @@ def draw_chart(path: str, rows: Sequence, title: str) -> None:
     """
     batches = sorted({row.batch for row in rows})
     figure = build_chart(rows, batches, title)
-    with written_whole(path, "wb") as file:
+    with atomic_file(path, "wb") as file:
         figure.savefig(file, dpi=120, format=Path(path).suffix[1:])
 
 

@@ -7,9 +7,9 @@ import json
 import sys
 
 from replknet_paddle.commands.flags import add_flag
-from replknet_paddle.runtime.cores import available_cores
 from replknet_paddle.runtime.errors import InputError, SystemFault
-from replknet_paddle.runtime.files import check_file_target, written_whole
+from replknet_paddle.runtime.files import atomic_file, check_file_target
+from replknet_paddle.runtime.machines import available_cores
 
 SHOWN = 20  # problems on the console; the report has them all
 
@@ -65,7 +65,7 @@ def run(args) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2  # 1 is for problems of the data
     if args.report:
-        with written_whole(args.report) as file:
+        with atomic_file(args.report) as file:
             json.dump(report, file, indent=1)
     _print(report)
     return 1 if report["problems"] else 0

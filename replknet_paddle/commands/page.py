@@ -11,7 +11,7 @@ import sys
 from replknet_paddle.commands.console import log_to_stderr
 from replknet_paddle.commands.flags import add_config_flags
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.places import find_path
+from replknet_paddle.runtime.files import find_path
 
 EXAMPLES = "example: replknet page output/RUN/best"
 

@@ -21,8 +21,12 @@ from replknet_paddle.commands.console import (
 )
 from replknet_paddle.commands.flags import add_config_flags, add_flag
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.files import PARTIAL_SUFFIX, check_file_target, check_new_folder
-from replknet_paddle.runtime.places import find_path
+from replknet_paddle.runtime.files import (
+    PARTIAL_SUFFIX,
+    check_file_target,
+    check_new_folder,
+    find_path,
+)
 
 NAMED_PROBLEMS = 10
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from replknet_paddle.runtime.compiler import BuildError, SharedLibrary
 
 CSRC = Path(__file__).resolve().parent / "csrc"
-OPERATORS = "paddle_op.cpp"  # the only source that knows Paddle
 
 
 def paddle_folder() -> Path:
@@ -36,7 +35,7 @@ def operators_library() -> SharedLibrary:
     base = paddle / "base"
     includes = (CSRC, paddle / "include", paddle / "include" / "third_party")
     kernels = sorted((CSRC / "cpu").glob("*.cpp"))
-    sources = (*kernels, CSRC / "pointwise.cpp", CSRC / OPERATORS)
+    sources = (*kernels, CSRC / "pointwise.cpp", CSRC / "paddle_op.cpp")  # which alone knows Paddle
     return SharedLibrary(
         name="large_kernel",
         sources=sources,
@@ -52,5 +51,4 @@ def operators_library() -> SharedLibrary:
             *("-Wl,--no-as-needed", "-l:libpaddle.so", "-ldl"),
         ),
         must_match=(paddle / "version" / "__init__.py").read_bytes(),
-        dependent=(OPERATORS,),
     )

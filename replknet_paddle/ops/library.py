@@ -15,8 +15,8 @@ import paddle
 
 from replknet_paddle.ops.build import operators_library
 from replknet_paddle.runtime.compiler import BuildError
-from replknet_paddle.runtime.cores import core_share
 from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.machines import core_share
 
 ALGORITHMS = {"auto": 0, "direct": 1, "fft": 2}
 PASSES = {"forward": 0, "gradients": 1, "forward_cached": 2}

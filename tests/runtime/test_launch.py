@@ -10,10 +10,10 @@ import pytest
 from tiny import ROOT
 
 from replknet_paddle.runtime import launch as module
-from replknet_paddle.runtime import nodes
+from replknet_paddle.runtime import machines
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.launch import launch
-from replknet_paddle.runtime.nodes import address_for_others, node_addresses
+from replknet_paddle.runtime.launch import LaunchedRun
+from replknet_paddle.runtime.machines import address_for_others, node_addresses
 
 OWN = address_for_others() or "127.0.1.1"
 
@@ -31,16 +31,17 @@ def test_the_master_is_its_own_host_by_whatever_name(monkeypatch):
 
 def test_another_machine_is_reported_the_address_on_the_way_to_the_master(monkeypatch):
     monkeypatch.setattr(socket, "gethostbyname", lambda name: "203.0.113.7")
-    monkeypatch.setattr(nodes, "outgoing_address", lambda destination: f"to {destination}")
+    monkeypatch.setattr(machines, "outgoing_address", lambda destination: f"to {destination}")
     assert node_addresses("head:80") == ("203.0.113.7:80", "to 203.0.113.7")
 
 
 def test_a_master_that_does_not_resolve_is_one_message(tmp_path):
     with pytest.raises(InputError, match="MASTER is no.such.host.invalid:80.*does not resolve"):
-        launch(
+        LaunchedRun(
             ["x.py"],
             processes=1,
             log_dir=str(tmp_path),
+            on_gpu=False,
             nodes=2,
             master="no.such.host.invalid:80",
         )
@@ -59,7 +60,8 @@ def test_the_launcher_gets_a_hidden_device_for_each_process(tmp_path, monkeypatc
     python.write_text(LAUNCHER.format(seen=seen))
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    assert launch(["x.py"], processes=2, log_dir=str(tmp_path / "workers")) == (0, "")
+    run = LaunchedRun(["x.py"], processes=2, log_dir=str(tmp_path / "workers"), on_gpu=False)
+    assert run.wait() == (0, "")
     assert seen.read_text() == "-1,-1 gloo"
 
 
@@ -69,7 +71,6 @@ def hide(monkeypatch, visible) -> None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    monkeypatch.setattr(module, "visible_devices", lambda: 0)
 
 
 # Stands for Python and a launcher whose processes have met those of the other node, and now wait
@@ -86,21 +87,22 @@ def test_a_launcher_is_ended_once_another_node_has_failed(tmp_path, monkeypatch)
     monkeypatch.setattr(module, "BEAT_SECONDS", 0.05)
     monkeypatch.setattr(module, "GRACE_SECONDS", 0.05)
     python, workers = tmp_path / "python", tmp_path / "workers"
-    python.write_text(WAITING_LAUNCHER.format(folder=tmp_path, attempt=nodes.ATTEMPT_FILE))
+    python.write_text(WAITING_LAUNCHER.format(folder=tmp_path, attempt=machines.ATTEMPT_FILE))
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    (workers / nodes.FOLDER / "first-start").mkdir(parents=True)
-    (workers / nodes.FOLDER / "first-start" / "two").write_text("5\n7\nerror: so it was")
-    status, message = launch(
-        ["x.py"], processes=1, log_dir=str(workers / "one"), nodes=2, master="localhost:80"
-    )
+    (workers / machines.NODES_FOLDER / "first-start").mkdir(parents=True)
+    (workers / machines.NODES_FOLDER / "first-start" / "two").write_text("5\n7\nerror: so it was")
+    log_dir = str(workers / "one")
+    status, message = LaunchedRun(
+        ["x.py"], processes=1, log_dir=log_dir, on_gpu=False, nodes=2, master="localhost:80"
+    ).wait()
     assert (status, message) == (
         7,
         "error: machine two has failed with status 7: error: so it was",
     )
     arguments = (tmp_path / "arguments").read_text()
     assert "--nnodes 2 --master 127.0.0.1:80 --host 127.0.0.1 x.py" in arguments
-    assert (workers / nodes.FOLDER / "first-start" / "one").exists()
+    assert (workers / machines.NODES_FOLDER / "first-start" / "one").exists()
 
 
 RANK = """
@@ -118,11 +120,12 @@ def test_processes_without_a_visible_gpu_run_on_the_cpu(tmp_path, monkeypatch, v
     hide(monkeypatch, visible)
     script = tmp_path / "script of a rank.py"
     script.write_text(RANK)
-    status, _ = launch(
+    status, _ = LaunchedRun(
         [str(script), str(tmp_path), "an argument with spaces"],
         processes=2,
         log_dir=str(tmp_path / "workers"),
-    )
+        on_gpu=False,
+    ).wait()
     assert status == 0
     for rank in range(2):
         assert (tmp_path / f"rank{rank}").read_text() == "2.0 an argument with spaces"

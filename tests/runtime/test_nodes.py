@@ -12,8 +12,8 @@ from processes import Run, assert_same_end, free_ports, step_of, wait_for
 from tiny import ROOT
 
 from replknet_paddle.runtime import launch as launch_module
-from replknet_paddle.runtime import nodes
-from replknet_paddle.runtime.nodes import Heartbeat
+from replknet_paddle.runtime import machines
+from replknet_paddle.runtime.machines import Heartbeat
 
 pytest_plugins = ["run_fixtures"]
 
@@ -22,7 +22,7 @@ BEAT_SECONDS = 0.5
 # As a rank whose collective waits for another one for ever.
 RANK = """
 import os, time
-from replknet_paddle.runtime.parent import end_with_parent
+from replknet_paddle.runtime.launch import end_with_parent
 from replknet_paddle.runtime.processes import init, sum_over_ranks
 
 end_with_parent()
@@ -40,10 +40,11 @@ while True:
 def node(arguments: list[str]) -> int:
     """One of two nodes, as the program of a run is."""
     script, log_dir, master = arguments
-    nodes.LOST_SECONDS, launch_module.BEAT_SECONDS = 6.0, BEAT_SECONDS
-    status, message = launch_module.launch(
-        [script], processes=1, log_dir=log_dir, nodes=2, master=master
+    machines.LOST_SECONDS, launch_module.BEAT_SECONDS = 6.0, BEAT_SECONDS
+    run = launch_module.LaunchedRun(
+        [script], processes=1, log_dir=log_dir, on_gpu=False, nodes=2, master=master
     )
+    status, message = run.wait()
     print(message)
     return status
 
@@ -61,7 +62,7 @@ def start_nodes(tmp_path):
             said = tmp_path / f"{folder.name}.txt"
             started.append(Run([script, folder, master], output=said, target=node))
         wait_for(lambda: all((f / "ready").exists() for f in folders), timeout=120, every=0.1)
-        shared = tmp_path / "workers" / nodes.FOLDER
+        shared = tmp_path / "workers" / machines.NODES_FOLDER
         wait_for(lambda: len(list(shared.glob("*/*"))) == 2, timeout=60, every=0.1)
         return list(zip(started, folders))
 
@@ -93,9 +94,9 @@ def test_where_a_process_fails_both_nodes_end_at_once(start_nodes):
 @pytest.fixture
 def attempt(tmp_path, monkeypatch):
     """Makes the heartbeats of nodes that take part in one start of a run."""
-    monkeypatch.setattr(nodes, "LOST_SECONDS", 10.0)
+    monkeypatch.setattr(machines, "LOST_SECONDS", 10.0)
     clock = [0.0]
-    monkeypatch.setattr(nodes.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(machines.time, "monotonic", lambda: clock[0])
 
     def make(name, ports="a:1,b:2"):
         heartbeat = Heartbeat(str(tmp_path / name), nodes=2, master="a:1", address="b")
@@ -103,7 +104,7 @@ def attempt(tmp_path, monkeypatch):
         monkeypatch.setenv("PADDLE_LOG_DIR", str(tmp_path / name))
         monkeypatch.setenv("PADDLE_TRAINER_ENDPOINTS", ports)
         monkeypatch.setenv("PADDLE_RANK_IN_NODE", "0")
-        nodes.name_attempt()
+        machines.name_attempt()
         return heartbeat
 
     return make, clock
@@ -153,7 +154,7 @@ def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(attempt, monkeypat
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(nodes, "_replace", full)
+    monkeypatch.setattr(machines, "write_text", full)
     assert one.beat() is None
     one.end(0, "")
 

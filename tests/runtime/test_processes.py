@@ -12,7 +12,8 @@ from tiny import ROOT
 
 from replknet_paddle.runtime import launch as launch_module
 from replknet_paddle.runtime import processes
-from replknet_paddle.runtime.cores import onednn_may_use_bfloat16
+from replknet_paddle.runtime.machines import is_launched
+from replknet_paddle.runtime.processes import onednn_may_use_bfloat16
 
 pytestmark = pytest.mark.paddle_version
 
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.paddle_version
 def checks(arguments: list[str]) -> int:
     """What each of several ranks finds."""
     count = int(arguments[0])
-    assert processes.is_launched()
+    assert is_launched()
     processes.init()
     assert processes.world_size() == count and 0 <= processes.rank() < count
     mean_rank = (count - 1) / 2
@@ -156,9 +157,9 @@ def test_alone_nothing_is_exchanged():
 
 def test_is_launched_means_by_paddles_launcher(monkeypatch):
     monkeypatch.delenv("PADDLE_TRAINERS_NUM", raising=False)
-    assert not processes.is_launched()
+    assert not is_launched()
     monkeypatch.setenv("PADDLE_TRAINERS_NUM", "1")
-    assert processes.is_launched()
+    assert is_launched()
 
 
 def test_on_cpu_there_is_no_gpu():
@@ -170,9 +171,12 @@ def test_on_cpu_there_is_no_gpu():
 def launch(tmp_path, script, arguments, processes):
     path = tmp_path / "script of a worker.py"
     path.write_text(script)
-    return launch_module.launch(
-        [str(path), *arguments], processes=processes, log_dir=str(tmp_path / "workers")
-    )[0]
+    return launch_module.LaunchedRun(
+        [str(path), *arguments],
+        processes=processes,
+        log_dir=str(tmp_path / "workers"),
+        on_gpu=False,
+    ).wait()[0]
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -275,7 +275,6 @@ def pixels_library() -> SharedLibrary:
             *native,
         ),
         must_match=processor.encode(),
-        dependent=(SOURCE.name,),
     )
 
 

@@ -6,8 +6,8 @@ import pytest
 from tiny import FIXTURES, ROOT, command, make_data
 
 from replknet_paddle.config import get_config
-from replknet_paddle.runtime import places
-from replknet_paddle.runtime.places import command_line, find_path, tried
+from replknet_paddle.runtime import files
+from replknet_paddle.runtime.files import command_line, find_path, searched
 
 
 @pytest.fixture
@@ -16,12 +16,12 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     (tmp_path / "project").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(places, "PROJECT_FOLDER", tmp_path / "project")
+    monkeypatch.setattr(files, "PROJECT_FOLDER", tmp_path / "project")
     return tmp_path / "here"
 
 
 def test_the_project_is_the_checkout():
-    assert places.PROJECT_FOLDER == ROOT
+    assert files.PROJECT_FOLDER == ROOT
 
 
 def test_what_is_here_comes_first(here, tmp_path):
@@ -39,13 +39,13 @@ def test_what_is_here_comes_first(here, tmp_path):
 
 def test_messages_name_both_places(here, tmp_path):
     project = tmp_path / "project"
-    assert tried("x/y") == f"x/y (tried {here}/x/y and {project}/x/y)"
-    assert tried("/x/y") == "/x/y"
+    assert searched("x/y") == f"x/y (tried {here}/x/y and {project}/x/y)"
+    assert searched("/x/y") == "/x/y"
 
 
 def test_one_place_is_named_once(monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert tried("x/y") == f"x/y (tried {ROOT}/x/y)"
+    assert searched("x/y") == f"x/y (tried {ROOT}/x/y)"
 
 
 def test_data_and_weights_of_a_configuration_are_found(here, tmp_path):
