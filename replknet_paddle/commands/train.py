@@ -1,7 +1,4 @@
-"""Train a network, or with -eval evaluate one, on every visible device.
-
-The flags are PaddleViT's, each with a --double-dash twin. `main_multi_gpu.py` is this command.
-"""
+"""Training and evaluation: `replknet train` and `replknet eval`."""
 
 import os
 import re
@@ -30,16 +27,11 @@ from replknet_paddle.runtime.launch import (
 )
 from replknet_paddle.runtime.machines import STOPPED, is_launched
 
-EXAMPLES = """\
-example: python main_multi_gpu.py -cfg=./configs/replknet_31b.yaml -data_path=/dataset/imagenet \\
-             -batch_size=256 -eval -pretrained=./replknet_31b.pdparams -amp
-"""
-
 # What runs in each process, in the same environment.
 PROGRAM = (sys.executable, "-u", "-m", "replknet_paddle", "train")
 
 
-def add_arguments(parser) -> None:
+def add_train_flags(parser) -> None:
     """The flags. A flag that is not given leaves the configuration's value."""
     flag = add_flag
     add_config_flags(parser)
@@ -105,8 +97,14 @@ def add_arguments(parser) -> None:
     )
 
 
-def run(args) -> int:
-    """Do what the flags say, and return one of the exit statuses that runtime/launch.py lists."""
+def run_train(args) -> int:
+    r"""Train a network, or with -eval evaluate one, on every visible device.
+
+    The flags are PaddleViT's, each with a --double-dash twin. `main_multi_gpu.py` is this command.
+
+    example: python main_multi_gpu.py -cfg=./configs/replknet_31b.yaml -batch_size=256 \
+                 -data_path=/dataset/imagenet -eval -pretrained=./replknet_31b.pdparams -amp
+    """
     if is_launched():  # before Paddle is imported, which takes seconds
         end_with_parent()
     status, message = 1, ""
@@ -358,3 +356,18 @@ def check_inputs(config) -> None:
         )
     for is_train in [False] if config.EVAL else [True, False]:
         task_of(config).dataset(config, is_train)
+
+
+add_eval_flags = add_train_flags
+
+
+def run_eval(args) -> int:
+    """Evaluate -pretrained on every visible device, each image exactly once.
+
+    `replknet train -eval` does the same.
+
+    example: replknet eval -pretrained=output/RUN/best -data_path=data/digits --report report
+    """
+    args.eval = True
+    args.argv = ["-eval", *args.argv]  # for the processes that are started
+    return run_train(args)
