@@ -280,7 +280,8 @@ def test_what_was_measured_is_written_if_a_later_batch_is_interrupted(
 
 
 def test_startup_times_the_help_of_every_command(capsys, monkeypatch):
-    monkeypatch.setattr("replknet_paddle.commands.COMMANDS", {"train": "train", "build": "export"})
+    commands = {"train": "train", "build": "export", "benchmark": "benchmark"}
+    monkeypatch.setattr("replknet_paddle.commands.COMMANDS", commands)
     assert main(["startup", "--rounds", "1"]) == 0
     out = capsys.readouterr().out
     for name in ("replknet -h", "replknet train -h", "replknet build -h"):

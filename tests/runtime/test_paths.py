@@ -3,7 +3,7 @@
 import subprocess
 
 import pytest
-from tiny import FIXTURES, ROOT, command, make_data
+from tiny import ROOT, make_data
 
 from replknet_paddle.config import get_config
 from replknet_paddle.runtime import files
@@ -56,43 +56,6 @@ def test_data_and_weights_of_a_configuration_are_found(here, tmp_path):
     assert config.MODEL.PRETRAINED == str(tmp_path / "project" / "weights")
     config = get_config(DATA__DATA_PATH="data/other", MODEL__PRETRAINED="random")
     assert (config.DATA.DATA_PATH, config.MODEL.PRETRAINED) == ("data/other", "random")
-
-
-@pytest.mark.parametrize(
-    "name, flags, says",
-    [
-        ("train", ["-cfg=no.yaml"], "no config file no.yaml"),
-        (
-            "train",
-            [f"-cfg={ROOT}/configs/replknet_nano.yaml", "-data_path=data/none"],
-            "no data folder data/none",
-        ),
-        ("eval", ["-pretrained=output/none/best"], "no checkpoint output/none/best"),
-        ("predict", ["output/none/best", str(FIXTURES / "images")], "no model output/none/best"),
-    ],
-)
-def test_commands_say_what_was_tried(here, capsys, name, flags, says):
-    assert command(name)(flags) == 2
-    message = capsys.readouterr().err
-    path = says.split()[-1]
-    assert f"{says} (tried {here / path} and " in message, message
-
-
-@pytest.mark.parametrize(
-    "name, flags",
-    [
-        ("eval", ["-pretrained=weights/p4"]),
-        ("predict", ["weights/p4", str(FIXTURES / "images")]),
-        ("train", ["-nproc=2", "-cfg={nano}", "-pretrained=weights/p4"]),
-        ("train", ["-nproc=2", "-cfg={nano}", "-resume=weights/p4"]),
-    ],
-)
-def test_a_suffix_that_was_left_out_is_named(here, capsys, name, flags):
-    (here / "weights").mkdir()
-    (here / "weights" / "p4.pdparams").touch()
-    flags = [flag.format(nano=ROOT / "configs" / "replknet_nano.yaml") for flag in flags]
-    assert command(name)(flags) == 2
-    assert "did you mean weights/p4.pdparams?" in capsys.readouterr().err
 
 
 def test_the_command_line_can_be_typed():
