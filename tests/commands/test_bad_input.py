@@ -48,6 +48,8 @@ CASES = [
        f"machines, got {master}")
       for master in ("head", "head:", "head:0", "head:65536", ":8090", "10.0.0.1:port")],
     ("NNODES=2 " + RUN, "NNODES is 2; MASTER must be HOST:PORT of one of these machines, got None"),
+    ("NNODES=2 MASTER=no.such.host.invalid:80 " + RUN,
+     "MASTER is no.such.host.invalid:80, and no.such.host.invalid does not resolve"),
     ("NNODES=2 MASTER=a:80 " + CFG, "NNODES is 2 and there is no -output"),
     *[(f"{name}={value} {RUN}", f"{name} is {value}; allowed: an integer >= 1")
       for name in ("NNODES", "NPROC_PER_NODE") for value in ("0", "-2", "two", "")],
@@ -130,9 +132,8 @@ def test_bad_input_is_one_message_and_nothing_is_written(case, folder, monkeypat
     pytest.importorskip("sklearn" if case[0].startswith("make-digits") else "paddle")
     for name in ("NNODES", "MASTER", "NPROC_PER_NODE", "PADDLE_TRAINERS_NUM", "MAX_RESTARTS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(
-        "replknet_paddle.commands.train.LaunchedRun", lambda *_, **__: pytest.fail("launched")
-    )
+    started = lambda *_, **__: pytest.fail("a process was started")  # noqa: E731
+    monkeypatch.setattr("replknet_paddle.runtime.launch.child_process", started)
     monkeypatch.chdir(folder)
     line, *says = case
     words = [word.replace("{f}", str(folder)) for word in shlex.split(line)]

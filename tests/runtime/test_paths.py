@@ -37,15 +37,12 @@ def test_what_is_here_comes_first(here, tmp_path):
     assert find_path(str(tmp_path / "none")) == str(tmp_path / "none")
 
 
-def test_messages_name_both_places(here, tmp_path):
+def test_messages_name_both_places(here, tmp_path, monkeypatch):
     project = tmp_path / "project"
     assert searched("x/y") == f"x/y (tried {here}/x/y and {project}/x/y)"
     assert searched("/x/y") == "/x/y"
-
-
-def test_one_place_is_named_once(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    assert searched("x/y") == f"x/y (tried {ROOT}/x/y)"
+    monkeypatch.chdir(project)
+    assert searched("x/y") == f"x/y (tried {project}/x/y)"  # once
 
 
 def test_data_and_weights_of_a_configuration_are_found(here, tmp_path):
