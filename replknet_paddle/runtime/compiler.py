@@ -38,23 +38,14 @@ class BuildError(Exception):
 
 @dataclass(frozen=True)
 class SharedLibrary:
-    """A shared library that is compiled from sources of this package.
-
-    Attributes:
-        name: start of the file's name.
-        sources: what to compile, the slowest first.
-        headers: further files that the sources include.
-        flags: of the compiler, beside `COMMON_FLAGS`.
-        link_flags: of the linker.
-        must_match: what else a library has to fit, such as a version of Paddle.
-    """
+    """A shared library that is compiled from sources of this package."""
 
     name: str
-    sources: tuple[Path, ...]
+    sources: tuple[Path, ...]  # the slowest first
     headers: tuple[Path, ...] = ()
-    flags: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()  # beside COMMON_FLAGS
     link_flags: tuple[str, ...] = ()
-    must_match: bytes = b""
+    must_match: bytes = b""  # what else a library has to fit, such as a version of Paddle
 
     @property
     def key(self) -> str:
@@ -71,11 +62,7 @@ class SharedLibrary:
         return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
     def find_or_build(self) -> Path:
-        """Return the library, built on first use.
-
-        Raises:
-            BuildError: there is no library, and why.
-        """
+        """Return the library, built on first use; raise BuildError where there is none."""
         library = self.find()
         if library is None:
             find_compiler()  # so that nothing is announced that cannot be done
@@ -84,16 +71,10 @@ class SharedLibrary:
         return library
 
     def build(self) -> tuple[Path, float]:
-        """Make the library, unless it exists.
+        """Make the library, unless it exists; return it and the seconds that took, 0 without.
 
         Any number of processes may do this at once: one compiles, the others wait for it. The
         library appears whole or not at all.
-
-        Returns:
-            The library, and the seconds it took; 0 where it existed.
-
-        Raises:
-            BuildError: it cannot be made.
         """
         if not sys.platform.startswith("linux"):
             raise BuildError(f"compiled operators are for Linux; this is {sys.platform}")
@@ -133,11 +114,7 @@ def build_folder() -> Path:
 
 
 def find_compiler() -> list[str]:
-    """Return the command of a C++ compiler: CXX, else the first of the usual names.
-
-    Raises:
-        BuildError: there is none.
-    """
+    """Return the command of a C++ compiler: CXX, else the first of the usual names."""
     command = shlex.split(os.environ.get("CXX", ""))
     if command:
         if shutil.which(command[0]) is None:

@@ -37,10 +37,7 @@ Path_ = str | os.PathLike
 
 
 def cache_folder() -> Path:
-    """Return the folder for downloaded weights and compiled libraries.
-
-    `~/.cache/replknet_paddle`, or the folder that `REPLKNET_PADDLE_CACHE` names.
-    """
+    """Return the folder for downloaded weights and compiled libraries."""
     setting = os.environ.get(CACHE_VARIABLE)
     return Path(setting).expanduser() if setting else Path.home() / ".cache" / "replknet_paddle"
 
@@ -89,17 +86,8 @@ def atomic_file(path: Path_, mode: str = "w", *, keep_partial=None, **options) -
     """Open a temporary file that becomes `path` when the block ends without an exception.
 
     Until then `path` stays as it was, or does not exist. The bytes are on the disk before the file
-    gets its name.
-
-    Args:
-        path: the file to write or replace.
-        mode: "w" or "wb".
-        keep_partial: (exception) -> whether to keep what has been written as `path`.unfinished.
-            By default it is deleted.
-        options: of `open`; text is UTF-8 by default.
-
-    Raises:
-        OSError: the file cannot be written.
+    gets its name. What has been written is kept as `path`.unfinished where `keep_partial(error)`
+    is true. `options` are those of `open`; text is UTF-8 by default.
     """
     path = Path(path)
     partial = _partial(path)
@@ -123,15 +111,9 @@ def atomic_file(path: Path_, mode: str = "w", *, keep_partial=None, **options) -
 
 @contextlib.contextmanager
 def atomic_folder(path: Path_) -> Iterator[Path]:
-    """Make a folder that becomes `path` when the block ends without an exception.
+    """Make a folder that becomes `path`, no link, when the block ends without an exception.
 
     Until then `path` stays as it was, or does not exist; a folder that is there is replaced.
-
-    Args:
-        path: the folder to make or replace; no link.
-
-    Raises:
-        OSError: the folder cannot be made, replaced or written into.
     """
     path = Path(path)
     partial, old = _partial(path), path.with_name(f"{path.name}.{os.getpid()}.old")
@@ -158,21 +140,13 @@ def _partial(path: Path) -> Path:
 
 
 def write_text(path: Path_, text: str) -> None:
-    """Write a text file, whole or not at all.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Write a text file, whole or not at all."""
     with atomic_file(path) as file:
         file.write(text)
 
 
 def append_whole(path: Path_, text: str) -> None:
-    """Append to a text file, all of `text` or nothing.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Append to a text file, all of `text` or nothing."""
     with path_in_error(path), open(path, "ab", buffering=0) as file:
         size = file.tell()
         data = text.encode()
@@ -223,10 +197,7 @@ def sync_folder(folder: Path_) -> None:
 def locked(path: Path_) -> Iterator[None]:
     """Let one process at a time into the block; the others wait.
 
-    The system releases the lock of a process that dies. Nothing is locked on Windows.
-
-    Args:
-        path: the lock file, which is created and stays.
+    The system releases the lock of a process that dies. The file stays.
     """
     with open(path, "w") as file:
         if fcntl is not None:
@@ -244,15 +215,11 @@ def file_sha256(path: Path_) -> str:
 
 
 def check_file_target(path: Path_, suffixes: Sequence[str] = (), *, must_be_new=False) -> None:
-    """Check before work starts that the file `path` can be written.
+    """Raise, before work starts, where the file `path` cannot be written.
 
     Args:
         suffixes: allowed endings of the name; empty: any.
         must_be_new: refuse to replace an existing file.
-
-    Raises:
-        FileNotFoundError: its folder does not exist.
-        InputError: another suffix, a folder, an existing file, or a folder that is read-only.
     """
     path = os.fspath(path)
     if suffixes and os.path.splitext(path)[1].lower() not in suffixes:
@@ -268,11 +235,7 @@ def check_file_target(path: Path_, suffixes: Sequence[str] = (), *, must_be_new=
 
 
 def check_new_folder(path: Path_) -> None:
-    """Check before work starts that `path` is an empty folder, or can become one.
-
-    Raises:
-        InputError: a file, a folder that is not empty, or one that is read-only.
-    """
+    """Raise InputError, before work starts, where `path` is no empty folder and cannot be one."""
     path = os.fspath(path)
     if os.path.isdir(path):
         if os.listdir(path):

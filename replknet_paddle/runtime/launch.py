@@ -78,11 +78,8 @@ _GLOO_ERROR = re.compile(r"\[\S*gloo/transport[^\]]*\] (.*)")
 
 
 def end_with_parent(parent: int | None = None) -> None:
-    """Let the system kill this process as soon as its parent has ended. Linux only.
-
-    Args:
-        parent: process id of the parent, where it is known; it may have ended already.
-    """
+    """Let the system kill this process as soon as its parent has ended, which it may have already
+    where its id is given. Linux only."""
     if _prctl is not None:
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if parent not in (None, os.getppid()):
@@ -93,14 +90,8 @@ def end_with_parent(parent: int | None = None) -> None:
 def child_process(
     command: list[str], environment: dict[str, str], *, handed_on: int | None = None
 ) -> Iterator[tuple[subprocess.Popen, list[int]]]:
-    """Run a command, in this context, that ends with this process.
-
-    Args:
-        handed_on: the signal that it gets for each SIGTERM and SIGINT; None: the same.
-
-    Returns:
-        The process, and the list of the signals that came in the context.
-    """
+    """Run a command, in this context, that ends with this process; yield it and the list of the
+    signals that come. It gets `handed_on`, or the same, for each SIGTERM and SIGINT."""
     # It imports this very package, wherever it is started and whatever is installed.
     paths = [_PACKAGE_PARENT, *filter(None, [environment.get("PYTHONPATH")])]
     environment = {**environment, "PYTHONPATH": os.pathsep.join(paths)}
@@ -135,14 +126,9 @@ def child_process(
 class LaunchedRun:
     """One run in several processes of this machine, one per GPU or all on CPU.
 
-    Args:
-        command: program and arguments, the same for each.
-        processes: how many on this machine.
-        log_dir: where each process's output goes; rank 0's is shown as well.
-        on_gpu: whether each process gets a GPU.
-        nodes: machines that take part; each starts its own launcher.
-        master: HOST:PORT of one of them, where there are several. The parent folders of their log
-            folders are then one folder, which they share.
+    The output of each process goes to `log_dir`; rank 0's is shown as well. Of several machines,
+    `nodes`, each starts its own launcher; `master` is HOST:PORT of one of them, and the folder
+    above `log_dir` one that they share.
 
     Raises:
         InputError: the master's name does not resolve, or another program has its port.
@@ -184,12 +170,9 @@ class LaunchedRun:
     def wait(self, note: Callable[[str], None] = lambda message: None) -> tuple[int, str]:
         """Start the processes, hand signals on to them, and wait for their end.
 
-        Args:
-            note: called with what there is to say of the end, unless rank 0 has noted it itself.
-
-        Returns:
-            Exit status: of the first process that failed, else as the table above has it. And
-            what there is to print about it, unless a process whose output is shown has done so.
+        Return the exit status of the first process that failed, else as the table above has it, and
+        what there is to print about it, unless a process whose output is shown has done so. `note`
+        is called with what there is to say of the end, unless rank 0 has noted it itself.
         """
         self.status_file.unlink(missing_ok=True)
         # SIGTERM for both: a SIGINT may get lost while Paddle imports its launcher.
@@ -210,11 +193,8 @@ class LaunchedRun:
         return status, "" if is_shown and message == its_message else message
 
     def _wait_with_nodes(self, launcher: subprocess.Popen) -> tuple[int, str] | None:
-        """Wait until the launcher ends, or end it where another node has failed.
-
-        Returns:
-            That node's exit status, and what there is to say about it; None where none has failed.
-        """
+        """Wait until the launcher ends, or end it and return status and message of a node that has
+        failed."""
         failure = None
         while self.heartbeat is not None and failure is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -281,13 +261,10 @@ def signal_name(number: int) -> str:
 
 def leave_status(status: int, message: str = "") -> None:
     """Tell `LaunchedRun` the exit status of this process, if it is the first of its run to fail,
-    or rank 0.
+    or rank 0. Paddle's launcher ends the others and may then report theirs.
 
-    Paddle's launcher ends the others and may then report theirs.
-
-    Args:
-        message: for the log, in which rank 0 has it already, and for the console, which shows what
-            the first process of this machine writes and no other.
+    The message is for the log, in which rank 0 has it already, and for the console, which shows
+    what the first process of this machine writes and no other.
     """
     file = _status_file()
     is_main = os.environ.get("PADDLE_TRAINER_ID", "0") == "0"
@@ -351,16 +328,8 @@ def run_with_restarts(
     """Run a training command, and again with the newest checkpoint resumed each time that it fails.
 
     A run that fails twice at the same step is not started again. That one of its processes was
-    killed says nothing of the step.
-
-    Args:
-        command: program and arguments of `replknet train`.
-        restarts: how often at most.
-        is_resuming: whether the command resumes a checkpoint. Until the run has written another
-            one, it then does so again.
-
-    Returns:
-        Exit status of the last process.
+    killed says nothing of the step. A command that resumes a checkpoint does so again until the run
+    has written another one.
     """
     folder = Path(run_folder)
     environment = {**os.environ, "MAX_RESTARTS": "0"}

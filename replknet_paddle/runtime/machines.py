@@ -108,12 +108,8 @@ def name_attempt() -> None:
 class Heartbeat:
     """The signs of life of this machine, and of the others that take part in the same start.
 
-    Clocks are not compared: a node is lost where its file stays the same for LOST_SECONDS.
-
-    Args:
-        log_dir: this machine's, a folder beside those of the others; its name is the node's.
-        nodes: how many machines there are to be.
-        master, address: as `node_addresses` gives them, for messages.
+    Clocks are not compared: a node is lost where its file stays the same for LOST_SECONDS. The log
+    folder of a machine lies beside those of the others, and its name is the node's.
     """
 
     def __init__(self, log_dir: str, *, nodes: int, master: str, address: str):
@@ -130,12 +126,8 @@ class Heartbeat:
             os.unlink(os.path.join(self.log_dir, ATTEMPT_FILE))
 
     def beat(self) -> tuple[int, str] | None:
-        """Give a sign and look for the others'.
-
-        Returns:
-            Once another node has failed: its exit status, or that of a killed process where it is
-            lost, and a message.
-        """
+        """Give a sign and look for the others'; once another node has failed or is lost, return
+        its exit status, or that of a killed process, and a message."""
         folder = self._folder()
         if folder is not None and not self.count:  # now the others' first signs are waited for
             self.reminder = Reminder()
@@ -243,11 +235,8 @@ def who_is_there(master: str) -> str:
 
 
 def addresses_at(master: str) -> list[str]:
-    """Return the addresses of the machines that the server at MASTER knows.
-
-    Raises:
-        OSError, ValueError: nothing answers, or something else does.
-    """
+    """Return the addresses of the machines that the server at MASTER knows; OSError or ValueError
+    where nothing answers, or something else does."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(f"http://{master}/", timeout=5) as reply:
         found = json.loads(reply.read())
@@ -284,20 +273,12 @@ def check_port(master: str) -> None:
 
 
 def node_addresses(master: str) -> tuple[str, str]:
-    """Return the address of the master, and the one under which other nodes reach this machine.
+    """Return ADDRESS:PORT of the master, HOST:PORT, and the ADDRESS under which other nodes reach
+    this machine: the same one on the machine that MASTER means.
 
     Paddle's launcher starts the server of `--master` only on the machine whose `--host` is the same
     text, and hands its own address, by default whatever its name resolves to, to the other nodes.
     Debian lets a machine's name mean 127.0.1.1, which is of no use to them.
-
-    Args:
-        master: HOST:PORT.
-
-    Returns:
-        ADDRESS:PORT and ADDRESS, equal addresses on the machine that MASTER means.
-
-    Raises:
-        InputError: a name that does not resolve.
     """
     host, port = master.rsplit(":", 1)
     try:

@@ -46,9 +46,8 @@ def world_size() -> int:
 def init(*, deterministic: bool = False) -> None:
     """Choose this process's device and connect the processes, where there are several.
 
-    Args:
-        deterministic: on GPUs, use only algorithms that give the same bits each time, where Paddle
-            has a choice.
+    `deterministic` lets GPUs use only algorithms that give the same bits each time, where Paddle
+    has a choice.
     """
     paddle.set_device("gpu" if visible_devices() else "cpu")
     if deterministic and on_gpu():
@@ -127,11 +126,8 @@ def text_of_rank_0(text: str) -> str:
 
 
 def sum_on_device(values: list[paddle.Tensor | float]) -> paddle.Tensor:
-    """Return the sums over the ranks of some scalars, float64, on the device: nothing waits for it.
-
-    Args:
-        values: numbers of this process, and scalar tensors.
-    """
+    """Return the sums over the ranks of numbers and scalar tensors, float64, on the device: nothing
+    waits for it."""
     # By `full`, not by `to_tensor`, which would wait for all that a GPU has queued.
     scalars = [
         value.astype("float64").reshape([])
@@ -149,15 +145,12 @@ def sum_on_device(values: list[paddle.Tensor | float]) -> paddle.Tensor:
 def average_over_ranks(
     tensors: list[paddle.Tensor], *, divisor: float | None = None
 ) -> list[paddle.Tensor]:
-    """Replace each tensor, in place, by its mean over the ranks. The lists must be alike.
-
-    The tensors then share the memory of a few buffers, or of their own pieces of them.
-
-    Args:
-        divisor: to divide the means by; None for 1. One process alone has nothing to do then.
+    """Replace each tensor, in place, by its mean over the ranks, divided by `divisor`. The lists
+    must be alike.
 
     Returns:
-        The buffers: 1-D, all that was averaged; none where there was nothing to do.
+        The few 1-D buffers, all that was averaged, whose memory the tensors then share; none where
+        there was nothing to do, as in one process without a divisor.
     """
     if world_size() == 1 and divisor is None:
         return []
