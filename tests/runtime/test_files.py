@@ -1,5 +1,6 @@
-"""Relative paths: here first, then in the project; and messages that say where was looked."""
+"""Files: relative paths are looked up here, then in the project; writing is whole or not at all."""
 
+import contextlib
 import subprocess
 
 import pytest
@@ -7,7 +8,13 @@ from tiny import ROOT, make_data
 
 from replknet_paddle.config import get_config
 from replknet_paddle.runtime import files
-from replknet_paddle.runtime.files import command_line, find_path, searched
+from replknet_paddle.runtime.files import (
+    atomic_file,
+    atomic_folder,
+    command_line,
+    find_path,
+    searched,
+)
 
 
 @pytest.fixture
@@ -61,3 +68,32 @@ def test_the_command_line_can_be_typed():
     assert line.startswith("replknet ") or " -m replknet_paddle plot" in line
     done = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "usage:" in done.stdout
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_file_and_a_folder_are_written_whole_or_not_at_all(tmp_path, is_there, fails):
+    folder, file = tmp_path / "folder", tmp_path / "file"
+    if is_there:
+        folder.mkdir()
+        (folder / "old").write_text("")
+        file.write_text("old")
+    before = sorted(tmp_path.rglob("*"))
+    for path, write in ((folder, atomic_folder), (file, atomic_file)):
+        with full_disk(path) if fails else contextlib.nullcontext(), write(path) as made:
+            if path is folder:
+                (made / "new").write_text("")
+            else:
+                made.write("new")
+            if fails:
+                raise OSError(28, "No space left on device")
+    if fails:
+        assert sorted(tmp_path.rglob("*")) == before
+        assert not is_there or file.read_text() == "old"
+    else:
+        assert sorted(tmp_path.rglob("*")) == [file, folder, folder / "new"]
+        assert file.read_text() == "new"
+
+
+def full_disk(path):
+    return pytest.raises(OSError, match=f"No space left on device: '{path}'")
