@@ -84,7 +84,9 @@ uninstall_paddle() {
 
 # Why the Python $1 does not compute on the GPUs of this machine, if there are any; else nothing.
 why_no_gpu() {
-    if [ -n "$(gpus)" ] && ! said=$("$1" -m replknet_paddle.runtime.gpu_check 2>&1); then
+    check='import sys; from replknet_paddle.runtime.packages import why_gpus_fail as why
+sys.exit(why())'
+    if [ -n "$(gpus)" ] && ! said=$("$1" -c "$check" 2>&1); then
         echo "$said" | tail -n 1
     fi
 }

@@ -11,7 +11,7 @@ takes no time.
 
 import importlib
 
-from replknet_paddle.runtime.supported_paddle import refuse_other_paddles
+from replknet_paddle.runtime.packages import refuse_other_paddles
 
 refuse_other_paddles()
 

@@ -21,7 +21,7 @@ from replknet_paddle.config_keys import (
     SEGMENTATION_CONTRADICTIONS,
 )
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.places import PROJECT_FOLDER, find_path, tried
+from replknet_paddle.runtime.files import PROJECT_FOLDER, find_path, searched
 
 CONFIG_FOLDER = PROJECT_FOLDER / "configs"
 RANDOM = "random"  # MODEL.PRETRAINED of an evaluation that is meant to have no weights
@@ -151,7 +151,9 @@ def _merge_file(merged: _Merged, path: str, chain: tuple[str, ...] = ()) -> None
             tree = _ConfigLoader(file).get_single_data()
     except FileNotFoundError:
         by = f" (a BASE of {chain[-1]})" if chain else ""
-        raise FileNotFoundError(f"no config file {tried(path)}{by}{_configs_hint(path)}") from None
+        raise FileNotFoundError(
+            f"no config file {searched(path)}{by}{_configs_hint(path)}"
+        ) from None
     except InputError:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: e.g. 2024-02-30

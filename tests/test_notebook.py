@@ -42,12 +42,7 @@ def test_the_cells_of_the_notebook_run(tmp_path):
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(program)],
         cwd=tmp_path,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONIOENCODING": "utf-8",
-            "PYTHONPATH": str(ROOT),
-        },
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.extras import import_extra
-from replknet_paddle.runtime.files import check_file_target, written_whole
+from replknet_paddle.runtime.files import atomic_file, check_file_target
 from replknet_paddle.runtime.fonts import plot_fonts, readable
+from replknet_paddle.runtime.packages import import_extra
 
 DOTS_PER_INCH = 120
 HEAT_COLORS = "inferno"
@@ -52,7 +52,7 @@ def check_figure_target(target: str) -> None:
 
 def save_figure(figure, target: str) -> None:
     """Write a figure in the format that the suffix of `target` names."""
-    with written_whole(target, "wb") as file:
+    with atomic_file(target, "wb") as file:
         kind = os.path.splitext(target)[1][1:].lower()
         figure.savefig(file, format=kind, dpi=DOTS_PER_INCH)
 

@@ -19,7 +19,7 @@ from paddle import nn
 from paddle.nn import functional as F
 
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.files import written_whole
+from replknet_paddle.runtime.files import atomic_file
 
 # Shares of the total contribution that the paper's table reports.
 THRESHOLDS = (0.2, 0.3, 0.5, 0.99)
@@ -189,7 +189,7 @@ def save_field(path: str | os.PathLike, result: Field) -> None:
         OSError: the file cannot be written.
     """
     record = {"images": result.images, "skipped": result.skipped, "network": result.network}
-    with written_whole(path, "wb") as file:
+    with atomic_file(path, "wb") as file:
         np.save(file, result.scores)
         np.save(file, np.frombuffer(json.dumps(record).encode(), np.uint8))
 

@@ -32,7 +32,7 @@ from replknet_paddle.deploy.runtimes import Backend, DygraphBackend
 from replknet_paddle.deploy.sidecar import PRECISIONS, Sidecar
 from replknet_paddle.model import RepLKNet, build_replknet
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.files import check_file_target, written_whole
+from replknet_paddle.runtime.files import atomic_file, check_file_target
 
 # What there is to time besides eager mode, as (backend, precision); fp16 on GPU alone.
 CANDIDATES = (
@@ -153,7 +153,7 @@ def report_inference(config, pretrained: str | None, plan: Plan, *, json_file: s
             )
         if json_file:
             facts = {"machine": machine(), "network": title, "threads": plan.threads}
-            with written_whole(json_file) as file:
+            with atomic_file(json_file) as file:
                 json.dump({**facts, "rows": [asdict(row) for row in rows]}, file, indent=2)
 
 

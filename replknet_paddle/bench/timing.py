@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy
 import paddle
 
-from replknet_paddle.runtime.cores import available_cores, processor_name
 from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.machines import available_cores, processor_name
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import os
 from replknet_paddle.checkpoints.readers import is_safetensors
 from replknet_paddle.checkpoints.record import read_body
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.places import find_path, tried_checkpoint
+from replknet_paddle.runtime.files import find_path, searched_weights
 
 # Which weights of a checkpoint to take, and what messages call them.
 WEIGHTS = {"model": "weights", "model_ema": "EMA weights"}
@@ -35,7 +35,7 @@ def run_config_file(path: str) -> str:
     folder = run_folder_of(path)
     if folder is None:
         if not os.path.exists(path):
-            raise FileNotFoundError(f"no checkpoint {tried_checkpoint(path)}")
+            raise FileNotFoundError(f"no checkpoint {searched_weights(path)}")
         raise InputError(
             f"{path} does not lie in a run folder with a config.yaml; name its "
             "configuration by -cfg"

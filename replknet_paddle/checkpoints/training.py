@@ -26,8 +26,7 @@ from replknet_paddle.checkpoints.record import record_metadata, verified_body
 from replknet_paddle.checkpoints.run_folder import is_same, run_folder_of
 from replknet_paddle.checkpoints.writers import write_safetensors
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.files import is_full_of_files
-from replknet_paddle.runtime.places import tried_checkpoint
+from replknet_paddle.runtime.files import is_full_of_files, searched_weights
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +160,7 @@ def load_checkpoint(path: str) -> Checkpoint:
         InputError: something else, or a damaged or newer file.
     """
     if not os.path.exists(path):
-        raise FileNotFoundError(f"no checkpoint {tried_checkpoint(path)} to resume from")
+        raise FileNotFoundError(f"no checkpoint {searched_weights(path)} to resume from")
     tensors = read_checkpoint(path)
     body = verified_body(path, tensors)
     if body is None:

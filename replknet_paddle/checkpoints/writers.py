@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from replknet_paddle.runtime.files import written_whole
+from replknet_paddle.runtime.files import atomic_file
 
 _SAFETENSORS_TYPES = {"f2": "F16", "f4": "F32", "f8": "F64", "i8": "I64", "i4": "I32"}
 _ALIGNMENT_BYTES = 8
@@ -44,7 +44,7 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT_BYTES)
 
-    with written_whole(path, "wb") as file:
+    with atomic_file(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for value in tensors.values():
             file.write(np.require(value, value.dtype.newbyteorder("<"), ["C"]).data)
@@ -58,7 +58,7 @@ def write_pdparams(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -
     """
     state = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
 
-    with written_whole(path, "wb") as file:
+    with atomic_file(path, "wb") as file:
         pickler = pickle.Pickler(file, protocol=4)
         pickler.fast = True  # no memo, which would keep a copy of every tensor
         pickler.dump(state)

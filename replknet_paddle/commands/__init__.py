@@ -1,24 +1,44 @@
-"""The command `replknet`: one module per subcommand, with flags and printing, no logic.
+"""The command `replknet`: its subcommands by family, with flags and printing, no logic.
 
-A module has a docstring, whose first line `replknet -h` shows; `add_arguments(parser)`; and
-`run(args) -> int`, the exit status. Modules import nothing slow before `run`: help answers at once,
-and Paddle is imported when the work begins. `EXAMPLES`, if there, ends the command's help.
+For the command NAME, the module that `COMMANDS` names has `add_NAME_flags(parser)` and
+`run_NAME(args) -> int`, the exit status, whose docstring is the help: its first line is what
+`replknet -h` shows, and what begins with "example" ends it. Modules import nothing slow before
+that: help answers at once, and Paddle is imported when the work begins.
 """
 
 import argparse
 import importlib
+import inspect
 import logging
 import os
+import re
 import sys
 import warnings
+from collections.abc import Callable
+from types import ModuleType
 
 from replknet_paddle.runtime.errors import InputError, SystemFault
 
-COMMANDS = (
-    *("train", "eval", "predict", "page", "export", "merge", "convert", "benchmark"),
-    *("make-lists", "check-data", "make-digits", "model-info", "plot", "erf", "kernels", "build"),
-    *("segment", "make-shapes"),
-)
+COMMANDS = {
+    "train": "train",
+    "eval": "train",
+    "predict": "predict",
+    "page": "page",
+    "export": "export",
+    "merge": "export",
+    "convert": "export",
+    "benchmark": "benchmark",
+    "make-lists": "data",
+    "check-data": "data",
+    "make-digits": "data",
+    "model-info": "analyze",
+    "plot": "analyze",
+    "erf": "analyze",
+    "kernels": "analyze",
+    "build": "export",
+    "segment": "segment",
+    "make-shapes": "data",
+}
 
 DESCRIPTION = """\
 RepLKNet in PaddlePaddle: train, evaluate, predict, export and measure large-kernel networks.
@@ -46,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     names = parser.add_subparsers(metavar="NAME", required=True)
     for name in COMMANDS:
-        names.add_parser(name, help=command_module(name).__doc__.splitlines()[0], add_help=False)
+        names.add_parser(name, help=help_of(name)[0].splitlines()[0], add_help=False)
     parser.parse_args(argv)  # prints help, or says what is wrong
     return 2
 
@@ -57,15 +77,15 @@ def run_command(name: str, argv: list[str], prog: str | None = None) -> int:
     Args:
         prog: how the user called it; None: `replknet NAME`.
     """
-    module = command_module(name)
+    description, examples = help_of(name)
     parser = argparse.ArgumentParser(
         prog=prog or f"replknet {name}",
-        description=module.__doc__,
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        epilog=getattr(module, "EXAMPLES", None),
+        epilog=examples,
     )
-    module.add_arguments(parser)
+    command_function(name, "add_{}_flags")(parser)
     args = parser.parse_args(argv)
     args.argv = argv
     os.environ.setdefault("GLOG_minloglevel", "2")  # before Paddle: its notes on every export
@@ -73,7 +93,7 @@ def run_command(name: str, argv: list[str], prog: str | None = None) -> int:
     logging.basicConfig(format="%(message)s")  # on standard error; libraries' warnings as well
     logging.getLogger("replknet_paddle").setLevel(logging.INFO)
     try:
-        return module.run(args)
+        return command_function(name, "run_{}")(args)
     except BrokenPipeError:  # the reader of the output has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  Python's last flush must not fail
         return 141
@@ -88,6 +108,18 @@ def run_command(name: str, argv: list[str], prog: str | None = None) -> int:
         return 130
 
 
-def command_module(name: str):
-    """The module of a command."""
-    return importlib.import_module(f"replknet_paddle.commands.{name.replace('-', '_')}")
+def help_of(name: str) -> tuple[str, str | None]:
+    """Return the description of a command, and its examples or None."""
+    text = inspect.getdoc(command_function(name, "run_{}"))
+    description, *examples = re.split(r"\n\n(?=examples?:)", text, maxsplit=1)
+    return description, examples[0] if examples else None
+
+
+def command_function(name: str, pattern: str) -> Callable:
+    """Return a function of a command, such as "run_{}"."""
+    return getattr(command_module(name), pattern.format(name.replace("-", "_")))
+
+
+def command_module(name: str) -> ModuleType:
+    """Return the module of a command."""
+    return importlib.import_module(f"replknet_paddle.commands.{COMMANDS[name]}")

@@ -1,16 +1,12 @@
-"""Measure speed on this machine.
+"""`replknet benchmark`."""
 
-Medians with their spread, both sides of a comparison in one run.
-"""
-
-from replknet_paddle.commands.console import log_to_stderr
 from replknet_paddle.commands.flags import add_config_flags, add_flag, config_from
 from replknet_paddle.runtime.errors import InputError
 
 NANO, BASE = "configs/replknet_nano.yaml", "configs/replknet_31b.yaml"
 
 
-def add_arguments(parser) -> None:
+def add_benchmark_flags(parser) -> None:
     what = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     loop = what.add_parser(
         "train_loop",
@@ -96,8 +92,11 @@ def add_arguments(parser) -> None:
     network.add_argument("--step_batch", type=int, default=4, help="images (%(default)s)")
 
 
-def run(args) -> int:
-    log_to_stderr()
+def run_benchmark(args) -> int:
+    """Measure speed on this machine.
+
+    Medians with their spread, both sides of a comparison in one run.
+    """
     {
         "train_loop": train_loop,
         "data": data,

@@ -1,22 +1,15 @@
-"""Serve a web page on this machine: drop a picture, see its classes and where the network looks.
-
-MODEL is a run folder or a checkpoint in one (output/RUN/best), the name of a published model, or
-an exported folder, which gives no heat map.
-"""
+"""`replknet page`."""
 
 import logging
 import signal
 import sys
 
-from replknet_paddle.commands.console import log_to_stderr
 from replknet_paddle.commands.flags import add_config_flags
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.places import find_path
-
-EXAMPLES = "example: replknet page output/RUN/best"
+from replknet_paddle.runtime.files import find_path
 
 
-def add_arguments(parser) -> None:
+def add_page_flags(parser) -> None:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument(
         "--port", type=int, default=7860, metavar="N", help="of 127.0.0.1 (%(default)s)"
@@ -24,8 +17,15 @@ def add_arguments(parser) -> None:
     add_config_flags(parser)
 
 
-def run(args) -> int:
-    log_to_stderr()
+def run_page(args) -> int:
+    """
+    Serve a web page on this machine: drop a picture, see its classes and where the network looks.
+
+    MODEL is a run folder or a checkpoint in one (output/RUN/best), the name of a published model,
+    or an exported folder, which gives no heat map.
+
+    example: replknet page output/RUN/best
+    """
     if not 1 <= args.port <= 65535:
         raise InputError(f"--port is {args.port}; allowed: an integer from 1 to 65535")
 

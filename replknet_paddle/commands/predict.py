@@ -1,42 +1,29 @@
-"""Classify pictures, films and what a webcam sees.
+"""`replknet predict`: the flags, the lines that it prints, and its summary."""
 
-MODEL is an exported folder, a run folder or a checkpoint in one (output/RUN/best), or the name of
-a published model. A folder stands for the images in and below it, in sorted order; a pattern in
-quotes, such as 'photos/**/*.jpg', for the files that it matches. A film (film.mp4) stands for a
-frame a second; `webcam` for what it sees until Ctrl-C, and `webcam:1` for the second one.
-"""
-
+import contextlib
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from tqdm import tqdm
 
-from replknet_paddle.commands.console import (
-    log_to_stderr,
-    printable,
-    results_alone_on_stdout,
-    until_interrupted,
-)
 from replknet_paddle.commands.flags import add_config_flags, add_flag
+from replknet_paddle.data.lists import printable
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.files import PARTIAL_SUFFIX, check_file_target, check_new_folder
-from replknet_paddle.runtime.places import find_path
+from replknet_paddle.runtime.files import (
+    PARTIAL_SUFFIX,
+    check_file_target,
+    check_new_folder,
+    find_path,
+)
 
 NAMED_PROBLEMS = 10
 
-EXAMPLES = """\
-examples: replknet predict output/RUN/best photos --out results.jsonl
-          replknet predict output/RUN/best film.mp4 --every 0.5 --save-pictures frames
 
-exit status: 0 all were classified; 1 some were skipped, which are named at the end and in the
-results; 2 bad input, or nothing that could be classified; 130 interrupted: the results so far are
-in FILE.unfinished
-"""
-
-
-def add_arguments(parser) -> None:
+def add_predict_flags(parser) -> None:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder or pattern")
     parser.add_argument(
@@ -126,8 +113,21 @@ class Console:
         tqdm.write(f"{printable(prediction.path)}: {said}")
 
 
-def run(args) -> int:
-    log_to_stderr()
+def run_predict(args) -> int:
+    """Classify pictures, films and what a webcam sees.
+
+    MODEL is an exported folder, a run folder or a checkpoint in one (output/RUN/best), or the name
+    of a published model. A folder stands for the images in and below it, in sorted order; a pattern
+    in quotes, such as 'photos/**/*.jpg', for the files that it matches. A film (film.mp4) stands
+    for a frame a second; `webcam` for what it sees until Ctrl-C, and `webcam:1` for the second one.
+
+    examples: replknet predict output/RUN/best photos --out results.jsonl
+              replknet predict output/RUN/best film.mp4 --every 0.5 --save-pictures frames
+
+    exit status: 0 all were classified; 1 some were skipped, which are named at the end and in the
+    results; 2 bad input, or nothing that could be classified; 130 interrupted: the results so far
+    are in FILE.unfinished
+    """
     warnings.filterwarnings("ignore", module="PIL")  # of pictures that it then reads all the same
     try:
         with results_alone_on_stdout():
@@ -188,6 +188,40 @@ def predict(args) -> int:
         drawings.finish()
     print(summary.text(files.other_files), file=sys.stderr)
     return 1 if summary.skipped else 0
+
+
+def until_interrupted(items: Iterable) -> Iterator:
+    """Yield `items` until Ctrl-C, which then is the way to end them."""
+    interrupted = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+    try:
+        for item in items:
+            if interrupted.is_set():
+                return
+            yield item
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def results_alone_on_stdout():
+    """Send what libraries of C++ print to standard error, so that standard output has results."""
+    try:
+        number = sys.stdout.fileno()
+    except (OSError, ValueError):  # no file
+        yield
+        return
+    sys.stdout.flush()
+    stdout = sys.stdout
+    with os.fdopen(os.dup(number), "w", encoding=stdout.encoding, errors=stdout.errors) as results:
+        os.dup2(sys.stderr.fileno(), number)
+        sys.stdout = results
+        try:
+            yield
+            results.flush()
+        finally:
+            os.dup2(results.fileno(), number)
+            sys.stdout = stdout
 
 
 def write_all(predictions: Iterable, results, drawings, summary: Summary) -> None:

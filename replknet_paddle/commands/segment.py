@@ -1,28 +1,17 @@
-"""Semantic segmentation: train, evaluate, or predict the classes of every pixel.
-
-`train` and `eval` take the flags of `replknet train` and `replknet eval`, with a configuration of
-configs/upernet_*.yaml. docs/segmentation.md describes datasets, figures and exports.
-"""
+"""`replknet segment`."""
 
 from replknet_paddle.commands import train
 from replknet_paddle.commands.flags import add_config_flags, add_flag, config_from
 from replknet_paddle.runtime.errors import InputError
 
-EXAMPLES = """\
-example: replknet segment train -cfg configs/upernet_nano_shapes.yaml -data_path data/shapes \\
-             -output output/shapes
-         replknet segment eval -pretrained output/shapes/best -data_path data/shapes
-         replknet segment predict output/shapes/best photos -output predictions
-"""
 
-
-def add_arguments(parser) -> None:
+def add_segment_flags(parser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     for name, text in {
         "train": "train a network, or with -eval evaluate one",
         "eval": "evaluate -pretrained: mIoU, pixel accuracy, IoU of each class",
     }.items():
-        train.add_arguments(actions.add_parser(name, help=text, allow_abbrev=False))
+        train.add_train_flags(actions.add_parser(name, help=text, allow_abbrev=False))
     predict = actions.add_parser(
         "predict", help="write overlays and label images of pictures", allow_abbrev=False
     )
@@ -37,7 +26,17 @@ def add_arguments(parser) -> None:
     add_config_flags(predict)
 
 
-def run(args) -> int:
+def run_segment(args) -> int:
+    r"""Semantic segmentation: train, evaluate, or predict the classes of every pixel.
+
+    `train` and `eval` take the flags of `replknet train` and `replknet eval`, with a configuration
+    of configs/upernet_*.yaml. docs/segmentation.md describes datasets, figures and exports.
+
+    example: replknet segment train -cfg configs/upernet_nano_shapes.yaml -data_path data/shapes \
+                 -output output/shapes
+             replknet segment eval -pretrained output/shapes/best -data_path data/shapes
+             replknet segment predict output/shapes/best photos -output predictions
+    """
     if args.action == "predict":
         return run_predict(args)
     args.eval = args.eval or args.action == "eval"
@@ -49,7 +48,7 @@ def run(args) -> int:
             f"MODEL.TYPE is {config.MODEL.TYPE}; allowed for segmentation: UPerNet "
             "(configs/upernet_*.yaml)"
         )
-    return train.run(args)
+    return train.run_train(args)
 
 
 def run_predict(args) -> int:

@@ -1,11 +1,7 @@
-"""Train a network, or with -eval evaluate one, on every visible device.
-
-The flags are PaddleViT's, each with a --double-dash twin. `main_multi_gpu.py` is this command.
-"""
+"""Training and evaluation: `replknet train` and `replknet eval`."""
 
 import os
 import re
-import signal
 import socket
 import sys
 import time
@@ -14,24 +10,28 @@ from functools import partial
 
 from replknet_paddle.commands.flags import add_config_flags, add_flag, config_from
 from replknet_paddle.config import RANDOM, update_config
-from replknet_paddle.runtime.errors import InputError, SystemFault
-from replknet_paddle.runtime.files import check_new_folder, check_place_is_writable
-from replknet_paddle.runtime.parent import end_with_parent
-from replknet_paddle.runtime.places import command_line, tried_checkpoint
-from replknet_paddle.runtime.restarts import run_with_restarts
-
-EXAMPLES = """\
-example: python main_multi_gpu.py -cfg=./configs/replknet_31b.yaml -data_path=/dataset/imagenet \\
-             -batch_size=256 -eval -pretrained=./replknet_31b.pdparams -amp
-"""
-
-STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+from replknet_paddle.runtime.errors import InputError, PeerLost, SystemFault
+from replknet_paddle.runtime.files import (
+    check_new_folder,
+    check_place_is_writable,
+    command_line,
+    searched_weights,
+)
+from replknet_paddle.runtime.launch import (
+    LaunchedRun,
+    another_failed,
+    end_with_parent,
+    leave_status,
+    run_with_restarts,
+    wait_to_be_ended,
+)
+from replknet_paddle.runtime.machines import STOPPED, is_launched
 
 # What runs in each process, in the same environment.
 PROGRAM = (sys.executable, "-u", "-m", "replknet_paddle", "train")
 
 
-def add_arguments(parser) -> None:
+def add_train_flags(parser) -> None:
     """The flags. A flag that is not given leaves the configuration's value."""
     flag = add_flag
     add_config_flags(parser)
@@ -97,116 +97,116 @@ def add_arguments(parser) -> None:
     )
 
 
-def run(args) -> int:
-    """Do what the flags say.
+def run_train(args) -> int:
+    r"""Train a network, or with -eval evaluate one, on every visible device.
 
-    Returns:
-        0; 2 for bad input; 1 for a run that diverged, or that the system failed while it was under
-        way; 128 + the number of a signal: 143 or 130 for a run that saved and stopped at a SIGTERM
-        or SIGINT, others for one with a process that was killed.
+    The flags are PaddleViT's, each with a --double-dash twin. `main_multi_gpu.py` is this command.
+
+    example: python main_multi_gpu.py -cfg=./configs/replknet_31b.yaml -batch_size=256 \
+                 -data_path=/dataset/imagenet -eval -pretrained=./replknet_31b.pdparams -amp
     """
-    if "PADDLE_TRAINERS_NUM" in os.environ:  # before Paddle is imported, which takes seconds
+    if is_launched():  # before Paddle is imported, which takes seconds
         end_with_parent()
     status, message = 1, ""
     try:
         status, message = train_or_evaluate(args)
+    except (InputError, OSError) as error:
+        status, message = 2, f"error: {error}"
+    except SystemFault as error:
+        message = f"error: {error}"
     except Exception:
         message = traceback.format_exc()
     if message:
         print(message.rstrip(), file=sys.stderr)
-    if "PADDLE_TRAINERS_NUM" in os.environ:
-        from replknet_paddle.runtime.launch import leave_status
-
-        leave_status(status, message)
+    leave_status(status, message)
     return status
 
 
 def train_or_evaluate(args) -> tuple[int, str]:
-    """The exit status of `run`, and what to report."""
-    try:
-        config = read_config(args)
-        if args.print_config:
-            print(config.dump(), end="")
-            return 0, ""
-        if config.SAVE is None:
-            args.output = default_run_folder(config)
-            config = update_config(config, args)
-        check_place_is_writable(config.SAVE)
-        restarts = whole_number("MAX_RESTARTS", os.environ.get("MAX_RESTARTS", 0))
-    except (InputError, OSError) as error:
-        return 2, f"error: {error}"
+    """Run in this process, in several, or again after failures; the status and what to report."""
+    config = read_config(args)
+    if args.print_config:
+        print(config.dump(), end="")
+        return 0, ""
+    if config.SAVE is None:
+        args.output = default_run_folder(config)
+        config = update_config(config, args)
+    check_place_is_writable(config.SAVE)
+    restarts = whole_number("MAX_RESTARTS", os.environ.get("MAX_RESTARTS", 0))
+    check_flags(args, config)
     command = [*PROGRAM, *args.argv, f"-output={config.SAVE}"]
-    if restarts and not config.EVAL and "PADDLE_TRAINERS_NUM" not in os.environ:
+    if is_launched():
+        return run_here(args, config)
+    if restarts and not config.EVAL:
         is_resuming = config.MODEL.RESUME is not None
         return run_with_restarts(
             command, restarts=restarts, run_folder=config.SAVE, is_resuming=is_resuming
         ), ""
+    where = processes_from_environment(args.nproc)
+    if where["nodes"] * where["processes"] > 1:
+        return run_in_processes(command, config, where)
+    return run_here(args, config)
 
+
+def check_flags(args, config) -> None:
+    """Raise InputError for flags that go with -eval alone."""
+    for name in ("backend", "report"):
+        value = getattr(args, name)
+        if value is not None and not config.EVAL:
+            raise InputError(f"-{name} {value} without -eval; allowed: with -eval")
+    if args.report is not None:
+        if config.MODEL.TYPE != "RepLKNet":
+            raise InputError(
+                f"-report for MODEL.TYPE {config.MODEL.TYPE}; allowed: for classifiers"
+            )
+        check_new_folder(args.report)
+
+
+def run_in_processes(command: list[str], config, where: dict) -> tuple[int, str]:
+    """Run the command in several processes of this machine, and maybe of others."""
+    from replknet_paddle.engine.run_lock import LAUNCHER
+    from replknet_paddle.engine.run_log import append_to_log, lock_run_folder
+
+    check_inputs(config)
+    lock = None
+    if where["nodes"] == 1:  # of several machines, only that of rank 0 locks the folder
+        lock = lock_run_folder(config.SAVE, LAUNCHER, resume=config.MODEL.RESUME)
+    launched = LaunchedRun(command, log_dir=worker_log_dir(config.SAVE, where["nodes"]), **where)
+    status, message = launched.wait(partial(append_to_log, config.SAVE))
+    if lock is not None:
+        lock.release()
+    if status in STOPPED and not message:
+        message = how_to_resume(config, where["processes"])
+    return status, message
+
+
+def run_here(args, config) -> tuple[int, str]:
+    """Run in this process: the only one, or one of several."""
+    # Paddle is imported once the configuration is known to be right.
+    from replknet_paddle.deploy.backends import is_export, open_for_evaluation
+    from replknet_paddle.engine.run import run as run_config
+    from replknet_paddle.engine.run_log import append_to_log
+    from replknet_paddle.engine.signals import Stopped
+    from replknet_paddle.engine.train import DivergedError
+    from replknet_paddle.runtime.processes import rank
+
+    open_network, backend = None, args.backend
+    if backend is None and config.EVAL and config.MODEL.PRETRAINED is not None:
+        backend = "auto" if is_export(config.MODEL.PRETRAINED) else None
+    if backend is not None:
+        build = task_of(config).network
+        open_network = partial(open_for_evaluation, name=backend, build=build)
+    report = None if args.report is None else partial(write_evaluation, args.report)
     try:
-        # Paddle is imported once the configuration is known to be right.
-        from replknet_paddle.deploy.backends import is_export, open_for_evaluation
-        from replknet_paddle.engine.run import run as run_config
-        from replknet_paddle.engine.run_lock import LAUNCHER
-        from replknet_paddle.engine.run_log import append_to_log, lock_run_folder
-        from replknet_paddle.engine.signals import Stopped
-        from replknet_paddle.engine.train import DivergedError
-        from replknet_paddle.runtime.launch import (
-            PeerLost,
-            another_failed,
-            launch,
-            wait_to_be_ended,
-        )
-        from replknet_paddle.runtime.processes import is_launched, rank
-
-        if args.backend is not None and not config.EVAL:
-            raise InputError(f"-backend {args.backend} without -eval; allowed: with -eval")
-        if args.report is not None:
-            if not config.EVAL:
-                raise InputError(f"-report {args.report} without -eval; allowed: with -eval")
-            if config.MODEL.TYPE != "RepLKNet":
-                raise InputError(
-                    f"-report for MODEL.TYPE {config.MODEL.TYPE}; allowed: for classifiers"
-                )
-            check_new_folder(args.report)
-        if not is_launched():
-            nodes, master, processes = places(args.nproc)
-            if nodes * processes > 1:
-                check_inputs(config)
-                lock = None
-                if nodes == 1:  # of several machines, only that of rank 0 locks the folder
-                    lock = lock_run_folder(config.SAVE, LAUNCHER, resume=config.MODEL.RESUME)
-                status, message = launch(
-                    command,
-                    processes=processes,
-                    log_dir=worker_log_dir(config.SAVE, nodes),
-                    nodes=nodes,
-                    master=master,
-                    note=partial(append_to_log, config.SAVE),
-                )
-                if lock is not None:
-                    lock.release()
-                if status in STOPPED and not message:
-                    message = how_to_resume(config, processes)
-                return status, message
-        open_network = None
-        backend = args.backend
-        if backend is None and config.EVAL and config.MODEL.PRETRAINED is not None:
-            backend = "auto" if is_export(config.MODEL.PRETRAINED) else None
-        if backend is not None:
-            build = task_of(config).network
-            open_network = partial(open_for_evaluation, name=backend, build=build)
-        report = None if args.report is None else partial(write_evaluation, args.report)
         run_config(config, task=task_of(config), open_network=open_network, report=report)
-    except (InputError, OSError) as error:
-        return 2, f"error: {error}"
     except PeerLost as error:
         if another_failed():  # and has said why
             return 1, ""
         wait_to_be_ended()
         if rank() == 0:
             append_to_log(config.SAVE, f"error: {error}")
-        return 1, f"error: {error}"
-    except (DivergedError, SystemFault) as error:
+        raise
+    except DivergedError as error:
         return 1, f"error: {error}"
     except Stopped as stop:
         return 128 + stop.number, "" if is_launched() else how_to_resume(config, 1)
@@ -214,7 +214,7 @@ def train_or_evaluate(args) -> tuple[int, str]:
 
 
 def task_of(config):
-    """What MODEL.TYPE says the run is about."""
+    """Return the task that MODEL.TYPE names."""
     if config.MODEL.TYPE == "UPerNet":
         from replknet_paddle.segmentation.task import SEGMENTATION
 
@@ -225,7 +225,7 @@ def task_of(config):
 
 
 def write_evaluation(folder: str, evaluation) -> None:
-    """Write the report of an `engine.outcomes.Evaluation`."""
+    """Write the report of an evaluation to a new folder."""
     from replknet_paddle.data.transforms.image import to_rgb
     from replknet_paddle.deploy.report import Evaluated, write_report
 
@@ -244,7 +244,7 @@ def write_evaluation(folder: str, evaluation) -> None:
 
 
 def how_to_resume(config, processes: int) -> str:
-    """The command that continues a stopped training run, if there is anything to continue."""
+    """Return the command that continues a stopped training run, if there is a checkpoint."""
     from replknet_paddle.checkpoints.training import checkpoints
 
     if config.EVAL or not checkpoints(config.SAVE):
@@ -255,11 +255,10 @@ def how_to_resume(config, processes: int) -> str:
 
 
 def read_config(args):
-    """The configuration that the flags amount to.
+    """Return the configuration that the flags amount to.
 
-    Raises:
-        InputError: as `config_from`; or a run would start afresh by the configuration of its run
-            folder, which does not say what it started from.
+    A run must not start afresh by the configuration of its run folder, which does not say what it
+    started from.
     """
     if args.cfg is None and args.resume == "auto" and args.output is not None:
         from replknet_paddle.checkpoints.training import checkpoints
@@ -276,9 +275,8 @@ def read_config(args):
 
 
 def default_run_folder(config) -> str:
-    """The run folder of MODEL.RESUME, or output/NAME-train-TIME-PID or output/NAME-eval-TIME-PID.
-
-    PID is the number of this process: runs may start in the same second.
+    """Return the run folder of MODEL.RESUME, or output/NAME-train-TIME-PID or
+    output/NAME-eval-TIME-PID, whose PID keeps apart runs that start in the same second.
 
     Raises:
         InputError: several machines, whose clocks and processes differ.
@@ -300,11 +298,14 @@ def default_run_folder(config) -> str:
     return os.path.join("output", f"{config.MODEL.NAME}-{kind}-{now}")
 
 
-def places(nproc: int | None) -> tuple[int, str | None, int]:
-    """The number of machines, the address of their master, and the processes on this machine.
+def processes_from_environment(nproc: int | None) -> dict:
+    """Return the processes, nodes, master and on_gpu of a `LaunchedRun`.
 
     From the environment: NNODES, MASTER (HOST:PORT of one of the machines) and NPROC_PER_NODE; by
     default only this machine, with one process for each visible GPU, or one on CPU.
+
+    Args:
+        nproc: processes on this machine; None leaves them to the environment.
     """
     nodes = whole_number("NNODES", os.environ.get("NNODES", 1), 1)
     master = os.environ.get("MASTER")
@@ -316,19 +317,17 @@ def places(nproc: int | None) -> tuple[int, str | None, int]:
     from replknet_paddle.runtime.processes import visible_devices
 
     devices = visible_devices()
-    if nproc is not None:
-        processes = whole_number("-nproc", nproc, 1)
-    else:
-        processes = whole_number(
-            "NPROC_PER_NODE", os.environ.get("NPROC_PER_NODE", max(devices, 1)), 1
-        )
+    name, value = "-nproc", nproc
+    if nproc is None:
+        name, value = "NPROC_PER_NODE", os.environ.get("NPROC_PER_NODE", max(devices, 1))
+    processes = whole_number(name, value, 1)
     if 0 < devices < processes:
         raise InputError(f"{processes} processes for {devices} visible GPUs; allowed: one each")
-    return nodes, master, processes
+    return dict(nodes=nodes, master=master, processes=processes, on_gpu=devices > 0)
 
 
 def whole_number(name: str, value: str | int, least: int = 0) -> int:
-    """`value` as an integer of at least `least`, or an InputError that names it."""
+    """Return `value` as an integer of at least `least`; an InputError names any other."""
     try:
         number = int(value)
     except ValueError:
@@ -339,7 +338,7 @@ def whole_number(name: str, value: str | int, least: int = 0) -> int:
 
 
 def worker_log_dir(run_folder: str, nodes: int) -> str:
-    """The log folder of this machine's processes; machines that share RUN have one each."""
+    """Return the log folder of this machine's processes; machines that share RUN have one each."""
     folder = os.path.join(run_folder, "workers")
     return folder if nodes == 1 else os.path.join(folder, f"{socket.gethostname()}-{os.getpid()}")
 
@@ -352,8 +351,23 @@ def check_inputs(config) -> None:
     path = config.MODEL.RESUME or config.MODEL.PRETRAINED
     if path not in (None, "auto", RANDOM) and not os.path.exists(path):
         raise FileNotFoundError(
-            f"no checkpoint {tried_checkpoint(path)}; docs/model_zoo.md says where the published "
+            f"no checkpoint {searched_weights(path)}; docs/model_zoo.md says where the published "
             "ones are"
         )
     for is_train in [False] if config.EVAL else [True, False]:
         task_of(config).dataset(config, is_train)
+
+
+add_eval_flags = add_train_flags
+
+
+def run_eval(args) -> int:
+    """Evaluate -pretrained on every visible device, each image exactly once.
+
+    `replknet train -eval` does the same.
+
+    example: replknet eval -pretrained=output/RUN/best -data_path=data/digits --report report
+    """
+    args.eval = True
+    args.argv = ["-eval", *args.argv]  # for the processes that are started
+    return run_train(args)

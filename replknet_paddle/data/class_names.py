@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from replknet_paddle.config import CONFIG_FOLDER
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.places import tried
+from replknet_paddle.runtime.files import searched
 
 CLASS_NAMES_FILE = "class_names.txt"
 IMAGENET_NAMES = os.path.join(CONFIG_FOLDER, "imagenet1k_class_names.txt")
@@ -55,7 +55,7 @@ def read_class_names(path: str, num_classes: int | None = None) -> list[str]:
         num_classes: how many there must be; None: any number.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"no file of class names {tried(path)}")
+        raise FileNotFoundError(f"no file of class names {searched(path)}")
     try:
         with open(path, encoding="utf-8-sig") as file:
             names = [line.strip() for line in file.read().splitlines()]

@@ -23,8 +23,8 @@ from replknet_paddle.data.transforms import (
     build_train_transform,
 )
 from replknet_paddle.data.transforms.image import open_image
-from replknet_paddle.runtime.cores import processes_on_this_machine
 from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.machines import processes_on_this_machine
 
 
 class ListDataset(paddle.io.Dataset):

@@ -6,8 +6,8 @@ import numpy as np
 from PIL import Image
 
 from replknet_paddle.data.lists import LIST_FILES
-from replknet_paddle.runtime.extras import import_extra
 from replknet_paddle.runtime.files import write_text
+from replknet_paddle.runtime.packages import import_extra
 
 
 def make_digits(folder: str) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from replknet_paddle.data.storage import describe
 from replknet_paddle.runtime.errors import InputError, SampleError
-from replknet_paddle.runtime.places import tried
+from replknet_paddle.runtime.files import searched
 
 LAYOUT = (
     "-data_path takes a folder with train_list.txt and val_list.txt, whose lines are the "
@@ -39,7 +39,7 @@ def check_list(list_file: str, root: str, layout: str = LAYOUT) -> None:
         FileNotFoundError, InputError: there are not, or the list may not be read.
     """
     if not os.path.isdir(root):
-        raise FileNotFoundError(f"no data folder {tried(root)}; {layout}")
+        raise FileNotFoundError(f"no data folder {searched(root)}; {layout}")
     if not os.path.isfile(list_file):
         raise FileNotFoundError(f"no list file {list_file}; {layout}")
     if not os.access(list_file, os.R_OK):

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from replknet_paddle.data.class_names import CLASS_NAMES_FILE
 from replknet_paddle.data.lists import LIST_FILES
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.extras import import_extra
-from replknet_paddle.runtime.files import written_whole
+from replknet_paddle.runtime.files import atomic_file
+from replknet_paddle.runtime.packages import import_extra
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
@@ -74,7 +74,7 @@ def write_lists(
         if not lines:
             raise InputError(f"no images ({', '.join(SUFFIXES)}) for {os.path.join(root, name)}")
     for name, lines in lists.items():
-        with written_whole(os.path.join(root, name), errors="surrogateescape") as file:
+        with atomic_file(os.path.join(root, name), errors="surrogateescape") as file:
             file.writelines(f"{line}\n" for line in lines)
     return {name: len(lines) for name, lines in lists.items()}
 

@@ -20,9 +20,9 @@ import numpy as np
 
 from replknet_paddle.deploy.fold import random_images
 from replknet_paddle.deploy.runtimes import Backend
-from replknet_paddle.runtime.cores import available_cores, processor_name
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import cache_folder, locked, write_text
+from replknet_paddle.runtime.machines import available_cores, processor_name
 
 logger = logging.getLogger(__name__)
 

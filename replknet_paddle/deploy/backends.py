@@ -41,9 +41,9 @@ from replknet_paddle.deploy.runtimes import (
 from replknet_paddle.deploy.sidecar import AGAIN, FILE, PRECISIONS, Sidecar
 from replknet_paddle.model import RepLKNet, build_replknet
 from replknet_paddle.ops import use_fast_depthwise_conv, use_fast_pointwise_conv
-from replknet_paddle.runtime.cores import core_share
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.extras import import_extra, install_command, is_installed
+from replknet_paddle.runtime.machines import core_share
+from replknet_paddle.runtime.packages import import_extra, install_command, is_installed
 
 logger = logging.getLogger(__name__)
 

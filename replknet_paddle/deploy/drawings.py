@@ -7,7 +7,7 @@ from PIL import Image
 
 from replknet_paddle.deploy.pictures import annotate, grid, save
 from replknet_paddle.deploy.predictor import Prediction
-from replknet_paddle.runtime.files import name_the_file
+from replknet_paddle.runtime.files import path_in_error
 
 PICTURE_HEIGHT = 480  # pixels, of the saved pictures
 GRID_COLUMNS = 3
@@ -39,11 +39,8 @@ class Drawings:
         """
         self.count += 1
         if self.folder is not None:
-            try:
+            with path_in_error(self.folder):
                 os.makedirs(self.folder, exist_ok=True)
-            except OSError as error:
-                name_the_file(error, self.folder)
-                raise
             # The number keeps apart what has one name in several folders.
             stem = os.path.splitext(os.path.basename(prediction.path))[0]
             name = f"{self.count:06d}_{stem[:50]}.jpg"

@@ -1,7 +1,6 @@
 """Writing a network for inference: an export folder with the model and its sidecar."""
 
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +19,7 @@ from replknet_paddle.deploy.sidecar import FILE, FORMATS, PRECISIONS, Sidecar
 from replknet_paddle.model import RepLKNet
 from replknet_paddle.ops import use_fast_depthwise_conv
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.files import check_folder_is_writable, name_the_file
+from replknet_paddle.runtime.files import atomic_folder, check_folder_is_writable
 
 # Nothing there depends on the values of tensors, so capturing a program need not rewrite the Python
 # of this module first, which takes three quarters of the time of an export.
@@ -56,25 +55,17 @@ def export_model(
         OSError: it cannot be written.
     """
     target = check_target(target)
-    unfinished = target.with_name(f"{target.name}.{os.getpid()}.unfinished")
-    try:
-        unfinished.mkdir()
+    with atomic_folder(target) as folder:
         write_model(
             model,
-            unfinished,
+            folder,
             format=sidecar.format,
             precision=sidecar.precision,
             matmul_size=sidecar.input_size,
             calibration=calibration,
         )
-        sidecar.write(unfinished)
+        sidecar.write(folder)
         check_target(target)  # what came meanwhile
-        replace_folder(unfinished, target)
-    except OSError as error:
-        name_the_file(error, target)
-        raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def check_target(target: str | os.PathLike) -> Path:
@@ -108,21 +99,6 @@ def check_target(target: str | os.PathLike) -> Path:
         shown = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
         raise InputError(f"{target} holds what no export wrote: {shown}; {allowed}")
     return target
-
-
-def replace_folder(new: Path, target: Path) -> None:
-    """Let the folder `new` take the name `target`, the old one going away."""
-    old = target.with_name(f"{target.name}.{os.getpid()}.old")
-    is_there = target.exists()
-    if is_there:
-        os.rename(target, old)
-    try:
-        os.rename(new, target)
-    except BaseException:
-        if is_there:
-            os.rename(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_combination(format: str, precision: str, conv_impl: str = "paddle") -> None:

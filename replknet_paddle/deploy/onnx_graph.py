@@ -10,7 +10,7 @@ import numpy as np
 from paddle import nn
 
 from replknet_paddle.model import ConvFFN, ConvNorm, RepLKNet
-from replknet_paddle.runtime.extras import import_extra
+from replknet_paddle.runtime.packages import import_extra
 
 OPSET = 20  # the first with Gelu
 IR_VERSION = 10  # of onnx 1.16; later ones say nothing more here, and older readers refuse them

@@ -25,7 +25,7 @@ from replknet_paddle.deploy.page_facts import PageFacts
 from replknet_paddle.deploy.pictures import HEAT_COLOURS, fitted, overlay
 from replknet_paddle.deploy.predictor import Predictor, probabilities
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.extras import import_extra
+from replknet_paddle.runtime.packages import import_extra
 
 CLASSES_SHOWN = 5
 LAST_STRIDE = 32  # pixels of the network's input for a position of its last stage

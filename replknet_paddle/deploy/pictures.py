@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 
-from replknet_paddle.runtime.files import written_whole
+from replknet_paddle.runtime.files import atomic_file
 from replknet_paddle.runtime.fonts import draw_text, shortened, text_length
 
 PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG"}
@@ -130,5 +130,5 @@ def fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
 def save(picture: Image.Image, path: str) -> None:
     """Write a picture file that has its name when it is whole."""
     suffix = os.path.splitext(path)[1].lower()
-    with written_whole(path, "wb") as file:
+    with atomic_file(path, "wb") as file:
         picture.save(file, PICTURE_FORMATS[suffix], quality=90)

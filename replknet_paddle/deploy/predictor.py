@@ -22,7 +22,7 @@ from replknet_paddle.deploy.images import decode
 from replknet_paddle.deploy.video import Frame
 from replknet_paddle.model import RepLKNet
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.places import tried_checkpoint
+from replknet_paddle.runtime.files import searched_weights
 from replknet_paddle.zoo import find_record, get_model, list_models
 
 BATCH_SIZE = 8  # of a list of images; larger ones gain nothing on a CPU
@@ -159,7 +159,7 @@ def open_network(model: str | os.PathLike, config=None) -> RepLKNet | None:
         find_record(str(model))
     except InputError:
         raise FileNotFoundError(
-            f"no model {tried_checkpoint(model)}; allowed: an exported folder, a run folder, a "
+            f"no model {searched_weights(model)}; allowed: an exported folder, a run folder, a "
             f"checkpoint in one, or one of {', '.join(list_models())}"
         ) from None
     return get_model(str(model), pretrained=True)

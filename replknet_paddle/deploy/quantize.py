@@ -17,7 +17,7 @@ import numpy as np
 from replknet_paddle.data.dataset import ListDataset
 from replknet_paddle.deploy.onnx_graph import INPUT
 from replknet_paddle.runtime.errors import InputError, SampleError
-from replknet_paddle.runtime.extras import import_extra
+from replknet_paddle.runtime.packages import import_extra
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,6 @@ import csv
 import html
 import logging
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,12 @@ from replknet_paddle.analysis.outcomes import Outcomes
 from replknet_paddle.data.lists import printable
 from replknet_paddle.deploy.confusion import draw_confusion_matrix
 from replknet_paddle.deploy.pictures import annotate, save
-from replknet_paddle.runtime.files import check_new_folder, naming, written_whole
+from replknet_paddle.runtime.files import (
+    atomic_file,
+    atomic_folder,
+    check_new_folder,
+    path_in_error,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -90,15 +94,9 @@ def write_report(folder: str | os.PathLike, evaluated: Evaluated) -> None:
     """
     check_new_folder(folder)
     target = Path(os.path.realpath(folder))
-    unfinished = target.with_name(f"{target.name}.{os.getpid()}.unfinished")
-    try:
-        with naming(unfinished):
-            unfinished.mkdir(parents=True)
-        _write_files(unfinished, evaluated)
-        with naming(target):
-            os.replace(unfinished, target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with atomic_folder(target) as written:
+        _write_files(written, evaluated)
+        check_new_folder(target)  # what came meanwhile
     logger.info("report: %s", os.path.join(folder, "report.html"))
 
 
@@ -118,18 +116,18 @@ def _write_files(folder: Path, evaluated: Evaluated) -> None:
         save(draw_confusion_matrix(counts, names), str(matrix_file))
     mistakes = []
     for number, index in enumerate(outcomes.confident_mistakes(MISTAKES), start=1):
-        with naming(folder / "mistakes"):
+        with path_in_error(folder / "mistakes"):
             (folder / "mistakes").mkdir(exist_ok=True)
         drawn = folder / "mistakes" / f"{number:02d}.jpg"
         save(_draw_mistake(evaluated, index), str(drawn))
         mistakes.append((index, drawn))
     page = _page(evaluated, matrix_file, mistakes)
-    with written_whole(folder / "report.html", errors="replace") as file:
+    with atomic_file(folder / "report.html", errors="replace") as file:
         file.write(page)
 
 
 def _write_csv(path: Path, header: Sequence[str], rows) -> None:
-    with written_whole(path, newline="", errors="replace") as file:
+    with atomic_file(path, newline="", errors="replace") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)

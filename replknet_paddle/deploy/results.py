@@ -9,7 +9,7 @@ from typing import Protocol
 
 from replknet_paddle.deploy.predictor import Prediction
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.files import check_file_target, written_whole
+from replknet_paddle.runtime.files import atomic_file, check_file_target
 
 SUFFIXES = (".jsonl", ".csv")
 
@@ -81,7 +81,7 @@ def results_file(path: str, class_names: Sequence[str], topk: int) -> Iterator[R
         return os.path.getsize(partial) > started and not isinstance(error, InputError)
 
     # Names of files are bytes: those that are not UTF-8 are written as the bytes that they are.
-    with written_whole(
+    with atomic_file(
         path, keep_partial=is_worth_keeping, errors="surrogateescape", newline=""
     ) as file:
         partial = file.name

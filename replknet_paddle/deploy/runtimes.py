@@ -14,9 +14,8 @@ from replknet_paddle.deploy.export import PADDLE_WEIGHTS_FILE
 from replknet_paddle.deploy.sidecar import Sidecar
 from replknet_paddle.ops import cache_weights
 from replknet_paddle.runtime import processes
-from replknet_paddle.runtime.cores import onednn_may_use_bfloat16, processor_has
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.extras import import_extra
+from replknet_paddle.runtime.packages import import_extra
 
 
 @runtime_checkable
@@ -44,22 +43,15 @@ class Backend(Protocol):
 
 
 def computes_in(name: str, precision: str) -> bool:
-    """Whether an installed backend computes in this precision on this process's device.
-
-    oneDNN, which Paddle Inference and OpenVINO run, emulates bfloat16 where AVX512-BF16 is missing
-    or held back: several times slower than float32, or with an error while it runs. On a GPU
-    without it Paddle only warns.
-    """
+    """Return whether an installed backend computes in this precision on this process's device."""
     if precision != "bf16":
         return True
-    if name == "paddle" and processes.on_gpu():
-        return processes.gpu_computes_in_bfloat16()
-    if not onednn_may_use_bfloat16():
-        return False
-    if name == "openvino":
+    if name == "paddle":
+        return processes.supports_bfloat16("gpu" if processes.on_gpu() else "cpu")
+    if name == "openvino" and processes.onednn_may_use_bfloat16():
         core = import_extra("openvino", "deploy").Core()
         return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    return name == "paddle" and processor_has("avx512_bf16")
+    return False
 
 
 def no_bfloat16(name: str) -> str:

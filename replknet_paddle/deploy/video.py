@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.extras import import_extra
+from replknet_paddle.runtime.packages import import_extra
 
 SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 # A film that ends earlier than it says by more than the larger of these, once its last frame has

@@ -25,10 +25,10 @@ from replknet_paddle.engine.run_lock import ALONE, LAUNCHED, RunLock
 from replknet_paddle.engine.signals import Stopped
 from replknet_paddle.engine.train import DivergedError
 from replknet_paddle.runtime.errors import InputError, SystemFault
-from replknet_paddle.runtime.extras import import_extra
-from replknet_paddle.runtime.files import append_whole, naming, write_text
+from replknet_paddle.runtime.files import append_whole, path_in_error, write_text
 from replknet_paddle.runtime.launch import lost_peer
-from replknet_paddle.runtime.processes import is_launched
+from replknet_paddle.runtime.machines import is_launched
+from replknet_paddle.runtime.packages import import_extra
 
 logger = logging.getLogger(__name__)
 
@@ -286,7 +286,7 @@ class RunLog:
         """
         if self.is_main:
             path = os.path.join(self.folder, "step")
-            with naming(path):
+            with path_in_error(path):
                 if self.step_file is None:
                     self.step_file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
                 os.pwrite(self.step_file, b"%-12d\n" % step, 0)

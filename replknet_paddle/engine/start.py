@@ -27,8 +27,7 @@ from replknet_paddle.config import RANDOM, config_changes, override
 from replknet_paddle.engine.run_log import config_text
 from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.errors import InputError, SystemFault
-from replknet_paddle.runtime.files import file_sha256
-from replknet_paddle.runtime.places import tried_checkpoint
+from replknet_paddle.runtime.files import file_sha256, searched_weights
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +212,7 @@ def digest_of(path: str) -> str:
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(
-            f"no checkpoint {tried_checkpoint(path)}; docs/model_zoo.md says where the published "
+            f"no checkpoint {searched_weights(path)}; docs/model_zoo.md says where the published "
             "ones are"
         )
     return file_sha256(path)

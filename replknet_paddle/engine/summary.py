@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from replknet_paddle.checkpoints.run_folder import WEIGHTS, chosen_weights
 from replknet_paddle.checkpoints.training import NAME, Progress
-from replknet_paddle.runtime.places import command_line
+from replknet_paddle.runtime.files import command_line
 from replknet_paddle.runtime.processes import rank
 
 logger = logging.getLogger(__name__)

@@ -18,11 +18,10 @@ import numpy as np
 import paddle
 
 from replknet_paddle.runtime.compiler import BuildError, SharedLibrary
-from replknet_paddle.runtime.cores import core_share
 from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.machines import core_share
 
 CSRC = Path(__file__).resolve().parent / "csrc"
-OPERATORS = "paddle_op.cpp"  # the only source that knows Paddle
 
 ALGORITHMS = {"auto": 0, "direct": 1, "fft": 2}
 PASSES = {"forward": 0, "gradients": 1, "forward_cached": 2}
@@ -51,7 +50,7 @@ def operators_library() -> SharedLibrary:
     base = paddle / "base"
     includes = (CSRC, paddle / "include", paddle / "include" / "third_party")
     kernels = sorted((CSRC / "cpu").glob("*.cpp"))
-    sources = (*kernels, CSRC / "pointwise.cpp", CSRC / OPERATORS)
+    sources = (*kernels, CSRC / "pointwise.cpp", CSRC / "paddle_op.cpp")  # which alone knows Paddle
     return SharedLibrary(
         name="large_kernel",
         sources=sources,
@@ -67,7 +66,6 @@ def operators_library() -> SharedLibrary:
             *("-Wl,--no-as-needed", "-l:libpaddle.so", "-ldl"),
         ),
         must_match=(paddle / "version" / "__init__.py").read_bytes(),
-        dependent=(OPERATORS,),
     )
 
 

@@ -1,9 +1,9 @@
 """The exceptions for mistakes in what a user gave: configs, lists, images, checkpoints.
 
-Command lines print the message without a traceback and exit with status 2. `SystemFault` is no
-mistake of the user: its message is printed as well, and the status is 1, which `MAX_RESTARTS` of
-run_train_multi.sh restarts. Any other exception that escapes is a defect of the program and keeps
-its traceback.
+Command lines print the message without a traceback and exit with status 2. A `SystemFault` is no
+mistake of the user: its message is printed as well, and the status is 1, after which `MAX_RESTARTS`
+starts a run again. Any other exception that escapes is a defect of the program and keeps its
+traceback.
 """
 
 
@@ -11,9 +11,14 @@ class InputError(ValueError):
     """Input that cannot be used. The message names the thing, its value, and what is allowed."""
 
 
+class SampleError(InputError):
+    """An image that cannot be read. The message names the list, the line and the path."""
+
+
 class SystemFault(RuntimeError):
     """The system, not the input, failed: a disk, memory, a file limit. A restart may succeed."""
 
 
-class SampleError(InputError):
-    """An image that cannot be read. The message names the list, the line and the path."""
+class PeerLost(SystemFault):
+    """The connection to another process of this run is lost, which has left no exit status: it was
+    killed, or has not answered for half a minute."""

@@ -1,9 +1,13 @@
-"""Files: written whole or not at all, locked, checked before work starts, and their digests."""
+"""Files: where they are looked up, written whole or not at all, locked, checked, and digests."""
 
 import contextlib
 import errno
+import glob
 import hashlib
 import os
+import shlex
+import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -18,92 +22,132 @@ except ImportError:  # Windows: processes are not kept apart
 CACHE_VARIABLE = "REPLKNET_PADDLE_CACHE"
 PARTIAL_SUFFIX = ".unfinished"
 
+_PACKAGE = Path(__file__).resolve().parents[1]
 _CHUNK_BYTES = 2**20
+
+# The checkout. In an installed package, which has the YAML files inside it, the package.
+PROJECT_FOLDER = next(
+    folder for folder in (_PACKAGE, _PACKAGE.parent) if (folder / "configs").is_dir()
+)
 
 Path_ = str | os.PathLike
 
 
-def cache_folder() -> Path:
-    """The folder for downloaded weights and compiled libraries.
+# ---- where things are
 
-    `~/.cache/replknet_paddle`, or the folder that `REPLKNET_PADDLE_CACHE` names.
-    """
+
+def cache_folder() -> Path:
+    """Return the folder for downloaded weights and compiled libraries."""
     setting = os.environ.get(CACHE_VARIABLE)
     return Path(setting).expanduser() if setting else Path.home() / ".cache" / "replknet_paddle"
 
 
+def find_path(path: Path_) -> str:
+    """Return `path`, or the project's file or folder of that name where there is none here."""
+    path = os.fspath(path)
+    own = os.path.join(PROJECT_FOLDER, path)
+    is_missing = not os.path.isabs(path) and not os.path.lexists(path)
+    return own if is_missing and os.path.exists(own) else path
+
+
+def searched(path: Path_) -> str:
+    """Return a path that was not found, for messages, with the places that were searched."""
+    path = os.fspath(path)
+    if os.path.isabs(path):
+        return path
+    places = dict.fromkeys([os.path.abspath(path), os.path.join(PROJECT_FOLDER, path)])
+    return f"{path} (tried {' and '.join(places)})"
+
+
+def searched_weights(path: Path_) -> str:
+    """Return `searched`, and a file of the same name and a suffix, if there is any."""
+    names = []
+    for folder in (".", PROJECT_FOLDER):
+        found = glob.glob(glob.escape(os.path.join(folder, path)) + ".*")
+        names += [f"{os.fspath(path)}{name[len(os.path.join(folder, path)) :]}" for name in found]
+    near = f"; did you mean {min(names)}?" if names else ""
+    return f"{searched(path)}{near}"
+
+
+def command_line(*words: str) -> str:
+    """Return `replknet WORDS`, as it can be typed into a shell here."""
+    if shutil.which("replknet") is not None:
+        return shlex.join(["replknet", *words])
+    name = os.path.basename(sys.executable)
+    python = name if shutil.which(name) == sys.executable else sys.executable
+    return shlex.join([python, "-m", _PACKAGE.name, *words])
+
+
+# ---- written whole or not at all
+
+
 @contextlib.contextmanager
-def written_whole(path: Path_, mode: str = "w", *, keep_partial=None, **options) -> Iterator[IO]:
+def atomic_file(path: Path_, mode: str = "w", *, keep_partial=None, **options) -> Iterator[IO]:
     """Open a temporary file that becomes `path` when the block ends without an exception.
 
     Until then `path` stays as it was, or does not exist. The bytes are on the disk before the file
-    gets its name.
-
-    Args:
-        path: the file to write or replace.
-        mode: "w" or "wb".
-        keep_partial: (exception) -> whether to keep what has been written as `path`.unfinished.
-            By default it is deleted.
-        options: of `open`; text is UTF-8 by default.
-
-    Raises:
-        OSError: the file cannot be written.
+    gets its name. What has been written is kept as `path`.unfinished where `keep_partial(error)`
+    is true. `options` are those of `open`; text is UTF-8 by default.
     """
     path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    partial = _partial(path)
     if "b" not in mode:
         options.setdefault("encoding", "utf-8")
     try:
-        with open(partial, mode, **options) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        sync_folder(path.parent)
+        with path_in_error(path):
+            with open(partial, mode, **options) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+            sync_folder(path.parent)
     except BaseException as error:
         if keep_partial is not None and partial.exists() and keep_partial(error):
             os.replace(partial, f"{path}{PARTIAL_SUFFIX}")
-        if isinstance(error, OSError):
-            name_the_file(error, path)
         raise
     finally:
         partial.unlink(missing_ok=True)
 
 
-def name_the_file(error: OSError, path: Path_) -> None:
-    """Make the message of a failed read or write name `path`, which a full disk's does not, and
-    what it is full of."""
-    if error.errno is not None and error.filename is None:
-        error.filename = os.fspath(path)
-    if error.errno == errno.ENOSPC and is_full_of_files(os.path.dirname(path)):
-        error.strerror = "No free inodes left on device, so no more files can be made"
-
-
-def is_full_of_files(folder: Path_) -> bool:
-    """Whether the file system of a folder has no inode left for another file."""
-    with contextlib.suppress(OSError):
-        space = os.statvfs(folder or ".")
-        return space.f_files > 0 and space.f_favail == 0
-    return False
-
-
 @contextlib.contextmanager
-def naming(path: Path_) -> Iterator[None]:
-    """Let an OSError that leaves this context name `path`."""
+def atomic_folder(path: Path_) -> Iterator[Path]:
+    """Make a folder that becomes `path`, no link, when the block ends without an exception.
+
+    Until then `path` stays as it was, or does not exist; a folder that is there is replaced.
+    """
+    path = Path(path)
+    partial, old = _partial(path), path.with_name(f"{path.name}.{os.getpid()}.old")
     try:
-        yield
-    except OSError as error:
-        name_the_file(error, path)
-        raise
+        with path_in_error(path):
+            partial.mkdir(parents=True)
+            yield partial
+            is_there = path.exists()
+            if is_there:
+                os.rename(path, old)
+            try:
+                os.rename(partial, path)
+            except BaseException:
+                if is_there:
+                    os.rename(old, path)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+
+
+def write_text(path: Path_, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with atomic_file(path) as file:
+        file.write(text)
 
 
 def append_whole(path: Path_, text: str) -> None:
-    """Append to a text file, all of `text` or nothing.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    with naming(path), open(path, "ab", buffering=0) as file:
+    """Append to a text file, all of `text` or nothing."""
+    with path_in_error(path), open(path, "ab", buffering=0) as file:
         size = file.tell()
         data = text.encode()
         try:
@@ -114,14 +158,26 @@ def append_whole(path: Path_, text: str) -> None:
             raise
 
 
-def write_text(path: Path_, text: str) -> None:
-    """Write a text file, whole or not at all.
+@contextlib.contextmanager
+def path_in_error(path: Path_) -> Iterator[None]:
+    """Let an OSError that leaves this context name `path`, which a full disk's does not, and what
+    the disk is full of."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
+        if error.errno == errno.ENOSPC and is_full_of_files(os.path.dirname(path)):
+            error.strerror = "No free inodes left on device, so no more files can be made"
+        raise
 
-    Raises:
-        OSError: the file cannot be written.
-    """
-    with written_whole(path) as file:
-        file.write(text)
+
+def is_full_of_files(folder: Path_) -> bool:
+    """Return whether the file system of a folder has no inode left for another file."""
+    with contextlib.suppress(OSError):
+        space = os.statvfs(folder or ".")
+        return space.f_files > 0 and space.f_favail == 0
+    return False
 
 
 def sync_folder(folder: Path_) -> None:
@@ -134,14 +190,14 @@ def sync_folder(folder: Path_) -> None:
             os.close(handle)
 
 
+# ---- locked, read, and checked before work starts
+
+
 @contextlib.contextmanager
 def locked(path: Path_) -> Iterator[None]:
     """Let one process at a time into the block; the others wait.
 
-    The system releases the lock of a process that dies. Nothing is locked on Windows.
-
-    Args:
-        path: the lock file, which is created and stays.
+    The system releases the lock of a process that dies. The file stays.
     """
     with open(path, "w") as file:
         if fcntl is not None:
@@ -150,7 +206,7 @@ def locked(path: Path_) -> Iterator[None]:
 
 
 def file_sha256(path: Path_) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -159,15 +215,11 @@ def file_sha256(path: Path_) -> str:
 
 
 def check_file_target(path: Path_, suffixes: Sequence[str] = (), *, must_be_new=False) -> None:
-    """Check before work starts that the file `path` can be written.
+    """Raise, before work starts, where the file `path` cannot be written.
 
     Args:
         suffixes: allowed endings of the name; empty: any.
         must_be_new: refuse to replace an existing file.
-
-    Raises:
-        FileNotFoundError: its folder does not exist.
-        InputError: another suffix, a folder, an existing file, or a folder that is read-only.
     """
     path = os.fspath(path)
     if suffixes and os.path.splitext(path)[1].lower() not in suffixes:
@@ -183,11 +235,7 @@ def check_file_target(path: Path_, suffixes: Sequence[str] = (), *, must_be_new=
 
 
 def check_new_folder(path: Path_) -> None:
-    """Check before work starts that `path` is an empty folder, or can become one.
-
-    Raises:
-        InputError: a file, a folder that is not empty, or one that is read-only.
-    """
+    """Raise InputError, before work starts, where `path` is no empty folder and cannot be one."""
     path = os.fspath(path)
     if os.path.isdir(path):
         if os.listdir(path):

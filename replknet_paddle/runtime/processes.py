@@ -1,4 +1,4 @@
-"""The processes of one run: rank, device, sums over ranks, seeds.
+"""The processes of one run: rank, device and what it can, sums over ranks, seeds.
 
 Works alike in one process, in several on CPU (gloo) and on GPUs (NCCL), over one machine or many:
 `paddle.distributed.launch` starts the processes and tells each its rank in the environment.
@@ -15,8 +15,12 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 
-from replknet_paddle.runtime.cores import processes_on_this_machine
-from replknet_paddle.runtime.nodes import interface_of, name_attempt
+from replknet_paddle.runtime.machines import (
+    interface_of,
+    name_attempt,
+    processes_on_this_machine,
+    processor_has,
+)
 
 # Gradients travel in pieces of about this many bytes: large enough to be efficient, small enough
 # that the copy that a piece needs does not count beside the model.
@@ -30,26 +34,20 @@ DETERMINISTIC_FLAGS = {
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """Return this process's number, from 0."""
     return dist.get_rank()
 
 
 def world_size() -> int:
-    """How many processes this run has."""
+    """Return how many processes this run has."""
     return dist.get_world_size()
-
-
-def is_launched() -> bool:
-    """Whether `paddle.distributed.launch` started this process."""
-    return "PADDLE_TRAINERS_NUM" in os.environ
 
 
 def init(*, deterministic: bool = False) -> None:
     """Choose this process's device and connect the processes, where there are several.
 
-    Args:
-        deterministic: on GPUs, use only algorithms that give the same bits each time, where Paddle
-            has a choice.
+    `deterministic` lets GPUs use only algorithms that give the same bits each time, where Paddle
+    has a choice.
     """
     paddle.set_device("gpu" if visible_devices() else "cpu")
     if deterministic and on_gpu():
@@ -70,7 +68,7 @@ def init(*, deterministic: bool = False) -> None:
 
 
 def close_to_other_machines() -> None:
-    """Let the sockets that this process listens on hear of this machine alone. Paddle's store
+    """Let the sockets that this process listens on hear of this machine alone: Paddle's store
     listens on all addresses."""
     for descriptor in map(int, os.listdir("/proc/self/fd")):
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as listener:
@@ -79,22 +77,36 @@ def close_to_other_machines() -> None:
 
 
 def on_gpu() -> bool:
-    """Whether this process computes on a GPU."""
+    """Return whether this process computes on a GPU."""
     return paddle.device.get_device().startswith("gpu")
 
 
-def gpu_computes_in_bfloat16() -> bool:
-    """Whether this process's GPU does: compute capability 8.0 (Ampere) or higher."""
-    return paddle.device.cuda.get_device_capability() >= (8, 0)
+def supports_bfloat16(device: str) -> bool:
+    """Return whether a device computes in bfloat16: Paddle only warns of a GPU that does not, and
+    oneDNN emulates it several times slower than float32, or fails.
+
+    Args:
+        device: "gpu" for this process's GPU, or "cpu".
+    """
+    if device == "gpu":
+        return paddle.device.cuda.get_device_capability() >= (8, 0)  # Ampere
+    return processor_has("avx512_bf16") and onednn_may_use_bfloat16()
+
+
+def onednn_may_use_bfloat16(environment=os.environ) -> bool:
+    """Return whether ONEDNN_MAX_CPU_ISA leaves bfloat16 to oneDNN, where the processor has it."""
+    largest = environment.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    is_avx512_without = largest in ("AVX512_CORE", "AVX512_CORE_VNNI")
+    return not (is_avx512_without or largest.startswith(("SSE", "AVX2")) or largest == "AVX")
 
 
 def visible_devices() -> int:
-    """GPUs that this process may use; 0 on a machine without."""
+    """Return the number of GPUs that this process may use; 0 on a machine without."""
     return paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
 
 
 def sum_over_ranks(values: np.ndarray) -> np.ndarray:
-    """The sum of each rank's float64 `values` (any one shape), the same on every rank."""
+    """Return the sum of each rank's float64 `values` (any one shape), the same on every rank."""
     values = np.asarray(values, dtype="float64")
     if world_size() == 1:
         return values
@@ -104,7 +116,7 @@ def sum_over_ranks(values: np.ndarray) -> np.ndarray:
 
 
 def text_of_rank_0(text: str) -> str:
-    """Rank 0's `text`, on every rank. Those of the others are ignored."""
+    """Return rank 0's `text` on every rank. The texts of the others are ignored."""
     if world_size() == 1:
         return text
     content = np.frombuffer(text.encode() if rank() == 0 else b"", "uint8")
@@ -114,11 +126,8 @@ def text_of_rank_0(text: str) -> str:
 
 
 def sum_on_device(values: list[paddle.Tensor | float]) -> paddle.Tensor:
-    """The sums over the ranks of some scalars, float64, on the device: nothing waits for it.
-
-    Args:
-        values: numbers of this process, and scalar tensors.
-    """
+    """Return the sums over the ranks of numbers and scalar tensors, float64, on the device: nothing
+    waits for it."""
     # By `full`, not by `to_tensor`, which would wait for all that a GPU has queued.
     scalars = [
         value.astype("float64").reshape([])
@@ -136,15 +145,12 @@ def sum_on_device(values: list[paddle.Tensor | float]) -> paddle.Tensor:
 def average_over_ranks(
     tensors: list[paddle.Tensor], *, divisor: float | None = None
 ) -> list[paddle.Tensor]:
-    """Replace each tensor, in place, by its mean over the ranks. The lists must be alike.
-
-    The tensors then share the memory of a few buffers, or of their own pieces of them.
-
-    Args:
-        divisor: to divide the means by; None for 1. One process alone has nothing to do then.
+    """Replace each tensor, in place, by its mean over the ranks, divided by `divisor`. The lists
+    must be alike.
 
     Returns:
-        The buffers: 1-D, all that was averaged; none where there was nothing to do.
+        The few 1-D buffers, all that was averaged, whose memory the tensors then share; none where
+        there was nothing to do, as in one process without a divisor.
     """
     if world_size() == 1 and divisor is None:
         return []
@@ -165,12 +171,12 @@ def average_over_ranks(
 
 
 def flatten(tensors: list[paddle.Tensor]) -> paddle.Tensor:
-    """A new 1-D tensor of all values of some tensors of one dtype."""
+    """Return a new 1-D tensor of all values of some tensors of one dtype."""
     return paddle.concat([tensor.reshape([-1]) for tensor in tensors])
 
 
 def buckets(tensors: list[paddle.Tensor]) -> Iterator[list[paddle.Tensor]]:
-    """Runs of tensors of one dtype, of about BUCKET_BYTES each."""
+    """Yield runs of tensors of one dtype, of about BUCKET_BYTES each."""
     bucket, size = [], 0
     for tensor in tensors:
         tensor_bytes = tensor.size * tensor.element_size()
@@ -184,6 +190,6 @@ def buckets(tensors: list[paddle.Tensor]) -> Iterator[list[paddle.Tensor]]:
 
 
 def random_seed(*numbers: int) -> int:
-    """A 31-bit seed that depends on all of `numbers` (each >= 0) and on their order."""
+    """Return a 31-bit seed that depends on all of `numbers` (each >= 0) and on their order."""
     # With their count in front: alone, numpy takes (7,) and (7, 0) for the same.
     return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1)[0]) >> 1

@@ -25,8 +25,8 @@ from replknet_paddle.data.transforms.image import (
     open_image,
     to_rgb,
 )
-from replknet_paddle.runtime.cores import available_cores, processes_on_this_machine
 from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.machines import available_cores, processes_on_this_machine
 from replknet_paddle.segmentation.transforms import TrainCrop, read_labels, whole_image
 
 LAYOUT = (

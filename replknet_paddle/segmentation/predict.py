@@ -15,7 +15,7 @@ from replknet_paddle.data.transforms.image import normalize, to_rgb
 from replknet_paddle.deploy.backends import BackendLayer, is_export, load_network, open_backend
 from replknet_paddle.deploy.images import ImageFiles, decode
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.files import written_whole
+from replknet_paddle.runtime.files import atomic_file
 from replknet_paddle.segmentation.inference import InferenceSettings, class_probabilities
 from replknet_paddle.segmentation.palette import label_picture, overlay, palette_of
 from replknet_paddle.segmentation.upernet import build_upernet
@@ -142,7 +142,7 @@ def predict_files(
 
 
 def save_png(picture: Image.Image, path: Path) -> None:
-    with written_whole(path, "wb") as file:
+    with atomic_file(path, "wb") as file:
         picture.save(file, "PNG")
 
 

@@ -8,7 +8,25 @@ from runs import make_run
 from small_disk import FILLING, mounted, small_disk
 from tiny import FIXTURES, command
 
-PICTURES = sorted(map(str, (FIXTURES / "images").glob("[!eR]*")))[:4]
+PICTURES = " ".join(sorted(map(str, (FIXTURES / "images").glob("[!eR]*")))[:4])
+PREDICT = f"predict {{run}} {PICTURES} -backend=dygraph"
+BENCHMARK = (
+    "benchmark inference -cfg {run}/config.yaml --backends dygraph --rounds 1 --batch_sizes 1"
+)
+
+# A command line without the file that it writes, the name of that, and what the command needs.
+CASES = [
+    (f"{PREDICT} --out", "results.jsonl", "numpy"),
+    (f"{PREDICT} --out", "results.csv", "numpy"),
+    (f"{PREDICT} --save-pictures", "drawn", "numpy"),
+    (f"{PREDICT} --save-grid", "grid.png", "numpy"),
+    ("export -pretrained {run}", "exported", "numpy"),
+    ("export -pretrained {run} -format onnx", "exported", "onnx"),
+    ("merge -pretrained {run}", "merged.safetensors", "numpy"),
+    ("convert {run}", "weights.pdparams", "numpy"),
+    ("plot {run} --out", "curves.png", "matplotlib"),
+    (f"{BENCHMARK} --json", "figures.json", "numpy"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -18,82 +36,38 @@ def run_folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def full_disk(tmp_path):
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0].split()[0]} {case[1]} {case[2]}")
+def write_into(request, run_folder, capfd):
+    """Runs a command that writes into a folder and has to fail; its target and what it says."""
+    line, name, needs = request.param
+    pytest.importorskip(needs)
+    words = line.format(run=run_folder).split()
+
+    def run(folder):
+        capfd.readouterr()
+        assert command(words[0])([*words[1:], str(folder / name)]) == 2
+        error = capfd.readouterr().err
+        assert error.count("error: ") == 1 and "Traceback" not in error
+        return str(folder / name), error
+
+    return run
+
+
+def test_a_full_disk_is_one_message_with_the_path(write_into, tmp_path):
     with small_disk(tmp_path / "full") as folder:
-        yield folder
+        path, error = write_into(folder)
+        message = error[error.index("error: ") :]
+        assert message.startswith(f"error: [Errno 28] No space left on device: '{path}")
+        assert message.count("\n") == 1
+        left = [path for path in folder.rglob("*") if path.name not in (FILLING, "drawn")]
+        assert left == []
 
 
-@pytest.fixture
-def read_only(tmp_path):
+def test_a_read_only_folder_is_found_before_the_work(write_into, tmp_path, monkeypatch):
+    for module in ("checkpoints.convert", "deploy.backends"):
+        monkeypatch.setattr(
+            f"replknet_paddle.{module}.load_pretrained", lambda *_, **__: pytest.fail("works")
+        )
     with mounted(tmp_path / "read_only", "ro") as folder:
-        yield folder
-
-
-def arguments(run, target):
-    """{what: (command, arguments, the path that the message names)} that write into `target`."""
-    predict = [str(run), *PICTURES, "-backend=dygraph"]
-    inference = ["inference", "-cfg", str(run / "config.yaml"), "--backends", "dygraph"]
-    inference += ["--rounds", "1", "--batch_sizes", "1"]
-    cases = {
-        "predict jsonl": ("predict", [*predict, "--out"], "results.jsonl"),
-        "predict csv": ("predict", [*predict, "--out"], "results.csv"),
-        "predict pictures": ("predict", [*predict, "--save-pictures"], "drawn"),
-        "predict grid": ("predict", [*predict, "--save-grid"], "grid.png"),
-        "export paddle": ("export", ["-pretrained", str(run)], "exported"),
-        "export onnx": ("export", ["-pretrained", str(run), "-format", "onnx"], "exported"),
-        "merge": ("merge", ["-pretrained", str(run)], "merged.safetensors"),
-        "convert": ("convert", [str(run)], "weights.pdparams"),
-        "plot": ("plot", [str(run), "--out"], "curves.png"),
-        "benchmark json": ("benchmark", [*inference, "--json"], "figures.json"),
-    }
-    return {
-        what: (name, [*given, str(target / file)], str(target / file))
-        for what, (name, given, file) in cases.items()
-    }
-
-
-CASES = [
-    "predict jsonl", "predict csv", "predict pictures", "predict grid", "export paddle",
-    "export onnx", "merge", "convert", "plot", "benchmark json",
-]  # fmt: skip
-NEEDS = {"export onnx": "onnx", "plot": "matplotlib"}
-
-
-@pytest.mark.parametrize("what", CASES)
-def test_a_full_disk_is_one_message_with_the_path(what, full_disk, run_folder, capfd):
-    if what in NEEDS:
-        pytest.importorskip(NEEDS[what])
-    name, given, path = arguments(run_folder, full_disk)[what]
-    capfd.readouterr()
-    assert command(name)(given) == 2
-    error = capfd.readouterr().err
-    message = error[error.index("error: ") :]
-    assert message.startswith(f"error: [Errno 28] No space left on device: '{path}")
-    assert message.count("\n") == 1 and "Traceback" not in error
-    left = [path for path in full_disk.rglob("*") if path.name not in (FILLING, "drawn")]
-    assert left == []
-
-
-@pytest.mark.parametrize("what", CASES)
-def test_a_read_only_folder_is_found_before_the_work(
-    what, read_only, run_folder, capfd, monkeypatch
-):
-    if what in NEEDS:
-        pytest.importorskip(NEEDS[what])
-    monkeypatch.setattr(
-        "replknet_paddle.checkpoints.convert.load_pretrained", lambda *_, **__: pytest.fail("works")
-    )
-    monkeypatch.setattr(
-        "replknet_paddle.deploy.backends.load_pretrained", lambda *_, **__: pytest.fail("works")
-    )
-    name, given, path = arguments(run_folder, read_only)[what]
-    capfd.readouterr()
-    assert command(name)(given) == 2
-    error = capfd.readouterr().err
-    assert f"error: folder {os.path.dirname(path)} is not writable; name another one" in error
-    assert error.count("error: ") == 1 and "Traceback" not in error
-
-
-def test_the_cases_are_all(run_folder, tmp_path):
-    assert list(arguments(run_folder, tmp_path)) == CASES
+        path, error = write_into(folder)
+        assert f"error: folder {os.path.dirname(path)} is not writable; name another one" in error

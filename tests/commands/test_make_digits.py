@@ -91,13 +91,6 @@ def test_the_lists_load_as_a_data_set(digits, split, count):
         assert label == entries(digits, split)[index][1]
 
 
-def test_a_folder_that_cannot_be_made_is_one_message(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    assert main([str(tmp_path / "file" / "digits")]) == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and str(tmp_path / "file") in line
-
-
 def test_an_incomplete_run_leaves_no_list(tmp_path, monkeypatch):
     """run_demo.sh takes the lists as the sign that the images are there."""
 

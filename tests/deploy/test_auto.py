@@ -13,7 +13,7 @@ from replknet_paddle.deploy.backends import candidates
 from replknet_paddle.deploy.export import export_model
 from replknet_paddle.deploy.sidecar import Sidecar
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.extras import is_installed
+from replknet_paddle.runtime.packages import is_installed
 
 FACTS = {"network": "a", "image_size": 8, "precision": "fp32", "threads": 1}
 

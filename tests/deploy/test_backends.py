@@ -17,7 +17,7 @@ from replknet_paddle.deploy.export import export_model
 from replknet_paddle.deploy.runtimes import Backend, check_images
 from replknet_paddle.deploy.sidecar import FILE, Sidecar
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.extras import is_installed
+from replknet_paddle.runtime.packages import is_installed
 
 pytestmark = [pytest.mark.numbers, pytest.mark.paddle_version]
 
@@ -121,7 +121,7 @@ def test_a_missing_extra_is_named_with_the_command(monkeypatch, config, name):
     def missing(package):
         raise ImportError(f"No module named {package!r}")
 
-    monkeypatch.setattr("replknet_paddle.runtime.extras.importlib.import_module", missing)
+    monkeypatch.setattr("replknet_paddle.runtime.packages.importlib.import_module", missing)
     with pytest.raises(InputError, match=r"needs onnx .*pip install -r .*requirements/deploy\.txt"):
         open_backend(small_network(config), name, config=config)
 
@@ -261,7 +261,7 @@ def test_auto_passes_over_what_does_not_compute_in_bfloat16(monkeypatch):
 
 
 def test_paddle_refuses_bfloat16_where_the_processor_would_emulate_it(monkeypatch, export):
-    monkeypatch.setattr("replknet_paddle.deploy.runtimes.processor_has", lambda flag: False)
+    monkeypatch.setattr("replknet_paddle.runtime.processes.processor_has", lambda flag: False)
     with pytest.raises(InputError, match="bf16 with backend paddle on a processor .*AVX512-BF16"):
         open_backend(export("paddle"), "paddle", precision="bf16")
 

@@ -228,7 +228,7 @@ def test_onnx_without_its_package_says_what_to_install(tmp_path, config, monkeyp
     def missing(name):
         raise ImportError(f"No module named {name!r}")
 
-    monkeypatch.setattr("replknet_paddle.runtime.extras.importlib.import_module", missing)
+    monkeypatch.setattr("replknet_paddle.runtime.packages.importlib.import_module", missing)
     with pytest.raises(InputError, match=r"needs onnx.*pip install -r .*requirements/deploy\.txt"):
         sidecar = Sidecar.build(config, format="onnx")
         export_model(small_network(config), tmp_path / "dst", sidecar)

@@ -62,12 +62,11 @@ def test_several_processes_build_once(fake):
     assert [child.exitcode for child in children] == [0] * 4
     assert len(fake.read_text().splitlines()) == len(operators_library().sources) + 1
     left = {path.suffix for path in build_folder().iterdir()}
-    assert left == {".so", ".o", ""}  # the lock has no suffix; no temporary folder stays
+    assert left == {".so", ""}  # the lock has no suffix; no temporary folder stays
 
 
-def test_another_paddle_shares_the_kernels_and_not_the_library(fake, tmp_path, monkeypatch):
+def test_another_paddle_has_a_library_of_its_own(fake, tmp_path, monkeypatch):
     first, _ = operators_library().build()
-    calls = len(fake.read_text().splitlines())
     other = tmp_path / "paddle"
     (other / "version").mkdir(parents=True)
     (other / "version" / "__init__.py").write_text("full_version = '9.9'")
@@ -75,7 +74,6 @@ def test_another_paddle_shares_the_kernels_and_not_the_library(fake, tmp_path, m
     assert operators_library().find() is None
     second, _ = operators_library().build()
     assert second != first
-    assert len(fake.read_text().splitlines()) == calls + 2  # the operator, and the linking
 
 
 @pytest.mark.parametrize(
@@ -85,14 +83,11 @@ def test_another_paddle_shares_the_kernels_and_not_the_library(fake, tmp_path, m
         ("false", "false failed with status 1"),
     ],
 )
-def test_failure_is_reported_and_remembered(fake, monkeypatch, compiler, told):
+def test_failure_is_reported(fake, monkeypatch, compiler, told):
     monkeypatch.setenv("CXX", compiler)
     with pytest.raises(BuildError, match=told):
         operators_library().build()
     assert operators_library().find() is None
-    if compiler == "false":  # the failure is remembered until `replknet build`
-        with pytest.raises(BuildError, match=f"its build failed: {told}.*; replknet build tries"):
-            operators_library().find_or_build()
     monkeypatch.setenv("CXX", str(fake.parent / "fake-c++"))
     assert operators_library().build()[0] == operators_library().find()
 

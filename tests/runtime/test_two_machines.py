@@ -27,8 +27,8 @@ PORT = 8090
 PROGRAM = """
 import sys
 sys.path.insert(0, {root!r})
-from replknet_paddle.runtime import nodes
-nodes.FIRST_REMINDER_SECONDS, nodes.REMINDER_SECONDS = 4, 4
+from replknet_paddle.runtime import machines
+machines.FIRST_REMINDER_SECONDS, machines.REMINDER_SECONDS = 4, 4
 from replknet_paddle.commands import run_command
 sys.exit(run_command("train", sys.argv[1:]))
 """

@@ -274,7 +274,6 @@ def pixels_library() -> SharedLibrary:
             *native,
         ),
         must_match=processor.encode(),
-        dependent=(SOURCE.name,),
     )
 
 

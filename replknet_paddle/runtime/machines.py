@@ -1,17 +1,21 @@
-"""The machines of a run: under which address they know each other, and whether all are alive.
+"""This machine, its cores and addresses, and the other machines of a run: whether all are alive.
 
 Nodes started by Paddle's launcher hear nothing of each other: where one fails, the others wait in
 a collective for ever. Here each node's launcher writes a file into a folder that they share, every
-few seconds, and reads those of the others. It says, too, what it waits for, of which Paddle's
-launcher does not speak.
+few seconds, and reads those of the others. It also says what it waits for, which Paddle's launcher
+does not.
+
+This module imports the standard library alone.
 """
 
 import array
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
+import platform
 import signal
 import socket
 import struct
@@ -19,51 +23,93 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from pathlib import Path
 
 from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.files import PARTIAL_SUFFIX, write_text
 
 BEAT_SECONDS = 2.0
 LOST_SECONDS = 30.0  # without a sign, after which a node is lost
-SIOCGIFCONF, IFREQ_BYTES = 0x8912, 40  # of Linux's netdevice(7), on 64-bit machines
 FIRST_REMINDER_SECONDS, REMINDER_SECONDS = 30.0, 60.0  # of what is waited for
-STOPPED = (0, 128 + signal.SIGINT, 128 + signal.SIGTERM)  # statuses that all nodes agree on
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit statuses of a run that was stopped
 
 ATTEMPT_FILE = "attempt"  # in the log folder of launched processes
-FOLDER = "nodes"  # beside the log folders of the machines
+NODES_FOLDER = "nodes"  # beside the log folders of the machines
+
+_SIOCGIFCONF, _IFREQ_BYTES = 0x8912, 40  # of Linux's netdevice(7), on 64-bit machines
+
+
+# ---- cores, and the processes of a run that share them
+
+
+def available_cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def is_launched() -> bool:
+    """Return whether `paddle.distributed.launch` started this process."""
+    return "PADDLE_TRAINERS_NUM" in os.environ
+
+
+def processes_on_this_machine(environment=os.environ) -> int:
+    """Return how many processes of this run Paddle's launcher has started on this machine."""
+    here = environment.get("PADDLE_CURRENT_ENDPOINT", "").rpartition(":")[0]
+    endpoints = environment.get("PADDLE_TRAINER_ENDPOINTS", "").split(",")
+    same = sum(endpoint.rpartition(":")[0] == here for endpoint in endpoints) if here else 0
+    return max(1, same)
+
+
+def core_share(environment=os.environ) -> int:
+    """Return the available cores divided by the processes of the run on this machine."""
+    return max(1, available_cores() // processes_on_this_machine(environment))
+
+
+@functools.cache
+def _cpuinfo() -> dict[str, str]:
+    """Return the entries of Linux's first processor; none elsewhere."""
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return {}
+    first = path.read_text(errors="replace").partition("\n\n")[0]
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def processor_name() -> str:
+    """Return the model of the processor; elsewhere than on Linux, its architecture."""
+    return _cpuinfo().get("model name") or platform.machine()
+
+
+def processor_has(flag: str) -> bool:
+    """Return whether the processor has a feature by its name in /proc/cpuinfo."""
+    return flag in _cpuinfo().get("flags", "").split()
+
+
+# ---- signs of life of the machines of a run
 
 
 def name_attempt() -> None:
     """Leave, for this machine's `Heartbeat`, a name of this start of the run.
 
-    The addresses and ports of all its processes, which Paddle's launcher has agreed with the other
-    machines. To be called by each process once it is started.
+    The name is of the addresses and ports of all processes, which Paddle's launcher has agreed
+    with the other machines. Each process calls this once it is started.
     """
     folder = os.environ.get("PADDLE_LOG_DIR")
     endpoints = os.environ.get("PADDLE_TRAINER_ENDPOINTS", "")
     if folder and os.environ.get("PADDLE_RANK_IN_NODE") == "0":
         name = hashlib.sha256(endpoints.encode()).hexdigest()[:16]
         with contextlib.suppress(OSError):
-            _replace(os.path.join(folder, ATTEMPT_FILE), name)
-
-
-@dataclass
-class _Peer:
-    """What was last read of another node, and when that had changed, on this machine's clock."""
-
-    text: str
-    changed: float
+            write_text(os.path.join(folder, ATTEMPT_FILE), name)
 
 
 class Heartbeat:
     """The signs of life of this machine, and of the others that take part in the same start.
 
-    Clocks are not compared: a node is lost where its file stays the same for LOST_SECONDS.
-
-    Args:
-        log_dir: this machine's, a folder beside those of the others; its name is the node's.
-        nodes: how many machines there are to be.
-        master, address: as `node_addresses` gives them, for messages.
+    Clocks are not compared: a node is lost where its file stays the same for LOST_SECONDS. The log
+    folder of a machine lies beside those of the others, and its name is the node's.
     """
 
     def __init__(self, log_dir: str, *, nodes: int, master: str, address: str):
@@ -74,17 +120,14 @@ class Heartbeat:
         self.log_dir = os.path.abspath(log_dir)
         self.node = os.path.basename(self.log_dir)
         self.count = 0
-        self.peers: dict[str, _Peer] = {}
+        # Of each other node, what was last read, and when that had changed on this machine's clock.
+        self.seen: dict[str, tuple[str, float]] = {}
         with contextlib.suppress(OSError):
             os.unlink(os.path.join(self.log_dir, ATTEMPT_FILE))
 
     def beat(self) -> tuple[int, str] | None:
-        """Give a sign and look for the others'.
-
-        Returns:
-            Once another node has failed: its exit status, or that of a killed process where it is
-            lost, and a message.
-        """
+        """Give a sign and look for the others'; once another node has failed or is lost, return
+        its exit status, or that of a killed process, and a message."""
         folder = self._folder()
         if folder is not None and not self.count:  # now the others' first signs are waited for
             self.reminder = Reminder()
@@ -95,22 +138,19 @@ class Heartbeat:
         if folder is None:  # the processes of the nodes have not found each other yet
             return None
         self.count += 1
-        with contextlib.suppress(OSError):  # a full or slow disk does not stop a run
-            os.makedirs(folder, exist_ok=True)
-            _replace(os.path.join(folder, self.node), f"{self.count}\n")
+        self._write(folder, "")
         for node, text in self._read_others(folder):
             now = time.monotonic()
-            peer = self.peers.setdefault(node, _Peer(text, now))
-            if text != peer.text:
-                self.peers[node] = peer = _Peer(text, now)
+            if text != self.seen.get(node, (None, 0))[0]:
+                self.seen[node] = text, now
             _, status, message = (text.split("\n", 2) + ["", ""])[:3]
             if status:
-                if int(status) not in STOPPED:
+                if int(status) not in (0, *STOPPED):
                     return int(status), (
                         f"error: machine {node} has failed with status {status}"
                         f"{': ' if message else ''}{message}"
                     )
-            elif now - peer.changed > LOST_SECONDS:
+            elif now - self.seen[node][1] > LOST_SECONDS:
                 return 128 + signal.SIGKILL, (
                     f"error: machine {node} has given no sign for {LOST_SECONDS:g} s; this run "
                     "ends on all its machines"
@@ -121,12 +161,10 @@ class Heartbeat:
         """Tell the others how this machine's part of the run ended."""
         folder = self._folder()
         if folder is not None:
-            with contextlib.suppress(OSError):
-                os.makedirs(folder, exist_ok=True)
-                _replace(os.path.join(folder, self.node), f"{self.count}\n{status}\n{message}")
+            self._write(folder, f"{status}\n{message}")
 
     def _missing(self, folder: str | None) -> str | None:
-        """What to say where a machine is missing."""
+        """Return what to say where a machine is missing."""
         if folder is None:
             return (
                 f"still waiting for {self.nodes} machines (NNODES); this one is {self.address}, "
@@ -141,30 +179,28 @@ class Heartbeat:
         )
 
     def _folder(self) -> str | None:
-        """Where the nodes of this start of the run write; None until it has a name."""
+        """Return where the nodes of this start of the run write; None until it has a name."""
         try:
             with open(os.path.join(self.log_dir, ATTEMPT_FILE), encoding="utf-8") as file:
-                return os.path.join(os.path.dirname(self.log_dir), FOLDER, file.read())
+                return os.path.join(os.path.dirname(self.log_dir), NODES_FOLDER, file.read())
         except OSError:
             return None
 
+    def _write(self, folder: str, end: str) -> None:
+        """Write this node's sign; a full or slow disk does not stop a run."""
+        with contextlib.suppress(OSError):
+            os.makedirs(folder, exist_ok=True)
+            write_text(os.path.join(folder, self.node), f"{self.count}\n{end}")
+
     def _read_others(self, folder: str) -> list[tuple[str, str]]:
-        """Names and contents of the other nodes' files; none where the folder cannot be read."""
+        """Return names and contents of the other nodes' files; none from an unreadable folder."""
         found = []
         with contextlib.suppress(OSError):
             for node in os.listdir(folder):
-                if node != self.node and not node.endswith(".unfinished"):
+                if node != self.node and not node.endswith(PARTIAL_SUFFIX):
                     with open(os.path.join(folder, node), encoding="utf-8") as file:
                         found.append((node, file.read()))
         return found
-
-
-def _replace(path: str, text: str) -> None:
-    """Write a small file such that others see the old text or the new."""
-    unfinished = f"{path}.unfinished"
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(unfinished, path)
 
 
 class Reminder:
@@ -180,12 +216,11 @@ class Reminder:
         return True
 
 
-def who_is_there(master: str) -> str:
-    """Which machines have found the server of Paddle's launcher at MASTER; or why it is not there.
+# ---- the server of Paddle's launcher at MASTER, ADDRESS:PORT
 
-    Args:
-        master: ADDRESS:PORT.
-    """
+
+def who_is_there(master: str) -> str:
+    """Return which machines have found the server at MASTER, or why it is not there."""
     try:
         addresses = addresses_at(master)
     except (OSError, ValueError) as error:
@@ -200,11 +235,8 @@ def who_is_there(master: str) -> str:
 
 
 def addresses_at(master: str) -> list[str]:
-    """The addresses of the machines that the server of Paddle's launcher knows.
-
-    Raises:
-        OSError, ValueError: nothing answers, or something else does.
-    """
+    """Return the addresses of the machines that the server at MASTER knows; OSError or ValueError
+    where nothing answers, or something else does."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(f"http://{master}/", timeout=5) as reply:
         found = json.loads(reply.read())
@@ -218,11 +250,7 @@ def addresses_at(master: str) -> list[str]:
 
 
 def check_port(master: str) -> None:
-    """Check, on the machine that MASTER means, that no other program has the port.
-
-    Raises:
-        InputError: one has.
-    """
+    """Raise InputError where MASTER means this machine and another program has its port."""
     address, port = master.rsplit(":", 1)
     if not is_own_address(address):
         return
@@ -241,21 +269,16 @@ def check_port(master: str) -> None:
         ) from None
 
 
+# ---- addresses
+
+
 def node_addresses(master: str) -> tuple[str, str]:
-    """The address of the master, and the one under which other nodes reach this machine.
+    """Return ADDRESS:PORT of the master, HOST:PORT, and the ADDRESS under which other nodes reach
+    this machine: the same one on the machine that MASTER means.
 
     Paddle's launcher starts the server of `--master` only on the machine whose `--host` is the same
     text, and hands its own address, by default whatever its name resolves to, to the other nodes.
     Debian lets a machine's name mean 127.0.1.1, which is of no use to them.
-
-    Args:
-        master: HOST:PORT.
-
-    Returns:
-        ADDRESS:PORT and ADDRESS, equal addresses on the machine that MASTER means.
-
-    Raises:
-        InputError: a name that does not resolve.
     """
     host, port = master.rsplit(":", 1)
     try:
@@ -265,59 +288,53 @@ def node_addresses(master: str) -> tuple[str, str]:
             f"MASTER is {master}, and {host} does not resolve ({error}); allowed: HOST:PORT of one "
             "of the machines, by a name or an IPv4 address that all of them know"
         ) from None
-    is_name = host != address
-    if is_name and host != "localhost" and address.startswith("127."):
+    if host not in (address, "localhost") and address.startswith("127."):
         address = address_for_others() or address
-    if is_own_address(address):
-        return f"{address}:{port}", address
-    return f"{address}:{port}", wait_for_route(address)
+    return f"{address}:{port}", address if is_own_address(address) else wait_for_route(address)
 
 
 def wait_for_route(destination: str) -> str:
-    """This machine's address on the way to another one, as soon as there is a way."""
+    """Return this machine's address on the way to another one, as soon as there is a way."""
     reminder = Reminder()
     while (address := outgoing_address(destination)) is None:
         if reminder.is_due():
-            print(
-                f"still waiting for a network: no route to MASTER {destination}",
-                file=sys.stderr,
-                flush=True,
-            )
+            waits = f"still waiting for a network: no route to MASTER {destination}"
+            print(waits, file=sys.stderr, flush=True)
         time.sleep(1)
     return address
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface that has an IPv4 address; None where none has, or not on Linux."""
+    """Return the network interface that has an IPv4 address; None without, or not on Linux."""
     return next((name for name, own in interfaces() if own == address), None)
 
 
 def interfaces() -> list[tuple[str, str]]:
-    """Names and IPv4 addresses of the network interfaces that are up; on Linux alone."""
+    """Return names and IPv4 addresses of the network interfaces that are up; on Linux alone."""
     if sys.platform != "linux":
         return []
     import fcntl
 
-    entries = array.array("B", bytes(256 * IFREQ_BYTES))
+    entries = array.array("B", bytes(256 * _IFREQ_BYTES))
     request = struct.pack("iL", len(entries), entries.buffer_info()[0])
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        used, _ = struct.unpack("iL", fcntl.ioctl(probe, SIOCGIFCONF, request))
+        used, _ = struct.unpack("iL", fcntl.ioctl(probe, _SIOCGIFCONF, request))
     found = []
-    for start in range(0, used, IFREQ_BYTES):
-        entry = entries[start : start + IFREQ_BYTES].tobytes()
+    for start in range(0, used, _IFREQ_BYTES):
+        entry = entries[start : start + _IFREQ_BYTES].tobytes()
         name = entry[:16].partition(b"\0")[0].partition(b":")[0].decode()
         found.append((name, socket.inet_ntoa(entry[20:24])))
     return found
 
 
 def address_for_others() -> str | None:
-    """This machine's address on the way out, or else that of its first interface but loopback."""
+    """Return this machine's address on the way out, or else of its first non-loopback interface."""
     others = (own for _, own in interfaces() if not own.startswith("127."))
     return outgoing_address("192.0.2.1") or next(others, None)  # any address beyond this network
 
 
 def is_own_address(address: str) -> bool:
-    """Whether this machine has this IPv4 address."""
+    """Return whether this machine has this IPv4 address."""
     with socket.socket() as listener:
         try:
             listener.bind((address, 0))
@@ -327,7 +344,8 @@ def is_own_address(address: str) -> bool:
 
 
 def outgoing_address(destination: str) -> str | None:
-    """This machine's address on the way to another one; None without a route. Sends nothing."""
+    """Return this machine's address on the way to another one; None without a route. It sends
+    nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((destination, 9))

@@ -1,26 +1,57 @@
-"""Measure and draw the effective receptive field of a network.
-
-With a folder of images: compute the contribution of each input pixel, averaged over images, into a
-.npy file, which the same command continues after an interruption; print the table; draw the heat
-map. With .npy files of earlier runs: print one table and draw them side by side.
-"""
+"""Figures of networks and of training runs."""
 
 import os
 import sys
 
 from replknet_paddle.commands.flags import add_config_flags, add_flag, config_from
-
-EXAMPLES = """\
-examples:
-  replknet erf images -cfg configs/replknet_31b.yaml -pretrained replknet_31b.pdparams -out 31b.npy
-  replknet erf 31b.npy 13.npy -out both.png
-
-In the table, "side" is that of the smallest centred square, in pixels, which has more than the
-given share of the total contribution, and r is the square's share of the input's area.
-"""
+from replknet_paddle.commands.train import task_of
 
 
-def add_arguments(parser) -> None:
+def add_model_info_flags(parser) -> None:
+    add_config_flags(parser, required=True)
+
+
+def run_model_info(args) -> int:
+    """Print the parameters and multiply-adds of the network that a config describes.
+
+    example: replknet model-info -cfg configs/replknet_xl.yaml
+    """
+    config = config_from(args)  # before Paddle is imported, which takes longer
+
+    from replknet_paddle.analysis.costs import count_macs, count_parameters
+
+    size = config.DATA.IMAGE_SIZE
+    model = task_of(config).network(config)
+    print(f"{config.MODEL.NAME}: {size}x{size}, {config.MODEL.NUM_CLASSES} classes")
+    print(f"{'form':8}{'parameters':>16}{'multiply-adds':>20}")
+    forms = [] if config.MODEL.SMALL_KERNEL_MERGED else ["train"]
+    for form in [*forms, "merged"]:
+        if form == "merged":
+            model.structural_reparam()
+        print(f"{form:8}{count_parameters(model):16,}{count_macs(model, size):20,}", flush=True)
+    return 0
+
+
+def add_plot_flags(parser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument(
+        "--out", default="metrics.png", metavar="FILE", help="picture to write (%(default)s)"
+    )
+
+
+def run_plot(args) -> int:
+    """Draw the loss and accuracy curves of one or several training runs.
+
+    example: replknet plot output/a output/b --out curves.png
+    """
+    from replknet_paddle.analysis.plots import plot_metrics
+
+    plot_metrics(args.runs, args.out)
+    print(f"wrote {args.out}")
+    return 0
+
+
+def add_erf_flags(parser) -> None:
     parser.add_argument(
         "paths", nargs="+", metavar="PATH", help="a folder of images, or .npy files of earlier runs"
     )
@@ -51,7 +82,21 @@ def add_arguments(parser) -> None:
     )
 
 
-def run(args) -> int:
+def run_erf(args) -> int:
+    r"""Measure and draw the effective receptive field of a network.
+
+    With a folder of images: compute the contribution of each input pixel, averaged over images,
+    into a .npy file, which the same command continues after an interruption; print the table; draw
+    the heat map. With .npy files of earlier runs: print one table and draw them side by side.
+
+    examples:
+      replknet erf images -cfg configs/replknet_31b.yaml -pretrained replknet_31b.pdparams \
+          -out 31b.npy
+      replknet erf 31b.npy 13.npy -out both.png
+
+    In the table, "side" is that of the smallest centred square, in pixels, which has more than the
+    given share of the total contribution, and r is the square's share of the input's area.
+    """
     from replknet_paddle.analysis.plots import check_figure_target, draw_heat_maps, save_figure
     from replknet_paddle.analysis.receptive_field import load_field, rescaled
 
@@ -154,3 +199,37 @@ def print_table(fields) -> None:
             f"{len(field.images) if known else '-':>8}{len(field.skipped) if known else '-':>9}"
         )
         print(f"{name:{width}}{counts}" + "".join(f"{cell:>12}" for cell in cells))
+
+
+def add_kernels_flags(parser) -> None:
+    add_config_flags(parser)
+    add_flag(parser, "pretrained", "weights, in any known layout", metavar="FILE", required=True)
+    add_flag(parser, "out", "picture (%(default)s)", metavar="FILE", default="kernels.png")
+
+
+def run_kernels(args) -> int:
+    """Draw how strong each position of the large kernels is, by stage, from weights alone.
+
+    Kernels are merged first, so a picture shows what the network computes with: the large kernel
+    and its parallel small one, each scaled by its batch norm. A value is the mean absolute weight
+    over channels and blocks, relative to the largest of its stage.
+
+    example: replknet kernels -pretrained output/RUN/best -out kernels.png
+    """
+    from replknet_paddle.analysis.plots import check_figure_target, save_figure
+
+    check_figure_target(args.out)
+    config = config_from(args, args.pretrained)  # before Paddle is imported, which takes longer
+
+    from replknet_paddle.analysis.plots import draw_heat_maps, kernel_magnitudes
+    from replknet_paddle.zoo import get_model
+
+    model = get_model(config, pretrained=args.pretrained)
+    model.structural_reparam()
+    maps = {
+        f"stage {i}, {len(values)} x {len(values)}": values
+        for i, values in enumerate(kernel_magnitudes(model), start=1)
+    }
+    save_figure(draw_heat_maps(maps, label="mean |weight| / its maximum"), args.out)
+    print(f"wrote {args.out}")
+    return 0

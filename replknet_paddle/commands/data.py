@@ -1,0 +1,227 @@
+"""Datasets: their lists, their faults, and two to try things on."""
+
+import json
+import os
+import sys
+
+from replknet_paddle.commands.flags import add_flag
+from replknet_paddle.runtime.errors import InputError, SystemFault
+from replknet_paddle.runtime.files import atomic_file, check_file_target
+from replknet_paddle.runtime.machines import available_cores
+
+
+def add_make_lists_flags(parser) -> None:
+    parser.add_argument("data_path", metavar="DIR", help="folder of the dataset")
+    add_flag(
+        parser,
+        "train",
+        "folder in DIR with a folder for each class (train; with a share as -val: DIR itself)",
+        metavar="NAME",
+    )
+    add_flag(
+        parser,
+        "val",
+        "likewise, or the validation images that -devkit labels, or the share of each class that "
+        "goes to validation, such as 0.1 (%(default)s)",
+        default="val",
+        metavar="NAME|SHARE",
+    )
+    add_flag(
+        parser,
+        "seed",
+        "with a share: of the choice (%(default)s)",
+        type=int,
+        default=0,
+        metavar="N",
+    )
+    add_flag(
+        parser,
+        "devkit",
+        "ImageNet's development kit, with the validation ground truth",
+        metavar="DIR",
+    )
+    add_flag(parser, "overwrite", "replace existing lists", action="store_true")
+
+
+def run_make_lists(args) -> int:
+    """Write the list files of a dataset from its folders.
+
+    Classes are folders, numbered in the sorted order of their names, as the published weights have
+    ImageNet's synsets. Training and validation images are in folders of their own (`-val NAME`), or
+    one set of class folders is split (`-val 0.1`): a tenth of each class goes to validation, chosen
+    by -seed, and identical files never end up on both sides.
+
+    examples:
+      replknet make-lists photos --val 0.1        photos/CLASS/...: a tenth to validation
+      replknet make-lists data/flowers            data/flowers/train/CLASS/..., val/CLASS/...
+      replknet make-lists /dataset/imagenet -devkit /dataset/ILSVRC2012_devkit_t12
+    """
+    from replknet_paddle.data.make_lists import make_lists
+    from replknet_paddle.data.split import split_lists
+
+    share = read_share(args)
+    if share is None:
+        written = make_lists(
+            args.data_path,
+            train=args.train or "train",
+            val=args.val,
+            devkit=args.devkit,
+            overwrite=args.overwrite,
+        )
+    else:
+        written = split_lists(
+            args.data_path,
+            folder=args.train or ".",
+            share=share,
+            seed=args.seed,
+            overwrite=args.overwrite,
+        )
+    for name, count in written.items():
+        print(f"{name}: {count} lines")
+    return 0
+
+
+def read_share(args) -> float | None:
+    """The share that -val gives; None where it names a folder."""
+    try:
+        share = float(args.val)
+    except ValueError:
+        return None
+    if os.path.isdir(os.path.join(args.data_path, args.val)):
+        return None
+    if not 0 < share < 1:
+        raise InputError(
+            f"-val {args.val}; allowed: a folder in {args.data_path}, or a share between 0 and 1"
+        )
+    if args.devkit is not None:
+        raise InputError("-devkit goes with a folder of validation images; leave -val out")
+    if args.seed < 0:
+        raise InputError(f"-seed {args.seed}; allowed: an integer >= 0")
+    return share
+
+
+SHOWN = 20  # problems on the console; the report has them all
+
+
+def add_check_data_flags(parser) -> None:
+    parser.add_argument("data_path", metavar="DIR", help="folder of train_list.txt, val_list.txt")
+    add_flag(
+        parser,
+        "num_classes",
+        "labels must be below N; default: the largest in train_list.txt, plus one, but no more "
+        "than it has lines",
+        type=int,
+        metavar="N",
+    )
+    add_flag(
+        parser,
+        "workers",
+        "processes that decode (%(default)s)",
+        type=int,
+        default=available_cores(),
+        metavar="N",
+    )
+    add_flag(
+        parser,
+        "allow_outside",
+        "paths may lead out of DIR, as with DATA.ALLOW_OUTSIDE",
+        action="store_true",
+    )
+    add_flag(parser, "report", "write everything found as JSON", metavar="FILE")
+
+
+def run_check_data(args) -> int:
+    """Read a whole dataset and report everything that is wrong with it.
+
+    Exit status: 0 if nothing is, 1 if something is, 2 if it could not be checked.
+
+    example: replknet check-data /dataset/imagenet -num_classes 1000
+    """
+    from tqdm import tqdm
+
+    from replknet_paddle.data.check_lists import check_data
+
+    for name in ("num_classes", "workers"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(f"-{name} is {getattr(args, name)}; allowed: at least 1")
+    if args.report:
+        check_file_target(args.report)  # before hours of reading
+    try:
+        report = check_data(
+            args.data_path,
+            num_classes=args.num_classes,
+            allow_outside=args.allow_outside,
+            workers=args.workers,
+            progress=lambda found, total: tqdm(found, total=total, unit="file"),
+        )
+    except SystemFault as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2  # 1 is for problems of the data
+    if args.report:
+        with atomic_file(args.report) as file:
+            json.dump(report, file, indent=1)
+    _print(report)
+    return 1 if report["problems"] else 0
+
+
+def _print(report: dict) -> None:
+    from replknet_paddle.data.check_lists import KINDS
+
+    for name, part in report["lists"].items():
+        counts = part["images_per_class"]
+        print(
+            f"{name}: {part['images']} images of {len(counts)} classes, "
+            f"{min(counts)} to {max(counts)} of each"
+        )
+    for problem in report["problems"][:SHOWN]:
+        print(
+            f"{problem['list']}, line {problem['line']}: {problem['kind']}: {problem['path']}: "
+            f"{problem['message']}"
+        )
+    if len(report["problems"]) > SHOWN:
+        print(f"and {len(report['problems']) - SHOWN} more")
+    for kind, count in report["counts"].items():
+        if count:
+            print(f"{count:8} {KINDS[kind]}")
+    found = sum(report["counts"].values())
+    print(f"Problems found: {found}" if found else "No problems found")
+
+
+def add_make_digits_flags(parser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="where to write")
+
+
+def run_make_digits(args) -> int:
+    """Write scikit-learn's handwritten digits as a dataset in ImageNet's list-file layout.
+
+    1,797 grey scans of 8x8 pixels (UCI "Optical Recognition of Handwritten Digits", CC BY 4.0),
+    which scikit-learn carries, so nothing is downloaded. Every fifth goes to validation: 1,437 /
+    360.
+
+    example: replknet make-digits data/digits
+    """
+    from replknet_paddle.data.digits import make_digits
+
+    make_digits(args.folder)
+    return 0
+
+
+def add_make_shapes_flags(parser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="where to write")
+    add_flag(parser, "count", "images (%(default)s)", type=int, default=200, metavar="N")
+
+
+def run_make_shapes(args) -> int:
+    """Write synthetic shapes with their labels, a dataset to try segmentation on.
+
+    Images of 64 x 64 pixels with circles, squares and triangles; every fifth goes to validation.
+
+    example: replknet make-shapes data/shapes
+    """
+    from replknet_paddle.runtime.errors import InputError
+    from replknet_paddle.segmentation.shapes import VAL_EVERY, make_shapes
+
+    if args.count < VAL_EVERY:
+        raise InputError(f"-count is {args.count}; allowed: an integer >= {VAL_EVERY}")
+    make_shapes(args.folder, count=args.count)
+    return 0

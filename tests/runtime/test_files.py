@@ -1,0 +1,99 @@
+"""Files: relative paths are looked up here, then in the project; writing is whole or not at all."""
+
+import contextlib
+import subprocess
+
+import pytest
+from tiny import ROOT, make_data
+
+from replknet_paddle.config import get_config
+from replknet_paddle.runtime import files
+from replknet_paddle.runtime.files import (
+    atomic_file,
+    atomic_folder,
+    command_line,
+    find_path,
+    searched,
+)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The folder that the test stands in, and a project that is another one."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(files, "PROJECT_FOLDER", tmp_path / "project")
+    return tmp_path / "here"
+
+
+def test_the_project_is_the_checkout():
+    assert files.PROJECT_FOLDER == ROOT
+
+
+def test_what_is_here_comes_first(here, tmp_path):
+    project_file = tmp_path / "project" / "a.txt"
+    assert find_path("a.txt") == "a.txt"
+    project_file.write_text("")
+    assert find_path("a.txt") == str(project_file)
+    (here / "a.txt").write_text("")
+    assert find_path("a.txt") == "a.txt"
+    (here / "a.txt").unlink()
+    (here / "a.txt").symlink_to("nowhere")  # a broken link is meant, not replaced
+    assert find_path("a.txt") == "a.txt"
+    assert find_path(str(tmp_path / "none")) == str(tmp_path / "none")
+
+
+def test_messages_name_both_places(here, tmp_path, monkeypatch):
+    project = tmp_path / "project"
+    assert searched("x/y") == f"x/y (tried {here}/x/y and {project}/x/y)"
+    assert searched("/x/y") == "/x/y"
+    monkeypatch.chdir(project)
+    assert searched("x/y") == f"x/y (tried {project}/x/y)"  # once
+
+
+def test_data_and_weights_of_a_configuration_are_found(here, tmp_path):
+    make_data(tmp_path / "project" / "data" / "own", train=8, val=4)
+    (tmp_path / "project" / "weights").write_text("")
+    config = get_config(DATA__DATA_PATH="data/own", MODEL__PRETRAINED="weights")
+    assert config.DATA.DATA_PATH == str(tmp_path / "project" / "data" / "own")
+    assert config.MODEL.PRETRAINED == str(tmp_path / "project" / "weights")
+    config = get_config(DATA__DATA_PATH="data/other", MODEL__PRETRAINED="random")
+    assert (config.DATA.DATA_PATH, config.MODEL.PRETRAINED) == ("data/other", "random")
+
+
+def test_the_command_line_can_be_typed():
+    """Whether or not the package's script is on the PATH."""
+    line = command_line("plot", "--help")
+    assert line.startswith("replknet ") or " -m replknet_paddle plot" in line
+    done = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "usage:" in done.stdout
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_file_and_a_folder_are_written_whole_or_not_at_all(tmp_path, is_there, fails):
+    folder, file = tmp_path / "folder", tmp_path / "file"
+    if is_there:
+        folder.mkdir()
+        (folder / "old").write_text("")
+        file.write_text("old")
+    before = sorted(tmp_path.rglob("*"))
+    for path, write in ((folder, atomic_folder), (file, atomic_file)):
+        with full_disk(path) if fails else contextlib.nullcontext(), write(path) as made:
+            if path is folder:
+                (made / "new").write_text("")
+            else:
+                made.write("new")
+            if fails:
+                raise OSError(28, "No space left on device")
+    if fails:
+        assert sorted(tmp_path.rglob("*")) == before
+        assert not is_there or file.read_text() == "old"
+    else:
+        assert sorted(tmp_path.rglob("*")) == [file, folder, folder / "new"]
+        assert file.read_text() == "new"
+
+
+def full_disk(path):
+    return pytest.raises(OSError, match=f"No space left on device: '{path}'")
