@@ -44,11 +44,11 @@ def run(args) -> int:
     if is_segmentation and args.to == "mmpretrain":
         raise InputError("-to mmpretrain of a segmentation network; allowed: native, official")
 
-    from replknet_paddle.checkpoints.convert import convert_file
-    from replknet_paddle.checkpoints.run_folder import weights_of
+    from replknet_paddle.checkpoints.load import convert_file
+    from replknet_paddle.checkpoints.run_folder import checkpoint_path
 
     count = convert_file(
-        weights_of(args.source),
+        checkpoint_path(args.source),
         args.destination,
         config,
         weights=args.weights,

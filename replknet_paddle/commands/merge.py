@@ -26,10 +26,10 @@ def run(args) -> int:
     log_to_stderr()
     config = config_from(args, args.pretrained)
 
-    from replknet_paddle.checkpoints.run_folder import weights_of
+    from replknet_paddle.checkpoints.run_folder import checkpoint_path
     from replknet_paddle.deploy.merge import merge_checkpoint
 
-    source = weights_of(args.pretrained)
+    source = checkpoint_path(args.pretrained)
     for form in merge_checkpoint(config, source, args.target):
         print(form)
     sizes = [os.path.getsize(path) / 1e6 for path in (source, args.target)]

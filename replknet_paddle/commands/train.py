@@ -245,7 +245,7 @@ def write_evaluation(folder: str, evaluation) -> None:
 
 def how_to_resume(config, processes: int) -> str:
     """The command that continues a stopped training run, if there is anything to continue."""
-    from replknet_paddle.checkpoints.training import checkpoints
+    from replknet_paddle.checkpoints.run_folder import checkpoints
 
     if config.EVAL or not checkpoints(config.SAVE):
         return ""
@@ -262,7 +262,7 @@ def read_config(args):
             folder, which does not say what it started from.
     """
     if args.cfg is None and args.resume == "auto" and args.output is not None:
-        from replknet_paddle.checkpoints.training import checkpoints
+        from replknet_paddle.checkpoints.run_folder import checkpoints
 
         if os.path.isdir(args.output) and not checkpoints(args.output):
             raise InputError(

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from replknet_paddle.checkpoints.training import (
+from replknet_paddle.checkpoints.run_folder import (
     Checkpoint,
     Progress,
-    checkpoint_path,
+    path_at,
     save_checkpoint,
 )
 
@@ -51,7 +51,7 @@ def example(progress=PROGRESS, seed=0, size=3) -> Checkpoint:
 
 def save_at(run_folder, epoch, step, batch=0, **options) -> str:
     progress = replace(PROGRESS, epoch=epoch, step=step, batch=batch)
-    path = checkpoint_path(str(run_folder), progress)
+    path = path_at(str(run_folder), progress)
     os.makedirs(run_folder, exist_ok=True)
     save_checkpoint(path, example(progress, seed=step, **options))
     return path

@@ -8,16 +8,15 @@ import paddle
 import pytest
 
 from replknet_paddle import zoo
-from replknet_paddle.checkpoints.convert import (
+from replknet_paddle.checkpoints.checkpoint_file import record_metadata
+from replknet_paddle.checkpoints.files import read_checkpoint, write_pdparams, write_safetensors
+from replknet_paddle.checkpoints.load import (
     convert_file,
     load_pretrained,
     load_state,
     parameter_shapes,
 )
-from replknet_paddle.checkpoints.layouts import LAYOUTS, from_native
-from replknet_paddle.checkpoints.readers import read_checkpoint
-from replknet_paddle.checkpoints.record import record_metadata
-from replknet_paddle.checkpoints.writers import write_pdparams, write_safetensors
+from replknet_paddle.checkpoints.names import LAYOUTS, from_native
 from replknet_paddle.config import get_config
 from replknet_paddle.runtime.errors import InputError
 

@@ -7,10 +7,9 @@ import pytest
 from processes import finish
 from tiny import TINY, command
 
-from replknet_paddle.checkpoints.convert import load_pretrained, load_state
-from replknet_paddle.checkpoints.readers import read_safetensors_metadata
-from replknet_paddle.checkpoints.record import class_names_metadata, read_classes
-from replknet_paddle.checkpoints.training import Checkpoint, Progress, save_checkpoint
+from replknet_paddle.checkpoints.checkpoint_file import CheckpointFile
+from replknet_paddle.checkpoints.load import load_pretrained, load_state
+from replknet_paddle.checkpoints.run_folder import Checkpoint, Progress, save_checkpoint
 from replknet_paddle.config import get_config
 from replknet_paddle.deploy import Predictor
 from replknet_paddle.model import build_replknet
@@ -93,8 +92,8 @@ def test_evaluation_and_fine_tuning_refuse_it(run_folder, tiny_data, tmp_path, f
 def test_a_checkpoint_without_names(tmp_path):
     path = tmp_path / "old.safetensors"
     save_checkpoint(str(path), Checkpoint(TINY, Progress(), {"head.bias": np.zeros(4, "f4")}))
-    assert read_classes(path).count == 4 and read_classes(path).names is None
-    assert class_names_metadata(path) == {}
+    classes = CheckpointFile(path).classes
+    assert classes.count == 4 and classes.names is None
 
 
 def test_converted_files_keep_the_names(tmp_path):
@@ -108,5 +107,6 @@ def test_converted_files_keep_the_names(tmp_path):
     save_checkpoint(str(folder / "best"), checkpoint)
     target = Path(tmp_path / "out.safetensors")
     assert command("convert")([str(folder / "best"), str(target)]) == 0
-    assert read_classes(target).names == names
-    assert read_safetensors_metadata(target)["format"] == "pd"
+    file = CheckpointFile(target)
+    assert file.classes.names == names
+    assert file.metadata["format"] == "pd"

@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 from saved import PROGRESS, assert_same, example, names, save_at
 
-from replknet_paddle.checkpoints.run_folder import chosen_weights, run_config_file, run_folder_of
-from replknet_paddle.checkpoints.training import (
+from replknet_paddle.checkpoints.checkpoint_file import CheckpointFile
+from replknet_paddle.checkpoints.run_folder import (
     checkpoints,
     load_checkpoint,
     point_to,
+    prepare_run_folder,
     remove_superseded,
+    run_config_file,
+    run_folder_of,
     save_checkpoint,
-    take_up,
 )
 from replknet_paddle.runtime.errors import InputError
 
@@ -34,7 +36,7 @@ def test_last_and_best_stand_for_checkpoints(tmp_path, monkeypatch, links):
     for path in (first, second):
         point_to(str(tmp_path), "last", path)
         got = load_checkpoint(str(tmp_path / "last"))
-        assert_same(got, replace(load_checkpoint(path), path=got.path))
+        assert_same(got, load_checkpoint(path))
     assert names(tmp_path) == ["checkpoints", "last"]
     assert os.path.islink(tmp_path / "last") == links
 
@@ -146,11 +148,11 @@ def test_a_checkpoint_alone_has_no_run_folder(tmp_path):
 def test_auto_takes_the_weights_that_the_run_found_better(tmp_path, better):
     path = str(tmp_path / "a.safetensors")
     save_checkpoint(path, example(replace(PROGRESS, better_weights=better)))
-    assert chosen_weights(path, "auto") == better
+    assert CheckpointFile(path).ema_or_raw("auto") == better
     for named in ("model", "model_ema"):
-        assert chosen_weights(path, named) == named
+        assert CheckpointFile(path).ema_or_raw(named) == named
     with pytest.raises(InputError, match="weights is 'ema'; allowed: auto, model, model_ema"):
-        chosen_weights(path, "ema")
+        CheckpointFile(path).ema_or_raw("ema")
 
 
 # ---- going on
@@ -160,7 +162,7 @@ def test_later_checkpoints_are_set_aside_and_best_stays_known(tmp_path, caplog):
     paths = [save_at(tmp_path, epoch, 10 * epoch) for epoch in (1, 2, 3)]
     point_to(str(tmp_path), "best", paths[2])
     with caplog.at_level(logging.WARNING):
-        take_up(str(tmp_path), replace(PROGRESS, epoch=1, step=10))
+        prepare_run_folder(str(tmp_path), replace(PROGRESS, epoch=1, step=10))
     assert checkpoints(str(tmp_path)) == paths[:1]
     assert names(tmp_path / "superseded") == [os.path.basename(path) for path in paths[1:]]
     assert caplog.text.count("is later than the checkpoint resumed; moved to") == 2
@@ -170,7 +172,7 @@ def test_later_checkpoints_are_set_aside_and_best_stays_known(tmp_path, caplog):
 def test_best_is_linked_again_after_a_crash_before_its_link(tmp_path):
     old, new = (save_at(tmp_path, epoch, 10 * epoch) for epoch in (1, 2))
     point_to(str(tmp_path), "best", old)
-    take_up(
+    prepare_run_folder(
         str(tmp_path),
         replace(PROGRESS, epoch=2, step=20, best_checkpoint=os.path.basename(new)),
     )

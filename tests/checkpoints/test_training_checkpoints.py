@@ -12,8 +12,8 @@ import pytest
 from saved import assert_same, example, names, save_at
 from tiny import ROOT
 
-from replknet_paddle.checkpoints import record
-from replknet_paddle.checkpoints.training import (
+from replknet_paddle.checkpoints import checkpoint_file
+from replknet_paddle.checkpoints.run_folder import (
     Checkpoint,
     Progress,
     checkpoints,
@@ -31,7 +31,7 @@ def test_everything_returns_bit_for_bit(tmp_path):
     save_checkpoint(path, example())
     got = load_checkpoint(path)
     assert_same(got, example())
-    assert got.path == path
+    assert got.file.path == path
     assert isinstance(got.progress.epoch_sums, tuple)
 
 
@@ -117,7 +117,7 @@ LIMITED = """
 import resource, signal, sys
 sys.path.insert(0, {root!r})
 import numpy as np
-from replknet_paddle.checkpoints.training import Checkpoint, Progress, save_checkpoint
+from replknet_paddle.checkpoints.run_folder import Checkpoint, Progress, save_checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
@@ -274,7 +274,7 @@ def test_newest_is_by_epoch_and_step_not_by_text_or_time(tmp_path):
     new = save_at(tmp_path, 10000, 100000000)  # one digit more than the names have room for
     os.utime(old)
     assert checkpoints(str(tmp_path)) == [old, new]
-    assert newest_whole_checkpoint(str(tmp_path)) == new
+    assert newest_whole_checkpoint(str(tmp_path)).file.path == new
 
 
 @pytest.mark.parametrize("damaged", [1, 2, 3])
@@ -287,7 +287,7 @@ def test_damaged_checkpoints_are_passed_over_with_a_warning_each(tmp_path, caplo
         Path(path).write_bytes(cut)
     with caplog.at_level(logging.WARNING):
         newest = newest_whole_checkpoint(str(tmp_path))
-    assert newest == (paths[2 - damaged] if damaged < 3 else None)
+    assert (newest and newest.file.path) == (paths[2 - damaged] if damaged < 3 else None)
     warnings = [record.getMessage() for record in caplog.records]
     assert len(warnings) == damaged
     for path in paths[-damaged:]:
@@ -304,4 +304,4 @@ def test_a_run_without_checkpoints_has_no_newest(tmp_path):
 
 
 def test_schema_version_is_the_one_these_tests_know():
-    assert record.SCHEMA_VERSION == 1
+    assert checkpoint_file.SCHEMA_VERSION == 1

@@ -83,7 +83,7 @@ def test_a_read_only_folder_is_found_before_the_work(
     if what in NEEDS:
         pytest.importorskip(NEEDS[what])
     monkeypatch.setattr(
-        "replknet_paddle.checkpoints.convert.load_pretrained", lambda *_, **__: pytest.fail("works")
+        "replknet_paddle.checkpoints.load.load_pretrained", lambda *_, **__: pytest.fail("works")
     )
     monkeypatch.setattr(
         "replknet_paddle.deploy.backends.load_pretrained", lambda *_, **__: pytest.fail("works")

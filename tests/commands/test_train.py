@@ -9,7 +9,7 @@ import pytest
 import yaml
 from tiny import FIXTURES, ROOT, command, make_data
 
-from replknet_paddle.checkpoints.writers import write_safetensors
+from replknet_paddle.checkpoints.files import write_safetensors
 from replknet_paddle.config import get_config
 from replknet_paddle.model import RepLKNet
 
