@@ -52,27 +52,15 @@ _KNOWN_STRANGERS = {
     b"\x89HDF": "an HDF5 file, as Keras writes",
 }
 
-_TORCH_DTYPES = {
-    **{f"uint{8 * size}": DTYPES[f"u{size}"] for size in (1, 2, 4, 8)},
-    **{f"int{8 * size}": DTYPES[f"i{size}"] for size in (1, 2, 4, 8)},
-    **{f"float{8 * size}": DTYPES[f"f{size}"] for size in (2, 4, 8)},
-    "bool": DTYPES["b1"],
-    "bfloat16": BFLOAT16,
-}
 _STORAGES = {
-    f"torch.{name}Storage": _TORCH_DTYPES[kind]
-    for name, kind in (
-        ("Float", "float32"),
-        ("Double", "float64"),
-        ("Half", "float16"),
-        ("BFloat16", "bfloat16"),
-        ("Byte", "uint8"),
-        ("Char", "int8"),
-        ("Short", "int16"),
-        ("Int", "int32"),
-        ("Long", "int64"),
-        ("Bool", "bool"),
-    )
+    "torch.BFloat16Storage": BFLOAT16,
+    **{
+        f"torch.{name}Storage": DTYPES[code]
+        for name, code in zip(
+            ("Float", "Double", "Half", "Byte", "Char", "Short", "Int", "Long", "Bool"),
+            ("f4", "f8", "f2", "u1", "i1", "i2", "i4", "i8", "b1"),
+        )
+    },
 }
 _SAFETENSORS_DTYPES = {
     **{f"{code[0].upper()}{8 * int(code[1])}": dtype for code, dtype in DTYPES.items()},
@@ -127,7 +115,7 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
 
 def _read(file: SourceFile) -> tuple[Any, dict[str, str] | None]:
     head = bytes(file.view(0, min(file.size, 64)))
-    if head[8:9] == b"{" and file.unpack("<Q", 0)[0] <= file.size - 8:
+    if head[8:9] == b"{" and file.integer(0, 8) <= file.size - 8:
         return _read_safetensors(file)
     if head.startswith(b"PK\x03\x04"):
         return _read_torch_zip(file), None
@@ -152,7 +140,7 @@ def _torch_globals(file: SourceFile) -> dict[str, object]:
         "torch._utils._rebuild_parameter": _parameter,
         "torch.Size": checked_sizes,
         "torch.device": lambda kind, *index: ":".join([f"{kind:.20}", *map("{:d}".format, index)]),
-        **{f"torch.{name}": None for name in _TORCH_DTYPES},
+        **{f"torch.{dtype}": None for dtype in (BFLOAT16, *DTYPES.values())},
         **dict.fromkeys(_STORAGES),
     }
     return plain_globals(file) | {name: Global(name, build) for name, build in builders.items()}
@@ -173,23 +161,18 @@ def _tensor(
     if type(storage) is not np.ndarray or storage.ndim != 1 or len(size) != len(stride):
         raise InputError("holds a tensor without a storage")
     count = math.prod(size)
-    if type(offset) is int and offset >= 0:
-        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-        if count == 0:
-            return np.empty(size, storage.dtype)
-        if count <= storage.size and last < storage.size:
-            file.spend(count * storage.itemsize)
-            return np.ndarray(
-                size,
-                storage.dtype,
-                storage,
-                offset * storage.itemsize,
-                tuple(step * storage.itemsize for step in stride),
-            )
-    raise InputError(
-        f"holds a tensor of shape {shown(size)}, strides {shown(stride)} and offset "
-        f"{shown(offset)}, which does not fit its storage of {storage.size} elements"
-    )
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride))
+    fits = count == 0 or (count <= storage.size and last < storage.size)
+    if type(offset) is not int or offset < 0 or not fits:
+        raise InputError(
+            f"holds a tensor of shape {shown(size)}, strides {shown(stride)} and offset "
+            f"{shown(offset)}, which does not fit its storage of {storage.size} elements"
+        )
+    file.spend(count * storage.itemsize)
+    if count == 0:
+        return np.empty(size, storage.dtype)
+    step_bytes = tuple(step * storage.itemsize for step in stride)
+    return np.ndarray(size, storage.dtype, storage, offset * storage.itemsize, step_bytes)
 
 
 def _reference(reference: object) -> tuple[str | int, object, int, object]:
@@ -248,10 +231,10 @@ def _zip_members(file: SourceFile) -> dict[str, tuple[int, int]]:
                 "encrypted, which PyTorch does not do; save it again with torch.save"
             )
         # `zipfile` reads members but does not say where their bytes are.
-        signature, name_bytes, extra_bytes = file.unpack("<4s22xHH", entry.header_offset)
-        start = entry.header_offset + 30 + name_bytes + extra_bytes
+        at = entry.header_offset
+        start = at + 30 + file.integer(at + 26, 2) + file.integer(at + 28, 2)
         file.view(start, entry.file_size)
-        if signature != b"PK\x03\x04" or entry.filename in members:
+        if bytes(file.view(at, 4)) != b"PK\x03\x04" or entry.filename in members:
             raise InputError("is a zip archive with a broken directory; copy or download it again")
         members[entry.filename] = (start, entry.file_size)
     return members
@@ -283,7 +266,7 @@ def _read_torch_legacy(file: SourceFile) -> Any:
     storages = {}
     for key in keys:
         dtype, count = kinds[key]
-        (announced,) = file.unpack("<q", position)
+        announced = file.integer(position, 8)
         if announced != count or key in storages:
             raise InputError(f"holds storage {shown(key)} with {announced} elements, not {count}")
         storages[key] = file.numbers(dtype, position + 8, count)
@@ -355,10 +338,9 @@ def _dense_tensor(*arguments) -> np.ndarray:
 
 def _read_safetensors(file: SourceFile) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The tensors, which have to lie one after another from the header to the end of the file."""
-    (length,) = file.unpack("<Q", 0)
+    length = file.integer(0, 8)
     file.spend(_HEADER_TIMES * length)
-    text = bytes(file.view(8, length)).decode()
-    header = json.loads(text, object_pairs_hook=_without_twins)
+    header = json.loads(str(file.view(8, length), "utf-8"), object_pairs_hook=_without_twins)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise InputError("has metadata that are not texts by name")

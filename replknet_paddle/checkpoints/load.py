@@ -152,7 +152,7 @@ def convert_file(
     file = CheckpointFile(source)
     state = _native_tensors(file, weights)
     names = fitting_names(_shapes(state), parameter_shapes(config, build), source)
-    state = _Float32(from_native({name: state[name] for name in names}, layout))
+    state = from_native({name: _as_float32(state[name]) for name in names}, layout)
     if suffix == ".pdparams":
         write_pdparams(destination, state)
     else:
@@ -256,26 +256,8 @@ def _native_tensors(file: CheckpointFile, weights: str) -> dict[str, np.ndarray]
     return native
 
 
-class _Float32(Mapping):
-    """Tensors that are converted when they are asked for, so that few are in memory at a time."""
-
-    def __init__(self, state: Mapping[str, np.ndarray]):
-        self.state = state
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return _as_float32(self.state[name])
-
-    def __iter__(self):
-        return iter(self.state)
-
-    def __len__(self) -> int:
-        return len(self.state)
-
-
 def _as_float32(value: np.ndarray) -> np.ndarray:
-    """`value` as an aligned, contiguous float32 array; itself if it is one, or is a count."""
-    if value.dtype.kind == "i":
-        return value
+    """`value` as an aligned, contiguous float32 array; itself if it is one."""
     if value.dtype == np.uint16:  # Paddle's own files hold bfloat16 as its bits
         value = widened(value)
     return np.require(value, np.float32, ["C", "A"])

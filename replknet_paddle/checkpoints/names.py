@@ -7,10 +7,10 @@ what to change.
 """
 
 import logging
-import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,10 +41,6 @@ _FEATURE_NORM = re.compile(r"(stages\.\d+\.)?norm\.")
 
 # Native and mmpretrain's prefix, besides the `backbone.` that everything else has.
 _MMPRETRAIN_PREFIXES = {"norm.": "backbone.stages.3.norm.", "head.": "head.fc."}
-
-
-def _same(name: str) -> str:
-    return name
 
 
 def _official(name: str) -> str:
@@ -86,66 +82,41 @@ class Layout:
     Attributes:
         title: as people call it.
         mark: what the name of some tensor matches in this layout alone.
-        from_native: its name for a native one.
-        to_native: native name for one of its own.
+        from_native, to_native: its name for a native one, and back.
         is_torch: PyTorch's conventions: linear weights (out, in), `num_batches_tracked`.
     """
 
     title: str
-    mark: re.Pattern
+    mark: str
     from_native: Callable[[str], str]
     to_native: Callable[[str], str]
     is_torch: bool
 
 
+_BLOCK = r"stages\.\d+\.blocks\.\d+\."
+_UPERNET = r"decode_head\.bottleneck\."
+
 # Segmentation networks come first: their files have a backbone as mmpretrain names it.
 LAYOUTS = {
-    "upernet": Layout(
-        "native UPerNet", re.compile(r"decode_head\.bottleneck\.norm\."), _same, _same, False
-    ),
+    "upernet": Layout("native UPerNet", rf"{_UPERNET}norm\.", str, str, False),
     "mmseg": Layout(
-        "official UPerNet (mmsegmentation)",
-        re.compile(r"decode_head\.bottleneck\.bn\."),
-        _mmseg,
-        _from_official,
-        True,
+        "official UPerNet (mmsegmentation)", rf"{_UPERNET}bn\.", _mmseg, _from_official, True
     ),
-    "native": Layout(
-        "PaddleViT",
-        re.compile(r"stages\.\d+\.blocks\.\d+\.pre_large_kernel_bn\."),
-        _same,
-        _same,
-        False,
-    ),
+    "native": Layout("PaddleViT", rf"{_BLOCK}pre_large_kernel_bn\.", str, str, False),
     "official": Layout(
-        "official PyTorch",
-        re.compile(r"stages\.\d+\.blocks\.\d+\.prelkb_bn\."),
-        _official,
-        _from_official,
-        True,
+        "official PyTorch", rf"{_BLOCK}prelkb_bn\.", _official, _from_official, True
     ),
     "mmpretrain": Layout(
-        "mmpretrain",
-        re.compile(r"backbone\.stages\.\d+\.blocks\.\d+\.prelkb_bn\."),
-        _mmpretrain,
-        _from_mmpretrain,
-        True,
+        "mmpretrain", rf"backbone\.{_BLOCK}prelkb_bn\.", _mmpretrain, _from_mmpretrain, True
     ),
 }
 
 
 def from_native(state: Mapping[str, np.ndarray], layout: str) -> dict[str, np.ndarray]:
-    """A native state under the names, and in the conventions, of another layout.
+    """Return a native state under the names, and in the conventions, of a layout of `LAYOUTS`.
 
     PyTorch layouts get a `num_batches_tracked` of 0 for each batch norm: the count is not kept
-    here, and loaders that check names ask for it.
-
-    Args:
-        state: tensors by native name.
-        layout: a key of `LAYOUTS`.
-
-    Raises:
-        InputError: two tensors would get one name.
+    here, and loaders that check names ask for it. InputError: two tensors would get one name.
     """
     target = LAYOUTS[layout]
     converted = {}
@@ -165,9 +136,9 @@ def from_native(state: Mapping[str, np.ndarray], layout: str) -> dict[str, np.nd
 
 
 def recognize(names: Collection[str], path: str | os.PathLike) -> Layout:
-    """The layout of the names in the file `path`; InputError if they are of no RepLKNet."""
+    """Return the layout of the names in the file `path`; InputError: they are of no RepLKNet."""
     for layout in LAYOUTS.values():
-        if any(layout.mark.match(name) for name in names):
+        if any(re.match(layout.mark, name) for name in names):
             return layout
     first = ", ".join(list(names)[:4])
     raise InputError(
@@ -193,7 +164,7 @@ def fitting_names(
     drop_head: bool = False,
     other_classes: bool = False,
 ) -> list[str]:
-    """The names to load, if the file and the network agree, except in what is allowed to differ.
+    """Return the names to load, if the file and the network agree in all that has to agree.
 
     Args:
         found: shape of each of the file's tensors, by native name.
@@ -205,11 +176,13 @@ def fitting_names(
     Raises:
         InputError: they do not agree; the message lists all that is wrong.
     """
+
+    def without(names, shapes: Mapping[str, tuple]) -> dict[str, tuple]:
+        return {name: shape for name, shape in shapes.items() if name not in names}
+
     head = {name for name in wanted if name.rpartition(".")[0] in _CLASSIFIERS}
     if not head:
-        found = {
-            name: shape for name, shape in found.items() if not name.startswith(("norm.", "head."))
-        }
+        found = without({name for name in found if name.startswith(("norm.", "head."))}, found)
     elif drop_head and (other_classes or any(found.get(name) != wanted[name] for name in head)):
         logger.warning(
             "the head of %s (%s) is not loaded; the network keeps its fresh one for %s",
@@ -217,14 +190,13 @@ def fitting_names(
             _classes(found),
             _classes(wanted),
         )
-        found = {name: shape for name, shape in found.items() if name not in head}
-        wanted = {name: shape for name, shape in wanted.items() if name not in head}
+        found, wanted = without(head, found), without(head, wanted)
     stage_norms = {name for name in wanted if re.match(r"stages\.\d+\.norm\.", name)}
     if stage_norms and not stage_norms & found.keys():
         logger.warning(
             "%s has no norms for the maps of stages; the network keeps its fresh ones", path
         )
-        wanted = {name: shape for name, shape in wanted.items() if name not in stage_norms}
+        wanted = without(stage_norms, wanted)
 
     missing = [name for name in wanted if name not in found]
     unexpected = [name for name in found if name not in wanted]
@@ -256,23 +228,22 @@ def _listed(title: str, names: list[str], detail: Callable[[str], str] | None = 
     lines = [f"  {len(names)} {title}:"] if names else []
     for layer, members in list(groups.items())[:_LISTED_KINDS]:
         tensors = list(dict.fromkeys(name.rpartition(".")[2] for name in members))
-        line = f"    {members[0]}"
+        line, first = f"    {members[0]}", ""
         if len(members) > 1:
             tensor = tensors[0] if len(tensors) == 1 else f"{{{', '.join(tensors)}}}"
-            line = f"    {len(members)} x {layer}.{tensor}"
-        if detail is not None:
-            line += f"{', the first' if len(members) > 1 else ''}: {detail(members[0])}"
-        lines.append(line)
+            line, first = f"    {len(members)} x {layer}.{tensor}", ", the first"
+        lines.append(line if detail is None else f"{line}{first}: {detail(members[0])}")
     if len(groups) > _LISTED_KINDS:
         lines.append(f"    and {len(groups) - _LISTED_KINDS} more kinds")
     return lines
 
 
+# Channels and large kernels of the published variants.
 _VARIANTS = {
-    "31B": {"MODEL.CHANNELS": [128, 256, 512, 1024], "MODEL.LARGE_KERNEL_SIZES": [31, 29, 27, 13]},
-    "31L": {"MODEL.CHANNELS": [192, 384, 768, 1536], "MODEL.LARGE_KERNEL_SIZES": [31, 29, 27, 13]},
-    "XL": {"MODEL.CHANNELS": [256, 512, 1024, 2048], "MODEL.LARGE_KERNEL_SIZES": [27, 27, 27, 13]},
-    "13": {"MODEL.CHANNELS": [128, 256, 512, 1024], "MODEL.LARGE_KERNEL_SIZES": [13, 13, 13, 13]},
+    "31B": ([128, 256, 512, 1024], [31, 29, 27, 13]),
+    "31L": ([192, 384, 768, 1536], [31, 29, 27, 13]),
+    "XL": ([256, 512, 1024, 2048], [27, 27, 27, 13]),
+    "13": ([128, 256, 512, 1024], [13, 13, 13, 13]),
 }
 
 
@@ -288,9 +259,11 @@ def _architecture(shapes: Mapping[str, tuple]) -> dict[str, object] | None:
         kernels = [shapes[f"{prefix}large_kernel.{large}.weight"] for prefix in first]
         channels = [shapes[f"{prefix}pre_large_kernel_bn.weight"][0] for prefix in first]
         hidden = shapes["stages.0.blocks.1.pw_conv_1.conv.weight"][0]
+        blocks = {tuple(name.split(".")[1:4:2]) for name in shapes if ".blocks." in name}
+        stages = Counter(stage for stage, _ in blocks)
         found = {
             "MODEL.CHANNELS": channels,
-            "MODEL.LAYERS": [_count_blocks(shapes, stage) // 2 for stage in range(4)],
+            "MODEL.LAYERS": [stages[str(stage)] // 2 for stage in range(4)],
             "MODEL.LARGE_KERNEL_SIZES": [kernel[-1] for kernel in kernels],
             "MODEL.DW_RATIO": kernels[0][0] / channels[0],
             "MODEL.FFN_RATIO": hidden / channels[0],
@@ -306,29 +279,18 @@ def _architecture(shapes: Mapping[str, tuple]) -> dict[str, object] | None:
         return None
 
 
-def _count_blocks(shapes: Iterable[str], stage: int) -> int:
-    prefix = f"stages.{stage}.blocks."
-    return len({name.split(".")[3] for name in shapes if name.startswith(prefix)})
-
-
 def _advice(file: dict[str, object] | None, network: dict[str, object] | None) -> list[str]:
     """Lines that say what the file is, what the network is, and which keys make them agree."""
     if file is None or network is None:
         return []
     lines = [f"  the file is {_title(file)}; the network is {_title(network)}"]
-    change = {
-        key: value
-        for key, value in file.items()
-        if key in network and not _equal(value, network[key])
-    }
-    if not change:
-        return lines
+    change = {key: value for key, value in file.items() if network.get(key, value) != value}
     if change.get("MODEL.SMALL_KERNEL_MERGED") is False:
+        del change["MODEL.SMALL_KERNEL_MERGED"]
         lines.append(
             "  to load it, set MODEL.SMALL_KERNEL_MERGED: False, and merge the network "
             "once it is loaded"
         )
-        del change["MODEL.SMALL_KERNEL_MERGED"]
     if change:
         keys = ", ".join(f"{key}: {value}" for key, value in change.items())
         lines.append(f"  to load it, use its own config, or set {keys}")
@@ -337,22 +299,12 @@ def _advice(file: dict[str, object] | None, network: dict[str, object] | None) -
     return lines
 
 
-def _equal(one: object, other: object) -> bool:
-    if isinstance(one, float):
-        return math.isclose(one, other, rel_tol=1e-3)
-    return one == other
-
-
 def _title(architecture: dict[str, object]) -> str:
-    name = next(
-        (
-            f"RepLKNet-{variant}"
-            for variant, keys in _VARIANTS.items()
-            if keys.items() <= architecture.items()
-        ),
-        f"a RepLKNet of channels {architecture['MODEL.CHANNELS']} and large kernels "
-        f"{architecture['MODEL.LARGE_KERNEL_SIZES']}",
-    )
+    channels, kernels = (architecture[f"MODEL.{key}"] for key in ("CHANNELS", "LARGE_KERNEL_SIZES"))
+    name = f"a RepLKNet of channels {channels} and large kernels {kernels}"
+    for variant, sizes in _VARIANTS.items():
+        if sizes == (channels, kernels):
+            name = f"RepLKNet-{variant}"
     form = "merged" if architecture["MODEL.SMALL_KERNEL_MERGED"] else "train form"
     classes = architecture.get("MODEL.NUM_CLASSES")
     return f"{name} ({form}, {f'{classes} classes' if classes else 'no head'})"

@@ -14,7 +14,6 @@ import mmap
 import os
 import pickle
 import pickletools
-import struct
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -81,9 +80,9 @@ class SourceFile(io.BufferedReader):
             )
         return self._bytes[start : start + length]
 
-    def unpack(self, layout: str, start: int) -> tuple:
-        """Numbers in the `struct` module's notation, read at byte `start`."""
-        return struct.unpack(layout, self.view(start, struct.calcsize(layout)))
+    def integer(self, start: int, length: int) -> int:
+        """The little-endian integer in `length` bytes."""
+        return int.from_bytes(self.view(start, length), "little")
 
     def numbers(self, dtype: object, start: int, count: int) -> np.ndarray:
         """`count` numbers from byte `start` on: a view of the file, or float32 for bfloat16."""
@@ -100,9 +99,7 @@ def itemsize(dtype: object) -> int:
 
 def widened(bits: np.ndarray) -> np.ndarray:
     """The float32 numbers whose upper halves are these bits of bfloat16."""
-    wide = np.empty(bits.shape, np.uint32)
-    np.left_shift(bits, 16, out=wide, dtype=np.uint32)
-    return wide.view(np.float32)
+    return np.left_shift(bits, 16, dtype=np.uint32).view(np.float32)
 
 
 def checked_sizes(sizes: object) -> tuple[int, ...]:
@@ -120,15 +117,14 @@ def shown(value: object) -> str:
     return f"{value!r:.80}" if is_flat else f"a {type(value).__name__}"
 
 
-# All that Python, PyTorch and Paddle write in protocols 2 to 5.
+# All that Python 3, PyTorch and Paddle write in protocols 2 to 5.
 _OPCODES = {
     "PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT",
-    "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINSTRING", "SHORT_BINSTRING", "BINBYTES",
-    "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
-    "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3",
-    "LIST", "DICT", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "FROZENSET", "BINPUT",
-    "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET", "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ",
-    "BUILD", "BINPERSID",
+    "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
+    "BYTEARRAY8", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "EMPTY_LIST", "EMPTY_DICT",
+    "EMPTY_SET", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "LIST", "DICT", "APPEND",
+    "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "FROZENSET", "BINPUT", "LONG_BINPUT", "MEMOIZE",
+    "BINGET", "LONG_BINGET", "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "BINPERSID",
 }  # fmt: skip
 
 
@@ -182,7 +178,7 @@ class _Unpickler(pickle.Unpickler):
     """Python's unpickler over a table of what a pickle may name, and of nothing else."""
 
     def __init__(self, file: SourceFile, known: Mapping[str, object], storage: Callable | None):
-        super().__init__(file, encoding="latin1")  # of Python 2's strings
+        super().__init__(file)
         self.known, self.storage = known, storage
 
     def find_class(self, module: str, name: str) -> object:
@@ -262,7 +258,7 @@ class _DType:
             raise InputError("holds numpy arrays that are big-endian or have fields")
 
 
-def _checked_array(data, dtype, shape) -> tuple[bytes, np.dtype, tuple]:
+def _check_array(data, dtype, shape) -> None:
     if not isinstance(dtype, _DType) or not isinstance(data, (bytes, bytearray)):
         raise InputError("holds a numpy array whose content is not plain numbers")
     if math.prod(checked_sizes(shape)) * dtype.value.itemsize != len(data):
@@ -270,12 +266,11 @@ def _checked_array(data, dtype, shape) -> tuple[bytes, np.dtype, tuple]:
             f"holds a numpy array of shape {shown(shape)} and type {dtype.value} with "
             f"{len(data)} bytes of data; copy or download the file again"
         )
-    return data, dtype.value, shape
 
 
 def _array(data, dtype, shape, order="C") -> np.ndarray:
-    data, dtype, shape = _checked_array(data, dtype, shape)
-    return np.frombuffer(data, dtype).reshape(shape, order="F" if order == "F" else "C")
+    _check_array(data, dtype, shape)
+    return np.frombuffer(data, dtype.value).reshape(shape, order="F" if order == "F" else "C")
 
 
 def plain_globals(file: SourceFile) -> dict[str, object]:
@@ -302,12 +297,9 @@ def plain_globals(file: SourceFile) -> dict[str, object]:
             if hasattr(self, "is_filled") or type(state) is not tuple or len(state) not in (4, 5):
                 raise InputError("holds a numpy array of a form that is not known")
             shape, dtype, fortran, data = state[-4:]
-            if isinstance(data, str):  # Python 2 had one type for text and bytes
-                file.spend(len(data))
-                data = data.encode("latin1")
-            data, dtype, shape = _checked_array(data, dtype, shape)
+            _check_array(data, dtype, shape)
             self.is_filled = True
-            super().__setstate__((1, shape, dtype, fortran is True, data))
+            super().__setstate__((1, shape, dtype.value, fortran is True, data))
 
     def mapping(items=()) -> _Mapping:
         return _Mapping(file.copied(items))

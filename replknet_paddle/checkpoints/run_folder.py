@@ -240,28 +240,28 @@ def load_checkpoint(path: str) -> Checkpoint:
 def _progress_of(file: CheckpointFile) -> Progress:
     """The progress in a checkpoint's metadata, if each field is there and has its type."""
     found = file.body["progress"]
-    if isinstance(found, dict) and "best_top1_percent" in found:  # as version 0.1 named it
-        found = {**found, "best_score": found["best_top1_percent"]}
-        del found["best_top1_percent"]
     wanted = asdict(Progress(epoch_sums=[0.0, 0.0]))
-    if (
-        not isinstance(found, dict)
-        or not wanted.keys() - _SINCE_0_2 <= found.keys() <= wanted.keys()
-    ):
+    if not isinstance(found, dict):
         raise file.damaged()
-    found = {**wanted, **found}
-    types = {name: type(value) for name, value in wanted.items() if name != "best_score"}
-    if any(type(found[name]) is not kind for name, kind in types.items()):
+    # Version 0.1 had another name for the best score.
+    found = {{"best_top1_percent": "best_score"}.get(key, key): found[key] for key in found}
+    if not wanted.keys() - _SINCE_0_2 <= found.keys() <= wanted.keys():
         raise file.damaged()
-    numbers = [found["best_score"], *found["epoch_sums"]]
-    if (
-        any(type(number) not in (int, float) for number in numbers)
-        or len(numbers) != 3
-        or min(found[name] for name, kind in types.items() if kind is int) < 0
-        or found["better_weights"] not in WEIGHTS
-    ):
+    found = wanted | found
+    is_like = all(_is_like(found[name], example) for name, example in wanted.items())
+    if not is_like or found["better_weights"] not in WEIGHTS:
         raise file.damaged()
-    return Progress(**{**found, "epoch_sums": tuple(found["epoch_sums"])})
+    return Progress(**found | {"epoch_sums": tuple(found["epoch_sums"])})
+
+
+def _is_like(value: object, example: object) -> bool:
+    """Whether a value is of the type of another; numbers of things are not negative."""
+    if isinstance(example, list):
+        is_list = isinstance(value, list) and len(value) == len(example)
+        return is_list and all(map(_is_like, value, example))
+    if isinstance(example, float):
+        return type(value) in (int, float)
+    return type(value) is type(example) and not (isinstance(value, int) and value < 0)
 
 
 def newest_whole_checkpoint(run_folder: str) -> Checkpoint | None:
