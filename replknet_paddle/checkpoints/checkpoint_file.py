@@ -37,6 +37,28 @@ START_KEYS = (
     ("TRAIN", "LAST_EPOCH"),
 )
 
+_CONFIG_CHARACTERS = 2**16  # ten times what a configuration has; objects of YAML weigh much more
+
+# What the parsers of wrong metadata raise.
+_WRONG = (
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+    yaml.YAMLError,
+)
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML's safe loader without aliases, by which a small text becomes a large tree."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias")
+        return super().compose_node(parent, index)
+
 
 @dataclass(frozen=True)
 class Classes:
@@ -86,7 +108,7 @@ class CheckpointFile:
         try:
             record = json.loads(self.metadata[METADATA_KEY])
             version = record["schema_version"]
-        except (ValueError, TypeError, LookupError):
+        except _WRONG:
             raise self.damaged() from None
         if version != SCHEMA_VERSION:
             raise InputError(
@@ -101,12 +123,9 @@ class CheckpointFile:
         if self._record is None:
             return None
         try:
-            body = json.loads(self._record[1])
-        except (ValueError, TypeError):
-            body = None
-        if not isinstance(body, dict):
-            raise self.damaged()
-        return body
+            return {**json.loads(self._record[1])}
+        except _WRONG:
+            raise self.damaged() from None
 
     @cached_property
     def parts(self) -> dict[str, dict[str, np.ndarray]] | None:
@@ -133,8 +152,10 @@ class CheckpointFile:
         if text is None and self.body is None:
             return None
         try:
-            return dict(_leaves(CfgNode(yaml.safe_load(text))))
-        except (ValueError, TypeError, AttributeError, AssertionError, yaml.YAMLError):
+            if len(text) > _CONFIG_CHARACTERS:
+                raise self.damaged()
+            return dict(_leaves(CfgNode(_Yaml(text).get_single_data())))
+        except _WRONG:
             raise self.damaged() from None
 
     @cached_property
@@ -155,15 +176,16 @@ class CheckpointFile:
     def classes(self) -> Classes:
         """What the file says of its classes; nothing for files of other programs."""
         try:
-            names = (self.body or {}).get("class_names")
-            if self.body is None and "class_names" in self.metadata:
-                names = json.loads(self.metadata["class_names"])
-        except ValueError:
+            if self.body is not None:
+                names = self.body.get("class_names")
+            else:
+                names = json.loads(self.metadata.get("class_names", "null"))
+        except _WRONG:
             raise self.damaged() from None
-        is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
-        if names is not None and not is_list:
-            raise self.damaged()
-        names = None if names is None else tuple(names)
+        if names is not None:
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise self.damaged()
+            names = tuple(names)
         said = (self._settings or {}).get
         return Classes(
             said("MODEL__NUM_CLASSES"), names, said("DATA__CLASS_NAMES"), said("MODEL__TYPE")
@@ -187,7 +209,7 @@ class CheckpointFile:
             raise InputError(f"weights is {weights!r}; allowed: auto, {', '.join(WEIGHTS)}")
         progress = (self.body or {}).get("progress", {})
         better = progress.get("better_weights", "model") if isinstance(progress, dict) else None
-        if better not in WEIGHTS:
+        if better not in [*WEIGHTS]:
             raise self.damaged()
         return better
 

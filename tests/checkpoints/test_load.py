@@ -295,7 +295,7 @@ def test_training_checkpoints_of_this_project(network, tmp_path):
         write_safetensors(path, tensors, record_metadata(body, tensors))
         assert_same_bits(load_state(path), wanted)
         assert_same_bits(load_state(path, weights="model"), model)
-    for body in ([], {"progress": []}, {"progress": {"better_weights": 1}}):
+    for body in ([], {"progress": []}, {"progress": {"better_weights": []}}):
         write_safetensors(path, tensors, record_metadata(body, tensors))
         with pytest.raises(InputError, match="is damaged: its metadata is not what training"):
             load_state(path)

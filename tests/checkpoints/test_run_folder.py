@@ -251,6 +251,7 @@ WRONG_BODIES = {
        lambda body, _, key=key, value=value: body["progress"].update({key: value})
        for key, value in (("epoch", "1"), ("epoch", 1.5), ("epoch", True), ("step", -1),
                           ("best_score", None), ("best_checkpoint", 1), ("better_weights", "best"),
+                          ("better_weights", []),
                           ("epoch_sums", [1.0]), ("epoch_sums", 3), ("record", []))},
     "no body": lambda body, _: [1],
     "tensors of no part": lambda _, tensors: tensors.update(other=np.ones(1, "f4")),
