@@ -65,15 +65,7 @@ def random_state(model) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("file_name", REFERENCE_FILES)
-def test_reference_file_gives_the_reference_logits(file_name, network):
-    model = network(file_name.split("_")[0], **keys_for(file_name))
-    load_pretrained(model, FIXTURES / file_name)
-    tolerance = 2e-2 if "fp16" in file_name else 1e-4
-    assert abs(logits(model, file_name) - reference(file_name)["logits"]).max() <= tolerance
-
-
-@pytest.mark.parametrize("file_name", REFERENCE_FILES)
-def test_reference_file_through_get_model(file_name, config_file):
+def test_reference_file_gives_the_reference_logits(file_name, config_file):
     path = config_file(file_name.split("_")[0], **keys_for(file_name))
     model = zoo.get_model(path, pretrained=FIXTURES / file_name)
     assert not model.training
@@ -203,17 +195,6 @@ def test_written_safetensors_are_what_the_library_reads(tmp_path):
     with safe_open(path, framework="numpy") as file:
         assert file.metadata() == {"format": "pt"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.safetensors"]
-
-
-def test_failed_writing_leaves_the_old_file(tmp_path):
-    path = tmp_path / "x.safetensors"
-    write_safetensors(path, {"a": np.ones(2, "f4")}, {})
-    with pytest.raises(KeyError):
-        write_safetensors(path, {"a": np.ones(2, "complex64")}, {})
-    with pytest.raises(AttributeError):
-        write_pdparams(path, {"a": lambda: None})
-    assert list(read_checkpoint(path)) == ["a"]
-    assert len(list(tmp_path.iterdir())) == 1
 
 
 # Containers and precision
