@@ -217,7 +217,7 @@ class CheckpointFile:
         return InputError(f"{self.path} is damaged: its metadata is not what training writes")
 
 
-def open_checkpoint(source: "str | os.PathLike | CheckpointFile") -> CheckpointFile:
+def open_checkpoint(source: str | os.PathLike | CheckpointFile) -> CheckpointFile:
     """Return the checkpoint file at a path, or the one that is open already."""
     return source if isinstance(source, CheckpointFile) else CheckpointFile(source)
 

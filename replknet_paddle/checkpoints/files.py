@@ -175,19 +175,19 @@ def _tensor(
     return np.ndarray(size, storage.dtype, storage, offset * storage.itemsize, step_bytes)
 
 
-def _reference(reference: object) -> tuple[str | int, object, int, object]:
-    """(key, dtype, elements, part) of a persistent id, the reference to a storage.
-
-    Its layout: ('storage', type, key, device, elements), and in older files a sixth entry, `part`:
-    None or (key, first element, elements) of the part meant.
-    """
-    if type(reference) is not tuple or len(reference) not in (5, 6) or reference[0] != "storage":
+def _reference(reference: object) -> tuple[str | int, object, int]:
+    """(key, dtype, elements) of a persistent id, the reference to a storage: a tuple of 'storage',
+    type, key, device, elements, and in the older files None."""
+    if type(reference) is not tuple or reference[:1] + reference[5:] not in (
+        ("storage",),
+        ("storage", None),
+    ):
         raise InputError(f"refers to {shown(reference)}, which is not a tensor's storage")
     _, kind, key, _, count = reference[:5]
     dtype = _STORAGES.get(kind) if isinstance(kind, Global) else None
     if dtype is None or type(key) not in (str, int) or type(count) is not int or count < 0:
         raise InputError(f"refers to the storage {shown(key)} of an unknown type or size")
-    return key, dtype, count, reference[5] if len(reference) == 6 else None
+    return key, dtype, count
 
 
 def _read_torch_zip(file: SourceFile) -> Any:
@@ -202,7 +202,7 @@ def _read_torch_zip(file: SourceFile) -> Any:
     storages: dict[tuple, np.ndarray] = {}
 
     def storage(reference: object) -> np.ndarray:
-        key, dtype, count, _ = _reference(reference)
+        key, dtype, count = _reference(reference)
         if (key, dtype) not in storages:
             start, length = members[f"{folder}data/{key}"]
             if count * itemsize(dtype) > length:
@@ -254,10 +254,10 @@ def _read_torch_legacy(file: SourceFile) -> Any:
     kinds: dict[object, tuple[object, int]] = {}
 
     def note(reference: object) -> np.ndarray:
-        key, dtype, count, part = _reference(reference)
+        key, dtype, count = _reference(reference)
         if kinds.setdefault(key, (dtype, count)) != (dtype, count):
             raise InputError(f"describes storage {shown(key)} in two ways")
-        return _part(file.numbers(DTYPES["u1"], 0, count), part)
+        return file.numbers(DTYPES["u1"], 0, count)
 
     content_start = file.tell()
     unpickle(file, content_start, known, note)
@@ -272,25 +272,12 @@ def _read_torch_legacy(file: SourceFile) -> Any:
         storages[key] = file.numbers(dtype, position + 8, count)
         position += 8 + count * itemsize(dtype)
 
-    def storage(reference: object) -> np.ndarray:
-        key, _, _, part = _reference(reference)
-        return _part(storages[key], part)
-
-    return unpickle(file, content_start, known, storage)
-
-
-def _part(storage: np.ndarray, part: object) -> np.ndarray:
-    if part is None:
-        return storage
-    _, first, count = part
-    if first < 0 or count < 0 or first + count > storage.size:
-        raise InputError(f"refers to elements beyond the {storage.size} of a storage")
-    return storage[first : first + count]
+    return unpickle(
+        file, content_start, known, lambda reference: storages[_reference(reference)[0]]
+    )
 
 
 # ---- Paddle
-
-_SLICES_KEY = "UnpackBigParamInfor@@"
 
 
 def _read_paddle(file: SourceFile) -> Any:
@@ -305,13 +292,6 @@ def _read_paddle(file: SourceFile) -> Any:
         raise InputError(
             f"has {file.size - file.tell()} bytes after its end: it is not one of {_FORMATS}"
         )
-    if isinstance(content, dict) and _SLICES_KEY in content:
-        # Arrays over 1 GiB, which Paddle splits for pickle protocols 2 and 3.
-        for name, parts in content.pop(_SLICES_KEY).items():
-            shape = checked_sizes(tuple(parts["OriginShape"]))
-            slices = [content.pop(part) for part in parts["slices"]]
-            file.spend(sum(piece.nbytes for piece in slices))
-            content[name] = np.concatenate(slices).reshape(shape)
     return content
 
 
