@@ -129,11 +129,8 @@ class CheckpointFile:
 
     @cached_property
     def parts(self) -> dict[str, dict[str, np.ndarray]] | None:
-        """The tensors of a training checkpoint by part and name; None for any other file.
-
-        Raises:
-            InputError: the file holds other bytes than were written.
-        """
+        """The tensors of a training checkpoint by part and name, once its checksum has been
+        compared; None for any other file."""
         if self.body is None:
             return None
         crc, text = self._record
@@ -160,11 +157,8 @@ class CheckpointFile:
 
     @cached_property
     def config(self):
-        """The configuration of the network, frozen; None where the file brings none.
-
-        Raises:
-            InputError: a key or value that this version does not know.
-        """
+        """The configuration of the network, frozen; None where the file brings none. InputError:
+        a key or value that this version does not know."""
         if self._settings is None:
             return None
         try:
@@ -194,14 +188,9 @@ class CheckpointFile:
     def ema_or_raw(self, weights: str) -> str:
         """Return which of 'model' and 'model_ema' to take.
 
-        Args:
-            weights: one of these, or 'auto' for the ones that had the higher accuracy in the run's
-                latest evaluation before the checkpoint: of RUN/best, those that made it the best.
-                Files without that record, and checkpoints before the first evaluation, give
-                'model'.
-
-        Raises:
-            InputError: another value of `weights`, or a damaged file.
+        `weights` is one of these, or 'auto' for the ones that had the higher accuracy in the run's
+        latest evaluation before the checkpoint: of RUN/best, those that made it the best. Files
+        without that record, and checkpoints before the first evaluation, give 'model'.
         """
         if weights in WEIGHTS:
             return weights
@@ -238,12 +227,7 @@ def config_text(config) -> str:
 
 
 def weights_metadata(config, class_names) -> dict[str, str]:
-    """Return the metadata by which a file of weights alone explains itself.
-
-    Args:
-        config: of the network that the weights are for.
-        class_names: one for each class, or None.
-    """
+    """Return the metadata by which a file of weights alone explains itself."""
     names = {} if class_names is None else {"class_names": json.dumps(class_names)}
     return {"config": config_text(config), **names}
 

@@ -169,11 +169,7 @@ def parameter_shapes(config, build: Callable = build_replknet) -> dict[str, tupl
 
 
 def layout_of(source: str | os.PathLike | CheckpointFile, *, weights: str = "model") -> str:
-    """Return the key of `LAYOUTS` that the names in a checkpoint file have.
-
-    Raises:
-        FileNotFoundError, InputError: as for `load_state`.
-    """
+    """Return the key of `LAYOUTS` that the names in a checkpoint file have."""
     file = open_checkpoint(source)
     layout = recognize(_named_tensors(file, weights), file.path)
     return next(key for key, value in LAYOUTS.items() if value is layout)

@@ -164,17 +164,10 @@ def fitting_names(
     drop_head: bool = False,
     other_classes: bool = False,
 ) -> list[str]:
-    """Return the names to load, if the file and the network agree in all that has to agree.
+    """Return the names to load, if the shapes of the file's tensors are those that are wanted.
 
-    Args:
-        found: shape of each of the file's tensors, by native name.
-        wanted: the same of the network.
-        path: the file, for messages.
-        drop_head: leave out the head where it differs.
-        other_classes: with `drop_head`, leave it out in any case.
-
-    Raises:
-        InputError: they do not agree; the message lists all that is wrong.
+    Where not, an InputError lists all that is wrong. With `drop_head` the head is left out where it
+    differs, and with `other_classes` in any case.
     """
 
     def without(names, shapes: Mapping[str, tuple]) -> dict[str, tuple]:

@@ -49,12 +49,7 @@ def is_same(folder: str | None, other: str) -> bool:
 
 
 def run_config_file(path: str) -> str:
-    """Return the configuration file of the run folder that a checkpoint lies in.
-
-    Raises:
-        FileNotFoundError: there is no checkpoint.
-        InputError: it does not lie in a run folder.
-    """
+    """Return the configuration file of the run folder that a checkpoint lies in."""
     path = find_path(path)
     folder = run_folder_of(path)
     if folder is None:
@@ -68,11 +63,7 @@ def run_config_file(path: str) -> str:
 
 
 def checkpoint_path(path: str | os.PathLike) -> str:
-    """Return `path`, or for a run folder its `best`, or `last` where that is missing.
-
-    Raises:
-        InputError: a run folder without either.
-    """
+    """Return `path`, or for a run folder its `best`, or `last` where that is missing."""
     path = find_path(path)
     if not os.path.isfile(os.path.join(path, "config.yaml")):
         return path
@@ -148,14 +139,8 @@ class Checkpoint:
     file: CheckpointFile | None = None
 
     def progress_with(self, **batches: int) -> Progress:
-        """Return the progress of a run that continues from here.
-
-        Args:
-            batches: its own `batches`, `batch_size` and `accum_iter`.
-
-        Raises:
-            InputError: they differ from those of an epoch that had begun.
-        """
+        """Return the progress of a run that continues from here, with `batches`, `batch_size` and
+        `accum_iter` of its own; InputError: they differ from those of an epoch that had begun."""
         there = {name: getattr(self.progress, name) for name in batches}
         if self.progress.batch and batches != there:
             raise InputError(
@@ -173,11 +158,7 @@ class Checkpoint:
 
 
 def save_checkpoint(path: str, checkpoint: Checkpoint) -> None:
-    """Write `checkpoint`; until it is complete, `path` is the old file, or does not exist.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write `checkpoint`; until it is complete, `path` is the old file, or does not exist."""
     tensors = {}
     for part in PARTS:
         for name, value in getattr(checkpoint, part).items():
@@ -205,12 +186,7 @@ def save_checkpoint(path: str, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(path: str) -> Checkpoint:
-    """Read a checkpoint file of `save_checkpoint`.
-
-    Raises:
-        FileNotFoundError: there is nothing at `path`.
-        InputError: something else, or a damaged or newer file.
-    """
+    """Return a checkpoint of `save_checkpoint`; InputError: something else, damaged, or newer."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"no checkpoint {tried_checkpoint(path)} to resume from")
     file = CheckpointFile(path)
@@ -312,11 +288,8 @@ def point_to(run_folder: str, name: str, path: str) -> None:
 
 
 def remove_superseded(run_folder: str, *, keep_every: int, keep_newest: int) -> None:
-    """Delete old checkpoints, and incomplete files of a killed run.
-
-    `last`, `best`, the `keep_newest` newest and those at the end of every `keep_every`-th epoch are
-    kept.
-    """
+    """Delete incomplete files of a killed run, and old checkpoints but for `last`, `best`, the
+    `keep_newest` newest and those at the end of every `keep_every`-th epoch."""
     paths = checkpoints(run_folder)
     linked = {os.path.realpath(os.path.join(run_folder, name)) for name in ("last", "best")}
     kept_epochs = set()
@@ -333,14 +306,11 @@ def remove_superseded(run_folder: str, *, keep_every: int, keep_newest: int) -> 
 
 
 def prepare_run_folder(run_folder: str, progress: Progress, resumed: str | None = None) -> None:
-    """Prepare a run folder for a run that continues from `progress`, or starts.
+    """Prepare a run folder for a run that starts, or continues the file `resumed` from `progress`.
 
     Later checkpoints are moved to RUN/superseded: they are from an abandoned branch of the run, and
     would be taken for its newest. RUN/last and RUN/best are linked again: `last` may have been one
     of those, and a crash may have come between writing a checkpoint and linking it.
-
-    Args:
-        resumed: the checkpoint that is continued from, if any.
     """
     if resumed is not None and is_same(run_folder_of(resumed), run_folder):
         point_to(run_folder, "last", resumed)

@@ -77,16 +77,8 @@ def check_weights_are_named(config) -> None:
 
 
 def find_start(config, *, is_opened: bool = False) -> Start:
-    """Return what MODEL.RESUME and MODEL.PRETRAINED mean; the same on all ranks.
-
-    Args:
-        is_opened: something else opens MODEL.PRETRAINED, which may be a folder.
-
-    Raises:
-        FileNotFoundError: it does not exist.
-        InputError: it cannot be read, or not be continued with this configuration.
-        SystemFault: another rank does not see it.
-    """
+    """Return what MODEL.RESUME and MODEL.PRETRAINED mean, the same on all ranks; where `is_opened`,
+    a backend opens MODEL.PRETRAINED, which may be a folder."""
     # 1. A checkpoint that is resumed, if there is one: weights, and all that training needs.
     resumed = find_resumed(config)
     if resumed is not None:
@@ -150,15 +142,8 @@ def find_resumed(config) -> Checkpoint | None:
 
 
 def load_start(model, config, load_weights: Callable, start: Start) -> None:
-    """Load the weights of `start`, if there are any; all ranks hold the same ones afterwards.
-
-    Args:
-        load_weights: (model, config, file of MODEL.PRETRAINED) -> None.
-
-    Raises:
-        OSError, InputError: the file cannot be read, or does not fit; or the ranks hold different
-            weights.
-    """
+    """Load the weights of `start`, if there are any, and check that all ranks hold the same ones;
+    `load_weights` (model, config, file) loads those of MODEL.PRETRAINED."""
     if start.resumed is not None:
         load_pretrained(model, start.file, weights="model")
     elif start.file is not None:
@@ -170,11 +155,8 @@ def load_start(model, config, load_weights: Callable, start: Start) -> None:
 
 
 def from_rank_0(decide: Callable[[], str]) -> str:
-    """Return on every rank what `decide` returns on rank 0; an error there is raised on all.
-
-    Raises:
-        InputError, OSError: as `decide`.
-    """
+    """Return on every rank what `decide` returns on rank 0; raise an InputError or OSError of it on
+    all."""
     if processes.world_size() == 1:
         return decide()
     answer = None
@@ -192,12 +174,8 @@ def from_rank_0(decide: Callable[[], str]) -> str:
 
 
 def wait_for_file(path: str) -> None:
-    """Wait until every rank sees the file `path` with the contents that rank 0 sees.
-
-    Raises:
-        OSError: on all ranks, if rank 0 cannot read it.
-        SystemFault: on all ranks, if after `FILE_WAIT_SECONDS` some rank does not see it so.
-    """
+    """Wait until every rank sees the file `path` with the contents that rank 0 sees; SystemFault on
+    all ranks, if some rank does not after `FILE_WAIT_SECONDS`."""
     if processes.world_size() == 1:
         return
 
@@ -253,19 +231,10 @@ def check_same_weights(model: paddle.nn.Layer) -> None:
 
 
 def resolve_classes(config, stored: Classes, source: str | None = None):
-    """Resolve the number and the names of a run's classes.
+    """Return the configuration with a number in MODEL.NUM_CLASSES, and the classes' names or None.
 
-    Args:
-        config: with MODEL.NUM_CLASSES None where that is left to the checkpoint or the data.
-        stored: what the checkpoint says, whose head is to be used. Its names win.
-        source: that checkpoint, for messages.
-
-    Returns:
-        The configuration with a number in MODEL.NUM_CLASSES, and the names or None.
-
-    Raises:
-        InputError: the data folder names other classes than the checkpoint; or a file does not
-            have a name for each class.
+    What the checkpoint `source` has `stored` wins, if its head is to be used. InputError: the data
+    folder names other classes, or a file does not have a name for each class.
     """
     differences = differing_names(config, stored)
     if differences:
@@ -331,12 +300,7 @@ def report_shifted_folders(train, val) -> None:
 
 
 def report_absent_classes(dataset, count: int, names) -> None:
-    """Warn of classes of the head that no label of a list has; to be called on all ranks.
-
-    Args:
-        dataset: with a `list_file` and `absent_classes`.
-        names: of the classes, or None.
-    """
+    """Warn of classes of the head that no label of a list has; to be called on all ranks."""
     ranks = processes.world_size()
     is_absent = np.zeros(count)
     is_absent[dataset.absent_classes(count, rank=processes.rank(), world_size=ranks)] = 1
