@@ -26,6 +26,8 @@ from replknet_paddle.runtime.places import find_path, tried_checkpoint
 
 logger = logging.getLogger(__name__)
 
+EXPORT_FILE = "export.json"  # in a folder with a config.yaml and a model for inference
+
 PARTS = ("model", "model_ema", "optimizer")
 FOLDER = "checkpoints"
 NAME = re.compile(r"epoch_(\d+)_step_(\d+)\.safetensors")
@@ -63,9 +65,11 @@ def run_config_file(path: str) -> str:
 
 
 def checkpoint_path(path: str | os.PathLike) -> str:
-    """Return `path`, or for a run folder its `best`, or `last` where that is missing."""
+    """Return `path`, of an export too, or for a run folder its `best`, or `last` where that is
+    missing."""
     path = find_path(path)
-    if not os.path.isfile(os.path.join(path, "config.yaml")):
+    is_export = os.path.isfile(os.path.join(path, EXPORT_FILE))
+    if is_export or not os.path.isfile(os.path.join(path, "config.yaml")):
         return path
     for name in ("best", "last"):
         if os.path.isfile(os.path.join(path, name)):
