@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tiny import ROOT
 
-from replknet_paddle.checkpoints.training import checkpoints, load_checkpoint
+from replknet_paddle.checkpoints.run_folder import checkpoints, load_checkpoint
 
 CONTEXT = multiprocessing.get_context("forkserver")
 

@@ -6,7 +6,7 @@ import yaml
 from PIL import Image
 from tiny import FIXTURES, TINY
 
-from replknet_paddle.checkpoints.writers import write_safetensors
+from replknet_paddle.checkpoints.files import write_safetensors
 from replknet_paddle.config import get_config
 from replknet_paddle.data.transforms import build_eval_transform
 from replknet_paddle.model import build_replknet

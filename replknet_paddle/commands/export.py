@@ -94,10 +94,10 @@ def run_merge(args) -> int:
     """
     config = config_from(args, args.pretrained)
 
-    from replknet_paddle.checkpoints.run_folder import weights_of
+    from replknet_paddle.checkpoints.run_folder import checkpoint_path
     from replknet_paddle.deploy.merge import merge_checkpoint
 
-    source = weights_of(args.pretrained)
+    source = checkpoint_path(args.pretrained)
     for form in merge_checkpoint(config, source, args.target):
         print(form)
     sizes = [os.path.getsize(path) / 1e6 for path in (source, args.target)]
@@ -141,11 +141,11 @@ def run_convert(args) -> int:
     if is_segmentation and args.to == "mmpretrain":
         raise InputError("-to mmpretrain of a segmentation network; allowed: native, official")
 
-    from replknet_paddle.checkpoints.convert import convert_file
-    from replknet_paddle.checkpoints.run_folder import weights_of
+    from replknet_paddle.checkpoints.load import convert_file
+    from replknet_paddle.checkpoints.run_folder import checkpoint_path
 
     count = convert_file(
-        weights_of(args.source),
+        checkpoint_path(args.source),
         args.destination,
         config,
         weights=args.weights,

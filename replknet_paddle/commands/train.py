@@ -245,7 +245,7 @@ def write_evaluation(folder: str, evaluation) -> None:
 
 def how_to_resume(config, processes: int) -> str:
     """Return the command that continues a stopped training run, if there is a checkpoint."""
-    from replknet_paddle.checkpoints.training import checkpoints
+    from replknet_paddle.checkpoints.run_folder import checkpoints
 
     if config.EVAL or not checkpoints(config.SAVE):
         return ""
@@ -261,7 +261,7 @@ def read_config(args):
     started from.
     """
     if args.cfg is None and args.resume == "auto" and args.output is not None:
-        from replknet_paddle.checkpoints.training import checkpoints
+        from replknet_paddle.checkpoints.run_folder import checkpoints
 
         if os.path.isdir(args.output) and not checkpoints(args.output):
             raise InputError(

@@ -19,9 +19,9 @@ from pathlib import Path
 import paddle
 from paddle import nn
 
-from replknet_paddle.checkpoints.convert import load_pretrained
-from replknet_paddle.checkpoints.record import read_classes
-from replknet_paddle.checkpoints.run_folder import run_config_file, weights_of
+from replknet_paddle.checkpoints.checkpoint_file import CheckpointFile
+from replknet_paddle.checkpoints.load import load_pretrained
+from replknet_paddle.checkpoints.run_folder import checkpoint_path, run_config_file
 from replknet_paddle.config import check_class_count, get_config
 from replknet_paddle.data.class_names import get_class_names
 from replknet_paddle.deploy.auto import open_fastest
@@ -155,10 +155,10 @@ def load_network(source, config=None, build: Callable = build_replknet) -> tuple
         raise InputError(f"{source} is a segmentation network; `replknet segment predict` runs it")
     check_class_count(config)
     model = build(config)
-    load_pretrained(model, weights_of(source), weights=config.MODEL.PRETRAINED_WEIGHTS)
+    file = CheckpointFile(checkpoint_path(source))
+    load_pretrained(model, file, weights=config.MODEL.PRETRAINED_WEIGHTS)
     model.eval()
-    names = read_classes(weights_of(source)).names_for(config)
-    model.class_names = get_class_names(config, names)
+    model.class_names = get_class_names(config, file.classes.names_for(config))
     return model, config
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import paddle
 
-from replknet_paddle.checkpoints.run_folder import weights_of
+from replknet_paddle.checkpoints.run_folder import checkpoint_path
 from replknet_paddle.data.dataset import ListDataset, get_dataset
 from replknet_paddle.data.lists import LIST_FILES
 from replknet_paddle.data.transforms import build_eval_transform
@@ -76,7 +76,7 @@ def export_checkpoint(
         FileNotFoundError, InputError: something is missing, or does not fit.
         OSError: the folder cannot be written.
     """
-    source = weights_of(source)
+    source = checkpoint_path(source)
     check_combination(format, precision, conv_impl)
     target = check_target(target)
     int8_images.check()

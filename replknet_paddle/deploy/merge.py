@@ -2,9 +2,9 @@
 
 import os
 
-from replknet_paddle.checkpoints.record import class_names_metadata
-from replknet_paddle.checkpoints.run_folder import weights_of
-from replknet_paddle.checkpoints.writers import write_safetensors
+from replknet_paddle.checkpoints.checkpoint_file import weights_metadata
+from replknet_paddle.checkpoints.files import write_safetensors
+from replknet_paddle.config import override
 from replknet_paddle.deploy.backends import load_network
 from replknet_paddle.deploy.fold import Form, compare_forms, random_images
 from replknet_paddle.runtime.errors import InputError
@@ -27,11 +27,12 @@ def merge_checkpoint(config, source: str, target: str) -> list[Form]:
     check_file_target(target, [".safetensors"])
     if os.path.exists(target) and os.path.samefile(source, target):
         raise InputError(f"{target} is the checkpoint to merge; name another file")
-    model, _ = load_network(source, config)
+    model, config = load_network(source, config)
     size = min(config.DATA.IMAGE_SIZE, CHECKED_PIXELS)
     images = random_images(2, size)
     forms = compare_forms(model, images)
     model.structural_reparam()
     state = {name: value.numpy() for name, value in model.state_dict().items()}
-    write_safetensors(target, state, class_names_metadata(weights_of(source)))
+    config = override(config, MODEL__SMALL_KERNEL_MERGED=True)
+    write_safetensors(target, state, weights_metadata(config, model.class_names))
     return forms

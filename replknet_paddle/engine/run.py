@@ -12,34 +12,32 @@ from dataclasses import replace
 
 import paddle
 
-from replknet_paddle.checkpoints.run_folder import WEIGHTS
-from replknet_paddle.checkpoints.training import (
+from replknet_paddle.checkpoints.checkpoint_file import WEIGHTS, config_text
+from replknet_paddle.checkpoints.run_folder import (
     Checkpoint,
     Progress,
-    checkpoint_path,
+    path_at,
     point_to,
+    prepare_run_folder,
     remove_superseded,
     save_checkpoint,
-    take_up,
 )
 from replknet_paddle.data.loader import Loader
 from replknet_paddle.engine.build import build_network, build_precision, synchronizes_batch_norm
-from replknet_paddle.engine.classes import (
-    check_labels,
-    report_absent_classes,
-    report_shifted_folders,
-    settle_classes,
-)
 from replknet_paddle.engine.evaluate import evaluate
 from replknet_paddle.engine.outcomes import Evaluation, OutcomeSums
 from replknet_paddle.engine.precision import float32_weights
-from replknet_paddle.engine.run_log import RunLog, config_text
+from replknet_paddle.engine.run_log import RunLog
 from replknet_paddle.engine.signals import Stopped, StopSignals
 from replknet_paddle.engine.start import (
+    check_labels,
     check_weights_are_named,
     find_start,
     from_rank_0,
     load_start,
+    report_absent_classes,
+    report_shifted_folders,
+    resolve_classes,
 )
 from replknet_paddle.engine.summary import log_summary
 from replknet_paddle.engine.task import CLASSIFICATION, Task
@@ -132,7 +130,7 @@ def run_evaluation(
 ):
     """Evaluate MODEL.PRETRAINED on the validation list."""
     start = find_start(config, is_opened=open_network is not None)
-    config, class_names = settle_classes(config, start.classes, start.path)
+    config, class_names = resolve_classes(config, start.classes, start.path)
     check_labels(loader.dataset, config.MODEL.NUM_CLASSES)
     precision = build_precision(config)
     if open_network is not None:
@@ -174,7 +172,7 @@ class Training:
 
     def __init__(self, config, task: Task, log: RunLog, loaders: dict[bool, Loader]):
         start = find_start(config)
-        config, self.class_names = settle_classes(config, start.classes, start.path)
+        config, self.class_names = resolve_classes(config, start.classes, start.path)
         self.config = config
         self.task = task
         self.log = log
@@ -250,7 +248,7 @@ class Training:
 
     def restore(self, resumed: Checkpoint) -> None:
         """Take over everything but the weights from a checkpoint."""
-        self.resumed_path = resumed.path
+        self.resumed_path = resumed.file.path
         self.progress = resumed.progress_with(
             batches=self.progress.batches,
             batch_size=self.progress.batch_size,
@@ -268,7 +266,7 @@ class Training:
         log.forget_metrics_after(self.progress.epoch - bool(self.progress.record))
         processes.sum_over_ranks([0])  # all ranks have read before files are moved
         if processes.rank() == 0:
-            take_up(config.SAVE, self.progress, self.resumed_path)
+            prepare_run_folder(config.SAVE, self.progress, self.resumed_path)
         if self.progress.record:
             logger.info("epoch %d is trained; its evaluation is next", self.progress.epoch)
         elif self.progress.epoch >= config.TRAIN.NUM_EPOCHS:
@@ -464,7 +462,7 @@ class Training:
         if processes.rank() != 0:
             return
         folder = self.config.SAVE
-        path = checkpoint_path(folder, self.progress)
+        path = path_at(folder, self.progress)
         if is_best:
             self.progress = replace(self.progress, best_checkpoint=os.path.basename(path))
         checkpoint = Checkpoint(

@@ -16,9 +16,8 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-from replknet_paddle.checkpoints.run_folder import is_same, run_folder_of
-from replknet_paddle.checkpoints.training import checkpoints
-from replknet_paddle.config import get_config
+from replknet_paddle.checkpoints.checkpoint_file import config_text
+from replknet_paddle.checkpoints.run_folder import checkpoints, is_same, run_folder_of
 from replknet_paddle.data.class_names import CLASS_NAMES_FILE
 from replknet_paddle.engine.console import Console
 from replknet_paddle.engine.run_lock import ALONE, LAUNCHED, RunLock
@@ -35,16 +34,6 @@ logger = logging.getLogger(__name__)
 LOG_FILE = "log.txt"
 CONFIG_FILE = "config.yaml"
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
-
-# What only concerns the start of a run. A resumed run has another start, and a checkpoint that is
-# opened by the configuration of its run folder must not be opened as the run's first weights were.
-START_KEYS = (
-    ("MODEL", "RESUME"),
-    ("MODEL", "PRETRAINED"),
-    ("MODEL", "PRETRAINED_WEIGHTS"),
-    ("MODEL", "DROP_HEAD"),
-    ("TRAIN", "LAST_EPOCH"),
-)
 
 
 def check_is_own(folder: str, *, resume: str | None) -> None:
@@ -113,21 +102,6 @@ def make_log(folder: str) -> None:
         raise InputError(
             f"cannot write the run folder {folder}: {error.strerror}; give another one by -output"
         ) from None
-
-
-def config_text(config) -> str:
-    """YAML of what a run folder says about its checkpoints: the configuration with absolute paths,
-    and without the keys of `START_KEYS`, which have their defaults."""
-    defaults = get_config()
-    config = config.clone()
-    config.defrost()
-    config.SAVE = defaults.SAVE
-    for key in ("DATA_PATH", "CLASS_NAMES"):  # to be found from any folder
-        if config.DATA[key] is not None:
-            config.DATA[key] = os.path.abspath(config.DATA[key])
-    for section, key in START_KEYS:
-        config[section][key] = defaults[section][key]
-    return config.dump()
 
 
 def json_text(value) -> str:

@@ -1,7 +1,8 @@
-"""What a run starts from: rank 0 decides, and the other ranks follow and check.
+"""What a run starts from: weights, and the classes that these and the data agree on.
 
-On a shared file system ranks may see different files for a while. Ranks that each chose the newest
-checkpoint would then train different weights without an error.
+Rank 0 decides, and the other ranks follow and check. On a shared file system ranks may see
+different files for a while: if each chose the newest checkpoint, they would train different weights
+without an error.
 """
 
 import json
@@ -15,16 +16,23 @@ from dataclasses import dataclass
 import numpy as np
 import paddle
 
-from replknet_paddle.checkpoints.convert import load_pretrained
-from replknet_paddle.checkpoints.record import Classes, read_classes
-from replknet_paddle.checkpoints.run_folder import weights_of
-from replknet_paddle.checkpoints.training import (
+from replknet_paddle.checkpoints.checkpoint_file import CheckpointFile, Classes, config_text
+from replknet_paddle.checkpoints.load import load_pretrained
+from replknet_paddle.checkpoints.run_folder import (
     Checkpoint,
+    checkpoint_path,
     load_checkpoint,
     newest_whole_checkpoint,
 )
 from replknet_paddle.config import RANDOM, config_changes, override
-from replknet_paddle.engine.run_log import config_text
+from replknet_paddle.data.class_names import (
+    get_class_names,
+    name_differences,
+    names_file,
+    read_class_names,
+)
+from replknet_paddle.data.dataset import ListDataset, get_dataset
+from replknet_paddle.data.lists import shifted_folders
 from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.errors import InputError, SystemFault
 from replknet_paddle.runtime.files import file_sha256, searched_weights
@@ -36,20 +44,26 @@ logger = logging.getLogger(__name__)
 FILE_WAIT_SECONDS = 120.0
 POLL_SECONDS = 0.5
 
+LISTED_CLASSES = 10
+
 
 @dataclass(frozen=True)
 class Start:
     """What a run starts from.
 
     Attributes:
-        resumed: the checkpoint that it continues, if any.
-        path: the file whose weights are loaded; None: fresh ones.
+        file: the file whose weights are loaded; None: fresh ones.
+        resumed: what else it holds, where the run continues it.
         classes: of that file, if its head is to be kept.
     """
 
+    file: CheckpointFile | None = None
     resumed: Checkpoint | None = None
-    path: str | None = None
     classes: Classes = Classes()
+
+    @property
+    def path(self) -> str | None:
+        return None if self.file is None else self.file.path
 
 
 def check_weights_are_named(config) -> None:
@@ -62,55 +76,61 @@ def check_weights_are_named(config) -> None:
 
 
 def find_start(config, *, is_opened: bool = False) -> Start:
-    """What MODEL.RESUME and MODEL.PRETRAINED mean; the same on all ranks.
-
-    Args:
-        is_opened: something else opens MODEL.PRETRAINED, which may be a folder.
-
-    Raises:
-        FileNotFoundError: it does not exist.
-        InputError: it cannot be read, or not be continued with this configuration.
-        SystemFault: another rank does not see it.
-    """
+    """Return what MODEL.RESUME and MODEL.PRETRAINED mean, the same on all ranks; where `is_opened`,
+    a backend opens MODEL.PRETRAINED, which may be a folder."""
+    # 1. A checkpoint that is resumed, if there is one: weights, and all that training needs.
     resumed = find_resumed(config)
     if resumed is not None:
-        return Start(resumed, resumed.path, read_classes(resumed.path))
+        return Start(resumed.file, resumed, resumed.file.classes)
+    # 2. Fresh weights.
     if config.MODEL.PRETRAINED in (None, RANDOM):
         return Start()
-    path = from_rank_0(lambda: weights_of(config.MODEL.PRETRAINED))
+    # 3. An export, which a backend opens.
+    path = from_rank_0(lambda: checkpoint_path(config.MODEL.PRETRAINED))
     if is_opened and os.path.isdir(path):
         return Start()
+    # 4. The weights of a file, to evaluate them or to start from them; with its classes or others.
     wait_for_file(path)
-    classes = read_classes(path)
+    file = CheckpointFile(path)
     has_new_head = config.MODEL.DROP_HEAD and not config.EVAL
-    if has_new_head or classes.model_type not in (None, config.MODEL.TYPE):
-        classes = Classes()
-    return Start(None, path, classes)
+    if has_new_head or file.classes.model_type not in (None, config.MODEL.TYPE):
+        return Start(file)
+    return Start(file, classes=file.classes)
 
 
 def find_resumed(config) -> Checkpoint | None:
-    """The checkpoint that MODEL.RESUME means, if any; the same on all ranks.
+    """The checkpoint that MODEL.RESUME means, if any; the same on all ranks."""
+    checkpoint = None
 
-    Raises:
-        FileNotFoundError: it does not exist.
-        InputError: it cannot be read, or not be continued with this configuration.
-        SystemFault: another rank does not see it.
-    """
-    path = from_rank_0(lambda: resumed_path(config))
+    def decide() -> str:
+        nonlocal checkpoint
+        path = config.MODEL.RESUME
+        if path == "auto":
+            checkpoint = newest_whole_checkpoint(config.SAVE)
+            if checkpoint is None:
+                logger.info("-resume auto: no checkpoint in %s, starting afresh", config.SAVE)
+            return "" if checkpoint is None else checkpoint.file.path
+        if path is not None and os.path.isdir(path):
+            path = os.path.join(path, "last")
+        # A link may lead somewhere else by the time it is read.
+        return "" if path is None else os.path.realpath(path)
+
+    path = from_rank_0(decide)
     if not path:
         return None
     wait_for_file(path)
-    checkpoint = load_checkpoint(path)
-    progress = checkpoint.progress
+    if checkpoint is None:
+        checkpoint = load_checkpoint(path)
     logger.info("resuming %s", path)
     if config.MODEL.NUM_CLASSES is None:
-        config = override(config, MODEL__NUM_CLASSES=read_classes(path).count)
+        config = override(config, MODEL__NUM_CLASSES=checkpoint.file.classes.count)
     for change in config_changes(checkpoint.config, config_text(config)):
         logger.warning("other than in the run resumed: %s", change)
-    if config.TRAIN.LAST_EPOCH > progress.epoch:
+    epochs = checkpoint.progress.epoch
+    if config.TRAIN.LAST_EPOCH > epochs:
         raise InputError(
             f"-last_epoch {config.TRAIN.LAST_EPOCH} contradicts {path}, which was "
-            f"trained for {progress.epoch} epochs; leave -last_epoch out"
+            f"trained for {epochs} epochs; leave -last_epoch out"
         )
     if config.TRAIN.MODEL_EMA != bool(checkpoint.model_ema):
         raise InputError(
@@ -120,78 +140,61 @@ def find_resumed(config) -> Checkpoint | None:
     return checkpoint
 
 
-def resumed_path(config) -> str:
-    """The file that MODEL.RESUME means; empty: none."""
-    path = config.MODEL.RESUME
-    if path == "auto":
-        path = newest_whole_checkpoint(config.SAVE)
-        if path is None:
-            logger.info("-resume auto: no checkpoint in %s, starting afresh", config.SAVE)
-    elif path is not None:
-        if os.path.isdir(path):
-            path = os.path.join(path, "last")
-        path = os.path.realpath(path)  # a link may lead somewhere else by the time it is read
-    return path or ""
-
-
 def load_start(model, config, load_weights: Callable, start: Start) -> None:
-    """Load the weights of `start`, if there are any.
-
-    Afterwards all ranks hold the same weights and statistics.
-
-    Args:
-        load_weights: (model, config, path of MODEL.PRETRAINED) -> None.
-
-    Raises:
-        OSError, InputError: the file cannot be read, or does not fit; or the ranks hold different
-            weights.
-    """
+    """Load the weights of `start`, if there are any, and check that all ranks hold the same ones;
+    `load_weights` (model, config, file) loads those of MODEL.PRETRAINED."""
     if start.resumed is not None:
-        load_pretrained(model, start.path, weights="model")
-    elif start.path is not None:
-        load_weights(model, config, start.path)
+        load_pretrained(model, start.file, weights="model")
+    elif start.file is not None:
+        load_weights(model, config, start.file)
     check_same_weights(model)
 
 
-def from_rank_0(decide: Callable[[], str]) -> str:
-    """What `decide` returns on rank 0, on every rank; an error raised there is raised on all.
+# ---- what the ranks agree on
 
-    Raises:
-        InputError, OSError: as `decide`.
-    """
+
+def from_rank_0(decide: Callable[[], str]) -> str:
+    """Return on every rank what `decide` returns on rank 0; raise an InputError or OSError of it on
+    all."""
     if processes.world_size() == 1:
         return decide()
-    answer = {}
+    answer = None
     if processes.rank() == 0:
         try:
-            answer = {"decision": decide()}
+            answer = "decision", decide()
         except InputError as error:
-            answer = {"input_error": str(error)}
+            answer = "input", str(error)
         except OSError as error:
-            answer = {"os_error": str(error)}
-    answer = json.loads(processes.text_of_rank_0(json.dumps(answer)))
-    if "input_error" in answer:
-        raise InputError(answer["input_error"])
-    if "os_error" in answer:
-        raise OSError(answer["os_error"])
-    return answer["decision"]
+            answer = "system", str(error)
+    kind, text = json.loads(processes.text_of_rank_0(json.dumps(answer)))
+    if kind != "decision":
+        raise {"input": InputError, "system": OSError}[kind](text)
+    return text
 
 
 def wait_for_file(path: str) -> None:
-    """Wait until every rank sees the file `path` with the contents that rank 0 sees.
-
-    Raises:
-        OSError: on all ranks, if rank 0 cannot read it.
-        SystemFault: on all ranks, if after `FILE_WAIT_SECONDS` some rank does not see it so.
-    """
+    """Wait until every rank sees the file `path` with the contents that rank 0 sees; SystemFault on
+    all ranks, if some rank does not after `FILE_WAIT_SECONDS`."""
     if processes.world_size() == 1:
         return
-    digest = from_rank_0(lambda: digest_of(path))
+
+    def digest() -> str:
+        if not os.path.isfile(path):
+            raise FileNotFoundError(
+                f"no checkpoint {searched_weights(path)}; docs/model_zoo.md says where the "
+                "published ones are"
+            )
+        return file_sha256(path)
+
+    wanted = from_rank_0(digest)
     deadline = time.monotonic() + FILE_WAIT_SECONDS
     while True:
-        seen = has_digest(path, digest)
+        try:
+            is_seen = digest() == wanted
+        except OSError:  # not there yet, or a stale handle
+            is_seen = False
         ranks_seeing, ranks_out_of_time = processes.sum_over_ranks(
-            [seen, time.monotonic() > deadline]
+            [is_seen, time.monotonic() > deadline]
         )
         if ranks_seeing == processes.world_size():
             return
@@ -204,33 +207,8 @@ def wait_for_file(path: str) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def digest_of(path: str) -> str:
-    """The SHA-256 of a file.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(
-            f"no checkpoint {searched_weights(path)}; docs/model_zoo.md says where the published "
-            "ones are"
-        )
-    return file_sha256(path)
-
-
-def has_digest(path: str, digest: str) -> bool:
-    try:
-        return digest_of(path) == digest
-    except OSError:  # not there yet, or a stale handle
-        return False
-
-
 def check_same_weights(model: paddle.nn.Layer) -> None:
-    """Check that all ranks hold the same weights and statistics.
-
-    Raises:
-        InputError: on all ranks, if they do not.
-    """
+    """Raise InputError on all ranks if they do not hold the same weights and statistics."""
     ranks = processes.world_size()
     if ranks == 1:
         return
@@ -245,4 +223,95 @@ def check_same_weights(model: paddle.nn.Layer) -> None:
         raise InputError(
             f"ranks {', '.join(map(str, wrong))} start with other weights than rank 0; all "
             "machines need the same files, the same kind of device and the same version of Paddle"
+        )
+
+
+# ---- classes
+
+
+def resolve_classes(config, stored: Classes, source: str | None = None):
+    """Return the configuration with a number in MODEL.NUM_CLASSES, and the classes' names or None.
+
+    What the checkpoint `source` has `stored` wins, if its head is to be used. InputError: the data
+    folder names other classes, or a file does not have a name for each class.
+    """
+    differences = differing_names(config, stored)
+    if differences:
+        listed = "\n".join(f"  {line}" for line in differences)
+        raise InputError(
+            f"the classes of {source} are not those of {names_file(config)}:\n{listed}\n"
+            "Give the data that the checkpoint was trained for; training with MODEL.DROP_HEAD True "
+            "starts with a fresh head for other classes"
+        )
+    if config.MODEL.NUM_CLASSES is None:
+        config = override(config, MODEL__NUM_CLASSES=stored.count or count_classes(config))
+        logger.info("MODEL.NUM_CLASSES is None: %d classes", config.MODEL.NUM_CLASSES)
+    return config, get_class_names(config, stored.names_for(config))
+
+
+def differing_names(config, stored: Classes) -> list[str]:
+    """Return how class_names.txt of the data folder differs from a checkpoint's names, in lines."""
+    path = names_file(config)
+    if stored.names is None or path is None or config.DATA.CLASS_NAMES is not None:
+        return []
+    return name_differences(stored.names, read_class_names(path))
+
+
+def count_classes(config) -> int:
+    """How many classes the data have: the names in the file, or else the largest label and one."""
+    path = names_file(config)
+    if path is not None:
+        return len(read_class_names(path))
+    return 1 + max(
+        int(get_dataset(config, is_train).labels.max())
+        for is_train in ([False] if config.EVAL else [True, False])
+    )
+
+
+def check_labels(dataset, count: int) -> None:
+    """Raise InputError for labels of a list, read before the number of classes was resolved, that
+    a network of `count` classes does not have."""
+    largest = int(dataset.labels.max()) if hasattr(dataset, "labels") else -1
+    if largest >= count:
+        raise InputError(
+            f"{dataset.list_file} has label {largest}, outside [0, {count}): the network has "
+            f"{count} classes (MODEL.NUM_CLASSES)"
+        )
+
+
+def report_shifted_folders(train, val) -> None:
+    """Warn of folders whose label in the validation list is not that in the training list."""
+    if not isinstance(train, ListDataset):  # labels in pictures
+        return
+    shifted = shifted_folders(train.paths_and_labels(), val.paths_and_labels())
+    if shifted:
+        shown = [f"{name}: {one} and {other}" for name, one, other in shifted[:LISTED_CLASSES]]
+        more = len(shifted) - len(shown)
+        logger.warning(
+            "%d folders have another label in %s than in %s; unless they only share a name, the "
+            "accuracy means nothing: %s%s",
+            len(shifted),
+            train.list_file,
+            val.list_file,
+            "; ".join(shown),
+            f"; and {more} more" if more else "",
+        )
+
+
+def report_absent_classes(dataset, count: int, names) -> None:
+    """Warn of classes of the head that no label of a list has; to be called on all ranks."""
+    ranks = processes.world_size()
+    is_absent = np.zeros(count)
+    is_absent[dataset.absent_classes(count, rank=processes.rank(), world_size=ranks)] = 1
+    absent = np.flatnonzero(processes.sum_over_ranks(is_absent) == ranks).tolist()
+    if absent:
+        shown = [f"{i} ({names[i]})" if names else str(i) for i in absent[:LISTED_CLASSES]]
+        more = len(absent) - len(shown)
+        logger.warning(
+            "%s has no label of %d of the %d classes (MODEL.NUM_CLASSES): %s%s",
+            dataset.list_file,
+            len(absent),
+            count,
+            ", ".join(shown),
+            f" and {more} more" if more else "",
         )

@@ -5,8 +5,8 @@ import os
 
 from tqdm import tqdm
 
-from replknet_paddle.checkpoints.run_folder import WEIGHTS, chosen_weights
-from replknet_paddle.checkpoints.training import NAME, Progress
+from replknet_paddle.checkpoints.checkpoint_file import WEIGHTS, CheckpointFile
+from replknet_paddle.checkpoints.run_folder import NAME, Progress
 from replknet_paddle.runtime.files import command_line
 from replknet_paddle.runtime.processes import rank
 
@@ -44,7 +44,7 @@ def summary_lines(config, progress: Progress, first_epoch: int, seconds: float) 
     if match is None or not os.path.isfile(best):
         return lines
     lines.append(
-        f"best: epoch {int(match.group(1))}, {WEIGHTS[chosen_weights(best, 'auto')]}, "
+        f"best: epoch {int(match.group(1))}, {WEIGHTS[CheckpointFile(best).ema_or_raw('auto')]}, "
         f"{MEASURES[config.MODEL.TYPE]} {progress.best_score:.2f} %, in {best}"
     )
     others = [

@@ -6,13 +6,13 @@ from functools import partial
 
 import paddle
 
-from replknet_paddle.checkpoints.convert import load_pretrained
-from replknet_paddle.checkpoints.record import read_classes
+from replknet_paddle.checkpoints.checkpoint_file import CheckpointFile
+from replknet_paddle.checkpoints.load import load_pretrained
 from replknet_paddle.data.dataset import get_dataloader, get_dataset
 from replknet_paddle.data.loader import Loader
 from replknet_paddle.data.transforms import build_mixup
-from replknet_paddle.engine.classes import has_other_names
 from replknet_paddle.engine.metrics import MetricSums
+from replknet_paddle.engine.start import differing_names
 from replknet_paddle.model import build_replknet
 from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from replknet_paddle.optim.optimizer import build_optimizer
@@ -30,7 +30,7 @@ class Task:
         dataset: (config, is_train) -> the dataset, to find its problems early.
         loader: (config, is_train) -> this process's `Loader`.
         network: (config, sync_bn=) -> the network, freshly initialized.
-        load_weights: (network, config, path) puts a checkpoint into the network.
+        load_weights: (network, config, checkpoint file) puts a checkpoint into the network.
         optimizer: (config, network, lr=, multi_precision=) -> AdamW.
         schedule: (config, peak, steps_per_epoch) -> the learning rate of each step.
         mixup: config -> what mixes training batches, or None.
@@ -73,14 +73,14 @@ def build_loader(config, is_train: bool) -> Loader:
     )
 
 
-def load_weights(model: paddle.nn.Layer, config, path: str) -> None:
-    """Put the checkpoint at `path` into the network."""
+def load_weights(model: paddle.nn.Layer, config, file: CheckpointFile) -> None:
+    """Put a checkpoint into the network."""
     load_pretrained(
         model,
-        path,
+        file,
         weights=config.MODEL.PRETRAINED_WEIGHTS,
         drop_head=config.MODEL.DROP_HEAD and not config.EVAL,
-        other_classes=has_other_names(config, read_classes(path)),
+        other_classes=bool(differing_names(config, file.classes)),
     )
 
 

@@ -2,7 +2,7 @@
 
 from tqdm import tqdm
 
-from replknet_paddle.checkpoints.training import Progress
+from replknet_paddle.checkpoints.run_folder import Progress
 
 
 def text_of_time_left(

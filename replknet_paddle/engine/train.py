@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import paddle
 
-from replknet_paddle.checkpoints.training import Checkpoint
+from replknet_paddle.checkpoints.run_folder import Checkpoint
 from replknet_paddle.data.loader import Loader
 from replknet_paddle.engine.precision import LossScaleError, Precision
 from replknet_paddle.optim.ema import ModelEma

@@ -6,7 +6,8 @@ from functools import partial
 import paddle
 from paddle import nn
 
-from replknet_paddle.checkpoints.convert import layout_of, load_pretrained
+from replknet_paddle.checkpoints.checkpoint_file import CheckpointFile
+from replknet_paddle.checkpoints.load import layout_of, load_pretrained
 from replknet_paddle.data.class_names import get_class_names
 from replknet_paddle.data.loader import Loader
 from replknet_paddle.engine.task import Task
@@ -37,15 +38,15 @@ def build_loader(config, is_train: bool) -> Loader:
     )
 
 
-def load_weights(model: UPerNet, config, path: str) -> None:
-    """Put the checkpoint at `path` into the network: all of it or, to start training, a
+def load_weights(model: UPerNet, config, file: CheckpointFile) -> None:
+    """Put a checkpoint into the network: all of it or, to start training, a
     classifier's backbone."""
     weights = config.MODEL.PRETRAINED_WEIGHTS
-    if config.EVAL or layout_of(path, weights=weights) in ("upernet", "mmseg"):
+    if config.EVAL or layout_of(file, weights=weights) in ("upernet", "mmseg"):
         drop_head = config.MODEL.DROP_HEAD and not config.EVAL
-        load_pretrained(model, path, weights=weights, drop_head=drop_head)
+        load_pretrained(model, file, weights=weights, drop_head=drop_head)
     else:
-        load_pretrained(model.backbone, path, weights=weights)
+        load_pretrained(model.backbone, file, weights=weights)
 
 
 def parameter_groups(model: nn.Layer, weight_decay: float) -> list[ParameterGroup]:

@@ -63,7 +63,7 @@ def get_model(
             do not fit.
     """
     # Here because they import Paddle, which takes seconds that `list_models` can do without.
-    from replknet_paddle.checkpoints.convert import load_pretrained
+    from replknet_paddle.checkpoints.load import load_pretrained
     from replknet_paddle.config import CONFIG_FOLDER, get_config, override
     from replknet_paddle.model import build_replknet
     from replknet_paddle.zoo.download import fetch

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from replknet_paddle.checkpoints.convert import load_state
-from replknet_paddle.checkpoints.readers import read_safetensors_metadata
-from replknet_paddle.checkpoints.writers import write_safetensors
+from replknet_paddle.checkpoints.checkpoint_file import CheckpointFile
+from replknet_paddle.checkpoints.files import write_safetensors
+from replknet_paddle.checkpoints.load import load_state
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import cache_folder, file_sha256, locked
 from replknet_paddle.zoo.records import PublishedModel
@@ -90,7 +90,7 @@ def _is_current(converted: Path, source: Path | None) -> bool:
     """Whether the model has been converted, and from this source if there is one."""
     if source is None or not converted.exists():
         return converted.exists()
-    return read_safetensors_metadata(converted).get(_DIGEST_KEY) == file_sha256(source)
+    return CheckpointFile(converted).metadata.get(_DIGEST_KEY) == file_sha256(source)
 
 
 def _download_published(folder: Path, model: PublishedModel) -> Path:

@@ -15,7 +15,7 @@ from replknet_paddle.analysis.receptive_field import (
     rescaled,
     save_field,
 )
-from replknet_paddle.checkpoints.convert import load_pretrained
+from replknet_paddle.checkpoints.load import load_pretrained
 from replknet_paddle.model import RepLKNet
 from replknet_paddle.runtime.errors import InputError
 

@@ -83,6 +83,14 @@ def pickled(value) -> bytes:
     return b"\x80\x02" + encode(value) + b"."
 
 
+def call(function: str, *arguments) -> Call:
+    return Call(Name(*function.rsplit(".", 1)), arguments)
+
+
+def opcodes(*parts) -> Raw:
+    return Raw(b"".join(part if type(part) is bytes else encode(part) for part in parts))
+
+
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C
 
 STORAGES = {"f4": "FloatStorage", "f2": "HalfStorage", "i8": "LongStorage", "u2": "BFloat16Storage"}

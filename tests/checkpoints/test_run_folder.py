@@ -1,23 +1,400 @@
-"""Checkpoints in a run folder: its links, which checkpoints stay, and which are not its own."""
+"""Checkpoints of a run: whole or not there, resumed, linked, kept, and set aside."""
 
+import json
 import logging
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-from saved import PROGRESS, assert_same, example, names, save_at
+from hypothesis import example as case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import FIXTURES, ROOT
 
-from replknet_paddle.checkpoints.run_folder import chosen_weights, run_config_file, run_folder_of
-from replknet_paddle.checkpoints.training import (
+from replknet_paddle.checkpoints import checkpoint_file
+from replknet_paddle.checkpoints.checkpoint_file import CheckpointFile
+from replknet_paddle.checkpoints.files import write_safetensors
+from replknet_paddle.checkpoints.run_folder import (
+    Checkpoint,
+    Progress,
     checkpoints,
     load_checkpoint,
+    newest_whole_checkpoint,
+    path_at,
     point_to,
+    prepare_run_folder,
     remove_superseded,
+    run_config_file,
+    run_folder_of,
     save_checkpoint,
-    take_up,
 )
 from replknet_paddle.runtime.errors import InputError
+
+PROGRESS = Progress(
+    epoch=3,
+    batch=14,
+    batches=20,
+    step=37,
+    best_score=100 / 3,
+    epoch_sums=(0.1 + 0.2, 128.0),
+    record={"epoch": 3, "train_loss": 0.1 + 0.2},
+)
+
+
+def example(progress=PROGRESS, seed=0, size=3) -> Checkpoint:
+    rng = np.random.default_rng(seed)
+
+    def tensors(**shapes):
+        return {
+            name.replace("_", "."): rng.normal(size=shape).astype("float32")
+            for name, shape in shapes.items()
+        }
+
+    odd = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45, 3.4e38], "float32")
+    return Checkpoint(
+        config="SEED: 1\nMODEL:\n  NAME: tiny é\n",
+        progress=progress,
+        model={
+            **tensors(stem_weight=(size, 3, 3, 3), stem_bias=(size,)),
+            "odd": odd,
+            "scalar": np.array(2.5, "float32"),
+            "none": np.zeros((0, 4), "float32"),
+            "turned": rng.normal(size=(4, 5)).astype("float32").T,
+        },
+        model_ema=tensors(stem_weight=(size, 3, 3, 3), stem_bias=(size,)),
+        optimizer=tensors(stem_weight_moment1=(size, 3, 3, 3), stem_weight_beta1=(1,)),
+        scaler={"scale": 32768.0, "incr_count": 3, "use_dynamic_loss_scaling": True},
+    )
+
+
+def save_at(run_folder, epoch, step, batch=0, **options) -> str:
+    progress = replace(PROGRESS, epoch=epoch, step=step, batch=batch)
+    path = path_at(str(run_folder), progress)
+    os.makedirs(run_folder, exist_ok=True)
+    save_checkpoint(path, example(progress, seed=step, **options))
+    return path
+
+
+def assert_same(got: Checkpoint, wanted: Checkpoint) -> None:
+    assert got.config == wanted.config
+    assert got.progress == wanted.progress
+    assert got.scaler == wanted.scaler
+    for part in ("model", "model_ema", "optimizer"):
+        left, right = getattr(got, part), getattr(wanted, part)
+        assert left.keys() == right.keys()
+        for name in left:
+            assert left[name].shape == right[name].shape, name
+            assert left[name].dtype == right[name].dtype, name
+            assert left[name].tobytes() == right[name].tobytes(), name
+
+
+def names(folder) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+# ---- writing and reading
+
+
+def test_everything_returns_bit_for_bit(tmp_path):
+    path = str(tmp_path / "checkpoints" / "a.safetensors")
+    save_checkpoint(path, example())
+    got = load_checkpoint(path)
+    assert_same(got, example())
+    assert got.file.path == path
+    assert isinstance(got.progress.epoch_sums, tuple)
+
+
+def test_parts_that_a_run_does_not_have_are_empty(tmp_path):
+    path = str(tmp_path / "a.safetensors")
+    save_checkpoint(path, Checkpoint("", Progress(), {"w": np.ones(2, "float32")}))
+    got = load_checkpoint(path)
+    assert got.model_ema == {} and got.optimizer == {} and got.scaler == {}
+    assert got.progress == Progress()
+
+
+def test_other_programs_can_read_it(tmp_path):
+    numpy_reader = pytest.importorskip("safetensors.numpy", reason="another reader of the format")
+    path = str(tmp_path / "a.safetensors")
+    save_checkpoint(path, example())
+    tensors = numpy_reader.load_file(path)
+    assert {name.split(".")[0] for name in tensors} == {"model", "model_ema", "optimizer"}
+    np.testing.assert_array_equal(tensors["model.turned"], example().model["turned"])
+
+
+# ---- all or nothing
+
+
+class Full:
+    """A file on a disk that takes ten more bytes."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def write(self, data):
+        self.file.write(bytes(data)[:10])
+        self.file.flush()
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("moment", ["write", "fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path, monkeypatch, moment, error
+):
+    path = save_at(tmp_path, 1, 5)
+    before = Path(path).read_bytes()
+    really_open = open
+
+    def fail(*_):
+        raise error
+
+    if moment == "write":
+        error = OSError()
+        monkeypatch.setattr(
+            "builtins.open",
+            lambda name, mode="r", **options: (
+                Full(really_open(name, mode, **options))
+                if "w" in mode
+                else really_open(name, mode, **options)
+            ),
+        )
+    else:
+        monkeypatch.setattr(os, moment, fail)
+    with pytest.raises(type(error)) as caught:
+        save_checkpoint(path, example(seed=9))
+    monkeypatch.undo()
+    if isinstance(error, OSError):
+        message = str(caught.value)
+        assert message.startswith(f"cannot write {path}: No space left on device")
+        assert "MiB are needed" in message and "MiB free" in message
+    assert Path(path).read_bytes() == before
+    assert names(os.path.dirname(path)) == [os.path.basename(path)]
+
+
+LIMITED = """
+import resource, signal, sys
+sys.path.insert(0, {root!r})
+import numpy as np
+from replknet_paddle.checkpoints.run_folder import Checkpoint, Progress, save_checkpoint
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    save_checkpoint({path!r}, Checkpoint("", Progress(), {{"w": np.ones(1_000_000, "float32")}}))
+except OSError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_a_disk_that_really_takes_no_more_leaves_the_old_file(tmp_path):
+    path = save_at(tmp_path, 1, 5)
+    before = Path(path).read_bytes()
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED.format(root=str(ROOT), path=path)],
+        text=True,
+        capture_output=True,
+        timeout=60,
+    )
+    assert done.returncode == 1, done.stderr
+    message = done.stderr.strip().splitlines()[-1]
+    assert message.startswith(f"cannot write {path}: File too large; 3.8 MiB are needed and ")
+    assert "Earlier checkpoints are unchanged" in message
+    assert Path(path).read_bytes() == before
+    assert names(os.path.dirname(path)) == [os.path.basename(path)]
+
+
+def test_a_checkpoint_folder_that_cannot_be_written_is_an_os_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError):
+        save_checkpoint(str(tmp_path / "file" / "checkpoints" / "a.safetensors"), example())
+
+
+# ---- files that cannot be resumed
+
+
+def header_length(content: bytes) -> int:
+    return 8 + int.from_bytes(content[:8], "little")
+
+
+def test_nothing_there():
+    with pytest.raises(FileNotFoundError, match="no checkpoint /no/such/file"):
+        load_checkpoint("/no/such/file")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A checkpoint, as bytes and as it is read."""
+    path = save_at(tmp_path_factory.mktemp("whole"), 1, 5)
+    return Path(path).read_bytes(), load_checkpoint(path)
+
+
+@settings(max_examples=400, deadline=None)
+@given(place=st.floats(0, 1, exclude_max=True), in_header=st.booleans(), bit=st.integers(0, 7))
+def test_a_flipped_bit_gives_an_error_or_the_same(whole, tmp_path_factory, place, in_header, bit):
+    content, wanted = whole
+    start, end = (
+        (0, header_length(content)) if in_header else (header_length(content), len(content))
+    )
+    damaged = bytearray(content)
+    damaged[start + int(place * (end - start))] ^= 1 << bit
+    assert_refused_or_same(damaged, wanted, tmp_path_factory)
+
+
+@settings(max_examples=100, deadline=None)
+@given(keep=st.floats(0, 1, exclude_max=True), zeros=st.booleans())
+@case(0.0, False)  # an empty file
+@case(0.0, True)  # what a power cut can leave where a file system writes data after names
+@case(1 - 1e-9, False)
+def test_a_cut_file_is_refused(whole, tmp_path_factory, keep, zeros):
+    content, _ = whole
+    cut = content[: int(keep * len(content))]
+    path = tmp_path_factory.getbasetemp() / "cut.safetensors"
+    path.write_bytes(cut + bytes(len(content) - len(cut)) * zeros)
+    with pytest.raises(InputError, match=str(path)):
+        load_checkpoint(str(path))
+
+
+def assert_refused_or_same(content: bytes, wanted: Checkpoint, tmp_path_factory) -> None:
+    path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
+    path.write_bytes(content)
+    try:
+        got = load_checkpoint(str(path))
+    except InputError as error:
+        assert str(path) in str(error)
+    else:
+        assert_same(got, wanted)
+
+
+def rewrite(path: str, change) -> None:
+    """Change the body of a checkpoint, and make its checksum right again."""
+    file = CheckpointFile(path)
+    tensors = {name: np.array(value) for name, value in file.content.items()}
+    body = change(file.body, tensors) or file.body
+    metadata = checkpoint_file.record_metadata(body, tensors)
+    write_safetensors(path, tensors, metadata)
+
+
+def rewrite_record(path: str, record: str | None) -> None:
+    file = CheckpointFile(path)
+    tensors = {name: np.array(value) for name, value in file.content.items()}
+    write_safetensors(path, tensors, {} if record is None else {"replknet_paddle": record})
+
+
+@pytest.mark.parametrize("others", [{"body": "{}", "crc32": 0}, {"something": "else"}])
+def test_a_newer_schema_is_named(tmp_path, others):
+    path = save_at(tmp_path, 1, 5)
+    rewrite_record(path, json.dumps({"schema_version": 2, **others}))
+    with pytest.raises(InputError, match="schema version 2.*reads version 1"):
+        load_checkpoint(path)
+
+
+# With a right checksum: what a defect of another version could write.
+WRONG_BODIES = {
+    **{f"without {key}": lambda body, _, key=key: body.pop(key) and None
+       for key in ("config", "progress", "scaler")},
+    "with another": lambda body, _: body.update(other=1),
+    **{f"{key} {value!r}": lambda body, _, key=key, value=value: body.update({key: value})
+       for key, value in (("config", 3), ("config", "a: ["), ("progress", []), ("scaler", []),
+                          ("scaler", {"scale": "x"}), ("class_names", "abc"),
+                          ("class_names", [1, 2]))},
+    **{f"progress without {key}": lambda body, _, key=key: body["progress"].pop(key) and None
+       for key in ("epoch", "step", "best_score", "epoch_sums")},
+    "progress with another": lambda body, _: body["progress"].update(other=1),
+    **{f"progress {key} {value!r}":
+       lambda body, _, key=key, value=value: body["progress"].update({key: value})
+       for key, value in (("epoch", "1"), ("epoch", 1.5), ("epoch", True), ("step", -1),
+                          ("best_score", None), ("best_checkpoint", 1), ("better_weights", "best"),
+                          ("better_weights", []),
+                          ("epoch_sums", [1.0]), ("epoch_sums", 3), ("record", []))},
+    "no body": lambda body, _: [1],
+    "tensors of no part": lambda _, tensors: tensors.update(other=np.ones(1, "f4")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG_BODIES)
+def test_wrong_fields_are_damage_and_the_checkpoint_before_it_is_resumed(tmp_path, caplog, wrong):
+    older, path = save_at(tmp_path, 1, 5), save_at(tmp_path, 2, 10)
+    rewrite(path, WRONG_BODIES[wrong])
+    with pytest.raises(InputError, match=f"{path} is damaged: its metadata"):
+        load_checkpoint(path)
+    assert newest_whole_checkpoint(str(tmp_path)).file.path == older
+    assert "trying the one before it" in caplog.text
+
+
+def test_checkpoints_of_version_0_1_are_resumed(tmp_path):
+    path = save_at(tmp_path, 2, 10)
+
+    def as_version_0_1(body, _):
+        del body["class_names"], body["progress"]["better_weights"], body["progress"]["record"]
+        body["progress"]["best_top1_percent"] = body["progress"].pop("best_score")
+
+    wanted = load_checkpoint(path).progress
+    rewrite(path, as_version_0_1)
+    assert load_checkpoint(path).progress == replace(wanted, record={})
+
+
+@pytest.mark.parametrize(
+    "name", ["tiny31_paddlevit.pdparams", "tiny31_official_train_ckpt.pth", ""]
+)
+def test_weights_of_another_program_are_pointed_to_pretrained(name, tmp_path):
+    path = str(FIXTURES / name)
+    if not name:
+        path = save_at(tmp_path, 1, 5)
+        rewrite_record(path, None)
+    with pytest.raises(InputError, match="not a training checkpoint.*-pretrained"):
+        load_checkpoint(path)
+
+
+def test_a_folder_is_no_checkpoint(tmp_path):
+    with pytest.raises(InputError, match="is not a file"):
+        load_checkpoint(str(tmp_path))
+
+
+# ---- which one to go on from
+
+
+def test_newest_is_by_epoch_and_step_not_by_text_or_time(tmp_path):
+    old = save_at(tmp_path, 9, 99999998)
+    new = save_at(tmp_path, 10000, 100000000)  # one digit more than the names have room for
+    os.utime(old)
+    assert checkpoints(str(tmp_path)) == [old, new]
+    assert newest_whole_checkpoint(str(tmp_path)).file.path == new
+
+
+@pytest.mark.parametrize("damaged", [1, 2, 3])
+def test_damaged_checkpoints_are_passed_over_with_a_warning_each(tmp_path, caplog, damaged):
+    paths = [save_at(tmp_path, 1, step) for step in (5, 6, 7)]
+    for number, path in enumerate(paths[-damaged:]):
+        content = Path(path).read_bytes()
+        half = len(content) // 2
+        cut = [content[:half], content[:-1] + bytes([content[-1] ^ 255]), b""][number]
+        Path(path).write_bytes(cut)
+    with caplog.at_level(logging.WARNING):
+        newest = newest_whole_checkpoint(str(tmp_path))
+    assert (newest and newest.file.path) == (paths[2 - damaged] if damaged < 3 else None)
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == damaged
+    for path in paths[-damaged:]:
+        assert any(path in warning for warning in warnings)
+
+
+def test_a_run_without_checkpoints_has_no_newest(tmp_path):
+    assert newest_whole_checkpoint(str(tmp_path)) is None
+    assert newest_whole_checkpoint(str(tmp_path / "no such run")) is None
+    (tmp_path / "checkpoints").mkdir()
+    unfinished = "epoch_0001_step_00000005.safetensors.123.unfinished"
+    (tmp_path / "checkpoints" / unfinished).write_bytes(b"half")
+    assert newest_whole_checkpoint(str(tmp_path)) is None
+
 
 # ---- links
 
@@ -34,7 +411,7 @@ def test_last_and_best_stand_for_checkpoints(tmp_path, monkeypatch, links):
     for path in (first, second):
         point_to(str(tmp_path), "last", path)
         got = load_checkpoint(str(tmp_path / "last"))
-        assert_same(got, replace(load_checkpoint(path), path=got.path))
+        assert_same(got, load_checkpoint(path))
     assert names(tmp_path) == ["checkpoints", "last"]
     assert os.path.islink(tmp_path / "last") == links
 
@@ -146,11 +523,11 @@ def test_a_checkpoint_alone_has_no_run_folder(tmp_path):
 def test_auto_takes_the_weights_that_the_run_found_better(tmp_path, better):
     path = str(tmp_path / "a.safetensors")
     save_checkpoint(path, example(replace(PROGRESS, better_weights=better)))
-    assert chosen_weights(path, "auto") == better
+    assert CheckpointFile(path).ema_or_raw("auto") == better
     for named in ("model", "model_ema"):
-        assert chosen_weights(path, named) == named
+        assert CheckpointFile(path).ema_or_raw(named) == named
     with pytest.raises(InputError, match="weights is 'ema'; allowed: auto, model, model_ema"):
-        chosen_weights(path, "ema")
+        CheckpointFile(path).ema_or_raw("ema")
 
 
 # ---- going on
@@ -160,7 +537,7 @@ def test_later_checkpoints_are_set_aside_and_best_stays_known(tmp_path, caplog):
     paths = [save_at(tmp_path, epoch, 10 * epoch) for epoch in (1, 2, 3)]
     point_to(str(tmp_path), "best", paths[2])
     with caplog.at_level(logging.WARNING):
-        take_up(str(tmp_path), replace(PROGRESS, epoch=1, step=10))
+        prepare_run_folder(str(tmp_path), replace(PROGRESS, epoch=1, step=10))
     assert checkpoints(str(tmp_path)) == paths[:1]
     assert names(tmp_path / "superseded") == [os.path.basename(path) for path in paths[1:]]
     assert caplog.text.count("is later than the checkpoint resumed; moved to") == 2
@@ -170,7 +547,7 @@ def test_later_checkpoints_are_set_aside_and_best_stays_known(tmp_path, caplog):
 def test_best_is_linked_again_after_a_crash_before_its_link(tmp_path):
     old, new = (save_at(tmp_path, epoch, 10 * epoch) for epoch in (1, 2))
     point_to(str(tmp_path), "best", old)
-    take_up(
+    prepare_run_folder(
         str(tmp_path),
         replace(PROGRESS, epoch=2, step=20, best_checkpoint=os.path.basename(new)),
     )

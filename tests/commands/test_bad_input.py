@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny import FIXTURES, ROOT, TINY, command, make_data
 
-from replknet_paddle.checkpoints.writers import write_safetensors
+from replknet_paddle.checkpoints.files import write_safetensors
 from replknet_paddle.model import RepLKNet
 
 NANO = f"-cfg={ROOT}/configs/replknet_nano.yaml"

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from tiny import command
 
-from replknet_paddle.checkpoints.convert import load_state
-from replknet_paddle.checkpoints.readers import read_checkpoint, read_safetensors_metadata
+from replknet_paddle.checkpoints.checkpoint_file import CheckpointFile
+from replknet_paddle.checkpoints.files import read_checkpoint
+from replknet_paddle.checkpoints.load import load_state
 
 main = command("convert")
 
@@ -62,7 +63,7 @@ def test_names_and_framework_of_the_other_project(cfg, tmp_path):
     assert {name: value.shape for name, value in converted.items()} == {
         name: value.shape for name, value in original.items()
     }
-    assert read_safetensors_metadata(destination) == {"format": "pt"}
+    assert CheckpointFile(destination).metadata["format"] == "pt"
 
 
 def test_moving_average_and_other_keys(cfg, tmp_path):

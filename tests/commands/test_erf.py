@@ -12,7 +12,7 @@ from tiny import FIXTURES, command
 
 from replknet_paddle.analysis import receptive_field
 from replknet_paddle.analysis.receptive_field import contribution_scores, load_field
-from replknet_paddle.checkpoints.convert import load_pretrained
+from replknet_paddle.checkpoints.load import load_pretrained
 
 pytest.importorskip("matplotlib", reason="optional: requirements/plots.txt")
 

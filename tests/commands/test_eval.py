@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from processes import finish, finish_ranks, metrics
 
-from replknet_paddle.checkpoints.convert import load_state
-from replknet_paddle.checkpoints.writers import write_safetensors
+from replknet_paddle.checkpoints.files import write_safetensors
+from replknet_paddle.checkpoints.load import load_state
 
 pytest_plugins = ["run_fixtures"]
 

@@ -11,7 +11,7 @@ import paddle
 import pytest
 from tiny import ROOT, TINY, command
 
-from replknet_paddle.checkpoints.writers import write_safetensors
+from replknet_paddle.checkpoints.files import write_safetensors
 from replknet_paddle.config import get_config
 from replknet_paddle.deploy import open_backend
 from replknet_paddle.model import build_replknet

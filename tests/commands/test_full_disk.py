@@ -64,7 +64,7 @@ def test_a_full_disk_is_one_message_with_the_path(write_into, tmp_path):
 
 
 def test_a_read_only_folder_is_found_before_the_work(write_into, tmp_path, monkeypatch):
-    for module in ("checkpoints.convert", "deploy.backends"):
+    for module in ("checkpoints.load", "deploy.backends"):
         monkeypatch.setattr(
             f"replknet_paddle.{module}.load_pretrained", lambda *_, **__: pytest.fail("works")
         )

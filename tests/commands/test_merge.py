@@ -9,7 +9,7 @@ import paddle
 import pytest
 from tiny import FIXTURES, ROOT, command
 
-from replknet_paddle.checkpoints.convert import load_pretrained
+from replknet_paddle.checkpoints.load import load_pretrained
 from replknet_paddle.config import get_config, update_config
 from replknet_paddle.model import build_replknet
 

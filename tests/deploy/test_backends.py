@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from small_networks import CONFIG, FORMS, assert_same, images, logits, small_config, small_network
 
-from replknet_paddle.checkpoints.writers import write_safetensors
+from replknet_paddle.checkpoints.files import write_safetensors
 from replknet_paddle.deploy import backends as module
 from replknet_paddle.deploy import inference_model, installed_backends, open_backend
 from replknet_paddle.deploy.backends import PACKAGES, open_for_evaluation

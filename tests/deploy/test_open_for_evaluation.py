@@ -7,7 +7,7 @@ import pytest
 from tiny import command
 
 from replknet_paddle.bench.inference import set_statistics
-from replknet_paddle.checkpoints.writers import write_safetensors
+from replknet_paddle.checkpoints.files import write_safetensors
 from replknet_paddle.config import get_config
 from replknet_paddle.deploy.backends import PACKAGES
 from replknet_paddle.deploy.export import export_model

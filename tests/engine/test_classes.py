@@ -8,12 +8,12 @@ import yaml
 from processes import finish
 from tiny import TINY, command, flags, make_data
 
-from replknet_paddle.checkpoints.readers import read_checkpoint
-from replknet_paddle.checkpoints.record import read_classes
+from replknet_paddle.checkpoints.checkpoint_file import CheckpointFile
+from replknet_paddle.checkpoints.files import read_checkpoint
 from replknet_paddle.config import get_config
 from replknet_paddle.data.class_names import name_differences
 from replknet_paddle.deploy import Predictor
-from replknet_paddle.engine.classes import report_absent_classes
+from replknet_paddle.engine.start import report_absent_classes
 
 NAMES = ["Mäuse", "猫", "dogs and wolves", "🐟"]
 
@@ -54,7 +54,7 @@ def write_names(folder, names) -> None:
 def test_the_data_give_the_number_and_the_names(trained):
     assert get_config(trained / "config.yaml").MODEL.NUM_CLASSES == 4
     assert (trained / "class_names.txt").read_text("utf-8").splitlines() == NAMES
-    classes = read_classes(trained / "best")
+    classes = CheckpointFile(trained / "best").classes
     assert classes.count == 4 and classes.names == tuple(NAMES)
 
 
@@ -65,8 +65,8 @@ def test_without_names_the_largest_label_counts(open_config, tmp_path):
         output=tmp_path / "log",
     )
     assert "MODEL.NUM_CLASSES is None: 7 classes" in said
-    assert read_classes(tmp_path / "run" / "last").count == 7
-    assert read_classes(tmp_path / "run" / "last").names is None
+    assert CheckpointFile(tmp_path / "run" / "last").classes.count == 7
+    assert CheckpointFile(tmp_path / "run" / "last").classes.names is None
     assert not (tmp_path / "run" / "class_names.txt").exists()
 
 
@@ -161,7 +161,7 @@ def test_fine_tuning_on_as_many_other_classes(
     assert not np.array_equal(before[kind], after[kind])
     stem = "model.stem.0.conv.weight"
     assert np.array_equal(before[stem], after[stem])
-    assert read_classes(tmp_path / "run" / "last").names == ("a", "b", "c", "d")
+    assert CheckpointFile(tmp_path / "run" / "last").classes.names == ("a", "b", "c", "d")
 
 
 def test_classes_without_images_are_reported_before_training(tiny_data, tmp_path, tiny_config_file):

@@ -25,7 +25,7 @@ from processes import (
     whole_steps,
 )
 
-from replknet_paddle.checkpoints.training import (
+from replknet_paddle.checkpoints.run_folder import (
     checkpoints,
     load_checkpoint,
     newest_whole_checkpoint,
@@ -147,7 +147,7 @@ def test_runs_killed_at_random_moments_lose_nothing_saved(run_flags, straight, t
         assert max(steps, default=0) >= saved, f"seed {seed}"
         newest = newest_whole_checkpoint(str(folder))
         if steps:  # every file of a checkpoint's name is a whole one
-            assert load_checkpoint(newest).progress.step == max(steps), f"seed {seed}"
+            assert newest.progress.step == max(steps), f"seed {seed}"
     finish([*flags, f"-output={folder}", "-resume=auto"], output=log)
     assert_same_end(folder, straight)
     assert not [n for n in os.listdir(folder / "checkpoints") if "unfinished" in n]

@@ -6,7 +6,7 @@ import pytest
 from processes import finish, main_status, metrics
 from tiny import command, make_patterns
 
-from replknet_paddle.checkpoints.training import load_checkpoint
+from replknet_paddle.checkpoints.run_folder import load_checkpoint
 
 
 @pytest.mark.slow

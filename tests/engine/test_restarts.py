@@ -21,7 +21,7 @@ from processes import (
     worker,
 )
 
-from replknet_paddle.checkpoints.training import load_checkpoint
+from replknet_paddle.checkpoints.run_folder import load_checkpoint
 from replknet_paddle.runtime.launch import run_with_restarts
 
 

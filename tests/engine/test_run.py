@@ -26,7 +26,7 @@ from processes import (
     whole_steps,
 )
 
-from replknet_paddle.checkpoints.training import (
+from replknet_paddle.checkpoints.run_folder import (
     checkpoints,
     load_checkpoint,
     newest_whole_checkpoint,
@@ -201,8 +201,9 @@ def test_going_on_from_an_older_checkpoint_loses_neither_it_nor_what_follows(run
     step = step_of(folder)
     assert 7 <= step < 12
     assert load_checkpoint(str(folder / "last")).progress.step == step
-    newest = newest_whole_checkpoint(str(folder))
-    assert load_checkpoint(newest).progress.step == step  # not step 12 of the run before
+    assert (
+        newest_whole_checkpoint(str(folder)).progress.step == step
+    )  # not step 12 of the run before
 
 
 def test_resuming_into_the_folder_of_another_run_is_refused(run_flags, straight, tmp_path):
@@ -342,7 +343,7 @@ def all_ranks_states(arguments: list[str]) -> int:
     """A run whose every rank keeps, at its end, what it would save."""
     from processes import main_status
 
-    from replknet_paddle.checkpoints.training import Checkpoint, save_checkpoint
+    from replknet_paddle.checkpoints.run_folder import Checkpoint, save_checkpoint
     from replknet_paddle.engine import run as module
     from replknet_paddle.optim.optimizer import optimizer_state
     from replknet_paddle.runtime import processes

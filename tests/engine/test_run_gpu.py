@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from replknet_paddle.checkpoints.training import load_checkpoint
+from replknet_paddle.checkpoints.run_folder import load_checkpoint
 from replknet_paddle.runtime import processes
 
 GPUS = processes.visible_devices()

@@ -1,8 +1,10 @@
-"""What the ranks of a run start from, on a shared folder that lags and on files that differ."""
+"""What a run starts from: a file that is read once; for several ranks, on a folder that lags."""
 
 import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
@@ -11,6 +13,7 @@ from processes import (
     finish_ranks,
     main_status,
 )
+from tiny import ROOT
 
 LAG_SECONDS = 1.0
 
@@ -161,3 +164,56 @@ def test_a_damaged_newest_checkpoint_is_passed_over_by_all_ranks(
     said = finish_ranks([*flags, f"-output={half_way}", "-resume=auto"], folder=tmp_path)
     assert "trying the one before it" in said[0]
     assert_same_end(half_way, straight_on_two)
+
+
+# Written to a sitecustomize, which Python imports before it runs a program.
+COUNT = """
+import os, sys
+def watch(event, arguments):
+    if event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
+        path = os.path.realpath(os.fsdecode(arguments[0]))
+    elif event == "mmap.__new__" and arguments[0] >= 0:
+        path = os.path.realpath(f"/proc/self/fd/{arguments[0]}")
+    else:
+        return
+    if path.endswith(".safetensors"):
+        os.write(counted, f"{event} {path}\\n".encode())
+counted = os.open(os.environ["COUNTED"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+sys.addaudithook(watch)
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="asks /proc which file is mapped")
+@pytest.mark.parametrize(
+    "what", ["-eval", "-resume=auto", pytest.param("-resume", marks=pytest.mark.slow)]
+)
+def test_a_run_reads_its_checkpoint_once(what, run_flags, straight, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(straight, run, symlinks=True)
+    files = sorted(run.joinpath("checkpoints").iterdir())
+    damaged, path = files[-1], files[-2]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    (run / "last").unlink()
+    (run / "best").unlink()
+    for name in ("last", "best"):
+        (run / name).symlink_to(path)
+    flags = {
+        "-eval": ["-eval", f"-pretrained={run / 'best'}", f"-output={tmp_path / 'eval'}"],
+        "-resume=auto": ["-resume=auto", f"-output={run}"],
+        "-resume": [f"-resume={run}", f"-output={run}"],
+    }[what]
+    (tmp_path / "sitecustomize.py").write_text(COUNT)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]),
+        "COUNTED": str(tmp_path / "counted"),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "main_single_gpu.py", *run_flags, *flags]
+    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    seen = (tmp_path / "counted").read_text().splitlines()
+    assert [seen.count(f"{event} {path}") for event in ("open", "mmap.__new__")] == [1, 1]
+    if what == "-resume=auto":
+        assert seen.count(f"open {damaged}") == 1
+        assert "trying the one before it" in done.stderr + done.stdout

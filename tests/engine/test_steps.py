@@ -4,7 +4,7 @@ import pytest
 from processes import finish
 from tiny import make_data
 
-from replknet_paddle.checkpoints.training import load_checkpoint
+from replknet_paddle.checkpoints.run_folder import load_checkpoint
 
 pytestmark = pytest.mark.paddle_version
 

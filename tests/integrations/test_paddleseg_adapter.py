@@ -12,8 +12,8 @@ from adapters import FOLDER, clone_of, import_with_stubs, is_norm, launch, read_
 from PIL import Image
 from tiny import FIXTURES
 
-from replknet_paddle.checkpoints.convert import load_state
-from replknet_paddle.checkpoints.readers import read_checkpoint
+from replknet_paddle.checkpoints.files import read_checkpoint
+from replknet_paddle.checkpoints.load import load_state
 from replknet_paddle.runtime.errors import InputError
 
 YAML = FOLDER / "paddleseg" / "upernet_replknet_31b_ade20k.yml"

@@ -5,9 +5,8 @@ import paddle
 import pytest
 from tiny import FIXTURES
 
-from replknet_paddle.checkpoints.convert import layout_of, load_pretrained
-from replknet_paddle.checkpoints.readers import read_checkpoint
-from replknet_paddle.checkpoints.writers import write_safetensors
+from replknet_paddle.checkpoints.files import read_checkpoint, write_safetensors
+from replknet_paddle.checkpoints.load import layout_of, load_pretrained
 from replknet_paddle.commands import main
 from replknet_paddle.config import get_config
 from replknet_paddle.runtime.errors import InputError

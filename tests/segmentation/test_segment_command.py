@@ -8,8 +8,8 @@ import paddle
 import pytest
 from PIL import Image
 
-from replknet_paddle.checkpoints.convert import load_pretrained
-from replknet_paddle.checkpoints.writers import write_safetensors
+from replknet_paddle.checkpoints.files import write_safetensors
+from replknet_paddle.checkpoints.load import load_pretrained
 from replknet_paddle.commands import main
 from replknet_paddle.config import get_config
 from replknet_paddle.deploy.backends import BackendLayer, open_backend

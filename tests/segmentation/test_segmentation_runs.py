@@ -19,7 +19,7 @@ from processes import (
     wait_for,
 )
 
-from replknet_paddle.checkpoints.training import load_checkpoint
+from replknet_paddle.checkpoints.run_folder import load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +123,8 @@ def test_two_processes_train_together(tiny_upernet_file, shapes, tmp_path):
 
 def test_classifier_weights_start_the_backbone(tiny_upernet_file, shapes, tmp_path):
     """A classifier's file fills the backbone; evaluation needs a whole segmentation network."""
-    from replknet_paddle.checkpoints.convert import load_state
-    from replknet_paddle.checkpoints.writers import write_safetensors
+    from replknet_paddle.checkpoints.files import write_safetensors
+    from replknet_paddle.checkpoints.load import load_state
     from replknet_paddle.config import get_config
     from replknet_paddle.segmentation.upernet import build_upernet
 

@@ -13,9 +13,12 @@ import pytest
 from processes import Run
 
 from replknet_paddle import zoo
-from replknet_paddle.checkpoints.convert import load_state
-from replknet_paddle.checkpoints.readers import read_safetensors_metadata
-from replknet_paddle.checkpoints.writers import write_pdparams, write_safetensors
+from replknet_paddle.checkpoints.checkpoint_file import CheckpointFile
+from replknet_paddle.checkpoints.files import (
+    write_pdparams,
+    write_safetensors,
+)
+from replknet_paddle.checkpoints.load import load_state
 from replknet_paddle.runtime import files
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import CACHE_VARIABLE
@@ -195,7 +198,7 @@ def test_model_is_downloaded_once_then_works_offline(published, server, tmp_path
 
 
 def test_cached_file_says_where_it_came_from(published, server):
-    metadata = read_safetensors_metadata(fetch(published))
+    metadata = CheckpointFile(fetch(published)).metadata
     assert metadata == {"model": "tiny31", "source": server.url, "source_sha256": SHA256}
 
 
@@ -204,7 +207,7 @@ def test_file_put_into_the_cache_by_hand(published, server, tmp_path):
     zoo.get_model("tiny31", pretrained=True)
     assert server.requests == []
     assert cached(tmp_path) == ["tiny31.pth", "tiny31.safetensors"]
-    metadata = read_safetensors_metadata(fetch(published))
+    metadata = CheckpointFile(fetch(published)).metadata
     assert metadata == {"model": "tiny31", "source": "tiny31.pth", "source_sha256": SHA256}
 
 

@@ -8,16 +8,15 @@ import paddle
 import pytest
 
 from replknet_paddle import zoo
-from replknet_paddle.checkpoints.convert import (
+from replknet_paddle.checkpoints.checkpoint_file import record_metadata
+from replknet_paddle.checkpoints.files import read_checkpoint, write_pdparams, write_safetensors
+from replknet_paddle.checkpoints.load import (
     convert_file,
     load_pretrained,
     load_state,
     parameter_shapes,
 )
-from replknet_paddle.checkpoints.layouts import LAYOUTS, from_native
-from replknet_paddle.checkpoints.readers import read_checkpoint
-from replknet_paddle.checkpoints.record import record_metadata
-from replknet_paddle.checkpoints.writers import write_pdparams, write_safetensors
+from replknet_paddle.checkpoints.names import LAYOUTS, from_native
 from replknet_paddle.config import get_config
 from replknet_paddle.runtime.errors import InputError
 
@@ -66,15 +65,7 @@ def random_state(model) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("file_name", REFERENCE_FILES)
-def test_reference_file_gives_the_reference_logits(file_name, network):
-    model = network(file_name.split("_")[0], **keys_for(file_name))
-    load_pretrained(model, FIXTURES / file_name)
-    tolerance = 2e-2 if "fp16" in file_name else 1e-4
-    assert abs(logits(model, file_name) - reference(file_name)["logits"]).max() <= tolerance
-
-
-@pytest.mark.parametrize("file_name", REFERENCE_FILES)
-def test_reference_file_through_get_model(file_name, config_file):
+def test_reference_file_gives_the_reference_logits(file_name, config_file):
     path = config_file(file_name.split("_")[0], **keys_for(file_name))
     model = zoo.get_model(path, pretrained=FIXTURES / file_name)
     assert not model.training
@@ -206,17 +197,6 @@ def test_written_safetensors_are_what_the_library_reads(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.safetensors"]
 
 
-def test_failed_writing_leaves_the_old_file(tmp_path):
-    path = tmp_path / "x.safetensors"
-    write_safetensors(path, {"a": np.ones(2, "f4")}, {})
-    with pytest.raises(KeyError):
-        write_safetensors(path, {"a": np.ones(2, "complex64")}, {})
-    with pytest.raises(AttributeError):
-        write_pdparams(path, {"a": lambda: None})
-    assert list(read_checkpoint(path)) == ["a"]
-    assert len(list(tmp_path.iterdir())) == 1
-
-
 # Containers and precision
 
 
@@ -296,7 +276,7 @@ def test_training_checkpoints_of_this_project(network, tmp_path):
         write_safetensors(path, tensors, record_metadata(body, tensors))
         assert_same_bits(load_state(path), wanted)
         assert_same_bits(load_state(path, weights="model"), model)
-    for body in ([], {"progress": []}, {"progress": {"better_weights": 1}}):
+    for body in ([], {"progress": []}, {"progress": {"better_weights": []}}):
         write_safetensors(path, tensors, record_metadata(body, tensors))
         with pytest.raises(InputError, match="is damaged: its metadata is not what training"):
             load_state(path)

@@ -1,9 +1,9 @@
 """Loading a checkpoint of any published layout into a network, and converting files.
 
-A file's tensors are renamed (see `layouts`), linear weights are transposed, which Paddle keeps as
+A file's tensors are renamed (see `names`), linear weights are transposed, which Paddle keeps as
 (in, out), and half precision is widened. Every tensor of the file has to have a place or be on a
 list of known extras, every parameter of the network has to get a value, and shapes have to agree;
-if not, one error lists all that is wrong (see `fit`).
+if not, one error lists all that is wrong.
 """
 
 import logging
@@ -15,12 +15,21 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from replknet_paddle.checkpoints.fit import fitting_names
-from replknet_paddle.checkpoints.layouts import BATCH_COUNT, LAYOUTS, from_native, recognize
-from replknet_paddle.checkpoints.readers import read_checkpoint
-from replknet_paddle.checkpoints.record import class_names_metadata, verified_body
-from replknet_paddle.checkpoints.run_folder import WEIGHTS, chosen_weights
-from replknet_paddle.checkpoints.writers import write_pdparams, write_safetensors
+from replknet_paddle.checkpoints.checkpoint_file import (
+    WEIGHTS,
+    CheckpointFile,
+    open_checkpoint,
+    weights_metadata,
+)
+from replknet_paddle.checkpoints.files import write_pdparams, write_safetensors
+from replknet_paddle.checkpoints.names import (
+    BATCH_COUNT,
+    LAYOUTS,
+    fitting_names,
+    from_native,
+    recognize,
+)
+from replknet_paddle.checkpoints.pickles import widened
 from replknet_paddle.model import build_replknet
 from replknet_paddle.runtime.errors import InputError
 
@@ -46,7 +55,7 @@ _WRAPPERS = ("module.", "_orig_mod.")
 
 def load_pretrained(
     model,
-    path: str | os.PathLike,
+    source: str | os.PathLike | CheckpointFile,
     *,
     weights: str = "auto",
     drop_head: bool = False,
@@ -60,47 +69,48 @@ def load_pretrained(
 
     Args:
         model: a `RepLKNet`, or a `UPerNet` around one.
-        path: the file, of any format that `readers` reads.
+        source: the file, of any format that `files` reads, or its path.
         weights: 'model', 'model_ema' for the EMA weights of a training checkpoint, or 'auto'; see
-            `run_folder.chosen_weights`.
+            `CheckpointFile.ema_or_raw`.
         drop_head: leave the head fresh where the file's is missing or of another size.
         other_classes: with `drop_head`, leave it fresh in any case: the classes are others.
 
     Raises:
-        FileNotFoundError: there is nothing at `path`.
+        FileNotFoundError: there is no such file.
         InputError: it cannot be read, or does not fit; nothing has been loaded then.
     """
-    weights = chosen_weights(path, weights)
-    state = _read_native(path, weights)
-    kept = fitting_names(
+    file = open_checkpoint(source)
+    state = _native_tensors(file, weights)
+    target = model.state_dict()
+    names = fitting_names(
         _shapes(state),
-        _shapes(model.state_dict()),
-        path,
+        _shapes(target),
+        file.path,
         drop_head=drop_head,
         other_classes=other_classes,
     )
-    target = model.state_dict()
-    for name in kept:
+    for name in names:
         target[name].set_value(_as_float32(state[name]))
-    logger.info("loaded %d tensors from the %s of %s", len(kept), WEIGHTS[weights], path)
+    taken = WEIGHTS[file.ema_or_raw(weights)]
+    logger.info("loaded %d tensors from the %s of %s", len(names), taken, file.path)
 
 
-def load_state(path: str | os.PathLike, *, weights: str = "auto") -> dict[str, np.ndarray]:
-    """The parameters and statistics in a checkpoint file, under native names, as float32.
+def load_state(
+    source: str | os.PathLike | CheckpointFile, *, weights: str = "auto"
+) -> dict[str, np.ndarray]:
+    """Return the parameters and statistics in a checkpoint file, by native name, as float32.
 
-    Those that are float32 in the file are read-only views of it.
+    Those that are float32 in the file are views of it, not to be written to.
 
     Args:
-        path: the file, of any format that `readers` reads.
-        weights: 'model', 'model_ema' for the EMA weights of a training checkpoint, or 'auto'; see
-            `run_folder.chosen_weights`.
+        source, weights: as of `load_pretrained`.
 
     Raises:
-        FileNotFoundError: there is nothing at `path`.
+        FileNotFoundError: there is no such file.
         InputError: it cannot be read or is no RepLKNet; the message names the file.
     """
-    state = _read_native(path, weights)
-    return dict(_Float32(state))
+    state = _native_tensors(open_checkpoint(source), weights)
+    return {name: _as_float32(value) for name, value in state.items()}
 
 
 def convert_file(
@@ -115,7 +125,7 @@ def convert_file(
     """Write the weights of one file to another, in another format or layout.
 
     Args:
-        source: a file of any format that `readers` reads, in any layout.
+        source: a file of any format that `files` reads, in any layout.
         destination: ends in .safetensors, or in .pdparams, which is for native names alone.
         config: of the network, which the file has to fit.
         weights: 'model', 'model_ema' or 'auto', as in `load_pretrained`.
@@ -133,37 +143,35 @@ def convert_file(
     suffix = Path(destination).suffix
     if suffix not in (".safetensors", ".pdparams"):
         raise InputError(f"{destination}: ends in {suffix!r}; allowed: .safetensors, .pdparams")
-    if suffix == ".pdparams" and LAYOUTS[layout].is_torch:
+    is_torch = LAYOUTS[layout].is_torch
+    if suffix == ".pdparams" and is_torch:
         raise InputError(
             f"{destination}: .pdparams files have native names; write {layout} names "
             "to a .safetensors file"
         )
-    state = _read_native(source, weights)
+    file = CheckpointFile(source)
+    state = _native_tensors(file, weights)
     names = fitting_names(_shapes(state), parameter_shapes(config, build), source)
-    state = _Float32(from_native({name: state[name] for name in names}, layout))
+    state = from_native({name: _as_float32(state[name]) for name in names}, layout)
     if suffix == ".pdparams":
         write_pdparams(destination, state)
     else:
-        framework = "pt" if LAYOUTS[layout].is_torch else "pd"
-        metadata = {"format": framework, **class_names_metadata(source)}
-        write_safetensors(destination, state, metadata)
+        metadata = weights_metadata(config, file.classes.names)
+        write_safetensors(destination, state, {"format": "pt" if is_torch else "pd", **metadata})
     return len(state)
 
 
 def parameter_shapes(config, build: Callable = build_replknet) -> dict[str, tuple[int, ...]]:
-    """Native name and shape of each parameter and statistic of the network that `config` builds."""
+    """Return native name and shape of each parameter and statistic of `config`'s network."""
     with paddle.LazyGuard():  # without memory for the values
         model = build(config)
     return _shapes(model.state_dict())
 
 
-def layout_of(path: str | os.PathLike, *, weights: str = "model") -> str:
-    """The key of `LAYOUTS` that the names in a checkpoint file have.
-
-    Raises:
-        FileNotFoundError, InputError: as for `load_state`.
-    """
-    layout = recognize(_named_tensors(path, weights), path)
+def layout_of(source: str | os.PathLike | CheckpointFile, *, weights: str = "model") -> str:
+    """Return the key of `LAYOUTS` that the names in a checkpoint file have."""
+    file = open_checkpoint(source)
+    layout = recognize(_named_tensors(file, weights), file.path)
     return next(key for key, value in LAYOUTS.items() if value is layout)
 
 
@@ -171,14 +179,16 @@ def _shapes(state: Mapping) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in state.items()}
 
 
-def _named_tensors(path: str | os.PathLike, weights: str) -> dict[str, np.ndarray]:
+def _named_tensors(file: CheckpointFile, weights: str) -> dict[str, np.ndarray]:
     """The file's tensors under its own names, without what has no counterpart."""
-    content = read_checkpoint(path)
-    if isinstance(content, dict) and _SWAPPED in content:
+    content = file.content if file.parts is None else file.parts
+    if not isinstance(content, dict):
+        raise InputError(f"{file.path}: holds a {type(content).__name__}, not tensors by name")
+    if _SWAPPED in content:
         content = _unswapped(content, weights)
-    state = _choose(content, path, chosen_weights(path, weights))
+    state = _chosen(content, file.path, file.ema_or_raw(weights))
     if not all(isinstance(name, str) for name in state):
-        raise InputError(f"{path}: holds values under numbers, not tensors by name")
+        raise InputError(f"{file.path}: holds values under numbers, not tensors by name")
     state = {name: value for name, value in state.items() if name.split(".")[-1] not in _SKIPPED}
     while state and (prefix := _wrapper_of(state)):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
@@ -203,36 +213,8 @@ def _unswapped(content: dict, weights: str) -> dict[str, object]:
     return {"model": trained, "model_ema": averaged}
 
 
-def _read_native(path: str | os.PathLike, weights: str) -> dict[str, np.ndarray]:
-    """The file's tensors under native names, in their own precision."""
-    state = _named_tensors(path, weights)
-    layout = recognize(state, path)
-    native = {}
-    for name, value in state.items():
-        new_name = layout.to_native(name)
-        if new_name in native:
-            raise InputError(f"{path}: {name} and another tensor are both {new_name}")
-        if not isinstance(value, np.ndarray):
-            raise InputError(f"{path}: {name} is a {type(value).__name__}, not a tensor")
-        if value.dtype.kind != "f" and value.dtype != np.uint16:
-            raise InputError(f"{path}: {name} holds {value.dtype}, not floating point numbers")
-        is_linear = layout.is_torch and value.ndim == 2
-        native[new_name] = value.T if is_linear else value
-    is_backbone = "stages.0.norm.weight" in native and "head.weight" not in native
-    if layout is LAYOUTS["mmpretrain"] and is_backbone:
-        # What would be a classifier's final norm is the last stage's own.
-        native = {
-            re.sub(r"^norm\.", "stages.3.norm.", name): value for name, value in native.items()
-        }
-    return native
-
-
-def _choose(content: object, path: str | os.PathLike, weights: str) -> dict:
+def _chosen(content: dict, path: str, weights: str) -> dict:
     """The state dict meant by `weights` out of what a file holds."""
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}, not tensors by name")
-    if verified_body(path, content) is not None:
-        content = _nested(content)
     for key in _CONTAINERS[weights]:
         if isinstance(content.get(key), dict):
             return content[key]
@@ -246,36 +228,32 @@ def _choose(content: object, path: str | os.PathLike, weights: str) -> dict:
     return content
 
 
-def _nested(content: dict[str, np.ndarray]) -> dict[str, dict]:
-    """A training checkpoint of this project, whose names begin with the part they belong to."""
-    parts: dict[str, dict] = {}
-    for name, value in content.items():
-        part, _, rest = name.partition(".")
-        parts.setdefault(part, {})[rest] = value
-    return parts
-
-
-class _Float32(Mapping):
-    """Tensors that are converted when they are asked for, so that few are in memory at a time."""
-
-    def __init__(self, state: Mapping[str, np.ndarray]):
-        self.state = state
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return _as_float32(self.state[name])
-
-    def __iter__(self):
-        return iter(self.state)
-
-    def __len__(self) -> int:
-        return len(self.state)
+def _native_tensors(file: CheckpointFile, weights: str) -> dict[str, np.ndarray]:
+    """The file's tensors under native names, in their own precision."""
+    state = _named_tensors(file, weights)
+    layout = recognize(state, file.path)
+    native = {}
+    for name, value in state.items():
+        new_name = layout.to_native(name)
+        if new_name in native:
+            raise InputError(f"{file.path}: {name} and another tensor are both {new_name}")
+        if not isinstance(value, np.ndarray):
+            raise InputError(f"{file.path}: {name} is a {type(value).__name__}, not a tensor")
+        if value.dtype.kind != "f" and value.dtype != np.uint16:
+            raise InputError(f"{file.path}: {name} holds {value.dtype}, not floating point numbers")
+        is_linear = layout.is_torch and value.ndim == 2
+        native[new_name] = value.T if is_linear else value
+    is_backbone = "stages.0.norm.weight" in native and "head.weight" not in native
+    if layout is LAYOUTS["mmpretrain"] and is_backbone:
+        # What would be a classifier's final norm is the last stage's own.
+        native = {
+            re.sub(r"^norm\.", "stages.3.norm.", name): value for name, value in native.items()
+        }
+    return native
 
 
 def _as_float32(value: np.ndarray) -> np.ndarray:
-    """`value` as an aligned, contiguous float32 array; itself if it is one, or is a count."""
-    if value.dtype.kind == "i":
-        return value
-    if value.dtype == np.uint16:
-        # Paddle stores bfloat16, which numpy lacks, as its bits: the upper half of a float32.
-        value = (value.astype(np.uint32) << 16).view(np.float32)
+    """`value` as an aligned, contiguous float32 array; itself if it is one."""
+    if value.dtype == np.uint16:  # Paddle's own files hold bfloat16 as its bits
+        value = widened(value)
     return np.require(value, np.float32, ["C", "A"])

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from replknet_paddle.checkpoints import convert
-from replknet_paddle.checkpoints.convert import load_pretrained, load_state, parameter_shapes
-from replknet_paddle.checkpoints.layouts import LAYOUTS, from_native
+from replknet_paddle.checkpoints import checkpoint_file
+from replknet_paddle.checkpoints.load import load_pretrained, load_state, parameter_shapes
+from replknet_paddle.checkpoints.names import LAYOUTS, from_native
 from replknet_paddle.config import get_config
 from replknet_paddle.runtime.errors import InputError
 
@@ -50,7 +50,7 @@ def misfit(monkeypatch):
 
     def load(state: dict, network_shapes: Mapping, **options) -> str:
         path = FIXTURES / "tiny31_official.pth"
-        monkeypatch.setattr(convert, "read_checkpoint", lambda path: state)
+        monkeypatch.setattr(checkpoint_file, "read_file", lambda path: (state, None))
         with pytest.raises(InputError) as caught:
             load_pretrained(Network(zeros(network_shapes)), path, **options)
         assert str(caught.value).startswith(f"{path}: ")
