@@ -131,20 +131,30 @@ class ReparamLargeKernelConv(nn.Layer):
             bias = bias + small_bias
             del self.small_kernel_conv
         merged = self.large_kernel_origin.conv  # stays the kind of layer that it has become
-        dtype = merged.weight.dtype
-        merged.bias = merged.create_parameter([weight.shape[0]], is_bias=True, dtype=dtype)
-        merged.weight.set_value(weight.astype(dtype))
-        merged.bias.set_value(bias.astype(dtype))
+        set_weight_and_bias(merged, weight, bias)
         del self.large_kernel_origin
         self.large_kernel_reparam = merged
 
 
 def fuse_conv_norm(layer: ConvNorm) -> tuple[paddle.Tensor, paddle.Tensor]:
     """Weight and bias, in float64, of the convolution that equals `layer` in evaluation mode."""
-    norm = layer.norm
+    scale, shift = scale_and_shift(layer.norm)
+    return layer.conv.weight.astype("float64") * scale.reshape([-1, 1, 1, 1]), shift
+
+
+def scale_and_shift(norm: nn.Layer, dtype="float64") -> tuple[paddle.Tensor, paddle.Tensor]:
+    """What a batch norm multiplies by and then adds in evaluation mode, (channels,) each."""
     mean, variance, gamma, beta = (
-        t.astype("float64") for t in (norm._mean, norm._variance, norm.weight, norm.bias)
+        tensor.astype(dtype) for tensor in (norm._mean, norm._variance, norm.weight, norm.bias)
     )
     scale = gamma / paddle.sqrt(variance + norm._epsilon)
-    weight = layer.conv.weight.astype("float64") * scale.reshape([-1, 1, 1, 1])
-    return weight, beta - mean * scale
+    return scale, beta - mean * scale
+
+
+def set_weight_and_bias(conv: nn.Conv2D, weight: paddle.Tensor, bias: paddle.Tensor) -> None:
+    """Give a convolution this weight and bias, in its own precision."""
+    dtype = conv.weight.dtype
+    if conv.bias is None:
+        conv.bias = conv.create_parameter([weight.shape[0]], is_bias=True, dtype=dtype)
+    conv.weight.set_value(weight.astype(dtype))
+    conv.bias.set_value(bias.astype(dtype))

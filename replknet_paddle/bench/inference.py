@@ -16,15 +16,21 @@ import paddle
 from replknet_paddle.bench.inference_chart import chart_suffixes, draw_chart
 from replknet_paddle.bench.timing import check_counts, describe_machine, summarize, time_in_turn
 from replknet_paddle.deploy.backends import (
-    PACKAGES,
+    BACKENDS,
+    Backend,
+    DygraphBackend,
     installed_backends,
     load_network,
     open_backend,
 )
-from replknet_paddle.deploy.export import export_model, write_paddle_model
+from replknet_paddle.deploy.export import (
+    PRECISIONS,
+    ModelInfo,
+    export_model,
+    write_paddle_model,
+    write_record,
+)
 from replknet_paddle.deploy.fold import largest_deviation, random_images
-from replknet_paddle.deploy.runtimes import Backend, DygraphBackend
-from replknet_paddle.deploy.sidecar import PRECISIONS, Sidecar
 from replknet_paddle.model import RepLKNet, build_replknet
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import check_file_target, written_whole
@@ -98,7 +104,7 @@ class Plan:
             threads=1 if self.threads is None else self.threads,
         )
         for flag, given, allowed in (
-            ("--backends", self.backends or (), PACKAGES),
+            ("--backends", self.backends or (), BACKENDS),
             ("--precisions", self.precisions, PRECISIONS),
         ):
             unknown = sorted(set(given) - set(allowed))
@@ -202,7 +208,7 @@ def time_backends(
         report: gets what is left out, and why.
         keep: gets all rows so far, after each batch size.
     """
-    eager = DygraphBackend(model, Sidecar.build(config, format="paddle"))
+    eager = DygraphBackend(model, ModelInfo(config))
     rows = []
     with tempfile.TemporaryDirectory(prefix="replknet-") as folder, contextlib.ExitStack() as open_:
         opened = open_candidates(model, config, plan, Path(folder), report)
@@ -230,9 +236,9 @@ def open_candidates(
                 model, backend, config=config, threads=plan.threads, precision=precision
             )
         if not int8.exists():
-            sidecar = Sidecar.build(config, format="onnx", precision="int8")
+            info = ModelInfo(config, format="onnx", precision="int8")
             calibration = [random_images(4, config.DATA.IMAGE_SIZE)]
-            export_model(model, int8, sidecar, calibration=calibration)
+            export_model(model, int8, info, calibration=calibration)
         return open_backend(int8, backend, threads=plan.threads)
 
     candidates = plan.candidates()
@@ -310,7 +316,7 @@ def open_trained(model: RepLKNet, config, folder: Path, threads: int | None) -> 
     """Paddle Inference on the network as it is: neither merged nor folded."""
     folder.mkdir()
     write_paddle_model(model, folder)
-    Sidecar.build(config, format="paddle").write(folder)
+    write_record(ModelInfo(config), folder)
     return open_backend(folder, "paddle", threads=threads)
 
 

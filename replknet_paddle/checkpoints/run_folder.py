@@ -7,6 +7,8 @@ from replknet_paddle.checkpoints.record import read_body
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.places import find_path, tried_checkpoint
 
+EXPORT_FILE = "export.json"  # in a folder with a config.yaml and a model for inference
+
 # Which weights of a checkpoint to take, and what messages call them.
 WEIGHTS = {"model": "weights", "model_ema": "EMA weights"}
 
@@ -44,13 +46,14 @@ def run_config_file(path: str) -> str:
 
 
 def weights_of(path: str | os.PathLike) -> str:
-    """`path`, or for a run folder its `best`, or `last` where that is missing.
+    """`path`, of an export too, or for a run folder its `best`, or `last` where that is missing.
 
     Raises:
         InputError: a run folder without either.
     """
     path = find_path(path)
-    if not os.path.isfile(os.path.join(path, "config.yaml")):
+    is_export = os.path.isfile(os.path.join(path, EXPORT_FILE))
+    if is_export or not os.path.isfile(os.path.join(path, "config.yaml")):
         return path
     for name in ("best", "last"):
         if os.path.isfile(os.path.join(path, name)):

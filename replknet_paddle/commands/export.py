@@ -4,9 +4,13 @@ The folder is enough to predict with, and docs/deployment.md says what runs it. 
 on images of the training list, and its accuracy is compared on images of the validation list.
 """
 
+import os
+
 from replknet_paddle.commands.console import log_to_stderr
 from replknet_paddle.commands.flags import add_config_flags, add_flag, config_from
 from replknet_paddle.commands.train import task_of
+from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.files import file_sha256
 
 EXAMPLES = """\
 examples: replknet export -pretrained output/RUN/best -format onnx exported
@@ -58,16 +62,74 @@ def run(args) -> int:
         args.opts = [*(args.opts or ()), "DATA.CLASS_NAMES", args.class_names]
     config = config_from(args, args.pretrained)
 
-    from replknet_paddle.deploy.export_checkpoint import Int8Images, export_checkpoint
-
-    export_checkpoint(
-        config,
-        build=task_of(config).network,
-        source=args.pretrained,
-        target=args.target,
-        format=args.format,
-        precision=args.precision,
-        conv_impl=args.conv_impl,
-        int8_images=Int8Images(args.calibration, args.calibration_images, args.validation_images),
+    from replknet_paddle.checkpoints.run_folder import weights_of
+    from replknet_paddle.deploy.backends import load_network
+    from replknet_paddle.deploy.export import (
+        ModelInfo,
+        check_combination,
+        check_int8_is_for_classifiers,
+        check_target,
+        export_model,
     )
+    from replknet_paddle.deploy.quantize import calibration_set, spread_batches, validation_set
+
+    source = weights_of(args.pretrained)
+    check_combination(args.format, args.precision, args.conv_impl)
+    target = check_target(args.target)
+    for name in ("calibration_images", "validation_images"):
+        if getattr(args, name) < 1:
+            raise InputError(f"-{name} {getattr(args, name)}; allowed: an integer >= 1")
+    check_int8_is_for_classifiers(args.precision, config.MODEL.TYPE == "RepLKNet")
+    calibration, validation = (), None
+    if args.precision == "int8":
+        calibration = spread_batches(
+            calibration_set(config, args.calibration),
+            args.calibration_images,
+            max_bad_images=config.DATA.MAX_BAD_IMAGES,
+        )
+        validation = validation_set(config)
+    model, _ = load_network(source, config, task_of(config).network)
+    info = ModelInfo(
+        config,
+        args.format,
+        args.precision,
+        fixed_size=args.conv_impl == "matmul",
+        class_names=None if model.class_names is None else tuple(model.class_names),
+        source_sha256=file_sha256(source),
+    )
+    export_model(model, target, info, calibration=(images for images, _ in calibration))
+    size = sum(path.stat().st_size for path in target.iterdir())
+    print(
+        f"exported {source} ({os.path.getsize(source) / 1e6:.1f} MB) to {target} "
+        f"({args.format}, {args.precision}, {size / 1e6:.1f} MB)"
+    )
+    compare_with_checkpoint(model, info, target, validation, args.validation_images)
     return 0
+
+
+def compare_with_checkpoint(model, info, target, validation, count: int) -> None:
+    """Print how far an export's outputs are from those of the network in Paddle's eager mode.
+
+    Args:
+        validation: a dataset to compare accuracies on, at most `count` images of it; or None.
+    """
+    from replknet_paddle.deploy.backends import DygraphBackend, candidates, open_backend
+    from replknet_paddle.deploy.fold import largest_deviation, random_images
+    from replknet_paddle.deploy.quantize import compare, spread_batches
+
+    try:
+        backend = open_backend(target, candidates([info.format], info.precision)[0])
+    except InputError as error:
+        print(f"not compared with the checkpoint, since it does not run here: {error}")
+        return
+    images = random_images(2, info.config.DATA.IMAGE_SIZE)
+    deviation = largest_deviation(backend.run(images), DygraphBackend(model, info).run(images))
+    print(
+        f"logits on 2 random images are within {deviation:.2g} of the largest one of the "
+        f"checkpoint's (backend {backend.name} against Paddle's eager mode)"
+    )
+    if validation is not None:
+        before = open_backend(model, "paddle", config=info.config)
+        limit = info.config.DATA.MAX_BAD_IMAGES
+        result = compare(before, backend, spread_batches(validation, count, max_bad_images=limit))
+        print(f"INT8 on images of {validation.list_file}: {result}")

@@ -144,7 +144,8 @@ def train_or_evaluate(args) -> tuple[int, str]:
 
     try:
         # Paddle is imported once the configuration is known to be right.
-        from replknet_paddle.deploy.backends import is_export, open_for_evaluation
+        from replknet_paddle.deploy.backends import open_for_evaluation
+        from replknet_paddle.deploy.export import is_export
         from replknet_paddle.engine.run import run as run_config
         from replknet_paddle.engine.run_lock import LAUNCHER
         from replknet_paddle.engine.run_log import append_to_log, lock_run_folder

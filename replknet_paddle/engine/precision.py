@@ -63,7 +63,7 @@ class Precision:
 
     def __init__(self, *, enabled: bool = False, level: str = "O1", dtype: str = "float16"):
         self.enabled = enabled and processes.on_gpu()
-        if self.enabled and dtype == "bfloat16" and not processes.gpu_computes_in_bfloat16():
+        if self.enabled and dtype == "bfloat16" and not processes.supports_bfloat16("gpu"):
             raise InputError(
                 "AMP_DTYPE is bfloat16, which this GPU does not compute in (compute capability "
                 "below 8.0); allowed here: float16"

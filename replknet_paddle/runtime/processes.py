@@ -15,7 +15,11 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 
-from replknet_paddle.runtime.cores import processes_on_this_machine
+from replknet_paddle.runtime.cores import (
+    onednn_may_use_bfloat16,
+    processes_on_this_machine,
+    processor_has,
+)
 from replknet_paddle.runtime.nodes import interface_of, name_attempt
 
 # Gradients travel in pieces of about this many bytes: large enough to be efficient, small enough
@@ -83,9 +87,16 @@ def on_gpu() -> bool:
     return paddle.device.get_device().startswith("gpu")
 
 
-def gpu_computes_in_bfloat16() -> bool:
-    """Whether this process's GPU does: compute capability 8.0 (Ampere) or higher."""
-    return paddle.device.cuda.get_device_capability() >= (8, 0)
+def supports_bfloat16(device: str) -> bool:
+    """Return whether a device computes in bfloat16: Paddle only warns of a GPU that does not, and
+    oneDNN emulates it several times slower than float32, or fails.
+
+    Args:
+        device: "gpu" for this process's GPU, or "cpu".
+    """
+    if device == "gpu":
+        return paddle.device.cuda.get_device_capability() >= (8, 0)  # Ampere
+    return processor_has("avx512_bf16") and onednn_may_use_bfloat16()
 
 
 def visible_devices() -> int:

@@ -1,20 +1,20 @@
 """Exporting on the command line: a folder that is enough, figures in the report, bad input."""
 
-import json
 import os
 import re
 import subprocess
 import sys
 
 import numpy as np
-import paddle
 import pytest
 from tiny import ROOT, TINY, command
 
 from replknet_paddle.checkpoints.writers import write_safetensors
 from replknet_paddle.config import get_config
 from replknet_paddle.deploy import open_backend
+from replknet_paddle.deploy.export import read_export
 from replknet_paddle.model import build_replknet
+from replknet_paddle.runtime.files import file_sha256
 
 main = command("export")
 
@@ -55,11 +55,10 @@ def test_a_checkpoint_in_its_run_folder_becomes_a_folder_that_predicts(
         images = np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype("float32")
         outputs, expected = open_backend(target).run(images), eager_logits(run_folder, images)
         assert np.abs(outputs - expected).max() <= 1e-4 * np.abs(expected).max()
-    sidecar = json.loads((target / "replknet.json").read_text())
-    assert sidecar["architecture"] == "tiny" and sidecar["num_classes"] == 4
-    assert sidecar["class_names"] == ["zero", "one", "two", "three"]
-    assert sidecar["preprocessing"]["image_size"] == 32
-    assert sidecar["paddle_version"] == paddle.__version__
+    info = read_export(target)
+    assert info.config == get_config(run_folder / "config.yaml")
+    assert info.class_names == ("zero", "one", "two", "three")
+    assert info.source_sha256 == file_sha256(run_folder / "best")
 
 
 def test_int8_is_calibrated_on_a_list_and_its_accuracy_reported(
@@ -74,7 +73,7 @@ def test_int8_is_calibrated_on_a_list_and_its_accuracy_reported(
     out = capsys.readouterr().out
     assert re.search(r"top-1 [0-9.]+ % \(\d+/30\) before, [0-9.]+ % \(\d+/30\) after", out), out
     assert "of 30 get the same label" in out
-    assert json.loads((target / "replknet.json").read_text())["precision"] == "int8"
+    assert read_export(target).precision == "int8"
 
 
 def bad_inputs(folder, run):

@@ -197,7 +197,7 @@ def test_the_source_is_not_overwritten(tmp_path, config_file, capsys, name):
 
 def test_bad_targets_are_reported_before_anything_is_computed(tmp_path, config_file, monkeypatch):
     monkeypatch.setattr(
-        "replknet_paddle.deploy.merge.load_network", lambda *_: pytest.fail("computes")
+        "replknet_paddle.deploy.backends.load_network", lambda *_: pytest.fail("computes")
     )
     for target in ("out.pdparams", "nowhere/out.safetensors", "."):
         flags = ["-cfg", str(config_file), "-pretrained", str(SOURCE)]

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.paddle_version
 def gpu(monkeypatch):
     """The device is faked; Paddle's own `decorate` casts nothing on CPU, its inner part does."""
     monkeypatch.setattr(paddle.device, "get_device", lambda: "gpu:0")
-    monkeypatch.setattr(precision_module.processes, "gpu_computes_in_bfloat16", lambda: True)
+    monkeypatch.setattr(precision_module.processes, "supports_bfloat16", lambda device: True)
     inner = sys.modules["paddle.amp.auto_cast"].amp_initialize
 
     def decorate(models, level, dtype, excluded_layers, **options):
