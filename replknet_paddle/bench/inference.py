@@ -18,10 +18,10 @@ from replknet_paddle.bench.timing import check_counts, describe_machine, summari
 from replknet_paddle.deploy.backends import (
     BACKENDS,
     Backend,
-    DygraphBackend,
     installed_backends,
     load_network,
     open_backend,
+    open_eager,
 )
 from replknet_paddle.deploy.export import (
     PRECISIONS,
@@ -208,7 +208,7 @@ def time_backends(
         report: gets what is left out, and why.
         keep: gets all rows so far, after each batch size.
     """
-    eager = DygraphBackend(model, ModelInfo(config))
+    eager = open_eager(model, ModelInfo(config))
     rows = []
     with tempfile.TemporaryDirectory(prefix="replknet-") as folder, contextlib.ExitStack() as open_:
         opened = open_candidates(model, config, plan, Path(folder), report)

@@ -113,7 +113,7 @@ def compare_with_checkpoint(model, info, target, validation, count: int) -> None
     Args:
         validation: a dataset to compare accuracies on, at most `count` images of it; or None.
     """
-    from replknet_paddle.deploy.backends import DygraphBackend, candidates, open_backend
+    from replknet_paddle.deploy.backends import candidates, open_backend, open_eager
     from replknet_paddle.deploy.fold import largest_deviation, random_images
     from replknet_paddle.deploy.quantize import compare, spread_batches
 
@@ -123,7 +123,7 @@ def compare_with_checkpoint(model, info, target, validation, count: int) -> None
         print(f"not compared with the checkpoint, since it does not run here: {error}")
         return
     images = random_images(2, info.config.DATA.IMAGE_SIZE)
-    deviation = largest_deviation(backend.run(images), DygraphBackend(model, info).run(images))
+    deviation = largest_deviation(backend.run(images), open_eager(model, info).run(images))
     print(
         f"logits on 2 random images are within {deviation:.2g} of the largest one of the "
         f"checkpoint's (backend {backend.name} against Paddle's eager mode)"

@@ -59,19 +59,26 @@ class Backend:
         info: what the network is.
     """
 
-    name: str
-
-    def __init__(self, info: ModelInfo):
+    def __init__(
+        self,
+        name: str,
+        info: ModelInfo,
+        compute: Callable[[np.ndarray], np.ndarray],
+        close: Callable[[], object] = lambda: None,
+    ):
+        self.name = name
         self.info = info
+        self._compute = compute
+        self._close = close
 
     def run(self, images: np.ndarray) -> np.ndarray:
         """Images float32 (N, 3, H, W) -> logits float32 (N, num_classes), of a segmentation
         network (N, num_classes, H, W).
 
         Raises:
-            InputError: another shape or type, or logits that the export's files do not promise.
+            InputError: images of another shape or type, or a model that has other classes.
         """
-        logits = self.logits(check_images(images, self.info))
+        logits = self._compute(check_images(images, self.info))
         count = self.info.config.MODEL.NUM_CLASSES
         if logits.shape[:2] != (len(images), count):
             raise InputError(
@@ -80,12 +87,10 @@ class Backend:
             )
         return logits
 
-    def logits(self, images: np.ndarray) -> np.ndarray:
-        """Run the network on images that have been checked."""
-        raise NotImplementedError
-
     def close(self) -> None:
         """Give the memory back; `run` must not be called any more."""
+        self._close()
+        self._compute = None
 
 
 def check_images(images: np.ndarray, info: ModelInfo) -> np.ndarray:
@@ -117,60 +122,49 @@ def evaluation_mode(network: nn.Layer) -> Iterator[None]:
             layer.training = True
 
 
-class DygraphBackend(Backend):
-    """Paddle's eager mode on the network as it is.
+def open_eager(model: nn.Layer, info: ModelInfo, *, is_owner: bool = False) -> Backend:
+    """Open Paddle's eager mode on the network as it is.
 
     Args:
         is_owner: nobody else changes the weights, so that layers may keep what they make of them.
     """
+    frozen = contextlib.ExitStack()
+    if is_owner:
+        frozen.enter_context(frozen_weights(model))
 
-    name = "dygraph"
+    def compute(images: np.ndarray) -> np.ndarray:
+        with paddle.no_grad(), evaluation_mode(model):
+            return model(paddle.to_tensor(images)).numpy()
 
-    def __init__(self, model: nn.Layer, info: ModelInfo, *, is_owner: bool = False):
-        super().__init__(info)
-        self.model = model
-        self.frozen = contextlib.ExitStack()
-        if is_owner:
-            self.frozen.enter_context(frozen_weights(model))
-
-    def logits(self, images: np.ndarray) -> np.ndarray:
-        with paddle.no_grad(), evaluation_mode(self.model):
-            return self.model(paddle.to_tensor(images)).numpy()
-
-    def close(self) -> None:
-        self.frozen.close()
-        self.model = None
+    return Backend("dygraph", info, compute, frozen.close)
 
 
-class PaddleBackend(Backend):
-    """Paddle Inference: oneDNN on CPU, cuDNN on GPU."""
+# Each opens the model file at a path, and returns what computes float32 logits of float32 images.
 
-    name = "paddle"
 
-    def __init__(self, path: Path, info: ModelInfo, threads: int, precision: str):
-        super().__init__(info)
-        config = inference.Config(str(path), str(path.with_suffix(".pdiparams")))
-        config.disable_glog_info()
-        config.switch_ir_optim(True)
-        if processes.on_gpu():
-            compute_on_gpu(config, precision)
-        else:
-            config.disable_gpu()
-            config.enable_mkldnn()
-            config.set_cpu_math_library_num_threads(threads)
-            if precision == "bf16":
-                config.enable_mkldnn_bfloat16()
-        self.predictor = inference.create_predictor(config)
-        self.input = self.predictor.get_input_handle(self.predictor.get_input_names()[0])
-        self.output = self.predictor.get_output_handle(self.predictor.get_output_names()[0])
+def open_paddle(path: Path, threads: int, precision: str) -> Callable:
+    """Open Paddle Inference: oneDNN on CPU, cuDNN on GPU."""
+    config = inference.Config(str(path), str(path.with_suffix(".pdiparams")))
+    config.disable_glog_info()
+    config.switch_ir_optim(True)
+    if processes.on_gpu():
+        compute_on_gpu(config, precision)
+    else:
+        config.disable_gpu()
+        config.enable_mkldnn()
+        config.set_cpu_math_library_num_threads(threads)
+        if precision == "bf16":
+            config.enable_mkldnn_bfloat16()
+    predictor = inference.create_predictor(config)
+    given = predictor.get_input_handle(predictor.get_input_names()[0])
+    result = predictor.get_output_handle(predictor.get_output_names()[0])
 
-    def logits(self, images: np.ndarray) -> np.ndarray:
-        self.input.copy_from_cpu(images)
-        self.predictor.run()
-        return self.output.copy_to_cpu().astype(np.float32, copy=False)
+    def compute(images: np.ndarray) -> np.ndarray:
+        given.copy_from_cpu(images)
+        predictor.run()
+        return result.copy_to_cpu().astype(np.float32, copy=False)
 
-    def close(self) -> None:
-        self.input = self.output = self.predictor = None
+    return compute
 
 
 def compute_on_gpu(config, precision: str) -> None:
@@ -182,80 +176,49 @@ def compute_on_gpu(config, precision: str) -> None:
     config.exp_disable_mixed_precision_ops({"depthwise_conv2d", "pd_op.depthwise_conv2d"})
 
 
-class OnnxRuntimeBackend(Backend):
-    """ONNX Runtime on CPU."""
-
-    name = "onnxruntime"
-
-    def __init__(self, path: Path, info: ModelInfo, threads: int, precision: str):
-        super().__init__(info)
-        onnxruntime = import_extra("onnxruntime", "deploy")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
-
-    def logits(self, images: np.ndarray) -> np.ndarray:
-        return self.session.run(None, {self.session.get_inputs()[0].name: images})[0]
-
-    def close(self) -> None:
-        self.session = None
+def open_onnxruntime(path: Path, threads: int, precision: str) -> Callable:
+    """Open ONNX Runtime on CPU."""
+    onnxruntime = import_extra("onnxruntime", "deploy")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda images: session.run(None, {name: images})[0]
 
 
-class OpenVinoBackend(Backend):
-    """OpenVINO on CPU."""
-
-    name = "openvino"
-
-    def __init__(self, path: Path, info: ModelInfo, threads: int, precision: str):
-        super().__init__(info)
-        core = import_extra("openvino", "deploy").Core()
-        settings = {
-            "INFERENCE_NUM_THREADS": threads,
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
-        }
-        self.compiled = core.compile_model(core.read_model(str(path)), "CPU", settings)
-
-    def logits(self, images: np.ndarray) -> np.ndarray:
-        return self.compiled(images)[0]
-
-    def close(self) -> None:
-        self.compiled = None
+def open_openvino(path: Path, threads: int, precision: str) -> Callable:
+    """Open OpenVINO on CPU."""
+    core = import_extra("openvino", "deploy").Core()
+    settings = {
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+    }
+    compiled = core.compile_model(core.read_model(str(path)), "CPU", settings)
+    return lambda images: compiled(images)[0]
 
 
 class Kind(NamedTuple):
     """A row of `BACKENDS`."""
 
-    opener: Callable
     title: str  # for messages
+    opener: Callable | None  # of a model file
     format: str | None  # of the exports that it opens; None: networks in memory alone
     packages: tuple[str, ...]  # that it needs for a network in memory
     on_cpu: tuple[str, ...]  # precisions that it computes in; bf16 where the device does
     on_gpu: tuple[str, ...] = ()  # likewise; none: it computes on CPU there, too
 
 
+ONNX = ("onnx", "onnxruntime")
 BACKENDS = {
-    "dygraph": Kind(DygraphBackend, "Paddle", None, (), ("fp32",), ("fp32",)),
+    "dygraph": Kind("Paddle", None, None, (), ("fp32",), ("fp32",)),
     "paddle": Kind(
-        PaddleBackend,
-        "Paddle Inference",
-        "paddle",
-        (),
-        ("fp32", "bf16"),
-        ("fp32", "fp16", "bf16"),
+        "Paddle Inference", open_paddle, "paddle", (), ("fp32", "bf16"), ("fp32", "fp16", "bf16")
     ),
-    "onnxruntime": Kind(
-        OnnxRuntimeBackend,
-        "ONNX Runtime",
-        "onnx",
-        ("onnx", "onnxruntime"),
-        ("fp32", "fp16", "int8"),
-    ),
-    "openvino": Kind(OpenVinoBackend, "OpenVINO", "onnx", ("onnx", "openvino"), PRECISIONS),
+    "onnxruntime": Kind("ONNX Runtime", open_onnxruntime, "onnx", ONNX, ("fp32", "fp16", "int8")),
+    "openvino": Kind("OpenVINO", open_openvino, "onnx", ("onnx", "openvino"), PRECISIONS),
 }
 
 
@@ -357,15 +320,76 @@ def open_backend(
     threads = core_share() if threads is None else threads
     if threads < 1:
         raise InputError(f"threads is {threads}; allowed: an integer >= 1")
-    if isinstance(source, nn.Layer):
-        if config is None:
-            raise ValueError("a network needs its config")
-        model = source
-    elif is_export(source):
-        return _open_export(Path(source), name, threads, precision, batch_size)
-    else:
-        model, config = load_network(source, config, build)
-    precision = precision or "fp32"
+    with contextlib.ExitStack() as stack:
+        if not isinstance(source, nn.Layer) and is_export(source):
+            info = read_export(source)
+            precision = exported_precision(source, info, name, precision)
+            info.verify(source)
+            path = info.model_path(Path(source))
+            path_for, formats, size = (lambda kind: path), [info.format], path.stat().st_size
+        else:
+            model = source
+            if not isinstance(source, nn.Layer):
+                model, config = load_network(source, config, build)
+            elif config is None:
+                raise ValueError("a network needs its config")
+            precision = precision or "fp32"
+            info = info_of_network(model, config, precision, class_names)
+            if name == "dygraph":
+                check_precision(name, precision)
+                use_fast_convolutions(model, config)
+                return open_eager(model, info, is_owner=model is not source)
+            path_for, formats = stack.enter_context(temporary_exports(model, info)), FORMATS
+            size = sum(int(value.size) for value in model.state_dict().values())
+
+        def open_one(backend: str) -> Backend:
+            check_precision(backend, precision)
+            kind = BACKENDS[backend]
+            path = path_for(kind)
+            try:
+                return Backend(backend, info, kind.opener(path, threads, precision))
+            except InputError:
+                raise
+            except Exception as error:  # whatever a program says of a file that it cannot read
+                reason = " ".join(str(error).split())[:300]
+                raise InputError(
+                    f"{kind.title} cannot read {path}: {reason}; export it again"
+                ) from None
+
+        if name != "auto":
+            return open_one(name)
+        facts = {
+            "network": [info.config.MODEL.NAME, info.config.MODEL.NUM_CLASSES, size],
+            "image_size": info.config.DATA.IMAGE_SIZE,
+            "precision": precision,
+            "threads": threads,
+        }
+        return open_fastest(candidates(formats, precision), open_one, facts, batch_size)
+
+
+def exported_precision(folder, info: ModelInfo, name: str, precision: str | None) -> str:
+    """Return the precision to run an export in on backend `name`.
+
+    Raises:
+        InputError: it does not run so.
+    """
+    allowed = {"fp32": ("fp32", "bf16")}.get(info.precision, (info.precision,))
+    if precision not in (None, *allowed):
+        raise InputError(
+            f"precision {precision} of {folder}, an export made for {info.precision}; allowed: "
+            f"{' or '.join(allowed)}; replknet export makes others"
+        )
+    readers = [reader for reader, kind in BACKENDS.items() if kind.format == info.format]
+    if name not in ("auto", *readers):
+        raise InputError(
+            f"{folder} is an export of format {info.format}, which backend {name} does not "
+            f"open; allowed: auto, {', '.join(readers)}"
+        )
+    return precision or info.precision
+
+
+def info_of_network(model: nn.Layer, config, precision: str, names) -> ModelInfo:
+    """Return what a network in memory is, which runs in every precision but INT8."""
     if precision not in PRECISIONS:
         raise InputError(f"precision {precision}; allowed: {', '.join(PRECISIONS)}")
     if precision == "int8":
@@ -373,49 +397,17 @@ def open_backend(
             "precision int8 needs images to calibrate it with; replknet export "
             "-format onnx -precision int8 makes an export that runs in it"
         )
-    if class_names is None:
-        class_names = getattr(model, "class_names", None) or get_class_names(config)
-    class_names = None if class_names is None else tuple(class_names)
-    info = ModelInfo(config, precision=precision, class_names=class_names)
-    if name == "dygraph":
-        check_precision(name, precision)
-        use_fast_convolutions(model, config)
-        return DygraphBackend(model, info, is_owner=not isinstance(source, nn.Layer))
-    return _open_network(model, info, name, threads, batch_size)
+    if names is None:
+        names = getattr(model, "class_names", None) or get_class_names(config)
+    return ModelInfo(config, precision=precision, class_names=names and tuple(names))
 
 
-def _open_export(
-    folder: Path, name: str, threads: int, precision: str | None, batch_size: int
-) -> Backend:
-    info = read_export(folder)
-    allowed = {"fp32": ("fp32", "bf16")}.get(info.precision, (info.precision,))
-    precision = precision or info.precision
-    if precision not in allowed:
-        raise InputError(
-            f"precision {precision} of {folder}, an export made for {info.precision}; allowed: "
-            f"{' or '.join(allowed)}; replknet export makes others"
-        )
-    info.verify(folder)
-    readers = [reader for reader, kind in BACKENDS.items() if kind.format == info.format]
-    if name not in ("auto", *readers):
-        raise InputError(
-            f"{folder} is an export of format {info.format}, which backend {name} does not "
-            f"open; allowed: auto, {', '.join(readers)}"
-        )
-    path = info.model_path(folder)
-    size = path.stat().st_size
-    return _open_files(
-        lambda _: path, info, name, threads, precision, [info.format], size, batch_size
-    )
-
-
-def _open_network(
-    model: nn.Layer, info: ModelInfo, name: str, threads: int, batch_size: int
-) -> Backend:
+@contextlib.contextmanager
+def temporary_exports(model: nn.Layer, info: ModelInfo) -> Iterator[Callable[[Kind], Path]]:
+    """Give what exports a network for a kind of backend, once, and returns the file to open."""
     with tempfile.TemporaryDirectory(prefix="replknet-") as folder:
 
-        def path_for(backend: str) -> Path:
-            kind = BACKENDS[backend]
+        def path_for(kind: Kind) -> Path:
             for package in kind.packages:
                 import_extra(package, "deploy")
             target = Path(folder, kind.format)
@@ -424,43 +416,7 @@ def _open_network(
                 write_model(model, target, replace(info, format=kind.format))
             return target / MODEL_FILES[kind.format][0][0]
 
-        size = sum(int(value.size) for value in model.state_dict().values())
-        return _open_files(path_for, info, name, threads, info.precision, FORMATS, size, batch_size)
-
-
-def _open_files(
-    path_for: Callable[[str], Path],
-    info: ModelInfo,
-    name: str,
-    threads: int,
-    precision: str,
-    formats: Sequence[str],
-    size: int,
-    batch_size: int,
-) -> Backend:
-    """Open a model file, whose path depends on the backend, on backend `name`."""
-
-    def open_one(backend: str) -> Backend:
-        check_precision(backend, precision)
-        path = path_for(backend)
-        try:
-            return BACKENDS[backend].opener(path, info, threads, precision)
-        except InputError:
-            raise
-        except Exception as error:  # whatever a program says of a file that it cannot read
-            reason = " ".join(str(error).split())[:300]
-            title = BACKENDS[backend].title
-            raise InputError(f"{title} cannot read {path}: {reason}; export it again") from None
-
-    if name != "auto":
-        return open_one(name)
-    facts = {
-        "network": [info.config.MODEL.NAME, info.config.MODEL.NUM_CLASSES, info.format, size],
-        "image_size": info.config.DATA.IMAGE_SIZE,
-        "precision": precision,
-        "threads": threads,
-    }
-    return open_fastest(candidates(formats, precision), open_one, facts, batch_size)
+        yield path_for
 
 
 def load_network(source, config=None, build: Callable = build_replknet) -> tuple[nn.Layer, object]:
@@ -524,7 +480,7 @@ def open_fastest(
         "batch_size": len(images),
         "processor": processor_name(),
         "cores": available_cores(),
-        "versions": {name: _version(name) for name in names},
+        "versions": {name: version(name) for name in names},
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
     path = cache_folder() / MEASURED_FOLDER / f"{key}.json"
@@ -594,7 +550,8 @@ def measure(
     return opened, best
 
 
-def _version(name: str) -> str:
+def version(name: str) -> str:
+    """Return the version of a backend's package."""
     return paddle.__version__ if name == "paddle" else metadata.version(name)
 
 
