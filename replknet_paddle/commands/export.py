@@ -67,19 +67,18 @@ def run(args) -> int:
     from replknet_paddle.deploy.export import (
         ModelInfo,
         check_combination,
-        check_int8_is_for_classifiers,
         check_target,
         export_model,
     )
     from replknet_paddle.deploy.quantize import calibration_set, spread_batches, validation_set
 
     source = weights_of(args.pretrained)
-    check_combination(args.format, args.precision, args.conv_impl)
+    is_classifier = config.MODEL.TYPE == "RepLKNet"
+    check_combination(args.format, args.precision, args.conv_impl, is_classifier=is_classifier)
     target = check_target(args.target)
     for name in ("calibration_images", "validation_images"):
         if getattr(args, name) < 1:
             raise InputError(f"-{name} {getattr(args, name)}; allowed: an integer >= 1")
-    check_int8_is_for_classifiers(args.precision, config.MODEL.TYPE == "RepLKNet")
     calibration, validation = (), None
     if args.precision == "int8":
         calibration = spread_batches(

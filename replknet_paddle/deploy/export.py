@@ -373,7 +373,9 @@ def replace_folder(new: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def check_combination(format: str, precision: str, conv_impl: str = "paddle") -> None:
+def check_combination(
+    format: str, precision: str, conv_impl: str = "paddle", *, is_classifier: bool = True
+) -> None:
     """Raise InputError for values that do not exist, or not together."""
     if conv_impl not in CONV_IMPLS:
         raise InputError(f"-conv_impl {conv_impl}; allowed: {', '.join(CONV_IMPLS)}")
@@ -385,10 +387,6 @@ def check_combination(format: str, precision: str, conv_impl: str = "paddle") ->
         raise InputError(f"-precision {precision}; allowed: {', '.join(PRECISIONS)}")
     if precision == "int8" and format != "onnx":
         raise InputError(f"-precision int8 with -format {format}; allowed: -format onnx")
-
-
-def check_int8_is_for_classifiers(precision: str, is_classifier: bool) -> None:
-    """Raise InputError for another network in INT8."""
     if precision == "int8" and not is_classifier:
         raise InputError("-precision int8 is for classifiers; allowed here: fp32, fp16, bf16")
 
@@ -436,8 +434,7 @@ def write_model(
     model: nn.Layer, folder: Path, info: ModelInfo, *, calibration: Iterable[np.ndarray] = ()
 ) -> None:
     """Write the model file or files of `info.format` into `folder`."""
-    check_combination(info.format, info.precision)
-    check_int8_is_for_classifiers(info.precision, isinstance(model, RepLKNet))
+    check_combination(info.format, info.precision, is_classifier=isinstance(model, RepLKNet))
     form = export_form(model)
     if info.format == "paddle":
         side = info.config.DATA.IMAGE_SIZE if info.fixed_size else None
