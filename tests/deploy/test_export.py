@@ -341,13 +341,23 @@ def test_exports_of_0_2_are_read(tmp_path):
     assert segmentation.EVAL_FLIP and segmentation.PALETTE is None
 
 
-def test_exports_of_0_1_have_no_segmentation_and_no_native_pixels(tmp_path):
-    content = {key: value for key, value in OF_0_2.items() if key != "segmentation"}
-    content["preprocessing"] = dict(OF_0_2["preprocessing"])
-    del content["preprocessing"]["native_pixels"]
-    write_of_0_2(tmp_path, {**content, "input_size": [32, 32], "class_names": None})
-    info = read_export(tmp_path)
-    assert info.config.MODEL.TYPE == "RepLKNet" and info.fixed_size and info.class_names is None
+def test_exports_of_classifiers_of_0_2_and_0_1_run_as_before(earlier):
+    """Those of 0.1 have no segmentation and no native_pixels."""
+    before = open_backend(earlier, "paddle").run(images(2))
+    files = json.loads((earlier / FILE).read_text())["files"]
+    for name in ("config.yaml", "class_names.txt", FILE):
+        (earlier / name).unlink()
+        files.pop(name, None)
+    content = {**OF_0_2, "num_classes": 5, "class_names": None, "input_size": [32, 32]}
+    content |= {"format": "paddle", "precision": "fp32", "files": files, "segmentation": None}
+    for without in ((), ("segmentation", "native_pixels")):
+        content["preprocessing"] = dict(OF_0_2["preprocessing"])
+        for key in without:
+            (content if key in content else content["preprocessing"]).pop(key)
+        write_of_0_2(earlier, content)
+        info = read_export(earlier)
+        assert info.config.MODEL.TYPE == "RepLKNet" and info.fixed_size
+        assert np.array_equal(open_backend(earlier, "paddle").run(images(2)), before)
 
 
 JSON = st.recursive(

@@ -109,6 +109,14 @@ def test_what_cannot_be_evaluated_is_one_message(
     assert says in error and "Traceback" not in error
 
 
+def test_an_export_brings_its_configuration(weights, tiny_data, tmp_path, expected):
+    run = tmp_path / "run"
+    flags = [f"-pretrained={weights / 'export'}", f"-data_path={tiny_data}", f"-output={run}"]
+    assert main(["-eval", *flags]) == 0
+    record = json.loads((run / "metrics.jsonl").read_text())
+    assert record["val_top1_percent"] == expected[0]
+
+
 def test_a_backend_is_for_evaluation(tiny_config_file, capsys):
     flags = [f"-cfg={tiny_config_file}", "-backend=auto"]
     assert main(flags) == 2
