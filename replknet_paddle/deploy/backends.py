@@ -227,26 +227,29 @@ def installed_backends() -> list[str]:
     return [name for name, kind in BACKENDS.items() if all(map(is_installed, kind.packages))]
 
 
+def device_of(name: str) -> str:
+    """The device that a backend computes on in this process, "gpu" or "cpu"."""
+    return "gpu" if processes.on_gpu() and BACKENDS[name].on_gpu else "cpu"
+
+
 def precisions_of(name: str) -> tuple[str, ...]:
-    """The precisions that a backend computes in on this process's device."""
-    kind = BACKENDS[name]
-    return kind.on_gpu if processes.on_gpu() and kind.on_gpu else kind.on_cpu
+    """The precisions that a backend computes in on that device."""
+    return BACKENDS[name].on_gpu if device_of(name) == "gpu" else BACKENDS[name].on_cpu
 
 
 def check_precision(name: str, precision: str) -> None:
     """Raise InputError where backend `name` does not compute in this precision here."""
-    on_gpu = processes.on_gpu() and bool(BACKENDS[name].on_gpu)
+    device = device_of(name)
     if precision not in precisions_of(name):
         raise InputError(
-            f"precision {precision} with backend {name} on {'GPU' if on_gpu else 'CPU'}; allowed: "
+            f"precision {precision} with backend {name} on {device.upper()}; allowed: "
             f"{', '.join(precisions_of(name))}"
         )
-    if precision == "bf16" and not processes.supports_bfloat16("gpu" if on_gpu else "cpu"):
-        device = (
-            "a GPU that does not compute in bfloat16 (compute capability below 8.0)"
-            if on_gpu
-            else "a processor that does not compute in bfloat16 (AVX512-BF16 or AMX)"
-        )
+    if precision == "bf16" and not processes.supports_bfloat16(device):
+        device = {
+            "gpu": "a GPU that does not compute in bfloat16 (compute capability below 8.0)",
+            "cpu": "a processor that does not compute in bfloat16 (AVX512-BF16 or AMX)",
+        }[device]
         raise InputError(
             f"precision bf16 with backend {name} on {device}; allowed here: another precision; "
             "replknet export makes exports in others"
@@ -258,9 +261,6 @@ def candidates(formats: Sequence[str], precision: str) -> list[str]:
 
     Eager mode is not among them: it is slower than the fastest of them, and changes the network
     that it is given.
-
-    Raises:
-        InputError: there is none; the message has the pip command.
     """
     readers = [name for name in reversed(BACKENDS) if BACKENDS[name].format in formats]
     able = [name for name in readers if precision in precisions_of(name)]
@@ -368,11 +368,7 @@ def open_backend(
 
 
 def exported_precision(folder, info: ModelInfo, name: str, precision: str | None) -> str:
-    """Return the precision to run an export in on backend `name`.
-
-    Raises:
-        InputError: it does not run so.
-    """
+    """Return the precision to run an export in on backend `name`."""
     allowed = {"fp32": ("fp32", "bf16")}.get(info.precision, (info.precision,))
     if precision not in (None, *allowed):
         raise InputError(
@@ -420,16 +416,10 @@ def temporary_exports(model: nn.Layer, info: ModelInfo) -> Iterator[Callable[[Ki
 
 
 def load_network(source, config=None, build: Callable = build_replknet) -> tuple[nn.Layer, object]:
-    """Return the network of a checkpoint or run folder with its weights, and its configuration.
+    """Return the network of a checkpoint or run folder with its weights, and its configuration,
+    which is that of the run folder where `config` is None.
 
     The network has the names of its classes, or None, as `class_names`.
-
-    Args:
-        config: instead of that of the run folder.
-        build: config -> the network.
-
-    Raises:
-        FileNotFoundError, InputError: there is none, or it does not fit.
     """
     config = get_config(run_config_file(source)) if config is None else config
     if config.MODEL.TYPE != "RepLKNet" and build is build_replknet:
@@ -466,11 +456,7 @@ SETTLE_SECONDS = 0.25
 def open_fastest(
     names: Sequence[str], open_one: Callable[[str], Backend], facts: dict, batch_size: int
 ) -> Backend:
-    """Open the fastest of the installed backends `names`.
-
-    Args:
-        facts: what, besides the batch size, the machine and the versions, says how fast each is.
-    """
+    """Open the fastest of the installed backends `names`."""
     if len(names) == 1:
         logger.info("backend %s: the only installed one that runs this", names[0])
         return open_one(names[0])
@@ -522,9 +508,6 @@ def measure(
     """Open backends, and return them and the milliseconds of a run of each that runs.
 
     They run by turns, and the best round of each counts.
-
-    Raises:
-        InputError: none of them runs.
     """
     opened, best = {}, dict.fromkeys(names, float("inf"))
     end = time.monotonic() + MAX_SECONDS
@@ -567,15 +550,7 @@ class BackendLayer(nn.Layer):
 
 
 def open_for_evaluation(config, name: str, build: Callable = build_replknet) -> nn.Layer:
-    """Open what `-eval -backend NAME` evaluates: MODEL.PRETRAINED, a checkpoint or an export.
-
-    Args:
-        build: config -> the network of a checkpoint.
-
-    Raises:
-        FileNotFoundError, InputError: it cannot be opened so, or an export that is not of the
-            network, or not preprocessed as, `config` says.
-    """
+    """Open what `-eval -backend NAME` evaluates: MODEL.PRETRAINED, a checkpoint or an export."""
     source = config.MODEL.PRETRAINED
     batch_size = config.DATA.BATCH_SIZE_EVAL or config.DATA.BATCH_SIZE
     if source is None:

@@ -111,9 +111,6 @@ class ModelInfo:
         """Check that an export's files are those that were written.
 
         Programs that read a damaged model file may end the process instead of saying so.
-
-        Raises:
-            InputError: one is missing or is another.
         """
         for name, digest in self.files.items():
             path = Path(folder) / name
@@ -123,11 +120,7 @@ class ModelInfo:
                 raise InputError(f"{path} is not the file that was exported; {AGAIN}")
 
     def model_path(self, folder: Path) -> Path:
-        """Return the ONNX file or the Paddle program of an export.
-
-        Raises:
-            InputError: it is not among the files that the export promises.
-        """
+        """Return the ONNX file or the Paddle program of an export."""
         choices = MODEL_FILES[self.format]
         found = next((names for names in choices if set(names) <= set(self.files)), None)
         if found is None:
@@ -149,12 +142,7 @@ def is_export(source) -> bool:
 
 
 def read_export(folder: str | os.PathLike) -> ModelInfo:
-    """Return what an export folder says of its model; the model itself is not read.
-
-    Raises:
-        FileNotFoundError: no such folder.
-        InputError: it is not an export, or its files cannot be right.
-    """
+    """Return what an export folder says of its model; the model itself is not read."""
     folder = Path(folder)
     name, content = read_record(folder)
     names = None
@@ -237,12 +225,7 @@ def config_of_0_2(path: Path, content: dict) -> tuple[Any, list[str] | None]:
 
 
 def write_record(info: ModelInfo, folder: str | os.PathLike) -> None:
-    """Write what is not the model into an export folder whose model files are there already.
-
-    Raises:
-        InputError: a class name that is not one line of text.
-        OSError: the files cannot be written.
-    """
+    """Write what is not the model into an export folder whose model files are there already."""
     folder = Path(folder)
     # What is of the machine that exports stays there.
     config = override(
@@ -325,12 +308,7 @@ def export_model(
 
 
 def check_target(target: str | os.PathLike) -> Path:
-    """Return the folder that an export to `target` makes or replaces, links followed.
-
-    Raises:
-        FileNotFoundError: there is no folder to write it into.
-        InputError: something would go that no export wrote, or the folder above is read-only.
-    """
+    """Return the folder that an export to `target` makes or replaces, links followed."""
     target = Path(os.path.realpath(target))
     allowed = "allowed: a new or empty folder, or an earlier export and nothing else"
     if not target.parent.is_dir():

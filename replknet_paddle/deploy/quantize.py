@@ -26,15 +26,8 @@ logger = logging.getLogger(__name__)
 
 
 def quantize(source: Path, target: Path, batches: Iterable[np.ndarray]) -> None:
-    """Write the INT8 form of the ONNX file `source` to `target`.
-
-    Args:
-        source: of `deploy.onnx_graph`, float32.
-        batches: float32 (N, 3, H, W), preprocessed as in evaluation.
-
-    Raises:
-        InputError: the packages are missing, or there is no batch.
-    """
+    """Write the INT8 form of the float32 ONNX file `source` to `target`, with the ranges that
+    `batches` of preprocessed images give, float32 (N, 3, H, W)."""
     onnx = import_extra("onnx", "deploy")
     import_extra("onnxruntime", "deploy")
     quantization = import_extra("onnxruntime.quantization", "deploy")
@@ -99,17 +92,9 @@ def validation_set(config) -> ListDataset | None:
 def spread_batches(
     dataset: ListDataset, count: int, batch_size: int = 8, *, max_bad_images: int = 0
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield at most `count` images of a dataset, evenly spread over its list, often a sorted one.
-
-    Args:
-        max_bad_images: how many unreadable images to leave out, each with a warning.
-
-    Yields:
-        Images float32 (N, 3, H, W) and labels int64 (N,), N at most `batch_size`.
-
-    Raises:
-        SampleError: an unreadable image too many.
-    """
+    """Yield at most `count` images of a dataset, evenly spread over its list, as it may be sorted:
+    float32 (N, 3, H, W) and labels int64 (N,), N at most `batch_size`. Of `max_bad_images`
+    unreadable ones each is left out with a warning; one more raises SampleError."""
     count = min(count, len(dataset))
     indices = np.linspace(0, len(dataset) - 1, count).round().astype(int)
     bad, samples = 0, []

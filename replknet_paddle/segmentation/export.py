@@ -177,17 +177,7 @@ class HeadBuilder:
 
 
 def onnx_model(model: nn.Layer, *, half_weights: str | None = None):
-    """Return the graph of an exported form, images (N, 3, H, W) -> logits (N, num_classes, H, W).
-
-    Args:
-        half_weights: None, `FLOAT16` or `BFLOAT16`, in which to store weights.
-
-    Returns:
-        An `onnx.ModelProto` with free batch size, height and width.
-
-    Raises:
-        InputError: the package onnx is missing.
-    """
+    """Return the `onnx.ModelProto` of a form, which takes batches and images of any size."""
     graph = GraphBuilder(half_weights)
     builder = HeadBuilder(graph, model.decode_head)
     maps = backbone_maps(graph, model.backbone, "backbone.")
