@@ -115,9 +115,9 @@ class ModelInfo:
         for name, digest in self.files.items():
             path = Path(folder) / name
             if not path.is_file():
-                raise InputError(f"{folder} has no {name}, which its export promises; {AGAIN}")
+                raise InputError(f"{folder} has no {name}, which its {FILE} promises; {AGAIN}")
             if file_sha256(path) != digest:
-                raise InputError(f"{path} is not the file that was exported; {AGAIN}")
+                raise InputError(f"{path} is not the file that {FILE} was written for; {AGAIN}")
 
     def model_path(self, folder: Path) -> Path:
         """Return the ONNX file or the Paddle program of an export."""
@@ -125,7 +125,7 @@ class ModelInfo:
         found = next((names for names in choices if set(names) <= set(self.files)), None)
         if found is None:
             raise InputError(
-                f"{folder} is an export of {', '.join(sorted(self.files)) or 'no files'}; an "
+                f"{folder / FILE} lists {', '.join(sorted(self.files)) or 'no files'}; an "
                 f"export of format {self.format} has "
                 f"{' or '.join(' and '.join(names) for names in choices)}; {AGAIN}"
             )

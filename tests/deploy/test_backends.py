@@ -199,7 +199,7 @@ def test_the_record_must_list_what_is_opened(export, missing):
     content = json.loads((folder / FILE).read_text())
     del content["files"][missing]
     (folder / FILE).write_text(json.dumps(content))
-    with pytest.raises(InputError, match="an export of format"):
+    with pytest.raises(InputError, match="lists .*; an export of format"):
         open_backend(folder)
 
 

@@ -443,7 +443,7 @@ def test_files_are_those_that_were_written(earlier, name):
     read_export(earlier).verify(earlier)
     with open(earlier / name, "ab") as file:
         file.write(b"# x")
-    says = "has 6 lines" if name == "class_names.txt" else "is not the file that was exported"
+    says = "has 6 lines" if name == "class_names.txt" else "is not the file that export.json was"
     with pytest.raises(InputError, match=f"{name} {says}"):
         read_export(earlier).verify(earlier)
     (earlier / name).unlink()
