@@ -136,19 +136,23 @@ class ReparamLargeKernelConv(nn.Layer):
         self.large_kernel_reparam = merged
 
 
-def fuse_conv_norm(layer: ConvNorm) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """Weight and bias, in float64, of the convolution that equals `layer` in evaluation mode."""
-    scale, shift = scale_and_shift(layer.norm)
-    return layer.conv.weight.astype("float64") * scale.reshape([-1, 1, 1, 1]), shift
+def scale_and_shift(norm: nn.Layer) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """Return what a batch norm multiplies by and then adds in evaluation mode.
 
-
-def scale_and_shift(norm: nn.Layer, dtype="float64") -> tuple[paddle.Tensor, paddle.Tensor]:
-    """What a batch norm multiplies by and then adds in evaluation mode, (channels,) each."""
+    Returns:
+        Two tensors (channels,), float64: gamma / sqrt(variance + epsilon), beta - mean * that.
+    """
     mean, variance, gamma, beta = (
-        tensor.astype(dtype) for tensor in (norm._mean, norm._variance, norm.weight, norm.bias)
+        t.astype("float64") for t in (norm._mean, norm._variance, norm.weight, norm.bias)
     )
     scale = gamma / paddle.sqrt(variance + norm._epsilon)
     return scale, beta - mean * scale
+
+
+def fuse_conv_norm(layer: ConvNorm) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """Return weight and bias, float64, of the convolution that equals `layer` in evaluation."""
+    scale, shift = scale_and_shift(layer.norm)
+    return layer.conv.weight.astype("float64") * scale.reshape([-1, 1, 1, 1]), shift
 
 
 def set_weight_and_bias(conv: nn.Conv2D, weight: paddle.Tensor, bias: paddle.Tensor) -> None:

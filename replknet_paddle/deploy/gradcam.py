@@ -14,7 +14,6 @@ import numpy as np
 import paddle
 
 from replknet_paddle.deploy.backends import evaluation_mode
-from replknet_paddle.layers import scale_and_shift
 from replknet_paddle.model import RepLKNet
 
 
@@ -37,7 +36,8 @@ def grad_cam(
         features = network.forward_stages(paddle.to_tensor(image))[-1]  # (1, C, h, w)
         logits = network.head(network.norm(features).mean(axis=[2, 3]))[0]
     label = int(logits.argmax()) if label is None else label
-    scale, _ = scale_and_shift(network.norm, "float32")
+    norm = network.norm
+    scale = norm.weight / paddle.sqrt(norm._variance + norm._epsilon)
     positions = features.shape[2] * features.shape[3]
     weights = network.head.weight[:, label] * scale / positions  # (C,)
     heat = paddle.nn.functional.relu((features[0] * weights.reshape([-1, 1, 1])).sum(axis=0))
