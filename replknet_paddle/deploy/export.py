@@ -193,7 +193,8 @@ def read_record(folder: Path) -> tuple[str, dict]:
             )
     files = content.get("files")
     if not isinstance(files, dict) or not all(
-        other not in ("", ".", "..") and not set(other) & set("/\\\0") for other in files
+        other not in ("", ".", "..") and other.isprintable() and not set(other) & set("/\\")
+        for other in files
     ):
         raise InputError(
             f"{path}: files is {files!r:.100}; allowed: file names of this folder and their "
