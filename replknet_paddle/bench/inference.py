@@ -21,15 +21,21 @@ from replknet_paddle.bench.timing import (
     time_in_turn,
 )
 from replknet_paddle.deploy.backends import (
-    PACKAGES,
+    BACKENDS,
+    Backend,
     installed_backends,
     load_network,
     open_backend,
+    open_eager,
 )
-from replknet_paddle.deploy.export import export_model, write_paddle_model
+from replknet_paddle.deploy.export import (
+    PRECISIONS,
+    ModelInfo,
+    export_model,
+    write_paddle_model,
+    write_record,
+)
 from replknet_paddle.deploy.fold import largest_deviation, random_images
-from replknet_paddle.deploy.runtimes import Backend, DygraphBackend
-from replknet_paddle.deploy.sidecar import PRECISIONS, Sidecar
 from replknet_paddle.model import RepLKNet, build_replknet
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import atomic_file, check_file_target
@@ -91,7 +97,7 @@ class Plan:
         threads = 1 if self.threads is None else self.threads
         check_counts(rounds=self.rounds, batch_sizes=min(self.batch_sizes), threads=threads)
         for flag, given, allowed in (
-            ("--backends", self.backends or (), PACKAGES),
+            ("--backends", self.backends or (), BACKENDS),
             ("--precisions", self.precisions, PRECISIONS),
         ):
             unknown = sorted(set(given) - set(allowed))
@@ -181,7 +187,7 @@ def time_backends(model: RepLKNet, config, plan: Plan) -> Iterator[list[Row]]:
     random images, so its speed means something and its deviation little. A candidate that fails,
     when it is opened or later, is reported and left out from there on.
     """
-    eager = DygraphBackend(model, Sidecar.build(config, format="paddle"))
+    eager = open_eager(model, ModelInfo(config))
     with tempfile.TemporaryDirectory(prefix="replknet-") as folder:
         opened = open_candidates(model, config, plan, Path(folder))
         try:
@@ -203,7 +209,7 @@ def open_candidates(model: RepLKNet, config, plan: Plan, folder: Path) -> dict[K
                 trained = folder / "trained"  # neither merged nor folded
                 trained.mkdir()
                 write_paddle_model(model, trained)
-                Sidecar.build(config, format="paddle").write(trained)
+                write_record(ModelInfo(config), trained)
                 opened[backend, "trained", precision] = open_backend(
                     trained, backend, threads=plan.threads
                 )
@@ -215,9 +221,9 @@ def open_candidates(model: RepLKNet, config, plan: Plan, folder: Path) -> dict[K
                 continue
             int8 = folder / "int8"
             if not int8.exists():
-                sidecar = Sidecar.build(config, format="onnx", precision="int8")
+                info = ModelInfo(config, format="onnx", precision="int8")
                 calibration = [random_images(4, config.DATA.IMAGE_SIZE)]
-                export_model(model, int8, sidecar, calibration=calibration)
+                export_model(model, int8, info, calibration=calibration)
             opened[backend, "folded", precision] = open_backend(int8, backend, threads=plan.threads)
     return opened
 

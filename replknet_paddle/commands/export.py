@@ -6,7 +6,7 @@ import sys
 from replknet_paddle.commands.flags import add_config_flags, add_flag, config_from
 from replknet_paddle.commands.train import task_of
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.files import check_file_target
+from replknet_paddle.runtime.files import check_file_target, file_sha256
 
 
 def add_export_flags(parser) -> None:
@@ -61,19 +61,76 @@ def run_export(args) -> int:
         args.opts = [*(args.opts or ()), "DATA.CLASS_NAMES", args.class_names]
     config = config_from(args, args.pretrained)
 
-    from replknet_paddle.deploy.export_checkpoint import Int8Images, export_checkpoint
-
-    export_checkpoint(
-        config,
-        build=task_of(config).network,
-        source=args.pretrained,
-        target=args.target,
-        format=args.format,
-        precision=args.precision,
-        conv_impl=args.conv_impl,
-        int8_images=Int8Images(args.calibration, args.calibration_images, args.validation_images),
+    from replknet_paddle.checkpoints.run_folder import checkpoint_path
+    from replknet_paddle.deploy.backends import load_network
+    from replknet_paddle.deploy.export import (
+        ModelInfo,
+        check_combination,
+        check_target,
+        export_model,
     )
+    from replknet_paddle.deploy.quantize import calibration_set, spread_batches, validation_set
+
+    source = checkpoint_path(args.pretrained)
+    is_classifier = config.MODEL.TYPE == "RepLKNet"
+    check_combination(args.format, args.precision, args.conv_impl, is_classifier=is_classifier)
+    target = check_target(args.target)
+    for name in ("calibration_images", "validation_images"):
+        if getattr(args, name) < 1:
+            raise InputError(f"-{name} {getattr(args, name)}; allowed: an integer >= 1")
+    calibration, validation = (), None
+    if args.precision == "int8":
+        calibration = spread_batches(
+            calibration_set(config, args.calibration),
+            args.calibration_images,
+            max_bad_images=config.DATA.MAX_BAD_IMAGES,
+        )
+        validation = validation_set(config)
+    model, _ = load_network(source, config, task_of(config).network)
+    info = ModelInfo(
+        config,
+        args.format,
+        args.precision,
+        fixed_size=args.conv_impl == "matmul",
+        class_names=None if model.class_names is None else tuple(model.class_names),
+        source_sha256=file_sha256(source),
+    )
+    export_model(model, target, info, calibration=(images for images, _ in calibration))
+    size = sum(path.stat().st_size for path in target.iterdir())
+    print(
+        f"exported {source} ({os.path.getsize(source) / 1e6:.1f} MB) to {target} "
+        f"({args.format}, {args.precision}, {size / 1e6:.1f} MB)"
+    )
+    compare_with_checkpoint(model, info, target, validation, args.validation_images)
     return 0
+
+
+def compare_with_checkpoint(model, info, target, validation, count: int) -> None:
+    """Print how far an export's outputs are from those of the network in Paddle's eager mode.
+
+    Args:
+        validation: a dataset to compare accuracies on, at most `count` images of it; or None.
+    """
+    from replknet_paddle.deploy.backends import candidates, open_backend, open_eager
+    from replknet_paddle.deploy.fold import largest_deviation, random_images
+    from replknet_paddle.deploy.quantize import compare, spread_batches
+
+    try:
+        backend = open_backend(target, candidates([info.format], info.precision)[0])
+    except InputError as error:
+        print(f"not compared with the checkpoint, since it does not run here: {error}")
+        return
+    images = random_images(2, info.config.DATA.IMAGE_SIZE)
+    deviation = largest_deviation(backend.run(images), open_eager(model, info).run(images))
+    print(
+        f"logits on 2 random images are within {deviation:.2g} of the largest one of the "
+        f"checkpoint's (backend {backend.name} against Paddle's eager mode)"
+    )
+    if validation is not None:
+        before = open_backend(model, "paddle", config=info.config)
+        limit = info.config.DATA.MAX_BAD_IMAGES
+        result = compare(before, backend, spread_batches(validation, count, max_bad_images=limit))
+        print(f"INT8 on images of {validation.list_file}: {result}")
 
 
 def add_merge_flags(parser) -> None:
@@ -94,14 +151,28 @@ def run_merge(args) -> int:
     """
     config = config_from(args, args.pretrained)
 
+    from replknet_paddle.checkpoints.checkpoint_file import weights_metadata
+    from replknet_paddle.checkpoints.files import write_safetensors
     from replknet_paddle.checkpoints.run_folder import checkpoint_path
-    from replknet_paddle.deploy.merge import merge_checkpoint
+    from replknet_paddle.config import override
+    from replknet_paddle.deploy.backends import load_network
+    from replknet_paddle.deploy.fold import compare_forms, random_images
 
-    source = checkpoint_path(args.pretrained)
-    for form in merge_checkpoint(config, source, args.target):
+    source, target = checkpoint_path(args.pretrained), args.target
+    check_file_target(target, [".safetensors"])
+    if os.path.exists(target) and os.path.samefile(source, target):
+        raise InputError(f"{target} is the checkpoint to merge; name another file")
+    model, config = load_network(source, config)
+    # Two images of at most 224 pixels tell: convolutions do not depend on the size.
+    forms = compare_forms(model, random_images(2, min(config.DATA.IMAGE_SIZE, 224)))
+    model.structural_reparam()
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    config = override(config, MODEL__SMALL_KERNEL_MERGED=True)
+    write_safetensors(target, state, weights_metadata(config, model.class_names))
+    for form in forms:
         print(form)
-    sizes = [os.path.getsize(path) / 1e6 for path in (source, args.target)]
-    print(f"merged {source} ({sizes[0]:.1f} MB) into {args.target} ({sizes[1]:.1f} MB)")
+    sizes = [os.path.getsize(path) / 1e6 for path in (source, target)]
+    print(f"merged {source} ({sizes[0]:.1f} MB) into {target} ({sizes[1]:.1f} MB)")
     return 0
 
 

@@ -1,16 +1,19 @@
 """From a checkpoint to fast inference: merging, folding, export, and backends to run the result."""
 
-from replknet_paddle.deploy.backends import installed_backends, open_backend, open_for_evaluation
-from replknet_paddle.deploy.export import export_model
+from replknet_paddle.deploy.backends import (
+    Backend,
+    installed_backends,
+    open_backend,
+    open_for_evaluation,
+)
+from replknet_paddle.deploy.export import ModelInfo, export_model
 from replknet_paddle.deploy.fold import folded, merged
 from replknet_paddle.deploy.predictor import Predictor, inference_model
-from replknet_paddle.deploy.runtimes import Backend
-from replknet_paddle.deploy.sidecar import Sidecar
 
 __all__ = [
     "Backend",
+    "ModelInfo",
     "Predictor",
-    "Sidecar",
     "export_model",
     "folded",
     "inference_model",

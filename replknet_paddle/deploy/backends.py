@@ -3,73 +3,281 @@
     backend = open_backend("exported")       # a folder that replknet export wrote
     logits = backend.run(images)             # float32 (N, 3, H, W) -> float32 (N, num_classes)
 
-Each backend opens one format of export, or a network in memory, which it then exports to a
-temporary place.
+There are Paddle's eager mode, Paddle Inference, ONNX Runtime and OpenVINO. Each but the first opens
+one format of export, or a network in memory, which it then exports to a temporary place.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
-import os
 import tempfile
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import paddle
-from paddle import nn
+from paddle import inference, nn
 
 from replknet_paddle.checkpoints.checkpoint_file import CheckpointFile
 from replknet_paddle.checkpoints.load import load_pretrained
 from replknet_paddle.checkpoints.run_folder import checkpoint_path, run_config_file
 from replknet_paddle.config import check_class_count, get_config
 from replknet_paddle.data.class_names import get_class_names
-from replknet_paddle.deploy.auto import open_fastest
 from replknet_paddle.deploy.export import (
-    ONNX_MODEL_FILE,
-    PADDLE_MODEL_FILES,
-    PADDLE_WEIGHTS_FILE,
+    AGAIN,
+    FORMATS,
+    MODEL_FILES,
+    PRECISIONS,
+    ModelInfo,
+    differences,
+    is_export,
+    read_export,
     write_model,
 )
-from replknet_paddle.deploy.runtimes import (
-    OPENERS,
-    Backend,
-    DygraphBackend,
-    computes_in,
-    no_bfloat16,
-)
-from replknet_paddle.deploy.sidecar import AGAIN, FILE, PRECISIONS, Sidecar
+from replknet_paddle.deploy.fold import random_images
 from replknet_paddle.model import RepLKNet, build_replknet
-from replknet_paddle.ops import use_fast_depthwise_conv, use_fast_pointwise_conv
+from replknet_paddle.ops import cache_weights, use_fast_depthwise_conv, use_fast_pointwise_conv
+from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.machines import core_share
+from replknet_paddle.runtime.files import cache_folder, locked, write_text
+from replknet_paddle.runtime.machines import available_cores, core_share, processor_name
 from replknet_paddle.runtime.packages import import_extra, install_command, is_installed
 
 logger = logging.getLogger(__name__)
 
-# Which packages each backend needs, the network being in memory.
-PACKAGES = {
-    "dygraph": (),
-    "paddle": (),
-    "onnxruntime": ("onnx", "onnxruntime"),
-    "openvino": ("onnx", "openvino"),
+
+class Backend:
+    """A network that is ready to run.
+
+    Attributes:
+        name: key of `BACKENDS`.
+        info: what the network is.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        info: ModelInfo,
+        compute: Callable[[np.ndarray], np.ndarray],
+        close: Callable[[], object] = lambda: None,
+    ):
+        self.name = name
+        self.info = info
+        self._compute = compute
+        self._close = close
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        """Images float32 (N, 3, H, W) -> logits float32 (N, num_classes), of a segmentation
+        network (N, num_classes, H, W).
+
+        Raises:
+            InputError: images of another shape or type, or a model that has other classes.
+        """
+        logits = self._compute(check_images(images, self.info))
+        count = self.info.config.MODEL.NUM_CLASSES
+        if logits.shape[:2] != (len(images), count):
+            raise InputError(
+                f"the model gives outputs of shape {logits.shape} for {len(images)} images and "
+                f"{count} classes (MODEL.NUM_CLASSES); {AGAIN}"
+            )
+        return logits
+
+    def close(self) -> None:
+        """Give the memory back; `run` must not be called any more."""
+        self._close()
+        self._compute = None
+
+
+def check_images(images: np.ndarray, info: ModelInfo) -> np.ndarray:
+    """Return `images` as contiguous memory, if they are what `Backend.run` takes."""
+    images = np.asarray(images)
+    if images.dtype != np.float32 or images.ndim != 4 or images.shape[1] != 3 or not images.size:
+        raise InputError(
+            f"images are {images.dtype} {images.shape}; allowed: float32 (N, 3, H, W), N >= 1"
+        )
+    side = info.config.DATA.IMAGE_SIZE
+    if info.fixed_size and images.shape[2:] != (side, side):
+        raise InputError(
+            f"images of {images.shape[2]} x {images.shape[3]} pixels; this export takes "
+            f"{side} x {side} alone"
+        )
+    return np.ascontiguousarray(images)
+
+
+@contextlib.contextmanager
+def evaluation_mode(network: nn.Layer) -> Iterator[None]:
+    """Evaluation mode for the block; afterwards each layer is in the mode it was in."""
+    training = [layer for layer in network.sublayers(include_self=True) if layer.training]
+    for layer in training:
+        layer.training = False
+    try:
+        yield
+    finally:
+        for layer in training:
+            layer.training = True
+
+
+def open_eager(model: nn.Layer, info: ModelInfo, *, is_owner: bool = False) -> Backend:
+    """Open Paddle's eager mode on the network as it is.
+
+    Args:
+        is_owner: nobody else changes the weights, so that layers may keep what they make of them.
+    """
+    frozen = contextlib.ExitStack()
+    if is_owner:
+        frozen.enter_context(cache_weights(model))
+
+    def compute(images: np.ndarray) -> np.ndarray:
+        with paddle.no_grad(), evaluation_mode(model):
+            return model(paddle.to_tensor(images)).numpy()
+
+    return Backend("dygraph", info, compute, frozen.close)
+
+
+# Each opens the model file at a path, and returns what computes float32 logits of float32 images.
+
+
+def open_paddle(path: Path, threads: int, precision: str) -> Callable:
+    """Open Paddle Inference: oneDNN on CPU, cuDNN on GPU."""
+    config = inference.Config(str(path), str(path.with_suffix(".pdiparams")))
+    config.disable_glog_info()
+    config.switch_ir_optim(True)
+    if processes.on_gpu():
+        compute_on_gpu(config, precision)
+    else:
+        config.disable_gpu()
+        config.enable_mkldnn()
+        config.set_cpu_math_library_num_threads(threads)
+        if precision == "bf16":
+            config.enable_mkldnn_bfloat16()
+    predictor = inference.create_predictor(config)
+    given = predictor.get_input_handle(predictor.get_input_names()[0])
+    result = predictor.get_output_handle(predictor.get_output_names()[0])
+
+    def compute(images: np.ndarray) -> np.ndarray:
+        given.copy_from_cpu(images)
+        predictor.run()
+        return result.copy_to_cpu().astype(np.float32, copy=False)
+
+    return compute
+
+
+def compute_on_gpu(config, precision: str) -> None:
+    """Let an `inference.Config` compute by cuDNN on the current GPU."""
+    types = {"fp32": "Float32", "fp16": "Half", "bf16": "Bfloat16"}
+    device = int(paddle.device.get_device().partition(":")[2] or 0)
+    config.enable_use_gpu(256, device, getattr(inference.PrecisionType, types[precision]))
+    # Paddle's depthwise kernel accumulates in half precision; the names in both kinds of program.
+    config.exp_disable_mixed_precision_ops({"depthwise_conv2d", "pd_op.depthwise_conv2d"})
+
+
+def open_onnxruntime(path: Path, threads: int, precision: str) -> Callable:
+    """Open ONNX Runtime on CPU."""
+    onnxruntime = import_extra("onnxruntime", "deploy")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda images: session.run(None, {name: images})[0]
+
+
+def open_openvino(path: Path, threads: int, precision: str) -> Callable:
+    """Open OpenVINO on CPU."""
+    core = import_extra("openvino", "deploy").Core()
+    settings = {
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+    }
+    compiled = core.compile_model(core.read_model(str(path)), "CPU", settings)
+    return lambda images: compiled(images)[0]
+
+
+class Kind(NamedTuple):
+    """A row of `BACKENDS`."""
+
+    title: str  # for messages
+    opener: Callable | None  # of a model file
+    format: str | None  # of the exports that it opens; None: networks in memory alone
+    packages: tuple[str, ...]  # that it needs for a network in memory
+    on_cpu: tuple[str, ...]  # precisions that it computes in; bf16 where the device does
+    on_gpu: tuple[str, ...] = ()  # likewise; none: it computes on CPU there, too
+
+
+ONNX = ("onnx", "onnxruntime")
+BACKENDS = {
+    "dygraph": Kind("Paddle", None, None, (), ("fp32",), ("fp32",)),
+    "paddle": Kind(
+        "Paddle Inference", open_paddle, "paddle", (), ("fp32", "bf16"), ("fp32", "fp16", "bf16")
+    ),
+    "onnxruntime": Kind("ONNX Runtime", open_onnxruntime, "onnx", ONNX, ("fp32", "fp16", "int8")),
+    "openvino": Kind("OpenVINO", open_openvino, "onnx", ("onnx", "openvino"), PRECISIONS),
 }
-# What each opens besides a network in memory.
-FORMAT = {"paddle": "paddle", "onnxruntime": "onnx", "openvino": "onnx"}
-# What `auto` chooses from, by precision. Eager mode is slower than the fastest of them, and changes
-# the network that it is given.
-CPU_BACKENDS = {
-    "fp32": ("openvino", "paddle", "onnxruntime"),
-    "fp16": ("openvino", "onnxruntime"),
-    "bf16": ("openvino", "paddle"),
-    "int8": ("openvino", "onnxruntime"),
-}
-GPU_BACKENDS = {"fp32": ("paddle",), "fp16": ("paddle",), "bf16": ("paddle",), "int8": ()}
 
 
 def installed_backends() -> list[str]:
     """Names of the backends that can run here."""
-    return [name for name, needs in PACKAGES.items() if all(map(is_installed, needs))]
+    return [name for name, kind in BACKENDS.items() if all(map(is_installed, kind.packages))]
+
+
+def device_of(name: str) -> str:
+    """The device that a backend computes on in this process, "gpu" or "cpu"."""
+    return "gpu" if processes.on_gpu() and BACKENDS[name].on_gpu else "cpu"
+
+
+def precisions_of(name: str) -> tuple[str, ...]:
+    """The precisions that a backend computes in on that device."""
+    return BACKENDS[name].on_gpu if device_of(name) == "gpu" else BACKENDS[name].on_cpu
+
+
+def check_precision(name: str, precision: str) -> None:
+    """Raise InputError where backend `name` does not compute in this precision here."""
+    device = device_of(name)
+    if precision not in precisions_of(name):
+        raise InputError(
+            f"precision {precision} with backend {name} on {device.upper()}; allowed: "
+            f"{', '.join(precisions_of(name))}"
+        )
+    if precision == "bf16" and not processes.supports_bfloat16(device):
+        device = {
+            "gpu": "a GPU that does not compute in bfloat16 (compute capability below 8.0)",
+            "cpu": "a processor that does not compute in bfloat16 (AVX512-BF16 or AMX)",
+        }[device]
+        raise InputError(
+            f"precision bf16 with backend {name} on {device}; allowed here: another precision; "
+            "replknet export makes exports in others"
+        )
+
+
+def candidates(formats: Sequence[str], precision: str) -> list[str]:
+    """Return the installed backends that open one of `formats` and compute in `precision` here.
+
+    Eager mode is not among them: it is slower than the fastest of them, and changes the network
+    that it is given.
+    """
+    readers = [name for name in reversed(BACKENDS) if BACKENDS[name].format in formats]
+    able = [name for name in readers if precision in precisions_of(name)]
+    if not able:
+        raise InputError(
+            f"precision {precision} in this format runs on a GPU alone, and Paddle uses none here; "
+            "replknet export makes other exports"
+        )
+    if processes.on_gpu() and "paddle" in able:
+        able = ["paddle"]
+    installed = [name for name in able if name in installed_backends()]
+    if not installed:
+        raise InputError(
+            f"no backend for this is installed ({' or '.join(able)}); {install_command('deploy')}"
+        )
+    check_precision(installed[0], precision)
+    return installed
 
 
 def open_backend(
@@ -79,7 +287,7 @@ def open_backend(
     config=None,
     threads: int | None = None,
     precision: str | None = None,
-    class_names: list[str] | None = None,
+    class_names: Sequence[str] | None = None,
     batch_size: int = 1,
     build: Callable = build_replknet,
 ) -> Backend:
@@ -90,7 +298,7 @@ def open_backend(
             mode and its numbers. `dygraph` runs this very network: its convolutions become the
             compiled operators where MODEL.CONV_IMPL says so.
         name: a backend, or `auto` for the fastest installed one that can run `source`, which is
-            measured the first time (deploy/auto.py).
+            measured the first time.
         config: of a network, or of a checkpoint that does not lie in its run folder.
         threads: that compute, on CPU; None for the cores that this process may use, divided among
             the processes of the run on this machine. Without effect on `dygraph`, whose compiled
@@ -107,48 +315,111 @@ def open_backend(
         FileNotFoundError: there is nothing at `source`.
         InputError: it cannot be run so; the message says what can be done.
     """
-    if name not in ("auto", *PACKAGES):
-        raise InputError(f"backend {name!r}; allowed: auto, {', '.join(PACKAGES)}")
-    if threads is None:
-        threads = core_share()
+    if name not in ("auto", *BACKENDS):
+        raise InputError(f"backend {name!r}; allowed: auto, {', '.join(BACKENDS)}")
+    threads = core_share() if threads is None else threads
     if threads < 1:
         raise InputError(f"threads is {threads}; allowed: an integer >= 1")
-    if isinstance(source, nn.Layer):
-        if config is None:
-            raise ValueError("a network needs its config")
-        model = source
-    elif is_export(source):
-        return _open_export(Path(source), name, threads, precision, batch_size)
-    else:
-        model, config = load_network(source, config, build)
-    precision = precision or "fp32"
-    check_network_precision(precision, name)
-    if class_names is None:
-        class_names = getattr(model, "class_names", None) or get_class_names(config)
-    sidecar = Sidecar.build(config, format="paddle", precision=precision, class_names=class_names)
-    if name == "dygraph":
-        use_fast_convolutions(model, config)
-        return DygraphBackend(model, sidecar, is_owner=not isinstance(source, nn.Layer))
-    return _open_network(model, sidecar, name, threads, batch_size)
+    with contextlib.ExitStack() as stack:
+        if not isinstance(source, nn.Layer) and is_export(source):
+            info = read_export(source)
+            precision = exported_precision(source, info, name, precision)
+            info.verify(source)
+            path = info.model_path(Path(source))
+            path_for, formats, size = (lambda kind: path), [info.format], path.stat().st_size
+        else:
+            model = source
+            if not isinstance(source, nn.Layer):
+                model, config = load_network(source, config, build)
+            elif config is None:
+                raise ValueError("a network needs its config")
+            precision = precision or "fp32"
+            info = info_of_network(model, config, precision, class_names)
+            if name == "dygraph":
+                check_precision(name, precision)
+                use_fast_convolutions(model, config)
+                return open_eager(model, info, is_owner=model is not source)
+            path_for, formats = stack.enter_context(temporary_exports(model, info)), FORMATS
+            size = sum(int(value.size) for value in model.state_dict().values())
+
+        def open_one(backend: str) -> Backend:
+            check_precision(backend, precision)
+            kind = BACKENDS[backend]
+            path = path_for(kind)
+            try:
+                return Backend(backend, info, kind.opener(path, threads, precision))
+            except InputError:
+                raise
+            except Exception as error:  # whatever a program says of a file that it cannot read
+                reason = " ".join(str(error).split())[:300]
+                raise InputError(
+                    f"{kind.title} cannot read {path}: {reason}; export it again"
+                ) from None
+
+        if name != "auto":
+            return open_one(name)
+        facts = {
+            "network": [info.config.MODEL.NAME, info.config.MODEL.NUM_CLASSES, size],
+            "image_size": info.config.DATA.IMAGE_SIZE,
+            "precision": precision,
+            "threads": threads,
+        }
+        return open_fastest(candidates(formats, precision), open_one, facts, batch_size)
 
 
-def is_export(source) -> bool:
-    """Whether a path is an export folder: any folder that is not a run folder counts as one."""
-    folder = Path(source)
-    return folder.is_dir() and ((folder / FILE).exists() or not (folder / "config.yaml").exists())
+def exported_precision(folder, info: ModelInfo, name: str, precision: str | None) -> str:
+    """Return the precision to run an export in on backend `name`."""
+    allowed = {"fp32": ("fp32", "bf16")}.get(info.precision, (info.precision,))
+    if precision not in (None, *allowed):
+        raise InputError(
+            f"precision {precision} of {folder}, an export made for {info.precision}; allowed: "
+            f"{' or '.join(allowed)}; replknet export makes others"
+        )
+    readers = [reader for reader, kind in BACKENDS.items() if kind.format == info.format]
+    if name not in ("auto", *readers):
+        raise InputError(
+            f"{folder} is an export of format {info.format}, which backend {name} does not "
+            f"open; allowed: auto, {', '.join(readers)}"
+        )
+    return precision or info.precision
+
+
+def info_of_network(model: nn.Layer, config, precision: str, names) -> ModelInfo:
+    """Return what a network in memory is, which runs in every precision but INT8."""
+    if precision not in PRECISIONS:
+        raise InputError(f"precision {precision}; allowed: {', '.join(PRECISIONS)}")
+    if precision == "int8":
+        raise InputError(
+            "precision int8 needs images to calibrate it with; replknet export "
+            "-format onnx -precision int8 makes an export that runs in it"
+        )
+    if names is None:
+        names = getattr(model, "class_names", None) or get_class_names(config)
+    return ModelInfo(config, precision=precision, class_names=names and tuple(names))
+
+
+@contextlib.contextmanager
+def temporary_exports(model: nn.Layer, info: ModelInfo) -> Iterator[Callable[[Kind], Path]]:
+    """Give what exports a network for a kind of backend, once, and returns the file to open."""
+    with tempfile.TemporaryDirectory(prefix="replknet-") as folder:
+
+        def path_for(kind: Kind) -> Path:
+            for package in kind.packages:
+                import_extra(package, "deploy")
+            target = Path(folder, kind.format)
+            if not target.exists():
+                target.mkdir()
+                write_model(model, target, replace(info, format=kind.format))
+            return target / MODEL_FILES[kind.format][0][0]
+
+        yield path_for
 
 
 def load_network(source, config=None, build: Callable = build_replknet) -> tuple[nn.Layer, object]:
-    """The network of a checkpoint or run folder with its weights, and its configuration.
+    """Return the network of a checkpoint or run folder with its weights, and its configuration,
+    which is that of the run folder where `config` is None.
 
     The network has the names of its classes, or None, as `class_names`.
-
-    Args:
-        config: instead of that of the run folder.
-        build: config -> the network.
-
-    Raises:
-        FileNotFoundError, InputError: there is none, or it does not fit.
     """
     config = get_config(run_config_file(source)) if config is None else config
     if config.MODEL.TYPE != "RepLKNet" and build is build_replknet:
@@ -162,88 +433,6 @@ def load_network(source, config=None, build: Callable = build_replknet) -> tuple
     return model, config
 
 
-def _open_export(
-    folder: Path, name: str, threads: int, precision: str | None, batch_size: int
-) -> Backend:
-    sidecar = Sidecar.read(folder)
-    if precision not in (None, sidecar.precision) and (sidecar.precision, precision) != (
-        "fp32",
-        "bf16",
-    ):
-        raise InputError(
-            f"precision {precision} of {folder}, an export made for {sidecar.precision}; allowed: "
-            f"{sidecar.precision}{' or bf16' if sidecar.precision == 'fp32' else ''}; "
-            "replknet export makes others"
-        )
-    precision = precision or sidecar.precision
-    sidecar.verify(folder)
-    readers = [reader for reader, format in FORMAT.items() if format == sidecar.format]
-    if name not in ("auto", *readers):
-        raise InputError(
-            f"{folder} is an export of format {sidecar.format}, which backend {name} does not "
-            f"open; allowed: auto, {', '.join(readers)}"
-        )
-    names = candidates(readers, precision) if name == "auto" else [name]
-    path = model_path(folder, sidecar, sidecar.files)
-
-    def open_one(backend: str) -> Backend:
-        return OPENERS[backend](path, sidecar, threads, precision)
-
-    if name != "auto":
-        return open_one(name)
-    facts = {
-        "network": [sidecar.architecture, sidecar.num_classes, sidecar.precision],
-        "bytes": path.stat().st_size,
-        "image_size": sidecar.preprocessing.image_size,
-        "precision": precision,
-        "threads": threads,
-    }
-    return open_fastest(names, open_one, facts=facts, batch_size=batch_size)
-
-
-def _open_network(
-    model: RepLKNet, sidecar: Sidecar, name: str, threads: int, batch_size: int
-) -> Backend:
-    precision = sidecar.precision
-    names = candidates(list(FORMAT), precision) if name == "auto" else [name]
-    with tempfile.TemporaryDirectory(prefix="replknet-") as folder:
-
-        def open_one(backend: str) -> Backend:
-            for package in PACKAGES[backend]:
-                import_extra(package, "deploy")
-            written = replace(sidecar, format=FORMAT[backend])
-            target = Path(folder, written.format)
-            if not target.exists():
-                target.mkdir()
-                write_model(model, target, format=written.format, precision=precision)
-            path = model_path(target, written, os.listdir(target))
-            return OPENERS[backend](path, written, threads, precision)
-
-        if name != "auto":
-            return open_one(name)
-        shapes = sorted((key, list(value.shape)) for key, value in model.state_dict().items())
-        facts = {
-            "network": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(),
-            "image_size": sidecar.preprocessing.image_size,
-            "precision": precision,
-            "threads": threads,
-        }
-        return open_fastest(names, open_one, facts=facts, batch_size=batch_size)
-
-
-def check_network_precision(precision: str, name: str) -> None:
-    """Raise InputError for a precision that backend `name` does not run networks in memory in."""
-    if precision not in PRECISIONS:
-        raise InputError(f"precision {precision}; allowed: {', '.join(PRECISIONS)}")
-    if precision == "int8":
-        raise InputError(
-            "precision int8 needs images to calibrate it with; replknet export "
-            "-format onnx -precision int8 makes an export that runs in it"
-        )
-    if name == "dygraph" and precision != "fp32":
-        raise InputError(f"precision {precision} with backend dygraph; allowed: fp32")
-
-
 def use_fast_convolutions(model: RepLKNet, config) -> None:
     """Let a network compute in eager mode as MODEL.CONV_IMPL says, in place."""
     use_fast_depthwise_conv(
@@ -252,49 +441,101 @@ def use_fast_convolutions(model: RepLKNet, config) -> None:
     use_fast_pointwise_conv(model, config.MODEL.CONV_IMPL)
 
 
-def candidates(readers: list[str], precision: str) -> list[str]:
-    """The backends of `readers` that are installed and compute in this precision here.
+# `auto`. For RepLKNet-31B on a CPU the backends are within a third of each other, for a network of
+# a few megabytes one can be ten times as fast as the next. So they run by turns for some seconds,
+# and the result is kept in the user's cache.
+MEASURED_FOLDER = "fastest_backend"  # in the cache
+LARGEST_BATCH = 8  # larger batches keep the ratios of this one
+ROUNDS = 5
+MAX_SECONDS = 15  # after which no further round begins
+TURN_SECONDS = 0.05  # at least, of each candidate in each round
+# Intel's OpenMP, which Paddle brings, lets idle threads spin for 0.2 s.
+SETTLE_SECONDS = 0.25
 
-    Raises:
-        InputError: there is none; the message has the pip command.
+
+def open_fastest(
+    names: Sequence[str], open_one: Callable[[str], Backend], facts: dict, batch_size: int
+) -> Backend:
+    """Open the fastest of the installed backends `names`."""
+    if len(names) == 1:
+        logger.info("backend %s: the only installed one that runs this", names[0])
+        return open_one(names[0])
+    images = random_images(min(batch_size, LARGEST_BATCH), facts["image_size"])
+    facts = {
+        **facts,
+        "batch_size": len(images),
+        "processor": processor_name(),
+        "cores": available_cores(),
+        "versions": {name: version(name) for name in names},
+    }
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+    path = cache_folder() / MEASURED_FOLDER / f"{key}.json"
+    with contextlib.ExitStack() as stack:  # one process of a run measures, the others wait for it
+        with contextlib.suppress(OSError):  # a cache that cannot be written is done without
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(path.parent / "lock"))
+        # A file that is not there, or that something else has written, is measured anew.
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            milliseconds = json.loads(path.read_text(encoding="utf-8"))["milliseconds"]
+            fastest = min(set(milliseconds) & set(names), key=milliseconds.get)
+            logger.info("backend %s: the fastest when it was measured (%s)", fastest, path)
+            return open_one(fastest)
+        logger.info(
+            "measuring %s on batches of %d once; the result is remembered",
+            ", ".join(names),
+            len(images),
+        )
+        opened, milliseconds = measure(names, open_one, images)
+        try:
+            content = {"facts": facts, "milliseconds": milliseconds}
+            write_text(path, json.dumps(content, indent=2) + "\n")
+        except OSError as error:
+            logger.warning("the measurement is not remembered: %s", error)
+    fastest = min(milliseconds, key=milliseconds.get)
+    logger.info(
+        "backend %s: the fastest of %s",
+        fastest,
+        ", ".join(f"{name} {value:.3g} ms" for name, value in milliseconds.items()),
+    )
+    for name in opened.keys() - {fastest}:
+        opened[name].close()
+    return opened[fastest]
+
+
+def measure(
+    names: Sequence[str], open_one: Callable[[str], Backend], images: np.ndarray
+) -> tuple[dict[str, Backend], dict[str, float]]:
+    """Open backends, and return them and the milliseconds of a run of each that runs.
+
+    They run by turns, and the best round of each counts.
     """
-    on_gpu = paddle.device.get_device().startswith("gpu")
-    able = [name for name in GPU_BACKENDS[precision] if on_gpu and name in readers]
-    if able:
-        return able
-    able = [name for name in CPU_BACKENDS[precision] if name in readers]
-    if not able:
-        raise InputError(
-            f"precision {precision} in this format runs on a GPU alone, and Paddle uses none here; "
-            "replknet export makes other exports"
-        )
-    installed = [name for name in able if name in installed_backends()]
-    if not installed:
-        raise InputError(
-            f"no backend for this is installed ({' or '.join(able)}); {install_command('deploy')}"
-        )
-    computing = [name for name in installed if computes_in(name, precision)]
-    if not computing:
-        raise InputError(no_bfloat16(installed[0]))
-    return computing
+    opened, best = {}, dict.fromkeys(names, float("inf"))
+    end = time.monotonic() + MAX_SECONDS
+    for _ in range(ROUNDS):
+        for name in list(best):
+            try:
+                if name not in opened:
+                    opened[name] = open_one(name)
+                time.sleep(SETTLE_SECONDS)
+                opened[name].run(images)  # not timed
+                count, start, seconds = 0, time.perf_counter(), 0.0
+                while count == 0 or seconds < TURN_SECONDS:
+                    opened[name].run(images)
+                    count, seconds = count + 1, time.perf_counter() - start
+                best[name] = min(best[name], 1e3 * seconds / count)
+            except Exception as error:  # whatever a backend raises, the others can run
+                logger.warning("backend %s is left out: %s", name, error)
+                del best[name]
+        if not best:
+            raise InputError("no backend runs this network; the warnings above say why")
+        if time.monotonic() > end:
+            break
+    return opened, best
 
 
-def model_path(folder: Path, sidecar: Sidecar, files: Iterable[str]) -> Path:
-    """The ONNX file or the Paddle program among the `files` of an export folder.
-
-    Raises:
-        InputError: they are not those of the export's format.
-    """
-    programs = (ONNX_MODEL_FILE,) if sidecar.format == "onnx" else PADDLE_MODEL_FILES
-    others = () if sidecar.format == "onnx" else (PADDLE_WEIGHTS_FILE,)
-    found = [name for name in programs if name in files]
-    if len(found) != 1 or not set(others) <= set(files):
-        wanted = " and ".join([" or ".join(programs), *others])
-        raise InputError(
-            f"{folder / FILE} lists {', '.join(sorted(files)) or 'no files'}; an export of format "
-            f"{sidecar.format} has {wanted}; {AGAIN}"
-        )
-    return folder / found[0]
+def version(name: str) -> str:
+    """Return the version of a backend's package."""
+    return paddle.__version__ if name == "paddle" else metadata.version(name)
 
 
 class BackendLayer(nn.Layer):
@@ -309,30 +550,16 @@ class BackendLayer(nn.Layer):
 
 
 def open_for_evaluation(config, name: str, build: Callable = build_replknet) -> nn.Layer:
-    """What `-eval -backend NAME` evaluates: MODEL.PRETRAINED, a checkpoint or an export folder.
-
-    Args:
-        build: config -> the network of a checkpoint.
-
-    Raises:
-        FileNotFoundError, InputError: it cannot be opened so, or an export that is not of the
-            network, or not preprocessed as, `config` says.
-    """
+    """Open what `-eval -backend NAME` evaluates: MODEL.PRETRAINED, a checkpoint or an export."""
     source = config.MODEL.PRETRAINED
     batch_size = config.DATA.BATCH_SIZE_EVAL or config.DATA.BATCH_SIZE
     if source is None:
         raise InputError(f"-backend {name} without weights; name them by -pretrained")
     if is_export(source):
-        given = Sidecar.read(source)
-        wanted = Sidecar.build(config, format=given.format)
-        differ = [
-            f"{key} is {getattr(given, key)}, in the configuration {getattr(wanted, key)}"
-            for key in ("architecture", "num_classes", "preprocessing", "segmentation")
-            if getattr(given, key) != getattr(wanted, key)
-        ]
+        differ = differences(read_export(source), config)
         if differ:
             raise InputError(f"{source} is not of this configuration: {'; '.join(differ)}")
         config = None
     backend = open_backend(source, name, config=config, batch_size=batch_size, build=build)
-    logger.info("evaluating on backend %s, %s", backend.name, backend.sidecar.precision)
+    logger.info("evaluating on backend %s, %s", backend.name, backend.info.precision)
     return BackendLayer(backend)

@@ -17,11 +17,19 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from replknet_paddle.model import ConvFFN, ConvNorm, RepLKBlock, RepLKNet
+from replknet_paddle.model import (
+    ConvFFN,
+    ConvNorm,
+    RepLKBlock,
+    RepLKNet,
+    fuse_conv_norm,
+    scale_and_shift,
+    set_weight_and_bias,
+)
 
 
 def merged(model: RepLKNet) -> RepLKNet:
-    """A copy of `model` in evaluation mode with its small kernels merged into the large ones."""
+    """Return a copy of `model` in evaluation mode, its small kernels merged into the large ones."""
     result = copy.deepcopy(model)
     result.structural_reparam()
     result.eval()
@@ -29,7 +37,7 @@ def merged(model: RepLKNet) -> RepLKNet:
 
 
 def folded(model: RepLKNet) -> RepLKNet:
-    """A copy of `model` in evaluation mode, merged, with every batch norm folded that can be.
+    """Return a merged copy of `model` in evaluation mode with all batch norms folded that can be.
 
     Outputs stay the same up to rounding. Its parameters have other names and shapes than those of
     a checkpoint, and it cannot be trained.
@@ -54,50 +62,23 @@ def folded(model: RepLKNet) -> RepLKNet:
     return result
 
 
-def scale_and_shift(norm: nn.Layer) -> tuple[np.ndarray, np.ndarray]:
-    """What a batch norm multiplies by and then adds in evaluation mode: float64, (channels,)."""
-    mean, variance, gamma, beta = (
-        tensor.numpy().astype("float64")
-        for tensor in (norm._mean, norm._variance, norm.weight, norm.bias)
-    )
-    scale = gamma / np.sqrt(variance + norm._epsilon)
-    return scale, beta - mean * scale
-
-
-def biased(conv: nn.Conv2D, weight: np.ndarray, bias: np.ndarray) -> None:
-    """Give a convolution this weight and bias, in its own precision."""
-    if conv.bias is None:
-        conv.bias = conv.create_parameter([weight.shape[0]], dtype=conv.weight.dtype, is_bias=True)
-    conv.weight.set_value(paddle.to_tensor(weight).astype(conv.weight.dtype))
-    conv.bias.set_value(paddle.to_tensor(bias).astype(conv.weight.dtype))
-
-
-def weight_and_bias(conv: nn.Conv2D) -> tuple[np.ndarray, np.ndarray]:
-    """Those of a convolution, float64; a bias of zeros where it has none."""
-    weight = conv.weight.numpy().astype("float64")
-    if conv.bias is None:
-        return weight, np.zeros(weight.shape[0])
-    return weight, conv.bias.numpy().astype("float64")
-
-
 def fold_norm_after(layer: ConvNorm) -> None:
     """Turn `layer` into a convolution with bias (and its ReLU)."""
-    if isinstance(layer.norm, nn.Identity):
-        return
-    weight, bias = weight_and_bias(layer.conv)
-    scale, shift = scale_and_shift(layer.norm)
-    biased(layer.conv, weight * scale[:, None, None, None], bias * scale + shift)
-    layer.norm = nn.Identity()
+    if not isinstance(layer.norm, nn.Identity):
+        set_weight_and_bias(layer.conv, *fuse_conv_norm(layer))
+        layer.norm = nn.Identity()
 
 
 def fold_norm_before(norm: nn.Layer, conv: nn.Conv2D) -> nn.Layer:
-    """What has to stand before `conv`, which takes over `norm` if that is exact."""
+    """Return what has to stand before `conv`, which takes over `norm` if that is exact."""
     is_exact = not np.any(conv._padding) and conv._groups == 1
     if isinstance(norm, nn.Identity) or not is_exact:
         return norm
-    weight, bias = weight_and_bias(conv)
     scale, shift = scale_and_shift(norm)
-    biased(conv, weight * scale[None, :, None, None], bias + np.einsum("oihw,i->o", weight, shift))
+    weight = conv.weight.astype("float64")
+    bias = 0.0 if conv.bias is None else conv.bias.astype("float64")
+    bias = bias + paddle.to_tensor(np.einsum("oihw,i->o", weight.numpy(), shift.numpy()))
+    set_weight_and_bias(conv, weight * scale.reshape([1, -1, 1, 1]), bias)
     return nn.Identity()
 
 
@@ -105,7 +86,7 @@ def fold_final_norm(model: RepLKNet) -> None:
     """Move the final norm behind the global average, into the head."""
     if isinstance(model.norm, nn.Identity):
         return
-    scale, shift = scale_and_shift(model.norm)
+    scale, shift = (value.numpy() for value in scale_and_shift(model.norm))
     weight = model.head.weight.numpy().astype("float64")  # (in, out)
     bias = model.head.bias.numpy().astype("float64")
     dtype = model.head.weight.dtype
@@ -116,7 +97,7 @@ def fold_final_norm(model: RepLKNet) -> None:
 
 @dataclass(frozen=True)
 class Form:
-    """What one form of a network is: its size, and how far its outputs are from the first form's.
+    """The size of one form of a network, and how far its outputs are from the first form's.
 
     Attributes:
         parameters: numbers in it, running statistics among them.
@@ -136,7 +117,7 @@ class Form:
 
 
 def compare_forms(model: RepLKNet, images: np.ndarray) -> list[Form]:
-    """`model` as it is, merged, and folded, on the same images (N, 3, H, W)."""
+    """Compare `model` as it is, merged, and folded, on the same images (N, 3, H, W)."""
     forms, reference = [], None
     for name, build in {"as it is": lambda m: m, "merged": merged, "folded": folded}.items():
         form = build(model)
@@ -153,11 +134,11 @@ def compare_forms(model: RepLKNet, images: np.ndarray) -> list[Form]:
 
 
 def random_images(count: int, size: int) -> np.ndarray:
-    """Normalized noise, float32 (count, 3, size, size), the same in each call."""
+    """Return normalized noise, float32 (count, 3, size, size), the same in each call."""
     return np.random.default_rng(0).normal(size=(count, 3, size, size)).astype("float32")
 
 
 def largest_deviation(outputs: np.ndarray, reference: np.ndarray) -> float:
-    """Largest difference of two arrays of logits, relative to the largest logit of `reference`."""
+    """Return the largest difference of logits, relative to the largest logit of `reference`."""
     largest = np.abs(reference).max()
     return float(np.abs(outputs - reference).max() / largest) if largest else float("nan")

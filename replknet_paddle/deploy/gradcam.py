@@ -13,7 +13,7 @@ No backward pass is needed, and the map costs no more than the prediction.
 import numpy as np
 import paddle
 
-from replknet_paddle.deploy.runtimes import evaluation_mode
+from replknet_paddle.deploy.backends import evaluation_mode
 from replknet_paddle.model import RepLKNet
 
 

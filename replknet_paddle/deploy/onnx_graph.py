@@ -102,18 +102,8 @@ class GraphBuilder:
 
 
 def onnx_model(model: RepLKNet, *, half_weights: str | None = None):
-    """The graph of a folded classifier: images (N, 3, H, W) -> logits (N, num_classes), float32.
-
-    Args:
-        model: of `deploy.fold.folded`.
-        half_weights: None, `FLOAT16` or `BFLOAT16`, in which to store weights.
-
-    Returns:
-        An `onnx.ModelProto` with free batch size, height and width.
-
-    Raises:
-        InputError: the package onnx is missing.
-    """
+    """Return the `onnx.ModelProto` of a folded classifier: images (N, 3, H, W) of any number and
+    size -> logits (N, num_classes), float32."""
     if not all(isinstance(layer, nn.Identity) for layer in norms(model)):
         raise ValueError("a norm is left; give a classifier that deploy.fold.folded returned")
     graph = GraphBuilder(half_weights)

@@ -48,16 +48,14 @@ def page_facts(model: str, predictor: Predictor, network) -> PageFacts:
         predictor: of the model.
         network: the same as `replknet.RepLKNet`; None for an export.
     """
-    sidecar = predictor.backend.sidecar
-    side = sidecar.preprocessing.image_size
-    inputs = f"It sees {side} x {side} pixels and tells {sidecar.num_classes:,} classes apart."
+    info = predictor.backend.info
+    architecture, side = info.config.MODEL.NAME, info.config.DATA.IMAGE_SIZE
+    inputs = f"It sees {side} x {side} pixels and tells {predictor.num_classes:,} classes apart."
     names = predictor.class_names
     if network is None:
-        digest = sidecar.source_sha256
+        digest = info.source_sha256
         source = f"a checkpoint with SHA-256 {digest[:16]}..." if digest else "a network in memory"
-        return PageFacts(
-            f"{sidecar.architecture} ({model})", f"Exported from {source}. {inputs}", names
-        )
+        return PageFacts(f"{architecture} ({model})", f"Exported from {source}. {inputs}", names)
     if not os.path.exists(model):
         record = find_record(model)
         before = f"{record.pretrained_on}, then " if record.pretrained_on else ""
@@ -65,7 +63,7 @@ def page_facts(model: str, predictor: Predictor, network) -> PageFacts:
         return PageFacts(record.name, f"Trained on {before}{data}. {inputs}", names)
     trained_on = f"Trained on the images of {network.config.DATA.DATA_PATH}. {inputs}"
     return PageFacts(
-        f"{sidecar.architecture} ({model})",
+        f"{architecture} ({model})",
         trained_on,
         names,
         validation_examples(network.config, names, EXAMPLES),

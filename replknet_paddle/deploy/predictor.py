@@ -16,8 +16,10 @@ from PIL import Image
 
 from replknet_paddle.checkpoints.run_folder import run_config_file
 from replknet_paddle.config import get_config, update_config
+from replknet_paddle.data.transforms import build_eval_transform
 from replknet_paddle.data.transforms.image import to_rgb
-from replknet_paddle.deploy.backends import is_export, load_network, open_backend
+from replknet_paddle.deploy.backends import load_network, open_backend
+from replknet_paddle.deploy.export import is_export
 from replknet_paddle.deploy.images import decode
 from replknet_paddle.deploy.video import Frame
 from replknet_paddle.model import RepLKNet
@@ -77,7 +79,7 @@ class Predictor:
     """
 
     def __init__(self, model, *, backend: str = "auto", config=None, batch_size: int = 1):
-        if hasattr(model, "sidecar"):
+        if hasattr(model, "info"):
             self.backend = model
         else:
             network = model if isinstance(model, RepLKNet) else open_network(model, config)
@@ -87,19 +89,19 @@ class Predictor:
                 self.backend = open_backend(
                     network, backend, config=config_of(network), batch_size=batch_size
                 )
-        sidecar = self.backend.sidecar
-        if sidecar.segmentation is not None:
+        info = self.backend.info
+        if info.config.MODEL.TYPE != "RepLKNet":
             raise InputError(
                 f"{model} is a segmentation network; `replknet segment predict` runs it"
             )
-        self.transform = sidecar.build_eval_transform()
-        self.num_classes = sidecar.num_classes
-        names = sidecar.class_names or map(str, range(self.num_classes))
+        self.transform = build_eval_transform(info.config)
+        self.num_classes = info.config.MODEL.NUM_CLASSES
+        names = info.class_names or map(str, range(self.num_classes))
         # JSON has text that no file can hold: halves of letters.
         self.class_names = [name.encode("utf-8", "replace").decode() for name in names]
-        counts = Counter(sidecar.class_names or ())
+        counts = Counter(info.class_names or ())
         self.labels_by_name = {
-            name: label for label, name in enumerate(sidecar.class_names or ()) if counts[name] == 1
+            name: label for label, name in enumerate(info.class_names or ()) if counts[name] == 1
         }
 
     def preprocess(self, image) -> np.ndarray:

@@ -8,13 +8,16 @@ DequantizeLinear operators, which OpenVINO and ONNX Runtime both compute in inte
 """
 
 import logging
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from replknet_paddle.data.dataset import ListDataset
+from replknet_paddle.data.dataset import ListDataset, get_dataset
+from replknet_paddle.data.lists import LIST_FILES
+from replknet_paddle.data.transforms import build_eval_transform
 from replknet_paddle.deploy.onnx_graph import INPUT
 from replknet_paddle.runtime.errors import InputError, SampleError
 from replknet_paddle.runtime.packages import import_extra
@@ -23,15 +26,8 @@ logger = logging.getLogger(__name__)
 
 
 def quantize(source: Path, target: Path, batches: Iterable[np.ndarray]) -> None:
-    """Write the INT8 form of the ONNX file `source` to `target`.
-
-    Args:
-        source: of `deploy.onnx_graph`, float32.
-        batches: float32 (N, 3, H, W), preprocessed as in evaluation.
-
-    Raises:
-        InputError: the packages are missing, or there is no batch.
-    """
+    """Write the INT8 form of the float32 ONNX file `source` to `target`, with the ranges that
+    `batches` of preprocessed images give, float32 (N, 3, H, W)."""
     onnx = import_extra("onnx", "deploy")
     import_extra("onnxruntime", "deploy")
     quantization = import_extra("onnxruntime.quantization", "deploy")
@@ -74,20 +70,31 @@ def quantize(source: Path, target: Path, batches: Iterable[np.ndarray]) -> None:
         root.setLevel(level)
 
 
+def calibration_set(config, list_file: str | None = None) -> ListDataset:
+    """Return the images of the training list or another one, preprocessed as in evaluation."""
+    return ListDataset(
+        list_file or os.path.join(config.DATA.DATA_PATH, LIST_FILES[True]),
+        config.DATA.DATA_PATH,
+        build_eval_transform(config),
+        num_classes=config.MODEL.NUM_CLASSES,
+        allow_outside=config.DATA.ALLOW_OUTSIDE,
+    )
+
+
+def validation_set(config) -> ListDataset | None:
+    """Return the validation images, if there is a list of them."""
+    try:
+        return get_dataset(config, is_train=False)
+    except FileNotFoundError:
+        return None
+
+
 def spread_batches(
     dataset: ListDataset, count: int, batch_size: int = 8, *, max_bad_images: int = 0
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """At most `count` images of a data set, evenly spread over its list, which often is sorted.
-
-    Args:
-        max_bad_images: how many unreadable images to leave out, each with a warning.
-
-    Yields:
-        Images float32 (N, 3, H, W) and labels int64 (N,), N at most `batch_size`.
-
-    Raises:
-        SampleError: an unreadable image too many.
-    """
+    """Yield at most `count` images of a dataset, evenly spread over its list, as it may be sorted:
+    float32 (N, 3, H, W) and labels int64 (N,), N at most `batch_size`. Of `max_bad_images`
+    unreadable ones each is left out with a warning; one more raises SampleError."""
     count = min(count, len(dataset))
     indices = np.linspace(0, len(dataset) - 1, count).round().astype(int)
     bad, samples = 0, []
@@ -114,7 +121,7 @@ def spread_batches(
 
 @dataclass(frozen=True)
 class Agreement:
-    """What two networks say of the same images: how many labels each hits, and both share."""
+    """How many labels of the same images two networks hit each, and how many they share."""
 
     images: int
     before: int
@@ -131,7 +138,7 @@ class Agreement:
 
 
 def compare(before, after, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Agreement:
-    """Top-1 of two backends on labelled batches."""
+    """Return the top-1 of two backends on labelled batches."""
     sums = np.zeros(4, dtype=int)
     for images, labels in batches:
         first, second = (backend.run(images).argmax(axis=1) for backend in (before, after))

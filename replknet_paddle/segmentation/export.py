@@ -15,18 +15,16 @@ from paddle import nn
 from replknet_paddle.deploy.export import ExportForm
 from replknet_paddle.deploy.fold import folded
 from replknet_paddle.deploy.onnx_graph import INPUT, OUTPUT, GraphBuilder, backbone_maps
-from replknet_paddle.segmentation.heads import POOL_SCALES, UPerHead
-from replknet_paddle.segmentation.upernet import UPerNet
 
 
-def export_form(model: UPerNet) -> ExportForm:
-    """The forms of `model` that `deploy.export` writes; `model` stays as it is."""
+def export_form(model: nn.Layer) -> ExportForm:
+    """Return the form of a `UPerNet`, which imports this module; `model` stays as it is."""
     model = folded(model)
     del model.auxiliary_head
     onnx = partial(onnx_model, model)
     head = model.decode_head
-    for cells, module in zip(POOL_SCALES, head.psp_modules):
-        module[0] = GridPooling(cells)
+    for module in head.psp_modules:
+        module[0] = GridPooling(module[0]._output_size)
     head.interpolate = resize_by_products
     return ExportForm(model, onnx)
 
@@ -61,7 +59,7 @@ def times(x: paddle.Tensor, weights: paddle.Tensor) -> paddle.Tensor:
 def interpolation_weights(
     old: paddle.Tensor, new: paddle.Tensor, *, align_corners: bool
 ) -> paddle.Tensor:
-    """The share of each of `old` pixels of a line in each of `new` ones: (new, old)."""
+    """Return the share of each of `old` pixels of a line in each of `new` ones: (new, old)."""
     place = paddle.arange(0, new, dtype="float32")
     if align_corners:
         place = place * (old - 1) / paddle.clip(new - 1, min=1.0)
@@ -86,7 +84,7 @@ class GridPooling(nn.Layer):
         return product(self.weights(size[2]), x, self.weights(size[3]))
 
     def weights(self, size: paddle.Tensor) -> paddle.Tensor:
-        """The share of each of `size` pixels of a line in each cell: (cells, size)."""
+        """Return the share of each of `size` pixels of a line in each cell: (cells, size)."""
         cell = paddle.arange(self.cells, dtype="int64").unsqueeze(1)
         start = cell * size // self.cells
         end = ((cell + 1) * size + self.cells - 1) // self.cells
@@ -98,14 +96,14 @@ class GridPooling(nn.Layer):
 class HeadBuilder:
     """Adds the decode head of a folded network to a graph."""
 
-    def __init__(self, graph: GraphBuilder, head: UPerHead):
+    def __init__(self, graph: GraphBuilder, head: nn.Layer):
         self.graph = graph
         self.head = head
         mode = "align_corners" if head.align_corners else "half_pixel"
         self.resizing = {"mode": "linear", "coordinate_transformation_mode": mode}
 
     def size(self, name: str, x: str) -> str:
-        """Height and width of a map, int64 (2,)."""
+        """Add the height and width of a map, int64 (2,)."""
         return self.graph.node("Shape", name, [x], start=2, end=4)
 
     def resize(self, name: str, x: str, size: str, output: str | None = None) -> str:
@@ -115,14 +113,14 @@ class HeadBuilder:
         return self.graph.node("Resize", name, inputs, output=output, **self.resizing)
 
     def conv(self, name: str, x: str) -> str:
-        """The convolution of the head that has this name."""
+        """Add the convolution of the head that has this name."""
         layer = self.head
         for part in name.split("."):
             layer = layer[int(part)] if part.isdigit() else getattr(layer, part)
         return self.graph.conv_norm(f"decode_head.{name}", layer, x)
 
     def pooling_weights(self, name: str, size: str, cells: int) -> str:
-        """As `GridPooling.weights`, of a size (1,)."""
+        """Add what `GridPooling.weights` computes, of a size (1,)."""
         node, constant = self.graph.node, self.graph.constant
         cell = np.arange(cells, dtype=np.int64)[:, None]
         one = constant(f"{name}.cells", np.array(cells, np.int64))
@@ -157,12 +155,13 @@ class HeadBuilder:
         return node("MatMul", f"{name}.pooled", [pooled, columns])
 
     def logits(self, maps: list[str]) -> str:
-        """The head's logits from the four maps, at the scale of the first."""
+        """Add the head's logits from the four maps, at the scale of the first."""
         node = self.graph.node
         last = maps[-1]
         last_size = self.size("pyramid.size", last)
         pyramid = [last]
-        for i, cells in enumerate(POOL_SCALES):
+        for i, module in enumerate(self.head.psp_modules):
+            cells = module[0].cells
             pooled = self.conv(f"psp_modules.{i}.1", self.grid_average(f"pool.{i}", last, cells))
             pyramid.append(self.resize(f"pyramid.{i}", pooled, last_size))
         top = self.conv("bottleneck", node("Concat", "pyramid", pyramid, axis=1))
@@ -177,18 +176,8 @@ class HeadBuilder:
         return self.graph.conv("decode_head.conv_seg", self.head.conv_seg, x)
 
 
-def onnx_model(model: UPerNet, *, half_weights: str | None = None):
-    """The graph of a folded UPerNet: images (N, 3, H, W) -> logits (N, num_classes, H, W), float32.
-
-    Args:
-        half_weights: None, `FLOAT16` or `BFLOAT16`, in which to store weights.
-
-    Returns:
-        An `onnx.ModelProto` with free batch size, height and width.
-
-    Raises:
-        InputError: the package onnx is missing.
-    """
+def onnx_model(model: nn.Layer, *, half_weights: str | None = None):
+    """Return the `onnx.ModelProto` of a form, which takes batches and images of any size."""
     graph = GraphBuilder(half_weights)
     builder = HeadBuilder(graph, model.decode_head)
     maps = backbone_maps(graph, model.backbone, "backbone.")
@@ -204,7 +193,7 @@ def onnx_model(model: UPerNet, *, half_weights: str | None = None):
 
 
 def batch_norm(graph: GraphBuilder, name: str, norm: nn.Layer, x: str) -> str:
-    """A norm of a stage's map, which no convolution can take over."""
+    """Add the norm of a stage's map, which no convolution can take over."""
     tensors = {"weight": norm.weight, "bias": norm.bias, "mean": norm._mean, "var": norm._variance}
     inputs = [graph.constant(f"{name}.{key}", value.numpy()) for key, value in tensors.items()]
     return graph.node("BatchNormalization", name, [x, *inputs], epsilon=norm._epsilon)

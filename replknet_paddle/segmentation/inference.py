@@ -6,95 +6,86 @@ probabilities of scales and mirror images are averaged.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import paddle
 from paddle.nn import functional as F
 
-from replknet_paddle.deploy.sidecar import Sidecar, segmentation_settings
 from replknet_paddle.segmentation.heads import resize
 from replknet_paddle.segmentation.transforms import Box, resized_size, scaled
 
 
-@dataclass(frozen=True)
-class InferenceSettings:
-    """How images go through the network.
+def build_inference(config, network: Callable) -> Callable:
+    """Return the function of normalized images (N, 3, H, W) that gives the probabilities of their
+    classes, (N, num_classes, H, W), as `config` says.
 
-    Attributes:
-        scale: the most that the longer and the shorter side of an image have at ratio 1, pixels.
-        ratios: sizes to average over, relative to that.
-        flip: average with the mirror image, too.
-        crop_size: side of the sliding windows, pixels.
-        stride: of the windows, pixels; None: the whole image at once.
-        align_corners: how logits are resized.
+    Args:
+        network: images (N, 3, h, w) -> logits (N, num_classes, h, w).
     """
-
-    scale: tuple[int, int]
-    ratios: tuple[float, ...]
-    flip: bool
-    crop_size: int
-    stride: int | None
-    align_corners: bool
-
-    @classmethod
-    def build(cls, config) -> "InferenceSettings":
-        """What `config` says."""
-        return cls.of(segmentation_settings(config), config.DATA.IMAGE_SIZE)
-
-    @classmethod
-    def from_sidecar(cls, sidecar: Sidecar) -> "InferenceSettings":
-        """What an export's sidecar says."""
-        return cls.of(sidecar.segmentation, sidecar.preprocessing.image_size)
-
-    @classmethod
-    def of(cls, settings: dict, crop_size: int) -> "InferenceSettings":
-        """Those of `Sidecar.segmentation`."""
-        return cls(
-            scale=tuple(settings["resize"]),
-            ratios=tuple(settings["eval_ratios"]),
-            flip=settings["eval_flip"],
-            crop_size=crop_size,
-            stride=settings["slide_stride"],
-            align_corners=settings["align_corners"],
-        )
+    settings = config.SEGMENTATION
+    return partial(
+        class_probabilities,
+        network,
+        scale=tuple(settings.RESIZE),
+        ratios=settings.EVAL_RATIOS,
+        flip=settings.EVAL_FLIP,
+        crop_size=config.DATA.IMAGE_SIZE,
+        stride=settings.SLIDE_STRIDE,
+        align_corners=settings.ALIGN_CORNERS,
+    )
 
 
 @paddle.no_grad()
 def class_probabilities(
-    network: Callable, images: paddle.Tensor, settings: InferenceSettings
+    network: Callable,
+    images: paddle.Tensor,
+    *,
+    scale: tuple[int, int],
+    ratios: Sequence[float],
+    flip: bool,
+    crop_size: int,
+    stride: int | None,
+    align_corners: bool,
 ) -> paddle.Tensor:
     """Normalized images (N, 3, H, W) -> probabilities (N, num_classes, H, W), float32.
 
     Args:
         network: images (N, 3, h, w) -> logits (N, num_classes, h, w).
+        scale: the most that the longer and the shorter side of an image have at ratio 1, pixels.
+        ratios: sizes to average over, relative to that.
+        flip: average with the mirror image, too.
+        crop_size, stride: side and distance of the sliding windows, pixels; stride None: the whole
+            image at once.
+        align_corners: how logits are resized.
     """
     size = images.shape[2:]
     total = 0
-    for ratio in settings.ratios:
-        new_size = resized_size(size, scaled(settings.scale, ratio))
+    for ratio in ratios:
+        new_size = resized_size(size, scaled(scale, ratio))
         resized = images
         if new_size != tuple(size):
             resized = resize(images, new_size, align_corners=False)
-        for mirrored in (False, True) if settings.flip else (False,):
-            logits = image_logits(network, resized.flip(3) if mirrored else resized, settings)
+        for mirrored in (False, True) if flip else (False,):
+            turned = resized.flip(3) if mirrored else resized
+            logits = image_logits(network, turned, crop_size, stride)
             if logits.shape[2:] != size:
-                logits = resize(logits, size, align_corners=settings.align_corners)
+                logits = resize(logits, size, align_corners=align_corners)
             probabilities = F.softmax(logits, axis=1)
             total = total + (probabilities.flip(3) if mirrored else probabilities)
-    return total / (len(settings.ratios) * (1 + settings.flip))
+    return total / (len(ratios) * (1 + flip))
 
 
 def image_logits(
-    network: Callable, images: paddle.Tensor, settings: InferenceSettings
+    network: Callable, images: paddle.Tensor, crop_size: int, stride: int | None
 ) -> paddle.Tensor:
-    """Logits at the size of the images, float32; where windows overlap, their average."""
-    if settings.stride is None:
+    """Return logits at the size of the images, float32; where windows overlap, their average."""
+    if stride is None:
         return network(images).astype("float32")
     height, width = images.shape[2:]
     counts = np.zeros((1, 1, height, width), np.float32)
     total = None
-    for top, left, bottom, right in windows(height, width, settings.crop_size, settings.stride):
+    for top, left, bottom, right in windows(height, width, crop_size, stride):
         logits = network(images[:, :, top:bottom, left:right]).astype("float32")
         if total is None:
             total = paddle.zeros([*logits.shape[:2], height, width])
@@ -104,7 +95,7 @@ def image_logits(
 
 
 def windows(height: int, width: int, side: int, stride: int) -> Iterator[Box]:
-    """Boxes (top, left, bottom, right) that cover an image, row by row.
+    """Yield boxes (top, left, bottom, right) that cover an image, row by row.
 
     Each is `side` x `side` pixels, less where the image is smaller; the last of a row or column
     ends with the image.

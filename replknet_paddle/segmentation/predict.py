@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,14 @@ from PIL import Image
 
 from replknet_paddle.data.lists import printable
 from replknet_paddle.data.transforms.image import normalize, to_rgb
-from replknet_paddle.deploy.backends import BackendLayer, is_export, load_network, open_backend
+from replknet_paddle.deploy.backends import BackendLayer, load_network, open_backend
+from replknet_paddle.deploy.export import is_export
 from replknet_paddle.deploy.images import ImageFiles, decode
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import atomic_file
-from replknet_paddle.segmentation.inference import InferenceSettings, class_probabilities
+from replknet_paddle.segmentation.inference import (
+    build_inference,
+)
 from replknet_paddle.segmentation.palette import label_picture, overlay, palette_of
 from replknet_paddle.segmentation.upernet import build_upernet
 
@@ -53,14 +57,16 @@ class SegmentationPredictor:
             if not is_export(model):
                 model, config = load_network(model, config, build_upernet_only)
             self.backend = open_backend(model, backend, config=config)
-        sidecar = self.backend.sidecar
-        if sidecar.segmentation is None:
+        config = self.backend.info.config
+        if config.MODEL.TYPE != "UPerNet":
             raise InputError(f"{model} is a classifier; `replknet predict` runs it")
-        self.network = BackendLayer(self.backend)
-        self.settings = InferenceSettings.from_sidecar(sidecar)
-        self.preprocessing = sidecar.preprocessing
-        self.class_names = sidecar.class_names or [str(i) for i in range(sidecar.num_classes)]
-        self.palette = palette_of(sidecar.segmentation["palette"], sidecar.num_classes)
+        self.probabilities = build_inference(config, BackendLayer(self.backend))
+        self.normalize = partial(
+            normalize, mean=config.DATA.IMAGENET_MEAN, std=config.DATA.IMAGENET_STD
+        )
+        num_classes = config.MODEL.NUM_CLASSES
+        self.class_names = self.backend.info.class_names or [str(i) for i in range(num_classes)]
+        self.palette = palette_of(config.SEGMENTATION.PALETTE, num_classes)
 
     def labels(self, image) -> np.ndarray:
         """A path, an array (H, W, 3) uint8 or a Pillow image -> the class of each pixel, (H, W).
@@ -72,10 +78,8 @@ class SegmentationPredictor:
 
     def labels_of_pixels(self, pixels: np.ndarray) -> np.ndarray:
         """Pixels (H, W, 3) uint8, RGB -> the class of each, (H, W) uint8."""
-        given = self.preprocessing
-        images = paddle.to_tensor(normalize(pixels, given.mean, given.std)[None])
-        probabilities = class_probabilities(self.network, images, self.settings)
-        return probabilities[0].argmax(axis=0).numpy().astype(np.uint8)
+        images = paddle.to_tensor(self.normalize(pixels)[None])
+        return self.probabilities(images)[0].argmax(axis=0).numpy().astype(np.uint8)
 
 
 def build_upernet_only(config):

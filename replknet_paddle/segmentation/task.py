@@ -16,7 +16,7 @@ from replknet_paddle.optim.schedule import get_poly_lr
 from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.segmentation.dataset import get_dataloader, get_dataset
-from replknet_paddle.segmentation.inference import InferenceSettings, class_probabilities
+from replknet_paddle.segmentation.inference import build_inference
 from replknet_paddle.segmentation.losses import SegmentationLoss
 from replknet_paddle.segmentation.metrics import ConfusionSums
 from replknet_paddle.segmentation.upernet import UPerNet, build_upernet
@@ -86,11 +86,6 @@ def poly_schedule(config, peak: float, steps_per_epoch: int) -> Callable[[int], 
         warmup_steps=config.SEGMENTATION.WARMUP_STEPS,
         total_steps=config.TRAIN.NUM_EPOCHS * steps_per_epoch,
     )
-
-
-def build_inference(config, model: Callable) -> Callable:
-    """Images (1, 3, H, W) -> probabilities (1, num_classes, H, W)."""
-    return partial(class_probabilities, model, settings=InferenceSettings.build(config))
 
 
 def build_metric_sums(config) -> ConfusionSums:

@@ -1,6 +1,5 @@
-"""Exporting on the command line: a folder that is enough, figures in the report, bad input."""
+"""export, merge and convert: right numbers out, and nothing out of bad input."""
 
-import json
 import os
 import re
 import subprocess
@@ -9,14 +8,23 @@ import sys
 import numpy as np
 import paddle
 import pytest
-from tiny import ROOT, TINY, command
+from tiny import FIXTURES, ROOT, TINY, TINY31, command
 
-from replknet_paddle.checkpoints.files import write_safetensors
+from replknet_paddle.checkpoints.checkpoint_file import CheckpointFile
+from replknet_paddle.checkpoints.files import read_checkpoint, write_safetensors
+from replknet_paddle.checkpoints.load import load_pretrained, load_state
 from replknet_paddle.config import get_config
 from replknet_paddle.deploy import open_backend
+from replknet_paddle.deploy.export import read_export
 from replknet_paddle.model import build_replknet
+from replknet_paddle.runtime.files import file_sha256
 
-main = command("export")
+pytestmark = pytest.mark.numbers
+
+export, merge, convert = command("export"), command("merge"), command("convert")
+
+SOURCE = FIXTURES / "tiny31_paddlevit.pdparams"
+MERGED = ["-opts", "MODEL.SMALL_KERNEL_MERGED", "True"]
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +38,15 @@ def run_folder(tmp_path_factory):
     return folder
 
 
-def eager_logits(folder, images):
-    model = build_replknet(get_config(folder / "config.yaml"))
-    backend = open_backend(folder, "dygraph")
-    assert type(backend.model) is type(model)
-    return backend.run(images)
+@pytest.fixture
+def cfg(tmp_path):
+    """The flag that names the configuration of the fixtures."""
+    path = tmp_path / "tiny31.yaml"
+    path.write_text(TINY31)
+    return f"-cfg={path}"
+
+
+# ---- export
 
 
 @pytest.mark.parametrize("format", ["paddle", "onnx"])
@@ -47,19 +59,19 @@ def test_a_checkpoint_in_its_run_folder_becomes_a_folder_that_predicts(
     names = tmp_path / "names.txt"
     names.write_text("zero\none\ntwo\nthree\n")
     arguments = ["-format", format, "-class_names", str(names), str(target)]
-    assert main(["-pretrained", str(run_folder / "best"), *arguments]) == 0
+    assert export(["-pretrained", str(run_folder / "best"), *arguments]) == 0
     out = capsys.readouterr().out
     assert f"exported {run_folder / 'best'}" in out and f"({format}, fp32, " in out
     if format == "paddle":
         assert re.search(r"within [0-9.e-]+ of the largest .* \(backend paddle", out)
         images = np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype("float32")
-        outputs, expected = open_backend(target).run(images), eager_logits(run_folder, images)
+        outputs = open_backend(target).run(images)
+        expected = open_backend(run_folder, "dygraph").run(images)
         assert np.abs(outputs - expected).max() <= 1e-4 * np.abs(expected).max()
-    sidecar = json.loads((target / "replknet.json").read_text())
-    assert sidecar["architecture"] == "tiny" and sidecar["num_classes"] == 4
-    assert sidecar["class_names"] == ["zero", "one", "two", "three"]
-    assert sidecar["preprocessing"]["image_size"] == 32
-    assert sidecar["paddle_version"] == paddle.__version__
+    info = read_export(target)
+    assert info.config == get_config(run_folder / "config.yaml")
+    assert info.class_names == ("zero", "one", "two", "three")
+    assert info.source_sha256 == file_sha256(run_folder / "best")
 
 
 def test_int8_is_calibrated_on_a_list_and_its_accuracy_reported(
@@ -70,74 +82,236 @@ def test_int8_is_calibrated_on_a_list_and_its_accuracy_reported(
     target = tmp_path / "dst"
     flags = ["-format", "onnx", "-precision", "int8", f"-data_path={tiny_data}"]
     flags += ["-calibration_images", "12", "-validation_images", "30"]
-    assert main(["-pretrained", str(run_folder), *flags, str(target)]) == 0
+    assert export(["-pretrained", str(run_folder), *flags, str(target)]) == 0
     out = capsys.readouterr().out
     assert re.search(r"top-1 [0-9.]+ % \(\d+/30\) before, [0-9.]+ % \(\d+/30\) after", out), out
     assert "of 30 get the same label" in out
-    assert json.loads((target / "replknet.json").read_text())["precision"] == "int8"
+    assert read_export(target).precision == "int8"
 
 
-def bad_inputs(folder, run):
-    """{what: (flags, target, part of the message)}."""
-    good = ["-pretrained", str(run / "best")]
-    (folder / "occupied").mkdir()
-    (folder / "occupied" / "precious").write_text("")
-    (folder / "names.txt").write_text("only\nthree\nnames\n")
-    (folder / "latin.txt").write_bytes(b"\xe4\n")
-    (folder / "other.yaml").write_text(TINY.replace("10]", "12]"))
-    (folder / "empty_run").mkdir()
-    (folder / "empty_run" / "config.yaml").write_text(TINY)
-    int8 = [*good, "-format", "onnx", "-precision", "int8"]
+# ---- merge
+
+
+def merged_logits(weights):
+    """What the merged network gives for the fixture's images, and what the reference gives."""
+    path = os.path.join(os.path.dirname(weights), "tiny31.yaml")
+    model = build_replknet(get_config(path, MODEL__SMALL_KERNEL_MERGED=True))
+    load_pretrained(model, str(weights))
+    model.eval()
+    expected = np.load(FIXTURES / "tiny31_expected.npz")
+    with paddle.no_grad():
+        return model(paddle.to_tensor(expected["images"])).numpy(), expected["logits"]
+
+
+@pytest.mark.parametrize("source", ["tiny31_paddlevit.pdparams", "tiny31_official.pth"])
+def test_the_merged_file_gives_the_reference_logits(tmp_path, cfg, source, capsys):
+    target = tmp_path / "merged.safetensors"
+    assert merge([cfg, "-pretrained", str(FIXTURES / source), str(target)]) == 0
+    out = capsys.readouterr().out
+    assert str(target) in out
+    assert re.search(r"folded: [0-9,]+ numbers, .*; outputs differ by at most \d", out)
+    logits, expected = merged_logits(target)
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged.safetensors", "tiny31.yaml"]
+    tensors = read_checkpoint(target)
+    assert not [name for name in tensors if "origin" in name or "small_kernel" in name]
+    assert sum(name.endswith("large_kernel_reparam.weight") for name in tensors) == 5
+    assert {value.dtype for value in tensors.values()} == {np.dtype("float32")}
+
+
+def test_merged_weights_merge_again_to_the_same(tmp_path, cfg):
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    assert merge([cfg, "-pretrained", str(SOURCE), str(first)]) == 0
+    assert merge([cfg, "-pretrained", str(first), str(second), *MERGED]) == 0
+    assert np.array_equal(*(merged_logits(path)[0] for path in (first, second)))
+
+
+def test_a_checkpoint_in_its_run_folder_needs_no_config(tmp_path, cfg):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(TINY31)
+    (tmp_path / "run" / "best").write_bytes(SOURCE.read_bytes())
+    target = tmp_path / "merged.safetensors"
+    assert merge(["-pretrained", str(tmp_path / "run" / "best"), str(target)]) == 0
+    np.testing.assert_allclose(*merged_logits(target), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["source.safetensors", "link.safetensors"])
+def test_the_source_is_not_overwritten(tmp_path, cfg, capsys, name):
+    source = tmp_path / "source.safetensors"
+    assert merge([cfg, "-pretrained", str(SOURCE), str(source)]) == 0
+    os.link(source, tmp_path / "link.safetensors")
+    before = source.read_bytes()
+    assert merge([cfg, "-pretrained", str(source), str(tmp_path / name), *MERGED]) == 2
+    assert f"{tmp_path / name} is the checkpoint to merge" in capsys.readouterr().err
+    assert source.read_bytes() == before
+
+
+def test_bad_targets_are_reported_before_anything_is_computed(tmp_path, cfg, monkeypatch):
+    monkeypatch.setattr(
+        "replknet_paddle.deploy.backends.load_network", lambda *_: pytest.fail("computes")
+    )
+    for target in ("out.pdparams", "nowhere/out.safetensors", "."):
+        assert merge([cfg, "-pretrained", str(SOURCE), str(tmp_path / target)]) == 2
+
+
+# ---- convert
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["official.pth", "official_ddp_fp16_legacy.pth", "mmpretrain.pth", "paddlevit.pdparams"],
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["native.pdparams"],
+        ["native.safetensors"],
+        ["official.safetensors", "-to", "official"],
+        ["mmpretrain.safetensors", "--to", "mmpretrain"],
+    ],
+)
+def test_every_source_to_every_destination(source, options, cfg, tmp_path, capsys):
+    source, destination = str(FIXTURES / f"tiny31_{source}"), str(tmp_path / options[0])
+    assert convert([source, destination, cfg, *options[1:]]) == 0
+    assert "tensors" in capsys.readouterr().out
+    found, wanted = load_state(destination), load_state(source)
+    assert sorted(found) == sorted(wanted)
+    for name in wanted:
+        np.testing.assert_array_equal(found[name], wanted[name])
+
+
+def test_names_and_framework_of_the_other_project(cfg, tmp_path):
+    destination = str(tmp_path / "x.safetensors")
+    convert([str(SOURCE), destination, cfg, "-to", "official"])
+    original = read_checkpoint(FIXTURES / "tiny31_official.pth")
+    converted = read_checkpoint(destination)
+    assert {name: value.shape for name, value in converted.items()} == {
+        name: value.shape for name, value in original.items()
+    }
+    assert CheckpointFile(destination).metadata["format"] == "pt"
+
+
+def test_ema_weights_and_other_keys(cfg, tmp_path):
+    source, destination = FIXTURES / "tiny31_official_train_ckpt.pth", str(tmp_path / "x.pdparams")
+    assert convert([str(source), destination, cfg, "-weights", "model_ema"]) == 0
+    np.testing.assert_array_equal(
+        load_state(destination)["head.bias"], load_state(source, weights="model_ema")["head.bias"]
+    )
+    merged = str(FIXTURES / "tiny31_official_merged.pth")
+    assert convert([merged, destination, cfg, *MERGED]) == 0
+
+
+# ---- bad input
+
+
+@pytest.fixture
+def places(tmp_path, run_folder, cfg):
+    """What the command lines below name; every file that they need is there."""
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "precious").write_text("")
+    (tmp_path / "occupied.safetensors").mkdir()
+    (tmp_path / "empty_run").mkdir()
+    (tmp_path / "older.safetensors").write_text("precious")
+    for name, text in {
+        "empty_run/config.yaml": TINY,
+        "names.txt": "only\nthree\nnames\n",
+        "other_run.yaml": TINY.replace("10]", "12]"),
+        "other.yaml": TINY31.replace("24", "20"),
+        "classes.yaml": TINY31.replace("NUM_CLASSES: 10", "NUM_CLASSES: 7"),
+        "wrong.yaml": "MODLE: {NAME: x}",
+        "file": "",
+        "empty.pdparams": "",
+    }.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "latin.txt").write_bytes(b"\xe4\n")
+    (tmp_path / "garbage.pdparams").write_bytes(os.urandom(4096))
+    (tmp_path / "cut.pdparams").write_bytes(SOURCE.read_bytes()[:20_000])
+    good = f"-pretrained {run_folder}/best"
     return {
-        "format": ([*good, "-format", "tflite"], "dst", "allowed: paddle, onnx"),
-        "precision": ([*good, "-precision", "fp8"], "dst", "allowed: fp32, fp16, bf16, int8"),
-        "int8 paddle": ([*good, "-precision", "int8"], "dst", "allowed: -format onnx"),
-        "no checkpoint": (["-pretrained", str(folder / "nowhere")], "dst", "nowhere"),
-        "no weights in the run": (["-pretrained", str(folder / "empty_run")], "dst", "neither"),
-        "another network": ([*good, "-cfg", str(folder / "other.yaml")], "dst", "does not fit"),
-        "occupied": (good, "occupied", "not an earlier export"),
-        "no parent": (good, "no/where", "no folder"),
-        "three names": ([*good, "-class_names", str(folder / "names.txt")], "dst", "has 3 lines"),
-        "names": ([*good, "-class_names", str(folder / "latin.txt")], "dst", "UTF-8"),
-        "no names": ([*good, "-class_names", str(folder / "none.txt")], "dst", "none.txt"),
-        "no data": ([*int8, "-data_path", str(folder / "no_data")], "dst", "no_data"),
-        "no image": ([*int8, "-calibration_images", "0"], "dst", "calibration_images 0"),
-        "no validation": ([*int8, "-validation_images", "0"], "dst", "-validation_images 0; al"),
-        "less than none": ([*good, "-validation_images", "-1"], "dst", "-validation_images -1"),
+        "t": tmp_path,
+        "fixtures": FIXTURES,
+        "best": good,
+        "int8": f"{good} -format onnx -precision int8",
+        "cfg": cfg,
+        "good": f"{cfg} -pretrained {SOURCE}",
+        "out": f"{tmp_path}/out.safetensors",
     }
 
 
-WHAT = [
-    "format", "precision", "int8 paddle", "no checkpoint", "no weights in the run",
-    "another network", "occupied", "no parent", "three names", "names", "no names", "no data",
-    "no image", "no validation", "less than none",
-]  # fmt: skip
+BAD = [
+    ("export {best} -format tflite {t}/dst", "allowed: paddle, onnx"),
+    ("export {best} -precision fp8 {t}/dst", "allowed: fp32, fp16, bf16, int8"),
+    ("export {best} -precision int8 {t}/dst", "allowed: -format onnx"),
+    ("export -pretrained {t}/nowhere {t}/dst", "nowhere"),
+    ("export -pretrained {t}/empty_run {t}/dst", "neither"),
+    ("export {best} -cfg {t}/other_run.yaml {t}/dst", "does not fit"),
+    ("export {best} {t}/occupied", "not an earlier export"),
+    ("export {best} {t}/no/where", "no folder"),
+    ("export {best} -class_names {t}/names.txt {t}/dst", "has 3 lines"),
+    ("export {best} -class_names {t}/latin.txt {t}/dst", "UTF-8"),
+    ("export {best} -class_names {t}/none.txt {t}/dst", "none.txt"),
+    ("export {int8} -data_path {t}/no_data {t}/dst", "no_data"),
+    ("export {int8} -calibration_images 0 {t}/dst", "calibration_images 0"),
+    ("export {int8} -validation_images 0 {t}/dst", "-validation_images 0; al"),
+    ("export {best} -validation_images -1 {t}/dst", "-validation_images -1"),
+    ("merge {cfg} -pretrained {t}/nowhere {out}", "nowhere"),
+    ("merge -pretrained {t}/nowhere {out}", "nowhere"),
+    ("merge -pretrained {fixtures}/tiny31_paddlevit.pdparams {out}", "-cfg"),
+    ("merge {good} -cfg {t}/no.yaml {out}", "no.yaml"),
+    ("merge {good} -cfg {t}/wrong.yaml {out}", "MODEL.NAME"),
+    ("merge {good} -cfg {t}/other.yaml {out}", "tiny31_paddlevit"),
+    ("merge {good} -cfg {t}/classes.yaml {out}", "head"),
+    ("merge {cfg} -pretrained {t}/garbage.pdparams {out}", "garbage.pdparams"),
+    ("merge {cfg} -pretrained {t}/empty.pdparams {out}", "empty.pdparams"),
+    ("merge {cfg} -pretrained {t}/cut.pdparams {out}", "cut.pdparams"),
+    ("merge {cfg} -pretrained {t}/occupied {out}", "occupied"),
+    ("merge {cfg} -pretrained {fixtures}/tinyxl_paddlevit.pdparams {out}", "tinyxl_paddlevit"),
+    ("merge {cfg} -pretrained {fixtures}/tinyxl_paddlevit.pdparams {t}/older.safetensors", "fit"),
+    ("merge {good} {t}/nowhere/out.safetensors", "nowhere"),
+    ("merge {good} {t}/file/out.safetensors", "file"),
+    ("merge {good} {t}/occupied.safetensors", "occupied.safetensors"),
+    ("merge {good} {t}/out.pdparams", ".safetensors"),
+    ("convert {fixtures}/tiny31_official.pth {t}/x.pth {cfg}", "allowed: .safetensors, .pdparams"),
+    ("convert {fixtures}/tiny31_official.pth {t}/x.pdparams {cfg} -to official", "native names"),
+    ("convert {fixtures}/tinyxl_official.pth {t}/x.pdparams {cfg}", "MODEL.DW_RATIO: 1.5"),
+    ("convert {fixtures}/tiny31_official_merged.pth {t}/x.pdparams {cfg}", "_KERNEL_MERGED: True"),
+    ("convert {t}/absent.pth {t}/x.pdparams {cfg}", "no such file"),
+    ("convert {fixtures}/tiny31_official.pth {t}/absent/x.pdparams {cfg}", "no folder"),
+    ("convert {fixtures}/tiny31_official.pth {t}/x.pdparams {cfg} -opts MODEL.NAMES x", "NAMES"),
+    ("convert {fixtures}/tiny31_official.pth {t}/x.pdparams", "-cfg"),
+]
 
 
-@pytest.mark.parametrize("what", WHAT)
-def test_bad_input_is_one_message_and_writes_nothing(tmp_path, run_folder, capsys, what):
-    inputs = bad_inputs(tmp_path, run_folder)
-    assert list(inputs) == WHAT
-    flags, target, says = inputs[what]
-    before = sorted(tmp_path.rglob("*"))
-    assert main([*flags, str(tmp_path / target)]) == 2
+@pytest.mark.parametrize("line, says", BAD)
+def test_bad_input_is_one_message_and_writes_nothing(tmp_path, places, capsys, line, says):
+    name, *arguments = line.format(**places).split()
+    before = {path: path.is_dir() or path.read_bytes() for path in tmp_path.rglob("*")}
+    assert command(name)(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: ") and says in captured.err
-    assert "Traceback" not in captured.err
-    assert sorted(tmp_path.rglob("*")) == before
+    assert captured.err.count("error: ") == 1 and "Traceback" not in captured.err
+    assert {path: path.is_dir() or path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
-def test_the_command_runs_from_the_shell(tmp_path, run_folder):
-    pytest.importorskip("onnx")  # quickly written
+@pytest.mark.parametrize(
+    "line, status",
+    [
+        pytest.param("merge {good} {out}", 0, marks=pytest.mark.slow),
+        ("export --format onnx {best} {t}/dst", 0),
+        ("convert {fixtures}/tiny31_official.pth {t}/x.txt {cfg}", 2),
+    ],
+)
+def test_the_commands_run_from_the_shell(places, line, status):
+    if "onnx" in line:
+        pytest.importorskip("onnx")
     done = subprocess.run(
-        [sys.executable, "-m", "replknet_paddle", "export", "--format", "onnx"]
-        + ["--pretrained", str(run_folder / "best"), str(tmp_path / "dst")],
+        [sys.executable, "-m", "replknet_paddle", *line.format(**places).split()],
         cwd=ROOT,
         text=True,
         capture_output=True,
         timeout=120,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "dst").exists() and "Traceback" not in done.stderr
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr and ("error: " in done.stderr) == (status == 2)

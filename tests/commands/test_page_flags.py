@@ -47,7 +47,7 @@ def test_a_model_that_there_is_not_is_refused(capsys, tmp_path, port):
 @pytest.mark.parametrize("flag", ["-cfg=other.yaml", "--opts=SEED", "-opts=SEED"])
 def test_an_export_takes_no_configuration(capsys, tmp_path, port, flag):
     pytest.importorskip("gradio", reason=NEEDS_GRADIO)
-    (tmp_path / "replknet.json").write_text("{}")
+    (tmp_path / "export.json").write_text("{}")
     assert main([str(tmp_path), flag, port]) == 2
     assert "which is not a checkpoint or run folder; allowed" in capsys.readouterr().err
 
@@ -65,7 +65,7 @@ def test_a_checkpoint_takes_a_configuration(monkeypatch, run_folder, port):
     assert main([str(run_folder), *flags]) == 0
     ((predictor, network, _),) = shown
     assert network.config.DATA.CROP_PCT == 0.5
-    assert predictor.backend.sidecar.preprocessing.crop_pct == 0.5
+    assert predictor.backend.info.config.DATA.CROP_PCT == 0.5
 
 
 def test_a_port_in_use_is_reported_before_the_model_is_opened(capsys, tmp_path):

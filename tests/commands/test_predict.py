@@ -14,9 +14,9 @@ from runs import make_run
 from tiny import FIXTURES, ROOT, command
 
 from replknet_paddle import deploy
+from replknet_paddle.deploy.export import FILE, ModelInfo
 from replknet_paddle.deploy.pictures import RIGHT, WRONG
 from replknet_paddle.deploy.predictor import open_network
-from replknet_paddle.deploy.sidecar import FILE, Sidecar
 
 main = command("predict")
 
@@ -33,10 +33,8 @@ def run_folder(tmp_path_factory):
 def export(run_folder, tmp_path_factory):
     network = open_network(run_folder)
     folder = tmp_path_factory.mktemp("exports") / "export"
-    names = [f"class {letter}" for letter in "abcdefghi"]
-    deploy.export_model(
-        network, folder, Sidecar.build(network.config, format="paddle", class_names=names)
-    )
+    names = tuple(f"class {letter}" for letter in "abcdefghi")
+    deploy.export_model(network, folder, ModelInfo(network.config, class_names=names))
     return folder
 
 
@@ -254,9 +252,9 @@ def bad_inputs(folder, run_folder, export, huge):
     (folder / "there.png").write_bytes(b"precious")
     os.link(huge, folder / "huge.png")
     for name, change in {
-        "no_sidecar": lambda path: (path / FILE).unlink(),
+        "no_record": lambda path: (path / FILE).unlink(),
         "other_version": lambda path: (path / FILE).write_text(
-            (path / FILE).read_text().replace('"format_version": 1', '"format_version": 99')
+            (path / FILE).read_text().replace('"format_version": 2', '"format_version": 99')
         ),
         "no_json": lambda path: (path / FILE).write_text("{"),
         "no_model": lambda path: (path / "model.pdiparams").unlink(),
@@ -268,7 +266,7 @@ def bad_inputs(folder, run_folder, export, huge):
     run, folder = str(run_folder), str(folder)
     return {
         "no model": ([f"{folder}/nowhere", picture], f"no model {folder}/nowhere; allowed: "),
-        "no sidecar": ([f"{folder}/no_sidecar", picture], f"has no {FILE}"),
+        "no record": ([f"{folder}/no_record", picture], "neither best nor last is there"),
         "other version": ([f"{folder}/other_version", picture], "format_version 99"),
         "no json": ([f"{folder}/no_json", picture], "not valid JSON"),
         "no model file": ([f"{folder}/no_model", picture], "model.pdiparams"),
@@ -298,7 +296,7 @@ def bad_inputs(folder, run_folder, export, huge):
 
 WHAT = [
     "no model",
-    "no sidecar",
+    "no record",
     "other version",
     "no json",
     "no model file",

@@ -9,10 +9,9 @@ from tiny import command
 from replknet_paddle.bench.inference import set_statistics
 from replknet_paddle.checkpoints.files import write_safetensors
 from replknet_paddle.config import get_config
-from replknet_paddle.deploy.backends import PACKAGES
-from replknet_paddle.deploy.export import export_model
+from replknet_paddle.deploy.backends import BACKENDS
+from replknet_paddle.deploy.export import ModelInfo, export_model
 from replknet_paddle.deploy.fold import random_images
-from replknet_paddle.deploy.sidecar import Sidecar
 from replknet_paddle.model import build_replknet
 
 main = command("train")
@@ -27,7 +26,7 @@ def weights(tiny_config_file, tmp_path_factory):
     set_statistics(model, random_images(64, 32))
     tensors = {name: value.numpy() for name, value in model.state_dict().items()}
     write_safetensors(folder / "file", tensors, {})
-    export_model(model, folder / "export", Sidecar.build(config, format="paddle"))
+    export_model(model, folder / "export", ModelInfo(config))
     return folder
 
 
@@ -59,9 +58,9 @@ def expected(tiny_config_file, tiny_data, weights, tmp_path_factory):
     return evaluation(tiny_config_file, tiny_data, folder).metrics(weights / "file")
 
 
-@pytest.mark.parametrize("name", [*PACKAGES, "auto"])
+@pytest.mark.parametrize("name", [*BACKENDS, "auto"])
 def test_metrics_do_not_depend_on_the_backend(evaluate, weights, expected, name):
-    for package in PACKAGES.get(name, ()):
+    for package in BACKENDS[name].packages if name in BACKENDS else ():
         pytest.importorskip(package)
     given = evaluate.metrics(weights / "file", f"-backend={name}")
     assert given[:2] == expected[:2]
@@ -89,8 +88,16 @@ def test_a_run_folder_is_evaluated(evaluate, weights, expected, tiny_config_file
         ("file", ["-backend="], "backend ''; allowed: auto, dygraph, paddle"),
         ("file", ["-backend=tensorrt"], "allowed: auto, dygraph, paddle"),
         ("export", ["-backend=onnxruntime"], "format paddle"),
-        ("export", ["-backend=auto", "-opts", "MODEL.NUM_CLASSES", "7"], "num_classes is 4"),
-        ("export", ["-backend=auto", "-opts", "MODEL.NAME", "big"], "architecture is tiny"),
+        (
+            "export",
+            ["-backend=auto", "-opts", "MODEL.NUM_CLASSES", "7"],
+            "MODEL.NUM_CLASSES is 4, in",
+        ),
+        (
+            "export",
+            ["-backend=auto", "-opts", "MODEL.NAME", "big"],
+            "MODEL.NAME is tiny, in the",
+        ),
         ("nothing", ["-backend=auto"], "nothing"),
     ],
 )
@@ -100,6 +107,14 @@ def test_what_cannot_be_evaluated_is_one_message(
     assert evaluate(weights / weights_name, *flags) == 2
     error = capsys.readouterr().err
     assert says in error and "Traceback" not in error
+
+
+def test_an_export_brings_its_configuration(weights, tiny_data, tmp_path, expected):
+    run = tmp_path / "run"
+    flags = [f"-pretrained={weights / 'export'}", f"-data_path={tiny_data}", f"-output={run}"]
+    assert main(["-eval", *flags]) == 0
+    record = json.loads((run / "metrics.jsonl").read_text())
+    assert record["val_top1_percent"] == expected[0]
 
 
 def test_a_backend_is_for_evaluation(tiny_config_file, capsys):

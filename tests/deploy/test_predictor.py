@@ -14,6 +14,7 @@ from tiny import FIXTURES
 from replknet_paddle import deploy
 from replknet_paddle.config import get_config
 from replknet_paddle.data.dataset import get_dataset
+from replknet_paddle.deploy.export import ModelInfo
 from replknet_paddle.deploy.predictor import (
     Prediction,
     Predictor,
@@ -21,7 +22,6 @@ from replknet_paddle.deploy.predictor import (
     predict_files,
     softmax,
 )
-from replknet_paddle.deploy.sidecar import Sidecar
 from replknet_paddle.model import RepLKNet, build_replknet
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.zoo import get_model
@@ -113,7 +113,7 @@ def test_a_model_may_be_a_network_a_folder_a_checkpoint_an_export_or_open(
     run_folder, network, predictor, tmp_path
 ):
     config = network.config
-    deploy.export_model(network, tmp_path / "export", Sidecar.build(config, format="paddle"))
+    deploy.export_model(network, tmp_path / "export", ModelInfo(config))
     backend = deploy.open_backend(network, "dygraph", config=config)
     result = deploy.inference_model(network, PICTURES[2])
     models = [
@@ -187,7 +187,7 @@ def test_a_network_carries_the_configuration_it_was_built_from(run_folder):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_outputs_that_are_no_numbers_are_an_error(predictor, value):
     class Broken:
-        name, sidecar = "broken", predictor.backend.sidecar
+        name, info = "broken", predictor.backend.info
 
         def run(self, images):
             return np.full((len(images), 9), value, "float32")
@@ -302,7 +302,7 @@ def test_decoding_goes_on_while_the_network_runs(predictor, monkeypatch):
             return real(image)
 
     class Waiting:
-        name, sidecar = "waiting", predictor.backend.sidecar
+        name, info = "waiting", predictor.backend.info
 
         def run(self, images):
             assert second_decoded.wait(30), "nothing is decoded while the network runs"

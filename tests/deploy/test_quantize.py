@@ -5,9 +5,8 @@ import pytest
 from small_networks import images, logits, small_config, small_network
 
 from replknet_paddle.deploy import open_backend
-from replknet_paddle.deploy.export import export_model
+from replknet_paddle.deploy.export import ModelInfo, export_model
 from replknet_paddle.deploy.quantize import compare, spread_batches
-from replknet_paddle.deploy.sidecar import Sidecar
 from replknet_paddle.runtime.errors import InputError, SampleError
 
 pytestmark = pytest.mark.numbers
@@ -22,8 +21,8 @@ def int8(tmp_path):
     model = small_network(config)
 
     def export(calibration):
-        sidecar = Sidecar.build(config, format="onnx", precision="int8")
-        export_model(model, tmp_path / "dst", sidecar, calibration=calibration)
+        info = ModelInfo(config, "onnx", "int8")
+        export_model(model, tmp_path / "dst", info, calibration=calibration)
         return tmp_path / "dst"
 
     return export, model
@@ -64,10 +63,10 @@ def test_no_calibration_image_is_an_error(int8, tmp_path):
     assert not (tmp_path / "dst").exists()
 
 
-class Damaged:
-    """A data set of which some images cannot be read."""
+class Listed:
+    """A dataset whose images are their index; some of them cannot be read."""
 
-    def __init__(self, length, bad):
+    def __init__(self, length, bad=()):
         self.length = length
         self.bad = bad
 
@@ -75,37 +74,21 @@ class Damaged:
         return self.length
 
     def __getitem__(self, sample):
-        if sample[1] in self.bad:
-            raise SampleError(f"list, line {sample[1]}: cannot read image")
-        return np.full((3, 2, 2), sample[1], "float32"), np.int64(0)
+        epoch, index = sample
+        assert epoch == 0
+        if index in self.bad:
+            raise SampleError(f"list, line {index}: cannot read image")
+        return np.full((3, 2, 2), index, "float32"), np.int64(index % 3)
 
 
 @pytest.mark.parametrize("bad", [{0}, {3, 4}, {9}, {1, 8, 9}])
 def test_as_many_unreadable_images_are_left_out_as_in_training(caplog, bad):
-    batches = list(spread_batches(Damaged(10, bad), 10, batch_size=4, max_bad_images=3))
+    batches = list(spread_batches(Listed(10, bad), 10, batch_size=4, max_bad_images=3))
     read = [int(value) for images, _ in batches for value in images[:, 0, 0, 0]]
     assert read == [i for i in range(10) if i not in bad]
     assert caplog.text.count("it is left out") == len(bad)
-
-
-def test_one_more_is_an_error_that_names_the_limit():
-    with pytest.raises(SampleError, match=r"number 3; DATA.MAX_BAD_IMAGES allows 2"):
-        list(spread_batches(Damaged(10, {1, 2, 3}), 10, max_bad_images=2))
-
-
-class Listed:
-    """A data set whose images are their index."""
-
-    def __init__(self, length):
-        self.length = length
-
-    def __len__(self):
-        return self.length
-
-    def __getitem__(self, sample):
-        epoch, index = sample
-        assert epoch == 0
-        return np.full((3, 2, 2), index, "float32"), np.int64(index % 3)
+    with pytest.raises(SampleError, match=f"number {len(bad)}; DATA.MAX_BAD_IMAGES allows"):
+        list(spread_batches(Listed(10, bad), 10, max_bad_images=len(bad) - 1))
 
 
 @pytest.mark.parametrize(

@@ -84,8 +84,7 @@ def test_an_export_predicts_as_its_checkpoint(
     flags = ["-pretrained", str(run_folder / "best"), "-format", format, "-precision", precision]
     assert main(["export", *flags, str(exported)]) == 0
     assert "within" in capsys.readouterr().out
-    sidecar = json.loads((exported / "replknet.json").read_text())
-    assert sidecar["segmentation"]["slide_stride"] == 21
+    assert get_config(exported / "config.yaml").SEGMENTATION.SLIDE_STRIDE == 21
     image = shapes / "images" / "0003.png"
     wanted = SegmentationPredictor(run_folder / "best", backend="dygraph").labels(image)
     got = SegmentationPredictor(exported).labels(image)

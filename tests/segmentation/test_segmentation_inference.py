@@ -1,22 +1,23 @@
 """Sliding windows, scales and mirror images against loops over pixels."""
 
-from dataclasses import replace
-
 import numpy as np
 import paddle
 import pytest
 from numpy_heads import bilinear
 
-from replknet_paddle.segmentation.inference import (
-    InferenceSettings,
-    class_probabilities,
-    image_logits,
-    windows,
-)
+from replknet_paddle.config import get_config
+from replknet_paddle.segmentation.inference import build_inference, image_logits, windows
 
-SETTINGS = InferenceSettings(
-    scale=(40, 24), ratios=(1.0,), flip=False, crop_size=16, stride=11, align_corners=False
-)
+SIDE, STRIDE = 16, 11
+
+
+def probabilities(network, images, **changes):
+    """What `network` gives by windows of `SIDE` and `STRIDE`, in the size of 40 x 24 pixels."""
+    settings = {"RESIZE": [40, 24], "SLIDE_STRIDE": STRIDE} | changes
+    config = get_config(
+        DATA__IMAGE_SIZE=SIDE, **{f"SEGMENTATION__{key}": value for key, value in settings.items()}
+    )
+    return build_inference(config, network)(images).numpy()
 
 
 def images(height, width, count=1):
@@ -35,14 +36,14 @@ def network(seed=0):
 @pytest.mark.parametrize("size", [(16, 16), (12, 9), (16, 5)])
 def test_sliding_equals_whole_where_the_window_covers_the_image(size):
     x, net = images(*size), network()
-    whole = image_logits(net, x, replace(SETTINGS, stride=None))
-    assert image_logits(net, x, SETTINGS).numpy().tobytes() == whole.numpy().tobytes()
+    whole = image_logits(net, x, SIDE, None)
+    assert image_logits(net, x, SIDE, STRIDE).numpy().tobytes() == whole.numpy().tobytes()
 
 
 @pytest.mark.parametrize("size", [(17, 40), (16, 27), (50, 16), (9, 33), (39, 28)])
 def test_sliding_averages_every_window_that_has_a_pixel(size):
     x, net = images(*size, count=2), network()
-    got = image_logits(net, x, SETTINGS).numpy()
+    got = image_logits(net, x, SIDE, STRIDE).numpy()
     total, count = np.zeros((2, 4, *size)), np.zeros(size)
 
     # Windows begin at every stride until one reaches the end, which then ends there.
@@ -69,16 +70,14 @@ def test_windows_cover_and_stay_inside():
 
 def test_scales_and_mirror_images_against_a_loop():
     x, net = images(19, 31), network()
-    ratios = (0.5, 1.0, 1.75)
-    settings = replace(SETTINGS, ratios=ratios, flip=True)
-    got = class_probabilities(net, x, settings).numpy()[0]
+    got = probabilities(net, x, EVAL_RATIOS=[0.5, 1.0, 1.75], EVAL_FLIP=True)[0]
     wanted = np.zeros((4, 19, 31))
     # 24 / 19 is less than 40 / 31, so the shorter side decides.
     for size in [(12, 20), (24, 39), (42, 69)]:
         scaled = bilinear(x.numpy()[0].astype("float64"), size, align_corners=False)
         for step in (1, -1):
             turned = np.ascontiguousarray(scaled[None, :, :, ::step]).astype("float32")
-            logits = image_logits(net, paddle.to_tensor(turned), SETTINGS).numpy()[0]
+            logits = image_logits(net, paddle.to_tensor(turned), SIDE, STRIDE).numpy()[0]
             logits = bilinear(logits[:, :, ::step].astype("float64"), (19, 31), align_corners=False)
             exponentials = np.exp(logits)
             wanted += exponentials / exponentials.sum(axis=0)
@@ -88,18 +87,15 @@ def test_scales_and_mirror_images_against_a_loop():
 
 def test_mirror_average_of_a_mirror_image_is_its_mirror():
     x, net = images(24, 40), network()
-    settings = replace(SETTINGS, flip=True)
-    one = class_probabilities(net, x, settings).numpy()
-    other = class_probabilities(net, x.flip(3), settings).numpy()
+    one = probabilities(net, x, EVAL_FLIP=True)
+    other = probabilities(net, x.flip(3), EVAL_FLIP=True)
     np.testing.assert_allclose(one, other[..., ::-1], rtol=1e-5, atol=1e-6)
-    plain = class_probabilities(net, x, SETTINGS).numpy()
-    assert np.abs(plain - one).max() > 1e-3
+    assert np.abs(probabilities(net, x) - one).max() > 1e-3
 
 
 def test_corners_are_aligned_where_the_dataset_wants_it():
     x, net = images(13, 21), network()
     one, other = (
-        class_probabilities(net, x, replace(SETTINGS, stride=None, align_corners=aligned)).numpy()
-        for aligned in (False, True)
+        probabilities(net, x, SLIDE_STRIDE=None, ALIGN_CORNERS=aligned) for aligned in (False, True)
     )
     assert np.abs(one - other).max() > 1e-3
