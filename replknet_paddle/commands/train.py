@@ -183,7 +183,8 @@ def run_in_processes(command: list[str], config, where: dict) -> tuple[int, str]
 def run_here(args, config) -> tuple[int, str]:
     """Run in this process: the only one, or one of several."""
     # Paddle is imported once the configuration is known to be right.
-    from replknet_paddle.deploy.backends import is_export, open_for_evaluation
+    from replknet_paddle.deploy.backends import open_for_evaluation
+    from replknet_paddle.deploy.export import is_export
     from replknet_paddle.engine.run import run as run_config
     from replknet_paddle.engine.run_log import append_to_log
     from replknet_paddle.engine.signals import Stopped
