@@ -69,9 +69,10 @@ def flaky_for_a_second(arguments) -> int:
 
 def break_for_ever() -> None:
     """One image gives EIO whenever it is read; the pauses are a tenth of the real ones."""
-    from replknet_paddle.data import storage
 
-    storage.PAUSES_SECONDS = tuple(pause / 10 for pause in storage.PAUSES_SECONDS)
+    from replknet_paddle.data import lists
+
+    lists.PAUSES_SECONDS = tuple(pause / 10 for pause in lists.PAUSES_SECONDS)
     patch_open(lambda path: _BrokenFile if path.endswith("0020.jpg") else None)
 
 

@@ -7,7 +7,7 @@ import yaml
 from tiny import ROOT
 
 from replknet_paddle.config import get_config
-from replknet_paddle.data.samplers import TrainBatches
+from replknet_paddle.data.dataset import TrainBatches
 
 CONFIGS = ROOT / "configs"
 ALL_CONFIGS = sorted(path.name for path in CONFIGS.glob("*.yaml"))

@@ -46,7 +46,7 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     from tqdm import tqdm
 
-    from replknet_paddle.data.check_lists import check_data
+    from replknet_paddle.data.check_data import check_data
 
     for name in ("num_classes", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -72,7 +72,7 @@ def run(args) -> int:
 
 
 def _print(report: dict) -> None:
-    from replknet_paddle.data.check_lists import KINDS
+    from replknet_paddle.data.check_data import KINDS
 
     for name, part in report["lists"].items():
         counts = part["images_per_class"]

@@ -12,7 +12,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    from replknet_paddle.data.digits import make_digits
+    from replknet_paddle.data.make_lists import make_digits
 
     make_digits(args.folder)
     return 0

@@ -53,8 +53,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    from replknet_paddle.data.make_lists import make_lists
-    from replknet_paddle.data.split import split_lists
+    from replknet_paddle.data.make_lists import make_lists, split_lists
 
     share = read_share(args)
     if share is None:

@@ -14,8 +14,8 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
+    from replknet_paddle.data.make_lists import VAL_EVERY, make_shapes
     from replknet_paddle.runtime.errors import InputError
-    from replknet_paddle.segmentation.shapes import VAL_EVERY, make_shapes
 
     if args.count < VAL_EVERY:
         raise InputError(f"-count is {args.count}; allowed: an integer >= {VAL_EVERY}")

@@ -10,8 +10,7 @@ import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from replknet_paddle.data.transforms.evaluation import MODES, EvalTransform
-from replknet_paddle.data.transforms.pixels import get_pixels
+from replknet_paddle.data.transforms.pipelines import EvalTransform
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import file_sha256, write_text
 
@@ -109,7 +108,6 @@ class Sidecar:
                 mode=data.RESIZE_MODE,
                 mean=tuple(data.IMAGENET_MEAN),
                 std=tuple(data.IMAGENET_STD),
-                native_pixels=data.NATIVE_PIXELS,
             ),
             num_classes=config.MODEL.NUM_CLASSES,
             class_names=None if class_names is None else tuple(class_names),
@@ -202,7 +200,6 @@ class Sidecar:
             mode=given.mode,
             mean=given.mean,
             std=given.std,
-            pixels=get_pixels(given.native_pixels),
         )
 
 
@@ -285,7 +282,7 @@ _SEGMENTATION_ENTRIES = {
 _PREPROCESSING_ENTRIES = {
     "image_size": (_is_integer, "an integer >= 1"),
     "crop_pct": (lambda v: _is_number(v, 0.01, 1), "a number from 0.01 to 1"),
-    "mode": (lambda v: v in MODES, " or ".join(MODES)),
+    "mode": (lambda v: v in ("short_crop", "warp"), "short_crop or warp"),
     "mean": (lambda v: _are_numbers(v, 0, 1), "3 numbers from 0 to 1"),
     "std": (lambda v: _are_numbers(v, 1e-6, 1), "3 numbers from 1e-06 to 1"),
     "interpolation": (lambda v: v == INTERPOLATION, INTERPOLATION),

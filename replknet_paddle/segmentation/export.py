@@ -1,5 +1,7 @@
 """UPerNet for inference: folded, without its auxiliary head, as a Paddle layer and an ONNX graph.
 
+Nothing is imported from upernet.py, which asks for this form itself.
+
 Both take images of any size. ONNX has no pooling over a grid of a given number of cells, so the
 averages of the pooling pyramid are products with matrices that the graph computes from the size of
 the map. In the Paddle form the resizing is such products, too: with oneDNN, Paddle Inference gives
@@ -15,17 +17,15 @@ from paddle import nn
 from replknet_paddle.deploy.export import ExportForm
 from replknet_paddle.deploy.fold import folded
 from replknet_paddle.deploy.onnx_graph import INPUT, OUTPUT, GraphBuilder, backbone_maps
-from replknet_paddle.segmentation.heads import POOL_SCALES, UPerHead
-from replknet_paddle.segmentation.upernet import UPerNet
 
 
-def export_form(model: UPerNet) -> ExportForm:
+def export_form(model: nn.Layer) -> ExportForm:
     """The forms of `model` that `deploy.export` writes; `model` stays as it is."""
     model = folded(model)
     del model.auxiliary_head
     onnx = partial(onnx_model, model)
     head = model.decode_head
-    for cells, module in zip(POOL_SCALES, head.psp_modules):
+    for cells, module in zip(head.pool_scales, head.psp_modules):
         module[0] = GridPooling(cells)
     head.interpolate = resize_by_products
     return ExportForm(model, onnx)
@@ -34,7 +34,7 @@ def export_form(model: UPerNet) -> ExportForm:
 def resize_by_products(
     x: paddle.Tensor, size: paddle.Tensor, *, align_corners: bool
 ) -> paddle.Tensor:
-    """`heads.resize` as products with matrices: (N, C, H, W) -> (N, C, *size)."""
+    """`upernet.resize` as products with matrices: (N, C, H, W) -> (N, C, *size)."""
     old = paddle.shape(x)[2:].astype("float32")
     new = size.astype("float32")
     rows = interpolation_weights(old[0], new[0], align_corners=align_corners)
@@ -98,7 +98,7 @@ class GridPooling(nn.Layer):
 class HeadBuilder:
     """Adds the decode head of a folded network to a graph."""
 
-    def __init__(self, graph: GraphBuilder, head: UPerHead):
+    def __init__(self, graph: GraphBuilder, head: nn.Layer):
         self.graph = graph
         self.head = head
         mode = "align_corners" if head.align_corners else "half_pixel"
@@ -162,7 +162,7 @@ class HeadBuilder:
         last = maps[-1]
         last_size = self.size("pyramid.size", last)
         pyramid = [last]
-        for i, cells in enumerate(POOL_SCALES):
+        for i, cells in enumerate(self.head.pool_scales):
             pooled = self.conv(f"psp_modules.{i}.1", self.grid_average(f"pool.{i}", last, cells))
             pyramid.append(self.resize(f"pyramid.{i}", pooled, last_size))
         top = self.conv("bottleneck", node("Concat", "pyramid", pyramid, axis=1))
@@ -177,7 +177,7 @@ class HeadBuilder:
         return self.graph.conv("decode_head.conv_seg", self.head.conv_seg, x)
 
 
-def onnx_model(model: UPerNet, *, half_weights: str | None = None):
+def onnx_model(model: nn.Layer, *, half_weights: str | None = None):
     """The graph of a folded UPerNet: images (N, 3, H, W) -> logits (N, num_classes, H, W), float32.
 
     Args:

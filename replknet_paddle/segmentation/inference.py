@@ -13,8 +13,8 @@ import paddle
 from paddle.nn import functional as F
 
 from replknet_paddle.deploy.sidecar import Sidecar, segmentation_settings
-from replknet_paddle.segmentation.heads import resize
-from replknet_paddle.segmentation.transforms import Box, resized_size, scaled
+from replknet_paddle.segmentation.data import Box, resized_size, scaled
+from replknet_paddle.segmentation.upernet import resize
 
 
 @dataclass(frozen=True)

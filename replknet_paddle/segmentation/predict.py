@@ -1,5 +1,6 @@
 """From pictures to label maps, by any backend, and the files that show them."""
 
+import colorsys
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from replknet_paddle.deploy.images import ImageFiles, decode
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import written_whole
 from replknet_paddle.segmentation.inference import InferenceSettings, class_probabilities
-from replknet_paddle.segmentation.palette import label_picture, overlay, palette_of
 from replknet_paddle.segmentation.upernet import build_upernet
 
+GOLDEN_RATIO = 0.618033988749895
+OVERLAY_SHARE = 0.5  # of the class's colour in an overlay
 NAMED_CLASSES = 5  # of a picture's, in `Prediction.__str__`
 
 
@@ -152,3 +154,36 @@ def class_shares(labels: np.ndarray, names: Iterable[str]) -> tuple[tuple[str, f
     counts = np.bincount(labels.ravel(), minlength=len(names))
     order = np.argsort(-counts, kind="stable")
     return tuple((names[i], counts[i] / labels.size) for i in order if counts[i])
+
+
+def palette_of(colours: str | None, num_classes: int) -> np.ndarray:
+    """Return the colour of each class, uint8 (num_classes, 3).
+
+    Args:
+        colours: as SEGMENTATION.PALETTE has them; None: computed ones.
+    """
+    if colours is None:
+        return computed_palette(num_classes)
+    return np.array([list(bytes.fromhex(colour)) for colour in colours.split()], np.uint8)
+
+
+def computed_palette(num_classes: int) -> np.ndarray:
+    """Return colours whose neighbours differ: hues by the golden ratio, three levels of value."""
+    colours = [
+        colorsys.hsv_to_rgb(i * GOLDEN_RATIO % 1, 0.75, (1.0, 0.8, 0.6)[i % 3])
+        for i in range(num_classes)
+    ]
+    return np.round(255 * np.array(colours)).astype(np.uint8)
+
+
+def label_picture(labels: np.ndarray, palette: np.ndarray) -> Image.Image:
+    """Return a palette image of a label map (H, W) uint8: its numbers are the classes."""
+    picture = Image.frombytes("P", labels.shape[::-1], np.ascontiguousarray(labels).tobytes())
+    picture.putpalette(palette.tobytes())
+    return picture
+
+
+def overlay(pixels: np.ndarray, labels: np.ndarray, palette: np.ndarray) -> Image.Image:
+    """Return the image (H, W, 3) uint8 tinted by the classes of its pixels (H, W)."""
+    tinted = (1 - OVERLAY_SHARE) * pixels + OVERLAY_SHARE * palette[labels]
+    return Image.fromarray(np.round(tinted).astype(np.uint8))

@@ -8,7 +8,7 @@ from tiny import flags
 
 from replknet_paddle.config import get_config, update_config
 from replknet_paddle.data.dataset import ListDataset
-from replknet_paddle.data.transforms.evaluation import EvalTransform
+from replknet_paddle.data.transforms.pipelines import EvalTransform
 
 
 def small(image, _):

@@ -8,9 +8,8 @@ import pytest
 
 from replknet_paddle.data import device_copy
 from replknet_paddle.data.dataset import get_dataloader, get_dataset
-from replknet_paddle.data.device_copy import to_device
 from replknet_paddle.data.transforms import finish as finish_module
-from replknet_paddle.data.transforms.finish import FinishBatch
+from replknet_paddle.data.transforms.finish import FinishBatch, to_device
 
 
 def test_on_cpu_an_array_is_copied():

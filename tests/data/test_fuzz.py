@@ -12,7 +12,7 @@ from PIL import Image
 
 from replknet_paddle.data.dataset import ListDataset
 from replknet_paddle.data.lists import read_list
-from replknet_paddle.data.transforms.evaluation import EvalTransform
+from replknet_paddle.data.transforms.pipelines import EvalTransform
 from replknet_paddle.runtime.errors import InputError, SampleError
 
 

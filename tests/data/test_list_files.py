@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from tiny import command
 
-from replknet_paddle.data import storage
-from replknet_paddle.data.check_lists import KINDS, check_data
+from replknet_paddle.data import lists as lists_module
+from replknet_paddle.data.check_data import KINDS, check_data
 from replknet_paddle.data.make_lists import make_lists, read_synsets
 from replknet_paddle.runtime.errors import InputError
 
@@ -270,7 +270,7 @@ def test_storage_that_fails_says_nothing_about_the_data(tmp_path, monkeypatch, c
         return really_open(file, *args, **kwargs)
 
     monkeypatch.setattr("builtins.open", faulty_open)
-    monkeypatch.setattr(storage, "PAUSES_SECONDS", (0.01,))
+    monkeypatch.setattr(lists_module, "PAUSES_SECONDS", (0.01,))
     assert check_data_command([str(tmp_path), "-workers", "1"]) == 2
     assert "input/output error, in 2 attempts" in capsys.readouterr().err
 

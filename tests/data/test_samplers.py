@@ -2,7 +2,7 @@
 
 import pytest
 
-from replknet_paddle.data.samplers import EvalBatches, TrainBatches
+from replknet_paddle.data.dataset import EvalBatches, TrainBatches
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])

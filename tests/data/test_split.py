@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import command
 
-from replknet_paddle.data.split import choose_validation, identical_files, split_lists
+from replknet_paddle.data.make_lists import choose_validation, identical_files, split_lists
 from replknet_paddle.runtime.errors import InputError
 
 main = command("make-lists")

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from replknet_paddle.data.samplers import StepBatches
+from replknet_paddle.data.dataset import StepBatches
 
 
 def batches(*, length=10, batch_size=3, rank=0, world_size=1, seed=0, number=4):

@@ -13,8 +13,12 @@ from replknet_paddle.checkpoints.writers import write_safetensors
 from replknet_paddle.commands import main
 from replknet_paddle.config import get_config
 from replknet_paddle.deploy.backends import BackendLayer, open_backend
-from replknet_paddle.segmentation.palette import computed_palette, label_picture, overlay
-from replknet_paddle.segmentation.predict import SegmentationPredictor
+from replknet_paddle.segmentation.predict import (
+    SegmentationPredictor,
+    computed_palette,
+    label_picture,
+    overlay,
+)
 from replknet_paddle.segmentation.upernet import build_upernet
 
 

@@ -5,8 +5,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from replknet_paddle.runtime.errors import InputError, SampleError
-from replknet_paddle.segmentation.dataset import SegmentationDataset
-from replknet_paddle.segmentation.transforms import IGNORED, whole_image
+from replknet_paddle.segmentation.data import IGNORED, SegmentationDataset, whole_image
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 
 from replknet_paddle.data.transforms.pixels import Pixels
-from replknet_paddle.runtime.errors import InputError
 
 MAX_MAGNITUDE = 10.0
 
@@ -248,9 +247,6 @@ class RandAugment:
         magnitude_std: its standard deviation; draws are clipped to [0, 10].
         increasing: use the scales whose effect grows with the magnitude.
         fill: the colour of pixels that come from outside the image.
-
-    Raises:
-        InputError: an argument outside its legal values.
     """
 
     prob = 0.5
@@ -258,12 +254,6 @@ class RandAugment:
     def __init__(
         self, *, layers: int, magnitude: float, magnitude_std: float, increasing: bool, fill: Color
     ):
-        if layers < 0:
-            raise InputError(f"RandAugment layers {layers}: must not be negative")
-        if not 0 <= magnitude <= MAX_MAGNITUDE:
-            raise InputError(f"RandAugment magnitude {magnitude}: must be in [0, 10]")
-        if not 0 <= magnitude_std < float("inf"):
-            raise InputError(f"RandAugment magnitude std {magnitude_std}: must not be negative")
         self.layers = layers
         self.magnitude = magnitude
         self.magnitude_std = magnitude_std

@@ -163,7 +163,7 @@ class NativePixels:
         self._library = library
 
     def __reduce__(self):
-        return get_pixels, (True,)  # where workers are started afresh instead of forked
+        return get_pixels, ()  # where workers are started afresh instead of forked
 
     def resize(self, image, size, *, crop=None, box=None, keep=None, flip=False):
         left, top, right, bottom = crop or (0, 0, *image.size)
@@ -244,27 +244,24 @@ Pixels = PillowPixels | NativePixels
 
 
 @functools.cache
-def get_pixels(native: bool) -> Pixels:
-    """The operations in compiled code if `native` and possible, else by Pillow.
+def get_pixels() -> Pixels:
+    """Return the operations in compiled code where possible, else by Pillow.
 
     Compiles them on first use, which takes seconds; a warning says where it cannot.
     """
-    if not native:
-        return PillowPixels()
     try:
         return NativePixels(ctypes.CDLL(str(pixels_library().find_or_build())))
     except (BuildError, OSError) as error:
         logger.warning(
             "no compiled image operations, so Pillow does them: the same pixels at a third to "
-            "half the speed. CXX names a C++ compiler; DATA.NATIVE_PIXELS False avoids this "
-            "message. The reason: %s",
+            "half the speed. CXX names a C++ compiler. The reason: %s",
             error,
         )
         return PillowPixels()
 
 
 def pixels_library() -> SharedLibrary:
-    """The compiled operations, for this machine's processor alone."""
+    """Return the library of compiled operations, for this machine's processor alone."""
     processor = _processor_flags()
     native = ("-march=native",) if "avx2" in processor.split() else ()
     return SharedLibrary(

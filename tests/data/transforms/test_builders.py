@@ -12,7 +12,7 @@ from replknet_paddle.data.transforms.augment import (
     AutoAugment,
     RandAugment,
 )
-from replknet_paddle.data.transforms.training import ColorJitter
+from replknet_paddle.data.transforms.pipelines import ColorJitter
 from replknet_paddle.runtime.errors import InputError
 
 IMAGES = Path(__file__).parents[2] / "fixtures" / "images"

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from replknet_paddle.data.transforms.erasing import RandomErasing
+from replknet_paddle.data.transforms.finish import RandomErasing
 from replknet_paddle.runtime.errors import InputError
 
 GOLDENS = Path(__file__).parent / "goldens"  # what made them: see make_goldens.py there

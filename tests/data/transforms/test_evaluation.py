@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from replknet_paddle.data.transforms.evaluation import EvalTransform, center_offset, short_side_size
 from replknet_paddle.data.transforms.image import normalize, to_rgb
+from replknet_paddle.data.transforms.pipelines import EvalTransform, center_offset, short_side_size
 from replknet_paddle.data.transforms.pixels import get_pixels
 from replknet_paddle.runtime.errors import InputError
 

@@ -3,10 +3,9 @@ import paddle
 import pytest
 from PIL import Image
 
-from replknet_paddle.data.transforms.erasing import RandomErasing
-from replknet_paddle.data.transforms.finish import FinishBatch
+from replknet_paddle.data.transforms.finish import FinishBatch, RandomErasing
 from replknet_paddle.data.transforms.image import normalize
-from replknet_paddle.data.transforms.training import TrainTransform
+from replknet_paddle.data.transforms.pipelines import TrainTransform
 
 pytestmark = pytest.mark.paddle_version
 

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from replknet_paddle.data.transforms.augment import RandAugment
-from replknet_paddle.data.transforms.erasing import RandomErasing
+from replknet_paddle.data.transforms.finish import RandomErasing
+from replknet_paddle.data.transforms.pipelines import ColorJitter, TrainTransform, sample_crop
 from replknet_paddle.data.transforms.pixels import get_pixels
-from replknet_paddle.data.transforms.training import ColorJitter, TrainTransform, sample_crop
 from replknet_paddle.runtime.errors import InputError
 
 IMAGES = Path(__file__).parents[2] / "fixtures" / "images"
