@@ -116,14 +116,14 @@ class Line(NamedTuple):
 
 
 def parse_labelled(line: bytes, num_classes: int | None, *, allow_outside: bool) -> Line:
-    """Return the path and label of a stripped line `path label`, or its problem.
+    """Return the path and label of a line `path label`, or its problem.
 
     Args:
         num_classes: labels must be below; None: they need not.
         allow_outside: accept paths that are absolute or hold `..`.
     """
     shown = _shortened(line)
-    path, *rest = line.rsplit(None, 1)
+    path, *rest = line.strip().rsplit(None, 1)
     if not rest:
         return Line(0, b"", 0, "line", f"expected a path and a label, got '{shown}'")
     [text] = rest
@@ -154,7 +154,7 @@ def parse_labelled(line: bytes, num_classes: int | None, *, allow_outside: bool)
 
 
 def parse_pair(line: bytes, *, allow_outside: bool) -> Line:
-    """Return the two paths of a stripped line `image labels`, or its problem."""
+    """Return the two paths of a line `image labels`, or its problem."""
     paths = [path.strip() for path in line.split(b"\t" if b"\t" in line else None)]
     kind, problem = "line", None
     if len(paths) != 2 or not all(paths):
@@ -180,8 +180,8 @@ def _leads_outside(path: bytes) -> bool:
 
 
 def _shortened(text: bytes) -> str:
-    """The beginning and end of `text`, for a message."""
-    text = text.decode("utf-8", "replace")
+    """The beginning and end of a line or a part of it, for a message."""
+    text = text.strip().decode("utf-8", "replace")
     return printable(text if len(text) <= 120 else f"{text[:80]}...{text[-30:]}")
 
 
@@ -191,7 +191,7 @@ def parse_list(list_file: str, parse: Callable[[bytes], Line]) -> Iterator[Line]
         for number, line in enumerate(file, start=1):
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
-            if line := line.strip():
+            if line.strip():
                 yield parse(line)._replace(number=number)
 
 

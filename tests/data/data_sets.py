@@ -48,6 +48,17 @@ def picture(seed: int, form: str = "JPEG", size=(40, 36), mode: str = "RGB") -> 
     return buffer.getvalue()
 
 
+def write(path, content: bytes):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def image_tree(folder, images: list[str]):
+    """Images of different content under these names."""
+    for seed, image in enumerate(images):
+        write(folder / image, picture(seed))
+
+
 def data_with(folder, bad: dict[int, bytes], count: int = 24):
     """`count` images in both lists, some of them with other content than they should have."""
     for i in range(count):
