@@ -66,18 +66,11 @@ def split_lists(
     Files with the same bytes stay together, and in training if they are in several classes.
 
     Args:
-        root: folder of the dataset.
-        folder: below it, with a folder of images for each class; "." for `root` itself.
+        folder: below `root`, with a folder of images for each class; "." for `root` itself.
         share: of each class, between 0 and 1.
         seed: of the choice, which depends on nothing but this, the paths and identical files.
-        overwrite: replace lists that are there.
 
-    Returns:
-        The number of lines in each file written.
-
-    Raises:
-        FileNotFoundError: the folder is missing.
-        InputError: what is there cannot become lists.
+    The rest is as in `make_lists`.
     """
     if not 0 < share < 1:
         raise InputError(f"share {share:g} for validation; allowed: a number between 0 and 1")
@@ -248,9 +241,6 @@ def read_synsets(meta: str) -> dict[int, str]:
         raise InputError(f"{meta} is not the meta.mat of ImageNet's development kit") from error
 
 
-# ---- Small ready sets. Their lists are written last: a folder that has both is complete.
-
-
 def make_digits(folder: str) -> None:
     """Write scikit-learn's handwritten digits below `folder`: train/, val/ and the lists.
 
@@ -258,16 +248,14 @@ def make_digits(folder: str) -> None:
         InputError: scikit-learn is not installed.
     """
     digits = import_extra("sklearn.datasets", "demo").load_digits()
-    lists = {True: [], False: []}
+    lines = []
     for i, (scan, label) in enumerate(zip(digits.images, digits.target)):
-        is_train = i % VAL_EVERY != 0
-        path = os.path.join("train" if is_train else "val", str(label), f"{i:04d}.png")
+        path = os.path.join("train" if i % VAL_EVERY else "val", str(label), f"{i:04d}.png")
         os.makedirs(os.path.join(folder, os.path.dirname(path)), exist_ok=True)
         grey = np.round(scan * (255 / 16)).astype("uint8")  # scans count 0 to 16
         Image.fromarray(grey).save(os.path.join(folder, path))
-        lists[is_train].append(f"{path} {label}\n")
-    for is_train, lines in lists.items():
-        write_text(os.path.join(folder, LIST_FILES[is_train]), "".join(lines))
+        lines.append(f"{path} {label}\n")
+    _write_ready_lists(folder, lines)
 
 
 SHAPES = ("background", "circle", "square", "triangle")
@@ -280,17 +268,23 @@ def make_shapes(folder: str, *, count: int = 200, seed: int = 0) -> None:
     Raises:
         OSError: a file cannot be written.
     """
-    lists = {True: [], False: []}
+    lines = []
     for kind in ("images", "labels"):
         os.makedirs(os.path.join(folder, kind), exist_ok=True)
     for i in range(count):
         paths = [f"{kind}/{i:04d}.png" for kind in ("images", "labels")]
         for path, image in zip(paths, draw_shapes(np.random.default_rng((seed, i)))):
             image.save(os.path.join(folder, path))
-        lists[i % VAL_EVERY != 0].append(" ".join(paths) + "\n")
+        lines.append(" ".join(paths) + "\n")
     write_text(os.path.join(folder, CLASS_NAMES_FILE), "\n".join(SHAPES) + "\n")
-    for is_train, lines in lists.items():
-        write_text(os.path.join(folder, LIST_FILES[is_train]), "".join(lines))
+    _write_ready_lists(folder, lines)
+
+
+def _write_ready_lists(folder: str, lines: list[str]) -> None:
+    """Write the lists of a ready set at last, so that a folder that has both is complete."""
+    for is_train, name in LIST_FILES.items():
+        part = [line for i, line in enumerate(lines) if (i % VAL_EVERY != 0) == is_train]
+        write_text(os.path.join(folder, name), "".join(part))
 
 
 def draw_shapes(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:

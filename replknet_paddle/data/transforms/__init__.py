@@ -4,7 +4,13 @@
 arguments.
 """
 
-from replknet_paddle.data.transforms.augment import AutoAugment, RandAugment, fill_color
+from replknet_paddle.data.transforms.augment import (
+    RAND_AUGMENT,
+    RAND_AUGMENT_INCREASING,
+    AutoAugment,
+    RandAugment,
+    fill_color,
+)
 from replknet_paddle.data.transforms.finish import RandomErasing
 from replknet_paddle.data.transforms.mixup import Mixup
 from replknet_paddle.data.transforms.pipelines import ColorJitter, EvalTransform, TrainTransform
@@ -46,7 +52,7 @@ def build_train_transform(config) -> TrainTransform:
             layers=train.RAND_AUGMENT_LAYERS,
             magnitude=train.RAND_AUGMENT_MAGNITUDE,
             magnitude_std=train.RAND_AUGMENT_MAGNITUDE_STD,
-            increasing=train.RAND_AUGMENT_INCREASING,
+            names=RAND_AUGMENT_INCREASING if train.RAND_AUGMENT_INCREASING else RAND_AUGMENT,
             fill=fill,
         )
     elif train.AUTO_AUGMENT:

@@ -14,7 +14,8 @@ of that name gives.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -238,27 +239,24 @@ def _random_sign(rng: np.random.Generator) -> int:
     return 1 if rng.random() < 0.5 else -1
 
 
+@dataclass(kw_only=True)
 class RandAugment:
     """`layers` operations drawn with replacement, each of them applied with chance 0.5.
 
-    Args:
+    Attributes:
         layers: how many operations are drawn for an image.
         magnitude: mean of the normal distribution of magnitudes, on the scale of 0 to 10.
         magnitude_std: its standard deviation; draws are clipped to [0, 10].
-        increasing: use the scales whose effect grows with the magnitude.
+        names: of the operations, one of `RAND_AUGMENT` and `RAND_AUGMENT_INCREASING`.
         fill: the colour of pixels that come from outside the image.
     """
 
-    prob = 0.5
-
-    def __init__(
-        self, *, layers: int, magnitude: float, magnitude_std: float, increasing: bool, fill: Color
-    ):
-        self.layers = layers
-        self.magnitude = magnitude
-        self.magnitude_std = magnitude_std
-        self.names = RAND_AUGMENT_INCREASING if increasing else RAND_AUGMENT
-        self.fill = fill
+    prob: ClassVar = 0.5
+    layers: int
+    magnitude: float
+    magnitude_std: float
+    names: Sequence[str]
+    fill: Color
 
     def __call__(self, px: Pixels, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """(H, W, 3) uint8 -> the same."""
@@ -274,15 +272,15 @@ class RandAugment:
         return drawn
 
 
+@dataclass(kw_only=True)
 class AutoAugment:
     """One of the 25 sub-policies of `AUTO_AUGMENT`, its two operations by their chances.
 
-    Args:
+    Attributes:
         fill: the colour of pixels that come from outside the image.
     """
 
-    def __init__(self, *, fill: Color):
-        self.fill = fill
+    fill: Color
 
     def __call__(self, px: Pixels, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """(H, W, 3) uint8 -> the same."""

@@ -8,6 +8,7 @@ its settings; the boxes are drawn with the sample and filled in the batch.
 import math
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -41,10 +42,11 @@ class RawSample(NamedTuple):
     seed: int = 0
 
 
+@dataclass(kw_only=True)
 class RandomErasing:
     """Overwrite random boxes of a normalized image.
 
-    Args:
+    Attributes:
         prob: chance that an image is touched at all, [0, 1].
         mode: the filling, in units of the normalized image: `pixel` a standard normal value
             for each channel and pixel, `rand` one for each channel of a box, `const` zero.
@@ -52,10 +54,9 @@ class RandomErasing:
             area is divided by how many there are.
     """
 
-    def __init__(self, *, prob: float, mode: str, max_count: int = 1):
-        self.prob = prob
-        self.mode = mode
-        self.max_count = max_count
+    prob: float
+    mode: str
+    max_count: int = 1
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Erase in `image`, (3, H, W) float32, in place; return it."""

@@ -5,6 +5,8 @@ batch of odd size the middle sample meets itself and stays as it is, and so does
 one: nothing needs to be refused.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -50,10 +52,11 @@ def cutmix_box_minmax(
     return top, left, top + box_height, left + box_width
 
 
+@dataclass(kw_only=True)
 class Mixup:
     """Mix a batch of images and turn its labels into soft targets.
 
-    Args:
+    Attributes:
         mixup_alpha: lam ~ Beta(alpha, alpha); 0 switches mixup off.
         cutmix_alpha: the same for CutMix.
         cutmix_minmax: (least, most) share of the image's sides for those of the CutMix box;
@@ -64,24 +67,13 @@ class Mixup:
         num_classes: length of a soft target.
     """
 
-    def __init__(
-        self,
-        *,
-        mixup_alpha: float,
-        cutmix_alpha: float,
-        cutmix_minmax: tuple[float, float] | None,
-        prob: float,
-        switch_prob: float,
-        label_smoothing: float,
-        num_classes: int,
-    ):
-        self.mixup_alpha = mixup_alpha
-        self.cutmix_alpha = cutmix_alpha if cutmix_minmax is None else 1.0
-        self.cutmix_minmax = cutmix_minmax
-        self.prob = prob
-        self.switch_prob = switch_prob
-        self.label_smoothing = label_smoothing
-        self.num_classes = num_classes
+    mixup_alpha: float
+    cutmix_alpha: float
+    cutmix_minmax: Sequence[float] | None
+    prob: float
+    switch_prob: float
+    label_smoothing: float
+    num_classes: int
 
     def __call__(
         self, images: paddle.Tensor, labels: paddle.Tensor, rng: np.random.Generator
@@ -106,7 +98,8 @@ class Mixup:
         """Draw the mixing of a batch of images of this size."""
         if rng.random() >= self.prob:
             return Mix(1.0, None)
-        if self.cutmix_alpha == 0 or (self.mixup_alpha > 0 and rng.random() >= self.switch_prob):
+        cuts = self.cutmix_alpha > 0 or self.cutmix_minmax is not None
+        if not cuts or (self.mixup_alpha > 0 and rng.random() >= self.switch_prob):
             return Mix(float(rng.beta(self.mixup_alpha, self.mixup_alpha)), None)
         if self.cutmix_minmax is not None:
             box = cutmix_box_minmax(height, width, self.cutmix_minmax, rng)

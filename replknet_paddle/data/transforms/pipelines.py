@@ -18,6 +18,8 @@ sample depends on nothing but the seed of that generator.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
@@ -49,34 +51,25 @@ def center_offset(length: int, size: int) -> int:
     return round((length - size) / 2) if length > size else -((size - length) // 2)
 
 
+@dataclass(kw_only=True)
 class EvalTransform:
     """One image to the array the network is evaluated on.
 
-    Args:
+    Attributes:
         image_size: side of the result, pixels.
         crop_pct: in `short_crop`, the share of the resized short side that the crop keeps;
             without effect in `warp`.
         mode: `short_crop` or `warp`.
         mean, std: three each, per RGB channel, in units of the [0, 1] scale.
-        pixels: the elementary operations; None: the compiled ones, where possible.
+        px: the elementary operations.
     """
 
-    def __init__(
-        self,
-        *,
-        image_size: int,
-        crop_pct: float,
-        mode: str,
-        mean: Sequence[float],
-        std: Sequence[float],
-        pixels: Pixels | None = None,
-    ):
-        self.image_size = image_size
-        self.mode = mode
-        self.short_side = math.floor(image_size / crop_pct) if mode == "short_crop" else None
-        self.mean = np.asarray(mean, np.float32)
-        self.std = np.asarray(std, np.float32)
-        self.px = pixels or get_pixels()
+    image_size: int
+    crop_pct: float
+    mode: str
+    mean: Sequence[float]
+    std: Sequence[float]
+    px: Pixels = field(default_factory=get_pixels)
 
     def __call__(self, image: Image.Image, _rng: object = None) -> np.ndarray:
         """Any Pillow image -> (3, image_size, image_size) float32, normalized."""
@@ -98,7 +91,8 @@ class EvalTransform:
         wanted = self.image_size
         if self.mode == "warp":
             return self._resize(image, (wanted, wanted), (0, 0, wanted, wanted))
-        width, height = short_side_size(*image.size, self.short_side)
+        short_side = math.floor(wanted / self.crop_pct)
+        width, height = short_side_size(*image.size, short_side)
         left, top = center_offset(width, wanted), center_offset(height, wanted)
         keep = (max(left, 0), max(top, 0), min(left + wanted, width), min(top + wanted, height))
         pixels = self._resize(image, (width, height), keep)
@@ -148,17 +142,16 @@ def sample_crop(
     return left, top, left + crop_width, top + crop_height
 
 
+@dataclass(kw_only=True)
 class ColorJitter:
     """Brightness, contrast and saturation by random factors, in random order.
 
-    Args:
+    Attributes:
         strength: each factor is uniform in [max(0, 1 - strength), 1 + strength].
     """
 
-    enhancers = (brightness, contrast, color)
-
-    def __init__(self, *, strength: float):
-        self.strength = strength
+    enhancers: ClassVar = (brightness, contrast, color)
+    strength: float
 
     def __call__(self, px: Pixels, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """(H, W, 3) uint8 -> the same."""
@@ -168,10 +161,11 @@ class ColorJitter:
         return image
 
 
+@dataclass(kw_only=True)
 class TrainTransform:
     """One image and one generator to one training sample.
 
-    Args:
+    Attributes:
         image_size: side of the result, pixels.
         crop_scale, crop_ratio: as for `sample_crop`.
         hflip_prob: chance of a left-right flip.
@@ -179,35 +173,21 @@ class TrainTransform:
             of the same shape; or None.
         erasing: applied last, to the normalized image; or None.
         mean, std: three each, per RGB channel, in units of the [0, 1] scale.
-        pixels: the elementary operations; None: the compiled ones, where possible.
+        px: the elementary operations.
         reduced_decode: decode a JPEG at a half, a quarter or an eighth of its size where the crop
             still has `REDUCED_MARGIN` times the pixels wanted, on either side.
     """
 
-    def __init__(
-        self,
-        *,
-        image_size: int,
-        crop_scale: tuple[float, float],
-        crop_ratio: tuple[float, float],
-        hflip_prob: float,
-        photometric: Callable | None,
-        erasing: RandomErasing | None,
-        mean: Sequence[float],
-        std: Sequence[float],
-        pixels: Pixels | None = None,
-        reduced_decode: bool = False,
-    ):
-        self.image_size = image_size
-        self.crop_scale = tuple(crop_scale)
-        self.crop_ratio = tuple(crop_ratio)
-        self.hflip_prob = hflip_prob
-        self.photometric = photometric
-        self.erasing = erasing
-        self.mean = np.asarray(mean, np.float32)
-        self.std = np.asarray(std, np.float32)
-        self.px = pixels or get_pixels()
-        self.reduced_decode = reduced_decode
+    image_size: int
+    crop_scale: Sequence[float]
+    crop_ratio: Sequence[float]
+    hflip_prob: float
+    photometric: Callable | None
+    erasing: RandomErasing | None
+    mean: Sequence[float]
+    std: Sequence[float]
+    px: Pixels = field(default_factory=get_pixels)
+    reduced_decode: bool = False
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
         """Any Pillow image -> (3, image_size, image_size) float32, normalized and erased."""

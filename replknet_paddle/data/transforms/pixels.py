@@ -174,70 +174,47 @@ class NativePixels:
         result = np.empty((keep[3] - keep[1], keep[2] - keep[0], 3), np.uint8)
         stride = 4 * image.width
         with _memory(image) as address:
-            self._library.resize(
-                address + stride * top + 4 * left,
-                *cropped,
-                stride,
-                corners.ctypes.data,
-                *size,
-                kept.ctypes.data,
-                rows_first(cropped, size),
-                flip,
-                result.ctypes.data,
-            )
+            first = address + stride * top + 4 * left
+            last = kept, rows_first(cropped, size), flip, result
+            self._call("resize", first, *cropped, stride, corners, *size, *last)
         return result
 
     def affine(self, pixels, matrix, fill):
-        pixels, result = self._in_and_out(pixels)
         height, width, _ = pixels.shape
         matrix, fill = np.array(matrix, np.float64), np.array(fill, np.uint8)
-        self._library.affine(
-            pixels.ctypes.data,
-            width,
-            height,
-            matrix.ctypes.data,
-            fill.ctypes.data,
-            result.ctypes.data,
-        )
-        return result
+        return self._map("affine", pixels, width, height, matrix, fill)
 
     def lookup(self, pixels, table):
-        pixels, result = self._in_and_out(pixels)
         table = np.ascontiguousarray(np.broadcast_to(table, (3, 256)), np.uint8)
-        self._library.lookup(
-            pixels.ctypes.data, pixels.size // 3, table.ctypes.data, result.ctypes.data
-        )
-        return result
+        return self._map("lookup", pixels, pixels.size // 3, table)
 
     def histogram(self, pixels):
-        pixels = np.ascontiguousarray(pixels)
         counts = np.empty((3, 256), np.int64)
-        self._library.histogram(pixels.ctypes.data, pixels.size // 3, counts.ctypes.data)
+        self._call("histogram", np.ascontiguousarray(pixels), pixels.size // 3, counts)
         return counts
 
     def grey(self, pixels):
-        pixels, result = self._in_and_out(pixels)
-        self._library.grey(pixels.ctypes.data, pixels.size // 3, result.ctypes.data)
-        return result
+        return self._map("grey", pixels, pixels.size // 3)
 
     def smooth(self, pixels):
-        pixels, result = self._in_and_out(pixels)
         height, width, _ = pixels.shape
-        self._library.smooth(pixels.ctypes.data, width, height, result.ctypes.data)
-        return result
+        return self._map("smooth", pixels, width, height)
 
     def blend(self, start, end, factor):
-        start, result = self._in_and_out(start)
-        end = np.ascontiguousarray(end)
-        self._library.blend(
-            start.ctypes.data, end.ctypes.data, start.size, factor, result.ctypes.data
-        )
+        return self._map("blend", start, np.ascontiguousarray(end), start.size, factor)
+
+    def _map(self, name: str, pixels: np.ndarray, *arguments) -> np.ndarray:
+        """The result of an operation that gives as many pixels as it gets."""
+        pixels = np.ascontiguousarray(pixels)
+        result = np.empty_like(pixels)
+        self._call(name, pixels, *arguments, result)
         return result
 
-    @staticmethod
-    def _in_and_out(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        pixels = np.ascontiguousarray(pixels)
-        return pixels, np.empty_like(pixels)
+    def _call(self, name: str, *arguments) -> None:
+        """Call a compiled function with numbers and with the addresses of arrays."""
+        getattr(self._library, name)(
+            *(a.ctypes.data if isinstance(a, np.ndarray) else a for a in arguments)
+        )
 
 
 Pixels = PillowPixels | NativePixels

@@ -26,7 +26,13 @@ PX = get_pixels()
 
 def official(**changed) -> RandAugment:
     """`rand-m9-mstd0.5-inc1`."""
-    settings = {"layers": 2, "magnitude": 9, "magnitude_std": 0.5, "increasing": True, "fill": FILL}
+    settings = {
+        "layers": 2,
+        "magnitude": 9,
+        "magnitude_std": 0.5,
+        "fill": FILL,
+        "names": RAND_AUGMENT_INCREASING,
+    }
     return RandAugment(**(settings | changed))
 
 

@@ -75,8 +75,8 @@ def test_train_transform_takes_its_settings_from_the_config():
     )
     transform = build_train_transform(config)
     assert (transform.image_size, transform.hflip_prob) == (40, 0.125)
-    assert (transform.crop_scale, transform.crop_ratio) == ((0.5, 0.6), (0.9, 1.1))
-    assert transform.mean.tolist() == [0.5, 0.25, 0.0]
+    assert (transform.crop_scale, transform.crop_ratio) == ([0.5, 0.6], [0.9, 1.1])
+    assert list(transform.mean) == [0.5, 0.25, 0.0]
     policy, erasing = transform.photometric, transform.erasing
     assert (policy.layers, policy.magnitude, policy.magnitude_std) == (3, 7, 0.25)
     assert policy.fill == (128, 64, 0)
