@@ -160,8 +160,11 @@ def _line_problems(
                 yield problem(kind, message)
             other, before = first.setdefault(digest or line.path, (name, line))
             if digest and before.label != line.label:
-                message = f"the same bytes have class {before.label} in line {before.number}"
-                yield problem("conflict", f"class {line.label}; {message} of {other}")
+                message = (
+                    f"class {line.label}; the same bytes have class {before.label} in line "
+                    f"{before.number} of {other}"
+                )
+                yield problem("conflict", message)
             names = line.path, digest or line.path
             if name == LIST_FILES[True]:
                 for key in names:

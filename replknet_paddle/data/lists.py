@@ -73,15 +73,14 @@ def retry_io(read: Callable[[], Result], what: str, failures: list[str] | None =
         except (OSError, MemoryError) as error:
             if isinstance(error, OSError) and error.errno in {None, *_NO_FILE}:
                 raise
-            problem = f"cannot read {what}: {describe(error)}"
             if pause is None:
                 raise SystemFault(
-                    f"{problem}, in {len(PAUSES_SECONDS) + 1} attempts over "
-                    f"{sum(PAUSES_SECONDS):g} s. This is a failure of the system, not of the data: "
-                    "check the disk, the network share, the memory and the file limit"
+                    f"cannot read {what}: {describe(error)}, in {len(PAUSES_SECONDS) + 1} attempts "
+                    f"over {sum(PAUSES_SECONDS):g} s. This is a failure of the system, not of the "
+                    "data: check the disk, the network share, the memory and the file limit"
                 ) from error
             if failures is not None:
-                failures.append(problem)
+                failures.append(f"cannot read {what}: {describe(error)}")
         time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
 
