@@ -215,7 +215,7 @@ def read_labels(
 
 
 def _grey_step(labels: Image.Image) -> int:
-    """What Pillow multiplies the numbers of a grey image by that has 2 or 4 bits for each."""
+    """The factor by which Pillow multiplies the numbers of a grey image of 2 or 4 bits."""
     how = labels.tile[0][3] if getattr(labels, "tile", None) else None
     how = how[0] if isinstance(how, tuple) and how else how  # with details, in a TIFF
     return {"L;2": 255 // 3, "L;4": 255 // 15}.get(how, 1) if labels.mode == "L" else 1
@@ -288,7 +288,7 @@ def fullest_share(labels: np.ndarray) -> float:
 
 
 def distort(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Photometric distortion (SSD's, arXiv 1512.02325) of (H, W, 3) uint8; each step by chance.
+    """Distort the colours (as SSD, arXiv 1512.02325) of (H, W, 3) uint8; each step by chance.
 
     Brightness by up to 32 of 255, contrast and saturation by a factor from 0.5 to 1.5, and hue by
     up to 36 degrees, which is the 18 of OpenCV's half circle. Contrast comes before or after
@@ -340,7 +340,7 @@ def whole_image(
 
 
 class TrainCrop:
-    """Makes training samples of `crop_size` x `crop_size` pixels.
+    """The way from an image and its labels to training samples of `crop_size` x `crop_size` pixels.
 
     Args:
         crop_size: pixels.

@@ -22,7 +22,7 @@ from replknet_paddle.segmentation.upernet import build_upernet
 
 GOLDEN_RATIO = 0.618033988749895
 OVERLAY_SHARE = 0.5  # of the class's colour in an overlay
-NAMED_CLASSES = 5  # of a picture's, in `Prediction.__str__`
+NAMED_CLASSES = 5  # of a picture's, in `SegmentedFile.__str__`
 
 
 class SegmentationPredictor:
@@ -81,15 +81,15 @@ class SegmentationPredictor:
 
 
 def build_upernet_only(config):
-    """`build_upernet`, but for the configuration of a classifier."""
+    """Return `build_upernet(config)`; raise InputError for the configuration of a classifier."""
     if config.MODEL.TYPE != "UPerNet":
         raise InputError(f"{config.MODEL.NAME} is a classifier; `replknet predict` runs it")
     return build_upernet(config)
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """What the network says of one file, or why it says nothing.
+class SegmentedFile:
+    """The classes that the network finds in one file, or why it finds none.
 
     Attributes:
         path: the file; or a folder that could not be listed.
@@ -110,7 +110,7 @@ class Prediction:
 
 def predict_files(
     predictor: SegmentationPredictor, arguments: Iterable[str], folder: str
-) -> Iterator[Prediction]:
+) -> Iterator[SegmentedFile]:
     """Write an overlay and a label image of each picture into `folder`.
 
     NUMBER_NAME.png is the picture tinted by its classes, NUMBER_NAME_labels.png a palette image
@@ -128,19 +128,19 @@ def predict_files(
     os.makedirs(folder, exist_ok=True)
     for number, (path, problem) in enumerate(files, start=1):
         if problem is not None:
-            yield Prediction(path, problem=problem)
+            yield SegmentedFile(path, problem=problem)
             continue
         try:
             pixels = np.array(to_rgb(decode(path)))
         except (InputError, MemoryError) as error:
-            yield Prediction(path, problem=str(error) or "out of memory")
+            yield SegmentedFile(path, problem=str(error) or "out of memory")
             continue
         labels = predictor.labels_of_pixels(pixels)
         # The number keeps apart what has one name in several folders.
         name = f"{number:06d}_{Path(path).stem[:50]}"
-        save_png(overlay(pixels, labels, predictor.palette), Path(folder, f"{name}.png"))
+        save_png(tinted(pixels, labels, predictor.palette), Path(folder, f"{name}.png"))
         save_png(label_picture(labels, predictor.palette), Path(folder, f"{name}_labels.png"))
-        yield Prediction(path, shares=class_shares(labels, predictor.class_names))
+        yield SegmentedFile(path, shares=class_shares(labels, predictor.class_names))
 
 
 def save_png(picture: Image.Image, path: Path) -> None:
@@ -149,7 +149,7 @@ def save_png(picture: Image.Image, path: Path) -> None:
 
 
 def class_shares(labels: np.ndarray, names: Iterable[str]) -> tuple[tuple[str, float], ...]:
-    """Name and share of each class that is there, the largest first."""
+    """Return name and share of each class that is there, the largest first."""
     names = list(names)
     counts = np.bincount(labels.ravel(), minlength=len(names))
     order = np.argsort(-counts, kind="stable")
@@ -183,7 +183,7 @@ def label_picture(labels: np.ndarray, palette: np.ndarray) -> Image.Image:
     return picture
 
 
-def overlay(pixels: np.ndarray, labels: np.ndarray, palette: np.ndarray) -> Image.Image:
+def tinted(pixels: np.ndarray, labels: np.ndarray, palette: np.ndarray) -> Image.Image:
     """Return the image (H, W, 3) uint8 tinted by the classes of its pixels (H, W)."""
-    tinted = (1 - OVERLAY_SHARE) * pixels + OVERLAY_SHARE * palette[labels]
-    return Image.fromarray(np.round(tinted).astype(np.uint8))
+    mixed = (1 - OVERLAY_SHARE) * pixels + OVERLAY_SHARE * palette[labels]
+    return Image.fromarray(np.round(mixed).astype(np.uint8))

@@ -20,7 +20,7 @@ AUXILIARY_STAGE = 2  # whose map the auxiliary head looks at
 
 
 def resize(x: paddle.Tensor, size: Sequence[int], *, align_corners: bool) -> paddle.Tensor:
-    """Bilinear interpolation without antialiasing: (N, C, H, W) -> (N, C, *size)."""
+    """Interpolate bilinearly without antialiasing: (N, C, H, W) -> (N, C, *size)."""
     return F.interpolate(x, size=size, mode="bilinear", align_corners=align_corners)
 
 
@@ -115,7 +115,7 @@ class FCNHead(nn.Layer):
 
 
 class UPerNet(nn.Layer):
-    """Logits of each pixel.
+    """The network whose logits are those of each pixel.
 
     Args:
         backbone: with all four maps.
@@ -142,7 +142,7 @@ class UPerNet(nn.Layer):
         return self.decode_head.resized(logits, images)
 
     def export_form(self):
-        """Its `ExportForm`, for `replknet_paddle.deploy.export`."""
+        """Return its `ExportForm`, for `replknet_paddle.deploy.export`."""
         from replknet_paddle.segmentation.export import export_form  # what training does not need
 
         return export_form(self)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from replknet_paddle.runtime.errors import InputError, SampleError
+from replknet_paddle.runtime.errors import SampleError
 from replknet_paddle.segmentation.data import IGNORED, SegmentationDataset, whole_image
 
 

@@ -28,7 +28,7 @@ Drawn = tuple[str, float, int]  # operation, magnitude, and the sign it takes if
 
 
 def fill_color(mean: Sequence[float]) -> Color:
-    """The 8-bit colour, from the [0, 1] mean, for pixels that come from outside the image."""
+    """Return the 8-bit colour, of the [0, 1] mean, for pixels from outside the image."""
     return tuple(min(255, round(255 * float(channel))) for channel in mean)
 
 
@@ -68,7 +68,7 @@ def invert(px, image, _, fill):
 
 
 def rotate(px, image, degrees, fill):
-    """Counterclockwise around the centre."""
+    """Turn counterclockwise around the centre."""
     angle = -math.radians(degrees % 360.0)
     # 15 digits, as Pillow has it: a quarter turn shall have zeros in its matrix.
     cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
@@ -223,7 +223,7 @@ AUTO_AUGMENT = (
 
 
 def operation_argument(name: str, magnitude: float, sign: int):
-    """What `OPERATIONS[name].apply` gets for a magnitude, clipped to [0, 10], and a sign."""
+    """Return the argument of an operation for a magnitude, clipped to [0, 10], and a sign."""
     level = min(max(magnitude, 0.0), MAX_MAGNITUDE) / MAX_MAGNITUDE
     return OPERATIONS[name].argument(level, sign)
 

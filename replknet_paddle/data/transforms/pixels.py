@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def rows_first(size: Size, new_size: Size) -> bool:
-    """Whether Pillow 13 makes the image lower before it makes it narrower or wider."""
+    """Return whether Pillow 13 makes an image lower before it makes it narrower or wider."""
     fewer_rows = size[1] - new_size[1]
     return fewer_rows > 0 and fewer_rows > 2 * (size[0] - new_size[0])
 
@@ -78,7 +78,7 @@ class PillowPixels:
         return image.resize(size, Image.Resampling.BICUBIC, box)
 
     def affine(self, pixels: np.ndarray, matrix: Sequence, fill: Sequence) -> np.ndarray:
-        """Bicubic; (x, y) takes its colour at (m0 x + m1 y + m2, m3 x + m4 y + m5), or `fill`."""
+        """Give (x, y) the colour at (m0 x + m1 y + m2, m3 x + m4 y + m5), bicubic, or `fill`."""
         image = Image.fromarray(pixels)
         return np.array(
             image.transform(
@@ -96,24 +96,24 @@ class PillowPixels:
         return np.array(Image.fromarray(pixels).point(table.ravel().tolist()))
 
     def histogram(self, pixels: np.ndarray) -> np.ndarray:
-        """How often each channel has each value: (3, 256) int64."""
+        """Return how often each channel has each value: (3, 256) int64."""
         return np.array(Image.fromarray(pixels).histogram()).reshape(3, 256)
 
     def grey(self, pixels: np.ndarray) -> np.ndarray:
-        """The luminance (ITU-R 601-2) in each channel."""
+        """Return the luminance (ITU-R 601-2) in each channel."""
         return np.array(Image.fromarray(pixels).convert("L").convert("RGB"))
 
     def smooth(self, pixels: np.ndarray) -> np.ndarray:
-        """3x3 average in which the centre counts five times; the border stays."""
+        """Return the 3x3 average in which the centre counts five times; the border stays."""
         return np.array(Image.fromarray(pixels).filter(ImageFilter.SMOOTH))
 
     def blend(self, start: np.ndarray, end: np.ndarray, factor: float) -> np.ndarray:
-        """start + factor * (end - start), cut to [0, 255]; a factor above 1 goes beyond `end`."""
+        """Return start + factor * (end - start), cut to [0, 255]; above 1 it goes beyond `end`."""
         return np.array(Image.blend(Image.fromarray(start), Image.fromarray(end), factor))
 
 
 class _ArrowArray(ctypes.Structure):
-    """Of Arrow's C data interface, as far as it is read here."""
+    """The struct of Arrow's C data interface, as far as it is read here."""
 
 
 _ArrowArray._fields_ = [
@@ -254,7 +254,7 @@ def pixels_library() -> SharedLibrary:
 
 
 def _processor_flags() -> str:
-    """What an x86 processor can do, so that no other kind runs what was compiled for this one."""
+    """The features of an x86 processor: no other kind may run what was compiled for this one."""
     try:
         with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
             return next((line for line in file if line.startswith("flags")), "")

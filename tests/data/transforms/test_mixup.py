@@ -59,28 +59,9 @@ def test_minmax_boxes_equal_timm():
         assert list(box) == row["box"], row["seed"]
 
 
-@pytest.mark.parametrize("prob", [0.0, 0.3, 1.0])
-def test_share_of_batches_mixed(prob):
-    mixed = np.mean([mix != Mix(1.0, None) for mix in draws(mixup(prob=prob))])
-    assert mixed == pytest.approx(prob, abs=0.03 if 0 < prob < 1 else 1e-12)
-
-
-@pytest.mark.parametrize("switch_prob", [0.0, 0.3, 1.0])
-def test_switch_probability_is_that_of_cutmix(switch_prob):
-    cut = np.mean([mix.box is not None for mix in draws(mixup(switch_prob=switch_prob))])
-    assert cut == pytest.approx(switch_prob, abs=0.03 if 0 < switch_prob < 1 else 1e-12)
-
-
 def test_one_kind_alone_ignores_the_switch_probability():
     assert all(mix.box is None for mix in draws(mixup(cutmix_alpha=0.0, switch_prob=1.0), 50))
     assert all(mix.box is not None for mix in draws(mixup(mixup_alpha=0.0, switch_prob=0.0), 50))
-
-
-@pytest.mark.parametrize("alpha", [0.2, 0.8, 1.0])
-def test_mixup_lam_is_beta_distributed(alpha):
-    lam = np.array([mix.lam for mix in draws(mixup(mixup_alpha=alpha, cutmix_alpha=0.0))])
-    assert lam.mean() == pytest.approx(0.5, abs=0.025)
-    assert lam.var() == pytest.approx(0.25 / (2 * alpha + 1), abs=0.01)
 
 
 @same_examples

@@ -230,23 +230,6 @@ def test_a_crop_is_a_box_in_the_image(width, height, seed):
             assert 0.07 < crop_width * crop_height / (width * height) <= 1
 
 
-def test_crop_statistics():
-    # Of a square image all shapes up to half its area fit, so nothing is drawn twice.
-    boxes = np.array(
-        [sample_crop(2000, 2000, (0.08, 0.5), RATIO, rng(seed)) for seed in range(5000)]
-    )
-    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
-    quantiles = np.linspace(0.1, 0.9, 9)
-    area = np.quantile(width * height / 2000**2, quantiles)
-    np.testing.assert_allclose(area, 0.08 + 0.42 * quantiles, atol=0.012)
-    aspect = np.quantile(np.log(width / height), quantiles)
-    np.testing.assert_allclose(aspect, np.log(0.75) * (1 - 2 * quantiles), atol=0.02)
-    for start, length in ((boxes[:, 0], width), (boxes[:, 1], height)):
-        np.testing.assert_allclose(
-            np.quantile(start / (2000 - length), quantiles), quantiles, atol=0.04
-        )
-
-
 @pytest.mark.parametrize(
     "size, box",
     [

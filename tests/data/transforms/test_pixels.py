@@ -14,7 +14,6 @@ from replknet_paddle.data.transforms.pixels import (
     NativePixels,
     PillowPixels,
     get_pixels,
-    rows_first,
 )
 
 IMAGES = Path(__file__).parents[2] / "fixtures" / "images"
@@ -73,22 +72,6 @@ def test_a_crop_is_all_that_counts():
             px.resize(Image.fromarray(p), (40, 30), crop=(5, 6, 20, 25)) for p in (pixels, outside)
         )
         np.testing.assert_array_equal(first, second)
-
-
-@pytest.mark.parametrize(
-    "size, new_size, expected",
-    [
-        ((499, 375), (340, 256), False),
-        ((301, 400), (384, 384), True),  # wider and lower
-        ((301, 400), (256, 340), False),  # 60 rows fewer, 45 columns
-        ((100, 100), (100, 100), False),
-        ((100, 100), (90, 80), False),  # just as many as twice
-        ((100, 100), (90, 79), True),
-        ((10, 10), (20, 20), False),
-    ],
-)
-def test_order_of_the_passes(size, new_size, expected):
-    assert rows_first(size, new_size) is expected
 
 
 MATRICES = [
