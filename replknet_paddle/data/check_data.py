@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from typing import NamedTuple
 
 from replknet_paddle.data.lists import (
     LIST_FILES,
@@ -21,6 +20,8 @@ from replknet_paddle.data.lists import (
 )
 from replknet_paddle.data.transforms.image import load, open_image, read_file, to_rgb
 from replknet_paddle.runtime.errors import InputError
+
+Finding = tuple[str | None, str, bytes]
 
 KINDS = {
     "line": "lines that cannot be parsed",
@@ -36,14 +37,6 @@ KINDS = {
     "no validation": "classes with training images and without a validation image",
     "shifted": "folders whose label is another one in training",
 }
-
-
-class Finding(NamedTuple):
-    """The result of reading one image: a kind of problem and its message, or the file's digest."""
-
-    kind: str | None
-    message: str
-    digest: bytes = b""
 
 
 def check_data(
@@ -113,6 +106,9 @@ def check_data(
 def check_image(root: str, path: str, *, allow_outside: bool = False) -> Finding:
     """Read one image as training does, and decode all of it.
 
+    Returns:
+        A kind of problem or None, its message, and a digest of the file where there is no problem.
+
     Raises:
         SystemFault: the system fails, time and again.
     """
@@ -122,9 +118,9 @@ def check_image(root: str, path: str, *, allow_outside: bool = False) -> Finding
         bad_kind = "undecodable"
         data = retry_io(lambda: read_file(full), path)
     except InputError as error:
-        return Finding(bad_kind, str(error))
+        return bad_kind, str(error), b""
     except OSError as error:
-        return Finding("missing", describe(error))
+        return "missing", describe(error), b""
     try:
         with open_image(data) as image:
             load(image)
@@ -132,8 +128,8 @@ def check_image(root: str, path: str, *, allow_outside: bool = False) -> Finding
     except (OSError, InputError) as error:
         # Pillow has no kind of exception for it; an empty file ends too early as well.
         truncated = not data or re.search("truncated|premature|not enough", str(error), re.I)
-        return Finding("truncated" if truncated else "undecodable", str(error))
-    return Finding(None, "", hashlib.blake2b(data, digest_size=16).digest())
+        return "truncated" if truncated else "undecodable", str(error), b""
+    return None, "", hashlib.blake2b(data, digest_size=16).digest()
 
 
 def _line_problems(

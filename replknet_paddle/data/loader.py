@@ -136,9 +136,25 @@ class Loader:
     def start(self) -> None:
         """Start the workers now, and not at the first iteration: before this process uses a GPU or
         talks to other processes, whose state a fork should not copy."""
-        if self.workers and self._pool is None:
-            self._pool = self._start_workers()
-            self._submit(os.getpid)  # the first call forks all of them
+        if not self.workers or self._pool is not None:
+            return
+        if not hasattr(os, "fork"):
+            raise InputError(
+                f"DATA.NUM_WORKERS is {self.workers}, but this system cannot fork the processes "
+                "of a loader; allowed here: 0"
+            )
+        context = multiprocessing.get_context("fork")  # workers share what is there now
+        self._pool = ProcessPoolExecutor(
+            self.workers, context, initializer=_set_up_worker, initargs=(os.getpid(), self._read)
+        )
+        try:
+            self._pool.submit(os.getpid)  # the first call forks all of them
+        except OSError as error:
+            self._kill_workers()
+            raise SystemFault(
+                f"cannot start {self.workers} loader workers: {describe(error)}; lower "
+                "DATA.NUM_WORKERS, or raise the system's limits of processes and memory"
+            ) from error
 
     def close(self) -> None:
         """End the workers. The next iteration starts others."""
@@ -156,8 +172,7 @@ class Loader:
             for names in self.batch_sampler:
                 yield 0, self._read(0, names)
             return
-        if self._pool is None:
-            self._pool = self._start_workers()
+        self.start()
         free = deque(range(self._slots.count))
         ahead: deque[tuple[int, Future, Name]] = deque()  # with the first image's name
         names = iter(self.batch_sampler)
@@ -167,7 +182,8 @@ class Loader:
                     if (batch := next(names, None)) is None:
                         break
                     slot = free.popleft()
-                    ahead.append((slot, self._submit(_read_in_worker, slot, batch), batch[0]))
+                    future = self._pool.submit(_read_in_worker, slot, batch)
+                    ahead.append((slot, future, batch[0]))
                 if not ahead:
                     return
                 slot, future, first = ahead.popleft()
@@ -184,17 +200,6 @@ class Loader:
             pending = [future for _, future, _ in ahead if not future.cancel()]
             if wait(pending, self.timeout_seconds).not_done:
                 self._kill_workers()
-
-    def _submit(self, call: Callable, *arguments) -> Future:
-        """Give a worker something to do."""
-        try:
-            return self._pool.submit(call, *arguments)
-        except OSError as error:  # the first one forks the workers
-            self._kill_workers()
-            raise SystemFault(
-                f"cannot start {self.workers} loader workers: {describe(error)}; lower "
-                "DATA.NUM_WORKERS, or raise the system's limits of processes and memory"
-            ) from error
 
     def _wait(self, future: Future, first: Name) -> None:
         """Wait until a batch, whose first sample is `first`, has been read or could not be."""
@@ -218,18 +223,6 @@ class Loader:
                 process.kill()
             self._pool.shutdown(wait=False)
             self._pool = None
-
-    def _start_workers(self) -> ProcessPoolExecutor:
-        """The pool of workers; they are forked at its first call, and share what is there then."""
-        if not hasattr(os, "fork"):
-            raise InputError(
-                f"DATA.NUM_WORKERS is {self.workers}, but this system cannot fork the processes "
-                "of a loader; allowed here: 0"
-            )
-        context = multiprocessing.get_context("fork")
-        return ProcessPoolExecutor(
-            self.workers, context, initializer=_set_up_worker, initargs=(os.getpid(), self._read)
-        )
 
     def _count_bad_image(self, index: int, message: str) -> None:
         """Warn of an image that another took the place of; raise where there are too many."""
