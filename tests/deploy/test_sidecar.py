@@ -10,7 +10,6 @@ from small_networks import small_config
 from tiny import FIXTURES
 
 from replknet_paddle.data.transforms import build_eval_transform
-from replknet_paddle.data.transforms.pixels import PillowPixels
 from replknet_paddle.deploy.sidecar import FILE, Sidecar
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import file_sha256
@@ -54,17 +53,6 @@ def test_its_preprocessing_is_that_of_evaluation(tmp_path, mode):
         expected = build_eval_transform(config)(image)
         given = Sidecar.read(tmp_path).build_eval_transform()(image)
     assert np.array_equal(given, expected)
-
-
-def test_native_pixels_false_holds_for_checkpoints_and_exports(tmp_path):
-    config = small_config(tmp_path).clone()
-    config.defrost()
-    config.DATA.NATIVE_PIXELS = False
-    sidecar = Sidecar.build(config, format="onnx")
-    sidecar.write(tmp_path)
-    for given in (sidecar, Sidecar.read(tmp_path)):
-        assert type(given.build_eval_transform().px) is PillowPixels
-    assert Sidecar.build(small_config(tmp_path), format="onnx").preprocessing.native_pixels
 
 
 def test_an_export_from_before_native_pixels_is_read(tmp_path, content):
