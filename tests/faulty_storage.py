@@ -1,6 +1,7 @@
-"""Storage that fails or hangs, by an `open` that is patched in a run and in the workers it forks.
+"""Storage that fails or hangs, by one `open` that injects faults, here and in forked processes.
 
-Each function of arguments takes the place of `main_status` in `processes.Run`.
+A fault is a function of a path: None where all is well, else what is called instead of `open`. The
+functions of arguments take the place of `main_status` in `processes.Run`.
 """
 
 import builtins
@@ -11,7 +12,45 @@ import time
 from processes import main_status
 
 
-class _BrokenFile:
+def patch_open(fault, monkeypatch=None, *, pauses=None) -> None:
+    """Let `open` do as `fault(path)` says, for good or until `monkeypatch` is undone.
+
+    Args:
+        pauses: of `retry_io`, seconds; None: the real ones.
+    """
+    from replknet_paddle.data import lists
+
+    set_ = monkeypatch.setattr if monkeypatch else setattr
+    set_(builtins, "open", faulty(builtins.open, fault))
+    if pauses is not None:
+        set_(lists, "PAUSES_SECONDS", pauses)
+
+
+def faulty(really, fault):
+    """`really`, a function of a path, as `fault` lets it be."""
+
+    def function(path, *args, **kwargs):
+        instead = fault(str(path))
+        return really(path, *args, **kwargs) if instead is None else instead()
+
+    return function
+
+
+def on(ending: str, instead):
+    """The fault of paths with this ending."""
+    return lambda path: instead if path.endswith(ending) else None
+
+
+def fail(number: int = errno.EIO):
+    """A call that fails with this error."""
+
+    def call():
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
+class BrokenFile:
     """A file that opens and cannot be read."""
 
     def __enter__(self):
@@ -20,23 +59,7 @@ class _BrokenFile:
     def __exit__(self, *_):
         pass
 
-    def read(self):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-
-def patch_open(fault) -> None:
-    """Let `open` do as `fault(path)` says of an image: None, or what happens instead."""
-    really_open = builtins.open
-
-    def faulty_open(file, *args, **kwargs):
-        instead = fault(file) if str(file).endswith(".jpg") else None
-        return really_open(file, *args, **kwargs) if instead is None else instead()
-
-    builtins.open = faulty_open
-
-
-def fail_to_open():
-    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    read = staticmethod(fail())
 
 
 def hang():
@@ -53,15 +76,17 @@ def flaky_for_a_second(arguments) -> int:
     faults = os.environ["FAULTS"]
     reads, first = 0, None
 
-    def fault(_):
+    def fault(path):
         nonlocal reads, first
+        if not path.endswith(".jpg"):
+            return None
         reads += 1
         if reads % 100 != 37 or (first is not None and time.monotonic() > first + 1):
             return None
         first = first or time.monotonic()
         with os.fdopen(os.open(faults, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a") as file:
             file.write(f"{os.getpid()}\n")
-        return fail_to_open if reads % 200 == 37 else _BrokenFile
+        return fail(errno.ESTALE) if reads % 200 == 37 else BrokenFile
 
     patch_open(fault)
     return main_status(arguments)
@@ -69,10 +94,7 @@ def flaky_for_a_second(arguments) -> int:
 
 def break_for_ever() -> None:
     """One image gives EIO whenever it is read; the pauses are a tenth of the real ones."""
-    from replknet_paddle.data import storage
-
-    storage.PAUSES_SECONDS = tuple(pause / 10 for pause in storage.PAUSES_SECONDS)
-    patch_open(lambda path: _BrokenFile if path.endswith("0020.jpg") else None)
+    patch_open(on("0020.jpg", BrokenFile), pauses=(0.1, 3))
 
 
 def broken_for_ever(arguments) -> int:
@@ -83,16 +105,5 @@ def broken_for_ever(arguments) -> int:
 
 def hanging(arguments) -> int:
     """A worker blocks for ever in the read of one training image."""
-    patch_open(lambda path: hang if path.endswith("train/class 0/0020.jpg") else None)
+    patch_open(on("train/class 0/0020.jpg", hang))
     return main_status(arguments)
-
-
-def hanging_unkillably(arguments) -> int:
-    """Likewise, and the worker survives SIGKILL, as one that waits in the kernel does."""
-    from multiprocessing.process import BaseProcess
-
-    from replknet_paddle.data import loader
-
-    loader.KILL_SECONDS = 1
-    BaseProcess.kill = lambda self: None
-    return hanging(arguments)

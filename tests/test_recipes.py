@@ -7,7 +7,7 @@ import yaml
 from tiny import ROOT, leaves
 
 from replknet_paddle.config import get_config
-from replknet_paddle.data.samplers import TrainBatches
+from replknet_paddle.data.dataset import TrainBatches
 from replknet_paddle.optim.schedule import base_learning_rate
 
 CONFIGS = ROOT / "configs"

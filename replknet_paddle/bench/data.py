@@ -19,10 +19,9 @@ from replknet_paddle.bench.timing import (
     time_in_turn,
 )
 from replknet_paddle.config import override
-from replknet_paddle.data.dataset import ListDataset, get_dataset
+from replknet_paddle.data.dataset import ListDataset, TrainBatches, get_dataset
 from replknet_paddle.data.lists import LIST_FILES
 from replknet_paddle.data.loader import Loader
-from replknet_paddle.data.samplers import TrainBatches
 from replknet_paddle.runtime.errors import InputError
 
 PHOTOGRAPH = (500, 375)  # what most of ImageNet is
@@ -95,9 +94,9 @@ def report_data(
 def jobs_of(train: ListDataset, val: ListDataset) -> dict[str, Callable[[int, int], object]]:
     """The pipelines to time: (round, index of the image) -> a sample."""
     return {
-        "evaluation, 8 bits": lambda _, i: val.read(0, i, val.transform.unfinished),
+        "evaluation, 8 bits": lambda _, i: val.read(0, i, val.transform.raw),
         "evaluation, normalized": lambda _, i: val.read(0, i, val.transform),
-        "training, 8 bits": lambda n, i: train.read(n, i, train.transform.unfinished),
+        "training, 8 bits": lambda n, i: train.read(n, i, train.transform.raw),
         "training, normalized and erased": lambda n, i: train.read(n, i, train.transform),
     }
 

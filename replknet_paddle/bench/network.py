@@ -16,7 +16,7 @@ from replknet_paddle.bench.timing import (
     summarize,
     time_in_turn,
 )
-from replknet_paddle.data.samplers import TrainBatches
+from replknet_paddle.data.dataset import TrainBatches
 from replknet_paddle.engine.precision import Precision
 from replknet_paddle.engine.train import Parts, train_epoch
 from replknet_paddle.model import build_replknet

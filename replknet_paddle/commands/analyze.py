@@ -123,7 +123,7 @@ def measure_folder(args, out: str):
     """The field over the images of the folder, by the network of the flags."""
     from tqdm import tqdm
 
-    from replknet_paddle.data.transforms.evaluation import EvalTransform
+    from replknet_paddle.data.transforms.pipelines import EvalTransform
     from replknet_paddle.deploy.images import ImageFiles, decode
     from replknet_paddle.runtime.errors import InputError
     from replknet_paddle.runtime.files import check_file_target

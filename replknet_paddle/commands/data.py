@@ -56,8 +56,7 @@ def run_make_lists(args) -> int:
       replknet make-lists data/flowers            data/flowers/train/CLASS/..., val/CLASS/...
       replknet make-lists /dataset/imagenet -devkit /dataset/ILSVRC2012_devkit_t12
     """
-    from replknet_paddle.data.make_lists import make_lists
-    from replknet_paddle.data.split import split_lists
+    from replknet_paddle.data.make_lists import make_lists, split_lists
 
     share = read_share(args)
     if share is None:
@@ -139,7 +138,7 @@ def run_check_data(args) -> int:
     """
     from tqdm import tqdm
 
-    from replknet_paddle.data.check_lists import check_data
+    from replknet_paddle.data.check_data import check_data
 
     for name in ("num_classes", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -165,7 +164,7 @@ def run_check_data(args) -> int:
 
 
 def _print(report: dict) -> None:
-    from replknet_paddle.data.check_lists import KINDS
+    from replknet_paddle.data.check_data import KINDS
 
     for name, part in report["lists"].items():
         counts = part["images_per_class"]
@@ -200,7 +199,7 @@ def run_make_digits(args) -> int:
 
     example: replknet make-digits data/digits
     """
-    from replknet_paddle.data.digits import make_digits
+    from replknet_paddle.data.make_lists import make_digits
 
     make_digits(args.folder)
     return 0
@@ -218,8 +217,8 @@ def run_make_shapes(args) -> int:
 
     example: replknet make-shapes data/shapes
     """
+    from replknet_paddle.data.make_lists import VAL_EVERY, make_shapes
     from replknet_paddle.runtime.errors import InputError
-    from replknet_paddle.segmentation.shapes import VAL_EVERY, make_shapes
 
     if args.count < VAL_EVERY:
         raise InputError(f"-count is {args.count}; allowed: an integer >= {VAL_EVERY}")

@@ -18,7 +18,7 @@ LISTED_DIFFERENCES = 10
 
 
 def get_class_names(config, stored: Sequence[str] | None = None) -> list[str] | None:
-    """The names of the classes, or None where nothing names them.
+    """Return the names of the classes, or None where nothing names them.
 
     In this order: `stored`; what DATA.CLASS_NAMES says; class_names.txt beside the lists; with
     DATA.IMAGENET_NAMES and 1000 classes, ImageNet-1K's.
@@ -40,8 +40,8 @@ def get_class_names(config, stored: Sequence[str] | None = None) -> list[str] | 
 
 
 def names_file(config) -> str | None:
-    """The file that names the classes of the data: DATA.CLASS_NAMES, or class_names.txt beside
-    the lists; None where there is none."""
+    """Return the file that names the classes of the data: DATA.CLASS_NAMES, or class_names.txt
+    beside the lists; None where there is none."""
     beside = os.path.join(config.DATA.DATA_PATH, CLASS_NAMES_FILE)
     if config.DATA.CLASS_NAMES is None and os.path.isfile(beside):
         return beside
@@ -49,7 +49,7 @@ def names_file(config) -> str | None:
 
 
 def read_class_names(path: str, num_classes: int | None = None) -> list[str]:
-    """The lines of a text file, one name each.
+    """Return the lines of a text file, one name each.
 
     Args:
         num_classes: how many there must be; None: any number.
@@ -71,7 +71,7 @@ def read_class_names(path: str, num_classes: int | None = None) -> list[str]:
 
 
 def name_differences(ours: Sequence[str], theirs: Sequence[str]) -> list[str]:
-    """How two lists of class names differ, a line for each class, at most `LISTED_DIFFERENCES`."""
+    """Return a line for each class whose names differ, at most `LISTED_DIFFERENCES` and one."""
     lines = []
     if len(ours) != len(theirs):
         lines.append(f"{len(ours)} classes and {len(theirs)}")

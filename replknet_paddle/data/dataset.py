@@ -1,47 +1,143 @@
-"""The images of a list file, and the dataloaders over them."""
+"""The images of a list file, which of them make which batch, and the dataloaders over them.
+
+Samples are named by (epoch, index), and all that is random in one depends on nothing but the seed
+and that name: neither the number of workers nor a restart changes what the network sees.
+"""
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import paddle
+from PIL import Image
 
 from replknet_paddle.data.lists import (
+    LAYOUT,
     LIST_FILES,
+    Line,
     check_list,
+    describe,
+    parse_labelled,
     printable,
     read_list,
     resolve,
-    unreadable,
+    retry_io,
 )
-from replknet_paddle.data.loader import Loader, check_memory
-from replknet_paddle.data.samplers import EvalBatches, TrainBatches
-from replknet_paddle.data.storage import read_patiently
-from replknet_paddle.data.transforms import (
-    build_eval_transform,
-    build_finish,
-    build_train_transform,
-)
+from replknet_paddle.data.loader import Loader
+from replknet_paddle.data.transforms import build_eval_transform, build_train_transform
+from replknet_paddle.data.transforms.finish import FinishBatch, RawSample
 from replknet_paddle.data.transforms.image import open_image
-from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.machines import processes_on_this_machine
+from replknet_paddle.runtime.errors import InputError, SampleError
+
+Result = TypeVar("Result")
 
 
-class ListDataset(paddle.io.Dataset):
-    """The images of a list file.
+class ListedFiles(paddle.io.Dataset):
+    """The lines of a list file, and the files that they name.
 
     Args:
         list_file: path of the list.
-        root: folder that the list's paths are relative to, and that no image may lie outside of.
-        transform: (PIL image, random generator) -> float32 array (3, H, W).
-        num_classes: labels must be in [0, num_classes); None: any that is not negative.
+        root: folder that the list's paths are relative to, and that nothing may lie outside of.
+        parse: the grammar of a line, of `replknet_paddle.data.lists`.
+        layout: what to prepare where there is no such list.
         seed: of the random generators.
-        allow_outside: let images lie anywhere else, after all.
+        allow_outside: let files lie anywhere else, after all.
 
     Raises:
         FileNotFoundError: no such folder or list.
         InputError: a line that cannot be right; the message has the file and the line number.
         SystemFault: the list cannot be read, time and again.
+    """
+
+    def __init__(
+        self,
+        list_file: str,
+        root: str,
+        parse: Callable[[bytes], Line],
+        *,
+        layout: str,
+        seed: int,
+        allow_outside: bool,
+    ):
+        super().__init__()
+        check_list(list_file, root, layout)
+        self.list_file = list_file
+        self.root = root
+        self.seed = seed
+        self.allow_outside = allow_outside
+        # Bytes and arrays rather than lists of str: reading a list's items writes to their
+        # reference counts, and that copies the whole list into every worker process.
+        self._paths, self._ends, self._lines, self._labels = retry_io(
+            lambda: read_list(list_file, parse), list_file
+        )
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def path(self, index: int) -> str:
+        """Return the path in line `index`, relative to the data folder."""
+        start = self._ends[index - 1] if index else 0
+        return os.fsdecode(self._paths[start : self._ends[index]])
+
+    def describe(self, index: int) -> str:
+        """Return the path of image `index`, and the line that names it."""
+        where = f"{self.list_file}, line {self._lines[index]}"
+        return f"image {printable(self.path(index))} ({where})"
+
+    def open(self, path: str) -> Image.Image:
+        """Open the image file that a line names by `path`."""
+        return open_image(resolve(self.root, path, allow_outside=self.allow_outside))
+
+    def read_file(
+        self,
+        index: int,
+        path: str,
+        use: Callable[[Image.Image], Result],
+        *,
+        kind: str = "",
+        failures: list[str] | None = None,
+    ) -> Result:
+        """Return what `use` makes of the opened image file `path`, which line `index` names.
+
+        Args:
+            kind: of file, for messages.
+            failures: gets a message for each failure of the system that a repetition cured.
+
+        Raises:
+            SampleError: it does not exist, or cannot be decoded.
+            SystemFault: the system fails, time and again.
+        """
+
+        def read():
+            with self.open(path) as image:
+                return use(image)
+
+        try:
+            return retry_io(read, self.describe(index), failures)
+        except (OSError, InputError) as error:
+            raise SampleError(
+                f"{self.list_file}, line {self._lines[index]}: cannot read "
+                f"{printable(kind + path)}: {printable(describe(error))}"
+            ) from None
+
+    def rng(self, epoch: int, index: int) -> np.random.Generator:
+        """Return the random generator of sample (epoch, index)."""
+        return np.random.default_rng((self.seed, epoch, index))
+
+
+class ListDataset(ListedFiles):
+    """The images of a list file, and their labels.
+
+    Args:
+        list_file, root, seed, allow_outside: as for `ListedFiles`.
+        transform: (PIL image, random generator) -> float32 array (3, H, W); for a `Loader` with
+            `raw`, which gives the `RawSample`.
+        num_classes: labels must be in [0, num_classes); None: any that is not negative.
+
+    Raises:
+        FileNotFoundError, InputError, SystemFault: as for `ListedFiles`.
     """
 
     def __init__(
@@ -54,87 +150,144 @@ class ListDataset(paddle.io.Dataset):
         seed: int = 0,
         allow_outside: bool = False,
     ):
-        super().__init__()
-        check_list(list_file, root)
-        self.list_file = list_file
-        self.root = root
-        self.transform = transform
-        self.seed = seed
-        self.allow_outside = allow_outside
-        # Bytes and arrays rather than lists of str: reading a list's items writes to their
-        # reference counts, and that copies the whole list into every worker process.
-        self._paths, self._ends, self._lines, self.labels = read_patiently(
-            lambda: read_list(list_file, num_classes, allow_outside=allow_outside), list_file
+        parse = partial(parse_labelled, num_classes=num_classes, allow_outside=allow_outside)
+        super().__init__(
+            list_file, root, parse, layout=LAYOUT, seed=seed, allow_outside=allow_outside
         )
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def path(self, index: int) -> str:
-        """The path of image `index`, relative to the data folder."""
-        start = self._ends[index - 1] if index else 0
-        return os.fsdecode(self._paths[start : self._ends[index]])
+        self.transform = transform
+        self.labels = self._labels
 
     def paths_and_labels(self) -> Iterator[tuple[bytes, int]]:
-        """The path below the data folder and the label of each image."""
+        """Yield the path below the data folder and the label of each image."""
         start = 0
         for end, label in zip(self._ends.tolist(), self.labels.tolist()):
             yield self._paths[start:end], label
             start = end
 
     def absent_classes(self, count: int, **_) -> list[int]:
-        """The classes in [0, count) that no image belongs to."""
+        """Return the classes in [0, count) that no image belongs to."""
         return np.flatnonzero(np.bincount(self.labels, minlength=count) == 0).tolist()
 
     def __getitem__(self, sample: tuple[int, int]) -> tuple[np.ndarray, np.int64]:
-        """The image (3, H, W) and label of sample (epoch, index)."""
+        """Return the image (3, H, W) and label of sample (epoch, index)."""
         return self.read(*sample, self.transform), self.labels[sample[1]]
 
-    def describe(self, index: int) -> str:
-        """The path of image `index`, and the line that names it."""
-        where = f"{self.list_file}, line {self._lines[index]}"
-        return f"image {printable(self.path(index))} ({where})"
-
     def read_sample(
-        self, epoch: int, index: int, *, unfinished: bool, failures: list[str] | None = None
-    ):
-        """What a `Loader` makes batches of: the image and its label.
-
-        Args:
-            unfinished: without the last steps, which `FinishBatch` does.
-            failures: as of `read`.
-        """
-        transform = self.transform.unfinished if unfinished else self.transform
-        return self.read(epoch, index, transform, failures=failures), self.labels[index]
+        self, epoch: int, index: int, *, failures: list[str] | None = None
+    ) -> tuple[RawSample, np.int64]:
+        """Return what a `Loader` makes batches of: the raw image and its label."""
+        return self.read(epoch, index, self.transform.raw, failures=failures), self.labels[index]
 
     def read(
         self, epoch: int, index: int, transform: Callable, *, failures: list[str] | None = None
     ):
-        """What `transform` makes of image `index`.
+        """Return what `transform` makes of image `index`; raise as `read_file` does."""
+        return self.read_file(
+            index,
+            self.path(index),
+            lambda image: transform(image, self.rng(epoch, index)),
+            kind="image ",
+            failures=failures,
+        )
 
-        Args:
-            failures: gets a message for each failure of the system that a repetition cured.
 
-        Raises:
-            SampleError: it does not exist, or cannot be decoded.
-            SystemFault: the system fails, time and again.
-        """
-        path = self.path(index)
+class TrainBatches(paddle.io.Sampler):
+    """The (epoch, index) names of one rank's training batches, epoch by epoch.
 
-        def sample():
-            full = resolve(self.root, path, allow_outside=self.allow_outside)
-            with open_image(full) as image:
-                return transform(image, np.random.default_rng((self.seed, epoch, index)))
+    All ranks shuffle alike, and each takes its part of every global batch, so two ranks with
+    batch b see in each step what one rank with batch 2b sees. An epoch has whole optimizer steps
+    only, as in the official code: the images beyond them are left out of that epoch.
 
-        try:
-            return read_patiently(sample, self.describe(index), failures)
-        except (OSError, InputError) as error:
-            place = self.list_file, self._lines[index], f"image {path}"
-            raise unreadable(*place, error) from None
+    Args:
+        accum_iter: batches of an optimizer step.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        rank: int,
+        world_size: int,
+        seed: int,
+        accum_iter: int = 1,
+    ):
+        self.length = length
+        self.accum_iter = accum_iter
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.epoch = 0
+        self.first_batch = 0
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Let the next iteration give this epoch, from this batch on."""
+        self.epoch = epoch
+        self.first_batch = first_batch
+
+    def __len__(self) -> int:
+        """Return the batches of a whole epoch, for this rank as for any other."""
+        step_images = self.batch_size * self.world_size * self.accum_iter
+        return self.length // step_images * self.accum_iter
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        step = self.batch_size * self.world_size
+        for batch in range(self.first_batch, len(self)):
+            start = batch * step + self.rank * self.batch_size
+            yield [(self.epoch, int(index)) for index in order[start : start + self.batch_size]]
+
+
+class StepBatches(TrainBatches):
+    """The (pass, index) names of one rank's training batches, in epochs of a given number.
+
+    Whole passes over the dataset, each shuffled anew, follow one another without regard to epochs:
+    a batch may end one pass and begin the next, and no image is left out.
+
+    Args:
+        batches: of an epoch.
+    """
+
+    def __init__(self, length: int, batch_size: int, *, batches: int, **places):
+        super().__init__(length, batch_size, **places)
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order_of, order = -1, None
+        for batch in range(self.first_batch, self.batches):
+            global_batch = self.epoch * self.batches + batch
+            start = (global_batch * self.world_size + self.rank) * self.batch_size
+            names = []
+            for place in range(start, start + self.batch_size):
+                number, position = divmod(place, self.length)
+                if number != order_of:
+                    order = np.random.default_rng((self.seed, number)).permutation(self.length)
+                    order_of = number
+                names.append((number, int(order[position])))
+            yield names
+
+
+class EvalBatches(paddle.io.Sampler):
+    """The names of one rank's evaluation batches: every image once over all ranks, none twice."""
+
+    def __init__(self, length: int, batch_size: int, *, rank: int, world_size: int):
+        self.indices = range(rank, length, world_size)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for start in range(0, len(self.indices), self.batch_size):
+            yield [(0, index) for index in self.indices[start : start + self.batch_size]]
 
 
 def get_dataset(config, is_train: bool) -> ListDataset:
-    """The training or the validation set that `config` names."""
+    """Return the training or the validation set that `config` names."""
     transform = build_train_transform(config) if is_train else build_eval_transform(config)
     root = config.DATA.DATA_PATH
     return ListDataset(
@@ -150,57 +303,54 @@ def get_dataset(config, is_train: bool) -> ListDataset:
 def get_dataloader(
     config, dataset: ListDataset, is_train: bool, *, rank: int = 0, world_size: int = 1
 ) -> Loader:
-    """Batches (images (N, 3, H, W) float32, labels (N,) int64) of one rank.
+    """Return the loader of one rank: images (N, 3, H, W) float32, labels (N,) int64.
 
     Raises:
-        InputError: fewer training images than one global batch, or less shared memory than
-            the workers' batches need.
+        InputError: fewer training images than one global batch.
     """
-    if is_train:
-        batches = TrainBatches(
-            len(dataset),
-            config.DATA.BATCH_SIZE,
-            rank=rank,
-            world_size=world_size,
-            seed=config.SEED,
-            accum_iter=config.TRAIN.ACCUM_ITER,
+    places = {"rank": rank, "world_size": world_size}
+    if not is_train:
+        batch_size = config.DATA.BATCH_SIZE_EVAL or config.DATA.BATCH_SIZE
+        return make_loader(config, dataset, EvalBatches(len(dataset), batch_size, **places))
+    batches = TrainBatches(
+        len(dataset),
+        config.DATA.BATCH_SIZE,
+        **places,
+        seed=config.SEED,
+        accum_iter=config.TRAIN.ACCUM_ITER,
+    )
+    if len(batches) == 0:
+        raise InputError(
+            f"{dataset.list_file} lists {len(dataset)} images, fewer than one global batch "
+            f"(DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} x TRAIN.ACCUM_ITER "
+            f"{config.TRAIN.ACCUM_ITER} x {world_size} processes); "
+            "give a smaller -batch_size or -accum_iter"
         )
-        if len(batches) == 0:
-            raise InputError(
-                f"{dataset.list_file} lists {len(dataset)} images, fewer than one global batch "
-                f"(DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} x TRAIN.ACCUM_ITER "
-                f"{config.TRAIN.ACCUM_ITER} x {world_size} processes); "
-                "give a smaller -batch_size or -accum_iter"
-            )
-    else:
-        batches = EvalBatches(
-            len(dataset),
-            config.DATA.BATCH_SIZE_EVAL or config.DATA.BATCH_SIZE,
-            rank=rank,
-            world_size=world_size,
-        )
-    workers = config.DATA.NUM_WORKERS
-    finish = None
-    if hasattr(dataset.transform, "unfinished"):
-        finish = build_finish(config)
-    value_bytes = 4 if finish is None else 1
-    image_bytes = 3 * config.DATA.IMAGE_SIZE**2 * value_bytes
-    batch_bytes = batches.batch_size * image_bytes
-    if workers:
-        both = 0  # whoever trains evaluates as well, by a loader that stays
-        if is_train:
-            both = image_bytes * (config.DATA.BATCH_SIZE_EVAL or config.DATA.BATCH_SIZE)
-        check_memory(
-            batch_bytes=batch_bytes + both,
-            workers=workers,
-            processes=processes_on_this_machine(),
-        )
+    return make_loader(config, dataset, batches, erase_mode=config.TRAIN.RANDOM_ERASE_MODE)
+
+
+def make_loader(
+    config,
+    dataset: ListedFiles,
+    batches: TrainBatches | EvalBatches,
+    *,
+    erase_mode: str = "const",
+    image_pixels: int | None = None,
+) -> Loader:
+    """Return the loader of a classification or segmentation dataset.
+
+    Args:
+        batches: those of training may have unreadable images replaced, as DATA.MAX_BAD_IMAGES says.
+        erase_mode: what the boxes of raw samples are filled with, as for `RandomErasing`.
+        image_pixels: up to which images go through shared memory; None: DATA.IMAGE_SIZE squared.
+    """
+    data = config.DATA
     return Loader(
         dataset,
         batches,
-        workers=workers,
-        batch_bytes=batch_bytes,
-        finish=finish,
-        max_bad_images=config.DATA.MAX_BAD_IMAGES if is_train else None,
-        timeout_seconds=config.DATA.WORKER_TIMEOUT,
+        workers=data.NUM_WORKERS,
+        batch_bytes=3 * batches.batch_size * (image_pixels or data.IMAGE_SIZE**2),
+        finish=FinishBatch(mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD, erase_mode=erase_mode),
+        max_bad_images=data.MAX_BAD_IMAGES if isinstance(batches, TrainBatches) else None,
+        timeout_seconds=data.WORKER_TIMEOUT,
     )

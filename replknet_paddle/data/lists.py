@@ -1,32 +1,226 @@
-"""The grammar of list files, and where the images they name lie.
+"""List files: the grammars of their lines, where the files lie that they name, and reading them.
 
-    DATA_PATH/train_list.txt    one image a line: path relative to DATA_PATH, white space, label
+    DATA_PATH/train_list.txt    one image a line
     DATA_PATH/val_list.txt
 
-The label is what follows the last white space, so paths may hold spaces.
+    train/cat/a photo.jpg 3                     classification: path, white space, label
+    images/1.jpg annotations/1.png              segmentation: two paths, white space between
+    images/a photo.jpg<TAB>annotations/1.png    or a tab, where they hold spaces
+
+Paths are relative to DATA_PATH. A label is what follows the last white space of its line.
 """
 
+import errno
 import functools
 import os
 import stat
 import sys
+import time
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from replknet_paddle.data.storage import describe
-from replknet_paddle.runtime.errors import InputError, SampleError
+from replknet_paddle.runtime.errors import InputError, SystemFault
 from replknet_paddle.runtime.files import searched
 
+LIST_FILES = {True: "train_list.txt", False: "val_list.txt"}
 LAYOUT = (
     "-data_path takes a folder with train_list.txt and val_list.txt, whose lines are the "
     "path of an image below that folder, a space and the number of its class, e.g. "
     '"train/n01440764/n01440764_10026.JPEG 0"; replknet make-lists writes them'
 )
-LIST_FILES = {True: "train_list.txt", False: "val_list.txt"}
+PAIRS_LAYOUT = (
+    "-data_path takes a folder with train_list.txt and val_list.txt, whose lines are the path of "
+    "an image below that folder, a space and the path of its label image, e.g. "
+    '"images/1.jpg annotations/1.png"; docs/segmentation.md says how to write them'
+)
+MAX_LISTED_PROBLEMS = 10
+
+IGNORED = 255  # number in label images of pixels that neither the loss nor the metrics count
+
+# Seconds between the attempts to read; after the last one the system has failed for good.
+PAUSES_SECONDS = (1, 30)
+
+# What a file system says of a path at which there is no file. Every other error number (EIO,
+# ESTALE, EMFILE, ENFILE, ENOMEM, ETIMEDOUT, EACCES...) says nothing about the file's content, and
+# Pillow's own OSErrors, about damaged content, have no error number.
+_NO_FILE = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
+    *(errno.ENAMETOOLONG, errno.EILSEQ),
+}
+
+Result = TypeVar("Result")
+
+
+def retry_io(read: Callable[[], Result], what: str, failures: list[str] | None = None) -> Result:
+    """Return what `read()` returns, repeated after `PAUSES_SECONDS` while the system fails.
+
+    Args:
+        read: reads files; must give the same when repeated.
+        what: what is read, for messages.
+        failures: gets a message for each attempt that failed and was followed by another.
+
+    Raises:
+        SystemFault: the last attempt failed as well.
+        Exception: whatever else `read` raises, at the first attempt that does.
+    """
+    for pause in (*PAUSES_SECONDS, None):
+        try:
+            return read()
+        except (OSError, MemoryError) as error:
+            if isinstance(error, OSError) and error.errno in {None, *_NO_FILE}:
+                raise
+            if pause is None:
+                raise SystemFault(
+                    f"cannot read {what}: {describe(error)}, in {len(PAUSES_SECONDS) + 1} attempts "
+                    f"over {sum(PAUSES_SECONDS):g} s. This is a failure of the system, not of the "
+                    "data: check the disk, the network share, the memory and the file limit"
+                ) from error
+            if failures is not None:
+                failures.append(f"cannot read {what}: {describe(error)}")
+        time.sleep(pause)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def describe(error: BaseException) -> str:
+    """Return an exception's message without the path, which other parts of a message name."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return str(error) or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Return `text` on one line, whatever bytes a file's name was made of."""
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+class Line(NamedTuple):
+    """A line of a list file; blank lines are none.
+
+    number: counted from 1, blank lines included; 0 where only one line is parsed.
+    path: relative to the data folder; of a pair, both with a tab between them.
+    label: the class; 0 for a pair.
+    kind: kind of problem that the line cannot be used for: "line", "label", "outside", or None.
+    problem: the problem as text.
+    """
+
+    number: int
+    path: bytes
+    label: int = 0
+    kind: str | None = None
+    problem: str | None = None
+
+
+def parse_labelled(line: bytes, num_classes: int | None, *, allow_outside: bool) -> Line:
+    """Return the path and label of a line `path label`, or its problem.
+
+    Args:
+        num_classes: labels must be below; None: they need not.
+        allow_outside: accept paths that are absolute or hold `..`.
+    """
+    shown = _shortened(line)
+    path, *rest = line.strip().rsplit(None, 1)
+    if not rest:
+        return Line(0, b"", 0, "line", f"expected a path and a label, got '{shown}'")
+    [text] = rest
+    # int() alone would also take 1_000, and digits of other scripts.
+    digits = text.removeprefix(b"-")
+    if not digits.isdigit():
+        reason = f"no label after the path: '{shown}' ends with '{_shortened(text)}'"
+        return Line(0, path, 0, "line", reason)
+    label = int(digits) if len(digits) < 18 else sys.maxsize
+    if digits != text:
+        label = -label
+    if label < 0 or (num_classes is not None and label >= num_classes):
+        reason = (
+            "negative"
+            if num_classes is None
+            else f"outside [0, {num_classes}); MODEL.NUM_CLASSES sets the number of classes"
+        )
+        return Line(0, path, label, "label", f"label {_shortened(text)} is {reason}")
+    if b"\0" in path:
+        return Line(0, path, label, "line", f"a path cannot hold a NUL byte: '{shown}'")
+    if not allow_outside and _leads_outside(path):
+        reason = (
+            f"path '{shown}' must be relative and stay inside the data folder; "
+            "DATA.ALLOW_OUTSIDE True allows others"
+        )
+        return Line(0, path, label, "outside", reason)
+    return Line(0, path, label)
+
+
+def parse_pair(line: bytes, *, allow_outside: bool) -> Line:
+    """Return the two paths of a line `image labels`, or its problem."""
+    paths = [path.strip() for path in line.split(b"\t" if b"\t" in line else None)]
+    kind, problem = "line", None
+    if len(paths) != 2 or not all(paths):
+        problem = (
+            "expected the paths of an image and of its labels, with a tab between them where they "
+            "hold spaces"
+        )
+    elif b"\0" in line:
+        problem = "a path cannot hold a NUL byte"
+    elif not allow_outside and any(map(_leads_outside, paths)):
+        kind = "outside"
+        problem = (
+            "paths must be relative and stay inside the data folder (DATA.ALLOW_OUTSIDE True "
+            "allows others)"
+        )
+    if problem:
+        return Line(0, line, 0, kind, f"{problem}, got '{_shortened(line)}'")
+    return Line(0, b"\t".join(paths))
+
+
+def _leads_outside(path: bytes) -> bool:
+    return path.startswith(b"/") or b".." in path.split(b"/")
+
+
+def _shortened(text: bytes) -> str:
+    """The beginning and end of a line or a part of it, for a message."""
+    text = text.strip().decode("utf-8", "replace")
+    return printable(text if len(text) <= 120 else f"{text[:80]}...{text[-30:]}")
+
+
+def parse_list(list_file: str, parse: Callable[[bytes], Line]) -> Iterator[Line]:
+    """Yield the lines of a list file, good and bad, by the grammar `parse`."""
+    with open(list_file, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.strip():
+                yield parse(line)._replace(number=number)
+
+
+def read_list(
+    list_file: str, parse: Callable[[bytes], Line]
+) -> tuple[bytes, np.ndarray, np.ndarray, np.ndarray]:
+    """Read a list file of which every line must be good.
+
+    Returns:
+        All paths as one bytes object, the end of each path in it, the line number of each image,
+        and the labels: int64 arrays (number of images,).
+
+    Raises:
+        InputError: the first lines that cannot be right, up to ten, with their numbers.
+    """
+    paths, lines, labels, problems = [], [], [], []
+    for line in parse_list(list_file, parse):
+        if line.problem:
+            problems.append(f"{list_file}, line {line.number}: {line.problem}")
+            if len(problems) == MAX_LISTED_PROBLEMS:
+                break
+        paths.append(line.path)
+        lines.append(line.number)
+        labels.append(line.label)
+    if problems:
+        raise InputError("\n".join(problems))
+    if not paths:
+        raise InputError(f"{list_file} lists no image")
+    ends = np.cumsum([len(path) for path in paths], dtype="int64")
+    return b"".join(paths), ends, np.array(lines, "int64"), np.array(labels, "int64")
 
 
 def check_list(list_file: str, root: str, layout: str = LAYOUT) -> None:
@@ -46,55 +240,10 @@ def check_list(list_file: str, root: str, layout: str = LAYOUT) -> None:
         raise InputError(f"no permission to read {list_file}")
 
 
-def unreadable(list_file: str, line: int, path: str, error: Exception) -> SampleError:
-    """What to raise for a file of a list that cannot be read.
-
-    Args:
-        line: that has the path, counted from 1.
-        path: with what it is, e.g. `image a.jpg`.
-    """
-    return SampleError(
-        f"{list_file}, line {line}: cannot read {printable(path)}: {printable(describe(error))}"
-    )
-
-
-class Line(NamedTuple):
-    """A line of a list file; blank lines are none.
-
-    number: counted from 1, blank lines included.
-    path: relative to the data folder.
-    kind: of problem that the line cannot be used for: "line", "label", "outside", or None.
-    problem: what it is.
-    """
-
-    number: int
-    path: bytes
-    label: int
-    kind: str | None = None
-    problem: str | None = None
-
-
-def parse_list(
-    list_file: str, num_classes: int | None, *, allow_outside: bool = False
-) -> Iterator[Line]:
-    """The lines of a list file, good and bad.
-
-    Args:
-        num_classes: labels must be below; None: they need not.
-        allow_outside: accept paths that are absolute or hold `..`.
-    """
-    with open(list_file, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                yield Line(number, *_parse_line(line, num_classes, allow_outside))
-
-
 def shifted_folders(
     train: Iterable[tuple[bytes, int]], val: Iterable[tuple[bytes, int]]
 ) -> list[tuple[str, int, int]]:
-    """Folders with another label in the one list than in the other: name, and the two labels.
+    """Return the folders with another label in the one list than in the other: name, two labels.
 
     Folders are the same by their own name, `train/cat` and `val/cat`, and count where each list
     gives one label to all that lies in them. Somebody has numbered the classes twice.
@@ -122,85 +271,8 @@ def _labels_of_folders(lines: Iterable[tuple[bytes, int]]) -> dict[str, int]:
     }
 
 
-def read_list(list_file: str, num_classes: int | None, *, allow_outside: bool = False):
-    """Read a list file of which every line must be good.
-
-    Args:
-        num_classes, allow_outside: as for `parse_list`.
-
-    Returns:
-        All paths as one bytes object, the end of each path in it, the line number of each image,
-        and the labels: int64 arrays (number of images,).
-
-    Raises:
-        InputError: the first lines that cannot be right, up to ten, with their numbers.
-    """
-    paths, ends, lines, labels, problems = [], [], [], [], []
-    end = 0
-    for line in parse_list(list_file, num_classes, allow_outside=allow_outside):
-        if line.problem:
-            problems.append(f"{list_file}, line {line.number}: {line.problem}")
-            if len(problems) == 10:
-                break
-            continue
-        paths.append(line.path)
-        end += len(line.path)
-        ends.append(end)
-        lines.append(line.number)
-        labels.append(line.label)
-    if problems:
-        raise InputError("\n".join(problems))
-    if not paths:
-        raise InputError(f"{list_file} lists no image")
-    return (
-        b"".join(paths),
-        np.array(ends, dtype="int64"),
-        np.array(lines, dtype="int64"),
-        np.array(labels, dtype="int64"),
-    )
-
-
-def _parse_line(line: bytes, num_classes: int | None, allow_outside: bool) -> tuple:
-    """Path, label and, if anything is wrong with the line, the kind of problem and what it is."""
-    shown = _shortened(line.strip())
-    parts = line.strip().rsplit(None, 1)
-    if len(parts) < 2:
-        return b"", 0, "line", f"expected a path and a label, got '{shown}'"
-    path, text = parts
-    # int() alone would also take 1_000, and digits of other scripts.
-    digits = text.removeprefix(b"-")
-    if not digits.isdigit():
-        reason = f"no label after the path: '{shown}' ends with '{_shortened(text)}'"
-        return path, 0, "line", reason
-    label = int(digits) if len(digits) < 18 else sys.maxsize
-    if digits != text:
-        label = -label
-    if label < 0 or (num_classes is not None and label >= num_classes):
-        reason = (
-            "negative"
-            if num_classes is None
-            else f"outside [0, {num_classes}); MODEL.NUM_CLASSES sets the number of classes"
-        )
-        return path, label, "label", f"label {_shortened(text)} is {reason}"
-    if b"\0" in path:
-        return path, label, "line", f"a path cannot hold a NUL byte: '{shown}'"
-    if not allow_outside and (path.startswith(b"/") or b".." in path.split(b"/")):
-        reason = (
-            f"path '{shown}' must be relative and stay inside the data folder; "
-            "DATA.ALLOW_OUTSIDE True allows others"
-        )
-        return path, label, "outside", reason
-    return path, label
-
-
-def _shortened(text: bytes) -> str:
-    """The beginning and end of `text`, for a message."""
-    text = text.decode("utf-8", "replace")
-    return printable(text if len(text) <= 120 else f"{text[:80]}...{text[-30:]}")
-
-
 def resolve(root: str, path: str, *, allow_outside: bool) -> str:
-    """Where the image `path` of the data folder `root` lies.
+    """Return where the file `path` of the data folder `root` lies.
 
     Raises:
         OSError: there is no such file, or the file system fails.
@@ -215,11 +287,6 @@ def resolve(root: str, path: str, *, allow_outside: bool) -> str:
         full = os.path.realpath(full, strict=True)
         _check_inside(full, root)
     return full
-
-
-def printable(text: str) -> str:
-    """`text` on one line, whatever bytes a file's name was made of."""
-    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 @functools.lru_cache(maxsize=65536)  # ImageNet-22K has 21,841 folders

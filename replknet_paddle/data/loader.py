@@ -1,4 +1,15 @@
-"""Batches of a data set, read ahead by worker processes.
+"""Batches of a dataset, read ahead by worker processes. The way of an image to the device:
+
+1. A sampler of dataset.py names the samples of a batch, and `Loader._batches` gives the names and
+   a free slot of shared memory to a worker, up to `BATCHES_AHEAD` batches for each of them.
+2. In the worker, `_ReadBatch` has each sample read: `ListDataset.read_sample` finds the path, which
+   `lists.resolve` keeps inside the data folder, `image.open_image` reads the file whole (repeated
+   by `lists.retry_io` where storage fails), and the transform's `raw` (pipelines.py) decodes,
+   crops, resizes, flips and augments it to 8-bit pixels, and draws the boxes to erase: a
+   `RawSample`. Where an image cannot be read, one after it takes its place.
+3. `_ReadBatch` stacks the pixels into the slot (`Slots`); names and labels go through a pipe.
+4. `Loader.__iter__` copies the slot to the device (`finish.to_device`), after which it is free.
+5. There `FinishBatch` normalizes the batch and erases the boxes. Training then mixes it (`Mixup`).
 
 `ListDataset` and its batch samplers fit `paddle.io.DataLoader`, too, but training must not depend
 on that: at an exception in a data set it waits for ever (without workers) or raises SystemError,
@@ -6,38 +17,28 @@ and its threads were seen to wait for batches that workers had delivered. Python
 pool passes errors on, notices workers that were killed, and copies nothing but names.
 """
 
-import contextlib
-import ctypes
 import logging
 import mmap
 import multiprocessing
-import multiprocessing.connection
 import os
 import signal
-import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import paddle
 
-from replknet_paddle.data.device_copy import to_device
-from replknet_paddle.data.storage import describe
-from replknet_paddle.data.transforms.finish import FinishBatch
+from replknet_paddle.data.lists import describe
+from replknet_paddle.data.transforms.finish import to_device
 from replknet_paddle.runtime.errors import InputError, SampleError, SystemFault
+from replknet_paddle.runtime.launch import end_with_parent
 
-# How many images after an unreadable one are tried in its place.
-MAX_REPLACEMENTS = 10
-
+MAX_REPLACEMENTS = 10  # images after an unreadable one that are tried in its place
 BATCHES_AHEAD = 2  # for each worker
-
 WARN_SECONDS = 30  # of waiting for a batch
-KILL_SECONDS = 10  # that a worker may take to end
 
 Name = tuple[int, int]  # of a sample: epoch, index
 
@@ -46,11 +47,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Batch:
-    """What is read for the names of a batch.
+    """One batch as read by a worker.
 
     Attributes:
-        images: the images; None: they are in the batch's slot.
-        shape, dtype: of the images.
+        images: raw pixels (N, H, W, 3) uint8; None: they are in the batch's slot.
+        shape: of the images.
         labels: (N,) int64, or label maps (N, H, W) uint8.
         erasures: for `FinishBatch`.
         unreadable: index of each image that another took the place of, and what is wrong with it.
@@ -59,7 +60,6 @@ class Batch:
 
     images: np.ndarray | None
     shape: tuple[int, ...]
-    dtype: str
     labels: np.ndarray
     erasures: list[tuple]
     unreadable: list[tuple[int, str]]
@@ -74,10 +74,10 @@ class Loader:
 
     Args:
         dataset: a `ListDataset`, or another with `read_sample`, `describe` and `list_file`.
-        batch_sampler: of `replknet_paddle.data.samplers`.
+        batch_sampler: of `replknet_paddle.data.dataset`.
         workers: processes; 0: read in this one.
         batch_bytes: of the images of a batch, which go through shared memory up to this size.
-        finish: last steps of the pipeline, on the device; None: the workers do them.
+        finish: (raw images on the device, erasures) -> images, the last steps of the pipeline.
         max_bad_images: how many different unreadable images to replace by the next readable one
             of the list, each with a warning, before the run stops; None: to stop at the first.
         timeout_seconds: how long to wait for one batch of the workers.
@@ -95,7 +95,7 @@ class Loader:
         *,
         workers: int,
         batch_bytes: int,
-        finish: FinishBatch | None,
+        finish: Callable,
         max_bad_images: int | None,
         timeout_seconds: float = 600.0,
     ):
@@ -106,13 +106,9 @@ class Loader:
         self.max_bad_images = max_bad_images
         self.timeout_seconds = timeout_seconds
         self.bad_images: set[int] = set()
-        self._slots = Slots(slot_count(workers), batch_bytes) if workers else None
-        self._read = _ReadBatch(
-            dataset,
-            slots=self._slots,
-            unfinished=finish is not None,
-            replace=max_bad_images is not None,
-        )
+        # One slot more than batches ahead: the one that was given last must stay as it is.
+        self._slots = Slots(BATCHES_AHEAD * workers + 1, batch_bytes) if workers else None
+        self._read = _ReadBatch(dataset, self._slots, replace=max_bad_images is not None)
         self._pool: ProcessPoolExecutor | None = None
 
     def __len__(self) -> int:
@@ -123,18 +119,13 @@ class Loader:
             for index, message in batch.unreadable:
                 self._count_bad_image(index, message)
             if batch.failures:
-                logger.warning(
-                    "%s; read again (%d such failures in this batch)",
-                    batch.failures[0],
-                    len(batch.failures),
-                )
+                first, count = batch.failures[0], len(batch.failures)
+                logger.warning("%s; read again (%d such failures in this batch)", first, count)
             images = batch.images
             if images is None:
-                images = self._slots.array(slot, batch.shape, batch.dtype)
+                images = self._slots.array(slot, batch.shape)
             images = to_device(images)  # a copy: the slot will be used again
-            if self.finish is not None:
-                images = self.finish(images, batch.erasures)
-            yield images, to_device(batch.labels)
+            yield self.finish(images, batch.erasures), to_device(batch.labels)
 
     def __enter__(self) -> "Loader":
         return self
@@ -145,9 +136,25 @@ class Loader:
     def start(self) -> None:
         """Start the workers now, and not at the first iteration: before this process uses a GPU or
         talks to other processes, whose state a fork should not copy."""
-        if self.workers and self._pool is None:
-            self._pool = self._start_workers()
-            self._submit(os.getpid)  # the first call forks all of them
+        if not self.workers or self._pool is not None:
+            return
+        if not hasattr(os, "fork"):
+            raise InputError(
+                f"DATA.NUM_WORKERS is {self.workers}, but this system cannot fork the processes "
+                "of a loader; allowed here: 0"
+            )
+        context = multiprocessing.get_context("fork")  # workers share what is there now
+        self._pool = ProcessPoolExecutor(
+            self.workers, context, initializer=_set_up_worker, initargs=(os.getpid(), self._read)
+        )
+        try:
+            self._pool.submit(os.getpid)  # the first call forks all of them
+        except OSError as error:
+            self._kill_workers()
+            raise SystemFault(
+                f"cannot start {self.workers} loader workers: {describe(error)}; lower "
+                "DATA.NUM_WORKERS, or raise the system's limits of processes and memory"
+            ) from error
 
     def close(self) -> None:
         """End the workers. The next iteration starts others."""
@@ -156,18 +163,16 @@ class Loader:
             self._pool = None
 
     def worker_pids(self) -> list[int]:
-        """The worker processes; none before `start` or the first iteration."""
+        """Return the worker processes; none before `start` or the first iteration."""
         return list(self._pool._processes or ()) if self._pool else []
 
     def _batches(self) -> Iterator[tuple[int, Batch]]:
-        """What is read for each batch, with the slot that holds its images until the next."""
+        """Each batch as read, with the slot that holds its images until the next."""
         if not self.workers:
             for names in self.batch_sampler:
                 yield 0, self._read(0, names)
             return
-        if self._pool is None:
-            self._pool = self._start_workers()
-        # More slots than batches ahead: the one that was given last must stay as it is.
+        self.start()
         free = deque(range(self._slots.count))
         ahead: deque[tuple[int, Future, Name]] = deque()  # with the first image's name
         names = iter(self.batch_sampler)
@@ -177,7 +182,8 @@ class Loader:
                     if (batch := next(names, None)) is None:
                         break
                     slot = free.popleft()
-                    ahead.append((slot, self._submit(_read_in_worker, slot, batch), batch[0]))
+                    future = self._pool.submit(_read_in_worker, slot, batch)
+                    ahead.append((slot, future, batch[0]))
                 if not ahead:
                     return
                 slot, future, first = ahead.popleft()
@@ -195,22 +201,8 @@ class Loader:
             if wait(pending, self.timeout_seconds).not_done:
                 self._kill_workers()
 
-    def _submit(self, call: Callable, *arguments) -> Future:
-        try:
-            return self._pool.submit(call, *arguments)
-        except OSError as error:  # the first one forks the workers
-            self._kill_workers()
-            raise SystemFault(
-                f"cannot start {self.workers} loader workers: {describe(error)}; lower "
-                "DATA.NUM_WORKERS, or raise the system's limits of processes and memory"
-            ) from error
-
     def _wait(self, future: Future, first: Name) -> None:
-        """Wait until a batch has been read, or reading it has failed.
-
-        Args:
-            first: name of the batch's first image.
-        """
+        """Wait until a batch, whose first sample is `first`, has been read or could not be."""
         patience = min(WARN_SECONDS, self.timeout_seconds / 2)
         if wait([future], patience).done:
             return
@@ -226,40 +218,14 @@ class Loader:
 
     def _kill_workers(self) -> None:
         """End workers that do not answer."""
-        if self._pool is None:
-            return
-        running = list((self._pool._processes or {}).values())
-        for process in running:
-            process.kill()
-        sentinels = {process.sentinel for process in running}
-        deadline = time.monotonic() + KILL_SECONDS
-        while sentinels and time.monotonic() < deadline:
-            sentinels -= set(multiprocessing.connection.wait(sentinels, KILL_SECONDS))
-        if sentinels:  # the kernel is waiting in them; a normal exit would wait for them
-            logger.critical(
-                "%d loader workers cannot even be killed: their storage hangs. This process leaves "
-                "them behind, with status 1",
-                len(sentinels),
-            )
-            logging.shutdown()
-            os._exit(1)
-        self._pool.shutdown(wait=False)
-        self._pool = None
-
-    def _start_workers(self) -> ProcessPoolExecutor:
-        if not hasattr(os, "fork"):
-            raise InputError(
-                f"DATA.NUM_WORKERS is {self.workers}, but this system cannot fork the processes "
-                "of a loader; allowed here: 0"
-            )
-        return ProcessPoolExecutor(
-            self.workers,
-            multiprocessing.get_context("fork"),
-            initializer=_set_up_worker,
-            initargs=(os.getpid(), self._read),  # forked, not copied through a pipe
-        )
+        if self._pool is not None:
+            for process in list((self._pool._processes or {}).values()):
+                process.kill()
+            self._pool.shutdown(wait=False)
+            self._pool = None
 
     def _count_bad_image(self, index: int, message: str) -> None:
+        """Warn of an image that another took the place of; raise where there are too many."""
         if index in self.bad_images:
             return
         self.bad_images.add(index)
@@ -269,12 +235,8 @@ class Loader:
                 f"{message}. This is unreadable image number {count}; "
                 f"DATA.MAX_BAD_IMAGES allows {limit}"
             )
-        logger.warning(
-            "%s; another image takes its place (%d of DATA.MAX_BAD_IMAGES %d)",
-            message,
-            count,
-            limit,
-        )
+        said = "%s; another image takes its place (%d of DATA.MAX_BAD_IMAGES %d)"
+        logger.warning(said, message, count, limit)
 
 
 class Slots:
@@ -289,53 +251,41 @@ class Slots:
         self.slot_bytes = slot_bytes
         self._memory = mmap.mmap(-1, count * slot_bytes)
 
-    def array(self, slot: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        """An array in one of the slots."""
-        return np.frombuffer(
-            self._memory, dtype, int(np.prod(shape)), slot * self.slot_bytes
-        ).reshape(shape)
-
-
-def slot_count(workers: int) -> int:
-    """Slots for the batches read ahead, and for the one that is copied to the device."""
-    return BATCHES_AHEAD * workers + 1
+    def array(self, slot: int, shape: tuple[int, ...]) -> np.ndarray:
+        """Return the uint8 array of this shape in one of the slots."""
+        start = slot * self.slot_bytes
+        return np.frombuffer(self._memory, "uint8", int(np.prod(shape)), start).reshape(shape)
 
 
 class _ReadBatch:
     """Reads a batch: in a worker into a slot, or without slots into an array."""
 
-    def __init__(self, dataset, *, slots: Slots | None, unfinished: bool, replace: bool):
+    def __init__(self, dataset, slots: Slots | None, *, replace: bool):
         self.dataset = dataset
         self.slots = slots
-        self.unfinished = unfinished
         self.candidates = 1 + MAX_REPLACEMENTS if replace else 1
 
     def __call__(self, slot: int, names: list[Name]) -> Batch:
         unreadable: list[tuple[int, str]] = []
         failures: list[str] = []
-        images, labels = zip(*(self._read_image(*name, unreadable, failures) for name in names))
-        erasures = []
-        if self.unfinished:
-            erasures = [
-                (i, image.boxes, image.seed) for i, image in enumerate(images) if image.boxes
-            ]
-            images = [image.pixels for image in images]
-        shape, dtype = (len(images), *images[0].shape), images[0].dtype
+        samples, labels = zip(*(self._read_sample(*name, unreadable, failures) for name in names))
+        erasures = [(i, raw.boxes, raw.seed) for i, raw in enumerate(samples) if raw.boxes]
+        images = [raw.pixels for raw in samples]
+        shape = (len(images), *images[0].shape)
         stacked = None
         if self.slots and len(images) * images[0].nbytes <= self.slots.slot_bytes:
-            np.stack(images, out=self.slots.array(slot, shape, dtype))
+            np.stack(images, out=self.slots.array(slot, shape))
         else:
             stacked = np.stack(images)
-        return Batch(stacked, shape, dtype.str, np.stack(labels), erasures, unreadable, failures)
+        return Batch(stacked, shape, np.stack(labels), erasures, unreadable, failures)
 
-    def _read_image(self, epoch: int, index: int, unreadable: list, failures: list):
+    def _read_sample(self, epoch: int, index: int, unreadable: list, failures: list):
+        """The sample, or the next readable one in its place."""
         problem = None
         for candidate in range(index, index + self.candidates):
             candidate %= len(self.dataset)
             try:
-                sample = self.dataset.read_sample(
-                    epoch, candidate, unfinished=self.unfinished, failures=failures
-                )
+                sample = self.dataset.read_sample(epoch, candidate, failures=failures)
             except SampleError as error:
                 problem = problem or error
             else:
@@ -347,8 +297,6 @@ class _ReadBatch:
 
 # In a worker, what it calls for each batch.
 _read: Callable[[int, list[Name]], Batch] | None = None
-
-PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
 
 
 def _set_up_worker(parent: int, read: _ReadBatch) -> None:
@@ -363,48 +311,8 @@ def _set_up_worker(parent: int, read: _ReadBatch) -> None:
     os.setpgid(0, 0)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # the parent's handlers are about the parent's run
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was killed before prctl took effect
-        os._exit(1)
+    end_with_parent(parent)
 
 
 def _read_in_worker(slot: int, names: list[Name]) -> Batch:
     return _read(slot, names)
-
-
-def check_memory(*, batch_bytes: int, workers: int, processes: int) -> None:
-    """Find out before training whether the workers' batches fit into the memory.
-
-    Args:
-        batch_bytes: of a batch of each loader that a process has, together.
-        workers: of each loader.
-        processes: of the run, on this machine.
-
-    Raises:
-        InputError: they do not fit.
-    """
-    needed = processes * slot_count(workers) * batch_bytes
-    available = available_memory_bytes()
-    if available is not None and needed > available:
-        raise InputError(
-            f"{processes} process(es) with {workers} loader workers each share {needed / 1e9:.1f} "
-            f"GB of memory with them, and {available / 1e9:.1f} GB are available; lower "
-            "DATA.NUM_WORKERS or the batch size (-batch_size, -batch_size_eval)"
-        )
-
-
-def available_memory_bytes(cgroup: str = "/sys/fs/cgroup") -> int | None:
-    """What this machine, or the container that this is, has left; None where it does not say."""
-    limits = []
-    with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as file:
-        limits += [1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable")]
-    with contextlib.suppress(OSError, ValueError):  # no such files, or no limit
-        used, most = (
-            int(Path(cgroup, name).read_text()) for name in ("memory.current", "memory.max")
-        )
-        statistics = dict(map(str.split, Path(cgroup, "memory.stat").read_text().splitlines()))
-        # Files read before count as used, and are freed when memory is needed.
-        cached = int(statistics["active_file"]) + int(statistics["inactive_file"])
-        limits.append(most - used + cached)
-    return min(limits, default=None)

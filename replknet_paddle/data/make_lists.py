@@ -1,18 +1,27 @@
-"""Writing the list files of a dataset from its folders."""
+"""Writing datasets' list files: from folders, from one tree that is split, and small ready sets."""
 
+import colorsys
+import logging
 import os
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
+import numpy as np
+from PIL import Image, ImageDraw
+
 from replknet_paddle.data.class_names import CLASS_NAMES_FILE
-from replknet_paddle.data.lists import LIST_FILES
+from replknet_paddle.data.lists import IGNORED, LIST_FILES
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.files import atomic_file
+from replknet_paddle.runtime.files import atomic_file, file_sha256, write_text
 from replknet_paddle.runtime.packages import import_extra
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 META = "data/meta.mat"
+VAL_EVERY = 5  # every fifth image of a ready set goes to validation
+
+logger = logging.getLogger(__name__)
 
 
 def make_lists(
@@ -39,31 +48,102 @@ def make_lists(
         FileNotFoundError: a folder or file is missing.
         InputError: what is there cannot become a list.
     """
-    classes = class_folders(os.path.join(root, train))
-    return write_lists(
-        root,
-        train=tree_lines(root, train, classes),
-        val=(
-            tree_lines(root, val, classes)
-            if devkit is None
-            else _ground_truth_lines(root, val, classes, devkit)
-        ),
-        classes=classes,
-        overwrite=overwrite,
-    )
+    classes = _class_folders(os.path.join(root, train))
+    lines = _tree_lines(root, train, classes)
+    if devkit is None:
+        val_lines = _tree_lines(root, val, classes)
+    else:
+        val_lines = _ground_truth_lines(root, val, classes, devkit)
+    return _write_lists(root, lines, val_lines, classes, overwrite=overwrite)
 
 
-def write_lists(
-    root: str, *, train: list[str], val: list[str], classes: list[str], overwrite: bool
+def split_lists(
+    root: str, *, folder: str, share: float, seed: int = 0, overwrite: bool = False
 ) -> dict[str, int]:
-    """Write the lines of both lists and, unless they are synsets, the names of the classes.
+    """Write train_list.txt, val_list.txt and class_names.txt over one tree of class folders.
 
-    Returns:
-        The number of lines in each file written.
+    Of each class, `share` of the images goes to validation, rounded, at least one and never all.
+    Files with the same bytes stay together, and in training if they are in several classes.
 
-    Raises:
-        InputError: an empty list, or an existing file without `overwrite`.
+    Args:
+        folder: below `root`, with a folder of images for each class; "." for `root` itself.
+        share: of each class, between 0 and 1.
+        seed: of the choice, which depends on nothing but this, the paths and identical files.
+
+    The rest is as in `make_lists`.
     """
+    if not 0 < share < 1:
+        raise InputError(f"share {share:g} for validation; allowed: a number between 0 and 1")
+    classes = _class_folders(os.path.join(root, folder))
+    if len(classes) == 1:
+        raise InputError(
+            f"{os.path.join(root, folder)} holds one folder, {classes[0]}, which would be the only "
+            f"class; if the classes are in it, add -train {classes[0]}"
+        )
+    lines = _tree_lines(root, folder, classes)
+    labels = [int(line.rsplit(" ", 1)[1]) for line in lines]
+    paths = [os.path.join(root, line.rsplit(" ", 1)[0]) for line in lines]
+    in_val = choose_validation(labels, identical_files(paths), share=share, seed=seed)
+    counts, represented = Counter(labels), {labels[i] for i in in_val}
+    for label, name in enumerate(classes):
+        if label not in represented:
+            logger.warning(
+                "class %s has no validation image: it has too few images that differ (%d in all)",
+                name,
+                counts[label],
+            )
+    train = [line for i, line in enumerate(lines) if i not in in_val]
+    val = [line for i, line in enumerate(lines) if i in in_val]
+    return _write_lists(root, train, val, classes, overwrite=overwrite)
+
+
+def identical_files(paths: list[str]) -> list[list[int]]:
+    """Return groups of indices of files with the same bytes; most groups have one."""
+    by_size = defaultdict(list)
+    for i, path in enumerate(paths):
+        by_size[os.path.getsize(path)].append(i)
+    groups = defaultdict(list)
+    for size, same_size in by_size.items():
+        for i in same_size:  # a size of its own tells a file apart without reading it
+            groups[size, file_sha256(paths[i]) if len(same_size) > 1 else ""].append(i)
+    return sorted(groups.values())
+
+
+def choose_validation(
+    labels: list[int], groups: list[list[int]], *, share: float, seed: int
+) -> set[int]:
+    """Return the indices that go to validation.
+
+    Args:
+        labels: of each image.
+        groups: partition of the indices; no group is divided.
+        share, seed: as in `split_lists`.
+    """
+    of_class = defaultdict(list)
+    for group in groups:
+        if len({labels[i] for i in group}) == 1:
+            of_class[labels[group[0]]].append(group)
+    counts = Counter(labels)
+    chosen: set[int] = set()
+    for label, candidates in sorted(of_class.items()):
+        images = counts[label]
+        wanted = min(max(1, int(share * images + 0.5)), images - 1)
+        order = np.random.default_rng((seed, label)).permutation(len(candidates))
+        taken: list[int] = []
+        for group in (candidates[i] for i in order):
+            if len(taken) + len(group) <= wanted:
+                taken += group
+        smallest = min(candidates, key=len)
+        if not taken and len(smallest) < images:  # copies of which there are more than wanted
+            taken = smallest
+        chosen.update(taken)
+    return chosen
+
+
+def _write_lists(
+    root: str, train: list[str], val: list[str], classes: list[str], *, overwrite: bool
+) -> dict[str, int]:
+    """Write both lists and, unless they are synsets, the classes; return the lines of each file."""
     lists = {LIST_FILES[True]: train, LIST_FILES[False]: val}
     if not all(re.fullmatch(r"n\d{8}", name) for name in classes):
         lists[CLASS_NAMES_FILE] = classes
@@ -79,7 +159,7 @@ def write_lists(
     return {name: len(lines) for name, lines in lists.items()}
 
 
-def class_folders(folder: str) -> list[str]:
+def _class_folders(folder: str) -> list[str]:
     """The names of the folders in `folder`, sorted."""
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"no folder {folder}; it should hold a folder for each class")
@@ -90,11 +170,11 @@ def class_folders(folder: str) -> list[str]:
     return classes
 
 
-def tree_lines(root: str, part: str, classes: list[str]) -> list[str]:
+def _tree_lines(root: str, part: str, classes: list[str]) -> list[str]:
     """The lines of all images in the class folders of `part`, a folder below `root`."""
     labels = {name: label for label, name in enumerate(classes)}
     lines = []
-    for name in class_folders(os.path.join(root, part)):
+    for name in _class_folders(os.path.join(root, part)):
         if name not in labels:
             raise InputError(f"{os.path.join(root, part, name)}: no such class in training")
         for path in _images(root, os.path.join(part, name)):
@@ -112,6 +192,7 @@ def _images(root: str, part: str) -> Iterator[str]:
 
 
 def _line(path: str, label: int) -> str:
+    """One line of a list, without its end."""
     if path != path.strip() or "\n" in path or "\r" in path:
         raise InputError(
             f"{path!r}: a list cannot hold names with line breaks, or white space at "
@@ -121,7 +202,7 @@ def _line(path: str, label: int) -> str:
 
 
 def _ground_truth_lines(root: str, part: str, classes: list[str], devkit: str) -> list[str]:
-    """Lines of ImageNet's validation images, which its ground truth labels in sorted order."""
+    """The lines of ImageNet's validation images, which its ground truth labels in sorted order."""
     folder, truth = os.path.join(root, part), os.path.join(devkit, GROUND_TRUTH)
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"no folder {folder}; it should hold the validation images")
@@ -147,7 +228,7 @@ def _ground_truth_lines(root: str, part: str, classes: list[str], devkit: str) -
 
 
 def read_synsets(meta: str) -> dict[int, str]:
-    """The synset of each ILSVRC2012_ID, from the development kit's meta.mat.
+    """Return the synset of each ILSVRC2012_ID, from the development kit's meta.mat.
 
     Raises:
         InputError: the file is something else, or SciPy is missing.
@@ -158,3 +239,79 @@ def read_synsets(meta: str) -> dict[int, str]:
         return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in rows}
     except Exception as error:  # damaged files make SciPy's readers raise almost anything
         raise InputError(f"{meta} is not the meta.mat of ImageNet's development kit") from error
+
+
+def make_digits(folder: str) -> None:
+    """Write scikit-learn's handwritten digits below `folder`: train/, val/ and the lists.
+
+    Raises:
+        InputError: scikit-learn is not installed.
+    """
+    digits = import_extra("sklearn.datasets", "demo").load_digits()
+    lines = []
+    for i, (scan, label) in enumerate(zip(digits.images, digits.target)):
+        path = os.path.join("train" if i % VAL_EVERY else "val", str(label), f"{i:04d}.png")
+        os.makedirs(os.path.join(folder, os.path.dirname(path)), exist_ok=True)
+        grey = np.round(scan * (255 / 16)).astype("uint8")  # scans count 0 to 16
+        Image.fromarray(grey).save(os.path.join(folder, path))
+        lines.append(f"{path} {label}\n")
+    _write_ready_lists(folder, lines)
+
+
+SHAPES = ("background", "circle", "square", "triangle")
+SIDE = 64  # pixels of an image of shapes
+
+
+def make_shapes(folder: str, *, count: int = 200, seed: int = 0) -> None:
+    """Write images of shapes with their labels, to try segmentation on, and the lists.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    lines = []
+    for kind in ("images", "labels"):
+        os.makedirs(os.path.join(folder, kind), exist_ok=True)
+    for i in range(count):
+        paths = [f"{kind}/{i:04d}.png" for kind in ("images", "labels")]
+        for path, image in zip(paths, draw_shapes(np.random.default_rng((seed, i)))):
+            image.save(os.path.join(folder, path))
+        lines.append(" ".join(paths) + "\n")
+    write_text(os.path.join(folder, CLASS_NAMES_FILE), "\n".join(SHAPES) + "\n")
+    _write_ready_lists(folder, lines)
+
+
+def _write_ready_lists(folder: str, lines: list[str]) -> None:
+    """Write the lists of a ready set at last, so that a folder that has both is complete."""
+    for is_train, name in LIST_FILES.items():
+        part = [line for i, line in enumerate(lines) if (i % VAL_EVERY != 0) == is_train]
+        write_text(os.path.join(folder, name), "".join(part))
+
+
+def draw_shapes(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
+    """Return a noisy grey image of two to four shapes, and its labels; outlines are ignored.
+
+    A class has a range of hues: green circles, blue squares, red triangles.
+    """
+    image = Image.new("RGB", (SIDE, SIDE), (int(rng.integers(40, 216)),) * 3)
+    labels = Image.new("L", (SIDE, SIDE), 0)
+    for _ in range(rng.integers(2, 5)):
+        label = int(rng.integers(1, len(SHAPES)))
+        hue = 120 * label + rng.uniform(-20, 20)  # degrees
+        colour = colorsys.hsv_to_rgb(hue % 360 / 360, rng.uniform(0.6, 1), rng.uniform(0.5, 1))
+        radius = int(rng.integers(11, 21))
+        x, y = rng.integers(radius, SIDE - radius, 2).tolist()
+        box = (x - radius, y - radius, x + radius, y + radius)
+        corners = [(x, y - radius), (x + radius, y + radius), (x - radius, y + radius)]
+        for picture, fill, outline in (
+            (image, tuple(round(255 * channel) for channel in colour), None),
+            (labels, label, IGNORED),
+        ):
+            canvas = ImageDraw.Draw(picture)
+            if SHAPES[label] == "triangle":
+                canvas.polygon(corners, fill, outline)
+            elif SHAPES[label] == "circle":
+                canvas.ellipse(box, fill, outline)
+            else:
+                canvas.rectangle(box, fill, outline)
+    pixels = np.array(image) + rng.normal(0, 12, (SIDE, SIDE, 3))
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)), labels

@@ -1,4 +1,4 @@
 """Semantic segmentation: UPerNet over RepLKNet, its data, its metrics and its inference.
 
-Training and evaluation run on `replknet_paddle.engine`; `task.py` says with which parts.
+Training and evaluation run on `replknet_paddle.engine`, with the parts that `task.py` names.
 """

@@ -1,5 +1,7 @@
 """UPerNet for inference: folded, without its auxiliary head, as a Paddle layer and an ONNX graph.
 
+Nothing is imported from upernet.py, which asks for this form itself.
+
 Both take images of any size. ONNX has no pooling over a grid of a given number of cells, so the
 averages of the pooling pyramid are products with matrices that the graph computes from the size of
 the map. In the Paddle form the resizing is such products, too: with oneDNN, Paddle Inference gives
@@ -23,8 +25,8 @@ def export_form(model: nn.Layer) -> ExportForm:
     del model.auxiliary_head
     onnx = partial(onnx_model, model)
     head = model.decode_head
-    for module in head.psp_modules:
-        module[0] = GridPooling(module[0]._output_size)
+    for cells, module in zip(head.pool_scales, head.psp_modules):
+        module[0] = GridPooling(cells)
     head.interpolate = resize_by_products
     return ExportForm(model, onnx)
 
@@ -32,7 +34,7 @@ def export_form(model: nn.Layer) -> ExportForm:
 def resize_by_products(
     x: paddle.Tensor, size: paddle.Tensor, *, align_corners: bool
 ) -> paddle.Tensor:
-    """`heads.resize` as products with matrices: (N, C, H, W) -> (N, C, *size)."""
+    """`upernet.resize` as products with matrices: (N, C, H, W) -> (N, C, *size)."""
     old = paddle.shape(x)[2:].astype("float32")
     new = size.astype("float32")
     rows = interpolation_weights(old[0], new[0], align_corners=align_corners)
@@ -160,8 +162,7 @@ class HeadBuilder:
         last = maps[-1]
         last_size = self.size("pyramid.size", last)
         pyramid = [last]
-        for i, module in enumerate(self.head.psp_modules):
-            cells = module[0].cells
+        for i, cells in enumerate(self.head.pool_scales):
             pooled = self.conv(f"psp_modules.{i}.1", self.grid_average(f"pool.{i}", last, cells))
             pyramid.append(self.resize(f"pyramid.{i}", pooled, last_size))
         top = self.conv("bottleneck", node("Concat", "pyramid", pyramid, axis=1))

@@ -12,8 +12,8 @@ import numpy as np
 import paddle
 from paddle.nn import functional as F
 
-from replknet_paddle.segmentation.heads import resize
-from replknet_paddle.segmentation.transforms import Box, resized_size, scaled
+from replknet_paddle.segmentation.data import Box, resized_size, scaled
+from replknet_paddle.segmentation.upernet import resize
 
 
 def build_inference(config, network: Callable) -> Callable:

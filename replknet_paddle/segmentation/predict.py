@@ -1,5 +1,6 @@
 """From pictures to label maps, by any backend, and the files that show them."""
 
+import colorsys
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,13 +19,12 @@ from replknet_paddle.deploy.export import is_export
 from replknet_paddle.deploy.images import ImageFiles, decode
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import atomic_file
-from replknet_paddle.segmentation.inference import (
-    build_inference,
-)
-from replknet_paddle.segmentation.palette import label_picture, overlay, palette_of
+from replknet_paddle.segmentation.inference import build_inference
 from replknet_paddle.segmentation.upernet import build_upernet
 
-NAMED_CLASSES = 5  # of a picture's, in `Prediction.__str__`
+GOLDEN_RATIO = 0.618033988749895
+OVERLAY_SHARE = 0.5  # of the class's colour in an overlay
+NAMED_CLASSES = 5  # of a picture's, in `SegmentedFile.__str__`
 
 
 class SegmentationPredictor:
@@ -83,15 +83,15 @@ class SegmentationPredictor:
 
 
 def build_upernet_only(config):
-    """`build_upernet`, but for the configuration of a classifier."""
+    """Return `build_upernet(config)`; raise InputError for the configuration of a classifier."""
     if config.MODEL.TYPE != "UPerNet":
         raise InputError(f"{config.MODEL.NAME} is a classifier; `replknet predict` runs it")
     return build_upernet(config)
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """What the network says of one file, or why it says nothing.
+class SegmentedFile:
+    """The classes that the network finds in one file, or why it finds none.
 
     Attributes:
         path: the file; or a folder that could not be listed.
@@ -112,7 +112,7 @@ class Prediction:
 
 def predict_files(
     predictor: SegmentationPredictor, arguments: Iterable[str], folder: str
-) -> Iterator[Prediction]:
+) -> Iterator[SegmentedFile]:
     """Write an overlay and a label image of each picture into `folder`.
 
     NUMBER_NAME.png is the picture tinted by its classes, NUMBER_NAME_labels.png a palette image
@@ -130,19 +130,19 @@ def predict_files(
     os.makedirs(folder, exist_ok=True)
     for number, (path, problem) in enumerate(files, start=1):
         if problem is not None:
-            yield Prediction(path, problem=problem)
+            yield SegmentedFile(path, problem=problem)
             continue
         try:
             pixels = np.array(to_rgb(decode(path)))
         except (InputError, MemoryError) as error:
-            yield Prediction(path, problem=str(error) or "out of memory")
+            yield SegmentedFile(path, problem=str(error) or "out of memory")
             continue
         labels = predictor.labels_of_pixels(pixels)
         # The number keeps apart what has one name in several folders.
         name = f"{number:06d}_{Path(path).stem[:50]}"
-        save_png(overlay(pixels, labels, predictor.palette), Path(folder, f"{name}.png"))
+        save_png(tinted(pixels, labels, predictor.palette), Path(folder, f"{name}.png"))
         save_png(label_picture(labels, predictor.palette), Path(folder, f"{name}_labels.png"))
-        yield Prediction(path, shares=class_shares(labels, predictor.class_names))
+        yield SegmentedFile(path, shares=class_shares(labels, predictor.class_names))
 
 
 def save_png(picture: Image.Image, path: Path) -> None:
@@ -151,8 +151,41 @@ def save_png(picture: Image.Image, path: Path) -> None:
 
 
 def class_shares(labels: np.ndarray, names: Iterable[str]) -> tuple[tuple[str, float], ...]:
-    """Name and share of each class that is there, the largest first."""
+    """Return name and share of each class that is there, the largest first."""
     names = list(names)
     counts = np.bincount(labels.ravel(), minlength=len(names))
     order = np.argsort(-counts, kind="stable")
     return tuple((names[i], counts[i] / labels.size) for i in order if counts[i])
+
+
+def palette_of(colours: str | None, num_classes: int) -> np.ndarray:
+    """Return the colour of each class, uint8 (num_classes, 3).
+
+    Args:
+        colours: as SEGMENTATION.PALETTE has them; None: computed ones.
+    """
+    if colours is None:
+        return computed_palette(num_classes)
+    return np.array([list(bytes.fromhex(colour)) for colour in colours.split()], np.uint8)
+
+
+def computed_palette(num_classes: int) -> np.ndarray:
+    """Return colours whose neighbours differ: hues by the golden ratio, three levels of value."""
+    colours = [
+        colorsys.hsv_to_rgb(i * GOLDEN_RATIO % 1, 0.75, (1.0, 0.8, 0.6)[i % 3])
+        for i in range(num_classes)
+    ]
+    return np.round(255 * np.array(colours)).astype(np.uint8)
+
+
+def label_picture(labels: np.ndarray, palette: np.ndarray) -> Image.Image:
+    """Return a palette image of a label map (H, W) uint8: its numbers are the classes."""
+    picture = Image.frombytes("P", labels.shape[::-1], np.ascontiguousarray(labels).tobytes())
+    picture.putpalette(palette.tobytes())
+    return picture
+
+
+def tinted(pixels: np.ndarray, labels: np.ndarray, palette: np.ndarray) -> Image.Image:
+    """Return the image (H, W, 3) uint8 tinted by the classes of its pixels (H, W)."""
+    mixed = (1 - OVERLAY_SHARE) * pixels + OVERLAY_SHARE * palette[labels]
+    return Image.fromarray(np.round(mixed).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""Datasets in list files for the tests of this folder, and configurations over them."""
+"""Datasets in list files for the tests of this folder, configurations over them, and mutations."""
 
 from io import BytesIO
 
@@ -8,12 +8,17 @@ from tiny import flags
 
 from replknet_paddle.config import get_config, update_config
 from replknet_paddle.data.dataset import ListDataset
-from replknet_paddle.data.transforms.evaluation import EvalTransform
+from replknet_paddle.data.transforms.pipelines import EvalTransform
 
 
 def small(image, _):
     """A transform that is nearly none."""
     return np.asarray(image.convert("RGB").resize((4, 4)), dtype="float32").transpose(2, 0, 1)
+
+
+def evaluation(image, _):
+    mean = std = (0.5, 0.5, 0.5)
+    return EvalTransform(image_size=8, crop_pct=1.0, mode="warp", mean=mean, std=std)(image)
 
 
 def write_image(path, size=(9, 7), value=100):
@@ -31,15 +36,27 @@ def one_image_set(folder, line: bytes, transform=small):
 
 def configured(tiny_config_file, folder, *opts, **values):
     """The tiny configuration over a data folder; `opts` as after -opts, `values` as flags."""
-    values["opts"] = [str(option) for option in (*opts, *values.pop("opts", ()))]
+    values["opts"] = [str(option) for option in opts]
     return update_config(get_config(tiny_config_file), flags(data_path=str(folder), **values))
 
 
-def picture(seed: int, form: str = "JPEG", size=(40, 36)) -> bytes:
+def picture(seed: int, form: str = "JPEG", size=(40, 36), mode: str = "RGB") -> bytes:
+    """An image file of noise."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
     buffer = BytesIO()
-    Image.fromarray(pixels).save(buffer, form)
+    Image.fromarray(pixels).convert(mode).save(buffer, form)
     return buffer.getvalue()
+
+
+def write(path, content: bytes):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def image_tree(folder, images: list[str]):
+    """Images of different content under these names."""
+    for seed, image in enumerate(images):
+        write(folder / image, picture(seed))
 
 
 def data_with(folder, bad: dict[int, bytes], count: int = 24):
@@ -51,41 +68,24 @@ def data_with(folder, bad: dict[int, bytes], count: int = 24):
         (folder / f"{split}_list.txt").write_text("".join(lines))
 
 
-def epoch(loader, number: int):
-    loader.batch_sampler.set_epoch(number)
+def batches(loader):
     return [(images.numpy(), labels.numpy()) for images, labels in loader]
 
 
-def broken(folder):
-    """Files that are no image: {name: part of the reason}."""
-    rng = np.random.default_rng(0)
-    image = Image.fromarray(rng.integers(0, 255, (64, 64, 3)).astype("uint8"))
-    for name, form in (("half.jpg", "JPEG"), ("half.png", "PNG")):
-        buffer = BytesIO()
-        image.save(buffer, form)
-        (folder / name).write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
-    (folder / "empty.jpg").write_bytes(b"")
-    (folder / "text.jpg").write_text("no image")
-    (folder / "folder.jpg").mkdir()
-    (folder / "loop.jpg").symlink_to("loop.jpg")
-    (folder / "dangling.jpg").symlink_to("nothing.jpg")
-    Image.fromarray(np.full((8, 8), 40_000, dtype="uint16")).save(folder / "deep.png")
-    return {
-        "missing.jpg": "no such file",
-        "no folder/missing.jpg": "no such file",
-        "dangling.jpg": "no such file",
-        "half.jpg": "truncated",
-        "half.png": "",
-        "empty.jpg": "cannot identify",
-        "text.jpg": "cannot identify",
-        "folder.jpg": "regular",
-        "text.jpg/a.jpg": "",
-        "loop.jpg": "",
-        "x" * 300: "",
-        "deep.png": "8 bits",
-    }
-
-
-def evaluation(image, _):
-    mean = std = (0.5, 0.5, 0.5)
-    return EvalTransform(image_size=8, crop_pct=1.0, mode="warp", mean=mean, std=std)(image)
+def mutated(content: bytes, rng: np.random.Generator) -> bytes:
+    """`content` with bytes changed, cut off, doubled or moved; most of it near the beginning."""
+    data = bytearray(content)
+    for _ in range(rng.integers(1, 6)):
+        place = int(rng.integers(min(len(data), 64 if rng.random() < 0.5 else len(data)) or 1))
+        kind = rng.integers(5)
+        if kind == 0:
+            data[place : place + 1] = bytes([rng.integers(256)])
+        elif kind == 1:
+            del data[place:]
+        elif kind == 2:
+            data[place:place] = data[place : place + int(rng.integers(1, 30))]
+        elif kind == 3:
+            del data[place : place + int(rng.integers(1, 30))]
+        else:
+            data[place : place + 2] = [(0, 0), (255, 255), (127, 255), (0, 1)][rng.integers(4)]
+    return bytes(data)

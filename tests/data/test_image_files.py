@@ -1,35 +1,40 @@
 """Images as they lie in folders: links, odd names, damage, and what is refused unread."""
 
+import gc
 import os
-import random
+import resource
+import time
 from io import BytesIO
 
 import numpy as np
 import pytest
-from data_sets import broken, configured, evaluation, one_image_set, picture, small, write_image
+from data_sets import (
+    configured,
+    evaluation,
+    mutated,
+    one_image_set,
+    picture,
+    small,
+    write,
+    write_image,
+)
 from PIL import Image, features
 
 from replknet_paddle.data.dataset import ListDataset, get_dataset
 from replknet_paddle.runtime.errors import InputError, SampleError
 
 
-def test_a_sample_is_what_the_transform_gives_and_the_label(tmp_path):
-    pixels, label = one_image_set(tmp_path, b"fine.png")[0, 1]
+@pytest.mark.parametrize(
+    "name",
+    ["with space.png", "caf\u00e9 \u56fe.png", "a..b.png", "#x.png", os.fsdecode(b"caf\xe9.png")],
+)
+def test_odd_names_open(tmp_path, name):
+    data = one_image_set(tmp_path, os.fsencode(name))
+    write_image(tmp_path / "image.png")
+    os.rename(tmp_path / "image.png", tmp_path / name)
+    pixels, label = data[0, 1]
     assert label == 1 and isinstance(label, np.int64)
     assert pixels.shape == (3, 4, 4) and (pixels == 100).all()
-
-
-@pytest.mark.parametrize("name", ["with space.png", "caf\u00e9 \u56fe.png", "a..b.png", "#x.png"])
-def test_odd_names_open(tmp_path, name):
-    data = one_image_set(tmp_path, name.encode())
-    write_image(tmp_path / name)
-    assert data[0, 1][1] == 1
-
-
-def test_a_name_that_is_not_utf8_opens(tmp_path):
-    data = one_image_set(tmp_path, b"caf\xe9.png")
-    os.rename(tmp_path / "fine.png", os.path.join(os.fsencode(tmp_path), b"caf\xe9.png"))
-    assert data[0, 1][1] == 1
 
 
 def links(tmp_path):
@@ -94,89 +99,9 @@ def test_the_root_folder_can_be_the_data_folder(tmp_path):
     assert ListDataset(str(tmp_path / "list.txt"), "/", small, num_classes=1)[0, 0][1] == 0
 
 
-def test_an_image_that_cannot_be_read_is_named_by_list_line_and_path(tmp_path):
-    for path, reason in broken(tmp_path).items():
-        data = one_image_set(tmp_path, path.encode(), evaluation)
-        with pytest.raises(SampleError) as caught:
-            data[0, 1]
-        [message] = str(caught.value).splitlines()
-        start = f"{tmp_path / 'list.txt'}, line 3: cannot read image {path}: "
-        assert message.startswith(start)
-        assert reason in message[len(start) :] and len(message) > len(start)
-        assert isinstance(caught.value, InputError)
-
-
-def test_an_image_too_large_to_be_honest_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    data = one_image_set(tmp_path, b"fine.png")
-    with pytest.raises(SampleError, match="line 3: cannot read image fine.png: .*bomb"):
-        data[0, 1]
-
-
-FORMATS = ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF"]
-
-
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.filterwarnings("ignore")
-def test_damaged_images_give_a_sample_or_a_sample_error(tmp_path, form):
-    if form in ("WEBP", "AVIF") and not features.check(form.lower()):
-        pytest.skip(f"this Pillow reads no {form}")
-    draw = random.Random(0)
-    buffer = BytesIO()
-    Image.frombytes("RGB", (20, 24), draw.randbytes(1440)).save(buffer, form)
-    data = one_image_set(tmp_path, b"damaged", evaluation)
-    failures = 0
-    for i in range(150):
-        content = bytearray(buffer.getvalue())
-        if i % 3 == 0:
-            content = content[: draw.randrange(len(content))]
-        for _ in range(min(i % 4, len(content))):
-            content[draw.randrange(draw.choice([min(len(content), 200), len(content)]))] = (
-                draw.randrange(256)
-            )
-        (tmp_path / "damaged").write_bytes(content)
-        try:
-            assert data[0, 1][0].shape == (3, 8, 8)
-        except SampleError as error:
-            failures += 1
-            assert len(str(error).splitlines()) == 1 and "line 3" in str(error)
-    assert failures
-
-
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_decompression_bombs_are_refused_without_being_decoded(tmp_path):
-    header = b"P6 %d %d 255\n"
-    for name, width, height in (("wide", 60_000, 60_000), ("large", 10_000, 9_000)):
-        (tmp_path / name).write_bytes(header % (width, height))
-    (tmp_path / "list.txt").write_text("wide 0\nlarge 0\n")
-    data = ListDataset(str(tmp_path / "list.txt"), str(tmp_path), None, num_classes=1)
-    for index in range(2):
-        with pytest.raises(SampleError, match="bomb"):
-            data[0, index]
-
-
-def test_formats_whose_readers_start_programs_are_refused(tmp_path):
-    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
-    (tmp_path / "a.jpg").write_bytes(script)
-    (tmp_path / "list.txt").write_text("a.jpg 0\n")
-    data = ListDataset(str(tmp_path / "list.txt"), str(tmp_path), None, num_classes=1)
-    with pytest.raises(SampleError, match="cannot identify"):
-        data[0, 0]
-
-
-def test_what_is_no_regular_file_is_refused_without_being_opened(tmp_path):
-    os.mkfifo(tmp_path / "pipe.jpg")
-    (tmp_path / "folder.jpg").mkdir()
-    (tmp_path / "list.txt").write_text("pipe.jpg 0\nfolder.jpg 0\n")
-    data = ListDataset(str(tmp_path / "list.txt"), str(tmp_path), None, num_classes=1)
-    for index in range(2):
-        with pytest.raises(SampleError, match="not a regular file"):
-            data[0, index]
-
-
 def test_paths_outside_can_be_allowed(tmp_path, tiny_config_file):
+    write(tmp_path / "a.jpg", picture(0))
     (tmp_path / "data").mkdir()
-    (tmp_path / "a.jpg").write_bytes(picture(0))
     (tmp_path / "data" / "link.jpg").symlink_to("../a.jpg")
     lines = f"../a.jpg 0\n{tmp_path}/a.jpg 0\nlink.jpg 0\n"
     (tmp_path / "data" / "val_list.txt").write_text(lines)
@@ -185,3 +110,94 @@ def test_paths_outside_can_be_allowed(tmp_path, tiny_config_file):
     assert all(np.array_equal(data[0, i][0], data[0, 0][0]) for i in range(3))
     with pytest.raises(InputError, match=r"DATA\.ALLOW_OUTSIDE"):
         get_dataset(configured(tiny_config_file, tmp_path / "data"), False)
+
+
+def refused(folder) -> dict[str, str]:
+    """Files that are no image: {name: part of the reason}."""
+    for name, form in (("half.jpg", "JPEG"), ("half.png", "PNG")):
+        content = picture(0, form, (64, 64))
+        write(folder / name, content[: len(content) // 2])
+    write(folder / "empty.jpg", b"")
+    write(folder / "text.jpg", b"no image")
+    # The reader of this format would start another program.
+    write(
+        folder / "script.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    )
+    for name, side in (("wide", 60_000), ("large", 10_000)):  # nothing of them may be decoded
+        write(folder / name, b"P6 %d %d 255\n" % (side, side))
+    (folder / "folder.jpg").mkdir()
+    os.mkfifo(folder / "pipe.jpg")  # opening it would wait for somebody to write
+    (folder / "loop.jpg").symlink_to("loop.jpg")
+    (folder / "dangling.jpg").symlink_to("nothing.jpg")
+    Image.fromarray(np.full((8, 8), 40_000, dtype="uint16")).save(folder / "deep.png")
+    return {
+        "missing.jpg": "no such file",
+        "no folder/missing.jpg": "no such file",
+        "dangling.jpg": "no such file",
+        "half.jpg": "truncated",
+        "half.png": "",
+        "empty.jpg": "cannot identify",
+        "text.jpg": "cannot identify",
+        "script.jpg": "cannot identify",
+        "wide": "bomb",
+        "large": "bomb",
+        "folder.jpg": "not a regular file",
+        "pipe.jpg": "not a regular file",
+        "text.jpg/a.jpg": "",
+        "loop.jpg": "",
+        "x" * 300: "",
+        "deep.png": "8 bits",
+    }
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_an_image_that_cannot_be_read_is_named_by_list_line_and_path(tmp_path):
+    for path, reason in refused(tmp_path).items():
+        data = one_image_set(tmp_path, path.encode(), evaluation)
+        with pytest.raises(SampleError) as caught:
+            data[0, 1]
+        [message] = str(caught.value).splitlines()
+        start = f"{tmp_path / 'list.txt'}, line 3: cannot read image {path}: "
+        assert message.startswith(start), message
+        assert reason in message[len(start) :] and len(message) > len(start)
+        assert isinstance(caught.value, InputError)
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def seeds() -> list[bytes]:
+    """A small image file of each format."""
+    forms = ["JPEG", "PNG", "GIF", "BMP", "TIFF"]
+    forms += [form for form in ("WEBP", "AVIF") if features.check(form.lower())]
+    files = [picture(i, form, (20, 17)) for i, form in enumerate(forms)]
+    files += [picture(8, "JPEG", mode="CMYK"), picture(9, "PNG", mode="P")]
+    progressive = BytesIO()
+    Image.new("L", (12, 10), 77).save(progressive, "JPEG", progressive=True)
+    return [*files, progressive.getvalue()]
+
+
+# The first of them in every run of the tests, all of them in the full one.
+@pytest.mark.parametrize("count", [1500, pytest.param(15_000, marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore")
+def test_mutated_images_give_a_sample_or_one_error_and_keep_no_memory(tmp_path, count):
+    data, files = one_image_set(tmp_path, b"image", evaluation), seeds()
+    rng, errors, slowest = np.random.default_rng(0), 0, 0.0
+    for i in range(count):
+        if i == count // 5:
+            gc.collect()
+            before = resident_bytes()
+        write(tmp_path / "image", mutated(files[i % len(files)], rng))
+        start = time.process_time()
+        try:
+            assert data[0, 1][0].shape == (3, 8, 8)
+        except SampleError as error:
+            errors += 1
+            assert "line 3: cannot read image image: " in str(error) and "\n" not in str(error)
+        slowest = max(slowest, time.process_time() - start)
+    assert 0.1 * count < errors < 0.99 * count
+    assert slowest < 5
+    gc.collect()
+    assert resident_bytes() - before < 30e6

@@ -1,21 +1,25 @@
-"""List files as people really have them."""
+"""List files as people really have them: labelled images, and pairs of images."""
 
 import os
+from functools import partial
 
 import numpy as np
 import pytest
 from data_sets import configured, small
+from hypothesis import given
+from hypothesis import strategies as st
+from properties import same_examples
 
 from replknet_paddle.data.dataset import ListDataset, get_dataset
-from replknet_paddle.data.lists import read_list
+from replknet_paddle.data.lists import parse_labelled, parse_list, parse_pair, read_list
 from replknet_paddle.runtime.errors import InputError
 
 
-def parse(tmp_path, content: bytes, num_classes=1000):
+def read(tmp_path, content: bytes, parse):
     """[(path, label, line number)] of a list file's content."""
     file = tmp_path / "list.txt"
     file.write_bytes(content)
-    paths, ends, lines, labels = read_list(str(file), num_classes)
+    paths, ends, lines, labels = read_list(str(file), parse)
     starts = [0, *ends[:-1]]
     return [
         (paths[start:end], int(label), int(line))
@@ -23,50 +27,106 @@ def parse(tmp_path, content: bytes, num_classes=1000):
     ]
 
 
+def labelled(num_classes=1000):
+    return partial(parse_labelled, num_classes=num_classes, allow_outside=False)
+
+
+PAIRS = partial(parse_pair, allow_outside=False)
+
+
+def is_path(path: bytes, *, spaces: bool) -> bool:
+    """Whether a line can hold this path."""
+    inside = path.strip() and not path.startswith(b"/") and b".." not in path.split(b"/")
+    ends = path == path.strip() and not path.startswith(b"\xef\xbb\xbf")
+    return bool(inside and ends and not set(path) & set(b"\0\n" if spaces else b"\0\n\r\t \v\f"))
+
+
+SPACE = st.text(" \t", min_size=1, max_size=3).map(str.encode)
+ENDS = st.sampled_from([b"\n", b"\r\n", b" \n", b"\t\r\n", b"\n\n \n"])
+PATHS = st.binary(min_size=1, max_size=40) | st.text(min_size=1, max_size=20).map(
+    lambda text: text.encode("utf-8", "surrogatepass")
+)
+
+
+@same_examples
+@given(
+    st.lists(
+        st.tuples(
+            PATHS.filter(partial(is_path, spaces=True)), SPACE, st.integers(0, 999), SPACE, ENDS
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    st.sampled_from([b"", b"\xef\xbb\xbf", b"\n", b"\xef\xbb\xbf\r\n"]),
+)
+def test_the_label_is_what_follows_the_last_white_space(tmp_path, entries, start):
+    content, expected = start, []
+    for path, between, label, before, end in entries:
+        expected.append((path, label, content.count(b"\n") + 1))
+        content += before + path + between + b"%03d" % label + end
+    if start.endswith(b"\xbf"):  # the mark is part of the first line, in front of white space
+        content = start + content[len(start) :].lstrip()
+    assert read(tmp_path, content, labelled()) == expected
+
+
+@same_examples
+@given(PATHS, PATHS, st.sampled_from([b"\t", b" \t ", b" ", b"  "]))
+def test_a_pair_is_two_paths_with_a_tab_where_they_hold_spaces(tmp_path, image, labels, between):
+    spaces = b"\t" in between
+    for path in (image, labels):
+        if not is_path(path, spaces=spaces) or b"\t" in path:
+            return
+    [(path, _, _)] = read(tmp_path, image + between + labels + b"\r\n", PAIRS)
+    assert path.split(b"\t") == [image, labels]
+
+
+@same_examples
+@given(
+    st.lists(
+        st.binary(max_size=40)
+        | st.builds(lambda *parts: b" ".join(parts), PATHS, PATHS)
+        | st.builds(lambda path, label: b"%b %d" % (path, label), PATHS, st.integers()),
+        max_size=14,
+    )
+)
+def test_any_line_is_an_image_inside_or_a_problem_with_its_number(tmp_path, lines):
+    file = tmp_path / "list.txt"
+    file.write_bytes(b"\n".join(lines))
+    for parse in (labelled(10), PAIRS):
+        good = [line for line in parse_list(str(file), parse) if not line.problem]
+        bad = [line for line in parse_list(str(file), parse) if line.problem]
+        for line in good:
+            assert 0 <= line.label < 10
+            for path in line.path.split(b"\t") if parse is PAIRS else [line.path]:
+                assert path and not path.startswith(b"/") and b".." not in path.split(b"/")
+        if good and not bad:
+            assert len(read_list(str(file), parse)[0]) == sum(len(line.path) for line in good)
+            continue
+        with pytest.raises(InputError) as caught:
+            read_list(str(file), parse)
+        messages = str(caught.value).splitlines()
+        assert len(messages) == min(10, len(bad)) or (not bad and "lists no image" in messages[0])
+        for line, message in zip(bad, messages):
+            assert message.startswith(f"{file}, line {line.number}: ") and len(message) < 1000
+            assert message.isprintable()
+
+
 @pytest.mark.parametrize(
     "line, path, label",
     [
-        (b"train/a.jpg 3", b"train/a.jpg", 3),
-        (b"train/a.jpg\t3", b"train/a.jpg", 3),
-        (b"train/a.jpg \t  3", b"train/a.jpg", 3),
         (b"train/a.jpg 3   ", b"train/a.jpg", 3),
-        (b"train/a.jpg 3\t", b"train/a.jpg", 3),
-        (b"  train/a.jpg 3", b"train/a.jpg", 3),
         (b"great white shark/my photo.jpg 3", b"great white shark/my photo.jpg", 3),
         (b"two  spaces\tand a tab.jpg 3", b"two  spaces\tand a tab.jpg", 3),
         (b"a 7 3", b"a 7", 3),
-        (b"a.jpg 003", b"a.jpg", 3),
-        (b"a.jpg 0", b"a.jpg", 0),
-        (b"a.jpg 999", b"a.jpg", 999),
-        (b"caf\xc3\xa9/\xe5\x9b\xbe.jpg 3", b"caf\xc3\xa9/\xe5\x9b\xbe.jpg", 3),
         (b"latin-1 caf\xe9.jpg 3", b"latin-1 caf\xe9.jpg", 3),
         (b"a..b/c...jpg 3", b"a..b/c...jpg", 3),
         (b"./a.jpg 3", b"./a.jpg", 3),
-        (b'"quoted".jpg 3', b'"quoted".jpg', 3),
-        (b"a,b.jpg 3", b"a,b.jpg", 3),
-        (b"# no comment.jpg 3", b"# no comment.jpg", 3),
+        (b'"quoted, with a comma".jpg 3', b'"quoted, with a comma".jpg', 3),
+        (b"# no comment.jpg 999", b"# no comment.jpg", 999),
     ],
 )
-@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
-def test_the_label_is_what_follows_the_last_white_space(tmp_path, line, path, label, end):
-    assert parse(tmp_path, line + end) == [(path, label, 1)]
-
-
-def test_blank_lines_count_and_give_no_image(tmp_path):
-    content = b"\n  \na.jpg 1\r\n\r\n\t\nb.jpg 2\n\n"
-    assert parse(tmp_path, content) == [(b"a.jpg", 1, 3), (b"b.jpg", 2, 6)]
-
-
-@pytest.mark.parametrize("rest", [b"a.jpg 1\nb.jpg 2\n", b"\r\na.jpg 1\r\nb.jpg 2"])
-def test_a_byte_order_mark_is_no_part_of_the_first_path(tmp_path, rest):
-    assert [image[:2] for image in parse(tmp_path, b"\xef\xbb\xbf" + rest)] == [
-        (b"a.jpg", 1),
-        (b"b.jpg", 2),
-    ]
-
-
-def test_a_list_names_an_image_as_often_as_it_does(tmp_path):
-    assert len(parse(tmp_path, b"a.jpg 1\na.jpg 1\na.jpg 2\n")) == 3
+def test_lines_that_are_right(tmp_path, line, path, label):
+    assert read(tmp_path, line, labelled()) == [(path, label, 1)]
 
 
 @pytest.mark.parametrize(
@@ -84,50 +144,63 @@ def test_a_list_names_an_image_as_often_as_it_does(tmp_path):
         (b"a.jpg \xd9\xa3", "label"),
         (b"a.jpg -1", "label -1 is outside [0, 10)"),
         (b"a.jpg 10", "label 10 is outside [0, 10); MODEL.NUM_CLASSES"),
-        (b"a.jpg 99999999999999999999999", "outside [0, 10)"),
-        pytest.param(b"a.jpg " + b"9" * 5000, "label", id="5000 digits"),
+        pytest.param(b"a.jpg " + b"9" * 5000, "outside [0, 10)", id="5000 digits"),
         (b"../a.jpg 3", "'../a.jpg 3'"),
         (b"x/../a.jpg 3", "inside the data folder"),
         (b"x/.. 3", "inside the data folder"),
         (b"/etc/passwd 3", "relative"),
-        (b"//a.jpg 3", "relative"),
-        (b"a\0.jpg 3", "path"),
+        (b"a\0.jpg 3", "a path cannot hold a NUL byte"),
     ],
 )
-@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
-def test_a_wrong_line_is_named_by_file_and_number(tmp_path, line, says, end):
+def test_a_wrong_line_is_named_by_file_and_number(tmp_path, line, says):
     with pytest.raises(InputError) as caught:
-        parse(tmp_path, b"fine.jpg 0" + end + end + line + end, num_classes=10)
+        read(tmp_path, b"fine.jpg 0\n\n" + line + b"\n", labelled(10))
     [message] = str(caught.value).splitlines()
     assert message.startswith(f"{tmp_path / 'list.txt'}, line 3: ")
     assert says in message and len(message) < 1000
 
 
-def test_several_wrong_lines_are_reported_together(tmp_path):
-    with pytest.raises(InputError) as caught:
-        parse(tmp_path, b"a\nb.jpg 1\n\nc.jpg x\nd.jpg 9\ne.jpg 2\n../f 1\n", num_classes=3)
-    lines = str(caught.value).splitlines()
-    assert [line.split(": ")[0].rsplit(" ")[-1] for line in lines] == ["1", "4", "5", "7"]
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        (b"a.png", "expected the paths of an image and of its labels, with a tab .* got 'a.png'"),
+        (b"a.png b.png c.png", "expected the paths"),
+        (b"a b.png\t", "expected the paths"),
+        (b"../a.png al.png", "paths must be relative and stay inside .*, got '../a.png al.png'"),
+        (b"a.png /etc/passwd", "paths must be relative and stay inside"),
+        (b"a.png b\0.png", "a path cannot hold a NUL byte"),
+    ],
+)
+def test_a_wrong_pair_is_named_by_file_and_number(tmp_path, line, says):
+    with pytest.raises(InputError, match=f"list.txt, line 2: {says}"):
+        read(tmp_path, b"a.png b.png\n" + line + b"\n", PAIRS)
 
 
-def test_a_list_that_is_wrong_throughout_does_not_flood(tmp_path):
+def test_a_list_names_an_image_as_often_as_it_does(tmp_path):
+    assert len(read(tmp_path, b"a.jpg 1\na.jpg 1\na.jpg 2\n", labelled())) == 3
+
+
+def test_only_the_first_ten_problems_are_listed(tmp_path):
     with pytest.raises(InputError) as caught:
-        parse(tmp_path, b"a.jpg 5\n" * 10_000, num_classes=5)
-    assert len(str(caught.value).splitlines()) <= 11
+        read(tmp_path, b"a.jpg 5\nbad\n" * 10_000, labelled(5))
+    assert len(str(caught.value).splitlines()) == 10
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"  \r\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"])
 def test_a_list_without_images_is_refused(tmp_path, content):
-    with pytest.raises(InputError, match=r"list\.txt lists no image"):
-        parse(tmp_path, content)
+    for parse in (labelled(), PAIRS):
+        with pytest.raises(InputError, match="lists no image"):
+            read(tmp_path, content, parse)
 
 
-def test_paths_and_line_numbers_of_images(tmp_path):
-    (tmp_path / "list.txt").write_bytes(b"\none two.jpg 1\nth\xe9.jpg 0\n\nf.jpg 1\n")
+def test_a_dataset_knows_the_paths_and_labels_of_its_list(tmp_path):
+    (tmp_path / "list.txt").write_bytes(b"one two.jpg 1\nth\xe9.jpg 0\nf.jpg 1")
     data = ListDataset(str(tmp_path / "list.txt"), str(tmp_path), small, num_classes=2)
     assert len(data) == 3
     assert [data.path(i) for i in range(3)] == ["one two.jpg", os.fsdecode(b"th\xe9.jpg"), "f.jpg"]
     assert data.labels.tolist() == [1, 0, 1] and data.labels.dtype == np.int64
+    assert [label for _, label in data.paths_and_labels()] == [1, 0, 1]
+    assert data.absent_classes(4) == [2, 3]
 
 
 @pytest.mark.parametrize("is_train, name", [(True, "train_list.txt"), (False, "val_list.txt")])

@@ -5,15 +5,16 @@ import errno
 import logging
 import os
 
+import faulty_storage
 import numpy as np
 import pytest
-from tiny import flags, make_data
+from data_sets import batches, configured
+from tiny import make_data
 
-from replknet_paddle.config import get_config, update_config
-from replknet_paddle.data import storage
-from replknet_paddle.data.check_lists import check_image
+from replknet_paddle.data import lists
+from replknet_paddle.data.check_data import check_image
 from replknet_paddle.data.dataset import ListDataset, get_dataloader, get_dataset
-from replknet_paddle.data.storage import PAUSES_SECONDS, read_patiently
+from replknet_paddle.data.lists import PAUSES_SECONDS, retry_io
 from replknet_paddle.runtime.errors import InputError, SampleError, SystemFault
 
 SYSTEM = [
@@ -26,7 +27,7 @@ SYSTEM = [
 def slept(monkeypatch):
     """The pauses that were made, none of which takes time."""
     pauses = []
-    monkeypatch.setattr(storage.time, "sleep", pauses.append)
+    monkeypatch.setattr(lists.time, "sleep", pauses.append)
     return pauses
 
 
@@ -45,17 +46,17 @@ def failing(error, times: int):
 @pytest.mark.parametrize("number", SYSTEM, ids=errno.errorcode.get)
 def test_failures_of_the_system_are_tried_again_with_pauses(slept, number):
     error, failures = OSError(number, os.strerror(number)), []
-    assert read_patiently(failing(error, 6), "image a.jpg", failures) == "bytes"
-    assert slept == list(PAUSES_SECONDS) and sum(slept) == 31.5
-    assert failures == [f"cannot read image a.jpg: {os.strerror(number).lower()}"] * 6
-    with pytest.raises(SystemFault, match=r"image a\.jpg: .*, in 7 attempts over 31\.5 s"):
-        read_patiently(failing(error, 7), "image a.jpg")
+    assert retry_io(failing(error, 2), "image a.jpg", failures) == "bytes"
+    assert slept == list(PAUSES_SECONDS) and sum(slept) == 31
+    assert failures == [f"cannot read image a.jpg: {os.strerror(number).lower()}"] * 2
+    with pytest.raises(SystemFault, match=r"image a\.jpg: .*, in 3 attempts over 31 s"):
+        retry_io(failing(error, 3), "image a.jpg")
 
 
 def test_memory_that_runs_out_is_the_systems_failure(slept):
-    assert read_patiently(failing(MemoryError(), 2), "x") == "bytes"
+    assert retry_io(failing(MemoryError(), 2), "x") == "bytes"
     with pytest.raises(SystemFault, match="MemoryError"):
-        read_patiently(failing(MemoryError(), 99), "x")
+        retry_io(failing(MemoryError(), 99), "x")
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_memory_that_runs_out_is_the_systems_failure(slept):
 )
 def test_anything_else_is_raised_at_once(slept, error):
     with pytest.raises(type(error)) as caught:
-        read_patiently(failing(error, 1), "x")
+        retry_io(failing(error, 1), "x")
     assert caught.value is error and slept == []
 
 
@@ -81,22 +82,19 @@ def one_image(tmp_path):
 
 @pytest.mark.parametrize("call", ["open", "lstat", "stat"])
 def test_each_call_on_the_way_to_the_pixels_may_fail(one_image, monkeypatch, slept, call):
-    """Two failures and then none: the image. And for ever: never a SampleError."""
+    """Once and then no more: the image. And for ever: never a SampleError."""
     data, path = one_image
-    module = builtins if call == "open" else os
-    real, left = getattr(module, call), 0
+    module, left = builtins if call == "open" else os, 0
 
-    def faulty(file, *args, **kwargs):
+    def fault(name):
         nonlocal left
-        if str(file) == str(path) and left:
-            left -= 1
-            raise OSError(errno.EIO, "Input/output error", str(file))
-        return real(file, *args, **kwargs)
+        left -= name == str(path)
+        return faulty_storage.fail() if name == str(path) and left >= 0 else None
 
     expected = data[0, 0][0]
-    monkeypatch.setattr(module, call, faulty)
-    left = 2
-    assert data[0, 0][0] == expected and len(slept) == 2
+    monkeypatch.setattr(module, call, faulty_storage.faulty(getattr(module, call), fault))
+    left = 1
+    assert data[0, 0][0] == expected and len(slept) == 1
     left = 1000
     with pytest.raises(SystemFault, match=r"0000\.jpg .*line 1.*input/output error"):
         data[0, 0]
@@ -131,31 +129,28 @@ def test_a_file_larger_than_any_image_is_refused_without_being_read(one_image):
 def test_a_loader_gives_the_same_batches_and_one_warning_for_each_batch(
     tiny_config_file, tiny_data, monkeypatch, caplog, workers
 ):
-    config = update_config(
-        get_config(tiny_config_file),
-        flags(data_path=str(tiny_data), opts=["DATA.NUM_WORKERS", str(workers)]),
-    )
+    config = configured(tiny_config_file, tiny_data, "DATA.NUM_WORKERS", workers)
     data = get_dataset(config, True)
-    loader = get_dataloader(config, data, True)
-    expected = [images.numpy() for images, _ in loader]
+    with get_dataloader(config, data, True) as loader:
+        expected = batches(loader)
     read = [data.path(index) for batch in loader.batch_sampler for _, index in batch]
     failing_images = sum(path.endswith("7.jpg") for path in read)
     assert failing_images >= 2
-    real, seen = builtins.open, set()
+    seen = set()  # in each worker
 
-    def faulty(file, *args, **kwargs):
-        if str(file).endswith("7.jpg") and file not in seen:  # a set for each worker
-            seen.add(file)
-            raise OSError(errno.ETIMEDOUT, "Connection timed out")
-        return real(file, *args, **kwargs)
+    def fault(path):
+        if not path.endswith("7.jpg") or path in seen:
+            return None
+        seen.add(path)
+        return faulty_storage.fail(errno.ETIMEDOUT)
 
-    monkeypatch.setattr(builtins, "open", faulty)
-    monkeypatch.setattr(storage, "PAUSES_SECONDS", (0.01,))
+    faulty_storage.patch_open(fault, monkeypatch, pauses=(0.01,))
     with get_dataloader(config, data, True) as loader:
         with caplog.at_level(logging.WARNING):
-            got = [images.numpy() for images, _ in loader]
+            got = batches(loader)
         assert not loader.bad_images
-    assert all(np.array_equal(a, b) for a, b in zip(got, expected)) and len(got) == len(expected)
+    assert len(got) == len(expected)
+    assert all(np.array_equal(a[0], b[0]) for a, b in zip(got, expected))
     messages = [record.getMessage() for record in caplog.records]
     counts = [int(message.split("(")[-1].split()[0]) for message in messages]
     assert sum(counts) == failing_images and len(counts) <= len(expected)
@@ -165,10 +160,7 @@ def test_a_loader_gives_the_same_batches_and_one_warning_for_each_batch(
 def test_a_system_that_starts_no_processes_is_not_the_users_mistake(
     tiny_config_file, tiny_data, monkeypatch
 ):
-    config = update_config(
-        get_config(tiny_config_file),
-        flags(data_path=str(tiny_data), opts=["DATA.NUM_WORKERS", "2"]),
-    )
+    config = configured(tiny_config_file, tiny_data, "DATA.NUM_WORKERS", 2)
     loader = get_dataloader(config, get_dataset(config, True), True)
     real_fork, children = os.fork, []
 

@@ -12,8 +12,7 @@ from tiny import TINY, flags
 
 from replknet_paddle.bench.network import time_train_loop
 from replknet_paddle.config import get_config, update_config
-from replknet_paddle.data.device_copy import to_device
-from replknet_paddle.data.transforms.finish import FinishBatch
+from replknet_paddle.data.transforms.finish import FinishBatch, to_device
 from replknet_paddle.runtime import processes
 
 GPUS = processes.visible_devices()

@@ -41,10 +41,10 @@ def test_lasting_failures_end_with_status_1_and_a_resumed_run_loses_nothing(
         status=1,
         target=faulty_storage.broken_for_ever,
     )
-    assert time.monotonic() - start < 60  # 3.15 s of pauses
+    assert time.monotonic() - start < 60  # 3.1 s of pauses
     assert "Traceback" not in said and "MAX_BAD_IMAGES" not in said
     [error] = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert "0020.jpg" in error and "input/output error, in 7 attempts over 3.15 s" in error
+    assert "0020.jpg" in error and "input/output error, in 3 attempts over 3.1 s" in error
     finish([*arguments, "-resume=auto"], output=tmp_path / "again", target=resumed)
     assert_same_end(tmp_path / "run", straight)
 
@@ -61,27 +61,20 @@ def test_every_rank_ends_when_one_has_lasting_failures(arguments, tmp_path):
         status=1,
         target=faulty_storage.broken_for_ever,
     )
-    assert any("0020.jpg" in text and "7 attempts" in text for text in texts)
+    assert any("0020.jpg" in text and "3 attempts" in text for text in texts)
 
 
-@pytest.mark.parametrize(
-    "target, last",
-    [
-        (faulty_storage.hanging, "within 3 s (DATA.WORKER_TIMEOUT)"),
-        (faulty_storage.hanging_unkillably, "2 loader workers cannot even be killed"),
-    ],
-)
-def test_a_worker_that_hangs_ends_the_run_after_the_set_time(arguments, tmp_path, target, last):
+def test_a_worker_that_hangs_ends_the_run_after_the_set_time(arguments, tmp_path):
     start = time.monotonic()
     said = finish(
         [*arguments, "DATA.WORKER_TIMEOUT", "3"],
         output=tmp_path / "said",
         status=1,
-        target=target,
+        target=faulty_storage.hanging,
     )
     assert time.monotonic() - start > 3
     assert "since 1.5 s: storage may hang" in said and "train_list.txt, line " in said
-    assert last in said and "Traceback" not in said
+    assert "within 3 s (DATA.WORKER_TIMEOUT)" in said and "Traceback" not in said
 
 
 BROKEN_AT_FIRST = """

@@ -2,7 +2,7 @@
 
 import pytest
 
-from replknet_paddle.segmentation.shapes import make_shapes
+from replknet_paddle.data.make_lists import make_shapes
 
 TINY = """
 DATA:

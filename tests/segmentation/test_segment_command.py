@@ -13,8 +13,12 @@ from replknet_paddle.checkpoints.load import load_pretrained
 from replknet_paddle.commands import main
 from replknet_paddle.config import get_config
 from replknet_paddle.deploy.backends import BackendLayer, open_backend
-from replknet_paddle.segmentation.palette import computed_palette, label_picture, overlay
-from replknet_paddle.segmentation.predict import SegmentationPredictor
+from replknet_paddle.segmentation.predict import (
+    SegmentationPredictor,
+    computed_palette,
+    label_picture,
+    tinted,
+)
 from replknet_paddle.segmentation.upernet import build_upernet
 
 
@@ -126,9 +130,9 @@ def test_predict_writes_overlays_in_the_datasets_palette(run_folder, shapes, tmp
     palette = np.array(labels.getpalette()[:12]).reshape(4, 3)
     assert labels.mode == "P" and palette.tolist()[1] == [0xE6, 0x19, 0x4B]
     pixels = np.array(Image.open(inputs[0])).astype(float)
-    tinted = np.array(Image.open(out / "000001_0001.png"))
+    overlay = np.array(Image.open(out / "000001_0001.png"))
     wanted = (pixels + palette[np.array(labels)]) / 2
-    assert np.abs(tinted - wanted).max() <= 0.5
+    assert np.abs(overlay - wanted).max() <= 0.5
     wanted_labels = SegmentationPredictor(run_folder, backend="dygraph").labels(inputs[0])
     assert (np.array(labels) == wanted_labels).mean() > 0.999
 
@@ -166,7 +170,7 @@ def test_computed_colours_differ_and_overlays_mix_halves():
     labels = np.array([[0, 1]], np.uint8)
     picture = label_picture(labels, palette)
     assert (np.array(picture) == labels).all()
-    mixed = np.array(overlay(np.full((1, 2, 3), 100, np.uint8), labels, palette))
+    mixed = np.array(tinted(np.full((1, 2, 3), 100, np.uint8), labels, palette))
     assert np.abs(mixed - (100.0 + palette[labels]) / 2).max() <= 0.5
 
 

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from replknet_paddle.runtime.errors import InputError, SampleError
-from replknet_paddle.segmentation.dataset import SegmentationDataset
-from replknet_paddle.segmentation.transforms import IGNORED, whole_image
+from replknet_paddle.runtime.errors import SampleError
+from replknet_paddle.segmentation.data import IGNORED, SegmentationDataset, whole_image
 
 
 @pytest.fixture
@@ -37,28 +36,6 @@ def test_pairs_with_and_without_spaces(folder):
         assert (sample.pixels == np.array(Image.open(folder / f"{name}.png"))).all()
         wanted = np.array(Image.open(folder / ["al.png", "an image/b c l.png"][index]))
         assert (labels == wanted).all() and labels.dtype == np.uint8
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("a.png al.png\na.png\n", "line 2: expected the paths of an image and of its labels"),
-        ("a.png b.png c.png\n", "line 1: expected the paths"),
-        ("a.png\t\n", "line 1: expected the paths"),
-        ("../a.png al.png\n", "line 1: paths must be relative and stay inside"),
-        ("a.png /etc/passwd\n", "line 1: paths must be relative and stay inside"),
-        ("\n \n", "lists no image"),
-    ],
-)
-def test_lines_that_cannot_be_right(folder, text, message):
-    with pytest.raises(InputError, match=message):
-        dataset(folder, text)
-
-
-def test_only_the_first_ten_problems_are_listed(folder):
-    with pytest.raises(InputError) as caught:
-        dataset(folder, "x\n" * 30)
-    assert len(str(caught.value).splitlines()) == 10
 
 
 def test_files_that_cannot_be_used_are_named_with_their_line(folder):

@@ -4,7 +4,7 @@ import numpy as np
 import paddle
 import pytest
 
-from replknet_paddle.segmentation.metrics import ConfusionSums
+from replknet_paddle.segmentation.evaluate import ConfusionSums
 
 
 def sums_of(*pairs, classes=3):

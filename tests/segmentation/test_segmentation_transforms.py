@@ -10,7 +10,7 @@ from numpy_heads import bilinear
 from PIL import Image
 
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.segmentation.transforms import (
+from replknet_paddle.segmentation.data import (
     IGNORED,
     TrainCrop,
     distort,

@@ -5,7 +5,7 @@ import paddle
 import pytest
 from numpy_heads import fcn_head, uper_head
 
-from replknet_paddle.segmentation.heads import FCNHead, UPerHead
+from replknet_paddle.segmentation.upernet import FCNHead, UPerHead
 
 pytestmark = pytest.mark.paddle_version
 

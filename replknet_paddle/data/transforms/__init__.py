@@ -4,38 +4,39 @@
 arguments.
 """
 
-from replknet_paddle.data.transforms.augment import AutoAugment, RandAugment, fill_color
-from replknet_paddle.data.transforms.erasing import RandomErasing
-from replknet_paddle.data.transforms.evaluation import EvalTransform
-from replknet_paddle.data.transforms.finish import FinishBatch
+from replknet_paddle.data.transforms.augment import (
+    RAND_AUGMENT,
+    RAND_AUGMENT_INCREASING,
+    AutoAugment,
+    RandAugment,
+    fill_color,
+)
+from replknet_paddle.data.transforms.finish import RandomErasing
 from replknet_paddle.data.transforms.mixup import Mixup
-from replknet_paddle.data.transforms.pixels import get_pixels
-from replknet_paddle.data.transforms.training import ColorJitter, TrainTransform
+from replknet_paddle.data.transforms.pipelines import ColorJitter, EvalTransform, TrainTransform
 from replknet_paddle.runtime.errors import InputError
 
 
 def build_eval_transform(config) -> EvalTransform:
-    """The evaluation pipeline that the config's weights expect."""
+    """Return the evaluation pipeline that the config's weights expect."""
     return EvalTransform(
         image_size=config.DATA.IMAGE_SIZE,
         crop_pct=config.DATA.CROP_PCT,
         mode=config.DATA.RESIZE_MODE,
         mean=config.DATA.IMAGENET_MEAN,
         std=config.DATA.IMAGENET_STD,
-        pixels=get_pixels(True),
     )
 
 
 def build_train_transform(config) -> TrainTransform:
-    """The training pipeline of one sample.
+    """Return the training pipeline of one sample.
 
     One photometric policy at most: RandAugment wins over AutoAugment, and colour jitter is
     for when neither is on (PaddleViT's rule).
 
     Raises:
-        InputError: an illegal value, or `RANDOM_ERASE_SPLIT` on. That setting spares the
-            part of a batch that holds clean copies of augmented samples (AugMix); samples
-            have no such copies here, so there is nothing that it could mean.
+        InputError: `RANDOM_ERASE_SPLIT` is on. That setting spares the part of a batch that holds
+            clean copies of augmented samples (AugMix); samples have no such copies here.
     """
     train = config.TRAIN
     if train.RANDOM_ERASE_SPLIT:
@@ -51,7 +52,7 @@ def build_train_transform(config) -> TrainTransform:
             layers=train.RAND_AUGMENT_LAYERS,
             magnitude=train.RAND_AUGMENT_MAGNITUDE,
             magnitude_std=train.RAND_AUGMENT_MAGNITUDE_STD,
-            increasing=train.RAND_AUGMENT_INCREASING,
+            names=RAND_AUGMENT_INCREASING if train.RAND_AUGMENT_INCREASING else RAND_AUGMENT,
             fill=fill,
         )
     elif train.AUTO_AUGMENT:
@@ -74,26 +75,12 @@ def build_train_transform(config) -> TrainTransform:
         erasing=erasing,
         mean=config.DATA.IMAGENET_MEAN,
         std=config.DATA.IMAGENET_STD,
-        pixels=get_pixels(True),
         reduced_decode=config.DATA.REDUCED_DECODE,
     )
 
 
-def build_finish(config) -> FinishBatch:
-    """The last steps of either pipeline, for a batch on its device."""
-    return FinishBatch(
-        mean=config.DATA.IMAGENET_MEAN,
-        std=config.DATA.IMAGENET_STD,
-        erase_mode=config.TRAIN.RANDOM_ERASE_MODE,
-    )
-
-
 def build_mixup(config) -> Mixup | None:
-    """Mixup and CutMix of training batches; None where the config switches both off.
-
-    Raises:
-        InputError: an illegal value, or a mode other than `batch`.
-    """
+    """Return the mixup and CutMix of training batches; None where the config switches both off."""
     train = config.TRAIN
     mixes = train.MIXUP_ALPHA > 0 or train.CUTMIX_ALPHA > 0 or train.CUTMIX_MINMAX is not None
     if not mixes or train.MIXUP_PROB == 0:

@@ -14,12 +14,12 @@ of that name gives.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
 from replknet_paddle.data.transforms.pixels import Pixels
-from replknet_paddle.runtime.errors import InputError
 
 MAX_MAGNITUDE = 10.0
 
@@ -28,7 +28,7 @@ Drawn = tuple[str, float, int]  # operation, magnitude, and the sign it takes if
 
 
 def fill_color(mean: Sequence[float]) -> Color:
-    """The 8-bit colour, from the [0, 1] mean, for pixels that come from outside the image."""
+    """Return the 8-bit colour, of the [0, 1] mean, for pixels from outside the image."""
     return tuple(min(255, round(255 * float(channel))) for channel in mean)
 
 
@@ -68,7 +68,7 @@ def invert(px, image, _, fill):
 
 
 def rotate(px, image, degrees, fill):
-    """Counterclockwise around the centre."""
+    """Turn counterclockwise around the centre."""
     angle = -math.radians(degrees % 360.0)
     # 15 digits, as Pillow has it: a quarter turn shall have zeros in its matrix.
     cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
@@ -223,7 +223,7 @@ AUTO_AUGMENT = (
 
 
 def operation_argument(name: str, magnitude: float, sign: int):
-    """What `OPERATIONS[name].apply` gets for a magnitude, clipped to [0, 10], and a sign."""
+    """Return the argument of an operation for a magnitude, clipped to [0, 10], and a sign."""
     level = min(max(magnitude, 0.0), MAX_MAGNITUDE) / MAX_MAGNITUDE
     return OPERATIONS[name].argument(level, sign)
 
@@ -239,36 +239,24 @@ def _random_sign(rng: np.random.Generator) -> int:
     return 1 if rng.random() < 0.5 else -1
 
 
+@dataclass(kw_only=True)
 class RandAugment:
     """`layers` operations drawn with replacement, each of them applied with chance 0.5.
 
-    Args:
+    Attributes:
         layers: how many operations are drawn for an image.
         magnitude: mean of the normal distribution of magnitudes, on the scale of 0 to 10.
         magnitude_std: its standard deviation; draws are clipped to [0, 10].
-        increasing: use the scales whose effect grows with the magnitude.
+        names: of the operations, one of `RAND_AUGMENT` and `RAND_AUGMENT_INCREASING`.
         fill: the colour of pixels that come from outside the image.
-
-    Raises:
-        InputError: an argument outside its legal values.
     """
 
-    prob = 0.5
-
-    def __init__(
-        self, *, layers: int, magnitude: float, magnitude_std: float, increasing: bool, fill: Color
-    ):
-        if layers < 0:
-            raise InputError(f"RandAugment layers {layers}: must not be negative")
-        if not 0 <= magnitude <= MAX_MAGNITUDE:
-            raise InputError(f"RandAugment magnitude {magnitude}: must be in [0, 10]")
-        if not 0 <= magnitude_std < float("inf"):
-            raise InputError(f"RandAugment magnitude std {magnitude_std}: must not be negative")
-        self.layers = layers
-        self.magnitude = magnitude
-        self.magnitude_std = magnitude_std
-        self.names = RAND_AUGMENT_INCREASING if increasing else RAND_AUGMENT
-        self.fill = fill
+    prob: ClassVar = 0.5
+    layers: int
+    magnitude: float
+    magnitude_std: float
+    names: Sequence[str]
+    fill: Color
 
     def __call__(self, px: Pixels, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """(H, W, 3) uint8 -> the same."""
@@ -284,15 +272,15 @@ class RandAugment:
         return drawn
 
 
+@dataclass(kw_only=True)
 class AutoAugment:
     """One of the 25 sub-policies of `AUTO_AUGMENT`, its two operations by their chances.
 
-    Args:
+    Attributes:
         fill: the colour of pixels that come from outside the image.
     """
 
-    def __init__(self, *, fill: Color):
-        self.fill = fill
+    fill: Color
 
     def __call__(self, px: Pixels, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """(H, W, 3) uint8 -> the same."""

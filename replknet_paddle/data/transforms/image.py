@@ -1,4 +1,4 @@
-"""What the evaluation and the training pipeline share: RGB conversion and normalization.
+"""Opening, RGB conversion and normalization of images, for all pipelines.
 
 Everything geometric and photometric happens on 8-bit images; `normalize` is the last step
 and stands alone, so that a loader may ship 8-bit batches and do this step on the device.
@@ -24,7 +24,7 @@ MAX_FILE_BYTES = 2**30
 
 
 def read_file(path: str) -> bytes:
-    """The bytes of an image file.
+    """Return the bytes of an image file.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
@@ -66,7 +66,7 @@ def open_image(source: str | bytes) -> Image.Image:
 
 
 def asks_for_a_quarter_turn(image: Image.Image) -> bool:
-    """Whether the EXIF orientation of an opened image says that its sides are to be exchanged."""
+    """Return whether an opened image's EXIF orientation says that its sides are to be exchanged."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
     except Exception:  # damaged files make Pillow's readers raise almost anything

@@ -5,19 +5,19 @@ batch of odd size the middle sample meets itself and stays as it is, and so does
 one: nothing needs to be refused.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import paddle
 import paddle.nn.functional as F
 
-from replknet_paddle.runtime.errors import InputError
-
 Box = tuple[int, int, int, int]
 
 
 class Mix(NamedTuple):
-    """What is done to one batch.
+    """The mixing of one batch.
 
     lam: weight of a sample's own label, [0, 1].
     box: (top, left, bottom, right) taken from the partner (CutMix); None to blend (mixup).
@@ -28,7 +28,7 @@ class Mix(NamedTuple):
 
 
 def cutmix_box(height: int, width: int, lam: float, rng: np.random.Generator) -> Box:
-    """A box of the image's shape and (1 - lam) of its area around a uniform centre, clipped."""
+    """Return a box of the image's shape and (1 - lam) of its area, around a uniform centre, cut."""
     side = np.sqrt(1 - lam)
     box_height, box_width = int(height * side), int(width * side)
     top = int(rng.integers(height)) - box_height // 2
@@ -39,7 +39,7 @@ def cutmix_box(height: int, width: int, lam: float, rng: np.random.Generator) ->
 def cutmix_box_minmax(
     height: int, width: int, minmax: tuple[float, float], rng: np.random.Generator
 ) -> Box:
-    """A box inside the image whose sides are uniform shares of the image's, in `minmax`."""
+    """Return a box inside the image whose sides are uniform shares of the image's, in `minmax`."""
     least, most = minmax
 
     def side(length: int) -> int:
@@ -52,10 +52,11 @@ def cutmix_box_minmax(
     return top, left, top + box_height, left + box_width
 
 
+@dataclass(kw_only=True)
 class Mixup:
     """Mix a batch of images and turn its labels into soft targets.
 
-    Args:
+    Attributes:
         mixup_alpha: lam ~ Beta(alpha, alpha); 0 switches mixup off.
         cutmix_alpha: the same for CutMix.
         cutmix_minmax: (least, most) share of the image's sides for those of the CutMix box;
@@ -64,43 +65,15 @@ class Mixup:
         switch_prob: chance of CutMix where both are on.
         label_smoothing: share of the label spread evenly over all classes, [0, 1).
         num_classes: length of a soft target.
-
-    Raises:
-        InputError: an argument outside its legal values, or both ways of mixing off.
     """
 
-    def __init__(
-        self,
-        *,
-        mixup_alpha: float,
-        cutmix_alpha: float,
-        cutmix_minmax: tuple[float, float] | None,
-        prob: float,
-        switch_prob: float,
-        label_smoothing: float,
-        num_classes: int,
-    ):
-        if cutmix_minmax is not None:
-            if not 0 <= cutmix_minmax[0] <= cutmix_minmax[1] <= 1:
-                raise InputError(f"cutmix min-max {cutmix_minmax}: must be 0 <= least <= most <= 1")
-            cutmix_alpha = 1.0
-        if min(mixup_alpha, cutmix_alpha) < 0 or max(mixup_alpha, cutmix_alpha) == 0:
-            raise InputError(
-                f"mixup alpha {mixup_alpha}, cutmix alpha {cutmix_alpha}: "
-                "neither may be negative, and one must be above 0"
-            )
-        for name, value in (("prob", prob), ("switch_prob", switch_prob)):
-            if not 0 <= value <= 1:
-                raise InputError(f"mixup {name} {value}: must be in [0, 1]")
-        if not 0 <= label_smoothing < 1:
-            raise InputError(f"label smoothing {label_smoothing}: must be in [0, 1)")
-        self.mixup_alpha = mixup_alpha
-        self.cutmix_alpha = cutmix_alpha
-        self.cutmix_minmax = cutmix_minmax
-        self.prob = prob
-        self.switch_prob = switch_prob
-        self.label_smoothing = label_smoothing
-        self.num_classes = num_classes
+    mixup_alpha: float
+    cutmix_alpha: float
+    cutmix_minmax: Sequence[float] | None
+    prob: float
+    switch_prob: float
+    label_smoothing: float
+    num_classes: int
 
     def __call__(
         self, images: paddle.Tensor, labels: paddle.Tensor, rng: np.random.Generator
@@ -122,10 +95,11 @@ class Mixup:
         return mix_images(images, mix), targets
 
     def draw(self, height: int, width: int, rng: np.random.Generator) -> Mix:
-        """Draw what to do to a batch of images of this size."""
+        """Draw the mixing of a batch of images of this size."""
         if rng.random() >= self.prob:
             return Mix(1.0, None)
-        if self.cutmix_alpha == 0 or (self.mixup_alpha > 0 and rng.random() >= self.switch_prob):
+        cuts = self.cutmix_alpha > 0 or self.cutmix_minmax is not None
+        if not cuts or (self.mixup_alpha > 0 and rng.random() >= self.switch_prob):
             return Mix(float(rng.beta(self.mixup_alpha, self.mixup_alpha)), None)
         if self.cutmix_minmax is not None:
             box = cutmix_box_minmax(height, width, self.cutmix_minmax, rng)

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def rows_first(size: Size, new_size: Size) -> bool:
-    """Whether Pillow 13 makes the image lower before it makes it narrower or wider."""
+    """Return whether Pillow 13 makes an image lower before it makes it narrower or wider."""
     fewer_rows = size[1] - new_size[1]
     return fewer_rows > 0 and fewer_rows > 2 * (size[0] - new_size[0])
 
@@ -78,7 +78,7 @@ class PillowPixels:
         return image.resize(size, Image.Resampling.BICUBIC, box)
 
     def affine(self, pixels: np.ndarray, matrix: Sequence, fill: Sequence) -> np.ndarray:
-        """Bicubic; (x, y) takes its colour at (m0 x + m1 y + m2, m3 x + m4 y + m5), or `fill`."""
+        """Give (x, y) the colour at (m0 x + m1 y + m2, m3 x + m4 y + m5), bicubic, or `fill`."""
         image = Image.fromarray(pixels)
         return np.array(
             image.transform(
@@ -96,24 +96,24 @@ class PillowPixels:
         return np.array(Image.fromarray(pixels).point(table.ravel().tolist()))
 
     def histogram(self, pixels: np.ndarray) -> np.ndarray:
-        """How often each channel has each value: (3, 256) int64."""
+        """Return how often each channel has each value: (3, 256) int64."""
         return np.array(Image.fromarray(pixels).histogram()).reshape(3, 256)
 
     def grey(self, pixels: np.ndarray) -> np.ndarray:
-        """The luminance (ITU-R 601-2) in each channel."""
+        """Return the luminance (ITU-R 601-2) in each channel."""
         return np.array(Image.fromarray(pixels).convert("L").convert("RGB"))
 
     def smooth(self, pixels: np.ndarray) -> np.ndarray:
-        """3x3 average in which the centre counts five times; the border stays."""
+        """Return the 3x3 average in which the centre counts five times; the border stays."""
         return np.array(Image.fromarray(pixels).filter(ImageFilter.SMOOTH))
 
     def blend(self, start: np.ndarray, end: np.ndarray, factor: float) -> np.ndarray:
-        """start + factor * (end - start), cut to [0, 255]; a factor above 1 goes beyond `end`."""
+        """Return start + factor * (end - start), cut to [0, 255]; above 1 it goes beyond `end`."""
         return np.array(Image.blend(Image.fromarray(start), Image.fromarray(end), factor))
 
 
 class _ArrowArray(ctypes.Structure):
-    """Of Arrow's C data interface, as far as it is read here."""
+    """The struct of Arrow's C data interface, as far as it is read here."""
 
 
 _ArrowArray._fields_ = [
@@ -163,7 +163,7 @@ class NativePixels:
         self._library = library
 
     def __reduce__(self):
-        return get_pixels, (True,)  # where workers are started afresh instead of forked
+        return get_pixels, ()  # where workers are started afresh instead of forked
 
     def resize(self, image, size, *, crop=None, box=None, keep=None, flip=False):
         left, top, right, bottom = crop or (0, 0, *image.size)
@@ -174,83 +174,58 @@ class NativePixels:
         result = np.empty((keep[3] - keep[1], keep[2] - keep[0], 3), np.uint8)
         stride = 4 * image.width
         with _memory(image) as address:
-            self._library.resize(
-                address + stride * top + 4 * left,
-                *cropped,
-                stride,
-                corners.ctypes.data,
-                *size,
-                kept.ctypes.data,
-                rows_first(cropped, size),
-                flip,
-                result.ctypes.data,
-            )
+            first = address + stride * top + 4 * left
+            last = kept, rows_first(cropped, size), flip, result
+            self._call("resize", first, *cropped, stride, corners, *size, *last)
         return result
 
     def affine(self, pixels, matrix, fill):
-        pixels, result = self._in_and_out(pixels)
         height, width, _ = pixels.shape
         matrix, fill = np.array(matrix, np.float64), np.array(fill, np.uint8)
-        self._library.affine(
-            pixels.ctypes.data,
-            width,
-            height,
-            matrix.ctypes.data,
-            fill.ctypes.data,
-            result.ctypes.data,
-        )
-        return result
+        return self._map("affine", pixels, width, height, matrix, fill)
 
     def lookup(self, pixels, table):
-        pixels, result = self._in_and_out(pixels)
         table = np.ascontiguousarray(np.broadcast_to(table, (3, 256)), np.uint8)
-        self._library.lookup(
-            pixels.ctypes.data, pixels.size // 3, table.ctypes.data, result.ctypes.data
-        )
-        return result
+        return self._map("lookup", pixels, pixels.size // 3, table)
 
     def histogram(self, pixels):
-        pixels = np.ascontiguousarray(pixels)
         counts = np.empty((3, 256), np.int64)
-        self._library.histogram(pixels.ctypes.data, pixels.size // 3, counts.ctypes.data)
+        self._call("histogram", np.ascontiguousarray(pixels), pixels.size // 3, counts)
         return counts
 
     def grey(self, pixels):
-        pixels, result = self._in_and_out(pixels)
-        self._library.grey(pixels.ctypes.data, pixels.size // 3, result.ctypes.data)
-        return result
+        return self._map("grey", pixels, pixels.size // 3)
 
     def smooth(self, pixels):
-        pixels, result = self._in_and_out(pixels)
         height, width, _ = pixels.shape
-        self._library.smooth(pixels.ctypes.data, width, height, result.ctypes.data)
-        return result
+        return self._map("smooth", pixels, width, height)
 
     def blend(self, start, end, factor):
-        start, result = self._in_and_out(start)
-        end = np.ascontiguousarray(end)
-        self._library.blend(
-            start.ctypes.data, end.ctypes.data, start.size, factor, result.ctypes.data
-        )
+        return self._map("blend", start, np.ascontiguousarray(end), start.size, factor)
+
+    def _map(self, name: str, pixels: np.ndarray, *arguments) -> np.ndarray:
+        """The result of an operation that gives as many pixels as it gets."""
+        pixels = np.ascontiguousarray(pixels)
+        result = np.empty_like(pixels)
+        self._call(name, pixels, *arguments, result)
         return result
 
-    @staticmethod
-    def _in_and_out(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        pixels = np.ascontiguousarray(pixels)
-        return pixels, np.empty_like(pixels)
+    def _call(self, name: str, *arguments) -> None:
+        """Call a compiled function with numbers and with the addresses of arrays."""
+        getattr(self._library, name)(
+            *(a.ctypes.data if isinstance(a, np.ndarray) else a for a in arguments)
+        )
 
 
 Pixels = PillowPixels | NativePixels
 
 
 @functools.cache
-def get_pixels(native: bool) -> Pixels:
-    """The operations in compiled code if `native` and possible, else by Pillow.
+def get_pixels() -> Pixels:
+    """Return the operations in compiled code where possible, else by Pillow.
 
     Compiles them on first use, which takes seconds; a warning says where it cannot.
     """
-    if not native:
-        return PillowPixels()
     try:
         return NativePixels(ctypes.CDLL(str(pixels_library().find_or_build())))
     except (BuildError, OSError) as error:
@@ -263,7 +238,7 @@ def get_pixels(native: bool) -> Pixels:
 
 
 def pixels_library() -> SharedLibrary:
-    """The compiled operations, for this machine's processor alone."""
+    """Return the library of compiled operations, for this machine's processor alone."""
     processor = _processor_flags()
     native = ("-march=native",) if "avx2" in processor.split() else ()
     return SharedLibrary(
@@ -278,7 +253,7 @@ def pixels_library() -> SharedLibrary:
 
 
 def _processor_flags() -> str:
-    """What an x86 processor can do, so that no other kind runs what was compiled for this one."""
+    """The features of an x86 processor: no other kind may run what was compiled for this one."""
     try:
         with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
             return next((line for line in file if line.startswith("flags")), "")

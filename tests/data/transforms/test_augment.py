@@ -1,5 +1,4 @@
 import json
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,32 +14,33 @@ from replknet_paddle.data.transforms.augment import (
     fill_color,
     operation_argument,
 )
-from replknet_paddle.data.transforms.pixels import get_pixels
-from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.data.transforms.pixels import PillowPixels, get_pixels
 
 GOLDENS = Path(__file__).parent / "goldens"  # what made them: see make_goldens.py there
 PIXELS = np.load(GOLDENS / "timm_operations.npz")
 DRAWS = json.loads((GOLDENS / "timm_draws.json").read_text())
 FILL = (124, 116, 104)
-PX = get_pixels(True)
+PX = get_pixels()
 
 
 def official(**changed) -> RandAugment:
     """`rand-m9-mstd0.5-inc1`."""
-    return RandAugment(
-        **(
-            {"layers": 2, "magnitude": 9, "magnitude_std": 0.5, "increasing": True, "fill": FILL}
-            | changed
-        )
-    )
+    settings = {
+        "layers": 2,
+        "magnitude": 9,
+        "magnitude_std": 0.5,
+        "fill": FILL,
+        "names": RAND_AUGMENT_INCREASING,
+    }
+    return RandAugment(**(settings | changed))
 
 
-@pytest.mark.parametrize("native", [True, False], ids=["native", "Pillow"])
+@pytest.mark.parametrize("px", [PX, PillowPixels()], ids=["native", "Pillow"])
 @pytest.mark.parametrize("key", [key for key in PIXELS.files if key not in ("image", "made_by")])
-def test_operation_equals_timm(key, native):
+def test_operation_equals_timm(key, px):
     name, magnitude, sign = key.split()
     drawn = [(name, float(magnitude), int(sign))]
-    result = apply_operations(get_pixels(native), PIXELS["image"], drawn, FILL)
+    result = apply_operations(px, PIXELS["image"], drawn, FILL)
     np.testing.assert_array_equal(result, PIXELS[key])
 
 
@@ -87,28 +87,6 @@ def test_posterize_without_bits_is_black(name):
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "Rotate",
-        "ShearX",
-        "ShearY",
-        "TranslateXRel",
-        "TranslateYRel",
-        "ColorIncreasing",
-        "ContrastIncreasing",
-        "BrightnessIncreasing",
-        "SharpnessIncreasing",
-        "SolarizeIncreasing",
-        "SolarizeAdd",
-    ],
-)
-@pytest.mark.parametrize("sign", [1, -1])
-def test_magnitude_0_leaves_the_image_as_it_is(name, sign):
-    result = apply_operations(PX, PIXELS["image"], [(name, 0.0, sign)], FILL)
-    np.testing.assert_array_equal(result, PIXELS["image"])
-
-
-@pytest.mark.parametrize(
     "name, most",
     [
         ("Rotate", 30.0),
@@ -125,11 +103,6 @@ def test_magnitudes_are_clipped_to_the_scale(name, most):
     assert operation_argument(name, -3.0, 1) == operation_argument(name, 0.0, 1)
 
 
-def test_enhancement_factors_end_at_a_tenth():
-    assert operation_argument("ColorIncreasing", 10.0, -1) == 0.1
-    assert operation_argument("Color", 0.0, 1) == 0.1
-
-
 def test_translation_moves_by_its_share_of_the_side_and_fills():
     pixels = np.random.default_rng(0).integers(0, 256, (10, 20, 3), np.uint8)
     argument = operation_argument("TranslateXRel", 10.0, 1) * 20  # 9 pixels
@@ -137,30 +110,6 @@ def test_translation_moves_by_its_share_of_the_side_and_fills():
     assert argument == 9
     np.testing.assert_array_equal(result[:, :11], pixels[:, 9:])
     np.testing.assert_array_equal(result[:, 11:], np.broadcast_to(FILL, (10, 9, 3)))
-
-
-def test_rand_augment_statistics():
-    policy, images = official(), 6000
-    drawn = [
-        operation
-        for seed in range(images)
-        for operation in policy.draw(np.random.default_rng(seed))
-    ]
-    assert len(drawn) / images == pytest.approx(1.0, abs=0.04)  # 2 layers, chance 0.5 each
-    counts = Counter(name for name, _, _ in drawn)
-    assert set(counts) == set(RAND_AUGMENT_INCREASING)
-    assert all(count / images == pytest.approx(1 / 15, abs=0.016) for count in counts.values())
-    magnitudes = np.array([magnitude for _, magnitude, _ in drawn])
-    assert magnitudes.mean() == pytest.approx(9, abs=0.03)
-    assert magnitudes.std() == pytest.approx(0.5, abs=0.03)
-    assert np.mean([sign for _, _, sign in drawn]) == pytest.approx(0, abs=0.06)
-
-
-def test_rand_augment_draws_with_replacement():
-    policy = official()
-    pairs = [policy.draw(np.random.default_rng(seed)) for seed in range(3000)]
-    twice = [pair for pair in pairs if len(pair) == 2 and pair[0][0] == pair[1][0]]
-    assert len(twice) / 3000 == pytest.approx(0.25 / 15, abs=0.01)
 
 
 def test_no_layers_and_no_noise():
@@ -174,28 +123,8 @@ def test_no_layers_and_no_noise():
     assert magnitudes == {9.0}
 
 
-def test_auto_augment_draws_each_sub_policy_alike():
-    policy = AutoAugment(fill=FILL)
-    draws = [policy.draw(np.random.default_rng(seed)) for seed in range(6000)]
-    # Only one sub-policy has Sharpness (chance 0.4), and only one ShearX (chance 0.6).
-    counts = Counter(name for drawn in draws for name, _, _ in drawn)
-    assert counts["Sharpness"] / 6000 == pytest.approx(0.4 / 25, abs=0.006)
-    assert counts["ShearX"] / 6000 == pytest.approx(0.6 / 25, abs=0.007)
-    expected = sum(prob for pair in AUTO_AUGMENT for _, prob, _ in pair) / 25
-    assert sum(counts.values()) / 6000 == pytest.approx(expected, abs=0.04)
-
-
 @pytest.mark.parametrize(
     "mean, expected", [((0.485, 0.456, 0.406), FILL), ((1, 0, 0.5), (255, 0, 128))]
 )
 def test_fill_color_is_the_mean_in_8_bits(mean, expected):
     assert fill_color(mean) == expected
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [{"layers": -1}, {"magnitude": 11}, {"magnitude_std": -0.5}, {"magnitude_std": float("inf")}],
-)
-def test_illegal_arguments_are_refused(wrong):
-    with pytest.raises(InputError):
-        official(**wrong)

@@ -1,3 +1,5 @@
+"""Transforms as the configuration asks for them."""
+
 from pathlib import Path
 
 import numpy as np
@@ -12,32 +14,28 @@ from replknet_paddle.data.transforms.augment import (
     AutoAugment,
     RandAugment,
 )
-from replknet_paddle.data.transforms.training import ColorJitter
+from replknet_paddle.data.transforms.pipelines import ColorJitter
 from replknet_paddle.runtime.errors import InputError
 
 IMAGES = Path(__file__).parents[2] / "fixtures" / "images"
 
 
-def config(*options):
-    """The default configuration with some keys changed."""
-    changed = get_config().clone()
-    changed.defrost()
-    changed.merge_from_list(list(options))
-    changed.freeze()
-    return changed
+def train_config(**values):
+    """The default configuration with keys of TRAIN changed."""
+    return get_config(**{f"TRAIN__{key}": value for key, value in values.items()})
 
 
 @pytest.mark.parametrize(
-    "pipeline, options",
+    "pipeline, values",
     [
-        ("short256_crop224", ()),
-        ("warp384", ("DATA.IMAGE_SIZE", 384, "DATA.RESIZE_MODE", "warp")),
-        ("short365_crop320", ("DATA.IMAGE_SIZE", 320)),
+        ("short256_crop224", {}),
+        ("warp384", {"DATA__IMAGE_SIZE": 384, "DATA__RESIZE_MODE": "warp"}),
+        ("short365_crop320", {"DATA__IMAGE_SIZE": 320}),
     ],
 )
-def test_eval_transform_of_a_config(pipeline, options):
+def test_eval_transform_of_a_config(pipeline, values):
     image = Image.open(IMAGES / "portrait_301x400.jpg")
-    transform = build_eval_transform(config(*options))
+    transform = build_eval_transform(get_config(**values))
     expected = np.array(Image.open(IMAGES / f"expected__portrait_301x400__{pipeline}.png"))
     np.testing.assert_array_equal(transform.pixels(image), expected)
     scaled = expected.transpose(2, 0, 1) / 255
@@ -56,44 +54,29 @@ def test_eval_transform_of_a_config(pipeline, options):
     ],
 )
 def test_one_photometric_policy_at_most(rand, auto, jitter, policy):
-    transform = build_train_transform(
-        config("TRAIN.RAND_AUGMENT", rand, "TRAIN.AUTO_AUGMENT", auto, "TRAIN.COLOR_JITTER", jitter)
-    )
-    assert type(transform.photometric) is policy
+    config = train_config(RAND_AUGMENT=rand, AUTO_AUGMENT=auto, COLOR_JITTER=jitter)
+    assert type(build_train_transform(config).photometric) is policy
 
 
 def test_train_transform_takes_its_settings_from_the_config():
-    transform = build_train_transform(
-        config(
-            "DATA.IMAGE_SIZE",
-            40,
-            "DATA.IMAGENET_MEAN",
-            [0.5, 0.25, 0.0],
-            "TRAIN.CROP_SCALE",
-            [0.5, 0.6],
-            "TRAIN.CROP_RATIO",
-            [0.9, 1.1],
-            "TRAIN.HFLIP_PROB",
-            0.125,
-            "TRAIN.RAND_AUGMENT",
-            True,
-            "TRAIN.RAND_AUGMENT_LAYERS",
-            3,
-            "TRAIN.RAND_AUGMENT_MAGNITUDE",
-            7,
-            "TRAIN.RAND_AUGMENT_MAGNITUDE_STD",
-            0.25,
-            "TRAIN.RANDOM_ERASE_PROB",
-            0.75,
-            "TRAIN.RANDOM_ERASE_MODE",
-            "rand",
-            "TRAIN.RANDOM_ERASE_COUNT",
-            2,
-        )
+    config = get_config(
+        DATA__IMAGE_SIZE=40,
+        DATA__IMAGENET_MEAN=[0.5, 0.25, 0.0],
+        TRAIN__CROP_SCALE=[0.5, 0.6],
+        TRAIN__CROP_RATIO=[0.9, 1.1],
+        TRAIN__HFLIP_PROB=0.125,
+        TRAIN__RAND_AUGMENT=True,
+        TRAIN__RAND_AUGMENT_LAYERS=3,
+        TRAIN__RAND_AUGMENT_MAGNITUDE=7,
+        TRAIN__RAND_AUGMENT_MAGNITUDE_STD=0.25,
+        TRAIN__RANDOM_ERASE_PROB=0.75,
+        TRAIN__RANDOM_ERASE_MODE="rand",
+        TRAIN__RANDOM_ERASE_COUNT=2,
     )
+    transform = build_train_transform(config)
     assert (transform.image_size, transform.hflip_prob) == (40, 0.125)
-    assert (transform.crop_scale, transform.crop_ratio) == ((0.5, 0.6), (0.9, 1.1))
-    assert transform.mean.tolist() == [0.5, 0.25, 0.0]
+    assert (transform.crop_scale, transform.crop_ratio) == ([0.5, 0.6], [0.9, 1.1])
+    assert list(transform.mean) == [0.5, 0.25, 0.0]
     policy, erasing = transform.photometric, transform.erasing
     assert (policy.layers, policy.magnitude, policy.magnitude_std) == (3, 7, 0.25)
     assert policy.fill == (128, 64, 0)
@@ -104,58 +87,36 @@ def test_train_transform_takes_its_settings_from_the_config():
     "increasing, names", [(True, RAND_AUGMENT_INCREASING), (False, RAND_AUGMENT)]
 )
 def test_increasing_chooses_the_operations(increasing, names):
-    transform = build_train_transform(
-        config("TRAIN.RAND_AUGMENT", True, "TRAIN.RAND_AUGMENT_INCREASING", increasing)
-    )
-    assert transform.photometric.names == names
+    config = train_config(RAND_AUGMENT=True, RAND_AUGMENT_INCREASING=increasing)
+    assert build_train_transform(config).photometric.names == names
 
 
-def test_erasing_can_be_off():
-    assert build_train_transform(config("TRAIN.RANDOM_ERASE_PROB", 0.0)).erasing is None
-
-
-def test_erase_split_is_refused():
+def test_erasing_can_be_off_and_a_split_is_refused():
+    assert build_train_transform(train_config(RANDOM_ERASE_PROB=0.0)).erasing is None
     with pytest.raises(InputError, match=r"TRAIN\.RANDOM_ERASE_SPLIT True: must be False"):
-        build_train_transform(config("TRAIN.RANDOM_ERASE_SPLIT", True))
+        build_train_transform(train_config(RANDOM_ERASE_SPLIT=True))
 
 
 def test_mixup_takes_its_settings_from_the_config():
-    mixup = build_mixup(
-        config(
-            "TRAIN.MIXUP_ALPHA",
-            0.7,
-            "TRAIN.CUTMIX_ALPHA",
-            0.9,
-            "TRAIN.MIXUP_PROB",
-            0.6,
-            "TRAIN.MIXUP_SWITCH_PROB",
-            0.3,
-            "TRAIN.SMOOTHING",
-            0.2,
-            "MODEL.NUM_CLASSES",
-            17,
-        )
+    config = get_config(
+        MODEL__NUM_CLASSES=17,
+        TRAIN__MIXUP_ALPHA=0.7,
+        TRAIN__CUTMIX_ALPHA=0.9,
+        TRAIN__MIXUP_PROB=0.6,
+        TRAIN__MIXUP_SWITCH_PROB=0.3,
+        TRAIN__SMOOTHING=0.2,
     )
+    mixup = build_mixup(config)
     assert (mixup.mixup_alpha, mixup.cutmix_alpha, mixup.cutmix_minmax) == (0.7, 0.9, None)
     assert (mixup.prob, mixup.switch_prob) == (0.6, 0.3)
     assert (mixup.label_smoothing, mixup.num_classes) == (0.2, 17)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("TRAIN.MIXUP_PROB", 0.0),
-        ("TRAIN.MIXUP_ALPHA", 0.0, "TRAIN.CUTMIX_ALPHA", 0.0),
-    ],
-)
-def test_mixup_can_be_off(options):
-    assert build_mixup(config(*options)) is None
+@pytest.mark.parametrize("off", [{"MIXUP_PROB": 0.0}, {"MIXUP_ALPHA": 0.0, "CUTMIX_ALPHA": 0.0}])
+def test_mixup_can_be_off(off):
+    assert build_mixup(train_config(**off)) is None
 
 
 def test_minmax_alone_switches_cutmix_on():
-    mixup = build_mixup(
-        config(
-            "TRAIN.MIXUP_ALPHA", 0.0, "TRAIN.CUTMIX_ALPHA", 0.0, "TRAIN.CUTMIX_MINMAX", [0.2, 0.8]
-        )
-    )
-    assert mixup.draw(10, 10, np.random.default_rng(0)).box is not None
+    config = train_config(MIXUP_ALPHA=0.0, CUTMIX_ALPHA=0.0, CUTMIX_MINMAX=[0.2, 0.8])
+    assert build_mixup(config).draw(10, 10, np.random.default_rng(0)).box is not None

@@ -1,16 +1,27 @@
+"""The last steps of a batch, on its device: the copy, normalization, random erasing."""
+
+import json
+from pathlib import Path
+
 import numpy as np
 import paddle
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
+from properties import same_examples
 
-from replknet_paddle.data.transforms.erasing import RandomErasing
-from replknet_paddle.data.transforms.finish import FinishBatch
+from replknet_paddle.data.transforms import finish as finish_module
+from replknet_paddle.data.transforms.finish import FinishBatch, RandomErasing, to_device
 from replknet_paddle.data.transforms.image import normalize
-from replknet_paddle.data.transforms.training import TrainTransform
+from replknet_paddle.data.transforms.pipelines import TrainTransform
 
 pytestmark = pytest.mark.paddle_version
 
+GOLDENS = Path(__file__).parent / "goldens"  # what made them: see make_goldens.py there
+BOXES = json.loads((GOLDENS / "timm_draws.json").read_text())["erased_boxes"]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SEEDS = st.integers(0, 2**32 - 1)
 
 
 def finish(mode="pixel") -> FinishBatch:
@@ -21,45 +32,99 @@ def batch(count=4) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, 30, 40, 3), dtype=np.uint8)
 
 
-def test_normalizing_gives_the_workers_bits():
+# ---- the copy
+
+
+def test_on_cpu_an_array_is_copied():
+    array = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    tensor = to_device(array)
+    array[:] = 0
+    assert tensor.tolist() == [[0, 1, 2], [3, 4, 5]] and tensor.dtype == paddle.uint8
+
+
+class Event:
+    """A CUDA event that is done when the test says so."""
+
+    made = []
+
+    def __init__(self):
+        self.done = self.recorded = False
+        Event.made.append(self)
+
+    def record(self):
+        self.recorded = True
+
+    def query(self):
+        return self.done
+
+    def synchronize(self):
+        pytest.fail("waits for the GPU")
+
+
+def test_pinned_memory_is_kept_until_the_gpu_has_read_it(monkeypatch):
+    calls = []
+    to_tensor, Event.made = paddle.to_tensor, []
+
+    def fake_to_tensor(array, place):
+        assert place == "pinned"
+        return to_tensor(array)
+
+    def fake_cuda(tensor, device_id=None, blocking=True):
+        calls.append(blocking)
+        return tensor.clone()
+
+    in_flight = finish_module.deque()
+    monkeypatch.setattr(finish_module, "on_gpu", lambda: True)
+    monkeypatch.setattr(finish_module, "_in_flight", in_flight)
+    monkeypatch.setattr(paddle, "CUDAPinnedPlace", lambda: "pinned")
+    monkeypatch.setattr(paddle, "to_tensor", fake_to_tensor)
+    monkeypatch.setattr(paddle.Tensor, "cuda", fake_cuda)
+    monkeypatch.setattr(paddle.device.cuda, "Event", Event)
+    for count in (1, 2, 3):
+        to_device(np.zeros(2))
+        assert len(in_flight) == count
+    assert calls == [False] * 3 and all(event.recorded for event in Event.made)
+    Event.made[0].done = Event.made[2].done = True
+    to_device(np.zeros(2))
+    assert [event for _, event in in_flight] == Event.made[1:]  # in their order
+    Event.made[1].done = True
+    to_device(np.zeros(2))
+    assert [event for _, event in in_flight] == Event.made[3:]
+
+
+# ---- normalizing, and filling boxes
+
+
+def test_normalizing_gives_the_bits_of_normalize():
     values = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
     images = finish()(paddle.to_tensor(values))
     assert images.dtype == paddle.float32
     np.testing.assert_array_equal(images.numpy()[0], normalize(values[0], MEAN, STD))
 
 
-def test_boxes_are_erased_and_nothing_else():
-    pixels = batch()
-    plain = finish()(paddle.to_tensor(pixels)).numpy()
-    boxes = [(2, 3, 12, 33), (20, 0, 30, 5)]
-    images = finish()(paddle.to_tensor(pixels), [(1, boxes, 7)]).numpy()
-    erased = np.zeros((4, 30, 40), bool)
-    erased[1, 2:12, 3:33] = erased[1, 20:30, 0:5] = True
-    changed = (images != plain).any(1)
-    np.testing.assert_array_equal(changed, erased)
-    noise = images.transpose(0, 2, 3, 1)[erased]
-    assert abs(noise.mean()) < 0.1 and noise.std() == pytest.approx(1, abs=0.1)
+@pytest.mark.parametrize("mode, shape", [("pixel", (3, 10, 30)), ("rand", (3, 1, 1)), ("const", 0)])
+def test_a_batch_is_erased_by_one_write_with_constants_of_the_device(mode, shape, monkeypatch):
+    copied = []
+    monkeypatch.setattr(finish_module, "to_device", lambda a: copied.append(a) or to_device(a))
+    last_steps, pixels = finish(mode), batch()
+    boxes = [(2, 3, 12, 33), (8, 9, 18, 39)]  # they overlap
+    erasures = [(i, boxes, 40 + i) for i in (0, 2, 3)]
+    plain = last_steps(paddle.to_tensor(pixels)).numpy()
+    assert not copied
+    got = last_steps(paddle.to_tensor(pixels), erasures).numpy()
+    assert len(copied) == 2  # places and values, however many boxes
+    wanted = plain.copy()
+    for index, boxes, seed in erasures:  # box by box, the later over the earlier
+        rng = np.random.default_rng(seed)
+        for top, left, bottom, right in boxes:
+            noise = rng.standard_normal(shape, np.float32) if shape else 0
+            wanted[index, :, top:bottom, left:right] = noise
+    np.testing.assert_array_equal(got, wanted)
+    monkeypatch.setattr(paddle, "to_tensor", lambda *_, **__: pytest.fail("copies a constant"))
+    last_steps(paddle.full([1, 4, 4, 3], 7, "uint8"))
 
 
-@pytest.mark.parametrize("mode, values", [("pixel", 900), ("rand", 3), ("const", 1)])
-def test_fillings(mode, values):
-    images = finish(mode)(paddle.to_tensor(batch(1)), [(0, [(0, 0, 10, 30)], 3)]).numpy()
-    box = images[0, :, :10, :30]
-    assert len(np.unique(box)) >= values * 0.99 and len(np.unique(box)) <= values
-    if mode == "const":
-        assert not box.any()
-
-
-def test_what_fills_a_box_depends_on_the_images_seed_alone():
-    pixels, box = paddle.to_tensor(batch()), [(5, 5, 20, 25)]
-    alone = finish()(pixels, [(2, box, 11)]).numpy()[2]
-    paddle.seed(99)
-    among = finish()(pixels, [(0, box, 3), (2, box, 11), (3, box, 4)]).numpy()
-    np.testing.assert_array_equal(among[2], alone)
-    assert not np.array_equal(among[0, :, 5:20, 5:25], among[3, :, 5:20, 5:25])
-
-
-def test_unfinished_samples_are_those_of_the_whole_transform():
+def test_raw_samples_become_those_of_the_whole_transform():
     transform = TrainTransform(
         image_size=32, crop_scale=(0.08, 1.0), crop_ratio=(0.75, 1.33), hflip_prob=0.5,
         photometric=None, erasing=RandomErasing(prob=0.5, mode="const", max_count=2),
@@ -69,9 +134,66 @@ def test_unfinished_samples_are_those_of_the_whole_transform():
     erased = 0
     for seed in range(20):
         expected = transform(image, np.random.default_rng(seed))
-        sample = transform.unfinished(image, np.random.default_rng(seed))
-        erasures = [(0, sample.boxes, sample.seed)] if sample.boxes else []
-        images = finish("const")(paddle.to_tensor(sample.pixels[None]), erasures)
+        raw = transform.raw(image, np.random.default_rng(seed))
+        erasures = [(0, raw.boxes, raw.seed)] if raw.boxes else []
+        images = finish("const")(paddle.to_tensor(raw.pixels[None]), erasures)
         np.testing.assert_array_equal(images.numpy()[0], expected)
         erased += len(erasures)
     assert 3 < erased < 17
+
+
+# ---- drawing boxes
+
+
+def test_boxes_equal_timm():
+    for row in BOXES:
+        eraser = RandomErasing(prob=0.5, mode="const", max_count=row["count"])
+        boxes = eraser.boxes(row["height"], row["width"], np.random.default_rng(row["seed"]))
+        assert [list(box) for box in boxes] == row["boxes"], row["seed"]
+
+
+@same_examples
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 4), SEEDS)
+def test_boxes_lie_within_the_image_share_their_area_and_never_span_it(height, width, most, seed):
+    eraser = RandomErasing(prob=1.0, mode="const", max_count=most)
+    boxes = eraser.boxes(height, width, np.random.default_rng(seed))
+    assert len(boxes) <= most
+    for top, left, bottom, right in boxes:
+        assert 0 <= top <= bottom <= height and 0 <= left <= right <= width
+        assert bottom - top < height and right - left < width
+        # At most a third of the area by all of them, but for rounding to whole pixels.
+        sides = bottom - top - 0.5, right - left - 0.5
+        assert min(sides) < 0 or sides[0] * sides[1] <= height * width / 3 / len(boxes)
+
+
+@pytest.mark.parametrize("prob", [0.0, 0.25, 1.0])
+def test_share_of_images_erased(prob):
+    eraser = RandomErasing(prob=prob, mode="const")
+    hits = [bool(eraser.boxes(60, 80, np.random.default_rng(seed))) for seed in range(4000)]
+    assert np.mean(hits) == pytest.approx(prob, abs=0.03 if 0 < prob < 1 else 1e-12)
+
+
+@same_examples
+@given(st.sampled_from(["pixel", "rand", "const"]), SEEDS)
+def test_one_image_is_erased_in_place_and_nothing_beside_the_boxes(mode, seed):
+    image = np.full((3, 60, 80), 7, np.float32)
+    eraser = RandomErasing(prob=1.0, mode=mode)
+    [(top, left, bottom, right)] = eraser.boxes(60, 80, np.random.default_rng(seed))
+    assert eraser(image, np.random.default_rng(seed)) is image
+    touched = np.zeros((60, 80), bool)
+    touched[top:bottom, left:right] = True
+    assert ((image != 7) == touched).all()
+    filling = image[:, touched]
+    values = {"const": 1, "rand": 3, "pixel": filling.size}[mode]
+    assert len(np.unique(filling)) >= 0.99 * values and len(np.unique(filling)) <= values
+    assert mode != "const" or not filling.any()
+
+
+def test_pixel_filling_is_standard_normal():
+    eraser, fillings = RandomErasing(prob=1.0, mode="pixel"), []
+    for seed in range(40):
+        image = eraser(np.full((3, 60, 80), 7, np.float32), np.random.default_rng(seed))
+        fillings.append(image[image != 7])
+    filling = np.concatenate(fillings)
+    assert filling.mean() == pytest.approx(0, abs=0.02)
+    assert filling.std() == pytest.approx(1, abs=0.02)

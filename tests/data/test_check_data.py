@@ -1,142 +1,30 @@
-"""Writing and checking list files, on sets with every kind of damage."""
+"""Checking datasets with every kind of damage."""
 
-import errno
 import json
 import os
 from io import BytesIO
 
+import faulty_storage
 import numpy as np
 import pytest
+from data_sets import image_tree, picture, write
 from PIL import Image
 from tiny import command
 
-from replknet_paddle.data import storage
-from replknet_paddle.data.check_lists import KINDS, check_data
-from replknet_paddle.data.make_lists import make_lists, read_synsets
-from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.data.check_data import KINDS, check_data
+from replknet_paddle.data.make_lists import make_lists
 
-make_lists_command, check_data_command = command("make-lists"), command("check-data")
-
-
-def jpeg(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (24, 32, 3), np.uint8)
-    buffer = BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def write(path, content: bytes):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-
-
-def tree(folder, images: list[str]):
-    for seed, image in enumerate(images):
-        write(folder / image, jpeg(seed))
-
-
-def lines(folder, split: str) -> list[str]:
-    return (folder / f"{split}_list.txt").read_text().splitlines()
-
-
-# ---- writing
-
-
-def test_lists_of_folder_trees_number_the_sorted_classes(tmp_path):
-    tree(
-        tmp_path,
-        ["train/dog/2.JPG", "train/dog/10.jpg", "train/Cat/sub folder/a.png", "train/ant/b.webp"]
-        + ["val/dog/1.jpeg", "train/dog/notes.txt", "train/dog/.hidden.jpg", "train/.git/x.jpg"],
-    )
-    written = make_lists(str(tmp_path), train="train", val="val")
-    assert written == {"train_list.txt": 4, "val_list.txt": 1, "class_names.txt": 3}
-    assert lines(tmp_path, "train") == [
-        "train/Cat/sub folder/a.png 0",
-        "train/ant/b.webp 1",
-        "train/dog/10.jpg 2",
-        "train/dog/2.JPG 2",
-    ]
-    assert lines(tmp_path, "val") == ["val/dog/1.jpeg 2"]
-    assert (tmp_path / "class_names.txt").read_text().splitlines() == ["Cat", "ant", "dog"]
-
-
-def imagenet(folder, *, compressed: bool):
-    """ImageNet's layout with three classes, whose IDs are not in the order of their synsets."""
-    io = pytest.importorskip("scipy.io")
-    data, kit = folder / "imagenet", folder / "kit" / "data"
-    tree(data, [f"train/{name}/{name}_1.JPEG" for name in ("n03", "n01", "n02")])
-    tree(data, [f"val/ILSVRC2012_val_0000000{i}.JPEG" for i in range(1, 5)])
-    kit.mkdir(parents=True)
-    (kit / "ILSVRC2012_validation_ground_truth.txt").write_text("3\n1\n2\n1\n")
-    fields = [("ILSVRC2012_ID", object), ("WNID", object), ("words", object), ("hist", object)]
-    synsets = np.array(
-        [(1, "n02", "kit fox, Vulpes", np.arange(3.0)), (2, "n03", "setter", np.arange(2))]
-        + [(3, "n01", "x", np.zeros(0)), (1001, "n99", "an inner node", np.zeros(1))],
-        dtype=fields,
-    ).reshape(4, 1)
-    io.savemat(kit / "meta.mat", {"synsets": synsets}, do_compression=compressed)
-    return data, folder / "kit"
-
-
-@pytest.mark.parametrize("compressed", [True, False])
-def test_ground_truth_becomes_labels_in_the_order_of_the_synsets(tmp_path, compressed):
-    data, kit = imagenet(tmp_path, compressed=compressed)
-    written = make_lists(str(data), train="train", val="val", devkit=str(kit))
-    assert written == {"train_list.txt": 3, "val_list.txt": 4, "class_names.txt": 3}
-    # The ground truth says 3, 1, 2, 1: n01, n02, n03, n02.
-    assert [line.split()[1] for line in lines(data, "val")] == ["0", "1", "2", "1"]
-    assert lines(data, "train")[0] == "train/n01/n01_1.JPEG 0"
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_damaged_meta_is_refused(tmp_path, seed):
-    _, kit = imagenet(tmp_path, compressed=seed % 2 == 0)
-    rng, meta = np.random.default_rng(seed), kit / "data" / "meta.mat"
-    content = bytearray(meta.read_bytes())
-    for _ in range(50):
-        content[rng.integers(128, len(content))] = rng.integers(256)
-    meta.write_bytes(content[: rng.integers(100, len(content))])
-    with pytest.raises(InputError, match="not the meta.mat"):
-        read_synsets(str(meta))
-
-
-def test_what_cannot_become_a_list_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="train"):
-        make_lists(str(tmp_path), train="train", val="val")
-    (tmp_path / "train" / "a").mkdir(parents=True)
-    (tmp_path / "val" / "a").mkdir(parents=True)
-    with pytest.raises(InputError, match="no images"):
-        make_lists(str(tmp_path), train="train", val="val")
-    tree(tmp_path, ["train/a/1.jpg", "val/a/1.jpg", "val/b/1.jpg"])
-    with pytest.raises(InputError, match="val/b: no such class"):
-        make_lists(str(tmp_path), train="train", val="val")
-    write(tmp_path / "train" / "a" / "line\nbreak.jpg", jpeg(0))
-    with pytest.raises(InputError, match="line breaks"):
-        make_lists(str(tmp_path), train="train", val="train")
-    assert not list(tmp_path.glob("*.txt*"))
-
-
-def test_command_line_replaces_lists_only_when_reported(tmp_path, capsys):
-    tree(tmp_path, ["train/a/1.jpg", "val/a/1.jpg"])
-    assert make_lists_command([str(tmp_path)]) == 0
-    assert "train_list.txt: 1 lines" in capsys.readouterr().out
-    assert make_lists_command([str(tmp_path)]) == 2
-    assert "-overwrite" in capsys.readouterr().err
-    assert make_lists_command([str(tmp_path), "-overwrite"]) == 0
-    assert make_lists_command([str(tmp_path / "nothing")]) == 2
-
-
-# ---- checking
+check_data_command = command("check-data")
 
 
 def damaged(folder):
     """A data set with each kind of damage; returns {kind: [(list, line)]}."""
     names = [f"train/{i}.jpg" for i in range(8)] + ["val/0.jpg", "val/1.jpg"]
-    tree(folder, [*names, "train/odd/8.jpg", "val/odd/2.jpg"])
-    write(folder.parent / "outside.jpg", jpeg(100))
+    image_tree(folder, [*names, "train/odd/8.jpg", "val/odd/2.jpg"])
+    write(folder.parent / "outside.jpg", picture(100))
     (folder / "train" / "link.jpg").symlink_to(folder.parent / "outside.jpg")
     write(folder / "train" / "text.jpg", b"no image at all")
-    half = jpeg(50)
+    half = picture(50)
     write(folder / "train" / "half.jpg", half[: len(half) // 2])
     write(folder / "train" / "empty.jpg", b"")
     png = BytesIO()
@@ -207,15 +95,15 @@ def test_command_line_reports_and_says_so_by_its_status(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "train_list.txt, line 3: line: " in out and out.endswith("Problems found: 21\n")
 
-    tree(tmp_path / "good", ["train/a/0.jpg"])
-    tree(tmp_path / "good", ["other/b/0.jpg", "val/a/1.jpg"])
+    image_tree(tmp_path / "good", ["train/a/0.jpg"])
+    image_tree(tmp_path / "good", ["other/b/0.jpg", "val/a/1.jpg"])
     make_lists(str(tmp_path / "good"), train="train", val="val")
     assert check_data_command([str(tmp_path / "good"), "-workers", "1"]) == 0
     assert capsys.readouterr().out.endswith("No problems found\n")
 
 
 def test_the_same_bytes_in_two_classes_are_named_with_both_lines(tmp_path):
-    tree(tmp_path, ["train/cat/a.jpg", "train/dog/a.jpg", "val/cat/b.jpg"])
+    image_tree(tmp_path, ["train/cat/a.jpg", "train/dog/a.jpg", "val/cat/b.jpg"])
     for copy in ("train/dog/again.jpg", "val/dog/again.jpg"):
         write(tmp_path / copy, (tmp_path / "train/cat/a.jpg").read_bytes())
     make_lists(str(tmp_path), train="train", val="val")
@@ -237,7 +125,7 @@ def test_folders_of_one_name_and_two_labels_are_one_problem_each(tmp_path):
     house = "Geb\u00e4ude"
     train = ["train/cat/0.jpg", f"train/{house}/1.jpg", f"train/{house}/2.jpg", "train/x/3.jpg"]
     val = ["val/Geba\u0308ude/4.jpg", "val/x/5.jpg", "val/x/6.jpg", "val/7.jpg", "val/8.jpg"]
-    tree(tmp_path, train + val)
+    image_tree(tmp_path, train + val)
     for name, paths, labels in (("train", train, [0, 1, 1, 2]), ("val", val, [0, 1, 1, 0, 1])):
         lines = [f"{path} {label}\n" for path, label in zip(paths, labels)]
         (tmp_path / f"{name}_list.txt").write_text("".join(lines))
@@ -249,7 +137,7 @@ def test_folders_of_one_name_and_two_labels_are_one_problem_each(tmp_path):
 
 
 def test_classes_without_a_validation_image_are_problems_where_there_is_a_validation_list(tmp_path):
-    tree(tmp_path, ["train/a/0.jpg", "train/b/1.jpg", "train/b/2.jpg", "val/a/3.jpg"])
+    image_tree(tmp_path, ["train/a/0.jpg", "train/b/1.jpg", "train/b/2.jpg", "val/a/3.jpg"])
     make_lists(str(tmp_path), train="train", val="val")
     assert check_data_command([str(tmp_path), "-workers", "1"]) == 1
     [problem] = check_data(str(tmp_path))["problems"]
@@ -260,17 +148,10 @@ def test_classes_without_a_validation_image_are_problems_where_there_is_a_valida
 
 
 def test_storage_that_fails_says_nothing_about_the_data(tmp_path, monkeypatch, capsys):
-    tree(tmp_path, ["train/a/0.jpg", "val/a/1.jpg"])
+    image_tree(tmp_path, ["train/a/0.jpg", "val/a/1.jpg"])
     make_lists(str(tmp_path), train="train", val="val")
-    really_open = open
-
-    def faulty_open(file, *args, **kwargs):
-        if str(file).endswith("0.jpg"):
-            raise OSError(errno.EIO, "Input/output error")
-        return really_open(file, *args, **kwargs)
-
-    monkeypatch.setattr("builtins.open", faulty_open)
-    monkeypatch.setattr(storage, "PAUSES_SECONDS", (0.01,))
+    fault = faulty_storage.on("0.jpg", faulty_storage.fail())
+    faulty_storage.patch_open(fault, monkeypatch, pauses=(0.01,))
     assert check_data_command([str(tmp_path), "-workers", "1"]) == 2
     assert "input/output error, in 2 attempts" in capsys.readouterr().err
 
@@ -285,8 +166,8 @@ def test_command_line_that_cannot_check_exits_2(tmp_path, monkeypatch, capsys, a
 
 
 def test_paths_outside_can_be_allowed(tmp_path):
-    write(tmp_path / "outside.jpg", jpeg(0))
-    write(tmp_path / "data" / "a.jpg", jpeg(1))
+    write(tmp_path / "outside.jpg", picture(0))
+    write(tmp_path / "data" / "a.jpg", picture(1))
     absolute = os.path.abspath(tmp_path / "outside.jpg")
     (tmp_path / "data" / "train_list.txt").write_text(f"a.jpg 0\n../outside.jpg 0\n{absolute} 0\n")
     for allow, wrong in ((False, 2), (True, 0)):
@@ -295,7 +176,7 @@ def test_paths_outside_can_be_allowed(tmp_path):
 
 
 def test_one_absurd_label_makes_no_million_classes(tmp_path):
-    tree(tmp_path, ["train/a/1.jpg", "train/b/1.jpg"])
+    image_tree(tmp_path, ["train/a/1.jpg", "train/b/1.jpg"])
     lines = "train/a/1.jpg 0\ntrain/b/1.jpg 99999999999\ntrain/b/1.jpg 123456789012345678901\n"
     (tmp_path / "train_list.txt").write_text(lines)
     report = check_data(str(tmp_path))

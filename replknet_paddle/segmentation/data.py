@@ -1,29 +1,162 @@
-"""The training and the evaluation pipeline of segmentation, as the official configurations have it.
+"""Datasets of images and label images, their dataloaders, and their training pipeline.
 
-Training: random scale, a crop that no category fills, flip, photometric distortion, normalization,
-padding. Only what lies in the crop is resized. Images are resized bilinearly without antialiasing
-(the official code's OpenCV), labels to the nearest. Normalization and padding are left to
-`FinishBatch`, on the device. Every random number comes from the generator given with the image.
+Training, as the official configurations have it: random scale, a crop that no category fills, flip,
+photometric distortion, normalization, padding. Only what lies in the crop is resized. Images are
+resized bilinearly without antialiasing (the official code's OpenCV), labels to the nearest. The
+last two steps are left to `FinishBatch`, on the device. Every random number comes from the
+generator given with the image. Lists of images and labels: `replknet_paddle.data.lists`.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 from PIL import Image
 
-from replknet_paddle.data.transforms.finish import Unfinished
-from replknet_paddle.data.transforms.image import load
+from replknet_paddle.data.dataset import EvalBatches, ListedFiles, StepBatches, make_loader
+from replknet_paddle.data.lists import IGNORED, LIST_FILES, PAIRS_LAYOUT, parse_pair, printable
+from replknet_paddle.data.loader import Loader
+from replknet_paddle.data.transforms.finish import RawSample
+from replknet_paddle.data.transforms.image import asks_for_a_quarter_turn, load, to_rgb
 from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.machines import available_cores
 
-IGNORED = 255  # label of pixels that neither the loss nor the metrics count
 SCALE_RANGE = (0.5, 2.0)
 MAX_CATEGORY_SHARE = 0.75
 MAX_CROP_TRIES = 10
 FLIP_PROB = 0.5
 
 LABEL_MODES = ("L", "P", "1")
+LABELS_AT_ONCE = 64
 
 Box = tuple[int, int, int, int]  # top, left, bottom, right
+
+
+class SegmentationDataset(ListedFiles):
+    """The images and label images of a list file.
+
+    Args:
+        list_file, root, seed, allow_outside: as for `ListedFiles`.
+        transform: (image (H, W, 3), label map (H, W), random generator) -> raw sample and map.
+        num_classes, zero_is_ignored: as for `read_labels`.
+
+    Raises:
+        FileNotFoundError, InputError, SystemFault: as for `ListedFiles`.
+    """
+
+    def __init__(
+        self,
+        list_file: str,
+        root: str,
+        transform: Callable,
+        *,
+        num_classes: int,
+        zero_is_ignored: bool = False,
+        seed: int = 0,
+        allow_outside: bool = False,
+    ):
+        parse = partial(parse_pair, allow_outside=allow_outside)
+        super().__init__(
+            list_file, root, parse, layout=PAIRS_LAYOUT, seed=seed, allow_outside=allow_outside
+        )
+        self.transform = transform
+        self._read_labels = partial(
+            read_labels, num_classes=num_classes, zero_is_ignored=zero_is_ignored
+        )
+
+    def describe(self, index: int) -> str:
+        """Return the paths of image and labels `index`, and the line that names them."""
+        image, labels = map(printable, self.path(index).split("\t"))
+        return f"image {image} with labels {labels} ({self.list_file}, line {self._lines[index]})"
+
+    def read_sample(
+        self, epoch: int, index: int, *, failures: list[str] | None = None
+    ) -> tuple[RawSample, np.ndarray]:
+        """Return raw sample (epoch, index), and its label map (H, W) uint8.
+
+        Args:
+            failures: gets a message for each failure of the system that a repetition cured.
+
+        Raises:
+            SampleError: it cannot be read, or image and labels do not belong together.
+            SystemFault: the system fails, time and again.
+        """
+
+        def pixels_and_turn(image: Image.Image) -> tuple[np.ndarray, bool]:
+            load(image)
+            return np.array(to_rgb(image)), asks_for_a_quarter_turn(image)
+
+        path, labels_path = self.path(index).split("\t")
+        pixels, is_turned = self.read_file(index, path, pixels_and_turn, failures=failures)
+        read = partial(self._read_labels, size=pixels.shape[1::-1], is_turned=is_turned)
+        classes = self.read_file(index, labels_path, read, failures=failures)
+        return self.transform(pixels, classes, self.rng(epoch, index))
+
+    def absent_classes(self, count: int, *, rank: int = 0, world_size: int = 1) -> list[int]:
+        """Return the classes in [0, count) that no label image of a rank's share has.
+
+        Label images are read until each class has been seen. Those that cannot be read are passed
+        over, for training reports them.
+        """
+        absent = set(range(count))
+        own = range(rank, len(self), world_size)
+        with ThreadPoolExecutor(available_cores()) as pool:
+            for start in range(0, len(own), LABELS_AT_ONCE):
+                for present in pool.map(self._classes_in, own[start : start + LABELS_AT_ONCE]):
+                    absent.difference_update(present)
+                if not absent:
+                    break
+        return sorted(absent)
+
+    def _classes_in(self, index: int) -> list[int]:
+        """The numbers in label image `index`; none where it cannot be read."""
+        try:
+            with self.open(self.path(index).split("\t")[1]) as labels:
+                return np.unique(self._read_labels(labels, size=labels.size)).tolist()
+        except (OSError, InputError):
+            return []
+
+
+def get_dataset(config, is_train: bool) -> SegmentationDataset:
+    """Return the training or the validation set that `config` names."""
+    settings, root = config.SEGMENTATION, config.DATA.DATA_PATH
+    transform = whole_image
+    if is_train:
+        transform = TrainCrop(crop_size=config.DATA.IMAGE_SIZE, scale=settings.RESIZE)
+    return SegmentationDataset(
+        os.path.join(root, LIST_FILES[is_train]),
+        root,
+        transform,
+        num_classes=config.MODEL.NUM_CLASSES,
+        zero_is_ignored=settings.ZERO_IS_IGNORED,
+        seed=config.SEED,
+        allow_outside=config.DATA.ALLOW_OUTSIDE,
+    )
+
+
+def get_dataloader(config, is_train: bool, *, rank: int = 0, world_size: int = 1) -> Loader:
+    """Return the loader of one rank: images (N, 3, H, W) float32, label maps (N, H, W) uint8.
+
+    Training images are crops, whose padding is zero after normalization, as in the official code;
+    in evaluation a batch is one image at its own size.
+    """
+    dataset = get_dataset(config, is_train)
+    places = {"rank": rank, "world_size": world_size}
+    if not is_train:
+        # A larger image takes the slower way from its worker.
+        pixels = 4 * config.DATA.IMAGE_SIZE**2
+        batches = EvalBatches(len(dataset), 1, **places)
+        return make_loader(config, dataset, batches, image_pixels=pixels)
+    batches = StepBatches(
+        len(dataset),
+        config.DATA.BATCH_SIZE,
+        **places,
+        seed=config.SEED,
+        batches=config.SEGMENTATION.EPOCH_STEPS * config.TRAIN.ACCUM_ITER,
+    )
+    return make_loader(config, dataset, batches)
 
 
 def read_labels(
@@ -34,7 +167,7 @@ def read_labels(
     zero_is_ignored: bool,
     is_turned: bool = False,
 ) -> np.ndarray:
-    """The label map (H, W) uint8 of an opened label image: classes from 0, and `IGNORED`.
+    """Return the label map (H, W) uint8 of an opened label image: classes from 0, and `IGNORED`.
 
     Args:
         size: (width, height) of the image that it belongs to.
@@ -82,14 +215,14 @@ def read_labels(
 
 
 def _grey_step(labels: Image.Image) -> int:
-    """What Pillow multiplies the numbers of a grey image by that has 2 or 4 bits for each."""
+    """The factor by which Pillow multiplies the numbers of a grey image of 2 or 4 bits."""
     how = labels.tile[0][3] if getattr(labels, "tile", None) else None
     how = how[0] if isinstance(how, tuple) and how else how  # with details, in a TIFF
     return {"L;2": 255 // 3, "L;4": 255 // 15}.get(how, 1) if labels.mode == "L" else 1
 
 
 def resized_size(size: tuple[int, int], scale: Sequence[float]) -> tuple[int, int]:
-    """The size (height, width) that an image of `size` gets to fit `scale`, its shape kept.
+    """Return the size (height, width) that an image of `size` gets to fit `scale`, its shape kept.
 
     Args:
         scale: the most that its longer and its shorter side may have, pixels.
@@ -99,18 +232,20 @@ def resized_size(size: tuple[int, int], scale: Sequence[float]) -> tuple[int, in
 
 
 def scaled(scale: Sequence[int], ratio: float) -> list[int]:
-    """What images fit at a ratio: both edges are cut to whole pixels, as in the official code."""
+    """Return what images fit at a ratio, cut to whole pixels as in the official code."""
     return [int(ratio * edge) for edge in scale]
 
 
 def source_rows(start: int, end: int, new_size: int, size: int) -> np.ndarray:
-    """Where rows `start` to `end` - 1 of a resized image lie in the original: pixel centres, in
-    [-0.5, size - 0.5]."""
+    """Return where rows `start` to `end` - 1 of a resized image lie in the original.
+
+    They are pixel centres, in [-0.5, size - 0.5].
+    """
     return (np.arange(start, end) + 0.5) * (size / new_size) - 0.5
 
 
 def resize_window(pixels: np.ndarray, new_size: tuple[int, int], box: Box) -> np.ndarray:
-    """What resizing (H, W, 3) uint8 to `new_size` bilinearly gives within `box`."""
+    """Return what resizing (H, W, 3) uint8 to `new_size` bilinearly gives within `box`."""
     top, left, bottom, right = box
     rows = source_rows(top, bottom, new_size[0], pixels.shape[0])
     columns = source_rows(left, right, new_size[1], pixels.shape[1])
@@ -135,7 +270,7 @@ def _between(pixels: np.ndarray, first: np.ndarray, share: np.ndarray, *, axis: 
 
 
 def nearest_window(labels: np.ndarray, new_size: tuple[int, int], box: Box) -> np.ndarray:
-    """What resizing (H, W) to `new_size` to the nearest pixel gives within `box`."""
+    """Return what resizing (H, W) to `new_size` to the nearest pixel gives within `box`."""
     top, left, bottom, right = box
     rows = source_rows(top, bottom, new_size[0], labels.shape[0])
     columns = source_rows(left, right, new_size[1], labels.shape[1])
@@ -147,13 +282,13 @@ def _nearest(places: np.ndarray) -> np.ndarray:
 
 
 def fullest_share(labels: np.ndarray) -> float:
-    """The share of the most frequent category among the pixels that count; 1 where none does."""
+    """Return the most frequent category's share of the pixels that count; 1 where none does."""
     counts = np.bincount(labels.ravel(), minlength=IGNORED + 1)[:IGNORED]
     return float(counts.max() / counts.sum()) if counts.any() else 1.0
 
 
 def distort(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Photometric distortion (SSD's, arXiv 1512.02325) of (H, W, 3) uint8; each step by chance.
+    """Distort the colours (as SSD, arXiv 1512.02325) of (H, W, 3) uint8; each step by chance.
 
     Brightness by up to 32 of 255, contrast and saturation by a factor from 0.5 to 1.5, and hue by
     up to 36 degrees, which is the 18 of OpenCV's half circle. Contrast comes before or after
@@ -178,7 +313,7 @@ def distort(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def linear(pixels: np.ndarray, factor: float, offset: float) -> np.ndarray:
-    """factor * pixels + offset, cut to [0, 255]."""
+    """Return factor * pixels + offset, cut to [0, 255]."""
     if (factor, offset) == (1.0, 0.0):
         return pixels
     table = np.clip(np.arange(256) * factor + offset, 0, 255).astype(np.uint8)
@@ -199,13 +334,13 @@ def saturate_and_turn(pixels: np.ndarray, saturation: float, hue_degrees: float)
 
 def whole_image(
     pixels: np.ndarray, labels: np.ndarray, rng: np.random.Generator
-) -> tuple[Unfinished, np.ndarray]:
-    """The evaluation sample: all of an image at its own size; inference resizes."""
-    return Unfinished(pixels), labels
+) -> tuple[RawSample, np.ndarray]:
+    """Return the evaluation sample: all of an image at its own size; inference resizes."""
+    return RawSample(pixels), labels
 
 
 class TrainCrop:
-    """Makes training samples of `crop_size` x `crop_size` pixels.
+    """The way from an image and its labels to training samples of `crop_size` x `crop_size` pixels.
 
     Args:
         crop_size: pixels.
@@ -218,7 +353,7 @@ class TrainCrop:
 
     def __call__(
         self, pixels: np.ndarray, labels: np.ndarray, rng: np.random.Generator
-    ) -> tuple[Unfinished, np.ndarray]:
+    ) -> tuple[RawSample, np.ndarray]:
         """Image (H, W, 3) and label map (H, W), uint8 -> a sample and its label map.
 
         What the image lacks at its bottom and right is padded: boxes to erase, and labels
@@ -241,14 +376,17 @@ class TrainCrop:
             boxes.append((height, 0, side, side))
         if width < side:
             boxes.append((0, width, height, side))
-        padded = Unfinished(np.pad(window, (*padding, (0, 0))), boxes)
+        padded = RawSample(np.pad(window, (*padding, (0, 0))), boxes)
         return padded, np.pad(classes, padding, constant_values=IGNORED)
 
     def choose_crop(
         self, labels: np.ndarray, size: tuple[int, int], rng: np.random.Generator
     ) -> Box:
-        """A random box of the resized image; another one, up to ten times, while one category has
-        more than `MAX_CATEGORY_SHARE` of what counts in it."""
+        """Return a random box of the resized image.
+
+        Another one is drawn, up to ten times, while one category has more than
+        `MAX_CATEGORY_SHARE` of what counts in it.
+        """
         height, width = (min(self.crop_size, edge) for edge in size)
         for _ in range(MAX_CROP_TRIES):
             top = int(rng.integers(0, size[0] - height, endpoint=True))

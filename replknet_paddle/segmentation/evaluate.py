@@ -1,17 +1,51 @@
-"""Segmentation metrics from a confusion matrix, which adds up over images and processes."""
+"""The training loss of segmentation, and its metrics from a confusion matrix, which adds up over
+images and processes."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import paddle
+from paddle.nn import functional as F
 
+from replknet_paddle.data.lists import IGNORED
 from replknet_paddle.runtime.processes import sum_over_ranks
-from replknet_paddle.segmentation.transforms import IGNORED
+from replknet_paddle.segmentation.upernet import resize
+
+AUXILIARY_WEIGHT = 0.4
+
+
+class SegmentationLoss:
+    """Cross entropy of the decode head's logits plus 0.4 times the auxiliary head's.
+
+    Each is the sum over the pixels that count divided by the number of all pixels, ignored and
+    padded ones among them: the mean of the official code (mmsegmentation's `avg_non_ignore` False).
+
+    Args:
+        align_corners: how logits are resized.
+    """
+
+    def __init__(self, *, align_corners: bool):
+        self.align_corners = align_corners
+
+    def __call__(
+        self, logits: tuple[paddle.Tensor, paddle.Tensor], labels: paddle.Tensor
+    ) -> paddle.Tensor:
+        """Logits (N, num_classes, h, w) of both heads, labels (N, H, W) -> mean loss, nats."""
+        decoded, auxiliary = (self.of_head(head, labels) for head in logits)
+        return decoded + AUXILIARY_WEIGHT * auxiliary
+
+    def of_head(self, logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
+        """Cross entropy of one head."""
+        size = labels.shape[1:]
+        logits = resize(logits.astype("float32"), size, align_corners=self.align_corners)
+        return F.cross_entropy(
+            logits, labels.astype("int64"), axis=1, ignore_index=IGNORED, reduction="none"
+        ).mean()
 
 
 @dataclass(frozen=True)
 class SegmentationMetrics:
-    """What one evaluation found.
+    """The result of one evaluation.
 
     Attributes:
         images: how many were evaluated.
@@ -51,11 +85,11 @@ class SegmentationMetrics:
 
     @property
     def score(self) -> float:
-        """By which the best weights of a run are chosen."""
+        """The mIoU, by which the best weights of a run are chosen."""
         return self.miou_percent
 
     def record(self, prefix: str) -> dict:
-        """What metrics.jsonl says, each key beginning with `prefix`."""
+        """Return the entries of metrics.jsonl, each key beginning with `prefix`."""
         return {
             f"{prefix}_miou_percent": self.miou_percent,
             f"{prefix}_pixel_accuracy_percent": self.pixel_accuracy_percent,
@@ -65,7 +99,7 @@ class SegmentationMetrics:
         }
 
     def table(self) -> str:
-        """A line for each class: its name, IoU and accuracy."""
+        """Return a line for each class: its name, IoU and accuracy."""
         names = self.class_names or [str(i) for i in range(len(self.confusion))]
         width = max(5, *map(len, names))
         lines = [f"{'class':{width}}  IoU %  accuracy %"]
@@ -102,7 +136,7 @@ class ConfusionSums:
         self.images += len(labels)
 
     def total(self) -> SegmentationMetrics:
-        """The metrics over all processes. Counts are exact up to 2**53 pixels."""
+        """Return the metrics over all processes. Counts are exact up to 2**53 pixels."""
         sums = sum_over_ranks(np.append(self.confusion.ravel(), self.images).astype("float64"))
         *confusion, images = sums.astype(np.int64)
         return SegmentationMetrics(

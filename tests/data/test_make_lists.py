@@ -1,4 +1,4 @@
-"""`make-lists --val SHARE`: one tree of class folders, split into training and validation."""
+"""Writing list files: from a folder for each part, or from one tree that is split (-val SHARE)."""
 
 import hashlib
 import logging
@@ -6,12 +6,108 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from data_sets import image_tree
 from tiny import command
 
-from replknet_paddle.data.split import choose_validation, identical_files, split_lists
+from replknet_paddle.data.make_lists import (
+    choose_validation,
+    identical_files,
+    make_lists,
+    read_synsets,
+    split_lists,
+)
 from replknet_paddle.runtime.errors import InputError
 
 main = command("make-lists")
+
+
+def read(folder, split: str) -> list[tuple[str, int]]:
+    lines = (folder / f"{split}_list.txt").read_text().splitlines()
+    return [(line.rsplit(" ", 1)[0], int(line.rsplit(" ", 1)[1])) for line in lines]
+
+
+def test_lists_of_folder_trees_number_the_sorted_classes(tmp_path):
+    image_tree(
+        tmp_path,
+        ["train/dog/2.JPG", "train/dog/10.jpg", "train/Cat/sub folder/a.png", "train/ant/b.webp"]
+        + ["val/dog/1.jpeg", "train/dog/notes.txt", "train/dog/.hidden.jpg", "train/.git/x.jpg"],
+    )
+    written = make_lists(str(tmp_path), train="train", val="val")
+    assert written == {"train_list.txt": 4, "val_list.txt": 1, "class_names.txt": 3}
+    assert read(tmp_path, "train") == [
+        ("train/Cat/sub folder/a.png", 0),
+        ("train/ant/b.webp", 1),
+        ("train/dog/10.jpg", 2),
+        ("train/dog/2.JPG", 2),
+    ]
+    assert read(tmp_path, "val") == [("val/dog/1.jpeg", 2)]
+    assert (tmp_path / "class_names.txt").read_text().splitlines() == ["Cat", "ant", "dog"]
+
+
+def imagenet(folder, *, compressed: bool):
+    """ImageNet's layout with three classes, whose IDs are not in the order of their synsets."""
+    io = pytest.importorskip("scipy.io")
+    data, kit = folder / "imagenet", folder / "kit" / "data"
+    image_tree(data, [f"train/{name}/{name}_1.JPEG" for name in ("n03", "n01", "n02")])
+    image_tree(data, [f"val/ILSVRC2012_val_0000000{i}.JPEG" for i in range(1, 5)])
+    kit.mkdir(parents=True)
+    (kit / "ILSVRC2012_validation_ground_truth.txt").write_text("3\n1\n2\n1\n")
+    fields = [("ILSVRC2012_ID", object), ("WNID", object), ("words", object), ("hist", object)]
+    synsets = np.array(
+        [(1, "n02", "kit fox, Vulpes", np.arange(3.0)), (2, "n03", "setter", np.arange(2))]
+        + [(3, "n01", "x", np.zeros(0)), (1001, "n99", "an inner node", np.zeros(1))],
+        dtype=fields,
+    ).reshape(4, 1)
+    io.savemat(kit / "meta.mat", {"synsets": synsets}, do_compression=compressed)
+    return data, folder / "kit"
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_ground_truth_becomes_labels_in_the_order_of_the_synsets(tmp_path, compressed):
+    data, kit = imagenet(tmp_path, compressed=compressed)
+    written = make_lists(str(data), train="train", val="val", devkit=str(kit))
+    assert written == {"train_list.txt": 3, "val_list.txt": 4, "class_names.txt": 3}
+    # The ground truth says 3, 1, 2, 1: n01, n02, n03, n02.
+    assert [label for _, label in read(data, "val")] == [0, 1, 2, 1]
+    assert read(data, "train")[0] == ("train/n01/n01_1.JPEG", 0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_damaged_meta_is_refused(tmp_path, seed):
+    _, kit = imagenet(tmp_path, compressed=seed % 2 == 0)
+    rng, meta = np.random.default_rng(seed), kit / "data" / "meta.mat"
+    content = bytearray(meta.read_bytes())
+    for _ in range(50):
+        content[rng.integers(128, len(content))] = rng.integers(256)
+    meta.write_bytes(content[: rng.integers(100, len(content))])
+    with pytest.raises(InputError, match="not the meta.mat"):
+        read_synsets(str(meta))
+
+
+def test_what_cannot_become_a_list_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="train"):
+        make_lists(str(tmp_path), train="train", val="val")
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    with pytest.raises(InputError, match="no images"):
+        make_lists(str(tmp_path), train="train", val="val")
+    image_tree(tmp_path, ["train/a/1.jpg", "val/a/1.jpg", "val/b/1.jpg"])
+    with pytest.raises(InputError, match="val/b: no such class"):
+        make_lists(str(tmp_path), train="train", val="val")
+    image_tree(tmp_path, ["train/a/line\nbreak.jpg"])
+    with pytest.raises(InputError, match="line breaks"):
+        make_lists(str(tmp_path), train="train", val="train")
+    assert not list(tmp_path.glob("*.txt*"))
+
+
+def test_command_line_replaces_lists_only_when_reported(tmp_path, capsys):
+    image_tree(tmp_path, ["train/a/1.jpg", "val/a/1.jpg"])
+    assert main([str(tmp_path)]) == 0
+    assert "train_list.txt: 1 lines" in capsys.readouterr().out
+    assert main([str(tmp_path)]) == 2
+    assert "-overwrite" in capsys.readouterr().err
+    assert main([str(tmp_path), "-overwrite"]) == 0
+    assert main([str(tmp_path / "nothing")]) == 2
 
 
 def make_tree(folder, counts: dict[str, int], *, order=1):
@@ -20,11 +116,6 @@ def make_tree(folder, counts: dict[str, int], *, order=1):
     for name in names[::order]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(name.encode())
-
-
-def read(folder, split: str) -> list[tuple[str, int]]:
-    lines = (folder / f"{split}_list.txt").read_text().splitlines()
-    return [(line.rsplit(" ", 1)[0], int(line.rsplit(" ", 1)[1])) for line in lines]
 
 
 def test_each_class_gives_its_share_and_every_image_is_on_one_side(tmp_path, capsys):
@@ -56,7 +147,7 @@ def test_the_choice_follows_the_seed_and_not_the_file_system(tmp_path):
     assert read(tmp_path / "a", "val") == seen[0] and first["val_list.txt"] == 20
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(6))
 def test_identical_files_are_never_on_both_sides(tmp_path, seed):
     """Many copies, also across classes, under random shares; by an independent digest."""
     rng = np.random.default_rng(seed)
