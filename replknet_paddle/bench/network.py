@@ -16,7 +16,7 @@ from replknet_paddle.bench.timing import (
 )
 from replknet_paddle.data.samplers import TrainBatches
 from replknet_paddle.engine.precision import Precision
-from replknet_paddle.engine.train import Parts, train_epoch
+from replknet_paddle.engine.train import TrainState, train_epoch
 from replknet_paddle.model import build_replknet
 from replknet_paddle.ops import use_fast_depthwise_conv, use_fast_pointwise_conv
 from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy
@@ -89,7 +89,7 @@ def time_train_loop(config, *, steps: int, rounds: int) -> dict[str, list[float]
     loop_model, loop_optimizer = parts()
     bare_model, bare_optimizer = parts()
 
-    loop_parts = Parts(
+    loop_state = TrainState(
         model=loop_model,
         criterion=criterion,
         optimizer=loop_optimizer,
@@ -98,7 +98,7 @@ def time_train_loop(config, *, steps: int, rounds: int) -> dict[str, list[float]
     )
 
     def loop():
-        for _ in train_epoch(loop_parts, loader, accum_iter=1, seed=0, epoch=0):
+        for _ in train_epoch(loop_state, loader, accum_iter=1, seed=0, epoch=0):
             pass
 
     def bare():

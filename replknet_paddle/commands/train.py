@@ -146,8 +146,7 @@ def train_or_evaluate(args) -> tuple[int, str]:
         # Paddle is imported once the configuration is known to be right.
         from replknet_paddle.deploy.backends import is_export, open_for_evaluation
         from replknet_paddle.engine.run import run as run_config
-        from replknet_paddle.engine.run_lock import LAUNCHER
-        from replknet_paddle.engine.run_log import append_to_log, lock_run_folder
+        from replknet_paddle.engine.run_log import LAUNCHER, RunLock, append_to_log
         from replknet_paddle.engine.signals import Stopped
         from replknet_paddle.engine.train import DivergedError
         from replknet_paddle.runtime.launch import (
@@ -174,7 +173,8 @@ def train_or_evaluate(args) -> tuple[int, str]:
                 check_inputs(config)
                 lock = None
                 if nodes == 1:  # of several machines, only that of rank 0 locks the folder
-                    lock = lock_run_folder(config.SAVE, LAUNCHER, resume=config.MODEL.RESUME)
+                    lock = RunLock(config.SAVE, LAUNCHER, resume=config.MODEL.RESUME)
+                    lock.make_log()
                 status, message = launch(
                     command,
                     processes=processes,
@@ -224,19 +224,18 @@ def task_of(config):
     return CLASSIFICATION
 
 
-def write_evaluation(folder: str, evaluation) -> None:
-    """Write the report of an `engine.outcomes.Evaluation`."""
+def write_evaluation(folder: str, outcomes, *, config, class_names, dataset) -> None:
+    """Write the report of an evaluation, whose `outcomes` have the answers image by image."""
     from replknet_paddle.data.transforms.image import to_rgb
     from replknet_paddle.deploy.report import Evaluated, write_report
 
-    config, dataset = evaluation.config, evaluation.dataset
     evaluated = Evaluated(
         model=config.MODEL.NAME,
         weights=config.MODEL.PRETRAINED,
         data=dataset.list_file,
-        metrics=str(evaluation.metrics),
-        class_names=evaluation.class_names or list(map(str, range(config.MODEL.NUM_CLASSES))),
-        outcomes=evaluation.outcomes,
+        metrics=str(outcomes),
+        class_names=class_names or list(map(str, range(config.MODEL.NUM_CLASSES))),
+        outcomes=outcomes,
         path=dataset.path,
         picture=lambda index: dataset.read(0, index, lambda image, _: to_rgb(image).copy()),
     )

@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from launched import SIGNALLED_AFTER_STEP_4, LaunchedRun
 from processes import (
     Run,
@@ -22,7 +24,8 @@ from processes import (
 from terminal import OnTerminal, Screen
 from tiny import ROOT, make_data
 
-from replknet_paddle.engine.time_left import evaluations_left, seconds_left
+from replknet_paddle.checkpoints.training import Progress
+from replknet_paddle.engine.run_log import time_left
 
 LOG_LINE = re.compile(r"[-\d]+ [\d:,]+ [A-Z]+ (.*)")
 
@@ -87,20 +90,17 @@ def test_the_screen_of_these_tests_shows_splices():
     assert screen.text() == ["bar 20%a line", "next"]
 
 
-@pytest.mark.parametrize(
-    "epoch, epochs, every, left",
-    [(0, 300, 1, 300), (299, 300, 1, 1), (300, 300, 1, 0), (0, 10, 3, 4), (9, 10, 3, 1)],
-)
-def test_evaluations_left(epoch, epochs, every, left):
-    assert evaluations_left(epoch=epoch, epochs=epochs, every=every) == left
-    done = [e for e in range(epoch + 1, epochs + 1) if e % every == 0 or e == epochs]
-    assert len(done) == left
-
-
-def test_seconds_left():
-    assert seconds_left(
-        batches_left=90, batch_seconds=0.5, evaluations_left=3, evaluation_seconds=10.0
-    ) == pytest.approx(75)
+@given(epochs=st.integers(1, 40), every=st.integers(1, 12), data=st.data())
+def test_the_time_left_is_that_of_all_batches_and_evaluations_to_come(epochs, every, data):
+    done = data.draw(st.integers(0, epochs))
+    batch = data.draw(st.integers(0, 9 if done < epochs else 0))
+    left = time_left(
+        Progress(epoch=done, batch=batch, batches=10),
+        epochs=epochs, every=every, batch_seconds=1.0, evaluation_seconds=1000.0,
+    )  # fmt: skip
+    evaluations = [e for e in range(done + 1, epochs + 1) if e % every == 0 or e == epochs]
+    seconds = 10 * (epochs - done) - batch + 1000 * len(evaluations)
+    assert sum(60**i * int(x) for i, x in enumerate(reversed(left.split(":")))) == seconds
 
 
 # ---- the end

@@ -30,8 +30,7 @@ from small_disk import mounted
 from tiny import ROOT
 
 from replknet_paddle.checkpoints.training import checkpoints, load_checkpoint
-from replknet_paddle.engine.run_lock import RunLock
-from replknet_paddle.engine.run_log import json_text
+from replknet_paddle.engine.run_log import RunLock, json_text
 from replknet_paddle.runtime.errors import InputError
 
 

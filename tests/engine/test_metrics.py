@@ -4,7 +4,8 @@ import numpy as np
 import paddle
 import pytest
 
-from replknet_paddle.engine.metrics import Metrics, MetricSums, label_ranks, top_classes
+from replknet_paddle.analysis.outcomes import Outcomes
+from replknet_paddle.engine.evaluate import OutcomeSums, label_ranks, top_classes
 
 
 def ranks(logits, labels):
@@ -67,14 +68,14 @@ def test_the_label_stands_among_the_top_classes_where_its_rank_says(values):
 
 @pytest.mark.parametrize("logits", [[np.nan] * 10, [np.nan] * 5 + [1.0] * 5])
 def test_nan_logits_score_nothing(logits):
-    sums = MetricSums()
+    sums = OutcomeSums()
     sums.add(paddle.to_tensor([logits] * 10), paddle.arange(10))
     counted = sums.values
     assert counted[1] == 0 and counted[2] == 0, counted
 
 
 def test_constant_logits_are_right_for_one_class_only():
-    sums = MetricSums()
+    sums = OutcomeSums()
     sums.add(paddle.zeros([10, 10]), paddle.arange(10))
     assert (sums.total().top1, sums.total().top5) == (1, 5)
 
@@ -82,7 +83,7 @@ def test_constant_logits_are_right_for_one_class_only():
 @pytest.mark.parametrize("classes", [1, 2, 4, 5])
 def test_with_five_classes_or_fewer_all_are_in_the_top_5(classes):
     rng = np.random.default_rng(classes)
-    sums = MetricSums()
+    sums = OutcomeSums()
     labels = rng.integers(0, classes, 20)
     sums.add(
         paddle.to_tensor(rng.normal(size=(20, classes)).astype("float32")), paddle.to_tensor(labels)
@@ -110,7 +111,7 @@ def test_metrics_equal_numpys(integers):
     logits = rng.normal(size=(500, 30)) * 3
     logits = (np.round(logits) if integers else logits).astype("float32")  # integers: many ties
     labels = rng.integers(0, 30, 500)
-    sums = MetricSums()
+    sums = OutcomeSums()
     sums.add(paddle.to_tensor(logits), paddle.to_tensor(labels))
     top1, top5, loss = by_hand(logits, labels)
     got = sums.total()
@@ -123,7 +124,7 @@ def test_sums_do_not_depend_on_the_batches(batch_size):
     rng = np.random.default_rng(4)
     logits = paddle.to_tensor(rng.normal(size=(101, 9)).astype("float32") * 5)
     labels = paddle.to_tensor(rng.integers(0, 9, 101))
-    whole, parts = MetricSums(), MetricSums()
+    whole, parts = OutcomeSums(), OutcomeSums()
     whole.add(logits, labels)
     for start in range(0, 101, batch_size):
         parts.add(logits[start : start + batch_size], labels[start : start + batch_size])
@@ -138,13 +139,13 @@ def test_half_precision_logits_are_counted_in_float32(dtype):
         logits = paddle.to_tensor(np.array([[1.0, 2.0, 3.0]], "float16"))
     else:
         logits = paddle.to_tensor([[1.0, 2.0, 3.0]]).astype(dtype)
-    sums = MetricSums()
+    sums = OutcomeSums()
     sums.add(logits, paddle.to_tensor([2]))
     assert sums.total().loss == pytest.approx(0.4076059, rel=1e-5)
 
 
 def test_a_record_has_percentages_with_units_in_their_names():
-    metrics = Metrics(images=101, top1=50, top5=101, loss=0.5)
+    metrics = Outcomes(images=101, top1=50, top5=101, loss=0.5)
     assert metrics.record("val_ema") == {
         "val_ema_top1_percent": pytest.approx(100 * 50 / 101),
         "val_ema_top5_percent": 100.0,

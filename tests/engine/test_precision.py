@@ -21,9 +21,8 @@ from epochs import (
 )
 from processes import finish_ranks
 
-from replknet_paddle.engine.batch_norm import check_synchronized
 from replknet_paddle.engine.precision import LOSS_SCALE_FLOOR, LossScaler, Precision
-from replknet_paddle.engine.train import DivergedError
+from replknet_paddle.engine.train import DivergedError, check_synchronized
 from replknet_paddle.optim.ema import ModelEma
 from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy
 from replknet_paddle.runtime import processes

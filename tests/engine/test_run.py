@@ -265,7 +265,7 @@ def frozen_step(arguments: list[str]) -> int:
     from replknet_paddle.config import get_config, update_config
     from replknet_paddle.data.dataset import get_dataloader, get_dataset
     from replknet_paddle.engine.precision import Precision
-    from replknet_paddle.engine.train import Parts, train_epoch
+    from replknet_paddle.engine.train import TrainState, train_epoch
     from replknet_paddle.model import build_replknet
     from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy
     from replknet_paddle.runtime import processes
@@ -302,7 +302,7 @@ def frozen_step(arguments: list[str]) -> int:
             super().step()
 
     for _ in train_epoch(
-        Parts(
+        TrainState(
             model=model,
             criterion=LabelSmoothingCrossEntropy(0.1),
             optimizer=Recorder(parameters=model.parameters()),
@@ -358,9 +358,9 @@ def all_ranks_states(arguments: list[str]) -> int:
             Checkpoint(
                 "",
                 self.progress,
-                module.float32_weights(self.model, self.optimizer),
-                self.ema.state(),
-                optimizer_state(self.optimizer, self.model),
+                module.float32_weights(self.state.model, self.state.optimizer),
+                self.state.ema.state(),
+                optimizer_state(self.state.optimizer, self.state.model),
             ),
         )
         return result

@@ -20,8 +20,8 @@ from processes import (
     wait_for,
 )
 
-from replknet_paddle.engine import run_lock
-from replknet_paddle.engine.run_lock import RunLock
+from replknet_paddle.engine import run_log
+from replknet_paddle.engine.run_log import RunLock
 
 
 def hold(arguments: list[str]) -> int:
@@ -38,7 +38,7 @@ def lock_at_once(arguments: list[str]) -> int:
     """Lock a folder; the status says whether that worked."""
     from replknet_paddle.runtime.errors import InputError
 
-    run_lock.WAIT_SECONDS = float(arguments[1])
+    run_log.WAIT_SECONDS = float(arguments[1])
     try:
         RunLock(arguments[0])
     except InputError as error:
@@ -97,14 +97,14 @@ def run_at_step_4(run_flags, tmp_path) -> Run:
 
 def impatient(arguments: list[str]) -> int:
     """A run that does not wait long for its folder."""
-    run_lock.WAIT_SECONDS = 0.3
+    run_log.WAIT_SECONDS = 0.3
     return main_status(arguments)
 
 
 # The same of launched processes.
 IMPATIENT = """
-    from replknet_paddle.engine import run_lock
-    run_lock.WAIT_SECONDS = 0.3
+    from replknet_paddle.engine import run_log
+    run_log.WAIT_SECONDS = 0.3
 """
 
 
@@ -151,5 +151,5 @@ def test_a_run_takes_up_what_the_one_before_it_saved_while_ending(run_flags, str
 
 def patient(arguments: list[str]) -> int:
     """A run that waits long for its folder."""
-    run_lock.WAIT_SECONDS = 100.0
+    run_log.WAIT_SECONDS = 100.0
     return main_status(arguments)

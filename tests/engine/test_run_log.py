@@ -8,25 +8,24 @@ import pytest
 from tiny import flags
 
 from replknet_paddle.config import get_config, update_config
-from replknet_paddle.engine.run_lock import ALONE
-from replknet_paddle.engine.run_log import RunLog, lock_run_folder
+from replknet_paddle.engine.run_log import ALONE, RunLock, RunLog
 from replknet_paddle.runtime.errors import InputError
 
 CONFIG = update_config(get_config(), flags(output="elsewhere", resume="some/checkpoint"))
 
 
 def opened(folder, *, config=CONFIG, is_main=True):
-    log = RunLog(is_main=is_main)
-    log.open(str(folder), config)
+    log = RunLog(str(folder), is_main=is_main)
+    log.open(config)
     return log
 
 
 def test_nothing_is_on_disk_before_open_and_early_lines_are_kept(tmp_path):
     folder = tmp_path / "run"
-    log = RunLog(is_main=True)
+    log = RunLog(str(folder), is_main=True)
     logging.getLogger("early").info("before the folder")
     assert not folder.exists()
-    log.open(str(folder), CONFIG)
+    log.open(CONFIG)
     logging.getLogger("late").info("after")
     text = (folder / "log.txt").read_text()
     assert text.index("before the folder") < text.index("after")
@@ -66,13 +65,6 @@ def test_metrics_of_epochs_that_are_trained_again_are_dropped(tmp_path):
     assert [json.loads(line)["epoch"] for line in path.read_text().splitlines()] == [1, 2]
 
 
-def test_metrics_switch_off(tmp_path):
-    config = update_config(CONFIG, flags(opts=["LOG.METRICS_JSONL", "False"]))
-    log = opened(tmp_path / "run", config=config)
-    log.write_metrics({"epoch": 1})
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
-
-
 def test_visualdl_gets_every_number_by_epoch(tmp_path):
     visualdl = pytest.importorskip("visualdl", reason="optional: requirements/plots.txt")
     config = update_config(CONFIG, flags(opts=["LOG.VISUALDL", "True"]))
@@ -96,12 +88,12 @@ def test_folder_of_another_run_and_folder_that_cannot_be_are_refused(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "epoch_0001_step_00000003.safetensors").touch()
     with pytest.raises(InputError, match="holds the checkpoints of another run"):
-        lock_run_folder(str(tmp_path / "run"), ALONE, resume=None)
+        RunLock(str(tmp_path / "run"), ALONE, resume=None)
     with pytest.raises(InputError, match="holds the checkpoints of another run"):
-        lock_run_folder(str(tmp_path / "run"), ALONE, resume=str(tmp_path / "elsewhere"))
-    lock_run_folder(str(tmp_path / "run"), ALONE, resume="auto").release()
+        RunLock(str(tmp_path / "run"), ALONE, resume=str(tmp_path / "elsewhere"))
+    RunLock(str(tmp_path / "run"), ALONE, resume="auto").release()
     (tmp_path / "run" / "config.yaml").touch()
-    lock_run_folder(str(tmp_path / "run"), ALONE, resume=str(tmp_path / "run")).release()
+    RunLock(str(tmp_path / "run"), ALONE, resume=str(tmp_path / "run")).release()
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot write the run folder .*file/run"):
-        lock_run_folder(str(tmp_path / "file" / "run"), ALONE, resume=None)
+        RunLock(str(tmp_path / "file" / "run"))

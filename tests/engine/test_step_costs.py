@@ -19,7 +19,7 @@ from replknet_paddle.config import get_config, update_config
 from replknet_paddle.data.dataset import get_dataloader, get_dataset
 from replknet_paddle.data.transforms import build_mixup
 from replknet_paddle.engine.precision import LossScaler, Precision
-from replknet_paddle.engine.train import Parts, train_epoch
+from replknet_paddle.engine.train import TrainState, train_epoch
 from replknet_paddle.optim.ema import ModelEma
 from replknet_paddle.optim.losses import SoftTargetCrossEntropy
 from replknet_paddle.runtime import processes
@@ -105,7 +105,7 @@ def count_steps(arguments: list[str]) -> int:
     criterion = SoftTargetCrossEntropy()
     precision = Precision()
     precision.scaler = LossScaler(2.0)
-    parts = Parts(
+    parts = TrainState(
         model=model,
         criterion=lambda *args: added_to_a_step("".join(added), criterion(*args)),
         optimizer=paddle.optimizer.AdamW(1e-3, parameters=model.parameters()),
