@@ -1,6 +1,6 @@
 """Storage that fails or hangs, by an `open` that is patched in a run and in the workers it forks.
 
-Each function of arguments takes the place of `main_status` in `processes.Run`.
+Each function of arguments takes the place of `main_status` in `harness.Run`.
 """
 
 import builtins
@@ -8,7 +8,7 @@ import errno
 import os
 import time
 
-from processes import main_status
+from harness import main_status
 
 
 class _BrokenFile:

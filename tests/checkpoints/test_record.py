@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import finish
+from harness import finish
 from tiny import TINY, command
 
 from replknet_paddle.checkpoints.convert import load_pretrained, load_state

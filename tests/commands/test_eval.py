@@ -6,13 +6,13 @@ import re
 
 import numpy as np
 import pytest
-from processes import finish, finish_ranks, metrics
+from harness import finish, finish_ranks, metrics
 from tiny import command
 
 from replknet_paddle.checkpoints.convert import load_state
 from replknet_paddle.checkpoints.writers import write_safetensors
 
-pytest_plugins = ["run_fixtures"]
+pytest_plugins = ["harness"]
 
 TABLES = ("per_class.csv", "confusion_matrix.csv", "confusion_matrix.png")
 

@@ -3,8 +3,7 @@
 import os
 
 import pytest
-from processes import finish, start_really
-from small_disk import FILLING, mounted, small_disk
+from harness import FILLING, Program, finish, mounted, small_disk
 
 from replknet_paddle.runtime.files import append_whole
 
@@ -32,9 +31,8 @@ def test_a_full_disk_is_named_and_nothing_is_left(run_flags, full_disk, tmp_path
 
 
 def test_so_it_is_with_several_processes(run_flags, full_disk):
-    process = start_really([*run_flags, "-nproc=2", f"-output={full_disk / 'run'}"])
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 2, said
+    status, said = Program([*run_flags, "-nproc=2", f"-output={full_disk / 'run'}"]).finish()
+    assert status == 2, said
     [line] = errors_of(said)
     assert "No space left on device" in line and str(full_disk / "run") in line
     assert os.listdir(full_disk) == [FILLING]
@@ -82,6 +80,12 @@ def test_a_disk_that_fills_up_leaves_whole_files(run_flags, tmp_path):
         assert not empty and not [p for p in left if "unfinished" in p.name], left
         (full / FILLING).unlink()
         finish([f"-resume={run}"], output=tmp_path / "log")
+
+
+def test_a_full_table_of_inodes_is_named(run_flags, tmp_path):
+    with mounted(tmp_path / "small", "nr_inodes=9") as small:
+        said = finish([*run_flags, f"-output={small / 'run'}"], output=tmp_path / "log", status=1)
+    assert "No free inodes" in said and "MiB free" not in said
 
 
 def test_appending_is_all_or_nothing(tmp_path):

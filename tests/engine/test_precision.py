@@ -19,7 +19,7 @@ from epochs import (
     train,
     weights,
 )
-from processes import finish_ranks
+from harness import finish_ranks
 
 from replknet_paddle.engine.precision import LOSS_SCALE_FLOOR, LossScaler, Precision
 from replknet_paddle.engine.train import DivergedError, check_synchronized

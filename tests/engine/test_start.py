@@ -6,7 +6,7 @@ import shutil
 import time
 
 import pytest
-from processes import (
+from harness import (
     assert_same_end,
     finish_ranks,
     main_status,

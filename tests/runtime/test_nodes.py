@@ -8,14 +8,14 @@ import sys
 import time
 
 import pytest
-from processes import Run, assert_same_end, free_ports, step_of, wait_for
+from harness import Run, assert_same_end, free_ports, step_of, wait_for
 from tiny import ROOT
 
 from replknet_paddle.runtime import launch as launch_module
 from replknet_paddle.runtime import nodes
 from replknet_paddle.runtime.nodes import Heartbeat
 
-pytest_plugins = ["run_fixtures"]
+pytest_plugins = ["harness"]
 
 BEAT_SECONDS = 0.5
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
-from runs import make_run
+from harness import make_run
 from tiny import FIXTURES, ROOT, make_data
 
 # The systems' differences are made before anything of the project is imported, anew for each. Other

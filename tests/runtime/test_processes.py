@@ -7,7 +7,7 @@ import socket
 import numpy as np
 import paddle
 import pytest
-from processes import finish_ranks
+from harness import finish_ranks
 from tiny import ROOT
 
 from replknet_paddle.runtime import launch as launch_module
