@@ -174,7 +174,6 @@ def train_or_evaluate(args) -> tuple[int, str]:
                 lock = None
                 if nodes == 1:  # of several machines, only that of rank 0 locks the folder
                     lock = RunLock(config.SAVE, LAUNCHER, resume=config.MODEL.RESUME)
-                    lock.make_log()
                 status, message = launch(
                     command,
                     processes=processes,

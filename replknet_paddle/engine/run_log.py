@@ -97,7 +97,10 @@ class RunLock:
             os.write(self._file.fileno(), holder.encode())  # a buffer would be written again
         except OSError as error:
             self.withdraw()
-            raise self._cannot_be_written(error) from None
+            raise InputError(
+                f"cannot write the run folder {folder}: {error.strerror}; give another one by "
+                "-output"
+            ) from None
         continues = resume == "auto" or (
             resume is not None and is_same(run_folder_of(resume), folder)
         )
@@ -158,12 +161,6 @@ class RunLock:
         self._open()
         return False
 
-    def _cannot_be_written(self, error: OSError) -> InputError:
-        return InputError(
-            f"cannot write the run folder {self.folder}: {error.strerror}; give another one by "
-            "-output"
-        )
-
     @contextlib.contextmanager
     def nothing_left_if_it_fails(self) -> Iterator[None]:
         """Withdraw where an error ends the block: on a full disk the files would be empty."""
@@ -172,14 +169,6 @@ class RunLock:
         except (InputError, OSError):
             self.withdraw()
             raise
-
-    def make_log(self) -> None:
-        """Make log.txt in the folder, where it does not exist; InputError if that fails."""
-        with self.nothing_left_if_it_fails():
-            try:
-                open(os.path.join(self.folder, LOG_FILE), "a", encoding="utf-8").close()
-            except OSError as error:
-                raise self._cannot_be_written(error) from None
 
     def release(self) -> None:
         """Let others have the folder. The file stays: removing it would race with them."""
@@ -284,7 +273,6 @@ class RunLog:
         if self.run_lock is None:
             self._lock()
         with self.run_lock.nothing_left_if_it_fails():
-            self.run_lock.make_log()
             self.file = LogFile(os.path.join(self.folder, LOG_FILE), encoding="utf-8")
             self.file.setFormatter(logging.Formatter(LOG_FORMAT))
             root.addHandler(self.file)
@@ -463,8 +451,8 @@ def json_text(value) -> str:
 def append_to_log(folder: str, message: str) -> None:
     """Append an error that rank 0 did not see to the log.txt of a run folder, if there is one: an
     error of another rank, or that a process was killed."""
-    path = os.path.join(folder, LOG_FILE)
-    if message and os.path.exists(path):
+    if message and os.path.isdir(folder):
+        path = os.path.join(folder, LOG_FILE)
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
             file.write(f"{now} ERROR the run ended: {message.rstrip()}\n")
