@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -187,6 +188,19 @@ class Program(subprocess.Popen):
         """End the whole group, if the program has not ended."""
         if self.poll() is None:
             os.killpg(self.pid, signal.SIGKILL)
+
+
+def run_typed(line: str, timeout: float = 180) -> subprocess.CompletedProcess:
+    """Run a `replknet` command line as a shell in the checkout does."""
+    words = shlex.split(line)
+    words[: words.index("train") if "train" in words else words.index("eval")] = []
+    return subprocess.run(
+        [sys.executable, "-m", "replknet_paddle", *words],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=timeout,
+    )
 
 
 # ---- faults

@@ -1,4 +1,4 @@
-"""What people see of a run: bars, lines, the end, and how to go on."""
+"""What people see of a run: bars, lines, the time left, the summary."""
 
 import contextlib
 import fcntl
@@ -6,24 +6,13 @@ import json
 import os
 import pty
 import re
-import shlex
-import signal
 import struct
 import subprocess
 import sys
 import termios
 
 import pytest
-from harness import (
-    Program,
-    Run,
-    assert_same_end,
-    children,
-    finish,
-    main_status,
-    wait_for,
-    with_fault,
-)
+from harness import finish, main_status, run_typed
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import ROOT, make_data
@@ -38,19 +27,6 @@ LOG_LINE = re.compile(r"[-\d]+ [\d:,]+ [A-Z]+ (.*)")
 def messages(run_folder) -> list[str]:
     lines = (run_folder / "log.txt").read_text().splitlines()
     return [match[1] for line in lines if (match := LOG_LINE.fullmatch(line))]
-
-
-def run_typed(line: str, timeout: float = 180) -> subprocess.CompletedProcess:
-    """Run a `replknet` command line as a shell in the checkout does."""
-    words = shlex.split(line)
-    words[: words.index("train") if "train" in words else words.index("eval")] = []
-    return subprocess.run(
-        [sys.executable, "-m", "replknet_paddle", *words],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        timeout=timeout,
-    )
 
 
 COLUMNS = 150
@@ -193,43 +169,6 @@ def test_the_summary_names_the_best_and_a_command_that_works(straight, tiny_data
     assert done.returncode == 0, done.stderr
     assert f"top-1 {best[3]} %" in done.stdout
     assert (tmp_path / "r" / "report.html").is_file()
-
-
-def test_ctrl_c_shows_the_command_that_continues(run_flags, straight, tmp_path):
-    folder = tmp_path / "run"
-    flags = [*run_flags, f"-output={folder}"]
-    said = finish(flags, output=tmp_path / "said", status=130, fault=("step 4", "SIGINT"))
-    check_ctrl_c(said, folder, straight)
-
-
-@pytest.mark.slow
-def test_ctrl_c_with_several_processes_shows_it_too(run_flags, straight_on_two, tmp_path):
-    folder = tmp_path / "run"
-    flags = [*run_flags, "-batch_size=4", "-nproc=2", f"-output={folder}"]
-    program = Program(flags, **with_fault(tmp_path, "step 4", "be signalled", 0))
-    program.wait_for_step(folder, 4)
-    program.send_signal(signal.SIGINT)
-    status, said = program.finish()
-    assert status == 130, said
-    check_ctrl_c(said, folder, straight_on_two)
-
-
-def check_ctrl_c(said, run, wanted) -> None:
-    for noise in ("Traceback", "gloo", "ccache", "KeyboardInterrupt"):
-        assert noise not in said, said
-    [line] = [line for line in said.splitlines() if line.startswith("to continue: ")]
-    done = run_typed(line.removeprefix("to continue: "))
-    assert done.returncode == 0, done.stderr
-    assert_same_end(run, wanted)
-
-
-def test_ctrl_c_before_the_first_checkpoint_promises_nothing(run_flags, tmp_path):
-    flags = [*run_flags, "-nproc=2", f"-output={tmp_path / 'run'}"]
-    run = Run(flags, output=tmp_path / "said")
-    wait_for(lambda: children(run.pid) or not run.process.is_alive())
-    run.send(signal.SIGINT)
-    assert run.wait() == 130, run.text()
-    assert "to continue" not in run.text() and "Traceback" not in run.text(), run.text()
 
 
 def test_evaluation_without_weights_has_to_be_asked_for(run_flags, validation_images, tmp_path):

@@ -11,11 +11,14 @@ from harness import (
     Program,
     Run,
     assert_same_end,
+    children,
     finish,
     finish_ranks,
     install,
     main_status,
     progress_of,
+    run_typed,
+    wait_for,
     with_fault,
 )
 
@@ -86,7 +89,9 @@ def check_end(row: Row, status: int, said: str, folder) -> None:
     assert status == row.status, said
     log = (folder / "log.txt").read_text()
     assert ("Traceback" in said) == (row.says in DEFECTS), said
-    assert not [noise for noise in ("ccache", "gloo", "LAUNCH") if noise in said + log], said
+    assert not [
+        noise for noise in ("ccache", "gloo", "LAUNCH", "KeyboardInt") if noise in said + log
+    ], said
     is_error = status in (1, 137)
     for text in (said, log) if is_error else (log,):
         assert re.search(row.says.removeprefix("error: "), text), text
@@ -102,8 +107,12 @@ def test_a_run_in_one_process_loses_nothing(run_flags, straight, tmp_path, name)
     row, folder = ROWS[name], tmp_path / "run"
     flags = [*run_flags, f"-output={folder}"]
     run = Run([*flags, *row.flags], output=tmp_path / "said", fault=(row.at, row.do))
-    check_end(row, run.wait(), run.text(), folder)
-    finish([*flags, "-resume=auto"], output=tmp_path / "log")
+    status, said = run.wait(), run.text()
+    check_end(row, status, said, folder)
+    if status == 130:
+        continue_as_told(said)
+    else:
+        finish([*flags, "-resume=auto"], output=tmp_path / "log")
     assert_same_end(folder, straight)
 
 
@@ -127,8 +136,27 @@ def test_nor_does_one_in_two(run_flags, straight_on_two, tmp_path, name):
         status, said = program.finish()
     check_end(row, status, said, folder)
     assert said.count("error: a process of this run was killed") == (status == 137), said
-    finish_ranks([*flags, "-resume=auto"], folder=tmp_path)
+    if status == 130:
+        continue_as_told(said)
+    else:
+        finish_ranks([*flags, "-resume=auto"], folder=tmp_path)
     assert_same_end(folder, straight_on_two)
+
+
+def continue_as_told(said: str) -> None:
+    """Run the command line that a stopped run prints."""
+    [line] = [line for line in said.splitlines() if line.startswith("to continue: ")]
+    done = run_typed(line.removeprefix("to continue: "))
+    assert done.returncode == 0, done.stderr
+
+
+def test_ctrl_c_before_the_first_checkpoint_promises_nothing(run_flags, tmp_path):
+    flags = [*run_flags, "-nproc=2", f"-output={tmp_path / 'run'}"]
+    run = Run(flags, output=tmp_path / "said")
+    wait_for(lambda: children(run.pid) or not run.process.is_alive())
+    run.send(INT)
+    assert run.wait() == 130, run.text()
+    assert "to continue" not in run.text() and "Traceback" not in run.text(), run.text()
 
 
 def test_a_system_fault_ends_an_evaluation_with_status_1(run_flags, tmp_path):

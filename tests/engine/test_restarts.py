@@ -44,62 +44,42 @@ def killed_at(step: int, rank: int | None = None) -> tuple:
 PLANNED = """#!/bin/sh
 echo "$*" >> "{here}/starts"
 set -- $(sed -n "$(wc -l < "{here}/starts")p" "{here}/plan")
-mkdir -p "{run}"
-printf '%-12s\\n' "$1" > "{run}/step"
+mkdir -p "{here}/run"
+printf '%-12s\\n' "$1" > "{here}/run/step"
 [ "$2" != killed ] || kill -KILL $$
 exit "$2"
 """
 
-
-@pytest.fixture
-def planned(tmp_path, capfd):
-    """Restarts a program that ends as planned: (step, status or 'killed'), ..."""
-
-    def run(*plan, restarts):
-        run_folder, program = tmp_path / "run", tmp_path / "program"
-        (tmp_path / "plan").write_text("".join(f"{step} {how}\n" for step, how in plan))
-        program.write_text(PLANNED.format(here=tmp_path, run=run_folder))
-        program.chmod(0o755)
-        got = run_with_restarts(
-            [str(program)], restarts=restarts, run_folder=str(run_folder), is_resuming=False
-        )
-        return got, capfd.readouterr().out, (tmp_path / "starts").read_text().splitlines()
-
-    return run
+# (Step, status) of each start; restarts; the status and the starts in the end; what is said.
+PLANS = {
+    "used up": ("1 killed, 2 killed", 1, 137, 2, "all 1 restarts are used up"),
+    "the same step twice": ("2 1, 5 1, 5 1, 6 0", 9, 1, 3, "at step 5 for the second time; not re"),
+    "killed at a step twice": ("5 killed, 5 killed, 5 1, 6 0", 9, 0, 4, "restart 3 of 9"),
+    "done": ("5 0", 9, 0, 1, None),
+    "bad input": ("5 2", 9, 2, 1, None),
+    "SIGINT": ("5 130", 9, 130, 1, None),
+    "SIGTERM": ("5 143", 9, 143, 1, None),
+}
 
 
-# ---- whatever is started
-
-
-def test_restarts_run_out(planned, tmp_path):
-    status, said, starts = planned((1, "killed"), (2, "killed"), restarts=1)
-    assert status == 137 and len(starts) == 2
-    assert "all 1 restarts are used up" in said
-    assert "all 1 restarts are used up" in (tmp_path / "run" / "log.txt").read_text()
-
-
-def test_the_same_step_twice_stops(planned):
-    got, said, starts = planned((2, 1), (5, 1), (5, 1), (6, 0), restarts=9)
-    assert got == 1 and len(starts) == 3, said
-    assert "at step 5 for the second time; not restarting" in said
-
-
-def test_being_killed_twice_at_the_same_step_does_not_stop(planned):
-    got, said, starts = planned((5, "killed"), (5, "killed"), (5, 1), (6, 0), restarts=9)
-    assert got == 0 and len(starts) == 4, said
-
-
-@pytest.mark.parametrize("status", [0, 2, 130, 143])
-def test_ends_that_are_not_restarted(planned, status):
-    got, said, starts = planned((5, status), restarts=9)
-    assert got == status and len(starts) == 1
-    assert "failed with status" not in said
-
-
-def test_a_log_that_cannot_be_written_stops_no_restart(planned, tmp_path):
-    (tmp_path / "run" / "log.txt").mkdir(parents=True)
-    status, said, starts = planned((1, 1), (2, 0), restarts=1)
-    assert status == 0 and len(starts) == 2 and "restart 1 of 1" in said
+@pytest.mark.parametrize("has_log", [True, False])
+@pytest.mark.parametrize("plan, restarts, status, starts, says", PLANS.values(), ids=PLANS)
+def test_what_is_restarted(plan, restarts, status, starts, says, has_log, tmp_path, capfd):
+    """A log that cannot be written stops no restart."""
+    folder, program = tmp_path / "run", tmp_path / "program"
+    if not has_log:
+        (folder / "log.txt").mkdir(parents=True)
+    (tmp_path / "plan").write_text(plan.replace(", ", "\n") + "\n")
+    program.write_text(PLANNED.format(here=tmp_path))
+    program.chmod(0o755)
+    got = run_with_restarts(
+        [str(program)], restarts=restarts, run_folder=str(folder), is_resuming=False
+    )
+    said = capfd.readouterr().out
+    assert (got, len((tmp_path / "starts").read_text().splitlines())) == (status, starts), said
+    assert says in said if says else "failed with status" not in said
+    if says and has_log:
+        assert says in (folder / "log.txt").read_text()
 
 
 def test_a_run_finds_the_package_from_any_folder(tmp_path, monkeypatch):
@@ -165,16 +145,6 @@ def test_killed_workers_are_restarted_and_the_end_is_the_same(fails, straight_on
     log = (folder / "log.txt").read_text()
     assert len(starts) == 3 and "restart 1 of 2" in log and "restart 2 of 2" in log, log
     assert_same_end(folder, straight_on_two)
-
-
-@pytest.mark.slow
-def test_a_run_that_fails_twice_at_the_same_step_stops(fails, tmp_path):
-    folder = tmp_path / "run"
-    faults = [(f"step {step}", "RuntimeError('as a test wants it')") for step in (2, 5, 5, 5)]
-    said, starts = fails(f"-output={folder}", faults=faults, restarts=9, status=1)
-    assert len(starts) == 3, said
-    assert "at step 5 for the second time; not restarting" in said
-    assert progress_of(folder).step == 3
 
 
 def test_bad_input_is_not_restarted(fails, tmp_path):
