@@ -402,13 +402,10 @@ class Training:
         self.progress = replace(self.progress, record=record)
 
     def validate(self, record: dict) -> tuple:
-        """Evaluate the raw weights and the EMA weights; add their figures to `record`.
+        """Evaluate the raw and the EMA weights, and add their figures to `record`.
 
-        Returns:
-            The higher of the two metrics, and whether it is the best of the run so far.
-
-        Raises:
-            DivergedError: after the last epoch, neither of the two has a finite loss.
+        Return the higher of the two metrics, and whether it is the best of the run so far. After
+        the last epoch, raise DivergedError where neither loss is finite.
         """
         state = self.state
         inference = self.task.inference(self.config, state.model)
@@ -446,11 +443,8 @@ class Training:
         return metrics, is_best
 
     def stop(self, requests: Sequence[float]) -> None:
-        """Raise Stopped, on all processes, where any of them has had a signal and all have saved.
-
-        Args:
-            requests: sums over all processes of `StopSignals.requests`.
-        """
+        """Raise Stopped where `requests`, the sums over all processes, name a signal and all have
+        saved."""
         if not any(requests):
             return
         processes.sum_over_ranks([0])  # the first to exit ends the others: rank 0 must have saved
@@ -465,12 +459,8 @@ class Training:
         raise Stopped(number)
 
     def save(self, *, is_best: bool = False) -> None:
-        """Write a checkpoint, and delete those that it supersedes.
-
-        Raises:
-            DivergedError: on rank 0, for weights that are not finite; nothing is written.
-            OSError: on rank 0, where it cannot be written.
-        """
+        """Write a checkpoint on rank 0, and delete those that it supersedes. Weights that are not
+        finite raise DivergedError instead."""
         if processes.rank() != 0:
             return
         folder, state = self.config.SAVE, self.state

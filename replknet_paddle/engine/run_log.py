@@ -248,9 +248,6 @@ class RunLog:
 
         To be called before it is read which checkpoint is the newest: a run that is just ending
         may still write one. A folder that does not exist yet is locked by `open`.
-
-        Raises:
-            InputError: as `RunLock`.
         """
         if self.is_main and os.path.isdir(self.folder):
             self._lock()
@@ -261,11 +258,7 @@ class RunLog:
 
     def open(self, config, *, class_names=None) -> None:
         """Make the run folder: log.txt, config.yaml, which can stand for `-cfg`, and the names of
-        the classes, where there are any, in class_names.txt.
-
-        Raises:
-            InputError: as `RunLock`.
-        """
+        the classes, where there are any, in class_names.txt."""
         root = logging.getLogger()
         root.removeHandler(self.early)
         if not self.is_main:
@@ -290,8 +283,7 @@ class RunLog:
     def log_how_it_ends(self) -> Iterator[None]:
         """Write an error that ends the run in this context to log.txt. Its handler prints it.
 
-        Raises:
-            PeerLost: instead of what a collective raises when it has lost another process.
+        What a collective raises when it has lost another process becomes PeerLost.
         """
         try:
             yield
@@ -367,13 +359,8 @@ class RunLog:
             logger.info("%s, batch %d/%d, %s", title, batch, bar.total, text)
 
     def log_summary(self, config, progress: Progress, first_epoch: int, seconds: float) -> None:
-        """Log what a finished training run says last: how it went, its files, what to do next.
-
-        Args:
-            progress: at the end of the run.
-            first_epoch: epochs that were done before this process began.
-            seconds: how long this process trained.
-        """
+        """Log what a finished run says last: how the epochs after `first_epoch` went in `seconds`,
+        its files, what to do next."""
         if not self.is_main:
             return
         trained = "no epoch was left to train"
