@@ -13,7 +13,7 @@ import termios
 
 import pytest
 from harness import finish, main_status, run_typed
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import ROOT, make_data
 
@@ -118,6 +118,7 @@ def test_without_a_terminal_there_are_lines_with_the_time_left(straight):
     assert lines[-1].endswith("data wait 0%, 00:00 left") or "epoch 4/4" in lines[-1]
 
 
+@settings(deadline=None)
 @given(epochs=st.integers(1, 40), every=st.integers(1, 12), data=st.data())
 def test_the_time_left_is_that_of_all_batches_and_evaluations_to_come(epochs, every, data):
     done = data.draw(st.integers(0, epochs))
