@@ -128,6 +128,11 @@ def weights(model) -> dict[str, np.ndarray]:
     return {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
 
 
+def trainable_weights(model) -> dict[str, np.ndarray]:
+    names = [name for name, p in model.named_parameters() if not p.stop_gradient]
+    return {name: value for name, value in weights(model).items() if name in names}
+
+
 def assert_identical(left, right) -> None:
     assert left.keys() == right.keys()
     for name in left:

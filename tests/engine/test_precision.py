@@ -17,6 +17,7 @@ from epochs import (
     sgd,
     steps_of,
     train,
+    trainable_weights,
     weights,
 )
 from harness import finish_ranks
@@ -70,14 +71,12 @@ def test_a_loss_scale_below_its_floor_stops_with_the_place_and_the_scale():
         precision=scaled(LOSS_SCALE_FLOOR * 4),
         first_step=9,
     )
-    before = weights(model)
+    before = trainable_weights(model)
     done = [next(steps), next(steps)]  # 2 and 1: at the floor, not below it
     assert len(done) == 2
     with pytest.raises(DivergedError, match="epoch 1, step 11, loss .*loss scale fell to 0.5"):
         next(steps)
-    trainable = [name for name, p in model.named_parameters() if not p.stop_gradient]
-    now = weights(model)
-    assert_identical({n: now[n] for n in trainable}, {n: before[n] for n in trainable})
+    assert_identical(trainable_weights(model), before)
 
 
 def test_a_step_whose_gradients_overflow_is_left_out_and_halves_the_scale():
@@ -169,17 +168,17 @@ def ranks_with_one_that_breaks(arguments: list[str]) -> int:
             ema=ema,
         ):
             scales.append(precision.scaler.scale)
-            kept = weights(model)
+            kept = trainable_weights(model)
     except DivergedError as error:
         message = str(error)
-    trainable = [name for name, p in model.named_parameters() if not p.stop_gradient]
+    now = trainable_weights(model)
     np.savez(
         f"{output}.{processes.rank()}.npz",
         **weights(model),
         scales=scales,
         message=message,
         optimizer_steps=len(optimizer.gradients),
-        untouched=all(np.array_equal(weights(model)[n], kept[n]) for n in trainable),
+        untouched=all(np.array_equal(now[name], kept[name]) for name in now),
         **{f"ema/{name}": value for name, value in ema.state().items()},
     )
     return 0
