@@ -233,7 +233,7 @@ def on_gpu(monkeypatch):
     )
     monkeypatch.setattr(auto_cast, "_is_gpu_float16_supported", lambda: True)
     monkeypatch.setattr(auto_cast, "_is_gpu_bfloat16_supported", lambda: True)
-    monkeypatch.setattr(processes, "on_gpu", lambda: True)
+    monkeypatch.setattr(paddle.device, "get_device", lambda: "gpu:0")
     monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda *_: (8, 0))
 
 
