@@ -78,7 +78,7 @@ class Run:
 
     def wait_for_step(self, run_folder, step: int) -> None:
         """Wait until the run has done an optimizer step, or has ended."""
-        wait_for(lambda: step_of(run_folder) >= step or not self.process.is_alive(), timeout=120)
+        wait_for(lambda: step_of(run_folder) >= step or not self.process.is_alive(), timeout=300)
 
     def wait(self, timeout: float = 120) -> int:
         """The exit status, or minus the signal that ended it."""
@@ -182,7 +182,7 @@ class Program(subprocess.Popen):
 
     def wait_for_step(self, run_folder, step: int) -> None:
         """Wait until the run has done an optimizer step, or has ended."""
-        wait_for(lambda: step_of(run_folder) >= step or self.poll() is not None, timeout=120)
+        wait_for(lambda: step_of(run_folder) >= step or self.poll() is not None, timeout=300)
 
     def end(self) -> None:
         """End the whole group, if the program has not ended."""
