@@ -80,7 +80,7 @@ class Run:
         """Wait until the run has done an optimizer step, or has ended."""
         wait_for(lambda: step_of(run_folder) >= step or not self.process.is_alive(), timeout=300)
 
-    def wait(self, timeout: float = 120) -> int:
+    def wait(self, timeout: float = 300) -> int:
         """The exit status, or minus the signal that ended it."""
         self.process.join(timeout)
         if self.process.is_alive():
@@ -172,7 +172,7 @@ class Program(subprocess.Popen):
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         )
 
-    def finish(self, timeout=120) -> tuple[int, str]:
+    def finish(self, timeout=300) -> tuple[int, str]:
         """Wait for the end: exit status, and what was printed."""
         try:
             said, _ = self.communicate(timeout=timeout)
