@@ -20,6 +20,8 @@ from tiny import ROOT, TINY, TINY31, TINYXL, make_data
 from replknet_paddle.config import get_config
 from replknet_paddle.model import build_replknet
 
+pytest.register_assert_rewrite("harness")
+
 # Paddle's launcher chooses ports seconds before they are bound. These are not those that Linux
 # gives to connections, and each worker has its own.
 _FIRST_PORT = 61000 + 1000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 4)

@@ -1,7 +1,7 @@
 """Storage that fails or hangs, by one `open` that injects faults, here and in forked processes.
 
 A fault is a function of a path: None where all is well, else what is called instead of `open`. The
-functions of arguments take the place of `main_status` in `processes.Run`.
+functions of arguments take the place of `main_status` in `harness.Run`.
 """
 
 import builtins
@@ -9,7 +9,7 @@ import errno
 import os
 import time
 
-from processes import main_status
+from harness import main_status
 
 
 def patch_open(fault, monkeypatch=None, *, pauses=None) -> None:

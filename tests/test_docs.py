@@ -11,9 +11,9 @@ import shutil
 
 import paddle
 import pytest
+from harness import make_run
 from paddle import nn
 from PIL import Image
-from runs import make_run
 from tiny import FIXTURES, ROOT, make_data
 
 from replknet_paddle import model as replknet

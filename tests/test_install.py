@@ -8,7 +8,7 @@ import tarfile
 import zipfile
 
 import pytest
-from runs import make_run
+from harness import make_run
 from tiny import FIXTURES, ROOT
 
 # Names that the project or a user's own folder may well have; importing one of them is an error.

@@ -1,4 +1,4 @@
-"""What an evaluation found image by image: accuracy per class, confusion matrix, mistakes."""
+"""The outcome of a classifier's evaluation, from which log, metrics.jsonl and report come."""
 
 from dataclasses import dataclass
 
@@ -7,40 +7,74 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Outcomes:
-    """The network's answers for the images of a list, in the order of the list.
+    """Counts of one evaluation and, where they were asked for, the answers image by image.
 
     Attributes:
-        labels: (N,) int64, the true classes.
+        images: how many were evaluated.
+        top1, top5: how many of them had their label among the 1 or 5 largest logits.
+        loss: mean cross entropy, in nats.
+        labels: (N,) int64, the true classes, in the order of the list; None without answers.
         classes: (N, k) int64, the k classes of the largest probabilities, the largest first.
         scores: (N, k) float64, these probabilities.
     """
 
-    labels: np.ndarray
-    classes: np.ndarray
-    scores: np.ndarray
+    images: int
+    top1: int
+    top5: int
+    loss: float
+    labels: np.ndarray | None = None
+    classes: np.ndarray | None = None
+    scores: np.ndarray | None = None
+
+    @property
+    def top1_percent(self) -> float:
+        return 100.0 * self.top1 / self.images
+
+    @property
+    def top5_percent(self) -> float:
+        return 100.0 * self.top5 / self.images
+
+    @property
+    def score(self) -> float:
+        """The figure by which RUN/best is chosen: top-1, or -1 for a loss that is not finite."""
+        return self.top1_percent if np.isfinite(self.loss) else -1.0
+
+    def record(self, prefix: str) -> dict[str, float]:
+        """Return the figures for metrics.jsonl; each key begins with `prefix`."""
+        return {
+            f"{prefix}_top1_percent": self.top1_percent,
+            f"{prefix}_top5_percent": self.top5_percent,
+            f"{prefix}_loss": self.loss,
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"top-1 {self.top1_percent:.2f} % ({self.top1}/{self.images}), "
+            f"top-5 {self.top5_percent:.2f} % ({self.top5}/{self.images}), "
+            f"loss {self.loss:.6f}"
+        )
 
     @property
     def is_right(self) -> np.ndarray:
-        """(N,) bool: the first class is the label."""
+        """(N,) bool: whether the first class is the label."""
         return self.classes[:, 0] == self.labels
 
     def images_per_class(self, num_classes: int) -> np.ndarray:
-        """(num_classes,) int64: how many images have each label."""
+        """Return (num_classes,) int64: how many images have each label."""
         return np.bincount(self.labels, minlength=num_classes)
 
     def right_per_class(self, num_classes: int) -> np.ndarray:
-        """(num_classes,) int64: how many of these are right."""
+        """Return (num_classes,) int64: how many of these images are right."""
         return np.bincount(self.labels[self.is_right], minlength=num_classes)
 
     def confusion_matrix(self, num_classes: int) -> np.ndarray:
-        """(num_classes, num_classes) int64: images by label (row) and first class (column)."""
+        """Return (num_classes, num_classes) int64: images by label (row) and first class."""
         cells = self.labels * num_classes + self.classes[:, 0]
         counts = np.bincount(cells, minlength=num_classes**2)
         return counts.reshape(num_classes, num_classes)
 
     def confusions(self, limit: int) -> list[tuple[int, int, int]]:
-        """The most frequent mistakes: label, first class, how many images; the most frequent
-        first."""
+        """Return the most frequent mistakes: (label, first class, images), the most first."""
         wrong = ~self.is_right
         pairs = np.stack([self.labels[wrong], self.classes[wrong, 0]], axis=1)
         pairs, counts = np.unique(pairs, axis=0, return_counts=True)
@@ -48,7 +82,7 @@ class Outcomes:
         return [(int(pairs[i, 0]), int(pairs[i, 1]), int(counts[i])) for i in order]
 
     def confident_mistakes(self, limit: int) -> list[int]:
-        """Indices of the wrong images, the one with the largest probability first."""
+        """Return the indices of wrong images, the one with the largest probability first."""
         wrong = np.flatnonzero(~self.is_right)
         order = np.argsort(-self.scores[wrong, 0], kind="stable")[:limit]
         return wrong[order].tolist()

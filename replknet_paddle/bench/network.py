@@ -18,7 +18,7 @@ from replknet_paddle.bench.timing import (
 )
 from replknet_paddle.data.dataset import TrainBatches
 from replknet_paddle.engine.precision import Precision
-from replknet_paddle.engine.train import Parts, train_epoch
+from replknet_paddle.engine.train import TrainState, train_epoch
 from replknet_paddle.model import build_replknet
 from replknet_paddle.ops import (
     LibraryError,
@@ -62,7 +62,7 @@ def report_train_loop(config, *, steps: int, rounds: int) -> None:
     optimizers = [build_optimizer(config, model, lr=1e-4) for model in models]
     for model in models:
         model.train()
-    parts = Parts(
+    state = TrainState(
         model=models[0],
         criterion=criterion,
         optimizer=optimizers[0],
@@ -71,7 +71,7 @@ def report_train_loop(config, *, steps: int, rounds: int) -> None:
     )
 
     def loop():
-        for _ in train_epoch(parts, loader, accum_iter=1, seed=0, epoch=0):
+        for _ in train_epoch(state, loader, accum_iter=1, seed=0, epoch=0):
             pass
 
     def bare():

@@ -164,13 +164,12 @@ def check_flags(args, config) -> None:
 
 def run_in_processes(command: list[str], config, where: dict) -> tuple[int, str]:
     """Run the command in several processes of this machine, and maybe of others."""
-    from replknet_paddle.engine.run_lock import LAUNCHER
-    from replknet_paddle.engine.run_log import append_to_log, lock_run_folder
+    from replknet_paddle.engine.run_log import LAUNCHER, RunLock, append_to_log
 
     check_inputs(config)
     lock = None
     if where["nodes"] == 1:  # of several machines, only that of rank 0 locks the folder
-        lock = lock_run_folder(config.SAVE, LAUNCHER, resume=config.MODEL.RESUME)
+        lock = RunLock(config.SAVE, LAUNCHER, resume=config.MODEL.RESUME)
     launched = LaunchedRun(command, log_dir=worker_log_dir(config.SAVE, where["nodes"]), **where)
     status, message = launched.wait(partial(append_to_log, config.SAVE))
     if lock is not None:
@@ -225,19 +224,18 @@ def task_of(config):
     return CLASSIFICATION
 
 
-def write_evaluation(folder: str, evaluation) -> None:
-    """Write the report of an evaluation to a new folder."""
+def write_evaluation(folder: str, outcomes, *, config, class_names, dataset) -> None:
+    """Write the report of an evaluation, whose `outcomes` have the answers image by image."""
     from replknet_paddle.data.transforms.image import to_rgb
     from replknet_paddle.deploy.report import Evaluated, write_report
 
-    config, dataset = evaluation.config, evaluation.dataset
     evaluated = Evaluated(
         model=config.MODEL.NAME,
         weights=config.MODEL.PRETRAINED,
         data=dataset.list_file,
-        metrics=str(evaluation.metrics),
-        class_names=evaluation.class_names or list(map(str, range(config.MODEL.NUM_CLASSES))),
-        outcomes=evaluation.outcomes,
+        metrics=str(outcomes),
+        class_names=class_names or list(map(str, range(config.MODEL.NUM_CLASSES))),
+        outcomes=outcomes,
         path=dataset.path,
         picture=lambda index: dataset.read(0, index, lambda image, _: to_rgb(image).copy()),
     )

@@ -2,6 +2,6 @@
 
 import warnings
 
-# Said by Paddle at every start, and of no use to who starts a run.
+# Paddle warns of these at every start, and users can do nothing about them.
 warnings.filterwarnings("ignore", message="No ccache found")
 warnings.filterwarnings("ignore", message="When training, we now always track global mean")

@@ -1,12 +1,18 @@
-"""The evaluation loop."""
+"""The evaluation loop, and a classifier's figures as exact sums over batches and processes."""
 
 from collections.abc import Callable
 
+import numpy as np
 import paddle
+from paddle.nn import functional as F
 
+from replknet_paddle.analysis.outcomes import Outcomes
 from replknet_paddle.data.loader import Loader
 from replknet_paddle.engine.precision import Precision
 from replknet_paddle.ops import cache_weights
+from replknet_paddle.runtime.processes import sum_over_ranks
+
+KEPT_CLASSES = 5  # of each image, where the answers are kept
 
 
 @paddle.no_grad()
@@ -19,18 +25,15 @@ def evaluate(
     sums,
     progress: Callable,
 ):
-    """Metrics of `model` over the loaders of all processes.
+    """Return the total of `sums` over the loaders of all processes.
 
     Args:
         model: left in evaluation mode.
         inference: images (N, 3, H, W) -> what `sums` takes; `model` itself, or a way to use it.
         loader: this process's share of the images; shares may differ in length.
         precision: how the network computes.
-        sums: empty sums of the metrics, such as `MetricSums`.
+        sums: empty sums, such as `OutcomeSums`.
         progress: (loader, desc=text) -> the same batches, showing how far it is.
-
-    Returns:
-        The total of `sums` over all processes.
     """
     model.eval()
     with cache_weights(model):
@@ -39,3 +42,74 @@ def evaluate(
                 outputs = inference(images)
             sums.add(outputs, labels)
     return sums.total()
+
+
+class OutcomeSums:
+    """Sums over the batches of one process; `total` adds up the processes.
+
+    Args:
+        loader: of this process's images, over `EvalBatches`, to keep each image's answer as well;
+            every rank fills its share of the rows. None: sums alone.
+        num_classes: length of the logits.
+    """
+
+    def __init__(self, loader: Loader | None = None, num_classes: int = 0):
+        self.values = np.zeros(4, dtype="float64")  # images, top-1, top-5, loss
+        self.rows = None  # label, classes, scores
+        if loader is not None:
+            self.indices = iter(loader.batch_sampler.indices)
+            self.kept = min(KEPT_CLASSES, num_classes)
+            self.rows = np.zeros((len(loader.dataset), 1 + 2 * self.kept))
+
+    def add(self, logits: paddle.Tensor, labels: paddle.Tensor) -> None:
+        """Count a batch: logits (N, classes), labels (N,) int64."""
+        logits = logits.astype("float32")
+        ranks = label_ranks(logits, labels).numpy()
+        losses = F.cross_entropy(logits, labels, reduction="none").numpy()
+        self.values += [
+            len(ranks),
+            (ranks < 1).sum(),
+            (ranks < 5).sum(),
+            losses.sum(dtype="float64"),
+        ]
+        if self.rows is not None:
+            classes = top_classes(logits, labels, self.kept)
+            scores = np.take_along_axis(F.softmax(logits).numpy(), classes, axis=1)
+            for row in np.concatenate([labels.numpy()[:, None], classes, scores], axis=1):
+                self.rows[next(self.indices)] = row
+
+    def total(self) -> Outcomes:
+        """Return the outcome over all processes."""
+        images, top1, top5, loss = sum_over_ranks(self.values).tolist()
+        answers = ()
+        if self.rows is not None:
+            rows = sum_over_ranks(self.rows)
+            labels, classes, scores = np.split(rows, [1, 1 + self.kept], axis=1)
+            answers = labels[:, 0].astype("int64"), classes.astype("int64"), scores
+        return Outcomes(int(images), int(top1), int(top5), loss / images, *answers)
+
+
+def top_classes(logits: paddle.Tensor, labels: paddle.Tensor, count: int) -> np.ndarray:
+    """The `count` classes of each sample that rank first: (N, classes), (N,) -> (N, count) int64.
+
+    In the order of `label_ranks`, so that the label stands where that says.
+    """
+    values, labels = logits.numpy(), labels.numpy()
+    is_nan = np.isnan(values)
+    is_broken_label = is_nan & (np.arange(values.shape[1]) == labels[:, None])
+    # Sorted by the last key first; equal ones stay in the order of their numbers.
+    order = np.lexsort((-values, ~is_nan, is_broken_label), axis=1)
+    return order[:, :count]
+
+
+def label_ranks(logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
+    """How many classes rank above each sample's label: (N, classes), (N,) -> (N,).
+
+    Equal logits rank by class number, so that a network whose logits are all equal is not always
+    right. A NaN logit ranks above the label, and a label whose logit is NaN ranks last.
+    """
+    label_logits = paddle.take_along_axis(logits, labels.unsqueeze(1), axis=1)
+    classes = paddle.arange(logits.shape[1]).unsqueeze(0)
+    before = paddle.logical_not(logits <= label_logits)
+    tied = paddle.logical_and(logits == label_logits, classes < labels.unsqueeze(1))
+    return paddle.logical_or(before, tied).astype("int64").sum(axis=1)

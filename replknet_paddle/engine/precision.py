@@ -19,7 +19,7 @@ class LossScaleError(RuntimeError):
 
 
 class LossScaler:
-    """What the loss is multiplied by so that small float16 gradients do not become 0.
+    """The factor of the loss that keeps small float16 gradients from becoming 0.
 
     As Paddle's `GradScaler` with its defaults: halved when gradients overflow, doubled after 2000
     steps without. It lives on the host, so that a step asks the device once for all that it needs.
@@ -32,11 +32,7 @@ class LossScaler:
         self.good_steps = 0
 
     def update(self, *, finite: bool) -> None:
-        """Learn whether a step's gradients were finite.
-
-        Raises:
-            LossScaleError: the scale has shrunk to its floor.
-        """
+        """Adjust the scale to a step's gradients; raise LossScaleError below its floor."""
         self.good_steps = self.good_steps + 1 if finite else 0
         if not finite:
             self.scale /= 2
@@ -79,15 +75,13 @@ class Precision:
 
     @property
     def loss_scale(self) -> float | None:
-        """What `backward` multiplies the loss by; None where it does not."""
+        """The factor by which `backward` multiplies the loss; None where it does not."""
         return None if self.scaler is None else self.scaler.scale
 
     def prepare(self, model: nn.Layer, optimizer: paddle.optimizer.Optimizer | None = None) -> None:
         """Turn the weights of `model` into half precision, in place, where the level says so.
 
-        Args:
-            optimizer: of a model that is to be trained: keeps float32 masters. Its gradients are
-                those of `optim.gradients`.
+        The `optimizer` of a model to be trained then keeps float32 masters.
         """
         if not self.half_weights:
             return
@@ -99,7 +93,7 @@ class Precision:
             paddle.amp.decorate(models=model, optimizers=optimizer, master_weight=True, **options)
 
     def autocast(self):
-        """The context of a forward pass."""
+        """Return the context of a forward pass."""
         return paddle.amp.auto_cast(enable=self.enabled, level=self.level, dtype=self.dtype)
 
     def backward(self, loss: paddle.Tensor) -> None:
@@ -107,14 +101,9 @@ class Precision:
         (loss if self.scaler is None else loss * self.scaler.scale).backward()
 
     def step(self, optimizer: paddle.optimizer.Optimizer, *, finite: bool) -> None:
-        """One optimizer step, left out where scaled gradients overflowed.
+        """Make an optimizer step, but not where scaled gradients overflowed.
 
-        Args:
-            finite: whether all gradients are; counts only where the loss is scaled.
-
-        Raises:
-            LossScaleError: the scale has shrunk to its floor; on all processes alike, for they
-                share their gradients.
+        LossScaleError comes on all processes alike, for they share their gradients.
         """
         if finite or self.scaler is None:
             optimizer.step()
@@ -122,19 +111,19 @@ class Precision:
             self.scaler.update(finite=finite)
 
     def state(self) -> dict[str, float]:
-        """What a resumed run needs; empty without a scaler."""
+        """Return what a resumed run needs; empty without a scaler."""
         if self.scaler is None:
             return {}
         return {"scale": self.scaler.scale, "incr_count": self.scaler.good_steps}
 
     def load_state(self, state: dict[str, float]) -> None:
-        """Go on from `state()`; one without a scale leaves a fresh one."""
+        """Continue from `state()`; a state without a scale leaves a fresh one."""
         if self.scaler is not None and state:
             self.scaler.scale = float(state["scale"])
             self.scaler.good_steps = int(state["incr_count"])
 
 
-def float32_weights(model: paddle.nn.Layer, optimizer) -> dict[str, np.ndarray]:
-    """All of a model's tensors; of half-precision weights, the masters they are rounded from."""
+def float32_weights(model: nn.Layer, optimizer) -> dict[str, np.ndarray]:
+    """Return all of a model's tensors; for half-precision weights, their float32 masters."""
     tensors = {**model.state_dict(), **master_weights(optimizer, model)}
     return {name: tensor.astype("float32").numpy() for name, tensor in tensors.items()}

@@ -23,11 +23,9 @@ from replknet_paddle.checkpoints.run_folder import (
     save_checkpoint,
 )
 from replknet_paddle.data.loader import Loader
-from replknet_paddle.engine.build import build_network, build_precision, synchronizes_batch_norm
-from replknet_paddle.engine.evaluate import evaluate
-from replknet_paddle.engine.outcomes import Evaluation, OutcomeSums
-from replknet_paddle.engine.precision import float32_weights
-from replknet_paddle.engine.run_log import RunLog
+from replknet_paddle.engine.evaluate import OutcomeSums, evaluate
+from replknet_paddle.engine.precision import Precision, float32_weights
+from replknet_paddle.engine.run_log import RunLog, time_left
 from replknet_paddle.engine.signals import Stopped, StopSignals
 from replknet_paddle.engine.start import (
     check_labels,
@@ -39,43 +37,48 @@ from replknet_paddle.engine.start import (
     report_shifted_folders,
     resolve_classes,
 )
-from replknet_paddle.engine.summary import log_summary
-from replknet_paddle.engine.task import CLASSIFICATION, Task
-from replknet_paddle.engine.time_left import text_of_time_left
+from replknet_paddle.engine.task import CLASSIFICATION, ClassificationTask
 from replknet_paddle.engine.train import (
     ADVICE,
     DivergedError,
-    Parts,
+    TrainState,
     check_is_finite,
+    check_synchronized,
     train_epoch,
 )
-from replknet_paddle.optim.ema import ModelEma
-from replknet_paddle.optim.optimizer import (
-    load_optimizer_state,
-    optimizer_state,
+from replknet_paddle.ops import (
+    describe_convolutions,
+    use_fast_depthwise_conv,
+    use_fast_pointwise_conv,
 )
+from replknet_paddle.optim.ema import ModelEma
+from replknet_paddle.optim.optimizer import load_optimizer_state, optimizer_state
 from replknet_paddle.optim.schedule import base_learning_rate
 from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.errors import SystemFault
 
 logger = logging.getLogger(__name__)
 
+# What metrics.jsonl puts before the figures of each kind of weights.
+PREFIXES = {"model": "val", "model_ema": "val_ema"}
+
 
 def run(
     config,
     *,
-    task: Task = CLASSIFICATION,
+    task: ClassificationTask = CLASSIFICATION,
     open_network: Callable | None = None,
-    report: Callable[[Evaluation], None] | None = None,
+    report: Callable | None = None,
 ):
     """Train or evaluate as `config` says, in this process and those launched beside it.
 
     Args:
         config: of config.py, with SAVE, the run folder, set.
-        task: what the network is for.
+        task: what the network is for: this one, or another class with its methods.
         open_network: config -> what to evaluate instead of the network in Paddle's eager mode, with
             the weights of MODEL.PRETRAINED: a layer with the network's inputs and outputs.
-        report: called on rank 0 with what the evaluation of a classifier found.
+        report: (outcomes, config=, class_names=, dataset=), called on rank 0 with what the
+            evaluation of a classifier found, image by image in the order of the dataset.
 
     Returns:
         The last evaluation's metrics.
@@ -86,43 +89,36 @@ def run(
         SystemFault: the system failed after the first step, or another process has ended.
         Stopped: SIGTERM or SIGINT ended training, after a checkpoint was written.
     """
-    log = RunLog(is_main=processes.rank() == 0)
-    with log.with_its_end():
-        return run_logged(config, task, log, open_network, report)
-
-
-def run_logged(
-    config, task: Task, log: RunLog, open_network: Callable | None, report: Callable | None
-):
-    """What `run` does once there is a log."""
-    task.check(config)
-    check_weights_are_named(config)
-    loaders = {False: task.loader(config, is_train=False)}
-    if not config.EVAL:
-        loaders[True] = task.loader(config, is_train=True)
-    for loader in loaders.values():
-        loader.start()
-    processes.init(deterministic=config.DETERMINISTIC)
-    paddle.seed(processes.random_seed(config.SEED))
-    logger.info(
-        "%s, %d process(es) on %s, Paddle %s, run folder %s",
-        config.MODEL.NAME,
-        processes.world_size(),
-        paddle.device.get_device(),
-        paddle.__version__,
-        config.SAVE,
-    )
-    if config.AMP and not processes.on_gpu():
-        logger.warning("-amp has no effect on CPU: computing in float32")
-    from_rank_0(lambda: log.lock(config.SAVE, resume=config.MODEL.RESUME))
-    if config.EVAL:
-        return run_evaluation(config, task, log, loaders[False], open_network, report)
-    return Training(config, task, log, loaders).run()
+    log = RunLog(config.SAVE, resume=config.MODEL.RESUME, is_main=processes.rank() == 0)
+    with log.log_how_it_ends():
+        task.check(config)
+        check_weights_are_named(config)
+        loaders = {False: task.loader(config, is_train=False)}
+        if not config.EVAL:
+            loaders[True] = task.loader(config, is_train=True)
+        for loader in loaders.values():
+            loader.start()
+        processes.init(deterministic=config.DETERMINISTIC)
+        paddle.seed(processes.random_seed(config.SEED))
+        logger.info(
+            "%s, %d process(es) on %s, Paddle %s, run folder %s",
+            config.MODEL.NAME,
+            processes.world_size(),
+            paddle.device.get_device(),
+            paddle.__version__,
+            config.SAVE,
+        )
+        if config.AMP and not processes.on_gpu():
+            logger.warning("-amp has no effect on CPU: computing in float32")
+        from_rank_0(log.lock)
+        if config.EVAL:
+            return run_evaluation(config, task, log, loaders[False], open_network, report)
+        return Training(config, task, log, loaders).run()
 
 
 def run_evaluation(
     config,
-    task: Task,
+    task: ClassificationTask,
     log: RunLog,
     loader: Loader,
     open_network: Callable | None,
@@ -139,11 +135,11 @@ def run_evaluation(
         model = build_network(config, task)
         load_start(model, config, task.load_weights, start)
         precision.prepare(model)
-    log.open(config.SAVE, config, class_names=class_names)
+    log.open(config, class_names=class_names)
     logger.info("evaluating the images of %s", os.path.abspath(loader.dataset.list_file))
     sums = task.metric_sums(config)
     if report is not None:
-        sums = OutcomeSums(sums, loader, config.MODEL.NUM_CLASSES)
+        sums = OutcomeSums(loader, config.MODEL.NUM_CLASSES)
     began = time.perf_counter()
     with loader:
         metrics = evaluate(
@@ -160,74 +156,105 @@ def run_evaluation(
         "%d images in %.1f s, %.1f images/s", metrics.images, seconds, metrics.images / seconds
     )
     logger.info("%s", metrics)
-    if report is not None:
-        outcomes = sums.outcomes()
-        if processes.rank() == 0:
-            report(Evaluation(config, class_names, metrics, outcomes, loader.dataset))
+    if report is not None and processes.rank() == 0:
+        report(metrics, config=config, class_names=class_names, dataset=loader.dataset)
     return metrics
+
+
+def build_precision(config) -> Precision:
+    """Return mixed precision where it is asked for and possible, else float32."""
+    return Precision(enabled=config.AMP, level=config.AMP_LEVEL, dtype=config.AMP_DTYPE)
+
+
+def synchronizes_batch_norm(config) -> bool:
+    """Whether this run computes batch statistics over all its GPUs."""
+    several_gpus = processes.on_gpu() and processes.world_size() > 1
+    return config.MODEL.SYNC_BN and several_gpus and not config.EVAL
+
+
+def build_network(config, task: ClassificationTask) -> paddle.nn.Layer:
+    """Return the network on this process's device, with the fast convolutions and synchronized
+    batch norm where those apply."""
+    sync_bn = synchronizes_batch_norm(config)
+    if sync_bn:
+        check_synchronized()
+    if config.MODEL.SYNC_BN and processes.world_size() > 1 and not processes.on_gpu():
+        logger.warning(
+            "MODEL.SYNC_BN needs GPUs: each process normalizes by its own batches, "
+            "and running statistics are averaged over the processes"
+        )
+    model = task.network(config, sync_bn=sync_bn)
+    use_fast_depthwise_conv(
+        model, config.MODEL.CONV_IMPL, memory_bytes=config.MODEL.CONV_MEMORY_MB * 2**20
+    )
+    pointwise = use_fast_pointwise_conv(model, config.MODEL.CONV_IMPL)
+    logger.info(
+        "depthwise convolutions: %s; 1x1 convolutions: %s",
+        describe_convolutions(model),
+        f"{pointwise} by the compiled operator" if pointwise else "all by Paddle",
+    )
+    return model
 
 
 class Training:
     """The parts of one training run, wired together, and its epochs."""
 
-    def __init__(self, config, task: Task, log: RunLog, loaders: dict[bool, Loader]):
+    def __init__(self, config, task: ClassificationTask, log: RunLog, loaders: dict[bool, Loader]):
         start = find_start(config)
         config, self.class_names = resolve_classes(config, start.classes, start.path)
-        self.config = config
-        self.task = task
-        self.log = log
+        self.config, self.task, self.log = config, task, log
         self.train_loader, self.val_loader = loaders[True], loaders[False]
         for loader in (self.train_loader, self.val_loader):
             check_labels(loader.dataset, config.MODEL.NUM_CLASSES)
             report_absent_classes(loader.dataset, config.MODEL.NUM_CLASSES, self.class_names)
         if processes.rank() == 0:
             report_shifted_folders(self.train_loader.dataset, self.val_loader.dataset)
-        self.batches = len(self.train_loader.batch_sampler)  # an epoch's, on each process
-        self.steps_per_epoch = self.batches // config.TRAIN.ACCUM_ITER
-        self.mixup = task.mixup(config)
-        self.criterion = task.criterion(config)
 
-        self.model = build_network(config, task)
-        load_start(self.model, config, task.load_weights, start)
-        self.learning_rate = self.build_schedule()
-        self.precision = build_precision(config)
-        self.optimizer = task.optimizer(
-            config,
-            self.model,
-            lr=self.learning_rate(0),
-            multi_precision=self.precision.half_weights,
+        train = config.TRAIN
+        epoch_like = dict(
+            batches=len(self.train_loader.batch_sampler),  # an epoch's, on each process
+            batch_size=config.DATA.BATCH_SIZE * processes.world_size(),
+            accum_iter=train.ACCUM_ITER,
         )
-        self.ema = None
-        if config.TRAIN.MODEL_EMA:
-            self.ema = ModelEma(self.model, decay=config.TRAIN.MODEL_EMA_DECAY)
-        self.precision.prepare(self.model, self.optimizer)
-        self.parts = Parts(
-            model=self.model,
-            criterion=self.criterion,
-            optimizer=self.optimizer,
-            learning_rate=self.learning_rate,
-            precision=self.precision,
-            mixup=self.mixup,
-            ema=self.ema,
+        steps_per_epoch = epoch_like["batches"] // train.ACCUM_ITER
+        mixup, criterion = task.mixup(config), task.criterion(config)
+        model = build_network(config, task)
+        load_start(model, config, task.load_weights, start)
+        learning_rate = task.schedule(config, self.peak_rate(steps_per_epoch), steps_per_epoch)
+        precision = build_precision(config)
+        optimizer = task.optimizer(
+            config, model, lr=learning_rate(0), multi_precision=precision.half_weights
+        )
+        ema = ModelEma(model, decay=train.MODEL_EMA_DECAY) if train.MODEL_EMA else None
+        precision.prepare(model, optimizer)
+        self.state = TrainState(
+            model=model,
+            criterion=criterion,
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            precision=precision,
+            mixup=mixup,
+            ema=ema,
             average_statistics=not synchronizes_batch_norm(config),
         )
 
-        self.progress = Progress(
-            epoch=config.TRAIN.LAST_EPOCH,
-            batches=self.batches,
-            batch_size=config.DATA.BATCH_SIZE * processes.world_size(),
-            accum_iter=config.TRAIN.ACCUM_ITER,
-            step=config.TRAIN.LAST_EPOCH * self.steps_per_epoch,
-        )
         self.resumed_path = None
-        if start.resumed is not None:
-            self.restore(start.resumed)
+        self.progress = Progress(
+            epoch=train.LAST_EPOCH, step=train.LAST_EPOCH * steps_per_epoch, **epoch_like
+        )
+        if start.resumed is not None:  # everything but the weights, which `load_start` has loaded
+            self.resumed_path = start.resumed.file.path
+            self.progress = start.resumed.progress_with(**epoch_like)
+            load_optimizer_state(optimizer, model, start.resumed.optimizer)
+            precision.load_state(start.resumed.scaler)
+            if ema is not None:
+                ema.load_state(start.resumed.model_ema)
         self.evaluation_seconds = 0.0
 
-    def build_schedule(self) -> Callable[[int], float]:
-        """The learning rate of each optimizer step of the run."""
-        train = self.config.TRAIN
-        global_batch = self.config.DATA.BATCH_SIZE * train.ACCUM_ITER * processes.world_size()
+    def peak_rate(self, steps_per_epoch: int) -> float:
+        """Return the highest learning rate of the run, and log how it comes about."""
+        train, batch_size = self.config.TRAIN, self.config.DATA.BATCH_SIZE
+        global_batch = batch_size * train.ACCUM_ITER * processes.world_size()
         peak = base_learning_rate(train.BASE_LR, global_batch, train.LINEAR_SCALED_LR)
         images = len(self.train_loader.dataset)
         logger.info(
@@ -237,32 +264,19 @@ class Training:
             images,
             len(self.val_loader.dataset),
             global_batch,
-            self.config.DATA.BATCH_SIZE,
+            batch_size,
             train.ACCUM_ITER,
             processes.world_size(),
-            self.steps_per_epoch,
-            max(0, images - self.steps_per_epoch * global_batch),
+            steps_per_epoch,
+            max(0, images - steps_per_epoch * global_batch),
             peak,
         )
-        return self.task.schedule(self.config, peak, self.steps_per_epoch)
-
-    def restore(self, resumed: Checkpoint) -> None:
-        """Take over everything but the weights from a checkpoint."""
-        self.resumed_path = resumed.file.path
-        self.progress = resumed.progress_with(
-            batches=self.progress.batches,
-            batch_size=self.progress.batch_size,
-            accum_iter=self.progress.accum_iter,
-        )
-        load_optimizer_state(self.optimizer, self.model, resumed.optimizer)
-        self.precision.load_state(resumed.scaler)
-        if self.ema is not None:
-            self.ema.load_state(resumed.model_ema)
+        return peak
 
     def run(self):
         """Train the remaining epochs, evaluating and saving as configured."""
         config, log = self.config, self.log
-        log.open(config.SAVE, config, resume=config.MODEL.RESUME, class_names=self.class_names)
+        log.open(config, class_names=self.class_names)
         log.forget_metrics_after(self.progress.epoch - bool(self.progress.record))
         processes.sum_over_ranks([0])  # all ranks have read before files are moved
         if processes.rank() == 0:
@@ -284,11 +298,11 @@ class Training:
             if self.progress.step == first_step:
                 raise
             raise SystemFault(str(error)) from error
-        log_summary(config, self.progress, first_epoch, time.monotonic() - began)
+        log.log_summary(config, self.progress, first_epoch, time.monotonic() - began)
         return metrics
 
     def train_epochs(self, signals: StopSignals):
-        """Train, save and evaluate epoch by epoch; the last evaluation, if there was any.
+        """Train, save and evaluate epoch by epoch; return the last evaluation, if there was any.
 
         The checkpoint of an epoch is written before its evaluation, which may fail, and again with
         what that has found.
@@ -320,20 +334,21 @@ class Training:
     def train_one_epoch(self, signals: StopSignals) -> None:
         """Train the rest of the current epoch."""
         config, start = self.config, self.progress
+        accum_iter, batches = config.TRAIN.ACCUM_ITER, start.batches
         started, waited, images_here = time.perf_counter(), 0.0, 0
         title = f"epoch {start.epoch + 1}/{config.TRAIN.NUM_EPOCHS}"
-        with self.log.bar(total=self.batches, initial=start.batch, desc=title) as bar:
+        with self.log.bar(total=batches, initial=start.batch, desc=title) as bar:
             steps = train_epoch(
-                self.parts,
+                self.state,
                 self.train_loader,
-                accum_iter=config.TRAIN.ACCUM_ITER,
+                accum_iter=accum_iter,
                 seed=config.SEED,
                 epoch=start.epoch,
                 first_batch=start.batch,
                 first_step=start.schedule_step,
                 requests=signals.requests,
             )
-            for step in steps if start.batch < self.batches else ():
+            for step in steps if start.batch < batches else ():
                 loss_sum, images = self.progress.epoch_sums
                 self.progress = replace(
                     self.progress,
@@ -344,7 +359,7 @@ class Training:
                 images_here += step.images
                 waited += step.data_seconds
                 seconds = time.perf_counter() - started
-                left = text_of_time_left(
+                left = time_left(
                     self.progress,
                     epochs=config.TRAIN.NUM_EPOCHS,
                     every=config.VALIDATE_FREQ,
@@ -357,11 +372,15 @@ class Training:
                     f"images/s, data wait {waited / seconds:.0%}, {left} left",
                     title=title,
                     batch=step.batch,
-                    is_due=step.batch % config.REPORT_FREQ < config.TRAIN.ACCUM_ITER,
+                    is_due=step.batch % config.REPORT_FREQ < accum_iter,
                 )
                 self.log.write_step(self.progress.step)
-                if step.batch < self.batches:  # after the last one, train_epochs does this
-                    self.save_if_due()
+                if step.batch < batches:  # after the last one, train_epochs does this
+                    if (
+                        config.SAVE_STEPS is not None
+                        and self.progress.step % config.SAVE_STEPS == 0
+                    ):
+                        self.save()
                     if any(step.requests):
                         self.save()
                         self.stop(step.requests)
@@ -373,7 +392,7 @@ class Training:
         record = {
             "epoch": self.progress.epoch,
             "step": self.progress.step,
-            "learning_rate": self.learning_rate(self.progress.schedule_step - 1),
+            "learning_rate": self.state.learning_rate(self.progress.schedule_step - 1),
             "train_loss": loss_sum / images,
             "train_seconds": round(seconds, 3),
             "train_images_per_second": round(images_here / seconds, 3),
@@ -381,64 +400,49 @@ class Training:
         self.progress = replace(self.progress, record=record)
 
     def validate(self, record: dict) -> tuple:
-        """Evaluate the weights and the EMA weights; adds to `record`.
+        """Evaluate the raw and the EMA weights, and add their figures to `record`.
 
-        Returns:
-            The better of the two metrics, and whether it is the best of the run.
-
-        Raises:
-            DivergedError: after the last epoch, neither of the two has a finite loss.
+        Return the higher of the two metrics, and whether it is the best of the run so far. After
+        the last epoch, raise DivergedError where neither loss is finite.
         """
-        inference = self.task.inference(self.config, self.model)
+        state = self.state
+        inference = self.task.inference(self.config, state.model)
 
         def loop():
             return evaluate(
-                model=self.model,
+                model=state.model,
                 inference=inference,
                 loader=self.val_loader,
-                precision=self.precision,
+                precision=state.precision,
                 sums=self.task.metric_sums(self.config),
                 progress=self.log.bar,
             )
 
-        results = {"val": loop()}
-        if self.ema is not None:
-            with self.ema.applied_to(self.model):
-                results["val_ema"] = loop()
-        kinds = {"val": "model", "val_ema": "model_ema"}
-        for name, metrics in results.items():
-            record.update(metrics.record(name))
-            logger.info(
-                "epoch %d, %s: %s",
-                self.progress.epoch,
-                WEIGHTS[kinds[name]],
-                metrics,
-            )
-        better = max(results, key=lambda name: results[name].score)
-        best = results[better]
-        if best.score < 0:
+        results = {"model": loop()}
+        if state.ema is not None:
+            with state.ema.applied_to(state.model):
+                results["model_ema"] = loop()
+        for kind, metrics in results.items():
+            record.update(metrics.record(PREFIXES[kind]))
+            logger.info("epoch %d, %s: %s", self.progress.epoch, WEIGHTS[kind], metrics)
+        kind = max(results, key=lambda kind: results[kind].score)
+        metrics = results[kind]
+        if metrics.score < 0:
             text = f"epoch {self.progress.epoch}: the loss of the evaluation is not finite"
             if self.progress.epoch >= self.config.TRAIN.NUM_EPOCHS:
                 raise DivergedError(f"{text}. {ADVICE}")
             logger.warning("%s", text)
-        self.progress = replace(self.progress, better_weights=kinds[better])
-        is_best = best.score > self.progress.best_score
-        if is_best:
-            self.progress = replace(self.progress, best_score=best.score)
-        return best, is_best
-
-    def save_if_due(self) -> None:
-        """Save in mid-epoch, every SAVE_STEPS steps."""
-        steps = self.config.SAVE_STEPS
-        if steps is not None and self.progress.step % steps == 0:
-            self.save()
+        is_best = metrics.score > self.progress.best_score
+        self.progress = replace(
+            self.progress,
+            better_weights=kind,
+            best_score=max(metrics.score, self.progress.best_score),
+        )
+        return metrics, is_best
 
     def stop(self, requests: Sequence[float]) -> None:
-        """Raise Stopped, on all processes, where any of them has had a signal and all have saved.
-
-        Args:
-            requests: sums over all processes of `StopSignals.requests`.
-        """
+        """Raise Stopped where `requests`, the sums over all processes, name a signal and all have
+        saved."""
         if not any(requests):
             return
         processes.sum_over_ranks([0])  # the first to exit ends the others: rank 0 must have saved
@@ -453,25 +457,21 @@ class Training:
         raise Stopped(number)
 
     def save(self, *, is_best: bool = False) -> None:
-        """Write a checkpoint, and delete those that it supersedes.
-
-        Raises:
-            DivergedError: on rank 0, for weights that are not finite; nothing is written.
-            OSError: on rank 0, where it cannot be written.
-        """
+        """Write a checkpoint on rank 0, and delete those that it supersedes. Weights that are not
+        finite raise DivergedError instead."""
         if processes.rank() != 0:
             return
-        folder = self.config.SAVE
+        folder, state = self.config.SAVE, self.state
         path = path_at(folder, self.progress)
         if is_best:
             self.progress = replace(self.progress, best_checkpoint=os.path.basename(path))
         checkpoint = Checkpoint(
             config=config_text(self.config),
             progress=self.progress,
-            model=float32_weights(self.model, self.optimizer),
-            model_ema={} if self.ema is None else self.ema.state(),
-            optimizer=optimizer_state(self.optimizer, self.model),
-            scaler=self.precision.state(),
+            model=float32_weights(state.model, state.optimizer),
+            model_ema={} if state.ema is None else state.ema.state(),
+            optimizer=optimizer_state(state.optimizer, state.model),
+            scaler=state.precision.state(),
             class_names=self.class_names,
         )
         check_is_finite(checkpoint)

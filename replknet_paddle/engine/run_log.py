@@ -5,27 +5,35 @@ batches, elsewhere plain lines do, so that log files stay readable.
 """
 
 import contextlib
+import errno
+import fcntl
 import json
 import logging
 import logging.handlers
 import math
 import os
+import socket
+import sys
 import time
 import traceback
 from collections.abc import Iterator
 
 from tqdm import tqdm
 
-from replknet_paddle.checkpoints.checkpoint_file import config_text
-from replknet_paddle.checkpoints.run_folder import checkpoints, is_same, run_folder_of
+from replknet_paddle.checkpoints.checkpoint_file import WEIGHTS, CheckpointFile, config_text
+from replknet_paddle.checkpoints.run_folder import (
+    NAME,
+    Progress,
+    checkpoints,
+    is_same,
+    run_folder_of,
+)
 from replknet_paddle.data.class_names import CLASS_NAMES_FILE
-from replknet_paddle.engine.console import Console
-from replknet_paddle.engine.run_lock import ALONE, LAUNCHED, RunLock
 from replknet_paddle.engine.signals import Stopped
 from replknet_paddle.engine.train import DivergedError
 from replknet_paddle.runtime.errors import InputError, SystemFault
-from replknet_paddle.runtime.files import append_whole, path_in_error, write_text
-from replknet_paddle.runtime.launch import lost_peer
+from replknet_paddle.runtime.files import append_whole, command_line, path_in_error, write_text
+from replknet_paddle.runtime.launch import TERMINAL_VARIABLE, lost_peer
 from replknet_paddle.runtime.machines import is_launched
 from replknet_paddle.runtime.packages import import_extra
 
@@ -35,105 +43,161 @@ LOG_FILE = "log.txt"
 CONFIG_FILE = "config.yaml"
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
+# Bytes of RUN/lock: a launcher locks the first, rank 0 of what it launched the second, and a run in
+# one process, which is both, both.
+LAUNCHER, LAUNCHED, ALONE = (0, 1), (1, 1), (0, 2)  # start, length
 
-def check_is_own(folder: str, *, resume: str | None) -> None:
-    """Check that a run folder does not hold another run's checkpoints, which would be replaced.
+WAIT_SECONDS = 5.0  # a killed run's processes take a moment to end
+POLL_SECONDS = 0.1
+
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+# What `Progress.best_score` is, by MODEL.TYPE.
+MEASURES = {"RepLKNet": "top-1", "UPerNet": "mIoU"}
+
+
+class RunLock:
+    """The right to write into a run folder, which is made if it does not exist.
+
+    The process that starts a run holds a lock on RUN/lock for as long as it lives, and so does the
+    process of rank 0. The system releases it, however the process ends. These are POSIX record
+    locks: loader workers do not inherit them, so they cannot outlive their run with one, and
+    network file systems know them. A process must not have two of one folder: closing one would
+    release the other.
 
     Args:
-        resume: what MODEL.RESUME names; 'auto', or a checkpoint of this folder, continues the run.
+        part: LAUNCHER, LAUNCHED or ALONE.
+        resume: what MODEL.RESUME names; 'auto', or a checkpoint of this folder, continues its run.
 
     Raises:
-        InputError: it does.
+        InputError: another process holds it, which the message names; the folder cannot be written;
+            or it holds another run's checkpoints, which would be replaced.
     """
-    continues = resume == "auto" or (resume is not None and is_same(run_folder_of(resume), folder))
-    if not continues and checkpoints(folder):
-        raise InputError(
-            f"{folder} holds the checkpoints of another run; -resume {folder} continues "
-            "it, another -output starts a new one"
+
+    def __init__(self, folder: str, part: tuple[int, int] = ALONE, *, resume: str | None = None):
+        self.folder, self.part = folder, part
+        self.path = os.path.join(folder, "lock")
+        self._file = None
+        try:
+            self._open()
+            self._wait()
+            self._file.truncate(0)  # in append mode, so the text goes to the start
+            holder = f"process {os.getpid()} on {socket.gethostname()}\n"
+            os.write(self._file.fileno(), holder.encode())  # a buffer would be written again
+        except OSError as error:
+            self.withdraw()
+            raise InputError(
+                f"cannot write the run folder {folder}: {error.strerror}; give another one by "
+                "-output"
+            ) from None
+        continues = resume == "auto" or (
+            resume is not None and is_same(run_folder_of(resume), folder)
         )
+        if checkpoints(folder) and not continues:
+            self.withdraw()
+            raise InputError(
+                f"{folder} holds the checkpoints of another run; -resume {folder} continues "
+                "it, another -output starts a new one"
+            )
 
+    def _open(self) -> None:
+        self._made_folder = self._made_file = False
+        os.makedirs(os.path.dirname(os.path.abspath(self.folder)), exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(self.folder)
+            self._made_folder = True
+        with contextlib.suppress(FileExistsError):
+            open(self.path, "x").close()
+            self._made_file = True
+        self._file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115
 
-def lock_run_folder(folder: str, part: tuple[int, int], *, resume: str | None) -> RunLock:
-    """Lock a run folder, which is made if it is not there, and make its log.
+    def _wait(self) -> None:
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not self._acquire() or not self._is_there():
+            if time.monotonic() > deadline:
+                self._file.seek(0)
+                holder = self._file.read().strip() or "another process"
+                self.release()
+                raise InputError(
+                    f"{self.folder} is in use by {holder}; wait until that run has ended, or name "
+                    "another folder by -output"
+                )
+            time.sleep(POLL_SECONDS)
 
-    Args:
-        part: as for `RunLock`.
-        resume: as for `check_is_own`.
+    def _acquire(self) -> bool:
+        start, length = self.part
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return False
+            if error.errno not in _UNSUPPORTED:
+                raise
+            logger.warning(
+                "%s cannot be locked (%s): a second run in it would not be noticed",
+                self.path,
+                error.strerror,
+            )
+        return True
 
-    Returns:
-        The lock, until whose release or this process's end other runs are kept out.
+    def _is_there(self) -> bool:
+        """Whether the locked file still has its name; else, its successor is opened. A run that
+        fails at once takes the folder away that it has made."""
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path)):
+                return True
+        self._file.close()
+        self._open()
+        return False
 
-    Raises:
-        InputError: it cannot be written, holds another run, or is in use.
-    """
-    lock = RunLock(folder, part)
-    with nothing_left_if_it_fails(lock):
-        check_is_own(folder, resume=resume)
-        make_log(folder)
-    return lock
+    @contextlib.contextmanager
+    def nothing_left_if_it_fails(self) -> Iterator[None]:
+        """Withdraw where an error ends the block: on a full disk the files would be empty."""
+        try:
+            yield
+        except (InputError, OSError):
+            self.withdraw()
+            raise
 
+    def release(self) -> None:
+        """Let others have the folder. The file stays: removing it would race with them."""
+        if self._file is not None:
+            self._file.close()
 
-@contextlib.contextmanager
-def nothing_left_if_it_fails(lock: RunLock) -> Iterator[None]:
-    """Remove what a run begins with in its folder, as far as this context has made it, where an
-    error ends it: on a full disk the files would be empty."""
-    paths = [os.path.join(lock.folder, name) for name in (LOG_FILE, CONFIG_FILE, CLASS_NAMES_FILE)]
-    new = [path for path in paths if not os.path.lexists(path)]
-    try:
-        yield
-    except (InputError, OSError):
-        for path in new:
+    def withdraw(self) -> None:
+        """Remove the folder with what a run begins with, or the lock file, if this lock made it."""
+        made = [self.path] if self._made_file else []
+        if self._made_folder:
+            names = (LOG_FILE, CONFIG_FILE, CLASS_NAMES_FILE)
+            made = [*(os.path.join(self.folder, name) for name in names), *made]
+        for path in made:
             with contextlib.suppress(OSError):
                 os.unlink(path)
-        lock.withdraw()
-        raise
+        if self._made_folder:
+            with contextlib.suppress(OSError):
+                os.rmdir(self.folder)
+        self.release()
 
 
-def make_log(folder: str) -> None:
-    """Make the log of a run folder, where it does not exist.
+class Console(logging.StreamHandler):
+    """Log lines on the terminal or on standard output, each above the bar, if one is shown.
 
-    Raises:
-        InputError: it cannot be written.
+    Of a run in several processes, Paddle's launcher copies what rank 0 prints, line by line and
+    some time later. Where the run was started on a terminal, rank 0 writes to that terminal itself.
     """
-    try:
-        with open(os.path.join(folder, LOG_FILE), "a", encoding="utf-8"):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"cannot write the run folder {folder}: {error.strerror}; give another one by -output"
-        ) from None
 
+    def __init__(self, *, is_main: bool):
+        terminal = os.environ.get(TERMINAL_VARIABLE)
+        stream = sys.stdout
+        if is_main and terminal is not None:
+            number = os.open(terminal, os.O_WRONLY | os.O_NOCTTY)
+            stream = os.fdopen(number, "w", 1, encoding="utf-8", errors="replace")
+        super().__init__(stream)
+        self.setFormatter(logging.Formatter("%(message)s"))
 
-def json_text(value) -> str:
-    """`value` as JSON, which has no word for a number that is not finite: it becomes null."""
-    return json.dumps(_without_nan(value))
-
-
-def _without_nan(value):
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def visualdl_writer(folder: str):
-    """VisualDL's writer of scalars.
-
-    Raises:
-        InputError: VisualDL is not installed.
-    """
-    return import_extra("visualdl", "plots").LogWriter(logdir=folder)
-
-
-def append_to_log(folder: str, message: str) -> None:
-    """Append an error that rank 0 did not see to the log.txt of a run folder, if there is one: an
-    error of another rank, or that a process was killed."""
-    path = os.path.join(folder, LOG_FILE)
-    if message and os.path.exists(path):
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
-        with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
-            file.write(f"{now} ERROR the run ended: {message.rstrip()}\n")
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
 
 
 class LogFile(logging.FileHandler):
@@ -147,20 +211,18 @@ class RunLog:
     """Writes one run's folder and console. Ranks other than 0 log only errors, to the console.
 
     Nothing is written to disk before `open`, which is called once all input has been checked.
+
+    Args:
+        folder: the run folder.
+        resume: as for `RunLock`.
     """
 
-    def __init__(self, *, is_main: bool):
-        self.folder = None
-        self.file = None
-        self.step_file = None
-        self.metrics_jsonl = False
-        self.visualdl = None
-        self.is_main = is_main
-        self.run_lock = None
-        self.lock_part = LAUNCHED if is_launched() else ALONE
+    def __init__(self, folder: str, *, resume: str | None = None, is_main: bool):
+        self.folder, self.resume, self.is_main = folder, resume, is_main
+        self.file = self.step_file = self.visualdl = self.run_lock = None
+        self.metrics_file = os.path.join(folder, "metrics.jsonl")
         self.early = logging.handlers.MemoryHandler(capacity=10**6, flushOnClose=False)
         self.console = Console(is_main=is_main)
-        self.bar = self.console.bar
         root = logging.getLogger()
         for level_of in (root, logging.getLogger("replknet_paddle")):
             level_of.setLevel(logging.INFO if is_main else logging.ERROR)
@@ -170,58 +232,47 @@ class RunLog:
             logging.INFO if is_main else logging.WARNING
         )
 
-    def lock(self, folder: str, *, resume: str | None) -> None:
-        """Keep other runs out of a run folder until this process ends.
+    def lock(self) -> None:
+        """Keep other runs out of an existing run folder until this process ends.
 
         To be called before it is read which checkpoint is the newest: a run that is just ending
         may still write one. A folder that does not exist yet is locked by `open`.
-
-        Raises:
-            InputError: as `lock_run_folder`.
         """
-        if self.is_main and os.path.isdir(folder):
-            self.run_lock = RunLock(folder, self.lock_part)
-            with nothing_left_if_it_fails(self.run_lock):
-                check_is_own(folder, resume=resume)
+        if self.is_main and os.path.isdir(self.folder):
+            self._lock()
 
-    def open(self, folder: str, config, *, resume: str | None = None, class_names=None) -> None:
+    def _lock(self) -> None:
+        part = LAUNCHED if is_launched() else ALONE
+        self.run_lock = RunLock(self.folder, part, resume=self.resume)
+
+    def open(self, config, *, class_names=None) -> None:
         """Make the run folder: log.txt, config.yaml, which can stand for `-cfg`, and the names of
-        the classes, where there are any, in class_names.txt.
-
-        Raises:
-            InputError: as `lock_run_folder`.
-        """
-        logging.getLogger().removeHandler(self.early)
+        the classes, where there are any, in class_names.txt."""
+        root = logging.getLogger()
+        root.removeHandler(self.early)
         if not self.is_main:
             return
         if self.run_lock is None:
-            self.run_lock = RunLock(folder, self.lock_part)
-        with nothing_left_if_it_fails(self.run_lock):
-            check_is_own(folder, resume=resume)
-            self._open(folder, config, class_names)
-
-    def _open(self, folder: str, config, class_names) -> None:
-        make_log(folder)
-        self.folder = folder
-        self.file = LogFile(os.path.join(folder, LOG_FILE), encoding="utf-8")
-        self.file.setFormatter(logging.Formatter(LOG_FORMAT))
-        logging.getLogger().addHandler(self.file)
-        self.early.setTarget(self.file)
-        self.early.flush()
-        write_text(os.path.join(folder, CONFIG_FILE), config_text(config))
-        if class_names is not None:
-            text = "".join(f"{name}\n" for name in class_names)
-            write_text(os.path.join(folder, CLASS_NAMES_FILE), text)
-        self.metrics_jsonl = True
-        if config.LOG.VISUALDL:
-            self.visualdl = visualdl_writer(os.path.join(folder, "visualdl"))
+            self._lock()
+        with self.run_lock.nothing_left_if_it_fails():
+            self.file = LogFile(os.path.join(self.folder, LOG_FILE), encoding="utf-8")
+            self.file.setFormatter(logging.Formatter(LOG_FORMAT))
+            root.addHandler(self.file)
+            self.early.setTarget(self.file)
+            self.early.flush()
+            write_text(os.path.join(self.folder, CONFIG_FILE), config_text(config))
+            if class_names is not None:
+                text = "".join(f"{name}\n" for name in class_names)
+                write_text(os.path.join(self.folder, CLASS_NAMES_FILE), text)
+            if config.LOG.VISUALDL:
+                visualdl = import_extra("visualdl", "plots")
+                self.visualdl = visualdl.LogWriter(logdir=os.path.join(self.folder, "visualdl"))
 
     @contextlib.contextmanager
-    def with_its_end(self) -> Iterator[None]:
+    def log_how_it_ends(self) -> Iterator[None]:
         """Write an error that ends the run in this context to log.txt. Its handler prints it.
 
-        Raises:
-            PeerLost: for what a collective raises when it has lost another process.
+        What a collective raises when it has lost another process becomes PeerLost.
         """
         try:
             yield
@@ -246,18 +297,27 @@ class RunLog:
         """Append one object to metrics.jsonl, and its numbers to VisualDL's scalars."""
         if not self.is_main:
             return
-        if self.metrics_jsonl:
-            append_whole(self._metrics_file(), json_text(record) + "\n")
+        append_whole(self.metrics_file, json_text(record) + "\n")
         if self.visualdl is not None:
             for tag, value in record.items():
                 if tag != "epoch" and not isinstance(value, list):
                     self.visualdl.add_scalar(tag, value, record["epoch"])
 
-    def write_step(self, step: int) -> None:
-        """Write the number of the last optimizer step to RUN/step.
+    def forget_metrics_after(self, epoch: int) -> None:
+        """Delete the records of epochs that a resumed run trains again."""
+        if not self.is_main or not os.path.exists(self.metrics_file):
+            return
+        kept = []
+        with open(self.metrics_file, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged by a crash
+                    if json.loads(line)["epoch"] <= epoch and line.endswith("\n"):
+                        kept.append(line)
+        write_text(self.metrics_file, "".join(kept))
 
-        run_train_multi.sh compares the steps of two failures.
-        """
+    def write_step(self, step: int) -> None:
+        """Write the number of the last optimizer step to RUN/step. A restart compares the steps of
+        two failures."""
         if self.is_main:
             path = os.path.join(self.folder, "step")
             with path_in_error(path):
@@ -265,31 +325,95 @@ class RunLog:
                     self.step_file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
                 os.pwrite(self.step_file, b"%-12d\n" % step, 0)
 
-    def forget_metrics_after(self, epoch: int) -> None:
-        """Delete the records of epochs that a resumed run trains again."""
-        if not self.is_main or not os.path.exists(self._metrics_file()):
-            return
-        kept = []
-        with open(self._metrics_file(), encoding="utf-8", errors="replace") as file:
-            for line in file:
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged by a crash
-                    if json.loads(line)["epoch"] <= epoch and line.endswith("\n"):
-                        kept.append(line)
-        write_text(self._metrics_file(), "".join(kept))
-
-    def _metrics_file(self) -> str:
-        return os.path.join(self.folder, "metrics.jsonl")
+    def bar(self, batches=None, **options) -> tqdm:
+        """Return tqdm's progress bar over batches; invisible where there is no terminal."""
+        stream = self.console.stream
+        return tqdm(
+            batches,
+            unit="batch",
+            leave=False,
+            dynamic_ncols=True,
+            file=stream,
+            disable=not stream.isatty(),
+            **options,
+        )
 
     def show_step(self, bar: tqdm, text: str, *, title: str, batch: int, is_due: bool) -> None:
-        """Show one step of an epoch on its bar, or in a line where there is no terminal.
-
-        Args:
-            title: of the line.
-            batch: forward passes done in this epoch.
-            is_due: whether a line is due; the last batch of an epoch always gets one.
-        """
+        """Show one step of an epoch on its bar; without a terminal, in a line where one is due, or
+        after the last `batch` of the epoch."""
         if not bar.disable:
             bar.update(batch - bar.n)
             bar.set_postfix_str(text)
         elif is_due or batch == bar.total:
             logger.info("%s, batch %d/%d, %s", title, batch, bar.total, text)
+
+    def log_summary(self, config, progress: Progress, first_epoch: int, seconds: float) -> None:
+        """Log what a finished run says last: how the epochs after `first_epoch` went in `seconds`,
+        its files, what to do next."""
+        if not self.is_main:
+            return
+        trained = "no epoch was left to train"
+        if progress.epoch > first_epoch:
+            epochs = f"trained epochs {first_epoch + 1} to {progress.epoch}"
+            trained = f"{epochs} in {tqdm.format_interval(seconds)}"
+        logger.info("finished: %s", trained)
+        best = os.path.join(self.folder, "best")
+        match = NAME.fullmatch(progress.best_checkpoint)
+        if match is None or not os.path.isfile(best):
+            return
+        logger.info(
+            "best: epoch %d, %s, %s %.2f %%, in %s",
+            int(match.group(1)),
+            WEIGHTS[CheckpointFile(best).ema_or_raw("auto")],
+            MEASURES[config.MODEL.TYPE],
+            progress.best_score,
+            best,
+        )
+        names = ("last", LOG_FILE, "metrics.jsonl", CLASS_NAMES_FILE, CONFIG_FILE)
+        there = [name for name in names if os.path.isfile(os.path.join(self.folder, name))]
+        logger.info("in %s: %s", self.folder, ", ".join(there))
+        folder = os.path.abspath(self.folder)  # the command can be typed anywhere
+        words = ["eval", f"-pretrained={os.path.join(folder, 'best')}"]
+        if config.MODEL.TYPE == "RepLKNet":
+            words.append(f"-report={os.path.join(folder, 'report')}")
+        logger.info("next: %s", command_line(*words))
+
+
+def time_left(
+    progress: Progress, *, epochs: int, every: int, batch_seconds: float, evaluation_seconds: float
+) -> str:
+    """Return as h:mm:ss how long the rest of a training run takes.
+
+    Args:
+        epochs, every: of the run, and from one evaluation to the next; one follows the last epoch.
+        batch_seconds: of a batch, at the pace of this epoch.
+        evaluation_seconds: of the last evaluation and its checkpoint; 0 before the first.
+    """
+    batches = (epochs - progress.epoch) * progress.batches - progress.batch
+    evaluations = 0
+    if progress.epoch < epochs:
+        evaluations = epochs // every - progress.epoch // every + (epochs % every != 0)
+    return tqdm.format_interval(batches * batch_seconds + evaluations * evaluation_seconds)
+
+
+def json_text(value) -> str:
+    """Return `value` as JSON, where a number that is not finite becomes null."""
+
+    def with_nulls(value):
+        if isinstance(value, dict):
+            return {key: with_nulls(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [with_nulls(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(with_nulls(value))
+
+
+def append_to_log(folder: str, message: str) -> None:
+    """Append an error that rank 0 did not see to the log.txt of a run folder, if there is one: an
+    error of another rank, or that a process was killed."""
+    if message and os.path.isdir(folder):
+        path = os.path.join(folder, LOG_FILE)
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
+            file.write(f"{now} ERROR the run ended: {message.rstrip()}\n")

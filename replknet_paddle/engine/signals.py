@@ -1,18 +1,23 @@
-"""Stopping a run: SIGTERM from a scheduler, SIGINT from a keyboard."""
+"""Stopping a run. Who handles which signal, and what is saved:
+
+the first SIGTERM or SIGINT: noted by `StopSignals`; all ranks finish the step, save and end
+SIGINT again, after 2 seconds: KeyboardInterrupt, with nothing saved beyond the newest checkpoint
+the program that launched the ranks, or restarts them: hands both on and waits (`runtime.launch`)
+loader workers: a group of their own, so that a Ctrl-C does not reach them (`data.loader`)
+SIGKILL of any process: the others end as well, and what has been saved stays (`runtime.launch`)
+"""
 
 import signal
 import time
 from collections.abc import Sequence
 
-SAME_CTRL_C_SECONDS = 2.0
+SAME_CTRL_C_SECONDS = 2.0  # a terminal sends one to a script and to the processes it started
 
 
 class StopSignals:
     """Within this context, the first SIGTERM or SIGINT is only recorded in `received`.
 
-    A later SIGINT interrupts as usual. One within `SAME_CTRL_C_SECONDS` is taken for the same
-    Ctrl-C, which a terminal sends to a script and to the processes it started. Further SIGTERMs are
-    ignored: Paddle's launcher sends several.
+    Further SIGTERMs are ignored: Paddle's launcher sends several.
     """
 
     def __init__(self):
@@ -36,15 +41,12 @@ class StopSignals:
             raise KeyboardInterrupt
 
     def requests(self) -> list[float]:
-        """For all processes to add up: whether this one has had SIGINT, and SIGTERM."""
-        return [
-            float(self.received == signal.SIGINT),
-            float(self.received == signal.SIGTERM),
-        ]
+        """Return, for all processes to add up, whether this one has had SIGINT, and SIGTERM."""
+        return [float(self.received == signal.SIGINT), float(self.received == signal.SIGTERM)]
 
     @staticmethod
     def number(requests: Sequence[float]) -> signal.Signals:
-        """The signal that sums of `requests`, not all 0, stand for."""
+        """Return the signal that sums of `requests`, not all 0, stand for."""
         return signal.SIGINT if requests[0] else signal.SIGTERM
 
 

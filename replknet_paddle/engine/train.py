@@ -1,4 +1,4 @@
-"""The training loop: one epoch, an optimizer step at a time.
+"""The training loop: one epoch, an optimizer step at a time, and what must hold for it.
 
 A step waits for the device once, when it reads the loss, the image count, what the ranks asked for
 and, where the loss is scaled, whether the gradients overflowed. By then the next batch is on its
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import paddle
+from paddle import nn
 
 from replknet_paddle.checkpoints.run_folder import Checkpoint
 from replknet_paddle.data.loader import Loader
@@ -23,6 +24,8 @@ from replknet_paddle.runtime.processes import (
     random_seed,
     rank,
     sum_on_device,
+    sum_over_ranks,
+    world_size,
 )
 
 
@@ -31,8 +34,8 @@ class DivergedError(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
-    """What takes part in training, for a whole run.
+class TrainState:
+    """The network and what trains it, for a whole run.
 
     Attributes:
         model: images (N, 3, H, W) -> logits (N, classes).
@@ -74,7 +77,7 @@ class Step:
     requests: Sequence[float] = ()
 
 
-class FetchedAhead:
+class Prefetcher:
     """The batches of a loader, each fetched on demand while the device still computes.
 
     An error of the loader is raised by `take`, when it is the turn of that batch.
@@ -83,7 +86,7 @@ class FetchedAhead:
     def __init__(self, loader: Loader):
         self.iterator = iter(loader)
         self.batch = self.error = None
-        self.seconds = 0.0  # waited since `take_seconds`
+        self.seconds = 0.0  # waited for data since the last step
 
     def fetch(self) -> None:
         """Get the next batch, if there is one."""
@@ -95,20 +98,15 @@ class FetchedAhead:
         self.seconds += time.perf_counter() - start
 
     def take(self) -> tuple[paddle.Tensor, paddle.Tensor]:
-        """The batch that was fetched last."""
+        """Return the batch that was fetched last."""
         if self.error is not None:
             raise self.error
         batch, self.batch = self.batch, None
         return batch
 
-    def take_seconds(self) -> float:
-        """Time waited for data since this was last asked."""
-        seconds, self.seconds = self.seconds, 0.0
-        return seconds
-
 
 def train_epoch(
-    parts: Parts,
+    state: TrainState,
     loader: Loader,
     *,
     accum_iter: int,
@@ -134,29 +132,29 @@ def train_epoch(
         DivergedError: on all processes alike. A loss that is not finite has not touched the
             weights.
     """
-    model, precision = parts.model, parts.precision
+    model, precision = state.model, state.precision
     model.train()
     loader.batch_sampler.set_epoch(epoch, first_batch)
     total = len(loader.batch_sampler)
     gradients = Gradients(model)
     statistics = []
-    if parts.average_statistics:
+    if state.average_statistics:
         statistics = [b for b in model.state_dict().values() if b.stop_gradient]
     step = first_step
     loss_sum, images_done = 0.0, 0
 
-    ahead = FetchedAhead(loader)
+    ahead = Prefetcher(loader)
     ahead.fetch()
     for batch in range(first_batch, total):
         images, labels = ahead.take()
         # Everything random here depends on the place in the run, not on what came before it.
         batch_seed = random_seed(seed, epoch, batch, rank())
         paddle.seed(batch_seed)
-        if parts.mixup is not None:
-            images, labels = parts.mixup(images, labels, np.random.default_rng(batch_seed))
+        if state.mixup is not None:
+            images, labels = state.mixup(images, labels, np.random.default_rng(batch_seed))
 
         with precision.autocast():
-            loss = parts.criterion(model(images), labels)
+            loss = state.criterion(model(images), labels)
         group_start = batch // accum_iter * accum_iter
         precision.backward(loss / min(accum_iter, total - group_start))
         gradients.collect()
@@ -175,32 +173,32 @@ def train_epoch(
             values = totals.numpy().tolist()
             gradients_finite = bool(values.pop(0)) if finite is not None else True
             all_loss, all_images, *requested = values
-            lr = parts.learning_rate(step)
+            lr = state.learning_rate(step)
             here = (
                 f"epoch {epoch + 1}, step {step}, loss {all_loss / all_images:g}, "
                 f"learning rate {lr:.3g}"
             )
             if not np.isfinite(all_loss):
                 raise DivergedError(f"{here}: the loss is no longer finite. {ADVICE}")
-            parts.optimizer.set_lr(lr)
+            state.optimizer.set_lr(lr)
             try:
-                precision.step(parts.optimizer, finite=gradients_finite)
+                precision.step(state.optimizer, finite=gradients_finite)
             except LossScaleError as error:
                 raise DivergedError(f"{here}: {error}. {ADVICE}") from None
-            parts.optimizer.clear_grad(set_to_zero=False)
-            if parts.ema is not None:
-                masters = master_weights(parts.optimizer, model) if precision.half_weights else None
-                parts.ema.update(model, masters)
+            state.optimizer.clear_grad(set_to_zero=False)
+            if state.ema is not None:
+                masters = master_weights(state.optimizer, model) if precision.half_weights else None
+                state.ema.update(model, masters)
             step += 1
             yield Step(
                 batch + 1,
                 all_loss / all_images,
                 int(all_images),
                 lr,
-                ahead.take_seconds(),
+                ahead.seconds,
                 requested,
             )
-            loss_sum, images_done = 0.0, 0
+            loss_sum, images_done, ahead.seconds = 0.0, 0, 0.0
 
 
 def check_is_finite(checkpoint: Checkpoint) -> None:
@@ -212,6 +210,26 @@ def check_is_finite(checkpoint: Checkpoint) -> None:
         raise DivergedError(
             f"epoch {progress.epoch + 1}, step {progress.step}: {len(wrong)} of {len(weights)} "
             f"weights are no longer finite, such as {wrong[0]}; they are not saved. {ADVICE}"
+        )
+
+
+@paddle.no_grad()
+def check_synchronized(make_layer: Callable[[int], nn.Layer] = nn.SyncBatchNorm) -> None:
+    """Raise RuntimeError, on all ranks alike, where batch norm's statistics stay local.
+
+    Paddle 3's `SyncBatchNorm` skips its reduction without an error where its communicator is not
+    set up. Every rank must call this; their inputs differ.
+    """
+    layer = make_layer(1)
+    layer.train()
+    layer(paddle.full([2, 1, 4, 4], float(rank())))
+    mean = (1 - layer._momentum) * (world_size() - 1) / 2  # of 0, 1, 2, ..., from a mean of 0
+    is_local = not np.isclose(layer._mean.numpy()[0], mean, rtol=1e-3)
+    if sum_over_ranks([is_local]).any():
+        raise RuntimeError(
+            f"MODEL.SYNC_BN: Paddle {paddle.__version__} computes batch statistics on each GPU by "
+            "itself here, though asked to synchronize them, and says nothing; set MODEL.SYNC_BN "
+            "False, or take another version of Paddle"
         )
 
 

@@ -1,4 +1,4 @@
-"""The parts of a segmentation run, for `replknet_paddle.engine`."""
+"""A segmentation network's parts of a run, with the methods of `engine.task`."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +10,6 @@ from replknet_paddle.checkpoints.checkpoint_file import CheckpointFile
 from replknet_paddle.checkpoints.load import layout_of, load_pretrained
 from replknet_paddle.data.class_names import get_class_names
 from replknet_paddle.data.loader import Loader
-from replknet_paddle.engine.task import Task
 from replknet_paddle.optim.optimizer import ParameterGroup, adamw
 from replknet_paddle.optim.schedule import get_poly_lr
 from replknet_paddle.runtime import processes
@@ -19,33 +18,6 @@ from replknet_paddle.segmentation.data import get_dataloader, get_dataset
 from replknet_paddle.segmentation.evaluate import ConfusionSums, SegmentationLoss
 from replknet_paddle.segmentation.inference import build_inference
 from replknet_paddle.segmentation.upernet import UPerNet, build_upernet
-
-
-def check_segmenter(config) -> None:
-    """Raise InputError for a configuration that is not of a segmentation network."""
-    if config.MODEL.TYPE != "UPerNet":
-        raise InputError(
-            f"MODEL.TYPE is {config.MODEL.TYPE}; allowed for segmentation: UPerNet "
-            "(configs/upernet_*.yaml)"
-        )
-
-
-def build_loader(config, is_train: bool) -> Loader:
-    """This process's loader of the training or the validation set."""
-    return get_dataloader(
-        config, is_train, rank=processes.rank(), world_size=processes.world_size()
-    )
-
-
-def load_weights(model: UPerNet, config, file: CheckpointFile) -> None:
-    """Put a checkpoint into the network: all of it or, to start training, a
-    classifier's backbone."""
-    weights = config.MODEL.PRETRAINED_WEIGHTS
-    if config.EVAL or layout_of(file, weights=weights) in ("upernet", "mmseg"):
-        drop_head = config.MODEL.DROP_HEAD and not config.EVAL
-        load_pretrained(model, file, weights=weights, drop_head=drop_head)
-    else:
-        load_pretrained(model.backbone, file, weights=weights)
 
 
 def parameter_groups(model: nn.Layer, weight_decay: float) -> list[ParameterGroup]:
@@ -67,41 +39,67 @@ def parameter_groups(model: nn.Layer, weight_decay: float) -> list[ParameterGrou
     return groups
 
 
-def build_optimizer(
-    config, model: nn.Layer, *, lr: float, multi_precision: bool = False
-) -> paddle.optimizer.AdamW:
-    """AdamW as the official configurations have it."""
-    groups = parameter_groups(model, config.TRAIN.WEIGHT_DECAY)
-    return adamw(config, groups, lr=lr, multi_precision=multi_precision)
+class SegmentationTask:
+    """Builds the parts of a run that tasks do not share, each from the configuration."""
+
+    dataset = staticmethod(get_dataset)
+    network = staticmethod(build_upernet)
+
+    def check(self, config) -> None:
+        """Raise InputError for a configuration that is not a segmentation network's."""
+        if config.MODEL.TYPE != "UPerNet":
+            raise InputError(
+                f"MODEL.TYPE is {config.MODEL.TYPE}; allowed for segmentation: UPerNet "
+                "(configs/upernet_*.yaml)"
+            )
+
+    def loader(self, config, is_train: bool) -> Loader:
+        """Return this process's loader of the training or the validation set."""
+        return get_dataloader(
+            config, is_train, rank=processes.rank(), world_size=processes.world_size()
+        )
+
+    def load_weights(self, model: UPerNet, config, file: CheckpointFile) -> None:
+        """Load a checkpoint: all of it or, to start training, a classifier's backbone."""
+        weights = config.MODEL.PRETRAINED_WEIGHTS
+        if config.EVAL or layout_of(file, weights=weights) in ("upernet", "mmseg"):
+            drop_head = config.MODEL.DROP_HEAD and not config.EVAL
+            load_pretrained(model, file, weights=weights, drop_head=drop_head)
+        else:
+            load_pretrained(model.backbone, file, weights=weights)
+
+    def optimizer(
+        self, config, model: nn.Layer, *, lr: float, multi_precision: bool = False
+    ) -> paddle.optimizer.AdamW:
+        """Return AdamW as the official configurations have it."""
+        groups = parameter_groups(model, config.TRAIN.WEIGHT_DECAY)
+        return adamw(config, groups, lr=lr, multi_precision=multi_precision)
+
+    def schedule(self, config, peak: float, steps_per_epoch: int) -> Callable[[int], float]:
+        """Return the learning rate of each step: warm-up and straight decay over the run."""
+        return partial(
+            get_poly_lr,
+            base_lr=peak,
+            min_lr=config.TRAIN.END_LR,
+            warmup_start_lr=config.TRAIN.WARMUP_START_LR,
+            warmup_steps=config.SEGMENTATION.WARMUP_STEPS,
+            total_steps=config.TRAIN.NUM_EPOCHS * steps_per_epoch,
+        )
+
+    def mixup(self, config) -> None:
+        """Return None: batches are not mixed."""
+
+    def criterion(self, config) -> SegmentationLoss:
+        """Return the mean loss of (logits of both heads, labels)."""
+        return SegmentationLoss(align_corners=config.SEGMENTATION.ALIGN_CORNERS)
+
+    def inference(self, config, model: Callable) -> Callable:
+        """Return images (1, 3, H, W) -> probabilities (1, num_classes, H, W)."""
+        return build_inference(config, model)
+
+    def metric_sums(self, config) -> ConfusionSums:
+        """Return an empty confusion matrix with the names of the classes."""
+        return ConfusionSums(config.MODEL.NUM_CLASSES, get_class_names(config))
 
 
-def poly_schedule(config, peak: float, steps_per_epoch: int) -> Callable[[int], float]:
-    """Warm-up and straight decay over the steps of the run."""
-    return partial(
-        get_poly_lr,
-        base_lr=peak,
-        min_lr=config.TRAIN.END_LR,
-        warmup_start_lr=config.TRAIN.WARMUP_START_LR,
-        warmup_steps=config.SEGMENTATION.WARMUP_STEPS,
-        total_steps=config.TRAIN.NUM_EPOCHS * steps_per_epoch,
-    )
-
-
-def build_metric_sums(config) -> ConfusionSums:
-    """The confusion matrix, with the names of the classes."""
-    return ConfusionSums(config.MODEL.NUM_CLASSES, get_class_names(config))
-
-
-SEGMENTATION = Task(
-    check=check_segmenter,
-    dataset=get_dataset,
-    loader=build_loader,
-    network=build_upernet,
-    load_weights=load_weights,
-    optimizer=build_optimizer,
-    schedule=poly_schedule,
-    mixup=lambda config: None,
-    criterion=lambda config: SegmentationLoss(align_corners=config.SEGMENTATION.ALIGN_CORNERS),
-    inference=build_inference,
-    metric_sums=build_metric_sums,
-)
+SEGMENTATION = SegmentationTask()

@@ -6,8 +6,8 @@ import time
 
 import numpy as np
 import pytest
+from harness import Run, wait_for
 from PIL import Image
-from processes import Run, wait_for
 from tiny import FIXTURES, command
 
 from replknet_paddle.analysis import receptive_field

@@ -4,8 +4,7 @@ import json
 import os
 
 import pytest
-from runs import make_run
-from small_disk import FILLING, mounted, small_disk
+from harness import FILLING, make_run, mounted, small_disk
 from tiny import FIXTURES, command
 
 PICTURES = " ".join(sorted(map(str, (FIXTURES / "images").glob("[!eR]*")))[:4])

@@ -17,9 +17,8 @@ import urllib.request
 import numpy as np
 import pytest
 import yaml
+from harness import free_ports, make_run
 from PIL import Image
-from processes import free_ports
-from runs import make_run
 from tiny import FIXTURES, ROOT, make_data
 
 from replknet_paddle.deploy.page import look

@@ -4,8 +4,7 @@ import socket
 import sys
 
 import pytest
-from processes import free_ports
-from runs import make_run
+from harness import free_ports, make_run
 from tiny import command
 
 main = command("page")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from harness import make_run
 from PIL import Image
-from runs import make_run
 from tiny import FIXTURES, ROOT, command
 
 from replknet_paddle import deploy

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from harness import make_run
 from PIL import Image
-from runs import make_run
 from tiny import FIXTURES, make_data
 
 from replknet_paddle.config import get_config, update_config

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
+from harness import make_run
 from PIL import Image
-from runs import make_run
 from tiny import FIXTURES
 
 from replknet_paddle import deploy

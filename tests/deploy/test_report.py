@@ -33,7 +33,8 @@ ANSWERS = [
 
 def outcomes_of(answers) -> Outcomes:
     values = np.array(answers)
-    return Outcomes(values[:, 0].astype(int), values[:, 1:3].astype(int), values[:, 3:])
+    answers = values[:, 0].astype(int), values[:, 1:3].astype(int), values[:, 3:]
+    return Outcomes(len(values), 0, 0, 0.0, *answers)
 
 
 def evaluated_of(answers, names=NAMES) -> Evaluated:

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from runs import make_run
+from harness import make_run
 from tiny import command
 
 from replknet_paddle.deploy import video

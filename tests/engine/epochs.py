@@ -6,7 +6,7 @@ import numpy as np
 import paddle
 
 from replknet_paddle.engine.precision import Precision
-from replknet_paddle.engine.train import Parts, train_epoch
+from replknet_paddle.engine.train import TrainState, train_epoch
 from replknet_paddle.model import RepLKNet
 from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy
 
@@ -101,7 +101,7 @@ def sgd(model) -> Recorder:
     return Recorder(model, paddle.optimizer.SGD(0.1, parameters=model.parameters()))
 
 
-PARTS = {field.name for field in dataclasses.fields(Parts)}
+STATE = {field.name for field in dataclasses.fields(TrainState)}
 
 
 def steps_of(model, loader, optimizer, **options):
@@ -115,8 +115,8 @@ def steps_of(model, loader, optimizer, **options):
         "epoch": 0,
     }
     options = {**simple, **options}
-    parts = {name: options.pop(name) for name in PARTS & options.keys()}
-    return train_epoch(Parts(model=model, optimizer=optimizer, **parts), loader, **options)
+    parts = {name: options.pop(name) for name in STATE & options.keys()}
+    return train_epoch(TrainState(model=model, optimizer=optimizer, **parts), loader, **options)
 
 
 def train(model, loader, optimizer, **options):
@@ -126,6 +126,11 @@ def train(model, loader, optimizer, **options):
 
 def weights(model) -> dict[str, np.ndarray]:
     return {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
+
+
+def trainable_weights(model) -> dict[str, np.ndarray]:
+    names = [name for name, p in model.named_parameters() if not p.stop_gradient]
+    return {name: value for name, value in weights(model).items() if name in names}
 
 
 def assert_identical(left, right) -> None:

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import yaml
-from processes import finish
+from harness import finish
 from tiny import TINY, command, flags, make_data
 
 from replknet_paddle.checkpoints.checkpoint_file import CheckpointFile

@@ -1,28 +1,25 @@
-"""What people see of a run: bars, lines, the end, and how to go on."""
+"""What people see of a run: bars, lines, the time left, the summary."""
 
+import contextlib
+import fcntl
+import json
+import os
+import pty
 import re
-import shlex
-import signal
+import struct
 import subprocess
 import sys
+import termios
 
 import pytest
-from launched import SIGNALLED_AFTER_STEP_4, LaunchedRun
-from processes import (
-    Run,
-    assert_same_end,
-    children,
-    customized,
-    finish,
-    paused,
-    start_really,
-    step_of,
-    wait_for,
-)
-from terminal import OnTerminal, Screen
+from harness import finish, main_status, run_typed
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import ROOT, make_data
 
-from replknet_paddle.engine.time_left import evaluations_left, seconds_left
+from replknet_paddle.checkpoints.run_folder import Progress
+from replknet_paddle.engine import run
+from replknet_paddle.engine.run_log import time_left
 
 LOG_LINE = re.compile(r"[-\d]+ [\d:,]+ [A-Z]+ (.*)")
 
@@ -32,17 +29,58 @@ def messages(run_folder) -> list[str]:
     return [match[1] for line in lines if (match := LOG_LINE.fullmatch(line))]
 
 
-def run_typed(line: str, timeout: float = 180) -> subprocess.CompletedProcess:
-    """Run a `replknet` command line as a shell in the checkout does."""
-    words = shlex.split(line)
-    words[: words.index("train") if "train" in words else words.index("eval")] = []
-    return subprocess.run(
-        [sys.executable, "-m", "replknet_paddle", *words],
+COLUMNS = 150
+
+
+def on_terminal(command) -> tuple[int, str]:
+    """Run a program with a terminal for its output: exit status, and all that it has written."""
+    try:
+        terminal, program_end = pty.openpty()
+    except OSError as error:  # a bare root file system without devpts
+        pytest.skip(f"no terminal can be made here: {error}")
+    fcntl.ioctl(program_end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, COLUMNS, 0, 0))
+    program = subprocess.Popen(
+        [str(word) for word in command],
         cwd=ROOT,
-        text=True,
-        capture_output=True,
-        timeout=timeout,
+        stdout=program_end,
+        stderr=program_end,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+    os.close(program_end)
+    raw = b""
+    with contextlib.suppress(OSError):  # EIO: nobody has it open any more
+        while piece := os.read(terminal, 65536):
+            raw += piece
+    os.close(terminal)
+    return program.wait(), raw.decode("utf-8", "replace")
+
+
+def screen(raw: str) -> list[str]:
+    """The lines that a terminal shows after carriage returns and cursor movements, but for empty
+    ones."""
+    lines, row, column = [[]], 0, 0
+    for part in re.findall(r"\x1b\[[0-9;]*[A-Za-z]|[^\x1b]", raw):
+        if part == "\x1b[A":
+            row = max(0, row - 1)
+        elif part == "\x1b[K":
+            del lines[row][column:]
+        elif part.startswith("\x1b["):
+            assert part.endswith("m"), f"unknown control sequence {part!r}"
+        elif part == "\r":
+            column = 0
+        elif part == "\n":
+            row += 1
+            if row == len(lines):
+                lines.append([])
+        else:
+            line = lines[row]
+            line.extend(" " * (column + 1 - len(line)))
+            line[column] = part
+            column += 1
+    texts = ["".join(line).rstrip() for line in lines]
+    return [text for text in texts if text]
 
 
 # ---- bars
@@ -50,26 +88,25 @@ def run_typed(line: str, timeout: float = 180) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_bars_and_lines_on_a_terminal(tiny_config_file, tmp_path, processes):
-    run, data = tmp_path / "run", tmp_path / "data"
+    folder, data = tmp_path / "run", tmp_path / "data"
     make_data(data, train=60, val=20)
     for number in (3, 30, 50):  # there is a line for each, in the middle of an epoch
         next((data / "train").rglob(f"{number:04d}.jpg")).write_bytes(b"no image")
-    program = OnTerminal(
+    status, raw = on_terminal(
         [
             *(sys.executable, ROOT / "main_multi_gpu.py", f"-cfg={tiny_config_file}"),
-            *(f"-data_path={data}", f"-output={run}"),
+            *(f"-data_path={data}", f"-output={folder}"),
             *(f"-nproc={processes}", "-batch_size=4", "-opts", "TRAIN.NUM_EPOCHS", 2),
         ]
     )
-    assert program.finish() == 0, program.raw.decode()
-    raw = program.raw.decode()
+    assert status == 0, raw
     assert len(set(re.findall(r"epoch 2/2: +\d+%[^\r\n]*images/s[^\r\n]*left", raw))) > 1
     assert "evaluation: " in raw
     # Bars are gone at the end, and each line stands alone.
-    logged = messages(run)
+    logged = messages(folder)
     assert sum("cannot read image" in line for line in logged) == 3 or processes == 2
     assert len(logged) > 8 and not [line for line in logged if ", batch " in line]
-    shown = program.screen()
+    shown = screen(raw)
     assert [line for line in shown if line in logged] == logged
     assert [line for line in shown if line not in logged] == []
 
@@ -81,26 +118,40 @@ def test_without_a_terminal_there_are_lines_with_the_time_left(straight):
     assert lines[-1].endswith("data wait 0%, 00:00 left") or "epoch 4/4" in lines[-1]
 
 
-def test_the_screen_of_these_tests_shows_splices():
-    screen = Screen()
-    screen.feed("\rbar 10%\rbar 20%a line\r\nnext\r\n")
-    assert screen.text() == ["bar 20%a line", "next"]
+@settings(deadline=None)
+@given(epochs=st.integers(1, 40), every=st.integers(1, 12), data=st.data())
+def test_the_time_left_is_that_of_all_batches_and_evaluations_to_come(epochs, every, data):
+    done = data.draw(st.integers(0, epochs))
+    batch = data.draw(st.integers(0, 9 if done < epochs else 0))
+    left = time_left(
+        Progress(epoch=done, batch=batch, batches=10),
+        epochs=epochs, every=every, batch_seconds=1.0, evaluation_seconds=1000.0,
+    )  # fmt: skip
+    evaluations = [e for e in range(done + 1, epochs + 1) if e % every == 0 or e == epochs]
+    seconds = 10 * (epochs - done) - batch + 1000 * len(evaluations)
+    assert sum(60**i * int(x) for i, x in enumerate(reversed(left.split(":")))) == seconds
 
 
-@pytest.mark.parametrize(
-    "epoch, epochs, every, left",
-    [(0, 300, 1, 300), (299, 300, 1, 1), (300, 300, 1, 0), (0, 10, 3, 4), (9, 10, 3, 1)],
-)
-def test_evaluations_left(epoch, epochs, every, left):
-    assert evaluations_left(epoch=epoch, epochs=epochs, every=every) == left
-    done = [e for e in range(epoch + 1, epochs + 1) if e % every == 0 or e == epochs]
-    assert len(done) == left
+def kept_times(arguments: list[str]) -> int:
+    """A run that keeps what the time left is made of, step by step."""
+
+    def time_left_and_keep(progress, *, evaluation_seconds, **rest):
+        with open(arguments[-1], "a") as file:
+            file.write(json.dumps([progress.epoch, evaluation_seconds]) + "\n")
+        return time_left(progress, evaluation_seconds=evaluation_seconds, **rest)
+
+    run.time_left = time_left_and_keep
+    return main_status(arguments[:-1])
 
 
-def test_seconds_left():
-    assert seconds_left(
-        batches_left=90, batch_seconds=0.5, evaluations_left=3, evaluation_seconds=10.0
-    ) == pytest.approx(75)
+def test_the_seconds_of_an_evaluation_are_those_of_the_last_one(run_flags, tmp_path):
+    """And not of the save after an epoch that is not evaluated."""
+    flags = [*run_flags, f"-output={tmp_path / 'run'}", "-opts", "VALIDATE_FREQ", "2"]
+    finish([*flags, tmp_path / "times"], output=tmp_path / "log", target=kept_times)
+    times = [json.loads(line) for line in (tmp_path / "times").read_text().splitlines()]
+    by_epoch = {epoch: {s for e, s in times if e == epoch} for epoch in range(4)}
+    assert by_epoch[0] == by_epoch[1] == {0.0}
+    assert by_epoch[2] == by_epoch[3] != {0.0}
 
 
 # ---- the end
@@ -119,77 +170,6 @@ def test_the_summary_names_the_best_and_a_command_that_works(straight, tiny_data
     assert done.returncode == 0, done.stderr
     assert f"top-1 {best[3]} %" in done.stdout
     assert (tmp_path / "r" / "report.html").is_file()
-
-
-def test_ctrl_c_shows_the_command_that_continues(run_flags, straight, tmp_path):
-    folder, go = tmp_path / "run", tmp_path / "go"
-    run = Run(
-        [*run_flags, f"-output={folder}"],
-        output=tmp_path / "said",
-        target=paused,
-        environment={"PAUSE_AT": "4", "GO": str(go)},
-    )
-    wait_for(lambda: step_of(folder) == 4 or not run.process.is_alive())
-    run.send(signal.SIGINT)
-    go.touch()
-    check_ctrl_c(run.wait(), run.text(), folder, straight)
-
-
-@pytest.mark.slow
-def test_ctrl_c_with_several_processes_shows_it_too(run_flags, straight_on_two, tmp_path):
-    folder = tmp_path / "run"
-    process = start_really(
-        [*run_flags, "-batch_size=4", "-nproc=2", f"-output={folder}"],
-        **customized(tmp_path, SIGNALLED_AFTER_STEP_4),
-    )
-    try:
-        wait_for(lambda: step_of(folder) == 4 or process.poll() is not None)
-        process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    check_ctrl_c(process.returncode, said, folder, straight_on_two)
-
-
-def check_ctrl_c(status, said, run, wanted) -> None:
-    assert status == 130, said
-    for noise in ("Traceback", "gloo", "ccache", "KeyboardInterrupt"):
-        assert noise not in said, said
-    [line] = [line for line in said.splitlines() if line.startswith("to continue: ")]
-    assert "stopped by" in (run / "log.txt").read_text()
-    done = run_typed(line.removeprefix("to continue: "))
-    assert done.returncode == 0, done.stderr
-    assert_same_end(run, wanted)
-
-
-def test_ctrl_c_before_the_first_checkpoint_promises_nothing(run_flags, tmp_path):
-    run = LaunchedRun([*run_flags, "-nproc=2", f"-output={tmp_path / 'run'}"],
-                      output=tmp_path / "said")  # fmt: skip
-    try:
-        wait_for(lambda: children(run.pid) or not run.process.is_alive())
-        run.send(signal.SIGINT)
-        status, said = run.wait(), run.text()
-    finally:
-        run.kill()
-    assert status == 130, said
-    assert "to continue" not in said and "Traceback" not in said, said
-
-
-@pytest.mark.slow
-def test_a_run_in_several_processes_says_nothing_of_paddles_own(run_flags, tmp_path):
-    said = finish_really([*run_flags, "-nproc=2", "-batch_size=4", f"-output={tmp_path / 'run'}"])
-    for noise in ("ccache", "Warning", "gloo", "Traceback", "LAUNCH"):
-        assert noise not in said, said
-
-
-def finish_really(flags) -> str:
-    process = start_really(flags)
-    try:
-        said, _ = process.communicate(timeout=180)
-    finally:
-        process.kill()
-    assert process.returncode == 0, said
-    return said
 
 
 def test_evaluation_without_weights_has_to_be_asked_for(run_flags, validation_images, tmp_path):

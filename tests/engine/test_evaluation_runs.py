@@ -1,7 +1,7 @@
 """Evaluation: the same figures for any processes and batch size, and those of training."""
 
 import pytest
-from processes import finish, finish_ranks, metrics
+from harness import finish, finish_ranks, metrics
 from tiny import make_data
 
 

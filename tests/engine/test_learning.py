@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from processes import finish, main_status, metrics
+from harness import finish, main_status, metrics
 from tiny import command, make_patterns
 
 from replknet_paddle.checkpoints.run_folder import load_checkpoint

@@ -7,7 +7,7 @@ import paddle
 import pytest
 import yaml
 from figures import report
-from processes import assert_same_end
+from harness import assert_same_end
 from tiny import TINY, flags
 
 from replknet_paddle.bench.network import time_train_loop

@@ -17,13 +17,20 @@ from epochs import (
     sgd,
     steps_of,
     train,
+    trainable_weights,
     weights,
 )
-from processes import finish_ranks
+from harness import finish_ranks
+from paddle.nn import functional
 
-from replknet_paddle.engine.batch_norm import check_synchronized
 from replknet_paddle.engine.precision import LOSS_SCALE_FLOOR, LossScaler, Precision
-from replknet_paddle.engine.train import DivergedError
+from replknet_paddle.engine.train import DivergedError, check_synchronized
+from replknet_paddle.model import RepLKNet
+from replknet_paddle.ops import (
+    large_kernel_depthwise_conv2d_reference,
+    large_kernel_layers,
+    use_fast_depthwise_conv,
+)
 from replknet_paddle.optim.ema import ModelEma
 from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy
 from replknet_paddle.runtime import processes
@@ -64,14 +71,12 @@ def test_a_loss_scale_below_its_floor_stops_with_the_place_and_the_scale():
         precision=scaled(LOSS_SCALE_FLOOR * 4),
         first_step=9,
     )
-    before = weights(model)
+    before = trainable_weights(model)
     done = [next(steps), next(steps)]  # 2 and 1: at the floor, not below it
     assert len(done) == 2
     with pytest.raises(DivergedError, match="epoch 1, step 11, loss .*loss scale fell to 0.5"):
         next(steps)
-    trainable = [name for name, p in model.named_parameters() if not p.stop_gradient]
-    now = weights(model)
-    assert_identical({n: now[n] for n in trainable}, {n: before[n] for n in trainable})
+    assert_identical(trainable_weights(model), before)
 
 
 def test_a_step_whose_gradients_overflow_is_left_out_and_halves_the_scale():
@@ -163,17 +168,17 @@ def ranks_with_one_that_breaks(arguments: list[str]) -> int:
             ema=ema,
         ):
             scales.append(precision.scaler.scale)
-            kept = weights(model)
+            kept = trainable_weights(model)
     except DivergedError as error:
         message = str(error)
-    trainable = [name for name, p in model.named_parameters() if not p.stop_gradient]
+    now = trainable_weights(model)
     np.savez(
         f"{output}.{processes.rank()}.npz",
         **weights(model),
         scales=scales,
         message=message,
         optimizer_steps=len(optimizer.gradients),
-        untouched=all(np.array_equal(weights(model)[n], kept[n]) for n in trainable),
+        untouched=all(np.array_equal(now[name], kept[name]) for name in now),
         **{f"ema/{name}": value for name, value in ema.state().items()},
     )
     return 0
@@ -228,24 +233,31 @@ def on_gpu(monkeypatch):
     )
     monkeypatch.setattr(auto_cast, "_is_gpu_float16_supported", lambda: True)
     monkeypatch.setattr(auto_cast, "_is_gpu_bfloat16_supported", lambda: True)
-    monkeypatch.setattr(processes, "on_gpu", lambda: True)
+    monkeypatch.setattr(paddle.device, "get_device", lambda: "gpu:0")
     monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda *_: (8, 0))
 
 
+@pytest.mark.parametrize("impl", ["auto", "paddle", "matmul"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("level", ["O1", "O2"])
 @pytest.mark.parametrize("trained", [False, True])
-def test_types_of_all_layers(on_gpu, level, dtype, trained):
-    model = make_model()
+def test_types_of_all_layers(on_gpu, level, dtype, trained, impl):
+    """Batch norm keeps float32, for its sums over a batch need it, and so do large kernels, which
+    Paddle's own convolution would sum in half precision."""
+    model = RepLKNet(
+        large_kernel_sizes=[13, 11, 9, 7], layers=[1] * 4, channels=[4] * 4, num_classes=3
+    )
+    use_fast_depthwise_conv(model, impl)
     optimizer = paddle.optimizer.AdamW(1e-3, parameters=model.parameters())
     precision = Precision(enabled=True, level=level, dtype=dtype)
     precision.prepare(model, optimizer if trained else None)
+    large = {id(layer) for layer in large_kernel_layers(model)}
+    assert len(large) == 4
     half = getattr(paddle, dtype) if level == "O2" else paddle.float32
     for name, layer in model.named_sublayers(include_self=True):
-        # Batch norm keeps float32; its sums over a batch need it.
-        wanted = paddle.float32 if isinstance(layer, paddle.nn.BatchNorm2D) else half
+        is_full = isinstance(layer, paddle.nn.BatchNorm2D) or id(layer) in large
         own = dict(layer.named_parameters(include_sublayers=False))
-        assert {p.dtype for p in own.values()} <= {wanted}, name
+        assert {p.dtype for p in own.values()} <= {paddle.float32 if is_full else half}, name
     assert optimizer._multi_precision == (level == "O2" and trained)
     assert (precision.loss_scale is None) == (dtype == "bfloat16")
     assert precision.half_weights == (level == "O2")
@@ -256,6 +268,25 @@ def test_bfloat16_on_a_gpu_without_it_is_refused(on_gpu, monkeypatch):
     with pytest.raises(InputError, match="AMP_DTYPE is bfloat16.*float16"):
         Precision(enabled=True, dtype="bfloat16")
     assert Precision(enabled=True, dtype="float16").loss_scale == 2.0**16
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_paddles_own_convolution_gets_float32_outside_of_autocast(dtype, monkeypatch):
+    seen, contexts = [], []
+    conv2d, auto_cast = functional.conv2d, paddle.amp.auto_cast
+
+    def spied(x, weight, bias, **options):
+        seen.extend(t.dtype for t in (x, weight, bias))
+        return conv2d(x, weight, bias, **options)
+
+    monkeypatch.setattr(functional, "conv2d", spied)
+    monkeypatch.setattr(
+        paddle.amp, "auto_cast", lambda **options: contexts.append(options) or auto_cast(**options)
+    )
+    x = paddle.randn([1, 2, 8, 8]).astype(dtype)
+    y = large_kernel_depthwise_conv2d_reference(x, paddle.randn([2, 1, 7, 7]), paddle.ones([2]))
+    assert seen == 3 * [paddle.float32] and contexts == [{"enable": False}]
+    assert y.dtype == x.dtype
 
 
 # ---- synchronized batch norm

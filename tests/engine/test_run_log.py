@@ -2,31 +2,30 @@
 
 import json
 import logging
+import math
 import os
 
 import pytest
 from tiny import flags
 
 from replknet_paddle.config import get_config, update_config
-from replknet_paddle.engine.run_lock import ALONE
-from replknet_paddle.engine.run_log import RunLog, lock_run_folder
-from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.engine.run_log import RunLog, json_text
 
 CONFIG = update_config(get_config(), flags(output="elsewhere", resume="some/checkpoint"))
 
 
 def opened(folder, *, config=CONFIG, is_main=True):
-    log = RunLog(is_main=is_main)
-    log.open(str(folder), config)
+    log = RunLog(str(folder), is_main=is_main)
+    log.open(config)
     return log
 
 
 def test_nothing_is_on_disk_before_open_and_early_lines_are_kept(tmp_path):
     folder = tmp_path / "run"
-    log = RunLog(is_main=True)
+    log = RunLog(str(folder), is_main=True)
     logging.getLogger("early").info("before the folder")
     assert not folder.exists()
-    log.open(str(folder), CONFIG)
+    log.open(CONFIG)
     logging.getLogger("late").info("after")
     text = (folder / "log.txt").read_text()
     assert text.index("before the folder") < text.index("after")
@@ -56,6 +55,12 @@ def test_ranks_other_than_0_say_which_images_they_cannot_read(tmp_path, capsys):
     assert capsys.readouterr().out == "line 3: cannot read image a.jpg\n"
 
 
+def test_json_has_no_word_for_a_number_that_is_not_finite():
+    value = {"loss": math.nan, "all": [1.5, -math.inf, [math.inf]], "n": 3, "text": "NaN"}
+    expected = {"loss": None, "all": [1.5, None, [None]], "n": 3, "text": "NaN"}
+    assert json.loads(json_text(value)) == expected
+
+
 def test_metrics_of_epochs_that_are_trained_again_are_dropped(tmp_path):
     log = opened(tmp_path / "run")
     for epoch in (1, 2, 3):
@@ -83,18 +88,3 @@ def test_step_survives_and_is_overwritten_in_place(tmp_path):
     for step in (99999, 7):
         log.write_step(step)
     assert (tmp_path / "run" / "step").read_text().strip() == "7"
-
-
-def test_folder_of_another_run_and_folder_that_cannot_be_are_refused(tmp_path):
-    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "run" / "checkpoints" / "epoch_0001_step_00000003.safetensors").touch()
-    with pytest.raises(InputError, match="holds the checkpoints of another run"):
-        lock_run_folder(str(tmp_path / "run"), ALONE, resume=None)
-    with pytest.raises(InputError, match="holds the checkpoints of another run"):
-        lock_run_folder(str(tmp_path / "run"), ALONE, resume=str(tmp_path / "elsewhere"))
-    lock_run_folder(str(tmp_path / "run"), ALONE, resume="auto").release()
-    (tmp_path / "run" / "config.yaml").touch()
-    lock_run_folder(str(tmp_path / "run"), ALONE, resume=str(tmp_path / "run")).release()
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot write the run folder .*file/run"):
-        lock_run_folder(str(tmp_path / "file" / "run"), ALONE, resume=None)

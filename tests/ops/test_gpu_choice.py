@@ -7,8 +7,8 @@ import numpy as np
 import paddle
 import pytest
 from double_precision import conv_and_gradients, relative_error
+from harness import finish_ranks
 from paddle import nn
-from processes import finish_ranks
 
 from replknet_paddle.ops import (
     FastDepthwiseConv2D,

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import paddle
 import pytest
-from processes import finish, metrics
+from harness import finish, metrics
 from tiny import ROOT
 
 from replknet_paddle.config import get_config

@@ -6,8 +6,8 @@ The networks are elementwise: a CPU has no half-precision matrix product.
 import numpy as np
 import paddle
 import pytest
+from harness import finish_ranks
 from paddle import nn
-from processes import finish_ranks
 
 from replknet_paddle.optim.gradients import Gradients
 from replknet_paddle.runtime import processes

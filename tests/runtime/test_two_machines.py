@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import assert_same_end, customized, step_of, wait_for
+from harness import assert_same_end, customized, step_of, wait_for
 from tiny import ROOT
 
-pytest_plugins = ["run_fixtures"]
+pytest_plugins = ["harness"]
 pytestmark = pytest.mark.slow
 
 ADDRESSES = {"a": "10.77.31.1", "b": "10.77.31.2"}

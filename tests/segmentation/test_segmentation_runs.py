@@ -6,10 +6,9 @@ import signal
 
 import numpy as np
 import pytest
-from PIL import Image
-from processes import (
+from harness import (
+    Program,
     Run,
-    Script,
     assert_same_end,
     failing,
     finish,
@@ -18,6 +17,7 @@ from processes import (
     step_of,
     wait_for,
 )
+from PIL import Image
 
 from replknet_paddle.checkpoints.run_folder import load_checkpoint
 
@@ -77,7 +77,7 @@ def test_a_killed_run_is_restarted_and_ends_the_same(trained, tiny_upernet_file,
     """run_train_multi.sh with MAX_RESTARTS, its training process killed in mid-epoch."""
     folder = tmp_path / "run"
     arguments = [f"-cfg={tiny_upernet_file}", f"-data_path={shapes}", f"-output={folder}"]
-    script = Script(arguments, restarts=1, **failing(tmp_path, failures=[6]))
+    script = Program(arguments, restarts=1, **failing(tmp_path, ("step 6", "SIGKILL")))
     status, said = script.finish(timeout=300)
     assert status == 0 and "restart 1 of 1" in said, said
     assert_same_end(folder, trained)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import Run
+from harness import Run
 
 from replknet_paddle import zoo
 from replknet_paddle.checkpoints.checkpoint_file import CheckpointFile
