@@ -4,8 +4,8 @@ import json
 import os
 
 from replknet_paddle.analysis.figures import check_figure_target, new_figure, save_figure
+from replknet_paddle.analysis.fonts import readable
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.fonts import readable
 
 # Panels and the keys of metrics.jsonl that each shows, with their line styles.
 LOSSES = {"loss (nats)": {"train_loss": ":", "val_loss": "-", "val_ema_loss": "--"}}

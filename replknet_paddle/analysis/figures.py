@@ -4,9 +4,9 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 
+from replknet_paddle.analysis.fonts import plot_fonts
 from replknet_paddle.runtime.extras import import_extra
 from replknet_paddle.runtime.files import check_file_target, written_whole
-from replknet_paddle.runtime.fonts import plot_fonts
 
 DOTS_PER_INCH = 120
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from replknet_paddle.analysis.figures import new_figure
-from replknet_paddle.runtime.fonts import readable
+from replknet_paddle.analysis.fonts import readable
 
 COLORS = "inferno"
 PANEL_INCHES = 4.0

@@ -3,7 +3,7 @@
 from replknet_paddle.deploy.backends import installed_backends, open_backend, open_for_evaluation
 from replknet_paddle.deploy.export import export_model
 from replknet_paddle.deploy.fold import folded, merged
-from replknet_paddle.deploy.predictor import Predictor, inference_model
+from replknet_paddle.deploy.predict import Predictor, inference_model
 from replknet_paddle.deploy.runtimes import Backend
 from replknet_paddle.deploy.sidecar import Sidecar
 

@@ -1,15 +1,19 @@
-"""From a picture to classes and their probabilities: mmpretrain's `inference_model`, and streams.
+"""From a picture to classes and their probabilities: mmpretrain's `inference_model`, streams of
+files, and files of results.
 
 Pictures are preprocessed as in evaluation, bit for bit, by the pipeline that the model names.
 """
 
 import argparse
-import itertools
+import contextlib
+import csv
+import json
 import os
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 from PIL import Image
@@ -18,15 +22,16 @@ from replknet_paddle.checkpoints.run_folder import run_config_file
 from replknet_paddle.config import get_config, update_config
 from replknet_paddle.data.transforms.image import to_rgb
 from replknet_paddle.deploy.backends import is_export, load_network, open_backend
-from replknet_paddle.deploy.images import decode
-from replknet_paddle.deploy.video import Frame
+from replknet_paddle.deploy.images import Frame, decode
 from replknet_paddle.model import RepLKNet
 from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.files import check_file_target, written_whole
 from replknet_paddle.runtime.places import tried_checkpoint
 from replknet_paddle.zoo import find_record, get_model, list_models
 
 BATCH_SIZE = 8  # of a list of images; larger ones gain nothing on a CPU
 MAX_DECODERS = 8  # threads
+RESULTS_SUFFIXES = (".jsonl", ".csv")
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ class Predictor:
         }
 
     def preprocess(self, image) -> np.ndarray:
-        """A path, an array (H, W, 3) uint8 or a Pillow image -> (3, size, size) float32.
+        """Return a path, an array (H, W, 3) uint8 or a Pillow image as (3, size, size) float32.
 
         Raises:
             InputError: it cannot be decoded, or not become what the network takes.
@@ -111,7 +116,7 @@ class Predictor:
         return self.transform(decode(image))
 
     def scores(self, images: np.ndarray) -> np.ndarray:
-        """Preprocessed images (N, 3, H, W) -> probabilities (N, num_classes), float32.
+        """Return the probabilities (N, num_classes), float32, of preprocessed images (N, 3, H, W).
 
         Raises:
             InputError: the network's outputs are not finite.
@@ -120,7 +125,7 @@ class Predictor:
 
 
 def read_config(model: str, cfg: str | None, opts: list[str] | None):
-    """What -cfg and -opts say of a checkpoint; None where neither is given.
+    """Return the configuration that -cfg and -opts give a checkpoint; None without both.
 
     Raises:
         InputError: what they say cannot be, or `model` is not a checkpoint.
@@ -142,7 +147,8 @@ def check_is_checkpoint(model: str | os.PathLike) -> None:
 
 
 def open_network(model: str | os.PathLike, config=None) -> RepLKNet | None:
-    """The network of a run folder, a checkpoint in one, or a published model; None for an export.
+    """Return the network of a run folder, a checkpoint in one, or a published model; None for an
+    export.
 
     Args:
         config: of a checkpoint, instead of that of its run folder.
@@ -166,11 +172,7 @@ def open_network(model: str | os.PathLike, config=None) -> RepLKNet | None:
 
 
 def config_of(network: RepLKNet):
-    """The configuration that a network was built from, which says how images are preprocessed.
-
-    Raises:
-        InputError: it was built without one.
-    """
+    """Return the configuration that a network was built from, with its preprocessing."""
     if not hasattr(network, "config"):
         raise InputError(
             "this network was built without a configuration, which has its preprocessing; "
@@ -180,7 +182,7 @@ def config_of(network: RepLKNet):
 
 
 def probabilities(logits: np.ndarray, backend: str) -> np.ndarray:
-    """`softmax` of what a network gave on `backend`.
+    """Return the `softmax` of what a network gave on `backend`.
 
     Raises:
         InputError: some are not finite.
@@ -194,7 +196,7 @@ def probabilities(logits: np.ndarray, backend: str) -> np.ndarray:
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities (N, classes) of logits (N, classes), float32."""
+    """Return the probabilities (N, classes) of logits (N, classes), float32."""
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True), dtype=np.float32)
     return exponentials / exponentials.sum(axis=1, keepdims=True)
 
@@ -256,7 +258,6 @@ def predict_files(
     topk: int,
     batch_size: int = BATCH_SIZE,
     picture_pixels: int = 0,
-    is_live: bool = False,
 ) -> Iterator[Prediction]:
     """Classify any number of files, in their order and in constant memory.
 
@@ -268,22 +269,17 @@ def predict_files(
         topk: how many classes to give; at most all.
         batch_size: images that the network gets at once.
         picture_pixels: largest side of the `Prediction.picture` to keep; 0 for none.
-        is_live: take no file before the one ahead of it is classified.
 
     Yields:
         A `Prediction` for each file, with a `problem` for what cannot be read.
     """
 
     def read(file: tuple[str, str | None] | Frame):
-        if isinstance(file, Frame):
-            path, source = file.path, file.pixels
-        else:
-            path, problem = file
-            source = path
-            if problem is not None:
-                return Prediction(path, problem=problem), None
+        path, problem = (file.path, None) if isinstance(file, Frame) else file
+        if problem is not None:
+            return Prediction(path, problem=problem), None
         try:
-            image = decode(source)
+            image = decode(file.pixels if isinstance(file, Frame) else path)
             array = predictor.transform(image)
             picture = _reduced(image, picture_pixels) if picture_pixels else None
         except (InputError, MemoryError) as error:
@@ -307,30 +303,83 @@ def predict_files(
             )
 
     threads = min(os.cpu_count() or 1, MAX_DECODERS)
-    batch_size = 1 if is_live else batch_size
-    at_once = 1 if is_live else batch_size + threads
+    at_once = batch_size * -(-threads // batch_size)  # whole batches that occupy all threads
+    files = iter(files)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
     try:
-        ahead = deque()
-        batch = []
-        remaining = iter(files)
-        while True:
-            for file in itertools.islice(remaining, at_once - len(ahead)):
-                ahead.append(pool.submit(read, file))
-            if not ahead:
-                break
-            batch.append(ahead.popleft().result())
-            if len(batch) == batch_size:
-                yield from results(batch)
-                batch = []
-        yield from results(batch)
+        ahead = pool.map(read, islice(files, at_once))
+        while decoded := list(ahead):
+            ahead = pool.map(read, islice(files, at_once))
+            for start in range(0, len(decoded), batch_size):
+                yield from results(decoded[start : start + batch_size])
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _reduced(image: Image.Image, pixels: int) -> Image.Image:
-    """A copy of `image`, RGB, whose sides are at most `pixels` long."""
+    """Return a copy of `image`, RGB, whose sides are at most `pixels` long."""
     image = to_rgb(image)
     scale = min(1, pixels / max(image.size))
     size = tuple(max(1, round(side * scale)) for side in image.size)
     return image.resize(size, Image.Resampling.BICUBIC)
+
+
+@contextlib.contextmanager
+def results_file(
+    path: str, class_names: Sequence[str], topk: int
+) -> Iterator[Callable[[Prediction], None]]:
+    """Open a file of predictions, and yield the function that writes one of them.
+
+    Lines of JSON are objects: path, pred_label, pred_class, pred_score, and topk, a list of objects
+    with label, class and score; or path and problem. CSV has a row a file: path, label_1, class_1,
+    score_1, and so on to the k-th; and problem.
+
+    The file gets the name `path` when the block is left. If an exception leaves the block, `path`
+    stays as it was, and what was written until then is in `path`.unfinished; not so if nothing was,
+    or if the exception is an InputError.
+
+    Raises:
+        InputError: as `check_file_target`.
+    """
+    check_file_target(path, RESULTS_SUFFIXES)
+    started = 0
+
+    def is_worth_keeping(error: BaseException) -> bool:
+        return os.path.getsize(partial) > started and not isinstance(error, InputError)
+
+    def write_json(prediction: Prediction) -> None:
+        record = {"path": prediction.path}
+        if prediction.problem is not None:
+            record["problem"] = prediction.problem
+        else:
+            classes = [
+                {"label": label, "class": class_names[label], "score": score}
+                for label, score in zip(prediction.labels, prediction.scores)
+            ]
+            record |= {f"pred_{key}": value for key, value in classes[0].items()}
+            record["topk"] = classes
+        file.write(json.dumps(record) + "\n")
+
+    def write_row(prediction: Prediction) -> None:
+        values = [""] * (3 * topk)
+        if prediction.problem is None:
+            values = [
+                value
+                for label, score in zip(prediction.labels, prediction.scores)
+                for value in (label, class_names[label], score)
+            ]
+        rows.writerow([prediction.path, *values, prediction.problem or ""])
+
+    # Names of files are bytes: those that are not UTF-8 are written as the bytes that they are.
+    with written_whole(
+        path, keep_partial=is_worth_keeping, errors="surrogateescape", newline=""
+    ) as file:
+        partial = file.name
+        if path.lower().endswith(".csv"):
+            rows = csv.writer(file, lineterminator="\n")
+            columns = [f"{w}_{i}" for i in range(1, topk + 1) for w in ("label", "class", "score")]
+            rows.writerow(["path", *columns, "problem"])
+            started = file.tell()
+            yield write_row
+        else:
+            yield write_json

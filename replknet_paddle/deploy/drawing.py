@@ -1,15 +1,20 @@
 """Pictures with what the network says of them drawn beside, and heat maps drawn over them."""
 
+import bisect
 import os
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 
-from replknet_paddle.runtime.files import written_whole
-from replknet_paddle.runtime.fonts import draw_text, shortened, text_length
+from replknet_paddle.analysis.fonts import find_font, open_font, readable
+from replknet_paddle.runtime.files import naming, written_whole
 
 PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG"}
+PICTURE_HEIGHT = 480  # pixels, of the saved pictures
+GRID_COLUMNS = 3
+GRID_HEIGHT = 160  # pixels, of each picture in the grid
+GRID_PICTURES = 12
 
 MARGIN = 12  # of a 240-pixel picture; everything grows with the height
 BAR = (70, 120, 190)
@@ -25,6 +30,66 @@ HEAT_COLOURS = ("#0a0832", "#5a146e", "#be3755", "#f57d14", "#faf5a0")
 _HEAT = np.array([ImageColor.getrgb(colour) for colour in HEAT_COLOURS], np.float32)
 
 
+class Drawings:
+    """Draws predictions as they come: one file each, and the first ones in a grid.
+
+    Args:
+        class_names: text for each class.
+        folder: new or empty folder for the numbered files; None for none.
+        grid_file: for the first `GRID_PICTURES` in one picture; None for none.
+    """
+
+    def __init__(self, class_names: Sequence[str], folder: str | None, grid_file: str | None):
+        self.class_names = class_names
+        self.folder = folder
+        self.grid_file = grid_file
+        self.count = 0
+        self.cells = []
+
+    def add(self, prediction) -> None:
+        """Draw a `Prediction` that has a picture.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        self.count += 1
+        if self.folder is not None:
+            with naming(self.folder):
+                os.makedirs(self.folder, exist_ok=True)
+            # The number keeps apart what has one name in several folders.
+            stem = os.path.splitext(os.path.basename(prediction.path))[0]
+            name = f"{self.count:06d}_{stem[:50]}.jpg"
+            save(self.draw(prediction, PICTURE_HEIGHT), os.path.join(self.folder, name))
+        if self.grid_file is not None and len(self.cells) < GRID_PICTURES:
+            self.cells.append(self.draw(prediction, GRID_HEIGHT))
+
+    def draw(self, prediction, height: int) -> Image.Image:
+        """Return the prediction's picture and its classes, `height` pixels high."""
+        folder, name = os.path.split(prediction.path)
+        return annotate(
+            prediction.picture,
+            [self.class_names[label] for label in prediction.labels],
+            prediction.scores,
+            caption=os.path.join(os.path.basename(folder), name),
+            height=height,
+            truth=None if prediction.truth is None else self.class_names[prediction.truth],
+        )
+
+    def finish(self) -> None:
+        """Write the grid, if there is anything in it.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if self.cells:
+            width, height = self.cells[0].size
+            columns, rows = min(GRID_COLUMNS, len(self.cells)), -(-len(self.cells) // GRID_COLUMNS)
+            sheet = Image.new("RGB", (columns * width, rows * height), "white")
+            for i, cell in enumerate(self.cells):
+                sheet.paste(cell, (i % GRID_COLUMNS * width, i // GRID_COLUMNS * height))
+            save(sheet, self.grid_file)
+
+
 def annotate(
     picture: Image.Image,
     texts: Sequence[str],
@@ -34,7 +99,7 @@ def annotate(
     height: int = 240,
     truth: str | None = None,
 ) -> Image.Image:
-    """`picture` on the left, a bar for each class on the right, the most probable one on top.
+    """Return `picture` on the left, and a bar for each class on the right, the first one on top.
 
     Args:
         picture: RGB; shown as large as fits, small ones without smoothing, so that their pixels
@@ -64,22 +129,20 @@ def annotate(
         right, bottom = left + shown.width + edge - 1, top + shown.height + edge - 1
         frame = (left - edge, top - edge, right, bottom)
         draw.rectangle(frame, outline=colour, width=edge)
-        verdict = shortened("right" if is_right else f"wrong: {truth}", small, width)
+        verdict = "right" if is_right else f"wrong: {truth}"
         place = (middle, height - margin - small - margin // 2)
-        draw_text(canvas, place, verdict, small, colour, anchor="middle")
-    caption = shortened(caption, small, width)
-    draw_text(canvas, (middle, height - margin), caption, small, GREY, anchor="middle")
+        draw_text(draw, place, verdict, small, colour, room=width, anchor="ms")
+    draw_text(draw, (middle, height - margin), caption, small, GREY, room=width, anchor="ms")
 
     left, right = width + 2 * margin, canvas.width - margin
     row = (height - 2 * margin) / max(len(texts), 5)
+    size = min(large, int(row / 2))
     for i, (text, score) in enumerate(zip(texts, scores)):
         top = margin + i * row
         percent = f"{100 * score:.1f} %"
-        size = min(large, int(row / 2))
-        baseline = top + size
-        room = right - left - text_length(percent, size) - margin
-        draw_text(canvas, (left, baseline), shortened(text, size, room), size, INK)
-        draw_text(canvas, (right, baseline), percent, size, INK, anchor="right")
+        room = right - left - open_font(None, size).getlength(percent) - margin
+        draw_text(draw, (left, top + size), text, size, INK, room=room)
+        draw_text(draw, (right, top + size), percent, size, INK, room=right - left, anchor="rs")
         bar = (left, top + row * 0.62, right, top + row * 0.82)
         draw.rectangle(bar, TRACK)
         if score > 0:
@@ -87,18 +150,19 @@ def annotate(
     return canvas
 
 
-def grid(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Pictures of one size, side by side and below each other, `columns` in a row."""
-    width, height = pictures[0].size
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (min(columns, len(pictures)) * width, rows * height), "white")
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % columns * width, i // columns * height))
-    return sheet
+def draw_text(draw, place, text: str, pixels: int, colour, *, room: float, anchor="ls") -> None:
+    """Draw the beginning of `text` that fits into `room` pixels, by a font that has its letters."""
+    text = readable(text[: 50 + int(room)])  # no letter is narrower than a pixel
+    font = open_font(find_font(text), pixels)
+    if font.getlength(text) > room:
+        lengths = range(1, len(text))
+        fits = bisect.bisect(lengths, room, key=lambda n: font.getlength(text[:n] + "..."))
+        text = text[:fits] + "..."
+    draw.text(place, text, colour, font, anchor=anchor)
 
 
 def overlay(pixels: np.ndarray, heat: np.ndarray) -> Image.Image:
-    """A heat map over what the network saw.
+    """Return a heat map over what the network saw.
 
     Args:
         pixels: (H, W, 3) uint8.
@@ -109,8 +173,9 @@ def overlay(pixels: np.ndarray, heat: np.ndarray) -> Image.Image:
     """
     peak = float(heat.max())
     strength = Image.fromarray((heat / peak if peak > 0 else heat).astype(np.float32))
-    picture = fitted(Image.fromarray(pixels), (384, 384)) if max(pixels.shape) < 384 else None
-    picture = picture or Image.fromarray(pixels)
+    picture = Image.fromarray(pixels)
+    if max(picture.size) < 384:
+        picture = fitted(picture, (384, 384))
     strength = np.asarray(strength.resize(picture.size, Image.Resampling.BICUBIC)).clip(0, 1)
     steps = np.linspace(0, 1, len(_HEAT))
     colours = np.stack([np.interp(strength, steps, _HEAT[:, c]) for c in range(3)], axis=-1)
@@ -120,14 +185,14 @@ def overlay(pixels: np.ndarray, heat: np.ndarray) -> Image.Image:
 
 
 def fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """`picture` scaled to just fit `size` (width, height)."""
+    """Return `picture` scaled to just fit `size` (width, height)."""
     scale = min(size[0] / picture.width, size[1] / picture.height)
     target = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     few = max(picture.size) <= 64
     return picture.resize(target, Image.Resampling.NEAREST if few else Image.Resampling.BICUBIC)
 
 
-def save(picture: Image.Image, path: str) -> None:
+def save(picture: Image.Image, path: str | os.PathLike) -> None:
     """Write a picture file that has its name when it is whole."""
     suffix = os.path.splitext(path)[1].lower()
     with written_whole(path, "wb") as file:
