@@ -23,8 +23,8 @@ from runs import make_run
 from tiny import FIXTURES, ROOT, make_data
 
 from replknet_paddle.deploy.page import look
-from replknet_paddle.deploy.pictures import fitted
-from replknet_paddle.deploy.predictor import Predictor, open_network
+from replknet_paddle.deploy.drawing import fitted
+from replknet_paddle.deploy.predict import Predictor, open_network
 
 # Starting the server takes ten seconds: what the page shows, and whom its server answers, is
 # tested without one in tests/deploy/test_page.py.

@@ -1,6 +1,9 @@
-"""Predictions against the network itself on what evaluation would have fed it."""
+"""Predictions against the network itself on what evaluation would have fed it, and their files."""
 
+import csv
 import itertools
+import json
+import os
 import threading
 from pathlib import Path
 
@@ -14,11 +17,12 @@ from tiny import FIXTURES
 from replknet_paddle import deploy
 from replknet_paddle.config import get_config
 from replknet_paddle.data.dataset import get_dataset
-from replknet_paddle.deploy.predictor import (
+from replknet_paddle.deploy.predict import (
     Prediction,
     Predictor,
     open_network,
     predict_files,
+    results_file,
     softmax,
 )
 from replknet_paddle.deploy.sidecar import Sidecar
@@ -140,7 +144,7 @@ def test_a_published_name_is_built_with_its_weights(monkeypatch, network):
         asked.append((name, pretrained))
         return network
 
-    monkeypatch.setattr("replknet_paddle.deploy.predictor.get_model", published)
+    monkeypatch.setattr("replknet_paddle.deploy.predict.get_model", published)
     name = "replknet-31B_3rdparty_in1k"
     assert open_network(name) is network and asked == [(name, True)]
 
@@ -312,3 +316,104 @@ def test_decoding_goes_on_while_the_network_runs(predictor, monkeypatch):
     monkeypatch.setattr(waiting, "transform", Transform())
     files = [(path, None) for path in PICTURES[:6]]
     assert len(list(predict_files(waiting, files, topk=1, batch_size=2))) == 6
+
+
+# ---- files of results
+
+NAMES = ["cat", 'a "big", dog', "蛇"]
+PREDICTIONS = [
+    Prediction("a/x.png", labels=(2, 0), scores=(0.75, 0.25)),
+    Prediction("a/no, image.txt", problem="not an image"),
+    Prediction("new\nline.png", labels=(1, 2), scores=(0.5, 0.375)),
+]
+
+
+def write(path, predictions=PREDICTIONS):
+    with results_file(str(path), NAMES, topk=2) as write_one:
+        for prediction in predictions:
+            write_one(prediction)
+
+
+def test_json_lines(tmp_path):
+    write(tmp_path / "r.jsonl")
+    records = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert records == [
+        {
+            "path": "a/x.png",
+            "pred_label": 2,
+            "pred_class": "蛇",
+            "pred_score": 0.75,
+            "topk": [
+                {"label": 2, "class": "蛇", "score": 0.75},
+                {"label": 0, "class": "cat", "score": 0.25},
+            ],
+        },
+        {"path": "a/no, image.txt", "problem": "not an image"},
+        {
+            "path": "new\nline.png",
+            "pred_label": 1,
+            "pred_class": 'a "big", dog',
+            "pred_score": 0.5,
+            "topk": [
+                {"label": 1, "class": 'a "big", dog', "score": 0.5},
+                {"label": 2, "class": "蛇", "score": 0.375},
+            ],
+        },
+    ]
+
+
+def test_csv(tmp_path):
+    write(tmp_path / "r.CSV")
+    with open(tmp_path / "r.CSV", encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows == [
+        ["path", "label_1", "class_1", "score_1", "label_2", "class_2", "score_2", "problem"],
+        ["a/x.png", "2", "蛇", "0.75", "0", "cat", "0.25", ""],
+        ["a/no, image.txt", "", "", "", "", "", "", "not an image"],
+        ["new\nline.png", "1", 'a "big", dog', "0.5", "2", "蛇", "0.375", ""],
+    ]
+
+
+@pytest.mark.parametrize("name", ["r.jsonl", "r.csv"])
+def test_names_that_are_no_text_come_back_as_the_bytes_they_were(tmp_path, name):
+    path = os.fsdecode(b"\xff\xfe.png")
+    write(tmp_path / name, [Prediction(path, labels=(0, 1), scores=(0.5, 0.5))])
+    with open(tmp_path / name, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        if name == "r.csv":
+            read = list(csv.reader(file))[1][0]
+        else:
+            read = json.loads(file.readline())["path"]
+    assert os.fsencode(read) == b"\xff\xfe.png"
+
+
+def test_the_file_has_its_name_when_it_is_whole_and_replaces_an_older_one(tmp_path):
+    (tmp_path / "r.jsonl").write_text("older")
+    with results_file(str(tmp_path / "r.jsonl"), NAMES, topk=2) as write_one:
+        write_one(PREDICTIONS[0])
+        assert (tmp_path / "r.jsonl").read_text() == "older"
+    assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 1
+    assert os.listdir(tmp_path) == ["r.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["r.jsonl", "r.csv"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, RuntimeError])
+def test_an_interruption_leaves_the_older_file_and_keeps_what_there_is_beside_it(
+    tmp_path, name, error
+):
+    (tmp_path / name).write_text("older")
+    with pytest.raises(error), results_file(str(tmp_path / name), NAMES, topk=2) as write_one:
+        write_one(PREDICTIONS[0])
+        raise error
+    assert (tmp_path / name).read_text() == "older"
+    assert "a/x.png" in (tmp_path / f"{name}.unfinished").read_text()
+
+
+@pytest.mark.parametrize("writes", [0, 1])
+def test_without_a_result_nothing_stays(tmp_path, writes):
+    """None written yet; or the input error that there was nothing but problems."""
+    error = InputError if writes else KeyboardInterrupt
+    with pytest.raises(error), results_file(str(tmp_path / "r.csv"), NAMES, topk=2) as write_one:
+        for _ in range(writes):
+            write_one(PREDICTIONS[1])
+        raise error
+    assert os.listdir(tmp_path) == []

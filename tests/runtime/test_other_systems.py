@@ -51,7 +51,7 @@ def import_and_predict(run, picture, data, lock):
 
     from replknet_paddle.config import get_config
     from replknet_paddle.data.dataset import get_dataloader, get_dataset
-    from replknet_paddle.deploy.predictor import Predictor
+    from replknet_paddle.deploy.predict import Predictor
     from replknet_paddle.runtime.cores import available_cores
     from replknet_paddle.runtime.errors import InputError
     from replknet_paddle.runtime.files import locked
@@ -91,7 +91,7 @@ def test_macos_imports_and_predicts_and_names_what_it_lacks(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     got, log = json.loads(done.stdout.splitlines()[-1]), done.stderr
-    from replknet_paddle.deploy.predictor import Predictor, inference_model
+    from replknet_paddle.deploy.predict import Predictor, inference_model
 
     here = inference_model(Predictor(str(run), backend="dygraph"), picture)["pred_scores"]
     assert np.allclose(got["scores"], here, rtol=0, atol=1e-5)  # other kernels of the convolutions
