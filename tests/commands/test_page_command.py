@@ -22,12 +22,11 @@ from processes import free_ports
 from runs import make_run
 from tiny import FIXTURES, ROOT, make_data
 
-from replknet_paddle.deploy.page import look
 from replknet_paddle.deploy.drawing import fitted
+from replknet_paddle.deploy.page import look
 from replknet_paddle.deploy.predict import Predictor, open_network
 
-# Starting the server takes ten seconds: what the page shows, and whom its server answers, is
-# tested without one in tests/deploy/test_page.py.
+# Starting the server takes ten seconds; tests/deploy/test_page.py needs none.
 pytestmark = pytest.mark.slow
 
 PICTURE = FIXTURES / "images" / "landscape_499x375.jpg"
@@ -78,14 +77,7 @@ class Server:
         self.temporary.mkdir()
         (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
         self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "replknet_paddle",
-                "page",
-                str(run_folder),
-                f"--port={self.port}",
-            ],
+            [sys.executable, "-m", "replknet_paddle", "page", run_folder, f"--port={self.port}"],
             cwd=ROOT,
             text=True,
             stdout=subprocess.PIPE,
@@ -202,14 +194,11 @@ def test_a_dropped_picture_gives_its_classes_and_the_heat_map(page, run_folder, 
     for (_, percent), score in zip(shown, expected.classes.values()):
         assert abs(float(percent.rstrip("%")) - 100 * score) <= 0.51
     seen, heat = seen_pictures(page)
-    np.testing.assert_array_equal(np.asarray(seen), np.asarray(shown_large(expected.seen)))
+    large = fitted(Image.fromarray(expected.seen), (384, 384))
+    np.testing.assert_array_equal(np.asarray(seen), np.asarray(large))
     np.testing.assert_array_equal(np.asarray(heat), np.asarray(expected.heat))
     assert difference(heat, seen) > 5
     assert page.outside == [] and page.errors == []
-
-
-def shown_large(pixels):
-    return fitted(Image.fromarray(pixels), (384, 384))
 
 
 def test_a_turned_photo_looks_the_same_in_all_three_places(page):
@@ -253,17 +242,6 @@ def test_the_page_says_what_its_model_is(page, run_folder):
     assert listed.all_inner_texts() == CLASSES
 
 
-def test_every_picture_is_described_in_words(page):
-    upload(page, PICTURE)
-    seen_pictures(page)
-    page.wait_for_function(
-        "() => document.images.length === 3 && [...document.images].every(image => image.alt)"
-    )
-    described = [image.get_attribute("alt") for image in page.locator("img").all()]
-    assert len(described) == 3 and all(described), described
-    assert page.locator("#seen .scale").get_attribute("aria-label").startswith("Colours of the")
-
-
 def test_it_works_by_keyboard_alone(page):
     """From the top of the page, by tabs, to an example, and to the choice of a file."""
     focused = "() => (document.activeElement.ariaLabel || document.activeElement.innerText)"
@@ -288,10 +266,14 @@ def test_it_works_by_keyboard_alone(page):
     assert len(shown_classes(page)) == 5
 
 
-def test_it_fits_a_screen_400_pixels_wide(page):
+def test_pictures_are_described_in_words_and_fit_a_screen_400_pixels_wide(page):
     page.set_viewport_size({"width": 400, "height": 800})
     upload(page, PICTURE)
     seen_pictures(page)
+    page.wait_for_function(
+        "() => document.images.length === 3 && [...document.images].every(image => image.alt)"
+    )
+    assert page.locator("#seen .scale").get_attribute("aria-label").startswith("Colours of the")
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
     for image in page.locator("#seen img").all():
         box = image.bounding_box()
@@ -312,14 +294,12 @@ def test_a_file_that_is_no_picture_is_reported_and_the_page_goes_on(page, tmp_pa
     assert shown_classes(page) == before
 
 
-def test_a_huge_picture_is_reported(page, tmp_path):
+def test_a_huge_picture_and_another_kind_of_file_are_reported(page, tmp_path):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
     upload(page, tmp_path / "huge.png")
     page.get_by_text("decompression bomb").wait_for()
     assert page.locator("dd").count() == 0
-
-
-def test_another_kind_of_file_is_refused_by_the_page(page):
+    page.get_by_label("Remove Image").click()
     upload(page, FIXTURES / "README.md")
     page.get_by_text("Only image/* allowed").wait_for()
 
@@ -327,12 +307,8 @@ def test_another_kind_of_file_is_refused_by_the_page(page):
 @pytest.mark.parametrize(
     "headers",
     [
-        {"Host": "evil.example"},
         {"Host": "evil.example:{port}"},
-        {"Host": "127.0.0.1"},
         {"Host": "127.0.0.1:{port}", "Origin": "http://evil.example"},
-        {"Host": "127.0.0.1:{port}", "Origin": "null"},
-        {"Host": "127.0.0.1:{port}", "Origin": "http://127.0.0.1:1"},
     ],
 )
 def test_a_foreign_host_or_origin_is_refused_on_every_route(server, headers):
