@@ -86,11 +86,7 @@ def font_files() -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=256)
 def open_font(path: str | None, pixels: int) -> ImageFont.FreeTypeFont:
-    """Return a font of `find_font` with letters of this height.
-
-    Raises:
-        OSError: the file cannot be read, or its letters are pictures of another height.
-    """
+    """Return a font of `find_font` with letters of this height; OSError if it has none."""
     return ImageFont.load_default(pixels) if path is None else ImageFont.truetype(path, pixels)
 
 

@@ -47,11 +47,7 @@ class Drawings:
         self.cells = []
 
     def add(self, prediction) -> None:
-        """Draw a `Prediction` that has a picture.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
+        """Draw a `Prediction` that has a picture."""
         self.count += 1
         if self.folder is not None:
             with naming(self.folder):
@@ -76,11 +72,7 @@ class Drawings:
         )
 
     def finish(self) -> None:
-        """Write the grid, if there is anything in it.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Write the grid, if there is anything in it."""
         if self.cells:
             width, height = self.cells[0].size
             columns, rows = min(GRID_COLUMNS, len(self.cells)), -(-len(self.cells) // GRID_COLUMNS)
@@ -101,14 +93,9 @@ def annotate(
 ) -> Image.Image:
     """Return `picture` on the left, and a bar for each class on the right, the first one on top.
 
-    Args:
-        picture: RGB; shown as large as fits, small ones without smoothing, so that their pixels
-            can be seen.
-        texts, scores: names and probabilities of some classes, in the order to show them in.
-        caption: what to write below the picture.
-        height: of the result, pixels; its width is three times that.
-        truth: name of the true class, where it is known: a frame and a line of text then say
-            whether the first of `texts` is right.
+    The result is `height` pixels high and three times as wide. The picture is as large as fits,
+    small ones without smoothing, so that their pixels can be seen. Where the true class is known, a
+    frame and a line of text say whether the first of `texts` is right.
     """
     margin = MARGIN * height // 240
     small, large = height // 16, height // 13  # of the letters
@@ -162,15 +149,8 @@ def draw_text(draw, place, text: str, pixels: int, colour, *, room: float, ancho
 
 
 def overlay(pixels: np.ndarray, heat: np.ndarray) -> Image.Image:
-    """Return a heat map over what the network saw.
-
-    Args:
-        pixels: (H, W, 3) uint8.
-        heat: (h, w) float, >= 0, for the same section of the picture; 0 shows the bare picture.
-
-    Returns:
-        A picture of at least 384 pixels a side, in the shape of `pixels`.
-    """
+    """Return a heat map (h, w), >= 0, over the pixels (H, W, 3) uint8 that the network saw, in the
+    same shape with a longer side of at least 384 pixels; 0 shows the bare picture."""
     peak = float(heat.max())
     strength = Image.fromarray((heat / peak if peak > 0 else heat).astype(np.float32))
     picture = Image.fromarray(pixels)

@@ -42,13 +42,12 @@ class ImageFiles:
 
     A folder stands for the files in and below it whose names end as those of images do, in sorted
     order; links to folders are not followed. A pattern such as 'photos/**/*.jpg' stands for the
-    files it matches, in sorted order. A film stands for frames of it. Anything else is a file,
-    whatever its name.
+    files it matches, in sorted order. A film stands for frames of it, where `frame_seconds` is
+    given. Anything else is a file, whatever its name.
 
     Args:
-        arguments: files, folders, patterns, films.
         leave_out: a folder that is not searched, where a search comes by it.
-        frame_seconds: between the frames of a film; 0 for all frames.
+        frame_seconds: between the frames of a film; 0 for all frames; None for no films.
 
     Attributes:
         other_files: how many files the last iteration has passed over in folders, for their names.
@@ -59,7 +58,7 @@ class ImageFiles:
         arguments: Iterable[str],
         *,
         leave_out: str | None = None,
-        frame_seconds: float = 1.0,
+        frame_seconds: float | None = None,
     ):
         self.arguments = list(arguments)
         self.leave_out = leave_out
@@ -74,16 +73,11 @@ class ImageFiles:
             yield from self._files(argument)
 
     def count(self) -> int:
-        """Return how many images there are.
-
-        Raises:
-            FileNotFoundError: an argument names nothing.
-            InputError: an argument is a folder that cannot be listed, or stands for no image; or
-                OpenCV is missing, which films need.
-        """
+        """Return how many images there are, or raise an error for an argument that stands for none,
+        a folder that cannot be listed, or a film without OpenCV."""
         total = 0
         for argument in self.arguments:
-            if is_film(argument):
+            if self._is_film(argument):
                 import_opencv()
                 try:
                     total += count_frames(argument, self.frame_seconds)
@@ -102,6 +96,14 @@ class ImageFiles:
             total += found
         return total
 
+    def _is_film(self, argument: str) -> bool:
+        """Return whether an argument is the file of a film, by its name."""
+        return (
+            self.frame_seconds is not None
+            and argument.lower().endswith(FILM_SUFFIXES)
+            and os.path.isfile(argument)
+        )
+
     def _emptiness(self, argument: str) -> Exception:
         if not os.path.isdir(argument):
             if glob.has_magic(argument):
@@ -114,7 +116,7 @@ class ImageFiles:
         )
 
     def _files(self, argument: str) -> Iterator[tuple[str, str | None] | Frame]:
-        if is_film(argument):
+        if self._is_film(argument):
             try:
                 yield from frames(argument, self.frame_seconds)
             except InputError as error:
@@ -194,17 +196,8 @@ def decode(source) -> Image.Image:
 # ---- films
 
 
-def is_film(argument: str) -> bool:
-    """Return whether a command-line argument is the file of a film, by its name."""
-    return argument.lower().endswith(FILM_SUFFIXES) and os.path.isfile(argument)
-
-
 def import_opencv():
-    """Return OpenCV, without its messages about damaged files.
-
-    Raises:
-        InputError: it is not installed.
-    """
+    """Return OpenCV, without its messages about damaged files."""
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     cv2 = import_extra("cv2", "video")
     # The function's place in OpenCV 4 and in OpenCV 5; 0 is silent in both.
@@ -215,11 +208,7 @@ def import_opencv():
 
 def open_film(film: str) -> tuple:
     """Return OpenCV's capture of a film, its number of frames, and its seconds, by its header; 0
-    where it says nothing.
-
-    Raises:
-        InputError: it cannot be opened, or OpenCV is not installed.
-    """
+    where it says nothing."""
     cv2 = import_opencv()
     capture = cv2.VideoCapture(os.path.abspath(film))
     if not capture.isOpened():
@@ -229,11 +218,7 @@ def open_film(film: str) -> tuple:
 
 
 def count_frames(film: str, every_seconds: float) -> int:
-    """Return how many frames `frames` gives of a film, by what its header says.
-
-    Raises:
-        InputError: it cannot be opened, or OpenCV is not installed.
-    """
+    """Return how many frames `frames` gives of a film, by what its header says."""
     capture, count, seconds = open_film(film)
     capture.release()
     if not seconds:
@@ -244,8 +229,8 @@ def count_frames(film: str, every_seconds: float) -> int:
 def frames(film: str, every_seconds: float) -> Iterator[Frame]:
     """Yield frames of a film, the first one and then one each `every_seconds`; 0: all of them.
 
-    Raises:
-        InputError: it cannot be opened, its first frame cannot be decoded, or it ends early.
+    An InputError says that it cannot be opened, that no frame can be decoded, or that it ends
+    early.
     """
     cv2 = import_opencv()
     capture, _, stated = open_film(film)

@@ -94,15 +94,9 @@ class Look:
 
 
 def look(predictor: Predictor, network: RepLKNet | None, path: str) -> Look:
-    """Classify a picture, and see where the network looks.
+    """Classify a picture by `predictor`, and see where its `network`, if there is one, looks.
 
-    Args:
-        predictor: of the network.
-        network: the same network, for the heat map; None for none.
-        path: of a picture.
-
-    Raises:
-        InputError: it cannot be decoded, or the network's outputs are not finite.
+    An InputError says that it cannot be decoded, or that the outputs are not finite.
     """
     image = decode(path)
     array = predictor.transform(image)[None]
@@ -145,7 +139,7 @@ def grad_cam(
     Args:
         network: a classifier; it is used in evaluation mode, and left in the mode it was in.
         image: (1, 3, H, W) float32, preprocessed.
-        label: the class, in [0, num_classes); None for the one with the largest logit.
+        label: the class; None for the one with the largest logit.
 
     Returns:
         Logits (num_classes,), and the map (H / 32, W / 32), rounded up: float32, >= 0, in units of
@@ -198,10 +192,8 @@ def _figure(picture: Image.Image, alt: str, caption: str) -> str:
 def describe(model: str, predictor: Predictor, network: RepLKNet | None) -> tuple[str, str]:
     """Return the name of an open model, and a sentence or two on its training and its input.
 
-    Args:
-        model: as the user named it: a path, or the name of a published model.
-        predictor: of the model.
-        network: the same network; None for an export.
+    `model` is what the user named, a path or a published model, and `network` is None for an
+    export.
     """
     sidecar = predictor.backend.sidecar
     side = sidecar.preprocessing.image_size
@@ -240,30 +232,11 @@ def validation_examples(config, class_names: Sequence[str], count: int) -> list[
     return examples
 
 
-def _why_no_heat_map(predictor: Predictor, network: RepLKNet | None) -> str | None:
-    """Return why there is no heat map; None where there is one."""
-    if network is None:
-        return (
-            "An exported model gives no heat map; a checkpoint, a run folder or the name of a "
-            "published model does."
-        )
-    if predictor.transform.image_size <= LAST_STRIDE:
-        return (
-            f"Pictures of {predictor.transform.image_size} pixels become a single position in the "
-            "last stage: there is no heat map to show."
-        )
-    return None
-
-
 # ---- the page
 
 
 def import_gradio():
-    """Return Gradio, without telemetry or requests to other machines.
-
-    Raises:
-        InputError: it is not installed.
-    """
+    """Return Gradio, without telemetry or requests to other machines."""
     if "gradio" not in sys.modules:  # which reads these when it is imported
         uploads = tempfile.mkdtemp(prefix="replknet-page-")
         atexit.register(shutil.rmtree, uploads, ignore_errors=True)
@@ -274,15 +247,7 @@ def import_gradio():
 
 
 def build_page(model: str, predictor: Predictor, network: RepLKNet | None):
-    """Return the page as an ASGI application.
-
-    Args:
-        model: as the user named it.
-        predictor, network: as of `look`.
-
-    Raises:
-        InputError: Gradio is not installed.
-    """
+    """Return the page of an open model, as `describe` has it, as an ASGI application."""
     gradio = import_gradio()
     name, origin = describe(model, predictor, network)
     names = predictor.class_names
@@ -342,9 +307,16 @@ def build_page(model: str, predictor: Predictor, network: RepLKNet | None):
             with gradio.Column():
                 classes = gradio.Label(label="Classes", num_top_classes=CLASSES_SHOWN)
                 seen = gradio.HTML(elem_id="seen")
-        note = _why_no_heat_map(predictor, network)
-        if note is not None:
-            gradio.Markdown(note)
+        if network is None:
+            gradio.Markdown(
+                "An exported model gives no heat map; a checkpoint, a run folder or the name of a "
+                "published model does."
+            )
+        elif predictor.transform.image_size <= LAST_STRIDE:
+            gradio.Markdown(
+                f"Pictures of {predictor.transform.image_size} pixels become a single position in "
+                "the last stage: there is no heat map to show."
+            )
         upload.change(classify, upload, [classes, seen], show_progress="minimal")
 
     import fastapi
@@ -369,11 +341,7 @@ def build_page(model: str, predictor: Predictor, network: RepLKNet | None):
 
 
 def reserve_port(port: int) -> socket.socket:
-    """Return a socket that listens on a port of this machine.
-
-    Raises:
-        InputError: the port is in use, or may not be used.
-    """
+    """Return a socket that listens on a port of this machine."""
     try:
         return socket.create_server((ADDRESS, port))
     except OSError as error:
@@ -388,10 +356,6 @@ class OwnRequestsOnly:
 
     Starlette's TrustedHostMiddleware checks no port and no Origin, and Gradio itself only withholds
     its answer from a foreign Origin, after it has done what was asked.
-
-    Args:
-        app: the application behind it.
-        port: that it is served on.
     """
 
     def __init__(self, app, port: int):

@@ -108,7 +108,7 @@ class Predictor:
         }
 
     def preprocess(self, image) -> np.ndarray:
-        """Return a path, an array (H, W, 3) uint8 or a Pillow image as (3, size, size) float32.
+        """Return what `decode` takes as the network's input, float32 (3, size, size).
 
         Raises:
             InputError: it cannot be decoded, or not become what the network takes.
@@ -125,11 +125,7 @@ class Predictor:
 
 
 def read_config(model: str, cfg: str | None, opts: list[str] | None):
-    """Return the configuration that -cfg and -opts give a checkpoint; None without both.
-
-    Raises:
-        InputError: what they say cannot be, or `model` is not a checkpoint.
-    """
+    """Return the configuration that -cfg and -opts give a checkpoint; None without both."""
     if cfg is None and opts is None:
         return None
     check_is_checkpoint(model)
@@ -147,16 +143,8 @@ def check_is_checkpoint(model: str | os.PathLike) -> None:
 
 
 def open_network(model: str | os.PathLike, config=None) -> RepLKNet | None:
-    """Return the network of a run folder, a checkpoint in one, or a published model; None for an
-    export.
-
-    Args:
-        config: of a checkpoint, instead of that of its run folder.
-
-    Raises:
-        FileNotFoundError: there is no such model.
-        InputError: it cannot be opened.
-    """
+    """Return the network of a run folder, of a checkpoint in one (by `config`, where it is given),
+    or of a published model; None for an export."""
     if config is not None:
         check_is_checkpoint(model)
     if os.path.exists(model):
@@ -182,11 +170,7 @@ def config_of(network: RepLKNet):
 
 
 def probabilities(logits: np.ndarray, backend: str) -> np.ndarray:
-    """Return the `softmax` of what a network gave on `backend`.
-
-    Raises:
-        InputError: some are not finite.
-    """
+    """Return the `softmax` of logits that `backend` gave, if they are finite."""
     if not np.isfinite(logits).all():
         raise InputError(
             f"the network's outputs on {backend} are not finite numbers: its weights are broken, "
@@ -259,19 +243,11 @@ def predict_files(
     batch_size: int = BATCH_SIZE,
     picture_pixels: int = 0,
 ) -> Iterator[Prediction]:
-    """Classify any number of files, in their order and in constant memory.
+    """Yield a `Prediction` of the first `topk` classes for each of any number of `ImageFiles`, in
+    their order and in constant memory, with a `problem` for what cannot be read.
 
-    Threads decode the next files (Pillow lets go of Python's lock) while the network runs.
-
-    Args:
-        files: as `images.ImageFiles` gives them: a path and None, or a path and a problem; or a
-            frame of a film.
-        topk: how many classes to give; at most all.
-        batch_size: images that the network gets at once.
-        picture_pixels: largest side of the `Prediction.picture` to keep; 0 for none.
-
-    Yields:
-        A `Prediction` for each file, with a `problem` for what cannot be read.
+    Threads decode the next files (Pillow lets go of Python's lock) while the network runs. Pictures
+    are kept with sides of at most `picture_pixels`; 0 for none.
     """
 
     def read(file: tuple[str, str | None] | Frame):
@@ -337,9 +313,6 @@ def results_file(
     The file gets the name `path` when the block is left. If an exception leaves the block, `path`
     stays as it was, and what was written until then is in `path`.unfinished; not so if nothing was,
     or if the exception is an InputError.
-
-    Raises:
-        InputError: as `check_file_target`.
     """
     check_file_target(path, RESULTS_SUFFIXES)
     started = 0

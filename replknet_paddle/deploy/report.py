@@ -60,14 +60,11 @@ class Evaluated:
     """What a report is made of.
 
     Attributes:
-        model: its name.
         weights: the file that was evaluated.
         data: the list of images.
         metrics: one line.
-        class_names: text for each class.
-        outcomes: of the images, in the order of the list.
-        path: index -> the image's path.
-        picture: index -> the image, RGB, as the network sees it.
+        path: index in the list -> the image's path.
+        picture: index in the list -> the image, RGB, as the network sees it.
     """
 
     model: str
@@ -81,15 +78,7 @@ class Evaluated:
 
 
 def write_report(folder: str | os.PathLike, evaluated: Evaluated) -> None:
-    """Write the report to `folder`, which appears when it is whole.
-
-    Args:
-        folder: a new or empty folder.
-
-    Raises:
-        InputError: it is something else.
-        OSError: it cannot be written.
-    """
+    """Write the report to `folder`, new or empty, which appears when it is whole."""
     check_new_folder(folder)
     target = Path(os.path.realpath(folder))
     unfinished = target.with_name(f"{target.name}.{os.getpid()}.unfinished")
@@ -179,16 +168,8 @@ def _matrix(folder: Path, evaluated: Evaluated) -> str:
 
 
 def draw_confusion_matrix(counts: np.ndarray, names: Sequence[str]):
-    """Return a figure: each row is a true class, each column a predicted one, and the shade is the
-    share of the row.
-
-    Args:
-        counts: (classes, classes) integers.
-        names: of the classes; written, with the counts, for up to `LABELLED_CLASSES`.
-
-    Raises:
-        InputError: matplotlib is missing.
-    """
+    """Return a figure of integers (classes, classes): each row is a true class, each column a
+    predicted one, and the shade is the share of the row."""
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     has_names = len(names) <= LABELLED_CLASSES
     labels = list(map(_label, names)) if has_names else []

@@ -422,8 +422,12 @@ def test_a_film_among_pictures_is_classified_frame_by_frame(film, tmp_path, caps
 
 def test_a_folder_does_not_stand_for_its_films(film, tmp_path):
     os.symlink(film, tmp_path / "film.mp4")
-    files = ImageFiles([str(tmp_path)])
+    files = ImageFiles([str(tmp_path)], frame_seconds=1)
     assert list(files) == [] and files.other_files == 1
+
+
+def test_where_films_are_not_asked_for_a_film_is_a_file_like_any_other(film):
+    assert list(ImageFiles([film])) == [(film, None)]
 
 
 def test_without_opencv_it_says_what_to_install(tmp_path, monkeypatch, capsys):
