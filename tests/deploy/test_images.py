@@ -89,30 +89,13 @@ def test_the_folder_that_pictures_go_to_is_left_out(tree):
     assert len(found(tree, leave_out=str(tree / "link"))) == 5
 
 
-def test_pipes_are_not_waited_for(tree):
-    os.mkfifo(tree / "pipe.png")
-    assert len(found(tree)) == 6
-    with pytest.raises(InputError, match="not a regular file"):
-        decode(tree / "pipe.png")
-
-
-@pytest.mark.parametrize(
-    "argument, says",
-    [
-        ("empty", "no image in the folder"),
-        ("texts", "it holds 2 other files"),
-        ("nowhere", "no image, folder or pattern"),
-        ("*.gif", "no file matches"),
-    ],
-)
-def test_what_stands_for_no_image_is_an_error_that_names_it(tree, argument, says):
-    (tree / "empty").mkdir()
+def test_a_folder_without_images_says_what_it_holds(tree):
     for name in ("texts/a.txt", "texts/below/b.md"):
         (tree / name).parent.mkdir(exist_ok=True, parents=True)
         (tree / name).touch()
-    with pytest.raises((InputError, FileNotFoundError), match=says) as caught:
-        ImageFiles([str(tree), str(tree / argument)]).count()
-    assert str(tree / argument) in str(caught.value)
+    says = f"no image in the folder {tree / 'texts'}; it holds 2 other files"
+    with pytest.raises(InputError, match=says):
+        ImageFiles([str(tree), str(tree / "texts")]).count()
 
 
 @contextlib.contextmanager
@@ -203,44 +186,35 @@ def test_other_arrays_and_things_are_refused_with_what_is_allowed(source):
         decode(source)
 
 
-def bad_files(folder):
-    """{file: part of the message}."""
-    good = (FIXTURES / "images" / "landscape_499x375.jpg").read_bytes()
-    png = (FIXTURES / "images" / "palette_220x200.png").read_bytes()
-    contents = {
-        "text.jpg": (b"no picture", "cannot identify it as any of JPEG, PNG"),
-        "empty.png": (b"", "cannot identify it as any of JPEG, PNG"),
-        "cut.jpg": (good[:5000], "truncated"),
-        "cut.png": (png[:500], "truncated"),
-        "damaged.png": (png[:60] + b"\xff" * 40 + png[100:], ""),
-        # A program: Pillow would have Ghostscript run it.
-        "program.eps": (
-            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n",
-            "cannot identify it as any of JPEG, PNG",
-        ),
-    }
-    for name, (content, _) in contents.items():
-        (folder / name).write_bytes(content)
-    (folder / "folder.png").mkdir()
-    (folder / "dangling.png").symlink_to(folder / "nowhere")
-    Image.new("1", (20_000, 20_000)).save(folder / "huge.png")
-    Image.new("1", (10_000, 10_000)).save(folder / "large.png")
-    return {name: says for name, (_, says) in contents.items()} | {
-        "folder.png": "not a regular file",
-        "dangling.png": "No such file or directory",
-        "nowhere.png": "No such file or directory",
-        "huge.png": "400000000 pixels",
-        "large.png": "10000 x 10000 pixels may be a decompression bomb; allowed: 89,478,485",
-    }
-
-
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_what_cannot_be_decoded_is_an_input_error_that_says_why(tmp_path):
-    for name, says in bad_files(tmp_path).items():
-        with pytest.raises(InputError) as caught:
+    good = (FIXTURES / "images" / "landscape_499x375.jpg").read_bytes()
+    png = (FIXTURES / "images" / "palette_220x200.png").read_bytes()
+    # A program: Pillow would have Ghostscript run it.
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    contents = {"empty.png": b"", "cut.jpg": good[:5000], "cut.png": png[:500],
+                "damaged.png": png[:60] + b"\xff" * 40 + png[100:], "program.eps": eps}  # fmt: skip
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "dangling.png").symlink_to(tmp_path / "nowhere")
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "large.png")
+    for name, says in {
+        "empty.png": "cannot identify it as any of JPEG, PNG",
+        "cut.jpg": "truncated",
+        "cut.png": "truncated",
+        "damaged.png": ".",
+        "program.eps": "cannot identify it as any of JPEG, PNG",
+        "folder.png": "not a regular file",
+        "pipe.png": "not a regular file",
+        "dangling.png": "No such file or directory",
+        "huge.png": "400000000 pixels",
+        "large.png": "10000 x 10000 pixels may be a decompression bomb; allowed: 89,478,485",
+    }.items():
+        with pytest.raises(InputError, match=f"(?i){says}"):
             decode(tmp_path / name)
-        assert says.lower() in str(caught.value).lower(), name
-        assert str(caught.value), name
 
 
 @pytest.mark.filterwarnings(
