@@ -48,6 +48,7 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
 table { border-collapse: collapse; }
 th, td { padding: .2rem .8rem; border-bottom: 1px solid #dde3ea; text-align: left; }
 thead th { position: sticky; top: 0; background: #fff; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
 img { max-width: 100%; } figure { margin: 0 0 1rem; }
 .mistakes { display: grid; gap: 1rem;
             grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)); }
@@ -249,8 +250,15 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable) -> None:
 def _table(columns: Sequence[str], rows: Iterable[Sequence]) -> str:
     """Return a table of cells that are HTML or numbers."""
     head = "".join(f"<th>{column}</th>" for column in columns)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cell(content: str | int) -> str:
+    """Return a cell of a table."""
+    return (
+        f'<td class="number">{content}</td>' if isinstance(content, int) else f"<td>{content}</td>"
+    )
 
 
 def _bar(percent: str) -> str:
