@@ -37,15 +37,15 @@ def readable(text: str) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def find_font(text: str) -> str | None:
+def find_font(text: str, own: str | None = None) -> str | None:
     """Return the file of the first font that has the letters of `text`, or most of them.
 
-    Pillow's own font, which is None, comes first. A warning is given for the first text that no
-    font has all letters of.
+    The library's `own` font comes first, None for Pillow's. A warning is given for the first text
+    that no font has all letters of.
     """
     letters = set(text) - {" "}
-    best, most = None, -1
-    for path in (None, *font_files()):
+    best, most = own, -1
+    for path in (own, *font_files()):
         count = sum(has_letter(path, letter) for letter in letters)
         if count > most:
             best, most = path, count
@@ -106,9 +106,11 @@ def plot_fonts(texts: Sequence[str]) -> list[str]:
     it."""
     from matplotlib import font_manager
 
-    families = ["DejaVu Sans"]
-    for path in map(find_font, texts):
-        if path is not None:
+    own = font_manager.findfont("DejaVu Sans")  # which matplotlib brings
+    families = {"DejaVu Sans": None}  # in order
+    for text in texts:
+        path = find_font(text, own)
+        if path != own:
             font_manager.fontManager.addfont(path)
-            families.append(font_manager.FontProperties(fname=path).get_name())
-    return list(dict.fromkeys(families))
+            families[font_manager.FontProperties(fname=path).get_name()] = None
+    return list(families)

@@ -187,6 +187,13 @@ def test_a_text_is_drawn_with_the_first_font_that_has_all_of_it_or_most(font_fol
     assert ink[39, 15:30].all() and not ink[20, 10:16].any()  # a triangle: wide below, not above
 
 
+def test_plots_take_the_letters_that_their_own_font_has_not_from_others(font_folder, caplog):
+    pytest.importorskip("matplotlib", reason="requirements/plots.txt")
+    make_font(font_folder / "a.ttf", CAT)
+    assert fonts.plot_fonts(["\u00c4b", CAT, f"{CAT}{CAT}"]) == ["DejaVu Sans", "Triangles"]
+    assert caplog.text == ""
+
+
 def test_letters_without_a_shape_and_line_ends_are_left_out():
     assert fonts.readable("a\u200db\ufe0f\n c\t\ud800") == "ab c"
     assert fonts.readable("e\u0301") == fonts.readable("\u00e9")
