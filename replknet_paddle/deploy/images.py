@@ -38,7 +38,7 @@ class Frame:
 
 
 class ImageFiles:
-    """The images that command-line arguments stand for.
+    """The images that command-line arguments stand for, one after the other.
 
     A folder stands for the files in and below it whose names end as those of images do, in sorted
     order; links to folders are not followed. A pattern such as 'photos/**/*.jpg' stands for the
@@ -105,6 +105,7 @@ class ImageFiles:
         )
 
     def _emptiness(self, argument: str) -> Exception:
+        """Return the error for an argument that stands for no image."""
         if not os.path.isdir(argument):
             if glob.has_magic(argument):
                 return FileNotFoundError(f"no file matches {argument}")

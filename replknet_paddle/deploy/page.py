@@ -78,19 +78,12 @@ SCALE = (
 
 @dataclass(frozen=True)
 class Look:
-    """What the network makes of a picture.
+    """The network's answer for a picture, and where it looked."""
 
-    Attributes:
-        classes: {class: probability}, the most probable one first.
-        seen: what the network saw of it, (size, size, 3) uint8.
-        heat: where it looked for the first class, over `seen`; None without a network.
-        is_turned: whether the file asks to be shown turned, which the network does not do.
-    """
-
-    classes: dict[str, float]
-    seen: np.ndarray
-    heat: Image.Image | None
-    is_turned: bool
+    classes: dict[str, float]  # probabilities, the largest first
+    seen: np.ndarray  # what the network saw of the picture, (size, size, 3) uint8
+    heat: Image.Image | None  # where it looked for the first class, over `seen`
+    is_turned: bool  # whether the file asks to be shown turned, which the network does not do
 
 
 def look(predictor: Predictor, network: RepLKNet | None, path: str) -> Look:

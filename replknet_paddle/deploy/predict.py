@@ -36,7 +36,7 @@ RESULTS_SUFFIXES = (".jsonl", ".csv")
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the network says of one file, or why it says nothing.
+    """The network's answer for one file, or why there is none.
 
     Attributes:
         path: the file; or a folder that could not be listed.
@@ -56,7 +56,7 @@ class Prediction:
 
     @property
     def is_right(self) -> bool | None:
-        """Whether the most probable class is the true one; None where that is not known."""
+        """Return whether the most probable class is the true one; None where it is not known."""
         return None if self.truth is None or not self.labels else self.labels[0] == self.truth
 
 
@@ -232,6 +232,7 @@ def inference_model(model, image):
 
 
 def _name(image, position: int) -> str:
+    """Return the name of an image in a message."""
     return str(image) if isinstance(image, (str, os.PathLike)) else f"{position} (from 0)"
 
 

@@ -58,7 +58,7 @@ figcaption { color: #555; font-size: .9rem; overflow-wrap: anywhere; }
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What a report is made of.
+    """The parts of a report.
 
     Attributes:
         weights: the file that was evaluated.
@@ -241,6 +241,7 @@ def _mistakes(folder: Path, evaluated: Evaluated) -> str:
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable) -> None:
+    """Write a table that has its name when it is whole."""
     with written_whole(path, newline="", errors="replace") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
@@ -256,9 +257,8 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence]) -> str:
 
 def _cell(content: str | int) -> str:
     """Return a cell of a table."""
-    return (
-        f'<td class="number">{content}</td>' if isinstance(content, int) else f"<td>{content}</td>"
-    )
+    kind = ' class="number"' if isinstance(content, int) else ""
+    return f"<td{kind}>{content}</td>"
 
 
 def _bar(percent: str) -> str:
