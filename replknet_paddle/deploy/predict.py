@@ -342,6 +342,8 @@ def results_file(
                 for label, score in zip(prediction.labels, prediction.scores)
                 for value in (label, class_names[label], score)
             ]
+        # Python's csv quotes a carriage return only where lines end in one.
+        rows = quoted if "\r" in prediction.path else plain
         rows.writerow([prediction.path, *values, prediction.problem or ""])
 
     # Names of files are bytes: those that are not UTF-8 are written as the bytes that they are.
@@ -350,9 +352,10 @@ def results_file(
     ) as file:
         partial = file.name
         if path.lower().endswith(".csv"):
-            rows = csv.writer(file, lineterminator="\n")
+            plain = csv.writer(file, lineterminator="\n")
+            quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
             columns = [f"{w}_{i}" for i in range(1, topk + 1) for w in ("label", "class", "score")]
-            rows.writerow(["path", *columns, "problem"])
+            plain.writerow(["path", *columns, "problem"])
             started = file.tell()
             yield write_row
         else:
