@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from replknet_paddle.analysis.fonts import plot_fonts, readable
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import atomic_file, check_file_target
-from replknet_paddle.runtime.fonts import plot_fonts, readable
 from replknet_paddle.runtime.packages import import_extra
 
 DOTS_PER_INCH = 120

@@ -29,20 +29,16 @@ def run_page(args) -> int:
     if not 1 <= args.port <= 65535:
         raise InputError(f"--port is {args.port}; allowed: an integer from 1 to 65535")
 
-    from replknet_paddle.deploy.page_server import reserve_port, serve
+    from replknet_paddle.deploy.page import build_page, import_gradio, reserve_port, serve
+    from replknet_paddle.deploy.predict import Predictor, open_network, read_config
 
     args.model = find_path(args.model)
     listener = reserve_port(args.port)  # before the model, which takes longer
-
-    from replknet_paddle.deploy.page import build_page, import_gradio
-    from replknet_paddle.deploy.page_facts import page_facts
-    from replknet_paddle.deploy.predictor import Predictor, open_network, read_config
 
     logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio calling itself
     import_gradio()
     network = open_network(args.model, read_config(args.model, args.cfg, args.opts))
     predictor = Predictor(args.model) if network is None else Predictor(network, backend="dygraph")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which removes the uploads
-    page = build_page(predictor, network, page_facts(args.model, predictor, network))
-    serve(page, listener)
+    serve(build_page(args.model, predictor, network), listener)
     return 0

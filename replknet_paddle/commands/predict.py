@@ -2,11 +2,9 @@
 
 import contextlib
 import os
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from functools import partial
 
 from tqdm import tqdm
 
@@ -49,7 +47,7 @@ def add_predict_flags(parser) -> None:
         type=float,
         default=1.0,
         metavar="SECONDS",
-        help="between the frames of films and webcams; 0: all frames (%(default)s)",
+        help="between the frames of films; 0: all frames (%(default)s)",
     )
     add_flag(
         parser,
@@ -63,7 +61,7 @@ def add_predict_flags(parser) -> None:
 
 
 class Summary:
-    """What is reported at the end: how many were classified, and the first that were not."""
+    """Counts what was classified, and keeps the first problems, for the report at the end."""
 
     def __init__(self):
         self.classified = 0
@@ -97,29 +95,13 @@ class Summary:
         return "\n".join(lines)
 
 
-class Console:
-    """A line a file on standard output."""
-
-    def __init__(self, class_names):
-        self.class_names = class_names
-
-    def write(self, prediction) -> None:
-        said = prediction.problem
-        if said is None:
-            said = ", ".join(
-                f"{printable(self.class_names[label])} {100 * score:.1f} %"
-                for label, score in zip(prediction.labels, prediction.scores)
-            )
-        tqdm.write(f"{printable(prediction.path)}: {said}")
-
-
 def run_predict(args) -> int:
-    """Classify pictures, films and what a webcam sees.
+    """Classify pictures and films.
 
     MODEL is an exported folder, a run folder or a checkpoint in one (output/RUN/best), or the name
     of a published model. A folder stands for the images in and below it, in sorted order; a pattern
     in quotes, such as 'photos/**/*.jpg', for the files that it matches. A film (film.mp4) stands
-    for a frame a second; `webcam` for what it sees until Ctrl-C, and `webcam:1` for the second one.
+    for a frame a second.
 
     examples: replknet predict output/RUN/best photos --out results.jsonl
               replknet predict output/RUN/best film.mp4 --every 0.5 --save-pictures frames
@@ -140,12 +122,16 @@ def run_predict(args) -> int:
 
 
 def predict(args) -> int:
-    """Classify the files; the exit status."""
-    from replknet_paddle.deploy.drawings import PICTURE_HEIGHT, Drawings
+    """Classify the files; return the exit status."""
+    from replknet_paddle.deploy.drawing import PICTURE_FORMATS, PICTURE_HEIGHT, Drawings
     from replknet_paddle.deploy.images import ImageFiles
-    from replknet_paddle.deploy.pictures import PICTURE_FORMATS
-    from replknet_paddle.deploy.predictor import Predictor, predict_files, read_config
-    from replknet_paddle.deploy.results import SUFFIXES, results_file
+    from replknet_paddle.deploy.predict import (
+        RESULTS_SUFFIXES,
+        Predictor,
+        predict_files,
+        read_config,
+        results_file,
+    )
 
     for flag, value in (("--topk", args.topk), ("-batch_size", args.batch_size)):
         if value < 1:
@@ -155,52 +141,43 @@ def predict(args) -> int:
     args.model = find_path(args.model)
     files = ImageFiles(args.images, leave_out=args.save_pictures, frame_seconds=args.every)
     if args.out is not None:
-        check_file_target(args.out, SUFFIXES)
+        check_file_target(args.out, RESULTS_SUFFIXES)
     if args.save_pictures is not None:
         check_new_folder(args.save_pictures)
     if args.save_grid is not None:
         check_file_target(args.save_grid, tuple(PICTURE_FORMATS), must_be_new=True)
     config = read_config(args.model, args.cfg, args.opts)
     total = files.count()
-    batch_size = 1 if files.is_live else args.batch_size
-    predictor = Predictor(args.model, backend=args.backend, config=config, batch_size=batch_size)
-    topk = min(args.topk, predictor.num_classes)
-    draws = args.save_pictures is not None or args.save_grid is not None
+    predictor = Predictor(
+        args.model, backend=args.backend, config=config, batch_size=args.batch_size
+    )
+    names, topk = predictor.class_names, min(args.topk, predictor.num_classes)
+    drawings = None
+    if args.save_pictures is not None or args.save_grid is not None:
+        drawings = Drawings(names, args.save_pictures, args.save_grid)
     predictions = predict_files(
         predictor,
-        until_interrupted(files) if files.is_live else files,
+        files,
         topk=topk,
-        batch_size=batch_size,
-        picture_pixels=2 * PICTURE_HEIGHT if draws else 0,
-        is_live=files.is_live,
+        batch_size=args.batch_size,
+        picture_pixels=0 if drawings is None else 2 * PICTURE_HEIGHT,
     )
-    bar = tqdm(predictions, total=None if files.is_live else total, unit="images", disable=None)
     summary = Summary()
-    drawings = (
-        Drawings(predictor.class_names, args.save_pictures, args.save_grid) if draws else None
-    )
-    if args.out is None:
-        write_all(bar, Console(predictor.class_names), drawings, summary)
-    else:
-        with results_file(args.out, predictor.class_names, topk) as results:
-            write_all(bar, results, drawings, summary)
+    with contextlib.ExitStack() as stack:
+        write = partial(print_prediction, names)
+        if args.out is not None:
+            write = stack.enter_context(results_file(args.out, names, topk))
+        for prediction in tqdm(predictions, total=total, unit="images", disable=None):
+            summary.add(prediction)
+            write(prediction)
+            if drawings is not None and prediction.problem is None:
+                drawings.add(prediction)
+        if summary.classified == 0:
+            raise InputError("nothing could be classified:\n" + "\n".join(summary.problems))
     if drawings is not None:
         drawings.finish()
     print(summary.text(files.other_files), file=sys.stderr)
     return 1 if summary.skipped else 0
-
-
-def until_interrupted(items: Iterable) -> Iterator:
-    """Yield `items` until Ctrl-C, which then is the way to end them."""
-    interrupted = threading.Event()
-    before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
-    try:
-        for item in items:
-            if interrupted.is_set():
-                return
-            yield item
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager
@@ -224,11 +201,12 @@ def results_alone_on_stdout():
             sys.stdout = stdout
 
 
-def write_all(predictions: Iterable, results, drawings, summary: Summary) -> None:
-    for prediction in predictions:
-        summary.add(prediction)
-        results.write(prediction)
-        if drawings is not None and prediction.problem is None:
-            drawings.add(prediction)
-    if summary.classified == 0:
-        raise InputError("nothing could be classified:\n" + "\n".join(summary.problems))
+def print_prediction(class_names, prediction) -> None:
+    """Print a line on standard output."""
+    said = prediction.problem
+    if said is None:
+        said = ", ".join(
+            f"{printable(class_names[label])} {100 * score:.1f} %"
+            for label, score in zip(prediction.labels, prediction.scores)
+        )
+    tqdm.write(f"{printable(prediction.path)}: {said}")

@@ -8,7 +8,7 @@ from replknet_paddle.deploy.backends import (
 )
 from replknet_paddle.deploy.export import ModelInfo, export_model
 from replknet_paddle.deploy.fold import folded, merged
-from replknet_paddle.deploy.predictor import Predictor, inference_model
+from replknet_paddle.deploy.predict import Predictor, inference_model
 
 __all__ = [
     "Backend",

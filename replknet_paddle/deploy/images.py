@@ -1,38 +1,171 @@
-"""People's own pictures: finding them in folders, and decoding them.
+"""People's own pictures and films: finding them in folders, and decoding them.
 
 Folders are listed one at a time, so only the names of the files of one folder and those above it
 are in memory. What cannot be listed or decoded is reported where it stands among the others, and
-ends nothing.
+ends nothing. OpenCV (requirements/video.txt) reads films.
 """
 
 import glob
+import math
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
 from replknet_paddle.data.transforms.image import FORMATS, load, open_image
-from replknet_paddle.deploy.video import (
-    Frame,
-    count_frames,
-    frames,
-    import_opencv,
-    is_film,
-    is_webcam,
-    open_capture,
-)
 from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.packages import import_extra
+
+FILM_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
+# A film that ends earlier than it says by more than the larger of these, once its last frame has
+# been shown as long as any other, has lost something: containers round.
+MISSING_SECONDS, MISSING_SHARE = 1.0, 0.05
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One picture of a film.
+
+    Attributes:
+        path: the film and the time, `film.mp4#t=12.48`, in seconds, as URLs of media have it.
+        pixels: (H, W, 3) uint8, RGB.
+    """
+
+    path: str
+    pixels: np.ndarray
+
+
+class ImageFiles:
+    """The images that command-line arguments stand for, one after the other.
+
+    A folder stands for the files in and below it whose names end as those of images do, in sorted
+    order; links to folders are not followed. A pattern such as 'photos/**/*.jpg' stands for the
+    files it matches, in sorted order. A film stands for frames of it, where `frame_seconds` is
+    given. Anything else is a file, whatever its name.
+
+    Args:
+        leave_out: a folder that is not searched, where a search comes by it.
+        frame_seconds: between the frames of a film; 0 for all frames; None for no films.
+
+    Attributes:
+        other_files: how many files the last iteration has passed over in folders, for their names.
+    """
+
+    def __init__(
+        self,
+        arguments: Iterable[str],
+        *,
+        leave_out: str | None = None,
+        frame_seconds: float | None = None,
+    ):
+        self.arguments = list(arguments)
+        self.leave_out = leave_out
+        self.frame_seconds = frame_seconds
+        self.suffixes = image_suffixes()
+        self.other_files = 0
+
+    def __iter__(self) -> Iterator[tuple[str, str | None] | Frame]:
+        """Pairs of a path and None, or of a folder or film and why it could not be read; frames."""
+        self.other_files = 0
+        for argument in self.arguments:
+            yield from self._files(argument)
+
+    def count(self) -> int:
+        """Return how many images there are, or raise an error for an argument that stands for none,
+        a folder that cannot be listed, or a film without OpenCV."""
+        total = 0
+        for argument in self.arguments:
+            if self._is_film(argument):
+                import_opencv()
+                try:
+                    total += count_frames(argument, self.frame_seconds)
+                except InputError:  # reported in its place
+                    total += 1
+                continue
+            self.other_files = 0
+            found = 0
+            for path, problem in self._files(argument):
+                if problem is None:
+                    found += 1
+                elif path == argument:
+                    raise InputError(f"{argument}: {problem}")
+            if not found:
+                raise self._emptiness(argument)
+            total += found
+        return total
+
+    def _is_film(self, argument: str) -> bool:
+        """Return whether an argument is the file of a film, by its name."""
+        return (
+            self.frame_seconds is not None
+            and argument.lower().endswith(FILM_SUFFIXES)
+            and os.path.isfile(argument)
+        )
+
+    def _emptiness(self, argument: str) -> Exception:
+        """Return the error for an argument that stands for no image."""
+        if not os.path.isdir(argument):
+            if glob.has_magic(argument):
+                return FileNotFoundError(f"no file matches {argument}")
+            return FileNotFoundError(f"no image, folder or pattern {argument}")
+        others = f"; it holds {self.other_files:,} other files" if self.other_files else ""
+        return InputError(
+            f"no image in the folder {argument}{others}. Files are taken for images whose names "
+            "end in .jpg, .png or another suffix of an image format"
+        )
+
+    def _files(self, argument: str) -> Iterator[tuple[str, str | None] | Frame]:
+        if self._is_film(argument):
+            try:
+                yield from frames(argument, self.frame_seconds)
+            except InputError as error:
+                yield argument, str(error)
+        elif os.path.isdir(argument):
+            yield from self._walk(argument)
+        elif os.path.lexists(argument):
+            yield argument, None
+        elif glob.has_magic(argument):
+            for path in sorted(glob.iglob(argument, recursive=True)):
+                if not os.path.isdir(path):
+                    yield path, None
+
+    def _walk(self, folder: str) -> Iterator[tuple[str, str | None]]:
+        try:
+            with os.scandir(folder) as entries:
+                found = sorted(
+                    (entry.path, entry.is_dir(follow_symlinks=False)) for entry in entries
+                )
+        except OSError as error:
+            yield folder, f"cannot list the folder: {error.strerror}"
+            return
+        for path, is_folder in found:
+            if is_folder:
+                if not self._is_left_out(path):
+                    yield from self._walk(path)
+            elif os.path.splitext(path)[1].lower() in self.suffixes:
+                yield path, None
+            else:
+                self.other_files += 1
+
+    def _is_left_out(self, folder: str) -> bool:
+        return (
+            self.leave_out is not None
+            and os.path.exists(self.leave_out)
+            and os.path.samefile(folder, self.leave_out)
+        )
 
 
 def image_suffixes() -> set[str]:
-    """The file name suffixes, in lower case and with their dot, that folders are searched for."""
+    """Return the file name suffixes, in lower case with their dot, that folders are searched
+    for."""
     Image.init()
     return {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
 
 
 def decode(source) -> Image.Image:
-    """The picture in a file, an array or a Pillow image, loaded, in its own mode.
+    """Return the picture in a file, an array or a Pillow image, loaded, in its own mode.
 
     Args:
         source: a path; an array (H, W, 3) uint8, RGB; or a Pillow image, which is returned.
@@ -61,139 +194,68 @@ def decode(source) -> Image.Image:
         raise InputError(error.strerror or str(error)) from None
 
 
-class ImageFiles:
-    """The images that command-line arguments stand for.
+# ---- films
 
-    A folder stands for the files in and below it whose names end as those of images do, in sorted
-    order; links to folders are not followed. A pattern such as 'photos/**/*.jpg' stands for the
-    files it matches, in sorted order. A film or webcam stands for frames of it (deploy/video.py).
-    Anything else is a file, whatever its name.
 
-    Args:
-        arguments: files, folders, patterns, films, `webcam`.
-        leave_out: a folder that is not searched, where a search comes by it.
-        frame_seconds: between the frames of a film or webcam.
+def import_opencv():
+    """Return OpenCV, without its messages about damaged files."""
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    cv2 = import_extra("cv2", "video")
+    # The function's place in OpenCV 4 and in OpenCV 5; 0 is silent in both.
+    owner = cv2 if hasattr(cv2, "setLogLevel") else cv2.utils.logging
+    owner.setLogLevel(0)
+    return cv2
 
-    Attributes:
-        other_files: how many files the last iteration has passed over in folders, for their names.
+
+def open_film(film: str) -> tuple:
+    """Return OpenCV's capture of a film, its number of frames, and its seconds, by its header; 0
+    where it says nothing."""
+    cv2 = import_opencv()
+    capture = cv2.VideoCapture(os.path.abspath(film))
+    if not capture.isOpened():
+        raise InputError("OpenCV cannot open it as a film")
+    count, rate = (capture.get(what) for what in (cv2.CAP_PROP_FRAME_COUNT, cv2.CAP_PROP_FPS))
+    return capture, int(count), count / rate if count > 0 and rate > 0 else 0.0
+
+
+def count_frames(film: str, every_seconds: float) -> int:
+    """Return how many frames `frames` gives of a film, by what its header says."""
+    capture, count, seconds = open_film(film)
+    capture.release()
+    if not seconds:
+        return 1
+    return min(count, math.ceil(seconds / every_seconds)) if every_seconds else count
+
+
+def frames(film: str, every_seconds: float) -> Iterator[Frame]:
+    """Yield frames of a film, the first one and then one each `every_seconds`; 0: all of them.
+
+    An InputError says that it cannot be opened, that no frame can be decoded, or that it ends
+    early.
     """
-
-    def __init__(
-        self,
-        arguments: Iterable[str],
-        *,
-        leave_out: str | None = None,
-        frame_seconds: float = 1.0,
-    ):
-        self.arguments = list(arguments)
-        self.leave_out = leave_out
-        self.frame_seconds = frame_seconds
-        self.suffixes = image_suffixes()
-        self.other_files = 0
-
-    @property
-    def is_live(self) -> bool:
-        """Whether a webcam is among them."""
-        return any(map(is_webcam, self.arguments))
-
-    def __iter__(self) -> Iterator[tuple[str, str | None] | Frame]:
-        """Pairs of a path and None, or of a folder or film and why it could not be read; frames."""
-        self.other_files = 0
-        for argument in self.arguments:
-            yield from self._files(argument)
-
-    def count(self) -> int:
-        """How many there are, webcams left out.
-
-        Raises:
-            FileNotFoundError: an argument names nothing.
-            InputError: an argument is a folder that cannot be listed, or stands for no image; or
-                OpenCV is missing, which films and webcams need.
-        """
-        total = 0
-        for argument in self.arguments:
-            if is_webcam(argument):
-                open_capture(argument).release()
+    cv2 = import_opencv()
+    capture, _, stated = open_film(film)
+    seconds, longest, due = None, 0.0, 0.0
+    try:
+        while capture.grab():
+            before = seconds or 0.0
+            # Of the frame, in the container: films may have a variable rate.
+            seconds = capture.get(cv2.CAP_PROP_POS_MSEC) / 1e3
+            longest = max(longest, seconds - before)
+            if seconds < due - 1e-6:
                 continue
-            if is_film(argument):
-                import_opencv()
-                try:
-                    total += count_frames(argument, self.frame_seconds)
-                except InputError:  # reported in its place
-                    total += 1
+            decoded, pixels = capture.retrieve()
+            if not decoded:
                 continue
-            self.other_files = 0
-            found = 0
-            problem = None
-            for path, why in self._files(argument):
-                if why is None:
-                    found += 1
-                elif path == argument:
-                    problem = f"{argument}: {why}"
-            if problem is None and not found:
-                problem = self._emptiness(argument)
-            if problem is not None:
-                raise InputError(problem)
-            total += found
-        return total
-
-    def _emptiness(self, argument: str) -> str:
-        if not os.path.isdir(argument):
-            if glob.has_magic(argument):
-                raise FileNotFoundError(f"no file matches {argument}")
-            raise FileNotFoundError(f"no image, folder or pattern {argument}")
-        others = f"; it holds {self.other_files:,} other files" if self.other_files else ""
-        return (
-            f"no image in the folder {argument}{others}. Files are taken for images whose names "
-            "end in .jpg, .png or another suffix of an image format"
-        )
-
-    def _files(self, argument: str) -> Iterator[tuple[str, str | None] | Frame]:
-        if is_film(argument) or is_webcam(argument):
-            try:
-                yield from frames(argument, self.frame_seconds)
-            except InputError as error:
-                yield argument, str(error)
-        elif os.path.isdir(argument):
-            yield from self._walk(argument)
-        elif os.path.lexists(argument):
-            yield argument, None
-        elif glob.has_magic(argument):
-            for path in sorted(glob.iglob(argument, recursive=True)):
-                if not os.path.isdir(path):
-                    yield path, None
-
-    def _walk(self, top: str) -> Iterator[tuple[str, str | None]]:
-        found = [(top, True)]  # paths and whether each is a folder, the next one last
-        while found:
-            path, is_folder = found.pop()
-            if not is_folder:
-                yield path, None
-                continue
-            try:
-                entries = self._listed(path)
-            except OSError as error:
-                yield path, f"cannot list the folder: {error.strerror}"
-            else:
-                found += sorted(entries, reverse=True)
-
-    def _listed(self, folder: str) -> list[tuple[str, bool]]:
-        """The images and folders in a folder: paths, and whether each is a folder."""
-        listed = []
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    if not self._is_left_out(entry.path):
-                        listed.append((entry.path, True))
-                elif os.path.splitext(entry.name)[1].lower() in self.suffixes:
-                    listed.append((entry.path, False))
-                else:
-                    self.other_files += 1
-        return listed
-
-    def _is_left_out(self, folder: str) -> bool:
-        return (
-            self.leave_out is not None
-            and os.path.exists(self.leave_out)
-            and os.path.samefile(folder, self.leave_out)
+            if every_seconds:  # the next one after this frame, and not those that it came after
+                due += every_seconds * (1 + math.floor((seconds - due) / every_seconds + 1e-6))
+            yield Frame(f"{film}#t={seconds:.2f}", cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
+    finally:
+        capture.release()
+    if seconds is None:
+        raise InputError("OpenCV decodes no frame of it")
+    if stated - seconds > longest + max(MISSING_SECONDS, MISSING_SHARE * stated):
+        raise InputError(
+            f"the film ends after {seconds:.1f} of {stated:.1f} seconds: the rest is missing or "
+            "damaged"
         )

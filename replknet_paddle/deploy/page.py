@@ -1,7 +1,10 @@
 """A web page for this machine alone: drop a picture, see its classes and where the network looks.
 
 Gradio makes it (requirements/page.txt). Nothing is sent anywhere: no statistics of use, no public
-link, no fonts or scripts from elsewhere; uploads lie in a folder that ends with the program.
+link, no fonts or scripts from elsewhere; uploads lie in a folder that ends with the program. Only
+requests of the page itself are answered: a page of another site can make a browser send requests to
+127.0.0.1, under its own name as Origin, or under a name of its own that it lets point to 127.0.0.1
+(DNS rebinding), which is then the Host.
 """
 
 import atexit
@@ -10,6 +13,7 @@ import html
 import io
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from collections import Counter
@@ -17,20 +21,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import paddle
 from PIL import Image
 
-from replknet_paddle.deploy.gradcam import grad_cam
+from replknet_paddle.data.dataset import get_dataset
+from replknet_paddle.data.lists import resolve
+from replknet_paddle.deploy.backends import evaluation_mode
+from replknet_paddle.deploy.drawing import HEAT_COLOURS, fitted, overlay
 from replknet_paddle.deploy.images import decode
-from replknet_paddle.deploy.page_facts import PageFacts
-from replknet_paddle.deploy.pictures import HEAT_COLOURS, fitted, overlay
-from replknet_paddle.deploy.predictor import Predictor, probabilities
+from replknet_paddle.deploy.predict import Predictor, probabilities
+from replknet_paddle.model import RepLKNet
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.packages import import_extra
+from replknet_paddle.zoo import find_record
 
+ADDRESS = "127.0.0.1"
 CLASSES_SHOWN = 5
+EXAMPLES = 6
 LAST_STRIDE = 32  # pixels of the network's input for a position of its last stage
 MAX_UPLOAD_BYTES = 200 * 2**20
-FONTS = ["system-ui", "sans-serif"]
 ORIENTATION = 0x0112  # EXIF's entry; 1 is upright
 SEEN_PIXELS = 384  # side of the pictures of what the network saw
 
@@ -57,56 +66,30 @@ SCRIPT = """() => {
   new MutationObserver(describe).observe(document.body, { childList: true, subtree: true });
   describe();
 }"""
+SCALE = (
+    '<div class="scale" role="img" aria-label="Colours of the heat map, from no colour for nothing '
+    'through dark violet and orange to light yellow for the most"></div>'
+    '<div class="ends"><span>nothing speaks for it</span><span>the most</span></div>'
+)
 
 
-def import_gradio():
-    """Gradio, without telemetry or requests to other machines.
-
-    Raises:
-        InputError: it is not installed.
-    """
-    if "gradio" not in sys.modules:  # which reads these when it is imported
-        uploads = tempfile.mkdtemp(prefix="replknet-page-")
-        atexit.register(shutil.rmtree, uploads, ignore_errors=True)
-        os.environ["GRADIO_TEMP_DIR"] = uploads
-        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    return import_extra("gradio", "page")
-
-
-def distinct(names: Sequence[str]) -> list[str]:
-    """`names`, with their number where several classes have one name, as two of ImageNet's do."""
-    counts = Counter(names)
-    return [name if counts[name] == 1 else f"{name} ({i})" for i, name in enumerate(names)]
+# ---- what the network makes of a picture
 
 
 @dataclass(frozen=True)
 class Look:
-    """What the network makes of a picture.
+    """The network's answer for a picture, and where it looked."""
 
-    Attributes:
-        classes: {class: probability}, the most probable one first.
-        seen: what the network saw of it, (size, size, 3) uint8.
-        heat: where it looked for the first class, over `seen`; None without a network.
-        is_turned: whether the file asks to be shown turned, which the network does not do.
-    """
-
-    classes: dict[str, float]
-    seen: np.ndarray
-    heat: Image.Image | None
-    is_turned: bool
+    classes: dict[str, float]  # probabilities, the largest first
+    seen: np.ndarray  # what the network saw of the picture, (size, size, 3) uint8
+    heat: Image.Image | None  # where it looked for the first class, over `seen`
+    is_turned: bool  # whether the file asks to be shown turned, which the network does not do
 
 
-def look(predictor: Predictor, network, path: str) -> Look:
-    """Classify a picture, and see where the network looks.
+def look(predictor: Predictor, network: RepLKNet | None, path: str) -> Look:
+    """Classify a picture by `predictor`, and see where its `network`, if there is one, looks.
 
-    Args:
-        predictor: of the network.
-        network: the same as a `replknet.RepLKNet`, for the heat map; None for none.
-        path: of a picture.
-
-    Raises:
-        InputError: it cannot be decoded, or the network's outputs are not finite.
+    An InputError says that it cannot be decoded, or that the outputs are not finite.
     """
     image = decode(path)
     array = predictor.transform(image)[None]
@@ -120,20 +103,59 @@ def look(predictor: Predictor, network, path: str) -> Look:
             heat = overlay(seen, strengths)
     names = distinct(predictor.class_names)
     top = np.argsort(-scores, kind="stable")[:CLASSES_SHOWN]
-    return Look(
-        {names[label]: float(scores[label]) for label in top},
-        seen,
-        heat,
-        image.getexif().get(ORIENTATION, 1) != 1,
-    )
+    classes = {names[label]: float(scores[label]) for label in top}
+    return Look(classes, seen, heat, image.getexif().get(ORIENTATION, 1) != 1)
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Return `names`, with their number where classes share a name, as two of ImageNet's do."""
+    counts = Counter(names)
+    return [name if counts[name] == 1 else f"{name} ({i})" for i, name in enumerate(names)]
+
+
+@paddle.no_grad()
+def grad_cam(
+    network: RepLKNet, image: np.ndarray, label: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the logits of one image, and what speaks for a class where, by Grad-CAM (arXiv
+    1610.02391) on the output of the last stage.
+
+    Grad-CAM weighs each channel of a map by the mean, over positions, of the gradient of a class's
+    logit, sums the channels and keeps what is positive (equations 1 and 2 of the paper). Behind the
+    last stage there are only batch norm, a mean over positions and a linear layer here, so these
+    gradients are the same for every image and are known: for channel k of a map of h x w positions,
+
+        head.weight[k, class] * norm.weight[k] / sqrt(norm._variance[k] + epsilon) / (h * w)
+
+    No backward pass is needed, and the map costs no more than the prediction.
+
+    Args:
+        network: a classifier; it is used in evaluation mode, and left in the mode it was in.
+        image: (1, 3, H, W) float32, preprocessed.
+        label: the class; None for the one with the largest logit.
+
+    Returns:
+        Logits (num_classes,), and the map (H / 32, W / 32), rounded up: float32, >= 0, in units of
+        the logit; all zeros where nothing speaks for the class.
+    """
+    with evaluation_mode(network):
+        features = network.forward_stages(paddle.to_tensor(image))[-1]  # (1, C, h, w)
+        logits = network.head(network.norm(features).mean(axis=[2, 3]))[0]
+    label = int(logits.argmax()) if label is None else label
+    norm = network.norm
+    scale = norm.weight / paddle.sqrt(norm._variance + norm._epsilon)
+    positions = features.shape[2] * features.shape[3]
+    weights = network.head.weight[:, label] * scale / positions  # (C,)
+    heat = paddle.nn.functional.relu((features[0] * weights.reshape([-1, 1, 1])).sum(axis=0))
+    return logits.numpy(), heat.numpy()
 
 
 def seen_html(result: Look) -> str:
-    """The pictures of a `Look` with their descriptions, as HTML."""
-    first = html.escape(next(iter(result.classes)), quote=True)
+    """Return the pictures of a `Look` with their descriptions."""
+    first = html.escape(next(iter(result.classes)))
     seen = fitted(Image.fromarray(result.seen), (SEEN_PIXELS, SEEN_PIXELS))
     parts = [
-        figure(seen, "The picture as the network sees it, resized and cropped", "What it sees")
+        _figure(seen, "The picture as the network sees it, resized and cropped", "What it sees")
     ]
     if result.is_turned:
         parts.append(
@@ -142,17 +164,12 @@ def seen_html(result: Look) -> str:
         )
     if result.heat is not None:
         alt = f"Heat map over the same picture: where the network looks for {first}"
-        parts.append(figure(result.heat, alt, f"Where it looks for {first} (Grad-CAM)"))
-        parts.append(
-            '<div class="scale" role="img" aria-label="Colours of the heat map, from no colour '
-            'for nothing through dark violet and orange to light yellow for the most"></div>'
-            '<div class="ends"><span>nothing speaks for it</span><span>the most</span></div>'
-        )
+        parts += [_figure(result.heat, alt, f"Where it looks for {first} (Grad-CAM)"), SCALE]
     return "".join(parts)
 
 
-def figure(picture: Image.Image, alt: str, caption: str) -> str:
-    """A picture in a page; `alt` and `caption` are HTML already."""
+def _figure(picture: Image.Image, alt: str, caption: str) -> str:
+    """Return a picture as a part of the page; `alt` and `caption` are HTML already."""
     file = io.BytesIO()
     picture.save(file, "PNG")
     data = base64.b64encode(file.getvalue()).decode()
@@ -162,52 +179,74 @@ def figure(picture: Image.Image, alt: str, caption: str) -> str:
     )
 
 
-def note_of(predictor: Predictor, network) -> str | None:
-    """Why there is no heat map; None where there is one."""
+# ---- what the page says of its model
+
+
+def describe(model: str, predictor: Predictor, network: RepLKNet | None) -> tuple[str, str]:
+    """Return the name of an open model, and a sentence or two on its training and its input.
+
+    `model` is what the user named, a path or a published model, and `network` is None for an
+    export.
+    """
+    info = predictor.backend.info
+    side = info.config.DATA.IMAGE_SIZE
+    name = f"{info.config.MODEL.NAME} ({model})"
     if network is None:
-        return (
-            "An exported model gives no heat map; a checkpoint, a run folder or the name of a "
-            "published model does."
-        )
-    if predictor.transform.image_size <= LAST_STRIDE:
-        return (
-            f"Pictures of {predictor.transform.image_size} pixels become a single position in the "
-            "last stage: there is no heat map to show."
-        )
-    return None
+        digest = info.source_sha256
+        source = f"a checkpoint with SHA-256 {digest[:16]}..." if digest else "a network in memory"
+        origin = f"Exported from {source}"
+    elif os.path.exists(model):
+        origin = f"Trained on the images of {network.config.DATA.DATA_PATH}"
+    else:
+        record = find_record(model)
+        name = record.name
+        before = f"{record.pretrained_on}, then " if record.pretrained_on else ""
+        data = "ImageNet-1K" if record.num_classes == 1000 else "ImageNet-22K"
+        origin = f"Trained on {before}{data}"
+    inputs = f"It sees {side} x {side} pixels and tells {predictor.num_classes:,} classes apart."
+    return name, f"{origin}. {inputs}"
 
 
-def uploaded(payload, folder: str) -> str | None:
-    """The file that a request names, which must be one that came by the page.
-
-    Gradio checks only some of the forms in which a request can name a file.
-
-    Args:
-        payload: Gradio's data of an image, or None.
-        folder: where Gradio puts uploads.
-
-    Raises:
-        gradio.Error: it lies elsewhere.
-    """
-    if payload is None or payload.path is None:
-        return None
-    path, folder = os.path.realpath(payload.path), os.path.realpath(folder)
-    if not path.startswith(folder + os.sep):
-        raise import_gradio().Error("allowed: files uploaded to this page", print_exception=False)
-    return path
+def validation_examples(config, class_names: Sequence[str], count: int) -> list[tuple[str, str]]:
+    """Return path and class of at most `count` validation images, evenly spread over the list."""
+    try:
+        dataset = get_dataset(config, is_train=False)
+    except (InputError, OSError):  # a model is shown without its data
+        return []
+    examples = []
+    for index in np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int):
+        path = dataset.path(int(index))
+        try:
+            full = resolve(dataset.root, path, allow_outside=dataset.allow_outside)
+        except InputError:
+            continue
+        if os.path.isfile(full):
+            examples.append((full, class_names[dataset.labels[index]]))
+    return examples
 
 
-def build_page(predictor: Predictor, network, facts: PageFacts):
-    """The page, as an ASGI application.
+# ---- the page
 
-    Args:
-        predictor, network: as of `look`.
-        facts: what it says of the model.
 
-    Raises:
-        InputError: Gradio is not installed.
-    """
+def import_gradio():
+    """Return Gradio, without telemetry or requests to other machines."""
+    if "gradio" not in sys.modules:  # which reads these when it is imported
+        uploads = tempfile.mkdtemp(prefix="replknet-page-")
+        atexit.register(shutil.rmtree, uploads, ignore_errors=True)
+        os.environ["GRADIO_TEMP_DIR"] = uploads
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    return import_extra("gradio", "page")
+
+
+def build_page(model: str, predictor: Predictor, network: RepLKNet | None):
+    """Return the page of an open model, as `describe` has it, as an ASGI application."""
     gradio = import_gradio()
+    name, origin = describe(model, predictor, network)
+    names = predictor.class_names
+    examples = []
+    if network is not None and os.path.exists(model):
+        examples = validation_examples(network.config, names, EXAMPLES)
 
     def classify(path):
         if path is None:
@@ -220,10 +259,20 @@ def build_page(predictor: Predictor, network, facts: PageFacts):
             return None, ""
         return result.classes, seen_html(result)
 
-    with gradio.Blocks(title=f"RepLKNet: {facts.name}", analytics_enabled=False) as page:
-        gradio.HTML(f"<h1>{html.escape(facts.name)}</h1><p>{html.escape(facts.trained_on)}</p>")
-        with gradio.Accordion(f"Its {len(facts.class_names):,} classes", open=False):
-            items = "".join(f"<li>{html.escape(name)}</li>" for name in facts.class_names)
+    def uploaded(payload):
+        """Return the file that a request names, which must be one that came by the page: Gradio
+        checks only some of the forms in which a request can name a file."""
+        if payload is None or payload.path is None:
+            return None
+        path, folder = map(os.path.realpath, (payload.path, upload.GRADIO_CACHE))
+        if not path.startswith(folder + os.sep):
+            raise gradio.Error("allowed: files uploaded to this page", print_exception=False)
+        return path
+
+    with gradio.Blocks(title=f"RepLKNet: {name}", analytics_enabled=False) as page:
+        gradio.HTML(f"<h1>{html.escape(name)}</h1><p>{html.escape(origin)}</p>")
+        with gradio.Accordion(f"Its {len(names):,} classes", open=False):
+            items = "".join(f"<li>{html.escape(name)}</li>" for name in names)
             listed = f'<ol start="0" tabindex="0" aria-label="Classes">{items}</ol>'
             gradio.HTML(listed, elem_id="classes-list")
         with gradio.Row():
@@ -239,21 +288,28 @@ def build_page(predictor: Predictor, network, facts: PageFacts):
                 )
                 # The file as it came: Gradio's own way fails on what is not an image. (A derived
                 # class would make Gradio write a .pyi file beside this one.)
-                upload.preprocess = lambda payload: uploaded(payload, upload.GRADIO_CACHE)
-                if facts.examples:
+                upload.preprocess = uploaded
+                if examples:
                     gradio.Examples(
-                        [[example.path] for example in facts.examples],
+                        [[path] for path, _ in examples],
                         upload,
                         label="Validation images, with their true classes",
-                        example_labels=[example.class_name for example in facts.examples],
+                        example_labels=[class_name for _, class_name in examples],
                         api_visibility="private",
                     )
             with gradio.Column():
                 classes = gradio.Label(label="Classes", num_top_classes=CLASSES_SHOWN)
                 seen = gradio.HTML(elem_id="seen")
-        note = note_of(predictor, network)
-        if note is not None:
-            gradio.Markdown(note)
+        if network is None:
+            gradio.Markdown(
+                "An exported model gives no heat map; a checkpoint, a run folder or the name of a "
+                "published model does."
+            )
+        elif predictor.transform.image_size <= LAST_STRIDE:
+            gradio.Markdown(
+                f"Pictures of {predictor.transform.image_size} pixels become a single position in "
+                "the last stage: there is no heat map to show."
+            )
         upload.change(classify, upload, [classes, seen], show_progress="minimal")
 
     import fastapi
@@ -262,13 +318,72 @@ def build_page(predictor: Predictor, network, facts: PageFacts):
         fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
         page,
         path="/",
-        server_name="127.0.0.1",
+        server_name=ADDRESS,
         footer_links=[],
         max_file_size=MAX_UPLOAD_BYTES,
         ssr_mode=False,
         show_error=False,
         run_history=False,
-        theme=gradio.themes.Default(font=FONTS, font_mono=["monospace"]),
+        theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         css=CSS,
         js=SCRIPT,
     )
+
+
+# ---- its server
+
+
+def reserve_port(port: int) -> socket.socket:
+    """Return a socket that listens on a port of this machine."""
+    try:
+        return socket.create_server((ADDRESS, port))
+    except OSError as error:
+        raise InputError(
+            f"port {port} of {ADDRESS} is not available ({os.strerror(error.errno)}): another "
+            "program, perhaps another page, uses it; give another one by --port"
+        ) from None
+
+
+class OwnRequestsOnly:
+    """An ASGI application that answers 403 to requests under a foreign Host or Origin.
+
+    Starlette's TrustedHostMiddleware checks no port and no Origin, and Gradio itself only withholds
+    its answer from a foreign Origin, after it has done what was asked.
+    """
+
+    def __init__(self, app, port: int):
+        self.app = app
+        self.hosts = [f"{name}:{port}" for name in (ADDRESS, "localhost")]
+
+    async def __call__(self, scope, receive, send) -> None:
+        from starlette.datastructures import Headers
+        from starlette.responses import PlainTextResponse
+
+        app = self.app
+        if scope["type"] != "lifespan" and not self.is_own(Headers(scope=scope)):
+            app = PlainTextResponse("allowed: requests of this page, under its own address\n", 403)
+        await app(scope, receive, send)
+
+    def is_own(self, headers) -> bool:
+        """Return whether there is one Host, and no Origin or one, and these are this page's."""
+        hosts, origins = (
+            [value.lower() for value in headers.getlist(name)] for name in ("host", "origin")
+        )
+        return hosts in [[host] for host in self.hosts] and (
+            not origins or origins in [[f"http://{host}"] for host in self.hosts]
+        )
+
+
+def serve(app, listener: socket.socket) -> None:
+    """Serve an ASGI application on a socket of `reserve_port` until Ctrl-C or SIGTERM."""
+    import uvicorn
+
+    port = listener.getsockname()[1]
+    config = uvicorn.Config(
+        OwnRequestsOnly(app, port), log_level="error", access_log=False, server_header=False
+    )
+    server = uvicorn.Server(config)
+    server.install_signal_handlers = lambda: None  # the command has its own
+
+    print(f"http://{ADDRESS}:{port}  (Ctrl-C ends it)", flush=True)
+    server.run(sockets=[listener])

@@ -12,17 +12,19 @@ import csv
 import html
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from replknet_paddle.analysis.fonts import readable
 from replknet_paddle.analysis.outcomes import Outcomes
+from replknet_paddle.analysis.plots import new_figure, save_figure
 from replknet_paddle.data.lists import printable
-from replknet_paddle.deploy.confusion import draw_confusion_matrix
-from replknet_paddle.deploy.pictures import annotate, save
+from replknet_paddle.deploy.drawing import annotate, save
+from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import (
     atomic_file,
     atomic_folder,
@@ -33,6 +35,8 @@ from replknet_paddle.runtime.files import (
 logger = logging.getLogger(__name__)
 
 MATRIX_CLASSES = 1000  # with more, the matrix would take gigabytes
+LABELLED_CLASSES = 40  # with more, its picture has no room for names and counts
+LABEL_LETTERS = 30
 MISTAKES = 24
 CONFUSIONS = 20
 PICTURE_HEIGHT = 240  # pixels
@@ -45,11 +49,10 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
 .figures div { background: #eef2f7; border-radius: .5rem; padding: .6rem 1.2rem; }
 .figures strong { display: block; font-size: 1.5rem; }
 .scroll { overflow: auto; max-height: 40rem; }
-table { border-collapse: collapse; } caption { text-align: left; color: #555; }
+table { border-collapse: collapse; }
 th, td { padding: .2rem .8rem; border-bottom: 1px solid #dde3ea; text-align: left; }
 thead th { position: sticky; top: 0; background: #fff; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
-meter { width: 8rem; }
 img { max-width: 100%; } figure { margin: 0 0 1rem; }
 .mistakes { display: grid; gap: 1rem;
             grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)); }
@@ -59,17 +62,14 @@ figcaption { color: #555; font-size: .9rem; overflow-wrap: anywhere; }
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What a report is made of.
+    """The parts of a report.
 
     Attributes:
-        model: its name.
         weights: the file that was evaluated.
         data: the list of images.
         metrics: one line.
-        class_names: text for each class.
-        outcomes: of the images, in the order of the list.
-        path: index -> the image's path.
-        picture: index -> the image, RGB, as the network sees it.
+        path: index in the list -> the image's path.
+        picture: index in the list -> the image, RGB, as the network sees it.
     """
 
     model: str
@@ -83,95 +83,28 @@ class Evaluated:
 
 
 def write_report(folder: str | os.PathLike, evaluated: Evaluated) -> None:
-    """Write the report to `folder`, which appears when it is whole.
-
-    Args:
-        folder: a new or empty folder.
-
-    Raises:
-        InputError: it is something else.
-        OSError: it cannot be written.
-    """
+    """Write the report to `folder`, new or empty, which appears when it is whole."""
     check_new_folder(folder)
     target = Path(os.path.realpath(folder))
     with atomic_folder(target) as written:
-        _write_files(written, evaluated)
+        sections = [_classes(written, evaluated), _matrix(written, evaluated)]
+        sections += [_confusions(evaluated), _mistakes(written, evaluated)]
+        with atomic_file(written / "report.html", errors="replace") as file:
+            file.write(_page(evaluated, "\n".join(sections)))
         check_new_folder(target)  # what came meanwhile
     logger.info("report: %s", os.path.join(folder, "report.html"))
 
 
-def _write_files(folder: Path, evaluated: Evaluated) -> None:
-    names, outcomes = evaluated.class_names, evaluated.outcomes
-    _write_csv(
-        folder / "per_class.csv",
-        ["label", "class", "images", "right", "accuracy_percent"],
-        (row[:5] for row in _class_rows(evaluated)),
-    )
-    matrix_file = None
-    if len(names) <= MATRIX_CLASSES:
-        counts = outcomes.confusion_matrix(len(names))
-        rows = ([name, *map(int, row)] for name, row in zip(names, counts))
-        _write_csv(folder / "confusion_matrix.csv", ["true class", *names], rows)
-        matrix_file = folder / "confusion_matrix.png"
-        save(draw_confusion_matrix(counts, names), str(matrix_file))
-    mistakes = []
-    for number, index in enumerate(outcomes.confident_mistakes(MISTAKES), start=1):
-        with path_in_error(folder / "mistakes"):
-            (folder / "mistakes").mkdir(exist_ok=True)
-        drawn = folder / "mistakes" / f"{number:02d}.jpg"
-        save(_draw_mistake(evaluated, index), str(drawn))
-        mistakes.append((index, drawn))
-    page = _page(evaluated, matrix_file, mistakes)
-    with atomic_file(folder / "report.html", errors="replace") as file:
-        file.write(page)
-
-
-def _write_csv(path: Path, header: Sequence[str], rows) -> None:
-    with atomic_file(path, newline="", errors="replace") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
-
-
-def _class_rows(evaluated: Evaluated):
-    """Label, name, images, right, accuracy in percent ("" without images), and the class that is
-    most often given instead."""
-    outcomes, names = evaluated.outcomes, evaluated.class_names
-    images = outcomes.images_per_class(len(names))
-    right = outcomes.right_per_class(len(names))
-    instead = {}
-    for label, given, count in outcomes.confusions(len(outcomes.labels)):
-        instead.setdefault(label, f"{names[given]} ({count})")
-    for label, name in enumerate(names):
-        accuracy = f"{100 * right[label] / images[label]:.2f}" if images[label] else ""
-        yield label, name, int(images[label]), int(right[label]), accuracy, instead.get(label, "")
-
-
-def _draw_mistake(evaluated: Evaluated, index: int) -> Image.Image:
-    names, outcomes = evaluated.class_names, evaluated.outcomes
-    return annotate(
-        evaluated.picture(index),
-        [names[label] for label in outcomes.classes[index]],
-        [float(score) for score in outcomes.scores[index]],
-        caption=os.path.basename(evaluated.path(index)),
-        height=PICTURE_HEIGHT,
-        truth=names[outcomes.labels[index]],
-    )
-
-
-# ---- the page
-
-
-def _page(evaluated: Evaluated, matrix_file: Path | None, mistakes: list) -> str:
-    outcomes = evaluated.outcomes
-    images = outcomes.images_per_class(len(evaluated.class_names))
-    right = outcomes.right_per_class(len(evaluated.class_names))
+def _page(evaluated: Evaluated, sections: str) -> str:
+    """Return the page, with the figures of the evaluation on top."""
+    outcomes, count = evaluated.outcomes, len(evaluated.class_names)
+    images, right = outcomes.images_per_class(count), outcomes.right_per_class(count)
     there = images > 0
     figures = {
         "images": f"{len(outcomes.labels):,}",
         "top-1": f"{100 * outcomes.is_right.mean():.2f} %",
         "mean of the classes' accuracies": f"{100 * np.mean(right[there] / images[there]):.2f} %",
-        "classes with images": f"{there.sum():,} of {len(images):,}",
+        "classes with images": f"{there.sum():,} of {count:,}",
     }
     boxes = "".join(f"<div><strong>{v}</strong>{k}</div>" for k, v in figures.items())
     title = f"Evaluation of {html.escape(evaluated.model)}"
@@ -186,70 +119,118 @@ def _page(evaluated: Evaluated, matrix_file: Path | None, mistakes: list) -> str
 Images: {_text(printable(evaluated.data))}<br>
 {_text(evaluated.metrics)}</p>
 <div class="figures">{boxes}</div>
-{_per_class_section(evaluated)}
-{_matrix_section(matrix_file)}
-{_confusions_section(evaluated)}
-{_mistakes_section(evaluated, mistakes)}
+{sections}
 </body></html>
 """
 
 
-def _per_class_section(evaluated: Evaluated) -> str:
-    rows = []
-    for label, name, images, right, accuracy, instead in _class_rows(evaluated):
-        bar = f'<meter min="0" max="100" value="{accuracy}">{accuracy} %</meter>'
-        rows.append(
-            f'<tr><td class="number">{label}</td><th scope="row">{_text(name)}</th>'
-            f'<td class="number">{images}</td><td class="number">{right}</td>'
-            f'<td class="number">{accuracy + " %" if accuracy else "no images"}</td>'
-            f"<td>{bar if accuracy else ''}</td><td>{_text(instead)}</td></tr>"
-        )
-    head = "<th>label</th><th>class</th><th>images</th><th>right</th><th>accuracy</th><th></th>"
-    return (
-        '<h2>Accuracy of each class</h2><div class="scroll"><table class="classes">'
-        f"<thead><tr>{head}<th>most often taken for</th></tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
-def _matrix_section(matrix_file: Path | None) -> str:
-    title = "<h2>Confusion matrix</h2>"
-    if matrix_file is None:
-        return f"{title}<p>Left out: there are more than {MATRIX_CLASSES:,} classes.</p>"
-    alt = "Confusion matrix; confusion_matrix.csv has its numbers"
-    return f'{title}<img class="matrix" src="{_data_url(matrix_file)}" alt="{alt}">'
-
-
-def _confusions_section(evaluated: Evaluated) -> str:
-    names = evaluated.class_names
+def _classes(folder: Path, evaluated: Evaluated) -> str:
+    """Write per_class.csv; return its section, which has the most frequent mistake as well."""
+    outcomes, names = evaluated.outcomes, evaluated.class_names
+    images = outcomes.images_per_class(len(names)).tolist()
+    right = outcomes.right_per_class(len(names)).tolist()
     rows = [
-        f"<tr><td>{_text(names[label])}</td><td>{_text(names[given])}</td>"
-        f'<td class="number">{count}</td></tr>'
-        for label, given, count in evaluated.outcomes.confusions(CONFUSIONS)
+        [label, name, count, good, f"{100 * good / count:.2f}" if count else ""]
+        for label, (name, count, good) in enumerate(zip(names, images, right))
     ]
-    if not rows:
-        return "<h2>Most frequent mistakes</h2><p>None: every image is right.</p>"
-    return (
-        '<h2>Most frequent mistakes</h2><table class="confusions"><thead><tr><th>true class</th>'
-        f"<th>predicted</th><th>images</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    _write_csv(
+        folder / "per_class.csv", ["label", "class", "images", "right", "accuracy_percent"], rows
     )
+    instead = {}
+    for label, given, count in outcomes.confusions(len(outcomes.labels)):
+        instead.setdefault(label, f"{names[given]} ({count})")
+    table = _table(
+        ["label", "class", "images", "right", "accuracy", "most often taken for"],
+        (
+            (label, _text(name), count, good, _bar(percent), _text(instead.get(label, "")))
+            for label, name, count, good, percent in rows
+        ),
+    )
+    return f'<h2>Accuracy of each class</h2><div class="scroll">{table}</div>'
 
 
-def _mistakes_section(evaluated: Evaluated, mistakes: list[tuple[int, Path]]) -> str:
-    if not mistakes:
-        return ""
+def _matrix(folder: Path, evaluated: Evaluated) -> str:
+    """Write the confusion matrix as numbers and as a picture; return its section."""
+    names, title = evaluated.class_names, "<h2>Confusion matrix</h2>"
+    if len(names) > MATRIX_CLASSES:
+        return f"{title}<p>Left out: there are more than {MATRIX_CLASSES:,} classes.</p>"
+    counts = evaluated.outcomes.confusion_matrix(len(names))
+    rows = ([name, *row] for name, row in zip(names, counts.tolist()))
+    _write_csv(folder / "confusion_matrix.csv", ["true class", *names], rows)
+    picture = folder / "confusion_matrix.png"
+    try:
+        save_figure(draw_confusion_matrix(counts, names), picture)
+    except InputError as error:  # without matplotlib: an evaluation may have taken hours
+        logger.warning("confusion_matrix.png is left out: %s", error)
+        return f"{title}<p>confusion_matrix.csv has it; no picture: {html.escape(str(error))}</p>"
+    return title + _image(picture, "Confusion matrix; confusion_matrix.csv has its numbers")
+
+
+def draw_confusion_matrix(counts: np.ndarray, names: Sequence[str]):
+    """Return a figure of integers (classes, classes): each row is a true class, each column a
+    predicted one, and the shade is the share of the row."""
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    has_names = len(names) <= LABELLED_CLASSES
+    labels = list(map(_label, names)) if has_names else []
+    inches = 4 + 0.4 * len(names) if has_names else 12
+    with new_figure(inches, inches, labels) as figure:
+        axes = figure.subplots()
+        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        axes.set(xlabel="predicted class", ylabel="true class")
+        figure.colorbar(image, shrink=0.5, label="share of the true class's images")
+        if has_names:
+            places = range(len(labels))
+            axes.set_xticks(places, labels, rotation="vertical", parse_math=False)
+            axes.set_yticks(places, labels, parse_math=False)
+            for row, column in np.argwhere(counts):
+                colour = "white" if shares[row, column] > 0.5 else "black"
+                text = str(counts[row, column])
+                axes.text(column, row, text, ha="center", va="center", color=colour, size=8)
+    return figure
+
+
+def _label(name: str) -> str:
+    """Return a class name for an axis."""
+    name = readable(name)
+    return name if len(name) <= LABEL_LETTERS else name[: LABEL_LETTERS - 3] + "..."
+
+
+def _confusions(evaluated: Evaluated) -> str:
+    """Return the section of the pairs of classes that are taken for each other most often."""
+    title, names = "<h2>Most frequent mistakes</h2>", evaluated.class_names
+    confusions = evaluated.outcomes.confusions(CONFUSIONS)
+    if not confusions:
+        return f"{title}<p>None: every image is right.</p>"
+    rows = ((_text(names[label]), _text(names[given]), n) for label, given, n in confusions)
+    return title + _table(["true class", "predicted", "images"], rows)
+
+
+def _mistakes(folder: Path, evaluated: Evaluated) -> str:
+    """Draw the most confident mistakes; return their section."""
     names, outcomes = evaluated.class_names, evaluated.outcomes
     figures = []
-    for index, file in mistakes:
-        said = (
-            f"{names[outcomes.labels[index]]}, taken for {names[outcomes.classes[index, 0]]} "
-            f"({100 * outcomes.scores[index, 0]:.1f} %)"
+    for number, index in enumerate(outcomes.confident_mistakes(MISTAKES), start=1):
+        truth, path = names[outcomes.labels[index]], evaluated.path(index)
+        texts = [names[label] for label in outcomes.classes[index]]
+        drawn = annotate(
+            evaluated.picture(index),
+            texts,
+            outcomes.scores[index].tolist(),
+            caption=os.path.basename(path),
+            height=PICTURE_HEIGHT,
+            truth=truth,
         )
+        file = folder / "mistakes" / f"{number:02d}.jpg"
+        with path_in_error(file.parent):
+            file.parent.mkdir(exist_ok=True)
+        save(drawn, file)
+        said = f"{truth}, taken for {texts[0]} ({100 * outcomes.scores[index, 0]:.1f} %)"
         figures.append(
-            f'<figure><img src="{_data_url(file)}" alt="{html.escape(said)}">'
-            f"<figcaption>{_text(said)}<br>{_text(printable(evaluated.path(index)))}"
+            f"<figure>{_image(file, said)}<figcaption>{_text(said)}<br>{_text(printable(path))}"
             "</figcaption></figure>"
         )
+    if not figures:
+        return ""
     return (
         "<h2>Most confident mistakes</h2><p>Look at these first: often the label is wrong. "
         "Pictures are shown as the network sees them.</p>"
@@ -257,10 +238,39 @@ def _mistakes_section(evaluated: Evaluated, mistakes: list[tuple[int, Path]]) ->
     )
 
 
-def _text(text: str) -> str:
-    return f"<bdi>{html.escape(text)}</bdi>" if text else ""
+def _write_csv(path: Path, header: Sequence[str], rows: Iterable) -> None:
+    """Write a table that has its name when it is whole."""
+    with atomic_file(path, newline="", errors="replace") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
-def _data_url(path: Path) -> str:
+def _table(columns: Sequence[str], rows: Iterable[Sequence]) -> str:
+    """Return a table of cells that are HTML or numbers."""
+    head = "".join(f"<th>{column}</th>" for column in columns)
+    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cell(content: str | int) -> str:
+    """Return a cell of a table."""
+    kind = ' class="number"' if isinstance(content, int) else ""
+    return f"<td{kind}>{content}</td>"
+
+
+def _bar(percent: str) -> str:
+    """Return a bar of this accuracy, and its number; "" is that of a class without images."""
+    return f'<meter max="100" value="{percent}"></meter> {percent} %' if percent else "no images"
+
+
+def _image(path: Path, alt: str) -> str:
+    """Return the picture itself, as a part of the page."""
     kind = {".png": "png", ".jpg": "jpeg"}[path.suffix]
-    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img src="data:image/{kind};base64,{data}" alt="{html.escape(alt)}">'
+
+
+def _text(text: str) -> str:
+    """Return a text of the user's as HTML, in whichever direction it is written."""
+    return f"<bdi>{html.escape(text)}</bdi>" if text else ""

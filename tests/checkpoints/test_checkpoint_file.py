@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from processes import finish
+from harness import finish
 from tiny import FIXTURES, TINY, command
 
 from replknet_paddle.checkpoints.checkpoint_file import CheckpointFile

@@ -1,18 +1,17 @@
 """The page, as people meet it: in a browser, on a server of its own."""
 
 import base64
-import functools
 import http.client
 import io
 import json
 import os
-import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import urllib.request
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,17 +20,21 @@ from harness import free_ports, make_run
 from PIL import Image
 from tiny import FIXTURES, ROOT, make_data
 
+from replknet_paddle.deploy.drawing import fitted
 from replknet_paddle.deploy.page import look
-from replknet_paddle.deploy.pictures import fitted
-from replknet_paddle.deploy.predictor import Predictor, open_network
+from replknet_paddle.deploy.predict import Predictor, open_network
 
-# Starting the server takes ten seconds: what the page shows, and whom its server answers, is
-# tested without one in tests/deploy/test_page.py.
+# Starting the server takes ten seconds; tests/deploy/test_page.py needs none.
 pytestmark = pytest.mark.slow
 
 PICTURE = FIXTURES / "images" / "landscape_499x375.jpg"
 ROTATED = FIXTURES / "images" / "exif_rotated_400x300.jpg"
 CLASSES = ["cat", "Äpfel & <b>Birnen</b>", "猫", "二叉树", "fish", "bird", "tree"]
+ROUTES = [
+    *(("GET", path) for path in ("/", "/config", "/nowhere", "/gradio_api/file=/etc/hostname")),
+    *(("POST", path) for path in ("/gradio_api/upload", "/gradio_api/call/classify")),
+    ("OPTIONS", "/gradio_api/queue/join"),
+]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 # Python runs a file of this name at its start: it notes where the server connects to.
@@ -65,70 +68,45 @@ def run_folder(tmp_path_factory):
     return folder
 
 
-class Server:
-    """The page of `run_folder` in a process of its own."""
-
-    def __init__(self, run_folder, folder):
-        self.port = free_ports(1)[0]
-        self.address = f"http://127.0.0.1:{self.port}"
-        self.network_log = folder / "network.txt"
-        self.network_log.write_text("")
-        self.temporary = folder / "temporary"
-        self.temporary.mkdir()
-        (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
-        self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "replknet_paddle",
-                "page",
-                str(run_folder),
-                f"--port={self.port}",
-            ],
+@pytest.fixture(scope="module")
+def server(run_folder, tmp_path_factory):
+    """The page of `run_folder` in a process of its own: its port, address and temporary folder."""
+    pytest.importorskip("gradio", reason="Gradio is not installed (requirements/page.txt)")
+    folder, port = tmp_path_factory.mktemp("server"), free_ports(1)[0]
+    network_log, temporary = folder / "network.txt", folder / "temporary"
+    temporary.mkdir()
+    (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    settings = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(folder),
+        "NETWORK_LOG": str(network_log),
+        "TMPDIR": str(temporary),
+        "GRADIO_ANALYTICS_ENABLED": "True",
+    }
+    with open(folder / "stderr.txt", "w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "replknet_paddle", "page", run_folder, f"--port={port}"],
             cwd=ROOT,
             text=True,
             stdout=subprocess.PIPE,
-            stderr=open(folder / "stderr.txt", "w"),  # noqa: SIM115  # as long as the process
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": str(folder),
-                "NETWORK_LOG": str(self.network_log),
-                "TMPDIR": str(self.temporary),
-                "GRADIO_ANALYTICS_ENABLED": "True",
-            },
+            stderr=stderr,
+            env=os.environ | settings,
         )
-        line = self.process.stdout.readline()  # it ends, if the process does
-        assert self.address in line, (folder / "stderr.txt").read_text()
-
-    def stop(self):
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            return self.process.wait(30)
-        finally:
-            self.process.kill()
-
-    def check_what_it_did(self):
-        """It talked to no other machine, and left no uploads."""
-        local = (
-            "start",
-            "connect ('127.0.0.1',",
-            "look up 127.0.0.1",
-            "look up localhost",
-            "look up None",
-        )
-        lines = self.network_log.read_text().splitlines()
-        assert lines and [line for line in lines if not line.startswith(local)] == []
-        assert list(self.temporary.glob("replknet-page-*")) == []
-
-
-@pytest.fixture(scope="module")
-def server(run_folder, tmp_path_factory):
-    pytest.importorskip("gradio", reason="Gradio is not installed (requirements/page.txt)")
-    server = Server(run_folder, tmp_path_factory.mktemp("server"))
-    yield server
-    assert server.stop() == 143
-    server.check_what_it_did()
+    try:
+        address = f"http://127.0.0.1:{port}"
+        line = process.stdout.readline()  # it ends, if the process does
+        assert address in line, (folder / "stderr.txt").read_text()
+        yield SimpleNamespace(port=port, address=address, temporary=temporary)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 143
+    finally:
+        process.kill()
+    # It talked to no other machine, and left no uploads.
+    local = ("start", "connect ('127.0.0.1',", "look up 127.0.0.1", "look up localhost")
+    lines = network_log.read_text().splitlines()
+    assert lines
+    assert [line for line in lines if not line.startswith((*local, "look up None"))] == []
+    assert list(temporary.glob("replknet-page-*")) == []
 
 
 @pytest.fixture(scope="module")
@@ -148,22 +126,18 @@ def browser():
 
 @pytest.fixture
 def page(server, browser):
-    """The open page, and in `page.outside` what it asked of others."""
+    """The open page, which must ask nothing of others and raise no error."""
     page = browser.new_page(viewport={"width": 1200, "height": 900})
-    page.outside = []
-    page.errors = []
-    page.on("request", lambda request: note_outside(page, server, request.url))
-    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    requests, errors = [], []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("pageerror", lambda error: errors.append(str(error)))
     page.set_default_timeout(60_000)
     page.goto(server.address)
     page.wait_for_selector("input[type=file]", state="attached")
     yield page
     page.close()
-
-
-def note_outside(page, server, url):
-    if not url.startswith((server.address, "data:", "blob:")):
-        page.outside.append(url)
+    own = (server.address, "data:", "blob:")
+    assert [url for url in requests if not url.startswith(own)] == [] and errors == []
 
 
 def upload(page, path):
@@ -201,20 +175,16 @@ def test_a_dropped_picture_gives_its_classes_and_the_heat_map(page, run_folder, 
     for (_, percent), score in zip(shown, expected.classes.values()):
         assert abs(float(percent.rstrip("%")) - 100 * score) <= 0.51
     seen, heat = seen_pictures(page)
-    np.testing.assert_array_equal(np.asarray(seen), np.asarray(shown_large(expected.seen)))
+    large = fitted(Image.fromarray(expected.seen), (384, 384))
+    np.testing.assert_array_equal(np.asarray(seen), np.asarray(large))
     np.testing.assert_array_equal(np.asarray(heat), np.asarray(expected.heat))
     assert difference(heat, seen) > 5
-    assert page.outside == [] and page.errors == []
 
 
-def shown_large(pixels):
-    return fitted(Image.fromarray(pixels), (384, 384))
-
-
-def test_a_turned_photo_looks_the_same_in_all_three_places(page):
+def test_a_turned_photo_is_shown_as_it_is_stored(page):
     """The file's EXIF data ask for a quarter turn, which browsers do of themselves."""
     upload(page, ROTATED)
-    seen, heat = seen_pictures(page)
+    seen_pictures(page)
     with Image.open(ROTATED) as file:
         assert file.getexif()[0x0112] == 6
         stored = file.convert("RGB")
@@ -225,12 +195,6 @@ def test_a_turned_photo_looks_the_same_in_all_three_places(page):
     )
     shown = without_margins(Image.open(io.BytesIO(preview.screenshot())), stored.size)
     assert difference(shown, stored) < 8 < difference(shown, turned)
-    side = min(stored.size)
-    left = (stored.width - side) // 2
-    middle = stored.crop((left, 0, left + side, side))
-    for picture in (seen, heat):
-        turned_middle = middle.transpose(Image.Transpose.ROTATE_270)
-        assert difference(picture, middle) < difference(picture, turned_middle)
     assert "The file asks to be shown turned" in page.locator("#seen").inner_text()
 
 
@@ -250,17 +214,6 @@ def test_the_page_says_what_its_model_is(page, run_folder):
     listed = page.locator("#classes-list li")
     listed.nth(len(CLASSES) - 1).wait_for()  # it is filled once it is open
     assert listed.all_inner_texts() == CLASSES
-
-
-def test_every_picture_is_described_in_words(page):
-    upload(page, PICTURE)
-    seen_pictures(page)
-    page.wait_for_function(
-        "() => document.images.length === 3 && [...document.images].every(image => image.alt)"
-    )
-    described = [image.get_attribute("alt") for image in page.locator("img").all()]
-    assert len(described) == 3 and all(described), described
-    assert page.locator("#seen .scale").get_attribute("aria-label").startswith("Colours of the")
 
 
 def test_it_works_by_keyboard_alone(page):
@@ -287,10 +240,14 @@ def test_it_works_by_keyboard_alone(page):
     assert len(shown_classes(page)) == 5
 
 
-def test_it_fits_a_screen_400_pixels_wide(page):
+def test_pictures_are_described_in_words_and_fit_a_screen_400_pixels_wide(page):
     page.set_viewport_size({"width": 400, "height": 800})
     upload(page, PICTURE)
     seen_pictures(page)
+    page.wait_for_function(
+        "() => document.images.length === 3 && [...document.images].every(image => image.alt)"
+    )
+    assert page.locator("#seen .scale").get_attribute("aria-label").startswith("Colours of the")
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
     for image in page.locator("#seen img").all():
         box = image.bounding_box()
@@ -311,40 +268,21 @@ def test_a_file_that_is_no_picture_is_reported_and_the_page_goes_on(page, tmp_pa
     assert shown_classes(page) == before
 
 
-def test_a_huge_picture_is_reported(page, tmp_path):
-    Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
-    upload(page, tmp_path / "huge.png")
-    page.get_by_text("decompression bomb").wait_for()
-    assert page.locator("dd").count() == 0
-
-
-def test_another_kind_of_file_is_refused_by_the_page(page):
-    upload(page, FIXTURES / "README.md")
-    page.get_by_text("Only image/* allowed").wait_for()
-
-
 @pytest.mark.parametrize(
     "headers",
     [
-        {"Host": "evil.example"},
         {"Host": "evil.example:{port}"},
-        {"Host": "127.0.0.1"},
         {"Host": "127.0.0.1:{port}", "Origin": "http://evil.example"},
-        {"Host": "127.0.0.1:{port}", "Origin": "null"},
-        {"Host": "127.0.0.1:{port}", "Origin": "http://127.0.0.1:1"},
     ],
 )
 def test_a_foreign_host_or_origin_is_refused_on_every_route(server, headers):
-    routes = all_routes()
-    assert len(routes) > 60 and ("POST", "/gradio_api/upload") in routes
     headers = {name: value.format(port=server.port) for name, value in headers.items()}
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
-    for method, path in routes:
+    for method, path in ROUTES:
         assert answer_status(connection, method, path, headers) == 403, (method, path)
-    own = {"Host": f"127.0.0.1:{server.port}", "Origin": f"http://127.0.0.1:{server.port}"}
-    assert answer_status(connection, "GET", "/config", own) == 200
-    own = {"Host": f"localhost:{server.port}"}
-    assert answer_status(connection, "GET", "/config", own) == 200
+    for host in (f"127.0.0.1:{server.port}", f"localhost:{server.port}"):
+        own = {"Host": host, "Origin": f"http://{host}"}
+        assert answer_status(connection, "GET", "/config", own) == 200
 
 
 def answer_status(connection, method, path, headers):
@@ -355,26 +293,6 @@ def answer_status(connection, method, path, headers):
     answer = connection.getresponse()
     answer.read()
     return answer.status
-
-
-@functools.cache
-def all_routes():
-    """(method, path) of every route that Gradio has, and of one that it has not."""
-    import gradio
-
-    with gradio.Blocks() as blocks:
-        gradio.Markdown("x")
-    found, routers = {("GET", "/nowhere")}, [gradio.routes.App.create_app(blocks)]
-    while routers:
-        for route in routers.pop().routes:
-            nested = getattr(route, "original_router", None)
-            if nested is not None:
-                routers.append(nested)
-                continue
-            path = re.sub(r"{[^}]*}", "x", route.path)
-            methods = {*(getattr(route, "methods", None) or ["GET"]), "OPTIONS"}
-            found |= {(method, path) for method in methods}
-    return frozenset(found)
 
 
 def ask(server, path):

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from tiny import command
 
+from replknet_paddle.analysis.fonts import find_font
 from replknet_paddle.analysis.plots import best_record, build_figure, read_metrics
-from replknet_paddle.runtime.fonts import font_of
 
 main = command("plot")
 
@@ -70,7 +70,7 @@ def test_a_run_that_was_never_evaluated_has_no_best_epoch():
 
 
 def test_names_of_runs_are_drawn_in_a_font_that_has_their_letters(tmp_path):
-    if font_of("猫") is None:
+    if find_font("猫") is None:
         pytest.skip("no font with Chinese letters is installed (fonts-noto-cjk)")
     figure = build_figure(records_of(write_run(tmp_path / "猫")))
     with warnings.catch_warnings(record=True) as caught:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,9 @@ from PIL import Image
 from tiny import FIXTURES, ROOT, command
 
 from replknet_paddle import deploy
+from replknet_paddle.deploy.drawing import RIGHT, WRONG
 from replknet_paddle.deploy.export import FILE, ModelInfo
-from replknet_paddle.deploy.pictures import RIGHT, WRONG
-from replknet_paddle.deploy.predictor import open_network
+from replknet_paddle.deploy.predict import open_network
 
 main = command("predict")
 
@@ -101,16 +102,9 @@ def test_a_folder_is_classified_and_what_does_not_decode_is_skipped_and_reported
 
 def test_without_a_file_the_results_are_printed_alone(run_folder, photos):
     """Paddle prints to standard output as well, from C++."""
+    command_line = ["-m", "replknet_paddle", "predict", str(run_folder), str(photos), "--topk=2"]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "replknet_paddle",
-            "predict",
-            str(run_folder),
-            str(photos),
-            "--topk=2",
-        ],
+        [sys.executable, *command_line],
         cwd=ROOT,
         text=True,
         capture_output=True,
@@ -145,10 +139,10 @@ def test_names_cannot_command_the_terminal(run_folder, tmp_path, capsys):
     assert "\\x1b[31mred\\n.png" in captured.out
 
 
-def test_saved_pictures_are_one_for_each_and_touch_no_input(run_folder, photos, capsys):
+def test_saved_pictures_are_one_for_each_and_touch_no_input(run_folder, photos, tmp_path):
     before = snapshot(photos)
-    drawn = photos / "drawn"  # within what is searched
-    flags = ["--save-pictures", str(drawn), "-backend", "dygraph"]
+    drawn, grid = photos / "drawn", tmp_path / "grid.png"  # within what is searched, and beside it
+    flags = ["--save-pictures", str(drawn), "--save-grid", str(grid), "-backend", "dygraph"]
     assert main([str(run_folder), str(photos), *flags]) == 1
     assert {path: content for path, content in snapshot(photos).items() if path in before} == before
     names = sorted(path.name for path in drawn.iterdir())
@@ -157,20 +151,10 @@ def test_saved_pictures_are_one_for_each_and_touch_no_input(run_folder, photos, 
     for path in drawn.iterdir():
         with Image.open(path) as image:
             assert image.format == "JPEG" and image.size == (1440, 480)
-
-
-def test_a_grid_holds_the_first_pictures(run_folder, tmp_path):
-    grid = tmp_path / "grid.png"
-    arguments = [str(run_folder), *(PICTURES * 2)[:14], "--save-grid", str(grid)]
-    assert main([*arguments, "-backend", "dygraph"]) == 0
     with Image.open(grid) as image:
-        assert image.size == (3 * 480, 4 * 160)
-        pixels = np.asarray(image.convert("L"))
-    for row in range(4):
-        for column in range(3):
-            cell = pixels[160 * row : 160 * row + 160, 480 * column : 480 * column + 480]
-            assert cell[:, :240].std() > 20, (row, column)  # a picture, rather than white
-    assert list(tmp_path.iterdir()) == [grid]
+        assert image.size == (3 * 480, 160)
+        cells = np.split(np.asarray(image.convert("L")), 3, axis=1)
+    assert all(cell[:, :240].std() > 20 for cell in cells)  # pictures, rather than white
 
 
 def test_folders_named_as_classes_say_what_is_right(run_folder, tmp_path, capsys):
@@ -229,121 +213,90 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(run_folder, monkeypatch, 
     def closed(*_):
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr("replknet_paddle.commands.predict.Console.write", closed)
+    monkeypatch.setattr("replknet_paddle.commands.predict.print_prediction", closed)
     assert main([str(run_folder), *PICTURES, "-backend", "dygraph"]) == 141
     assert capsys.readouterr().err == ""
 
 
-@pytest.fixture(scope="module")
-def huge(tmp_path_factory):
-    """A picture too large to be read; it takes long to write."""
-    path = tmp_path_factory.mktemp("huge") / "huge.png"
-    Image.new("1", (20_000, 20_000)).save(path)
-    return path
-
-
-def bad_inputs(folder, run_folder, export, huge):
-    """{what: (arguments, part of the message)}, with the files that they need."""
-    picture = PICTURES[0]
-    (folder / "empty").mkdir()
-    (folder / "text.txt").write_text("no picture")
-    (folder / "full").mkdir()
-    (folder / "full" / "file").touch()
-    (folder / "there.png").write_bytes(b"precious")
-    os.link(huge, folder / "huge.png")
-    for name, change in {
-        "no_record": lambda path: (path / FILE).unlink(),
-        "other_version": lambda path: (path / FILE).write_text(
-            (path / FILE).read_text().replace('"format_version": 2', '"format_version": 99')
-        ),
-        "no_json": lambda path: (path / FILE).write_text("{"),
-        "no_model": lambda path: (path / "model.pdiparams").unlink(),
-    }.items():
-        (folder / name).mkdir()
-        for file in export.iterdir():
-            (folder / name / file.name).write_bytes(file.read_bytes())
-        change(folder / name)
-    run, folder = str(run_folder), str(folder)
-    return {
-        "no model": ([f"{folder}/nowhere", picture], f"no model {folder}/nowhere; allowed: "),
-        "no record": ([f"{folder}/no_record", picture], "neither best nor last is there"),
-        "other version": ([f"{folder}/other_version", picture], "format_version 99"),
-        "no json": ([f"{folder}/no_json", picture], "not valid JSON"),
-        "no model file": ([f"{folder}/no_model", picture], "model.pdiparams"),
-        "a model that is a picture": ([picture, picture], picture),
-        "no image": ([run, f"{folder}/nowhere.png"], f"no image, folder or pattern {folder}/nowh"),
-        "no match": ([run, f"{folder}/*.gif"], f"no file matches {folder}/*.gif"),
-        "an empty folder": ([run, f"{folder}/empty"], f"no image in the folder {folder}/empty"),
-        "not an image": ([run, f"{folder}/text.txt"], "text.txt: cannot identify it as any of"),
-        "a huge image": ([run, f"{folder}/huge.png"], "could be decompression bomb"),
-        "topk 0": ([run, picture, "--topk=0"], "--topk is 0; allowed: an integer >= 1"),
-        "batch 0": ([run, picture, "-batch_size=0"], "-batch_size is 0; allowed"),
-        "backend": ([run, picture, "-backend=fastest"], "fastest"),
-        "out": ([run, picture, f"--out={folder}/r.txt"], "must end in .jsonl or .csv"),
-        "out nowhere": ([run, picture, f"--out={folder}/no/r.csv"], "no folder"),
-        "pictures": ([run, picture, f"--save-pictures={folder}/full"], "is not empty"),
-        "grid": ([run, picture, f"--save-grid={folder}/there.png"], "there.png exists"),
-        "opts": ([run, picture, "-opts", "MODEL.NAMES", "x"], "MODEL.NAMES"),
-        "no cfg": ([run, picture, f"-cfg={folder}/no.yaml"], "no.yaml"),
-        "cfg of an export": (
-            [str(export), picture, "-cfg=x.yaml"],
-            "not a checkpoint or run folder",
-        ),
-        "opts of an export": ([str(export), picture, "-opts", *MERGED], "is not a checkpoint"),
-        "opts of a name": (["replknet-31b-1k-224", picture, "-opts", *MERGED], "published model"),
-    }
-
-
-WHAT = [
-    "no model",
-    "no record",
-    "other version",
-    "no json",
-    "no model file",
-    "a model that is a picture",
-    "no image",
-    "no match",
-    "an empty folder",
-    "not an image",
-    "a huge image",
-    "topk 0",
-    "batch 0",
-    "backend",
-    "out",
-    "out nowhere",
-    "pictures",
-    "grid",
-    "opts",
-    "no cfg",
-    "cfg of an export",
-    "opts of an export",
-    "opts of a name",
+# Arguments and a part of the message. RUN is a run folder, EXPORT an export, PIC a picture, and DIR
+# the folder of `bad_files`.
+BAD_INPUT = [
+    ("DIR/nowhere PIC", "no model DIR/nowhere; allowed: "),
+    ("DIR/no_record PIC", "neither best nor last is there"),
+    ("DIR/other_version PIC", "format_version 99"),
+    ("DIR/no_json PIC", "not valid JSON"),
+    ("DIR/no_model PIC", "model.pdiparams"),
+    ("PIC PIC", "PIC"),
+    ("RUN DIR/nowhere.png", "no image, folder or pattern DIR/nowhere.png"),
+    ("RUN DIR/*.gif", "no file matches DIR/*.gif"),
+    ("RUN DIR/empty", "no image in the folder DIR/empty"),
+    ("RUN DIR/text.txt", "text.txt: cannot identify it as any of"),
+    ("RUN DIR/huge.png", "could be decompression bomb"),
+    ("RUN DIR/text.mp4", "OpenCV cannot open it as a film"),
+    ("RUN PIC --topk=0", "--topk is 0; allowed: an integer >= 1"),
+    ("RUN PIC -batch_size=0", "-batch_size is 0; allowed"),
+    ("RUN PIC --every=-1", "--every is -1.0; allowed"),
+    ("RUN PIC --every=nan", "--every is nan; allowed"),
+    ("RUN PIC -backend=fastest", "fastest"),
+    ("RUN PIC --out=DIR/r.txt", "must end in .jsonl or .csv"),
+    ("RUN PIC --out=DIR/folder.csv", "is a folder"),
+    ("RUN PIC --out=DIR/no/r.csv", "no folder"),
+    ("RUN PIC --save-pictures=DIR/full", "is not empty"),
+    ("RUN PIC --save-pictures=DIR/text.txt", "is a file"),
+    ("RUN PIC --save-grid=DIR/there.png", "there.png exists"),
+    ("RUN PIC --save-grid=DIR/new.bmp", "must end in .png or .jpg"),
+    ("RUN PIC -opts MODEL.NAMES x", "MODEL.NAMES"),
+    ("RUN PIC -cfg=DIR/no.yaml", "no.yaml"),
+    ("EXPORT PIC -cfg=x.yaml", "not a checkpoint or run folder"),
+    ("EXPORT PIC -opts SEED 1", "is not a checkpoint"),
+    ("replknet-31b-1k-224 PIC -opts SEED 1", "published model"),
 ]
 
 
-@pytest.mark.parametrize("what", WHAT)
+@pytest.fixture(scope="module")
+def bad_files(export, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    for name in ("empty", "full", "folder.csv"):
+        (folder / name).mkdir()
+    for name in ("text.txt", "text.mp4", "full/file", "there.png"):
+        (folder / name).write_text("precious")
+    Image.new("1", (20_000, 20_000)).save(folder / "huge.png")
+    for name in ("no_record", "other_version", "no_json", "no_model"):
+        shutil.copytree(export, folder / name)
+    (folder / "no_record" / FILE).unlink()
+    newer = (export / FILE).read_text().replace('"format_version": 2', '"format_version": 99')
+    (folder / "other_version" / FILE).write_text(newer)
+    (folder / "no_json" / FILE).write_text("{")
+    (folder / "no_model" / "model.pdiparams").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("arguments, says", BAD_INPUT, ids=[line for line, _ in BAD_INPUT])
 def test_bad_input_is_one_message_and_writes_nothing(
-    tmp_path, run_folder, export, huge, capfd, what
+    tmp_path, run_folder, export, bad_files, capfd, arguments, says
 ):
-    inputs = bad_inputs(tmp_path, run_folder, export, huge)
-    assert list(inputs) == WHAT
-    arguments, says = inputs[what]
+    if ".mp4" in arguments:
+        pytest.importorskip("cv2", reason="requirements/video.txt", exc_type=ImportError)
     wanted = {"--out": "r.csv", "--save-pictures": "drawn", "--save-grid": "grid.png"}
-    given = " ".join(arguments)
-    flags = [f"{flag}={tmp_path / name}" for flag, name in wanted.items() if flag not in given]
-    if arguments[0] == str(run_folder) and "-backend" not in given:
+    flags = [f"{flag}={tmp_path / name}" for flag, name in wanted.items() if flag not in arguments]
+    if arguments.startswith("RUN") and "-backend" not in arguments:
         flags.append("-backend=dygraph")  # opens in no time
+    for name, path in {
+        "RUN": run_folder,
+        "EXPORT": export,
+        "PIC": PICTURES[0],
+        "DIR": bad_files,
+    }.items():
+        arguments, says = arguments.replace(name, str(path)), says.replace(name, str(path))
+    arguments = arguments.split()
     arguments[2:2] = flags
-    before = snapshot(tmp_path)
-    capfd.readouterr()
+    before = snapshot(bad_files)
     assert main(arguments) == 2
     captured = capfd.readouterr()
     assert captured.out == ""
-    error = captured.err[captured.err.index("error: ") :]
-    assert says in error
+    assert says in captured.err[captured.err.index("error: ") :]
     assert captured.err.count("error: ") == 1 and "Traceback" not in captured.err
-    assert snapshot(tmp_path) == before
-    assert not (tmp_path / "drawn").exists()
+    assert snapshot(bad_files) == before and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import numpy as np
 import paddle
 import pytest
 
-from replknet_paddle.deploy.gradcam import grad_cam
+from replknet_paddle.deploy.page import grad_cam
 from replknet_paddle.model import RepLKNet
 
 pytestmark = pytest.mark.paddle_version

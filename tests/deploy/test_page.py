@@ -1,25 +1,36 @@
-"""What the page shows, without the page: tests/commands/test_page_command.py has that."""
+"""What the page shows, and what its command refuses; tests/commands/test_page_command.py has the
+page itself."""
 
 import argparse
 import asyncio
+import socket
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import make_run
+from harness import free_ports, make_run
 from PIL import Image
-from tiny import FIXTURES, make_data
+from tiny import FIXTURES, command, make_data
 
 from replknet_paddle.config import get_config, update_config
-from replknet_paddle.deploy.gradcam import grad_cam
-from replknet_paddle.deploy.page import distinct, look, seen_html
-from replknet_paddle.deploy.page_facts import page_facts, validation_examples
-from replknet_paddle.deploy.page_server import ThisMachineOnly
-from replknet_paddle.deploy.pictures import overlay
-from replknet_paddle.deploy.predictor import Predictor, inference_model, open_network
+from replknet_paddle.data.transforms import build_eval_transform
+from replknet_paddle.deploy.drawing import overlay
+from replknet_paddle.deploy.images import decode
+from replknet_paddle.deploy.page import (
+    OwnRequestsOnly,
+    describe,
+    distinct,
+    grad_cam,
+    look,
+    seen_html,
+    validation_examples,
+)
+from replknet_paddle.deploy.predict import Predictor, inference_model, open_network
 from replknet_paddle.runtime.errors import InputError
 
 PICTURE = FIXTURES / "images" / "portrait_301x400.jpg"
+main = command("page")
 
 
 @pytest.fixture(scope="module")
@@ -27,24 +38,27 @@ def run_folder(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("run"), image_size=64, classes=9)
 
 
-def test_the_classes_are_those_of_inference_model(run_folder):
-    network = open_network(run_folder)
-    predictor = Predictor(network, backend="dygraph")
-    result = inference_model(network, PICTURE)
-    expected = dict(
-        sorted(enumerate(result["pred_scores"]), key=lambda item: item[1], reverse=True)[:5]
-    )
-    for model in (network, None):  # with and without a heat map
+@pytest.fixture
+def network(run_folder):
+    return open_network(run_folder)
+
+
+@pytest.fixture
+def predictor(network):
+    return Predictor(network, backend="dygraph")
+
+
+def test_the_classes_are_those_of_inference_model_with_and_without_a_heat_map(network, predictor):
+    scores = inference_model(network, PICTURE)["pred_scores"]
+    labels = np.argsort(-scores)[:5]
+    for model in (network, None):
         result = look(predictor, model, PICTURE)
-        classes, heat = result.classes, result.heat
-        assert list(classes) == [str(label) for label in expected]
-        np.testing.assert_allclose(list(classes.values()), list(expected.values()), rtol=1e-4)
-        assert (heat is None) == (model is None)
+        assert list(result.classes) == [str(label) for label in labels]
+        np.testing.assert_allclose(list(result.classes.values()), scores[labels], rtol=1e-4)
+        assert (result.heat is None) == (model is None)
 
 
-def test_the_heat_map_lies_over_what_the_network_sees(run_folder):
-    network = open_network(run_folder)
-    predictor = Predictor(network, backend="dygraph")
+def test_the_heat_map_lies_over_what_the_network_sees(network, predictor):
     heat = look(predictor, network, PICTURE).heat
     with Image.open(PICTURE) as image:
         array, pixels = predictor.transform(image), predictor.transform.pixels(image)
@@ -52,76 +66,125 @@ def test_the_heat_map_lies_over_what_the_network_sees(run_folder):
     np.testing.assert_array_equal(np.asarray(heat), np.asarray(expected))
 
 
-def test_what_is_no_picture_is_an_input_error(run_folder):
-    network = open_network(run_folder)
+def test_what_cannot_be_classified_is_an_input_error(network, predictor):
     with pytest.raises(InputError, match="cannot identify it as any of"):
-        look(Predictor(network, backend="dygraph"), network, FIXTURES / "README.md")
-
-
-def test_outputs_that_are_no_numbers_are_an_input_error(run_folder):
-    network = open_network(run_folder)
+        look(predictor, network, FIXTURES / "README.md")
     network.head.bias.set_value(np.full(9, np.nan, "float32"))
-    for model in (network, None):  # with and without a heat map
+    for model in (network, None):
         with pytest.raises(InputError, match="dygraph are not finite"):
-            look(Predictor(network, backend="dygraph"), model, PICTURE)
+            look(predictor, model, PICTURE)
 
 
-def test_classes_of_one_name_stay_apart():
+def test_classes_of_one_name_stay_apart_and_are_no_html(network, predictor):
     assert distinct(["crane", "kite", "crane"]) == ["crane (0)", "kite", "crane (2)"]
-
-
-def test_text_of_a_user_is_no_html(run_folder):
-    network = open_network(run_folder)
-    predictor = Predictor(network, backend="dygraph")
     predictor.class_names = ['<script>alert("x")</script>'] * 9
     shown = seen_html(look(predictor, network, PICTURE))
     assert "<script" not in shown and "&lt;script&gt;alert(&quot;x&quot;)" in shown
 
 
-def test_what_is_known_of_a_model(run_folder):
-    network = open_network(run_folder)
-    predictor = Predictor(network, backend="dygraph")
-    facts = page_facts(str(run_folder), predictor, network)
-    assert facts.name == f"tiny ({run_folder})" and facts.examples == []
-    assert facts.trained_on.endswith("It sees 64 x 64 pixels and tells 9 classes apart.")
-    exported = page_facts("exported", predictor, None)
-    assert exported.trained_on.startswith("Exported from a network in memory.")
+def test_what_is_said_of_a_model(run_folder, network, predictor):
+    name, origin = describe(str(run_folder), predictor, network)
+    assert name == f"tiny ({run_folder})"
+    assert origin.startswith("Trained on the images of ")
+    assert origin.endswith("It sees 64 x 64 pixels and tells 9 classes apart.")
+    _, origin = describe("exported", predictor, None)
+    assert origin.startswith("Exported from a network in memory. It sees")
+    name, origin = describe("replknet-31B-1K-224", predictor, network)
+    assert name == "replknet-31b-1k-224" and origin.startswith("Trained on ImageNet-1K.")
 
 
 def test_examples_are_spread_over_the_validation_list(tmp_path):
     make_data(tmp_path, train=2, val=40)
     config = get_config(make_run(tmp_path, classes=4) / "config.yaml")
     config = update_config(config, argparse.Namespace(opts=["DATA.DATA_PATH", str(tmp_path)]))
-    examples = validation_examples(config, ["a", "b", "c", "d"], 5)
-    numbers = [int(Path(example.path).stem) for example in examples]
-    assert numbers == [0, 9, 19, 29, 39]
-    assert [example.class_name for example in examples] == ["abcd"[n % 4] for n in numbers]
+    examples = validation_examples(config, "abcd", 5)
+    numbers = [0, 9, 19, 29, 39]
+    assert [(int(Path(path).stem), name) for path, name in examples] == [
+        (number, "abcd"[number % 4]) for number in numbers
+    ]
     (tmp_path / "val_list.txt").write_text("../outside.jpg 0\n")
-    assert validation_examples(config, ["a", "b", "c", "d"], 5) == []
+    assert validation_examples(config, "abcd", 5) == []
 
 
+@pytest.mark.parametrize("kind", ["http", "websocket"])
 @pytest.mark.parametrize(
     "headers, allowed",
     [
         ([(b"host", b"127.0.0.1:7860")], True),
-        ([(b"Host", b"LOCALHOST:7860"), (b"Origin", b"http://localhost:7860")], True),
+        ([(b"host", b"LOCALHOST:7860"), (b"origin", b"http://localhost:7860")], True),
         ([], False),
         ([(b"host", b"127.0.0.1:7860"), (b"host", b"evil")], False),
         ([(b"host", b"127.0.0.1:7860"), (b"origin", b"https://127.0.0.1:7860")], False),
+        ([(b"host", b"127.0.0.1:7860"), (b"origin", b"null")], False),
         ([(b"host", b"127.0.0.1.evil:7860")], False),
         ([(b"host", b"127.0.0.1:78600")], False),
     ],
 )
-def test_requests_of_this_page_alone_are_its_own(headers, allowed):
-    assert ThisMachineOnly(None, 7860).is_own(headers) is allowed
+def test_only_requests_of_this_page_come_through(kind, headers, allowed):
+    pytest.importorskip("starlette", reason="requirements/page.txt")
+    sent, passed = [], []
 
-
-def test_a_foreign_websocket_is_closed():
-    sent = []
+    async def app(*_):
+        passed.append(True)
 
     async def send(message):
-        sent.append(message)
+        sent.append(message.get("status"))
 
-    scope = {"type": "websocket", "headers": [(b"host", b"evil")]}
-    asyncio.run(ThisMachineOnly(None, 7860)(scope, None, send))
-    assert sent == [{"type": "websocket.close", "code": 1008}]
+    scope = {"type": kind, "headers": headers}
+    asyncio.run(OwnRequestsOnly(app, 7860)(scope, None, send))
+    assert (passed, sent[:1]) == (([True], []) if allowed else ([], [403]))
+
+
+# ---- the command line
+
+
+@pytest.mark.parametrize("port", [0, -1, 65536])
+def test_a_port_that_there_is_not_is_refused(capsys, port):
+    assert main(["model", f"--port={port}"]) == 2
+    error = f"error: --port is {port}; allowed: an integer from 1 to 65535\n"
+    assert capsys.readouterr().err == error
+
+
+def test_a_port_in_use_is_reported_before_the_model_is_opened(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["no model", f"--port={port}"]) == 2
+    assert capsys.readouterr().err.startswith(
+        f"error: port {port} of 127.0.0.1 is not available (Address already in use)"
+    )
+
+
+def test_without_gradio_it_says_what_to_install(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main([str(tmp_path), f"--port={free_ports(1)[0]}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: this needs gradio") and "requirements/page.txt" in error
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ("nowhere", "error: no model nowhere (tried "),
+        (f"{FIXTURES} -opts SEED", "which is not a checkpoint or run folder; allowed"),
+    ],
+)
+def test_what_is_no_model_or_takes_no_configuration_is_refused(capsys, arguments, says):
+    pytest.importorskip("gradio", reason="requirements/page.txt")
+    assert main([*arguments.split(), f"--port={free_ports(1)[0]}"]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_checkpoint_takes_a_configuration(monkeypatch, run_folder):
+    pytest.importorskip("gradio", reason="requirements/page.txt")
+    shown = []
+    monkeypatch.setattr("replknet_paddle.deploy.page.serve", lambda *_: None)
+    monkeypatch.setattr(
+        "replknet_paddle.deploy.page.build_page", lambda *given: shown.append(given)
+    )
+    monkeypatch.setattr("replknet_paddle.commands.page.signal.signal", lambda *_: None)
+    flags = ["-cfg", str(run_folder / "config.yaml"), "-opts", "DATA.CROP_PCT", "0.5"]
+    assert main([str(run_folder), *flags, f"--port={free_ports(1)[0]}"]) == 0
+    ((_, predictor, network),) = shown
+    assert network.config.DATA.CROP_PCT == 0.5
+    expected = build_eval_transform(network.config)(decode(PICTURE))
+    np.testing.assert_array_equal(predictor.preprocess(PICTURE), expected)

@@ -1,6 +1,9 @@
-"""Predictions against the network itself on what evaluation would have fed it."""
+"""Predictions against the network itself on what evaluation would have fed it, and their files."""
 
+import csv
 import itertools
+import json
+import os
 import threading
 from pathlib import Path
 
@@ -8,6 +11,8 @@ import numpy as np
 import paddle
 import pytest
 from harness import make_run
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from tiny import FIXTURES
 
@@ -15,14 +20,15 @@ from replknet_paddle import deploy
 from replknet_paddle.config import get_config
 from replknet_paddle.data.dataset import get_dataset
 from replknet_paddle.deploy.export import ModelInfo
-from replknet_paddle.deploy.predictor import (
+from replknet_paddle.deploy.predict import (
     Prediction,
     Predictor,
     open_network,
     predict_files,
+    results_file,
     softmax,
 )
-from replknet_paddle.model import RepLKNet, build_replknet
+from replknet_paddle.model import RepLKNet
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.zoo import get_model
 
@@ -140,22 +146,17 @@ def test_a_published_name_is_built_with_its_weights(monkeypatch, network):
         asked.append((name, pretrained))
         return network
 
-    monkeypatch.setattr("replknet_paddle.deploy.predictor.get_model", published)
+    monkeypatch.setattr("replknet_paddle.deploy.predict.get_model", published)
     name = "replknet-31B_3rdparty_in1k"
     assert open_network(name) is network and asked == [(name, True)]
 
 
-def test_class_names_come_from_the_model(network, tmp_path):
-    names = [f"class {letter}" for letter in "abcdefghi"]
+def test_class_names_come_from_the_model_and_are_text(network):
+    names = ["\ud800", *(f"class {letter}" for letter in "bcdefghi")]
     backend = deploy.open_backend(network, "dygraph", config=network.config, class_names=names)
     result = deploy.inference_model(backend, PICTURES[0])
-    assert result["pred_class"] == names[result["pred_label"]]
-
-
-def test_class_names_of_halves_of_letters_become_text(network):
-    names = ["\ud800", *"bcdefghi"]
-    backend = deploy.open_backend(network, "dygraph", config=network.config, class_names=names)
-    assert Predictor(backend).class_names == ["?", *"bcdefghi"]
+    assert result["pred_class"] == ["?", *names[1:]][result["pred_label"]]
+    assert Predictor(backend).class_names == ["?", *names[1:]]
 
 
 @pytest.mark.parametrize(
@@ -168,32 +169,17 @@ def test_an_image_that_cannot_be_read_is_named(network, image):
         deploy.inference_model(network, [PICTURES[0], image])
 
 
-def test_a_model_that_there_is_not_is_an_error_that_lists_what_may_be(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"an exported folder.*replknet-31b-1k-224"):
-        Predictor(str(tmp_path / "nowhere"))
-
-
 def test_a_network_without_its_configuration_is_refused():
     bare = RepLKNet(large_kernel_sizes=[5] * 4, layers=[1] * 4, channels=[2] * 4)
     with pytest.raises(InputError, match=r"build_replknet\(config\)"):
         deploy.inference_model(bare, PICTURES[0])
 
 
-def test_a_network_carries_the_configuration_it_was_built_from(run_folder):
-    config = get_config(run_folder / "config.yaml")
-    assert build_replknet(config).config is config
-
-
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_outputs_that_are_no_numbers_are_an_error(predictor, value):
-    class Broken:
-        name, info = "broken", predictor.backend.info
-
-        def run(self, images):
-            return np.full((len(images), 9), value, "float32")
-
-    with pytest.raises(InputError, match="broken are not finite"):
-        Predictor(Broken()).scores(np.zeros((1, 3, 32, 32), "float32"))
+def test_outputs_that_are_no_numbers_are_an_error(predictor, monkeypatch, value):
+    monkeypatch.setattr(predictor.backend, "run", lambda images: np.full((1, 9), value))
+    with pytest.raises(InputError, match="dygraph are not finite"):
+        predictor.scores(np.zeros((1, 3, 32, 32), "float32"))
 
 
 def test_a_run_trained_with_the_operator_is_predicted_where_there_is_none(monkeypatch, tmp_path):
@@ -223,19 +209,13 @@ def test_softmax_of_large_logits_is_finite_and_sums_to_one():
     np.testing.assert_allclose(scores[0], [1 / (1 + np.exp(-1)), 1 / (1 + np.e), 0], rtol=1e-6)
 
 
-def some_files(tmp_path):
-    (tmp_path / "bad.jpg").write_text("no picture")
-    pairs = [(path, None) for path in PICTURES]
-    pairs.insert(0, ("closed", "cannot list the folder"))
-    pairs.insert(4, (str(tmp_path / "bad.jpg"), None))
-    return pairs
-
-
 @pytest.mark.parametrize("batch_size", [1, 3, 50])
 def test_a_stream_keeps_the_order_and_tells_problems_in_their_place(
     predictor, expected, tmp_path, batch_size
 ):
-    files = some_files(tmp_path)
+    (tmp_path / "bad.jpg").write_text("no picture")
+    files = [("closed", "cannot list the folder"), *((path, None) for path in PICTURES)]
+    files.insert(4, (str(tmp_path / "bad.jpg"), None))
     predictions = list(predict_files(predictor, iter(files), topk=3, batch_size=batch_size))
     assert [prediction.path for prediction in predictions] == [path for path, _ in files]
     assert [(i, p.problem) for i, p in enumerate(predictions) if p.problem] == [
@@ -252,11 +232,8 @@ def test_a_stream_keeps_the_order_and_tells_problems_in_their_place(
 
 def test_a_stream_of_nothing_is_nothing_and_of_problems_only_those(predictor):
     assert list(predict_files(predictor, [], topk=1)) == []
-    problems = [("a", "x"), ("b", "y")]
-    assert list(predict_files(predictor, problems, topk=1)) == [
-        Prediction("a", problem="x"),
-        Prediction("b", problem="y"),
-    ]
+    problems = list(predict_files(predictor, [("a", "x"), ("b", "y")], topk=1))
+    assert problems == [Prediction("a", problem="x"), Prediction("b", problem="y")]
 
 
 def test_an_endless_stream_is_read_no_further_than_it_is_used(predictor):
@@ -289,26 +266,109 @@ def test_pictures_are_kept_as_large_as_asked(predictor):
 
 def test_decoding_goes_on_while_the_network_runs(predictor, monkeypatch):
     """While the first batch is in the network, pictures of the second are decoded."""
-    second_decoded = threading.Event()
-    real = predictor.transform.__call__
+    decoded, second = [], threading.Event()
+    transform, run = predictor.transform, predictor.backend.run
 
-    class Transform:
-        count = 0
+    def note(image):
+        decoded.append(image)
+        if len(decoded) > 8:
+            second.set()
+        return transform(image)
 
-        def __call__(self, image):
-            Transform.count += 1
-            if Transform.count > 2:
-                second_decoded.set()
-            return real(image)
+    def wait(images):
+        assert second.wait(30), "nothing is decoded while the network runs"
+        return run(images)
 
-    class Waiting:
-        name, info = "waiting", predictor.backend.info
+    monkeypatch.setattr("replknet_paddle.deploy.predict.MAX_DECODERS", 2)
+    monkeypatch.setattr(predictor, "transform", note)
+    monkeypatch.setattr(predictor.backend, "run", wait)
+    files = [(PICTURES[0], None)] * 20
+    assert len(list(predict_files(predictor, files, topk=1, batch_size=8))) == 20
 
-        def run(self, images):
-            assert second_decoded.wait(30), "nothing is decoded while the network runs"
-            return np.zeros((len(images), 9), "float32")
 
-    waiting = Predictor(Waiting())
-    monkeypatch.setattr(waiting, "transform", Transform())
-    files = [(path, None) for path in PICTURES[:6]]
-    assert len(list(predict_files(waiting, files, topk=1, batch_size=2))) == 6
+# ---- files of results
+
+NAMES = ["cat", 'a "big", dog', "蛇"]
+PREDICTIONS = [
+    Prediction("a/x.png", labels=(2, 0), scores=(0.75, 0.25)),
+    Prediction("a/no, image.txt", problem="not an image"),
+    Prediction("new\nline.png", labels=(1, 2), scores=(0.5, 0.375)),
+]
+
+
+def write(path, predictions=PREDICTIONS):
+    with results_file(str(path), NAMES, topk=2) as write_one:
+        for prediction in predictions:
+            write_one(prediction)
+
+
+NAMES_OF_FILES = st.binary(min_size=1).map(os.fsdecode)  # any bytes, as Linux has it
+
+
+@settings(max_examples=50, deadline=None)
+@example([("new\r\nline", [0, 1, 2], True)])
+@given(st.lists(st.tuples(NAMES_OF_FILES, st.permutations(range(3)), st.booleans()), min_size=1))
+@pytest.mark.parametrize("suffix", [".jsonl", ".CSV"])
+def test_results_are_read_back_as_they_were_whatever_the_names(tmp_path_factory, suffix, answers):
+    file = tmp_path_factory.mktemp("results") / f"r{suffix}"
+    predictions = [
+        Prediction(path, labels=tuple(labels[:2]), scores=(0.75, 0.125))
+        if is_image
+        else Prediction(path, problem="no, image")
+        for path, labels, is_image in answers
+    ]
+    write(file, predictions)
+    with open(file, encoding="utf-8", errors="surrogateescape", newline="") as text:
+        read = list(csv.DictReader(text) if suffix == ".CSV" else map(json.loads, text))
+    expected = []
+    for answer in predictions:
+        classes = [
+            {"label": label, "class": NAMES[label], "score": score}
+            for label, score in zip(answer.labels, answer.scores)
+        ]
+        if suffix == ".CSV":
+            row = {"path": answer.path, "problem": answer.problem or ""}
+            for i, one in enumerate(
+                classes or [dict.fromkeys(("label", "class", "score"), "")] * 2
+            ):
+                row |= {f"{key}_{i + 1}": str(value) for key, value in one.items()}
+        elif answer.problem:
+            row = {"path": answer.path, "problem": answer.problem}
+        else:
+            row = {"path": answer.path, "topk": classes}
+            row |= {f"pred_{key}": value for key, value in classes[0].items()}
+        expected.append(row)
+    assert read == expected
+
+
+def test_the_file_has_its_name_when_it_is_whole_and_replaces_an_older_one(tmp_path):
+    (tmp_path / "r.jsonl").write_text("older")
+    with results_file(str(tmp_path / "r.jsonl"), NAMES, topk=2) as write_one:
+        write_one(PREDICTIONS[0])
+        assert (tmp_path / "r.jsonl").read_text() == "older"
+    assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 1
+    assert os.listdir(tmp_path) == ["r.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["r.jsonl", "r.csv"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, RuntimeError])
+def test_an_interruption_leaves_the_older_file_and_keeps_what_there_is_beside_it(
+    tmp_path, name, error
+):
+    (tmp_path / name).write_text("older")
+    with pytest.raises(error), results_file(str(tmp_path / name), NAMES, topk=2) as write_one:
+        write_one(PREDICTIONS[0])
+        raise error
+    assert (tmp_path / name).read_text() == "older"
+    assert "a/x.png" in (tmp_path / f"{name}.unfinished").read_text()
+
+
+@pytest.mark.parametrize("writes", [0, 1])
+def test_without_a_result_nothing_stays(tmp_path, writes):
+    """None written yet; or the input error that there was nothing but problems."""
+    error = InputError if writes else KeyboardInterrupt
+    with pytest.raises(error), results_file(str(tmp_path / "r.csv"), NAMES, topk=2) as write_one:
+        for _ in range(writes):
+            write_one(PREDICTIONS[1])
+        raise error
+    assert os.listdir(tmp_path) == []

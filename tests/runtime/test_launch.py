@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from processes import Run, assert_same_end, free_ports, step_of, wait_for
+from harness import Run, assert_same_end, free_ports, step_of, wait_for
 from tiny import ROOT
 
 from replknet_paddle.runtime import launch as launch_module
@@ -17,7 +17,7 @@ from replknet_paddle.runtime import machines
 from replknet_paddle.runtime.launch import LaunchedRun
 from replknet_paddle.runtime.machines import Heartbeat, address_for_others, node_addresses
 
-pytest_plugins = ["run_fixtures"]
+pytest_plugins = ["harness"]
 
 OWN = address_for_others() or "127.0.1.1"
 ELSEWHERE = "203.0.113.7"

@@ -1,15 +1,19 @@
-"""From a picture to classes and their probabilities: mmpretrain's `inference_model`, and streams.
+"""From a picture to classes and their probabilities: mmpretrain's `inference_model`, streams of
+files, and files of results.
 
 Pictures are preprocessed as in evaluation, bit for bit, by the pipeline that the model names.
 """
 
 import argparse
-import itertools
+import contextlib
+import csv
+import json
 import os
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 from PIL import Image
@@ -20,20 +24,20 @@ from replknet_paddle.data.transforms import build_eval_transform
 from replknet_paddle.data.transforms.image import to_rgb
 from replknet_paddle.deploy.backends import load_network, open_backend
 from replknet_paddle.deploy.export import is_export
-from replknet_paddle.deploy.images import decode
-from replknet_paddle.deploy.video import Frame
+from replknet_paddle.deploy.images import Frame, decode
 from replknet_paddle.model import RepLKNet
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.files import searched_weights
+from replknet_paddle.runtime.files import atomic_file, check_file_target, searched_weights
 from replknet_paddle.zoo import find_record, get_model, list_models
 
 BATCH_SIZE = 8  # of a list of images; larger ones gain nothing on a CPU
 MAX_DECODERS = 8  # threads
+RESULTS_SUFFIXES = (".jsonl", ".csv")
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the network says of one file, or why it says nothing.
+    """The network's answer for one file, or why there is none.
 
     Attributes:
         path: the file; or a folder that could not be listed.
@@ -53,7 +57,7 @@ class Prediction:
 
     @property
     def is_right(self) -> bool | None:
-        """Whether the most probable class is the true one; None where that is not known."""
+        """Return whether the most probable class is the true one; None where it is not known."""
         return None if self.truth is None or not self.labels else self.labels[0] == self.truth
 
 
@@ -105,7 +109,7 @@ class Predictor:
         }
 
     def preprocess(self, image) -> np.ndarray:
-        """A path, an array (H, W, 3) uint8 or a Pillow image -> (3, size, size) float32.
+        """Return what `decode` takes as the network's input, float32 (3, size, size).
 
         Raises:
             InputError: it cannot be decoded, or not become what the network takes.
@@ -113,7 +117,7 @@ class Predictor:
         return self.transform(decode(image))
 
     def scores(self, images: np.ndarray) -> np.ndarray:
-        """Preprocessed images (N, 3, H, W) -> probabilities (N, num_classes), float32.
+        """Return the probabilities (N, num_classes), float32, of preprocessed images (N, 3, H, W).
 
         Raises:
             InputError: the network's outputs are not finite.
@@ -122,11 +126,7 @@ class Predictor:
 
 
 def read_config(model: str, cfg: str | None, opts: list[str] | None):
-    """What -cfg and -opts say of a checkpoint; None where neither is given.
-
-    Raises:
-        InputError: what they say cannot be, or `model` is not a checkpoint.
-    """
+    """Return the configuration that -cfg and -opts give a checkpoint; None without both."""
     if cfg is None and opts is None:
         return None
     check_is_checkpoint(model)
@@ -144,15 +144,8 @@ def check_is_checkpoint(model: str | os.PathLike) -> None:
 
 
 def open_network(model: str | os.PathLike, config=None) -> RepLKNet | None:
-    """The network of a run folder, a checkpoint in one, or a published model; None for an export.
-
-    Args:
-        config: of a checkpoint, instead of that of its run folder.
-
-    Raises:
-        FileNotFoundError: there is no such model.
-        InputError: it cannot be opened.
-    """
+    """Return the network of a run folder, of a checkpoint in one (by `config`, where it is given),
+    or of a published model; None for an export."""
     if config is not None:
         check_is_checkpoint(model)
     if os.path.exists(model):
@@ -168,11 +161,7 @@ def open_network(model: str | os.PathLike, config=None) -> RepLKNet | None:
 
 
 def config_of(network: RepLKNet):
-    """The configuration that a network was built from, which says how images are preprocessed.
-
-    Raises:
-        InputError: it was built without one.
-    """
+    """Return the configuration that a network was built from, with its preprocessing."""
     if not hasattr(network, "config"):
         raise InputError(
             "this network was built without a configuration, which has its preprocessing; "
@@ -182,11 +171,7 @@ def config_of(network: RepLKNet):
 
 
 def probabilities(logits: np.ndarray, backend: str) -> np.ndarray:
-    """`softmax` of what a network gave on `backend`.
-
-    Raises:
-        InputError: some are not finite.
-    """
+    """Return the `softmax` of logits that `backend` gave, if they are finite."""
     if not np.isfinite(logits).all():
         raise InputError(
             f"the network's outputs on {backend} are not finite numbers: its weights are broken, "
@@ -196,7 +181,7 @@ def probabilities(logits: np.ndarray, backend: str) -> np.ndarray:
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities (N, classes) of logits (N, classes), float32."""
+    """Return the probabilities (N, classes) of logits (N, classes), float32."""
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True), dtype=np.float32)
     return exponentials / exponentials.sum(axis=1, keepdims=True)
 
@@ -248,6 +233,7 @@ def inference_model(model, image):
 
 
 def _name(image, position: int) -> str:
+    """Return the name of an image in a message."""
     return str(image) if isinstance(image, (str, os.PathLike)) else f"{position} (from 0)"
 
 
@@ -258,34 +244,20 @@ def predict_files(
     topk: int,
     batch_size: int = BATCH_SIZE,
     picture_pixels: int = 0,
-    is_live: bool = False,
 ) -> Iterator[Prediction]:
-    """Classify any number of files, in their order and in constant memory.
+    """Yield a `Prediction` of the first `topk` classes for each of any number of `ImageFiles`, in
+    their order and in constant memory, with a `problem` for what cannot be read.
 
-    Threads decode the next files (Pillow lets go of Python's lock) while the network runs.
-
-    Args:
-        files: as `images.ImageFiles` gives them: a path and None, or a path and a problem; or a
-            frame of a film.
-        topk: how many classes to give; at most all.
-        batch_size: images that the network gets at once.
-        picture_pixels: largest side of the `Prediction.picture` to keep; 0 for none.
-        is_live: take no file before the one ahead of it is classified.
-
-    Yields:
-        A `Prediction` for each file, with a `problem` for what cannot be read.
+    Threads decode the next files (Pillow lets go of Python's lock) while the network runs. Pictures
+    are kept with sides of at most `picture_pixels`; 0 for none.
     """
 
     def read(file: tuple[str, str | None] | Frame):
-        if isinstance(file, Frame):
-            path, source = file.path, file.pixels
-        else:
-            path, problem = file
-            source = path
-            if problem is not None:
-                return Prediction(path, problem=problem), None
+        path, problem = (file.path, None) if isinstance(file, Frame) else file
+        if problem is not None:
+            return Prediction(path, problem=problem), None
         try:
-            image = decode(source)
+            image = decode(file.pixels if isinstance(file, Frame) else path)
             array = predictor.transform(image)
             picture = _reduced(image, picture_pixels) if picture_pixels else None
         except (InputError, MemoryError) as error:
@@ -309,30 +281,83 @@ def predict_files(
             )
 
     threads = min(os.cpu_count() or 1, MAX_DECODERS)
-    batch_size = 1 if is_live else batch_size
-    at_once = 1 if is_live else batch_size + threads
+    at_once = batch_size * -(-threads // batch_size)  # whole batches that occupy all threads
+    files = iter(files)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
     try:
-        ahead = deque()
-        batch = []
-        remaining = iter(files)
-        while True:
-            for file in itertools.islice(remaining, at_once - len(ahead)):
-                ahead.append(pool.submit(read, file))
-            if not ahead:
-                break
-            batch.append(ahead.popleft().result())
-            if len(batch) == batch_size:
-                yield from results(batch)
-                batch = []
-        yield from results(batch)
+        ahead = pool.map(read, islice(files, at_once))
+        while decoded := list(ahead):
+            ahead = pool.map(read, islice(files, at_once))
+            for start in range(0, len(decoded), batch_size):
+                yield from results(decoded[start : start + batch_size])
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _reduced(image: Image.Image, pixels: int) -> Image.Image:
-    """A copy of `image`, RGB, whose sides are at most `pixels` long."""
+    """Return a copy of `image`, RGB, whose sides are at most `pixels` long."""
     image = to_rgb(image)
     scale = min(1, pixels / max(image.size))
     size = tuple(max(1, round(side * scale)) for side in image.size)
     return image.resize(size, Image.Resampling.BICUBIC)
+
+
+@contextlib.contextmanager
+def results_file(
+    path: str, class_names: Sequence[str], topk: int
+) -> Iterator[Callable[[Prediction], None]]:
+    """Open a file of predictions, and yield the function that writes one of them.
+
+    Lines of JSON are objects: path, pred_label, pred_class, pred_score, and topk, a list of objects
+    with label, class and score; or path and problem. CSV has a row a file: path, label_1, class_1,
+    score_1, and so on to the k-th; and problem.
+
+    The file gets the name `path` when the block is left. If an exception leaves the block, `path`
+    stays as it was, and what was written until then is in `path`.unfinished; not so if nothing was,
+    or if the exception is an InputError.
+    """
+    check_file_target(path, RESULTS_SUFFIXES)
+    started = 0
+
+    def is_worth_keeping(error: BaseException) -> bool:
+        return os.path.getsize(partial) > started and not isinstance(error, InputError)
+
+    def write_json(prediction: Prediction) -> None:
+        record = {"path": prediction.path}
+        if prediction.problem is not None:
+            record["problem"] = prediction.problem
+        else:
+            classes = [
+                {"label": label, "class": class_names[label], "score": score}
+                for label, score in zip(prediction.labels, prediction.scores)
+            ]
+            record |= {f"pred_{key}": value for key, value in classes[0].items()}
+            record["topk"] = classes
+        file.write(json.dumps(record) + "\n")
+
+    def write_row(prediction: Prediction) -> None:
+        values = [""] * (3 * topk)
+        if prediction.problem is None:
+            values = [
+                value
+                for label, score in zip(prediction.labels, prediction.scores)
+                for value in (label, class_names[label], score)
+            ]
+        # Python's csv quotes a carriage return only where lines end in one.
+        rows = quoted if "\r" in prediction.path else plain
+        rows.writerow([prediction.path, *values, prediction.problem or ""])
+
+    # Names of files are bytes: those that are not UTF-8 are written as the bytes that they are.
+    with atomic_file(
+        path, keep_partial=is_worth_keeping, errors="surrogateescape", newline=""
+    ) as file:
+        partial = file.name
+        if path.lower().endswith(".csv"):
+            plain = csv.writer(file, lineterminator="\n")
+            quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
+            columns = [f"{w}_{i}" for i in range(1, topk + 1) for w in ("label", "class", "score")]
+            plain.writerow(["path", *columns, "problem"])
+            started = file.tell()
+            yield write_row
+        else:
+            yield write_json
