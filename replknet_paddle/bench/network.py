@@ -52,6 +52,17 @@ def report_train_loop(config, *, steps: int, rounds: int) -> None:
         InputError: a number below 1.
     """
     check_counts(steps=steps, rounds=rounds)
+    seconds = time_train_loop(config, steps=steps, rounds=rounds)
+    print(describe_machine())
+    print(f"{config.MODEL.NAME}, batch {config.DATA.BATCH_SIZE}, {steps} steps a run")
+    for name, values in seconds.items():
+        print(f"{name}: {summarize(values)} per step")
+    ratio = median_ratio(seconds["loop"], seconds["bare"])
+    print(f"the loop takes {ratio:.4f} of the bare step's time")
+
+
+def time_train_loop(config, *, steps: int, rounds: int) -> dict[str, list[float]]:
+    """Return seconds per step of `train_epoch` ("loop") and of the bare step ("bare")."""
     batch = config.DATA.BATCH_SIZE
     loader = Batches([random_batch(config, batch, seed=step) for step in range(steps)])
     criterion = LabelSmoothingCrossEntropy(config.TRAIN.SMOOTHING)
@@ -83,12 +94,7 @@ def report_train_loop(config, *, steps: int, rounds: int) -> None:
         float(loss)
 
     seconds = time_in_turn({"loop": loop, "bare": bare}, rounds=rounds)
-    print(describe_machine())
-    print(f"{config.MODEL.NAME}, batch {batch}, {steps} steps a run")
-    for name, values in seconds.items():
-        print(f"{name}: {summarize([value / steps for value in values])} per step")
-    ratio = median_ratio(seconds["loop"], seconds["bare"])
-    print(f"the loop takes {ratio:.4f} of the bare step's time")
+    return {name: [s / steps for s in values] for name, values in seconds.items()}
 
 
 def network_with(config, impl: str, **options) -> nn.Layer:
