@@ -110,7 +110,7 @@ if [ -n "${PYTHON:-}" ]; then
         command -v "$PYTHON"
         exit 0
     fi
-    modules='paddle, yacs, yaml, numpy, PIL, tqdm, safetensors'
+    modules='paddle, yacs, yaml, numpy, PIL, tqdm'
     case "$*" in *demo*) modules="$modules, sklearn" ;; esac
     case "$*" in *test*) modules="$modules, sklearn, pytest, xdist, ruff, importlinter" ;; esac
     "$PYTHON" -c "import $modules" >&2 ||

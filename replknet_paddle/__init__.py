@@ -23,6 +23,7 @@ _PLACES = {
     "get_model": "replknet_paddle.zoo",
     "inference_model": "replknet_paddle.deploy",
     "list_models": "replknet_paddle.zoo",
+    "load_pretrained": "replknet_paddle.checkpoints.load",
 }
 __all__ = ["__version__", *_PLACES]
 

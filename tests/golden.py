@@ -281,7 +281,8 @@ class _Runs:
         self.found["erf"] = np.load(field)
         self.found["erf table"] = np.array(table.replace(str(self.folder), "").splitlines()[:-1])
         for name in COMMANDS:
-            self.found[f"help {name}"] = np.array(self.call(name, "-h").splitlines())
+            words = self.call(name, "-h").split()  # lines may break elsewhere
+            self.found[f"help {name}"] = np.array(words)
         for name in ("replknet_31b", "replknet_xl"):
             text = self.call("model-info", "-cfg", f"configs/{name}.yaml")
             self.found[f"model-info {name}"] = np.array(text.splitlines())

@@ -144,7 +144,7 @@ def measure_folder(args, out: str):
     config = config_from(args, args.pretrained)
 
     from replknet_paddle.analysis.receptive_field import measure
-    from replknet_paddle.deploy.backends import use_fast_convolutions
+    from replknet_paddle.ops import build_convolutions
     from replknet_paddle.zoo import get_model
 
     transform = EvalTransform(
@@ -163,7 +163,7 @@ def measure_folder(args, out: str):
             raise InputError(f"{path}: {error}") from None
 
     model = get_model(config, pretrained=args.pretrained)
-    use_fast_convolutions(model, config)
+    build_convolutions(model, config)
     with tqdm(total=args.num_images, unit="images", disable=None) as bar:
 
         def on_image(name, used, images_used):

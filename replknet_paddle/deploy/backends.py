@@ -40,8 +40,8 @@ from replknet_paddle.deploy.export import (
     write_model,
 )
 from replknet_paddle.deploy.fold import random_images
-from replknet_paddle.model import RepLKNet, build_replknet
-from replknet_paddle.ops import cache_weights, use_fast_depthwise_conv, use_fast_pointwise_conv
+from replknet_paddle.model import build_replknet
+from replknet_paddle.ops import build_convolutions, cache_weights
 from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import cache_folder, locked, write_text
@@ -337,7 +337,7 @@ def open_backend(
             info = info_of_network(model, config, precision, class_names)
             if name == "dygraph":
                 check_precision(name, precision)
-                use_fast_convolutions(model, config)
+                build_convolutions(model, config)
                 return open_eager(model, info, is_owner=model is not source)
             path_for, formats = stack.enter_context(temporary_exports(model, info)), FORMATS
             size = sum(int(value.size) for value in model.state_dict().values())
@@ -431,14 +431,6 @@ def load_network(source, config=None, build: Callable = build_replknet) -> tuple
     model.eval()
     model.class_names = get_class_names(config, file.classes.names_for(config))
     return model, config
-
-
-def use_fast_convolutions(model: RepLKNet, config) -> None:
-    """Let a network compute in eager mode as MODEL.CONV_IMPL says, in place."""
-    use_fast_depthwise_conv(
-        model, config.MODEL.CONV_IMPL, memory_bytes=config.MODEL.CONV_MEMORY_MB * 2**20
-    )
-    use_fast_pointwise_conv(model, config.MODEL.CONV_IMPL)
 
 
 # `auto`. For RepLKNet-31B on a CPU the backends are within a third of each other, for a network of

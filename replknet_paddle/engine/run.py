@@ -47,9 +47,7 @@ from replknet_paddle.engine.train import (
     train_epoch,
 )
 from replknet_paddle.ops import (
-    describe_convolutions,
-    use_fast_depthwise_conv,
-    use_fast_pointwise_conv,
+    build_convolutions,
 )
 from replknet_paddle.optim.ema import ModelEma
 from replknet_paddle.optim.optimizer import load_optimizer_state, optimizer_state
@@ -184,15 +182,7 @@ def build_network(config, task: ClassificationTask) -> paddle.nn.Layer:
             "and running statistics are averaged over the processes"
         )
     model = task.network(config, sync_bn=sync_bn)
-    use_fast_depthwise_conv(
-        model, config.MODEL.CONV_IMPL, memory_bytes=config.MODEL.CONV_MEMORY_MB * 2**20
-    )
-    pointwise = use_fast_pointwise_conv(model, config.MODEL.CONV_IMPL)
-    logger.info(
-        "depthwise convolutions: %s; 1x1 convolutions: %s",
-        describe_convolutions(model),
-        f"{pointwise} by the compiled operator" if pointwise else "all by Paddle",
-    )
+    logger.info(build_convolutions(model, config))
     return model
 
 

@@ -3,6 +3,7 @@
 from replknet_paddle.ops.cache import cache_weights
 from replknet_paddle.ops.depthwise import (
     FastDepthwiseConv2D,
+    build_convolutions,
     describe_convolutions,
     large_kernel_depthwise_conv2d,
     large_kernel_layers,
@@ -21,8 +22,9 @@ __all__ = [
     "FastDepthwiseConv2D",
     "FastPointwiseConv2D",
     "LibraryError",
-    "describe_convolutions",
+    "build_convolutions",
     "cache_weights",
+    "describe_convolutions",
     "get_library",
     "large_kernel_depthwise_conv2d",
     "large_kernel_depthwise_conv2d_reference",

@@ -297,6 +297,13 @@ def describe_convolutions(model: nn.Layer) -> str:
     return ", ".join(f"{count} by {name}" for name, count in counts.items()) or "all by Paddle"
 
 
+def build_convolutions(model: nn.Layer, config) -> str:
+    """Let `model` compute as MODEL.CONV_IMPL says, in place; return what computes, for the log."""
+    return use_large_kernel_ops(
+        model, config.MODEL.CONV_IMPL, memory_bytes=config.MODEL.CONV_MEMORY_MB * 2**20
+    )
+
+
 def use_large_kernel_ops(
     model: nn.Layer, impl: str = "auto", *, memory_bytes: int = DEFAULT_MEMORY_BYTES
 ) -> str:

@@ -86,7 +86,7 @@ def test_a_run_finds_the_package_from_any_folder(tmp_path, monkeypatch):
     """Without what is installed, as where only a checkout is there."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    command = [sys.executable, "-S", "-c", "import replknet_paddle.runtime.parent"]
+    command = [sys.executable, "-S", "-c", "import replknet_paddle.runtime.launch"]
     assert subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 1
     assert run_with_restarts(command, restarts=0, run_folder="run", is_resuming=False) == 0
 
