@@ -1,4 +1,4 @@
-"""`load_pretrained` where version 0.2 had it; from the next release on, `replknet_paddle` has it."""
+"""`load_pretrained` where version 0.2 had it; the next release has it in `replknet_paddle` only."""
 
 from replknet_paddle.checkpoints.load import load_pretrained
 
