@@ -4,6 +4,7 @@
 
     replknet_paddle.list_models("*384*")
     model = replknet_paddle.get_model("replknet-31b-1k-224", pretrained=True)
+    model = replknet_paddle.get_model("output/RUN")  # or a checkpoint file, or an export folder
 
 What is listed in `__all__` is imported when it is first used, so that `import replknet_paddle`
 takes no time.
@@ -20,7 +21,7 @@ __version__ = "0.2.0"
 _PLACES = {
     "build_replknet": "replknet_paddle.model",
     "get_config": "replknet_paddle.config",
-    "get_model": "replknet_paddle.zoo",
+    "get_model": "replknet_paddle.deploy",
     "inference_model": "replknet_paddle.deploy",
     "list_models": "replknet_paddle.zoo",
     "load_pretrained": "replknet_paddle.checkpoints.load",

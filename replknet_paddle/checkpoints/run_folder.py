@@ -20,6 +20,7 @@ import numpy as np
 
 from replknet_paddle.checkpoints.checkpoint_file import WEIGHTS, CheckpointFile, record_metadata
 from replknet_paddle.checkpoints.files import write_safetensors
+from replknet_paddle.config import get_config
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import (
     PARTIAL_SUFFIX,
@@ -54,18 +55,23 @@ def is_same(folder: str | None, other: str) -> bool:
     return folder is not None and os.path.realpath(folder) == os.path.realpath(other)
 
 
-def run_config_file(path: str) -> str:
-    """Return the configuration file of the run folder that a checkpoint lies in."""
+def config_of(path: str | os.PathLike):
+    """Return the configuration of a checkpoint or export: that of its folder or, of a file that no
+    run keeps there (copied out, merged, converted), the one that it carries."""
     path = find_path(path)
     folder = run_folder_of(path)
-    if folder is None:
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"no checkpoint {searched_weights(path)}")
-        raise InputError(
-            f"{path} does not lie in a run folder with a config.yaml; name its "
-            "configuration by -cfg"
-        )
-    return os.path.join(folder, "config.yaml")
+    if os.path.isfile(path) and (folder is None or _moment(os.path.realpath(path)) is None):
+        config = CheckpointFile(path).config
+        if config is not None:
+            return config
+    if folder is not None:
+        return get_config(os.path.join(folder, "config.yaml"))
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no checkpoint {searched_weights(path)}")
+    raise InputError(
+        f"{path} carries no configuration and does not lie in a run folder with a config.yaml; "
+        "name its configuration by -cfg"
+    )
 
 
 def checkpoint_path(path: str | os.PathLike) -> str:

@@ -142,7 +142,7 @@ def add_merge_flags(parser) -> None:
 def run_merge(args) -> int:
     r"""Merge the small kernels of a checkpoint into its large ones, for inference.
 
-    The result loads with MODEL.SMALL_KERNEL_MERGED: True. What folding every batch norm besides
+    The result carries its configuration and class names, so every command opens it. What folding every batch norm besides
     would give, as replknet export does, is reported too: sizes, and the largest deviation of the
     outputs on random images.
 

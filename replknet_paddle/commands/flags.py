@@ -43,13 +43,14 @@ def config_from(
         FileNotFoundError: no such file.
         InputError: wrong keys or values, or no configuration at all.
     """
-    from replknet_paddle.checkpoints.run_folder import run_config_file
+    from replknet_paddle.checkpoints.run_folder import config_of
     from replknet_paddle.config import check_class_count, get_config, update_config
     from replknet_paddle.runtime.errors import InputError
 
     if args.cfg is None and checkpoint is None:
         raise InputError("no configuration; give one by -cfg, e.g. -cfg=configs/replknet_31b.yaml")
-    config = update_config(get_config(args.cfg or run_config_file(checkpoint)), args)
+    config = config_of(checkpoint) if args.cfg is None else get_config(args.cfg)
+    config = update_config(config, args)
     if not reads_data:
         check_class_count(config)
     return config

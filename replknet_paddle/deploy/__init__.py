@@ -2,6 +2,7 @@
 
 from replknet_paddle.deploy.backends import (
     Backend,
+    get_model,
     installed_backends,
     open_backend,
     open_for_evaluation,
@@ -16,6 +17,7 @@ __all__ = [
     "Predictor",
     "export_model",
     "folded",
+    "get_model",
     "inference_model",
     "installed_backends",
     "merged",

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,10 +24,11 @@ import numpy as np
 import paddle
 from paddle import inference, nn
 
+from replknet_paddle import zoo
 from replknet_paddle.checkpoints.checkpoint_file import CheckpointFile
 from replknet_paddle.checkpoints.load import load_pretrained
-from replknet_paddle.checkpoints.run_folder import checkpoint_path, run_config_file
-from replknet_paddle.config import check_class_count, get_config
+from replknet_paddle.checkpoints.run_folder import checkpoint_path, config_of
+from replknet_paddle.config import check_class_count
 from replknet_paddle.data.class_names import get_class_names
 from replknet_paddle.deploy.export import (
     AGAIN,
@@ -417,11 +419,11 @@ def temporary_exports(model: nn.Layer, info: ModelInfo) -> Iterator[Callable[[Ki
 
 def load_network(source, config=None, build: Callable = build_replknet) -> tuple[nn.Layer, object]:
     """Return the network of a checkpoint or run folder with its weights, and its configuration,
-    which is that of the run folder where `config` is None.
+    which is its own where `config` is None.
 
     The network has the names of its classes, or None, as `class_names`.
     """
-    config = get_config(run_config_file(source)) if config is None else config
+    config = config_of(source) if config is None else config
     if config.MODEL.TYPE != "RepLKNet" and build is build_replknet:
         raise InputError(f"{source} is a segmentation network; `replknet segment predict` runs it")
     check_class_count(config)
@@ -539,6 +541,29 @@ class BackendLayer(nn.Layer):
 
     def forward(self, images: paddle.Tensor) -> paddle.Tensor:
         return paddle.to_tensor(self.backend.run(images.numpy()))
+
+
+def get_model(name, **options) -> nn.Layer:
+    """Return what `zoo.get_model` returns or, for an export folder, a layer that runs it.
+
+    The layer takes and gives what the network does, on the fastest backend that is installed. It
+    has the network's `config` and `class_names`, and no parameters.
+
+    Args:
+        name: an export folder, or as for `zoo.get_model`.
+        options: of `zoo.get_model`; an export has none.
+
+    Raises:
+        FileNotFoundError, InputError: as `zoo.get_model` and `open_backend`.
+    """
+    if not isinstance(name, (str, os.PathLike)) or not is_export(name):
+        return zoo.get_model(name, **options)
+    if options:
+        raise InputError(f"{', '.join(options)} of {name}, an export, which is as it was made")
+    layer = BackendLayer(open_backend(name))
+    layer.eval()
+    layer.config, layer.class_names = layer.backend.info.config, layer.backend.info.class_names
+    return layer
 
 
 def open_for_evaluation(config, name: str, build: Callable = build_replknet) -> nn.Layer:

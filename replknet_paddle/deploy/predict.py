@@ -18,7 +18,7 @@ from itertools import islice
 import numpy as np
 from PIL import Image
 
-from replknet_paddle.checkpoints.run_folder import run_config_file
+from replknet_paddle.checkpoints.run_folder import config_of
 from replknet_paddle.config import get_config, update_config
 from replknet_paddle.data.transforms import build_eval_transform
 from replknet_paddle.data.transforms.image import to_rgb
@@ -91,7 +91,7 @@ class Predictor:
                 self.backend = open_backend(model, backend, batch_size=batch_size)
             else:
                 self.backend = open_backend(
-                    network, backend, config=config_of(network), batch_size=batch_size
+                    network, backend, config=config_of_network(network), batch_size=batch_size
                 )
         info = self.backend.info
         if info.config.MODEL.TYPE != "RepLKNet":
@@ -131,7 +131,7 @@ def read_config(model: str, cfg: str | None, opts: list[str] | None):
         return None
     check_is_checkpoint(model)
     changes = argparse.Namespace(cfg=cfg, opts=opts)
-    return update_config(get_config(cfg or run_config_file(model)), changes)
+    return update_config(config_of(model) if cfg is None else get_config(cfg), changes)
 
 
 def check_is_checkpoint(model: str | os.PathLike) -> None:
@@ -160,7 +160,7 @@ def open_network(model: str | os.PathLike, config=None) -> RepLKNet | None:
     return get_model(str(model), pretrained=True)
 
 
-def config_of(network: RepLKNet):
+def config_of_network(network: RepLKNet):
     """Return the configuration that a network was built from, with its preprocessing."""
     if not hasattr(network, "config"):
         raise InputError(

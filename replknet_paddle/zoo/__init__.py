@@ -42,10 +42,11 @@ def get_model(
     """Return a RepLKNet, with weights if asked for.
 
     Args:
-        name: name of a published model, ours or mmpretrain's; or a YAML file; or a configuration
-            from `get_config`.
-        pretrained: False for fresh weights, True for the published ones (downloaded on first use,
-            from the cache afterwards), or a checkpoint file of any known format and layout.
+        name: name of a published model, ours or mmpretrain's; a run folder, or a checkpoint file
+            that carries its configuration; a YAML file; or a configuration from `get_config`.
+        pretrained: False for fresh weights, or for those of a run folder or checkpoint; True for
+            the published ones (downloaded on first use, from the cache afterwards); or a checkpoint
+            file of any known format and layout.
         num_classes: size of the head. Where the weights have another one, the head stays freshly
             initialized, and a warning says so.
         out_indices: stages, from 0 to 3, whose maps a backbone without a head returns.
@@ -64,6 +65,7 @@ def get_model(
     """
     # Here because they import Paddle, which takes seconds that `list_models` can do without.
     from replknet_paddle.checkpoints.load import load_pretrained
+    from replknet_paddle.checkpoints.run_folder import checkpoint_path, config_of
     from replknet_paddle.config import CONFIG_FOLDER, get_config, override
     from replknet_paddle.model import build_replknet
     from replknet_paddle.zoo.download import fetch
@@ -73,6 +75,9 @@ def get_model(
         config = name
     elif Path(name).suffix in (".yaml", ".yml"):
         config = get_config(name)
+    elif os.path.exists(name):
+        config = config_of(name)
+        pretrained = pretrained or checkpoint_path(name)
     else:
         record = find_record(str(name))
         config = get_config(CONFIG_FOLDER / record.config)

@@ -22,13 +22,13 @@ from replknet_paddle.checkpoints.run_folder import (
     Checkpoint,
     Progress,
     checkpoints,
+    config_of,
     load_checkpoint,
     newest_whole_checkpoint,
     path_at,
     point_to,
     prepare_run_folder,
     remove_superseded,
-    run_config_file,
     run_folder_of,
     save_checkpoint,
 )
@@ -488,11 +488,11 @@ def test_unfinished_files_go_and_whole_ones_stay(tmp_path):
 def test_a_checkpoint_knows_its_run_folder(tmp_path, named):
     run = tmp_path / "run"
     path = save_at(run, 1, 5)
-    (run / "config.yaml").write_text("SEED: 1\n")
+    (run / "config.yaml").write_text("SEED: 2\n")
     point_to(str(run), "last", path)
     os.symlink(path, tmp_path / "link")
     assert os.path.realpath(run_folder_of(str(tmp_path / named))) == os.path.realpath(run)
-    assert os.path.realpath(run_config_file(str(tmp_path / named))) == str(run / "config.yaml")
+    assert config_of(str(tmp_path / named)).SEED == 2  # in the file, 1
 
 
 @pytest.mark.parametrize("named", ["last", "./last", "checkpoints/../last", "."])
@@ -509,11 +509,12 @@ def test_a_checkpoint_named_from_inside_its_run_folder(tmp_path, monkeypatch, na
 def test_a_checkpoint_alone_has_no_run_folder(tmp_path):
     path = str(tmp_path / "a.safetensors")
     save_checkpoint(path, example())
-    assert run_folder_of(path) is None
-    with pytest.raises(InputError, match="-cfg"):
-        run_config_file(path)
+    assert run_folder_of(path) is None and config_of(path).SEED == 1
+    write_safetensors(tmp_path / "b.safetensors", {}, {})
+    with pytest.raises(InputError, match="carries no configuration .* -cfg"):
+        config_of(tmp_path / "b.safetensors")
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        run_config_file(str(tmp_path / "nothing"))
+        config_of(str(tmp_path / "nothing"))
 
 
 # ---- which weights

@@ -188,8 +188,7 @@ def test_a_run_trained_with_the_operator_is_predicted_where_there_is_none(monkey
     def missing(*_, **__):
         raise InputError("not compiled here")
 
-    for name in ("use_fast_depthwise_conv", "use_fast_pointwise_conv"):
-        monkeypatch.setattr(f"replknet_paddle.deploy.backends.{name}", missing)
+    monkeypatch.setattr("replknet_paddle.deploy.backends.build_convolutions", missing)
     run = make_run(tmp_path, classes=9)
     config = get_config(run / "config.yaml").clone()
     config.defrost()

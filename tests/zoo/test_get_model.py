@@ -1,13 +1,24 @@
 """`get_model` as users of timm and mmpretrain call it."""
 
 import logging
+import shutil
 
 import numpy as np
 import paddle
 import pytest
-from tiny import FIXTURES
+from harness import make_run
+from tiny import FIXTURES, command
 
 from replknet_paddle import get_config, get_model
+from replknet_paddle.checkpoints.checkpoint_file import config_text
+from replknet_paddle.checkpoints.load import load_state
+from replknet_paddle.checkpoints.run_folder import (
+    Checkpoint,
+    Progress,
+    path_at,
+    point_to,
+    save_checkpoint,
+)
 from replknet_paddle.runtime.errors import InputError
 
 WEIGHTS = FIXTURES / "tiny31_paddlevit.pdparams"
@@ -62,3 +73,54 @@ def test_configs_of_the_project_are_found_from_anywhere(tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "replknet_nano.yaml").write_text("MODEL: {NUM_CLASSES: 4}")
     assert get_config("configs/replknet_nano.yaml").MODEL.NUM_CLASSES == 4  # one's own comes first
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """A run folder, and what is made of it: by name, the path of each."""
+    folder = tmp_path_factory.mktemp("sources")
+    (folder / "run").mkdir()
+    run, progress = make_run(folder / "run"), Progress(epoch=1, step=3)
+    text, state = config_text(get_config(run / "config.yaml")), load_state(run / "best")
+    path = path_at(str(run), progress)
+    save_checkpoint(path, Checkpoint(text, progress, state))
+    point_to(str(run), "best", path)
+    (folder / "out").mkdir()
+    made = {name: folder / "out" / name for name in ("copied", "merged.safetensors", "exported")}
+    shutil.copy(run / "best", made["copied"])
+    assert command("merge")([f"-pretrained={run}", str(made["merged.safetensors"])]) == 0
+    assert command("export")([f"-pretrained={run}", str(made["exported"])]) == 0
+    return {"run": run, "best": run / "best", **made}
+
+
+NAMES = ["run", "best", "copied", "merged.safetensors", "exported"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_explains_itself(sources, name):
+    config = get_config(sources["run"] / "config.yaml")
+    wanted = get_model(config, pretrained=sources["run"] / "best")
+    found = get_model(sources[name])
+    images = paddle.to_tensor(
+        np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype("float32")
+    )
+    with paddle.no_grad():
+        logits = wanted(images).numpy()
+        assert np.allclose(found(images).numpy(), logits, atol=1e-4 * np.abs(logits).max())
+    assert not found.training
+    assert found.config.MODEL.NAME == "tiny"
+    assert found.config.MODEL.SMALL_KERNEL_MERGED == (name == "merged.safetensors")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_opens_it(sources, name, capsys):
+    pictures = str(FIXTURES / "images" / "landscape_499x375.jpg")
+    assert command("predict")([str(sources[name]), pictures, "-backend=paddle"]) == 0
+    said = capsys.readouterr().out
+    assert command("predict")([str(sources["run"]), pictures, "-backend=paddle"]) == 0
+    assert said == capsys.readouterr().out
+
+
+def test_an_export_is_as_it_was_made(sources):
+    with pytest.raises(InputError, match="num_classes of .*exported, an export"):
+        get_model(sources["exported"], num_classes=3)
