@@ -142,9 +142,9 @@ def add_merge_flags(parser) -> None:
 def run_merge(args) -> int:
     r"""Merge the small kernels of a checkpoint into its large ones, for inference.
 
-    The result carries its configuration and class names, so every command opens it. What folding every batch norm besides
-    would give, as replknet export does, is reported too: sizes, and the largest deviation of the
-    outputs on random images.
+    The result carries its configuration and class names, so every command opens it. What folding
+    every batch norm besides would give, as replknet export does, is reported too: sizes, and the
+    largest deviation of the outputs on random images.
 
     example: replknet merge -cfg configs/replknet_31b.yaml -pretrained replknet_31b.pdparams \
                  merged.safetensors
