@@ -37,7 +37,7 @@ MODELS = {
 RECIPE = {
     "NUM_EPOCHS": 2,
     "WARMUP_EPOCHS": 1,
-    "BASE_LR": 1e-4,
+    "BASE_LR": 1e-5,
     "ACCUM_ITER": 2,
     "MODEL_EMA_DECAY": 0.9,
 }
