@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import devices  # noqa: F401  before anything imports Paddle, which then looks for GPUs
+import hypothesis
 import pytest
 import yaml
 from tiny import ROOT, TINY, TINY31, TINYXL, make_data
@@ -21,6 +22,18 @@ from replknet_paddle.config import get_config
 from replknet_paddle.model import build_replknet
 
 pytest.register_assert_rewrite("harness")
+
+# The same examples in each run, however busy the machine is.
+hypothesis.settings.register_profile(
+    "same",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[
+        hypothesis.HealthCheck.function_scoped_fixture,
+        hypothesis.HealthCheck.too_slow,
+    ],
+)
+hypothesis.settings.load_profile("same")
 
 # Paddle's launcher chooses ports seconds before they are bound. These are not those that Linux
 # gives to connections, and each worker has its own.
