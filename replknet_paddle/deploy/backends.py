@@ -556,7 +556,8 @@ def get_model(name, **options) -> nn.Layer:
     Raises:
         FileNotFoundError, InputError: as `zoo.get_model` and `open_backend`.
     """
-    if not isinstance(name, (str, os.PathLike)) or not is_export(name):
+    is_path = isinstance(name, (str, os.PathLike)) and not zoo.is_published(name)
+    if not is_path or not is_export(name):
         return zoo.get_model(name, **options)
     if options:
         raise InputError(f"{', '.join(options)} of {name}, an export, which is as it was made")

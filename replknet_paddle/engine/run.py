@@ -46,9 +46,7 @@ from replknet_paddle.engine.train import (
     check_synchronized,
     train_epoch,
 )
-from replknet_paddle.ops import (
-    build_convolutions,
-)
+from replknet_paddle.ops import build_convolutions
 from replknet_paddle.optim.ema import ModelEma
 from replknet_paddle.optim.optimizer import load_optimizer_state, optimizer_state
 from replknet_paddle.optim.schedule import base_learning_rate

@@ -75,7 +75,7 @@ def get_model(
         config = name
     elif Path(name).suffix in (".yaml", ".yml"):
         config = get_config(name)
-    elif os.path.exists(name):
+    elif os.path.exists(name) and not is_published(name):
         config = config_of(name)
         pretrained = pretrained or checkpoint_path(name)
     else:
@@ -98,6 +98,11 @@ def get_model(
         load_pretrained(model, pretrained, weights=weights, drop_head=num_classes is not None)
     model.eval()
     return model
+
+
+def is_published(name) -> bool:
+    """Return whether a model is published under this name, which goes before a file of it."""
+    return any(str(name).lower() == known.lower() for model in MODELS for known in _names(model))
 
 
 def find_record(name: str) -> PublishedModel:

@@ -124,3 +124,10 @@ def test_every_command_opens_it(sources, name, capsys):
 def test_an_export_is_as_it_was_made(sources):
     with pytest.raises(InputError, match="num_classes of .*exported, an export"):
         get_model(sources["exported"], num_classes=3)
+
+
+def test_a_published_name_is_not_a_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "replknet-31b-1k-224").mkdir()
+    model = get_model("replknet-31b-1k-224", out_indices=(3,), MODEL__LAYERS=[1, 1, 1, 1])
+    assert model.feature_channels == (1024,)
