@@ -83,9 +83,14 @@ def processor_name() -> str:
     return _cpuinfo().get("model name") or platform.machine()
 
 
+def processor_flags() -> str:
+    """Return the features of an x86 processor, with spaces between; "" of another, or elsewhere."""
+    return _cpuinfo().get("flags", "")
+
+
 def processor_has(flag: str) -> bool:
     """Return whether the processor has a feature by its name in /proc/cpuinfo."""
-    return flag in _cpuinfo().get("flags", "").split()
+    return flag in processor_flags().split()
 
 
 # ---- signs of life of the machines of a run

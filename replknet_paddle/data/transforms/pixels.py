@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from replknet_paddle.runtime.compiler import BuildError, SharedLibrary
+from replknet_paddle.runtime.machines import processor_flags
 
 SOURCE = Path(__file__).resolve().with_name("pixels.cpp")
 
@@ -239,7 +240,7 @@ def get_pixels() -> Pixels:
 
 def pixels_library() -> SharedLibrary:
     """Return the library of compiled operations, for this machine's processor alone."""
-    processor = _processor_flags()
+    processor = processor_flags()  # no other kind may run what was compiled for this one
     native = ("-march=native",) if "avx2" in processor.split() else ()
     return SharedLibrary(
         name="pixels",
@@ -250,12 +251,3 @@ def pixels_library() -> SharedLibrary:
         ),
         must_match=processor.encode(),
     )
-
-
-def _processor_flags() -> str:
-    """The features of an x86 processor: no other kind may run what was compiled for this one."""
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-            return next((line for line in file if line.startswith("flags")), "")
-    except OSError:  # not Linux
-        return ""
