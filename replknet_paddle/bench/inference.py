@@ -24,7 +24,6 @@ from replknet_paddle.deploy.backends import (
     BACKENDS,
     Backend,
     installed_backends,
-    load_network,
     open_backend,
     open_eager,
 )
@@ -39,6 +38,7 @@ from replknet_paddle.deploy.fold import largest_deviation, random_images
 from replknet_paddle.model import RepLKNet, build_replknet
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import atomic_file, check_file_target
+from replknet_paddle.zoo import open_network
 
 # What there is to time besides eager mode, as (backend, precision); fp16 on GPU alone.
 CANDIDATES = (
@@ -138,7 +138,7 @@ def report_inference(config, pretrained: str | None, plan: Plan, *, json_file: s
         check_file_target(json_file, [".json"])
     size = config.DATA.IMAGE_SIZE
     if pretrained:
-        model, _ = load_network(pretrained, config)
+        model = open_network(config, pretrained=pretrained)
     else:
         paddle.seed(config.SEED)
         model = build_replknet(config)

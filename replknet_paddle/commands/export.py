@@ -62,7 +62,7 @@ def run_export(args) -> int:
     config = config_from(args, args.pretrained)
 
     from replknet_paddle.checkpoints.run_folder import checkpoint_path
-    from replknet_paddle.deploy.backends import load_network
+    from replknet_paddle.data.class_names import get_class_names
     from replknet_paddle.deploy.export import (
         ModelInfo,
         check_combination,
@@ -70,6 +70,7 @@ def run_export(args) -> int:
         export_model,
     )
     from replknet_paddle.deploy.quantize import calibration_set, spread_batches, validation_set
+    from replknet_paddle.zoo import open_network
 
     source = checkpoint_path(args.pretrained)
     is_classifier = config.MODEL.TYPE == "RepLKNet"
@@ -86,13 +87,14 @@ def run_export(args) -> int:
             max_bad_images=config.DATA.MAX_BAD_IMAGES,
         )
         validation = validation_set(config)
-    model, _ = load_network(source, config, task_of(config).network)
+    model = open_network(config, pretrained=source, build=task_of(config).network)
+    names = get_class_names(config, model.class_names)
     info = ModelInfo(
         config,
         args.format,
         args.precision,
         fixed_size=args.conv_impl == "matmul",
-        class_names=None if model.class_names is None else tuple(model.class_names),
+        class_names=names and tuple(names),
         source_sha256=file_sha256(source),
     )
     export_model(model, target, info, calibration=(images for images, _ in calibration))
@@ -155,20 +157,22 @@ def run_merge(args) -> int:
     from replknet_paddle.checkpoints.files import write_safetensors
     from replknet_paddle.checkpoints.run_folder import checkpoint_path
     from replknet_paddle.config import override
-    from replknet_paddle.deploy.backends import load_network
+    from replknet_paddle.data.class_names import get_class_names
     from replknet_paddle.deploy.fold import compare_forms, random_images
+    from replknet_paddle.zoo import open_network
 
     source, target = checkpoint_path(args.pretrained), args.target
     check_file_target(target, [".safetensors"])
     if os.path.exists(target) and os.path.samefile(source, target):
         raise InputError(f"{target} is the checkpoint to merge; name another file")
-    model, config = load_network(source, config)
+    model = open_network(config, pretrained=source)
     # Two images of at most 224 pixels tell: convolutions do not depend on the size.
     forms = compare_forms(model, random_images(2, min(config.DATA.IMAGE_SIZE, 224)))
     model.structural_reparam()
     state = {name: value.numpy() for name, value in model.state_dict().items()}
     config = override(config, MODEL__SMALL_KERNEL_MERGED=True)
-    write_safetensors(target, state, weights_metadata(config, model.class_names))
+    names = get_class_names(config, model.class_names)
+    write_safetensors(target, state, weights_metadata(config, names))
     for form in forms:
         print(form)
     sizes = [os.path.getsize(path) / 1e6 for path in (source, target)]

@@ -5,6 +5,7 @@ import signal
 import sys
 
 from replknet_paddle.commands.flags import add_config_flags
+from replknet_paddle.commands.predict import config_given
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import find_path
 
@@ -29,16 +30,17 @@ def run_page(args) -> int:
     if not 1 <= args.port <= 65535:
         raise InputError(f"--port is {args.port}; allowed: an integer from 1 to 65535")
 
+    from replknet_paddle.deploy.export import is_export
     from replknet_paddle.deploy.page import build_page, import_gradio, reserve_port, serve
-    from replknet_paddle.deploy.predict import Predictor, open_network, read_config
+    from replknet_paddle.deploy.predict import Predictor
 
     args.model = find_path(args.model)
     listener = reserve_port(args.port)  # before the model, which takes longer
 
     logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio calling itself
     import_gradio()
-    network = open_network(args.model, read_config(args.model, args.cfg, args.opts))
-    predictor = Predictor(args.model) if network is None else Predictor(network, backend="dygraph")
+    backend = "auto" if is_export(args.model) else "dygraph"  # which has the network, for heat maps
+    predictor = Predictor(args.model, backend=backend, config=config_given(args))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which removes the uploads
-    serve(build_page(args.model, predictor, network), listener)
+    serve(build_page(args.model, predictor), listener)
     return 0

@@ -8,7 +8,7 @@ from functools import partial
 
 from tqdm import tqdm
 
-from replknet_paddle.commands.flags import add_config_flags, add_flag
+from replknet_paddle.commands.flags import add_config_flags, add_flag, config_from
 from replknet_paddle.data.lists import printable
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import (
@@ -58,6 +58,18 @@ def add_predict_flags(parser) -> None:
     )
     add_flag(parser, "batch_size", "images at once (%(default)s)", type=int, default=8, metavar="N")
     add_config_flags(parser)
+
+
+def config_given(args):
+    """Return the configuration that -cfg and -opts give args.model, a checkpoint; None without
+    both."""
+    if args.cfg is None and args.opts is None:
+        return None
+
+    from replknet_paddle.deploy.backends import check_is_there
+
+    check_is_there(args.model, with_config=True)
+    return config_from(args, args.model)
 
 
 class Summary:
@@ -129,7 +141,6 @@ def predict(args) -> int:
         RESULTS_SUFFIXES,
         Predictor,
         predict_files,
-        read_config,
         results_file,
     )
 
@@ -146,7 +157,7 @@ def predict(args) -> int:
         check_new_folder(args.save_pictures)
     if args.save_grid is not None:
         check_file_target(args.save_grid, tuple(PICTURE_FORMATS), must_be_new=True)
-    config = read_config(args.model, args.cfg, args.opts)
+    config = config_given(args)
     total = files.count()
     predictor = Predictor(
         args.model, backend=args.backend, config=config, batch_size=args.batch_size

@@ -25,10 +25,6 @@ import paddle
 from paddle import inference, nn
 
 from replknet_paddle import zoo
-from replknet_paddle.checkpoints.checkpoint_file import CheckpointFile
-from replknet_paddle.checkpoints.load import load_pretrained
-from replknet_paddle.checkpoints.run_folder import checkpoint_path, config_of
-from replknet_paddle.config import check_class_count
 from replknet_paddle.data.class_names import get_class_names
 from replknet_paddle.deploy.export import (
     AGAIN,
@@ -42,11 +38,10 @@ from replknet_paddle.deploy.export import (
     write_model,
 )
 from replknet_paddle.deploy.fold import random_images
-from replknet_paddle.model import build_replknet
 from replknet_paddle.ops import build_convolutions, cache_weights
 from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.files import cache_folder, locked, write_text
+from replknet_paddle.runtime.files import cache_folder, locked, searched_weights, write_text
 from replknet_paddle.runtime.machines import available_cores, core_share, processor_name
 from replknet_paddle.runtime.packages import import_extra, install_command, is_installed
 
@@ -59,6 +54,7 @@ class Backend:
     Attributes:
         name: key of `BACKENDS`.
         info: what the network is.
+        network: the one that runs, in Paddle's eager mode; else None.
     """
 
     def __init__(
@@ -67,9 +63,11 @@ class Backend:
         info: ModelInfo,
         compute: Callable[[np.ndarray], np.ndarray],
         close: Callable[[], object] = lambda: None,
+        network: nn.Layer | None = None,
     ):
         self.name = name
         self.info = info
+        self.network = network
         self._compute = compute
         self._close = close
 
@@ -138,7 +136,7 @@ def open_eager(model: nn.Layer, info: ModelInfo, *, is_owner: bool = False) -> B
         with paddle.no_grad(), evaluation_mode(model):
             return model(paddle.to_tensor(images)).numpy()
 
-    return Backend("dygraph", info, compute, frozen.close)
+    return Backend("dygraph", info, compute, frozen.close, model)
 
 
 # Each opens the model file at a path, and returns what computes float32 logits of float32 images.
@@ -291,17 +289,17 @@ def open_backend(
     precision: str | None = None,
     class_names: Sequence[str] | None = None,
     batch_size: int = 1,
-    build: Callable = build_replknet,
+    build: Callable | None = None,
 ) -> Backend:
     """Get a network ready to run.
 
     Args:
-        source: an export folder; or a checkpoint or run folder; or a network, which keeps its
-            mode and its numbers. `dygraph` runs this very network: its convolutions become the
-            compiled operators where MODEL.CONV_IMPL says so.
+        source: an export folder; a checkpoint, a run folder, or the name of a published model; or
+            a network, which keeps its mode and its numbers. `dygraph` runs this very network: its
+            convolutions become the compiled operators where MODEL.CONV_IMPL says so.
         name: a backend, or `auto` for the fastest installed one that can run `source`, which is
             measured the first time.
-        config: of a network, or of a checkpoint that does not lie in its run folder.
+        config: of a network or checkpoint, instead of the one that it carries.
         threads: that compute, on CPU; None for the cores that this process may use, divided among
             the processes of the run on this machine. Without effect on `dygraph`, whose compiled
             operators take their number from LARGE_KERNEL_THREADS, and Paddle's own from
@@ -311,7 +309,7 @@ def open_backend(
         class_names: of a network or checkpoint; None for those that it brings, or that its config
             names.
         batch_size: images that `run` will get at once, for `auto` to measure with.
-        build: config -> the network of a checkpoint.
+        build: as of `zoo.open_network`.
 
     Raises:
         FileNotFoundError: there is nothing at `source`.
@@ -323,6 +321,8 @@ def open_backend(
     if threads < 1:
         raise InputError(f"threads is {threads}; allowed: an integer >= 1")
     with contextlib.ExitStack() as stack:
+        if not isinstance(source, nn.Layer):
+            check_is_there(source, with_config=config is not None)
         if not isinstance(source, nn.Layer) and is_export(source):
             info = read_export(source)
             precision = exported_precision(source, info, name, precision)
@@ -332,9 +332,14 @@ def open_backend(
         else:
             model = source
             if not isinstance(source, nn.Layer):
-                model, config = load_network(source, config, build)
-            elif config is None:
-                raise ValueError("a network needs its config")
+                given, pretrained = (source, True) if config is None else (config, source)
+                model = zoo.open_network(given, pretrained=pretrained, build=build)
+            config = config or getattr(model, "config", None)
+            if config is None:
+                raise InputError(
+                    "this network was built without a configuration, which has its preprocessing; "
+                    "allowed: networks of build_replknet(config) and of zoo.get_model"
+                )
             precision = precision or "fp32"
             info = info_of_network(model, config, precision, class_names)
             if name == "dygraph":
@@ -396,7 +401,7 @@ def info_of_network(model: nn.Layer, config, precision: str, names) -> ModelInfo
             "-format onnx -precision int8 makes an export that runs in it"
         )
     if names is None:
-        names = getattr(model, "class_names", None) or get_class_names(config)
+        names = get_class_names(config, getattr(model, "class_names", None))
     return ModelInfo(config, precision=precision, class_names=names and tuple(names))
 
 
@@ -417,22 +422,20 @@ def temporary_exports(model: nn.Layer, info: ModelInfo) -> Iterator[Callable[[Ki
         yield path_for
 
 
-def load_network(source, config=None, build: Callable = build_replknet) -> tuple[nn.Layer, object]:
-    """Return the network of a checkpoint or run folder with its weights, and its configuration,
-    which is its own where `config` is None.
-
-    The network has the names of its classes, or None, as `class_names`.
-    """
-    config = config_of(source) if config is None else config
-    if config.MODEL.TYPE != "RepLKNet" and build is build_replknet:
-        raise InputError(f"{source} is a segmentation network; `replknet segment predict` runs it")
-    check_class_count(config)
-    model = build(config)
-    file = CheckpointFile(checkpoint_path(source))
-    load_pretrained(model, file, weights=config.MODEL.PRETRAINED_WEIGHTS)
-    model.eval()
-    model.class_names = get_class_names(config, file.classes.names_for(config))
-    return model, config
+def check_is_there(source: str | os.PathLike, *, with_config: bool) -> None:
+    """Raise FileNotFoundError where nothing is called `source`, and InputError where it brings its
+    configuration and gets another one."""
+    is_published = zoo.is_published(source)
+    if not is_published and not os.path.exists(source):
+        raise FileNotFoundError(
+            f"no model {searched_weights(source)}; allowed: an exported folder, a run folder, a "
+            f"checkpoint in one, or one of {', '.join(zoo.list_models())}"
+        )
+    if with_config and (is_published or is_export(source)):
+        raise InputError(
+            f"a configuration (-cfg, -opts) for {source}, which is not a checkpoint or run folder; "
+            "allowed: for these alone, since an export and a published model have theirs"
+        )
 
 
 # `auto`. For RepLKNet-31B on a CPU the backends are within a third of each other, for a network of
@@ -567,7 +570,7 @@ def get_model(name, **options) -> nn.Layer:
     return layer
 
 
-def open_for_evaluation(config, name: str, build: Callable = build_replknet) -> nn.Layer:
+def open_for_evaluation(config, name: str, build: Callable | None = None) -> nn.Layer:
     """Open what `-eval -backend NAME` evaluates: MODEL.PRETRAINED, a checkpoint or an export."""
     source = config.MODEL.PRETRAINED
     batch_size = config.DATA.BATCH_SIZE_EVAL or config.DATA.BATCH_SIZE

@@ -33,7 +33,7 @@ from replknet_paddle.deploy.predict import Predictor, probabilities
 from replknet_paddle.model import RepLKNet
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.packages import import_extra
-from replknet_paddle.zoo import find_record
+from replknet_paddle.zoo import find_record, is_published
 
 ADDRESS = "127.0.0.1"
 CLASSES_SHOWN = 5
@@ -86,14 +86,15 @@ class Look:
     is_turned: bool  # whether the file asks to be shown turned, which the network does not do
 
 
-def look(predictor: Predictor, network: RepLKNet | None, path: str) -> Look:
-    """Classify a picture by `predictor`, and see where its `network`, if there is one, looks.
+def look(predictor: Predictor, path: str) -> Look:
+    """Classify a picture, and see where the network looks, unless it is an export.
 
     An InputError says that it cannot be decoded, or that the outputs are not finite.
     """
     image = decode(path)
     array = predictor.transform(image)[None]
     seen, heat = predictor.transform.pixels(image), None
+    network = predictor.backend.network
     if network is None:
         scores = predictor.scores(array)[0]
     else:
@@ -182,21 +183,20 @@ def _figure(picture: Image.Image, alt: str, caption: str) -> str:
 # ---- what the page says of its model
 
 
-def describe(model: str, predictor: Predictor, network: RepLKNet | None) -> tuple[str, str]:
+def describe(model: str, predictor: Predictor) -> tuple[str, str]:
     """Return the name of an open model, and a sentence or two on its training and its input.
 
-    `model` is what the user named, a path or a published model, and `network` is None for an
-    export.
+    `model` is what the user named, a path or a published model.
     """
     info = predictor.backend.info
     side = info.config.DATA.IMAGE_SIZE
     name = f"{info.config.MODEL.NAME} ({model})"
-    if network is None:
+    if predictor.backend.network is None:
         digest = info.source_sha256
         source = f"a checkpoint with SHA-256 {digest[:16]}..." if digest else "a network in memory"
         origin = f"Exported from {source}"
-    elif os.path.exists(model):
-        origin = f"Trained on the images of {network.config.DATA.DATA_PATH}"
+    elif not is_published(model):
+        origin = f"Trained on the images of {info.config.DATA.DATA_PATH}"
     else:
         record = find_record(model)
         name = record.name
@@ -239,20 +239,21 @@ def import_gradio():
     return import_extra("gradio", "page")
 
 
-def build_page(model: str, predictor: Predictor, network: RepLKNet | None):
+def build_page(model: str, predictor: Predictor):
     """Return the page of an open model, as `describe` has it, as an ASGI application."""
     gradio = import_gradio()
-    name, origin = describe(model, predictor, network)
+    name, origin = describe(model, predictor)
+    network = predictor.backend.network
     names = predictor.class_names
     examples = []
-    if network is not None and os.path.exists(model):
+    if network is not None and not is_published(model):
         examples = validation_examples(network.config, names, EXAMPLES)
 
     def classify(path):
         if path is None:
             return None, ""
         try:
-            result = look(predictor, network, path)
+            result = look(predictor, path)
         except InputError as error:
             # Not gradio.Error, which would leave the classes of the picture before.
             gradio.Warning(f"This file cannot be classified: {error}", duration=None)

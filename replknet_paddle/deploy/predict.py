@@ -4,7 +4,6 @@ files, and files of results.
 Pictures are preprocessed as in evaluation, bit for bit, by the pipeline that the model names.
 """
 
-import argparse
 import contextlib
 import csv
 import json
@@ -18,17 +17,13 @@ from itertools import islice
 import numpy as np
 from PIL import Image
 
-from replknet_paddle.checkpoints.run_folder import config_of
-from replknet_paddle.config import get_config, update_config
 from replknet_paddle.data.transforms import build_eval_transform
 from replknet_paddle.data.transforms.image import to_rgb
-from replknet_paddle.deploy.backends import load_network, open_backend
-from replknet_paddle.deploy.export import is_export
+from replknet_paddle.deploy.backends import Backend, open_backend
 from replknet_paddle.deploy.images import Frame, decode
 from replknet_paddle.model import RepLKNet
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.files import atomic_file, check_file_target, searched_weights
-from replknet_paddle.zoo import find_record, get_model, list_models
+from replknet_paddle.runtime.files import atomic_file, check_file_target
 
 BATCH_SIZE = 8  # of a list of images; larger ones gain nothing on a CPU
 MAX_DECODERS = 8  # threads
@@ -83,16 +78,10 @@ class Predictor:
     """
 
     def __init__(self, model, *, backend: str = "auto", config=None, batch_size: int = 1):
-        if hasattr(model, "info"):
+        if isinstance(model, Backend):
             self.backend = model
         else:
-            network = model if isinstance(model, RepLKNet) else open_network(model, config)
-            if network is None:
-                self.backend = open_backend(model, backend, batch_size=batch_size)
-            else:
-                self.backend = open_backend(
-                    network, backend, config=config_of_network(network), batch_size=batch_size
-                )
+            self.backend = open_backend(model, backend, config=config, batch_size=batch_size)
         info = self.backend.info
         if info.config.MODEL.TYPE != "RepLKNet":
             raise InputError(
@@ -123,51 +112,6 @@ class Predictor:
             InputError: the network's outputs are not finite.
         """
         return probabilities(self.backend.run(images), self.backend.name)
-
-
-def read_config(model: str, cfg: str | None, opts: list[str] | None):
-    """Return the configuration that -cfg and -opts give a checkpoint; None without both."""
-    if cfg is None and opts is None:
-        return None
-    check_is_checkpoint(model)
-    changes = argparse.Namespace(cfg=cfg, opts=opts)
-    return update_config(config_of(model) if cfg is None else get_config(cfg), changes)
-
-
-def check_is_checkpoint(model: str | os.PathLike) -> None:
-    """Raise InputError for a model that brings its configuration: an export or a published one."""
-    if not os.path.exists(model) or is_export(model):
-        raise InputError(
-            f"a configuration (-cfg, -opts) for {model}, which is not a checkpoint or run folder; "
-            "allowed: for these alone, since an export and a published model have theirs"
-        )
-
-
-def open_network(model: str | os.PathLike, config=None) -> RepLKNet | None:
-    """Return the network of a run folder, of a checkpoint in one (by `config`, where it is given),
-    or of a published model; None for an export."""
-    if config is not None:
-        check_is_checkpoint(model)
-    if os.path.exists(model):
-        return None if is_export(model) else load_network(model, config)[0]
-    try:
-        find_record(str(model))
-    except InputError:
-        raise FileNotFoundError(
-            f"no model {searched_weights(model)}; allowed: an exported folder, a run folder, a "
-            f"checkpoint in one, or one of {', '.join(list_models())}"
-        ) from None
-    return get_model(str(model), pretrained=True)
-
-
-def config_of_network(network: RepLKNet):
-    """Return the configuration that a network was built from, with its preprocessing."""
-    if not hasattr(network, "config"):
-        raise InputError(
-            "this network was built without a configuration, which has its preprocessing; "
-            "allowed: networks of build_replknet(config) and of zoo.get_model"
-        )
-    return network.config
 
 
 def probabilities(logits: np.ndarray, backend: str) -> np.ndarray:

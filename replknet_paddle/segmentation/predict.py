@@ -9,13 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import paddle
-from paddle import nn
 from PIL import Image
 
 from replknet_paddle.data.lists import printable
 from replknet_paddle.data.transforms.image import normalize, to_rgb
-from replknet_paddle.deploy.backends import BackendLayer, load_network, open_backend
-from replknet_paddle.deploy.export import is_export
+from replknet_paddle.deploy.backends import BackendLayer, open_backend
 from replknet_paddle.deploy.images import ImageFiles, decode
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import atomic_file
@@ -47,16 +45,7 @@ class SegmentationPredictor:
     """
 
     def __init__(self, model, *, backend: str = "auto", config=None):
-        if isinstance(model, nn.Layer):
-            self.backend = open_backend(model, backend, config=model.config)
-        else:
-            if not os.path.exists(model):
-                raise FileNotFoundError(
-                    f"no model {model}; allowed: a run folder, a checkpoint in one, or an export"
-                )
-            if not is_export(model):
-                model, config = load_network(model, config, build_upernet_only)
-            self.backend = open_backend(model, backend, config=config)
+        self.backend = open_backend(model, backend, config=config, build=build_upernet_only)
         config = self.backend.info.config
         if config.MODEL.TYPE != "UPerNet":
             raise InputError(f"{model} is a classifier; `replknet predict` runs it")

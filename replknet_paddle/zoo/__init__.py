@@ -9,7 +9,7 @@ model = get_model('replknet-31B_3rdparty_in1k', pretrained='my_weights.pth')
 
 import fnmatch
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,41 +63,94 @@ def get_model(
         InputError: no such model, wrong keys, or weights that are unavailable, cannot be read, or
             do not fit.
     """
-    # Here because they import Paddle, which takes seconds that `list_models` can do without.
-    from replknet_paddle.checkpoints.load import load_pretrained
-    from replknet_paddle.checkpoints.run_folder import checkpoint_path, config_of
-    from replknet_paddle.config import CONFIG_FOLDER, get_config, override
     from replknet_paddle.model import build_replknet
-    from replknet_paddle.zoo.download import fetch
 
-    record = None
-    if not isinstance(name, (str, os.PathLike)):
-        config = name
-    elif Path(name).suffix in (".yaml", ".yml"):
-        config = get_config(name)
-    elif os.path.exists(name) and not is_published(name):
-        config = config_of(name)
-        pretrained = pretrained or checkpoint_path(name)
-    else:
-        record = find_record(str(name))
-        config = get_config(CONFIG_FOLDER / record.config)
     if num_classes is not None:
         overrides["MODEL__NUM_CLASSES"] = num_classes
     if out_indices is not None:
         overrides["MODEL__OUT_INDICES"] = list(out_indices)
+    return open_network(
+        name,
+        pretrained=pretrained or has_weights(name),
+        weights=weights,
+        drop_head=num_classes is not None,
+        build=build_replknet,
+        **overrides,
+    )
+
+
+def open_network(
+    source,
+    *,
+    pretrained: bool | str | os.PathLike = True,
+    weights: str | None = None,
+    drop_head: bool = False,
+    build: Callable | None = None,
+    **overrides: Any,
+):
+    """Return a network with its weights, in evaluation mode: every command opens one by this.
+
+    It carries its configuration as `config`, and the names of its classes, where its checkpoint
+    has them, as `class_names`.
+
+    Args:
+        source, overrides: as `name` and `overrides` of `get_model`.
+        pretrained: True for the weights of `source`; False for fresh ones; or a run folder or
+            checkpoint file.
+        weights: as of `get_model`; None for MODEL.PRETRAINED_WEIGHTS.
+        drop_head: a head of another size stays fresh.
+        build: configuration -> network; None for classifiers alone.
+    """
+    # Here because they import Paddle, which takes seconds that `list_models` can do without.
+    from replknet_paddle.checkpoints.checkpoint_file import CheckpointFile
+    from replknet_paddle.checkpoints.load import load_pretrained
+    from replknet_paddle.checkpoints.run_folder import checkpoint_path, config_of
+    from replknet_paddle.config import CONFIG_FOLDER, check_class_count, get_config, override
+    from replknet_paddle.model import build_replknet
+    from replknet_paddle.zoo.download import fetch
+
+    record = None
+    if not isinstance(source, (str, os.PathLike)):
+        config = source
+    elif has_weights(source):
+        config = config_of(source)
+    elif Path(source).suffix in (".yaml", ".yml"):
+        config = get_config(source)
+    else:
+        record = find_record(str(source))
+        config = get_config(CONFIG_FOLDER / record.config)
     config = override(config, **overrides)
-    if pretrained is True:
-        if record is None:
+    if build is None and config.MODEL.TYPE != "RepLKNet":
+        raise InputError(
+            f"{config.MODEL.NAME} is a segmentation network; `replknet segment predict` runs it"
+        )
+    if build is not build_replknet or config.MODEL.OUT_INDICES is None:
+        check_class_count(config)
+    if pretrained is True and record is not None:
+        pretrained = fetch(record)
+    elif pretrained is True:
+        if not has_weights(source):
             raise InputError(
                 "pretrained=True is for the published models, by name; give the "
                 f"checkpoint file instead. Published: {', '.join(list_models())}"
             )
-        pretrained = fetch(record)
-    model = build_replknet(config)
-    if pretrained is not False and pretrained is not None:
-        load_pretrained(model, pretrained, weights=weights, drop_head=num_classes is not None)
+        pretrained = source
+    model = (build or build_replknet)(config)
+    model.class_names = None
+    if pretrained:
+        file = CheckpointFile(checkpoint_path(pretrained))
+        weights = weights or config.MODEL.PRETRAINED_WEIGHTS
+        load_pretrained(model, file, weights=weights, drop_head=drop_head)
+        model.class_names = None if drop_head else file.classes.names_for(config)
     model.eval()
     return model
+
+
+def has_weights(source) -> bool:
+    """Return whether `source` is the path of a run folder or checkpoint file."""
+    is_path = isinstance(source, (str, os.PathLike)) and os.path.exists(source)
+    is_yaml = is_path and Path(source).suffix in (".yaml", ".yml")
+    return is_path and not is_yaml and not is_published(source)
 
 
 def is_published(name) -> bool:

@@ -148,7 +148,7 @@ def test_the_source_is_not_overwritten(tmp_path, cfg, capsys, name):
 
 def test_bad_targets_are_reported_before_anything_is_computed(tmp_path, cfg, monkeypatch):
     monkeypatch.setattr(
-        "replknet_paddle.deploy.backends.load_network", lambda *_: pytest.fail("computes")
+        "replknet_paddle.zoo.open_network", lambda *_, **__: pytest.fail("computes")
     )
     for target in ("out.pdparams", "nowhere/out.safetensors", "."):
         assert merge([cfg, "-pretrained", str(SOURCE), str(tmp_path / target)]) == 2

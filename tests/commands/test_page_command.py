@@ -22,7 +22,8 @@ from tiny import FIXTURES, ROOT, make_data
 
 from replknet_paddle.deploy.drawing import fitted
 from replknet_paddle.deploy.page import look
-from replknet_paddle.deploy.predict import Predictor, open_network
+from replknet_paddle.deploy.predict import Predictor
+from replknet_paddle.zoo import open_network
 
 # Starting the server takes ten seconds; tests/deploy/test_page.py needs none.
 pytestmark = pytest.mark.slow
@@ -168,7 +169,7 @@ def difference(one, other):
 @pytest.mark.parametrize("picture", [PICTURE, ROTATED], ids=lambda path: path.stem)
 def test_a_dropped_picture_gives_its_classes_and_the_heat_map(page, run_folder, picture):
     network = open_network(run_folder)
-    expected = look(Predictor(network, backend="dygraph"), network, picture)
+    expected = look(Predictor(network, backend="dygraph"), picture)
     upload(page, picture)
     shown = shown_classes(page)
     assert [name for name, _ in shown] == list(expected.classes)

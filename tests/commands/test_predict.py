@@ -17,7 +17,7 @@ from tiny import FIXTURES, ROOT, command
 from replknet_paddle import deploy
 from replknet_paddle.deploy.drawing import RIGHT, WRONG
 from replknet_paddle.deploy.export import FILE, ModelInfo
-from replknet_paddle.deploy.predict import open_network
+from replknet_paddle.zoo import open_network
 
 main = command("predict")
 

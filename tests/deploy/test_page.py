@@ -16,6 +16,7 @@ from tiny import FIXTURES, command, make_data
 from replknet_paddle.config import get_config, update_config
 from replknet_paddle.data.transforms import build_eval_transform
 from replknet_paddle.deploy.drawing import overlay
+from replknet_paddle.deploy.export import ModelInfo, export_model
 from replknet_paddle.deploy.images import decode
 from replknet_paddle.deploy.page import (
     OwnRequestsOnly,
@@ -26,8 +27,9 @@ from replknet_paddle.deploy.page import (
     seen_html,
     validation_examples,
 )
-from replknet_paddle.deploy.predict import Predictor, inference_model, open_network
+from replknet_paddle.deploy.predict import Predictor, inference_model
 from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.zoo import open_network
 
 PICTURE = FIXTURES / "images" / "portrait_301x400.jpg"
 main = command("page")
@@ -48,18 +50,26 @@ def predictor(network):
     return Predictor(network, backend="dygraph")
 
 
-def test_the_classes_are_those_of_inference_model_with_and_without_a_heat_map(network, predictor):
+@pytest.fixture
+def exported(network, tmp_path):
+    export_model(network, tmp_path / "exported", ModelInfo(network.config))
+    return Predictor(tmp_path / "exported", backend="paddle")
+
+
+def test_the_classes_are_those_of_inference_model_with_and_without_a_heat_map(
+    network, predictor, exported
+):
     scores = inference_model(network, PICTURE)["pred_scores"]
     labels = np.argsort(-scores)[:5]
-    for model in (network, None):
-        result = look(predictor, model, PICTURE)
+    for model in (predictor, exported):
+        result = look(model, PICTURE)
         assert list(result.classes) == [str(label) for label in labels]
         np.testing.assert_allclose(list(result.classes.values()), scores[labels], rtol=1e-4)
-        assert (result.heat is None) == (model is None)
+        assert (result.heat is None) == (model is exported)
 
 
 def test_the_heat_map_lies_over_what_the_network_sees(network, predictor):
-    heat = look(predictor, network, PICTURE).heat
+    heat = look(predictor, PICTURE).heat
     with Image.open(PICTURE) as image:
         array, pixels = predictor.transform(image), predictor.transform.pixels(image)
     expected = overlay(pixels, grad_cam(network, array[None])[1])
@@ -68,28 +78,27 @@ def test_the_heat_map_lies_over_what_the_network_sees(network, predictor):
 
 def test_what_cannot_be_classified_is_an_input_error(network, predictor):
     with pytest.raises(InputError, match="cannot identify it as any of"):
-        look(predictor, network, FIXTURES / "README.md")
+        look(predictor, FIXTURES / "README.md")
     network.head.bias.set_value(np.full(9, np.nan, "float32"))
-    for model in (network, None):
-        with pytest.raises(InputError, match="dygraph are not finite"):
-            look(predictor, model, PICTURE)
+    with pytest.raises(InputError, match="dygraph are not finite"):
+        look(predictor, PICTURE)
 
 
 def test_classes_of_one_name_stay_apart_and_are_no_html(network, predictor):
     assert distinct(["crane", "kite", "crane"]) == ["crane (0)", "kite", "crane (2)"]
     predictor.class_names = ['<script>alert("x")</script>'] * 9
-    shown = seen_html(look(predictor, network, PICTURE))
+    shown = seen_html(look(predictor, PICTURE))
     assert "<script" not in shown and "&lt;script&gt;alert(&quot;x&quot;)" in shown
 
 
-def test_what_is_said_of_a_model(run_folder, network, predictor):
-    name, origin = describe(str(run_folder), predictor, network)
+def test_what_is_said_of_a_model(run_folder, predictor, exported):
+    name, origin = describe(str(run_folder), predictor)
     assert name == f"tiny ({run_folder})"
     assert origin.startswith("Trained on the images of ")
     assert origin.endswith("It sees 64 x 64 pixels and tells 9 classes apart.")
-    _, origin = describe("exported", predictor, None)
+    _, origin = describe("exported", exported)
     assert origin.startswith("Exported from a network in memory. It sees")
-    name, origin = describe("replknet-31B-1K-224", predictor, network)
+    name, origin = describe("replknet-31B-1K-224", predictor)
     assert name == "replknet-31b-1k-224" and origin.startswith("Trained on ImageNet-1K.")
 
 
@@ -184,7 +193,8 @@ def test_a_checkpoint_takes_a_configuration(monkeypatch, run_folder):
     monkeypatch.setattr("replknet_paddle.commands.page.signal.signal", lambda *_: None)
     flags = ["-cfg", str(run_folder / "config.yaml"), "-opts", "DATA.CROP_PCT", "0.5"]
     assert main([str(run_folder), *flags, f"--port={free_ports(1)[0]}"]) == 0
-    ((_, predictor, network),) = shown
-    assert network.config.DATA.CROP_PCT == 0.5
-    expected = build_eval_transform(network.config)(decode(PICTURE))
+    ((_, predictor),) = shown
+    config = predictor.backend.network.config
+    assert config.DATA.CROP_PCT == 0.5
+    expected = build_eval_transform(config)(decode(PICTURE))
     np.testing.assert_array_equal(predictor.preprocess(PICTURE), expected)

@@ -23,14 +23,13 @@ from replknet_paddle.deploy.export import ModelInfo
 from replknet_paddle.deploy.predict import (
     Prediction,
     Predictor,
-    open_network,
     predict_files,
     results_file,
     softmax,
 )
 from replknet_paddle.model import RepLKNet
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.zoo import get_model
+from replknet_paddle.zoo import get_model, open_network
 
 PICTURES = sorted(map(str, (FIXTURES / "images").glob("[!eR]*")))
 
@@ -137,18 +136,6 @@ def test_a_model_may_be_a_network_a_folder_a_checkpoint_an_export_or_open(
         np.testing.assert_allclose(
             other["pred_scores"], result["pred_scores"], rtol=1e-3, atol=1e-5
         )
-
-
-def test_a_published_name_is_built_with_its_weights(monkeypatch, network):
-    asked = []
-
-    def published(name, pretrained):
-        asked.append((name, pretrained))
-        return network
-
-    monkeypatch.setattr("replknet_paddle.deploy.predict.get_model", published)
-    name = "replknet-31B_3rdparty_in1k"
-    assert open_network(name) is network and asked == [(name, True)]
 
 
 def test_class_names_come_from_the_model_and_are_text(network):

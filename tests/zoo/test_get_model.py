@@ -1,5 +1,6 @@
 """`get_model` as users of timm and mmpretrain call it."""
 
+import dataclasses
 import logging
 import shutil
 
@@ -19,7 +20,9 @@ from replknet_paddle.checkpoints.run_folder import (
     point_to,
     save_checkpoint,
 )
+from replknet_paddle.deploy import open_backend
 from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.zoo import find_record
 
 WEIGHTS = FIXTURES / "tiny31_paddlevit.pdparams"
 
@@ -131,3 +134,15 @@ def test_a_published_name_is_not_a_folder_of_that_name(tmp_path, monkeypatch):
     (tmp_path / "replknet-31b-1k-224").mkdir()
     model = get_model("replknet-31b-1k-224", out_indices=(3,), MODEL__LAYERS=[1, 1, 1, 1])
     assert model.feature_channels == (1024,)
+
+
+def test_a_published_name_is_opened_with_its_weights(config_file, monkeypatch):
+    """By what predicts and serves; `get_model` wants pretrained=True for them."""
+    record = dataclasses.replace(find_record("replknet-31b-1k-224"), config=config_file("tiny31"))
+    monkeypatch.setattr("replknet_paddle.zoo.MODELS", (record,))
+    monkeypatch.setattr("replknet_paddle.zoo.download.fetch", lambda wanted: WEIGHTS)
+    images, logits = map(np.load(FIXTURES / "tiny31_expected.npz").get, ("images", "logits"))
+    for name in (record.name, record.alias):
+        backend = open_backend(name, "dygraph")
+        assert abs(backend.run(images) - logits).max() <= 1e-4
+    assert abs(get_model(name)(paddle.to_tensor(images)).numpy() - logits).max() > 0.01
