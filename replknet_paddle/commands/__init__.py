@@ -72,11 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_command(name: str, argv: list[str], prog: str | None = None) -> int:
-    """Run one command with its arguments; the exit status.
-
-    Args:
-        prog: how the user called it; None: `replknet NAME`.
-    """
+    """Run one command, which the user called as `prog`; return its exit status."""
     description, examples = help_of(name)
     parser = argparse.ArgumentParser(
         prog=prog or f"replknet {name}",

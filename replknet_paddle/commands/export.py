@@ -108,11 +108,8 @@ def run_export(args) -> int:
 
 
 def compare_with_checkpoint(model, info, target, validation, count: int) -> None:
-    """Print how far an export's outputs are from those of the network in Paddle's eager mode.
-
-    Args:
-        validation: a dataset to compare accuracies on, at most `count` images of it; or None.
-    """
+    """Print how far an export's outputs are from those of the network in Paddle's eager mode, and
+    both accuracies on `count` images of the dataset `validation`, if there is one."""
     from replknet_paddle.deploy.backends import candidates, open_backend, open_eager
     from replknet_paddle.deploy.fold import largest_deviation, random_images
     from replknet_paddle.deploy.quantize import compare, spread_batches

@@ -4,17 +4,13 @@ import argparse
 
 
 def add_flag(parser, name: str, help_text: str, **options) -> None:
-    """A flag in PaddleViT's style, -NAME, with its twin --NAME."""
+    """Add a flag in PaddleViT's style, -NAME, with its twin --NAME."""
     parser.add_argument(f"-{name}", f"--{name}", help=help_text, **options)
 
 
 def add_config_flags(parser: argparse.ArgumentParser, *, required=False, default=None) -> None:
-    """-cfg and -opts, which describe a network.
-
-    Args:
-        required: there is no checkpoint whose run folder could have the configuration.
-        default: YAML file.
-    """
+    """Add -cfg and -opts, which describe a network; -cfg is `required` where no checkpoint could
+    have the configuration."""
     text = "YAML file of the network"
     if not required and default is None:
         text += "; not needed for a checkpoint in its run folder"
@@ -34,15 +30,8 @@ def add_config_flags(parser: argparse.ArgumentParser, *, required=False, default
 def config_from(
     args: argparse.Namespace, checkpoint: str | None = None, *, reads_data: bool = False
 ):
-    """The configuration of -cfg, or else of the checkpoint's run folder, with -opts over it.
-
-    Args:
-        reads_data: whether MODEL.NUM_CLASSES may be left to the data.
-
-    Raises:
-        FileNotFoundError: no such file.
-        InputError: wrong keys or values, or no configuration at all.
-    """
+    """Return the configuration of -cfg, or else of the checkpoint, with -opts over it;
+    MODEL.NUM_CLASSES may be None for what `reads_data`."""
     from replknet_paddle.checkpoints.run_folder import config_of
     from replknet_paddle.config import check_class_count, get_config, update_config
     from replknet_paddle.runtime.errors import InputError

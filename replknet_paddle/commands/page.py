@@ -39,7 +39,7 @@ def run_page(args) -> int:
 
     logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio calling itself
     import_gradio()
-    backend = "auto" if is_export(args.model) else "dygraph"  # which has the network, for heat maps
+    backend = "auto" if is_export(args.model) else "eager"  # which has the network, for heat maps
     predictor = Predictor(args.model, backend=backend, config=config_given(args))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which removes the uploads
     serve(build_page(args.model, predictor), listener)

@@ -72,8 +72,8 @@ class Backend:
         self._close = close
 
     def run(self, images: np.ndarray) -> np.ndarray:
-        """Images float32 (N, 3, H, W) -> logits float32 (N, num_classes), of a segmentation
-        network (N, num_classes, H, W).
+        """Return the logits, float32 (N, num_classes), or (N, num_classes, H, W) in segmentation,
+        of images, float32 (N, 3, H, W).
 
         Raises:
             InputError: images of another shape or type, or a model that has other classes.
@@ -88,7 +88,7 @@ class Backend:
         return logits
 
     def close(self) -> None:
-        """Give the memory back; `run` must not be called any more."""
+        """Free the memory; `run` must not be called any more."""
         self._close()
         self._compute = None
 
@@ -123,11 +123,8 @@ def evaluation_mode(network: nn.Layer) -> Iterator[None]:
 
 
 def open_eager(model: nn.Layer, info: ModelInfo, *, is_owner: bool = False) -> Backend:
-    """Open Paddle's eager mode on the network as it is.
-
-    Args:
-        is_owner: nobody else changes the weights, so that layers may keep what they make of them.
-    """
+    """Open Paddle's eager mode on `model`; its layers cache their weights if `is_owner`, that is,
+    if nobody else changes them."""
     frozen = contextlib.ExitStack()
     if is_owner:
         frozen.enter_context(cache_weights(model))
@@ -136,7 +133,7 @@ def open_eager(model: nn.Layer, info: ModelInfo, *, is_owner: bool = False) -> B
         with paddle.no_grad(), evaluation_mode(model):
             return model(paddle.to_tensor(images)).numpy()
 
-    return Backend("dygraph", info, compute, frozen.close, model)
+    return Backend("eager", info, compute, frozen.close, model)
 
 
 # Each opens the model file at a path, and returns what computes float32 logits of float32 images.
@@ -213,13 +210,14 @@ class Kind(NamedTuple):
 
 ONNX = ("onnx", "onnxruntime")
 BACKENDS = {
-    "dygraph": Kind("Paddle", None, None, (), ("fp32",), ("fp32",)),
+    "eager": Kind("Paddle", None, None, (), ("fp32",), ("fp32",)),
     "paddle": Kind(
         "Paddle Inference", open_paddle, "paddle", (), ("fp32", "bf16"), ("fp32", "fp16", "bf16")
     ),
     "onnxruntime": Kind("ONNX Runtime", open_onnxruntime, "onnx", ONNX, ("fp32", "fp16", "int8")),
     "openvino": Kind("OpenVINO", open_openvino, "onnx", ("onnx", "openvino"), PRECISIONS),
 }
+NAMES_OF_0_2 = {"dygraph": "eager"}  # still accepted
 
 
 def installed_backends() -> list[str]:
@@ -291,17 +289,17 @@ def open_backend(
     batch_size: int = 1,
     build: Callable | None = None,
 ) -> Backend:
-    """Get a network ready to run.
+    """Return `source` ready to run.
 
     Args:
         source: an export folder; a checkpoint, a run folder, or the name of a published model; or
-            a network, which keeps its mode and its numbers. `dygraph` runs this very network: its
+            a network, which keeps its mode and its numbers. `eager` runs this very network: its
             convolutions become the compiled operators where MODEL.CONV_IMPL says so.
         name: a backend, or `auto` for the fastest installed one that can run `source`, which is
             measured the first time.
         config: of a network or checkpoint, instead of the one that it carries.
         threads: that compute, on CPU; None for the cores that this process may use, divided among
-            the processes of the run on this machine. Without effect on `dygraph`, whose compiled
+            the processes of the run on this machine. Without effect on `eager`, whose compiled
             operators take their number from LARGE_KERNEL_THREADS, and Paddle's own from
             OMP_NUM_THREADS, when they start.
         precision: to compute in; None for what the export was made for, or fp32. An export made
@@ -315,6 +313,7 @@ def open_backend(
         FileNotFoundError: there is nothing at `source`.
         InputError: it cannot be run so; the message says what can be done.
     """
+    name = NAMES_OF_0_2.get(name, name)
     if name not in ("auto", *BACKENDS):
         raise InputError(f"backend {name!r}; allowed: auto, {', '.join(BACKENDS)}")
     threads = core_share() if threads is None else threads
@@ -342,7 +341,7 @@ def open_backend(
                 )
             precision = precision or "fp32"
             info = info_of_network(model, config, precision, class_names)
-            if name == "dygraph":
+            if name == "eager":
                 check_precision(name, precision)
                 build_convolutions(model, config)
                 return open_eager(model, info, is_owner=model is not source)

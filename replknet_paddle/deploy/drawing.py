@@ -31,13 +31,8 @@ _HEAT = np.array([ImageColor.getrgb(colour) for colour in HEAT_COLOURS], np.floa
 
 
 class Drawings:
-    """Draws predictions as they come: one file each, and the first ones in a grid.
-
-    Args:
-        class_names: text for each class.
-        folder: new or empty folder for the numbered files; None for none.
-        grid_file: for the first `GRID_PICTURES` in one picture; None for none.
-    """
+    """Draws predictions as they come: one file each in `folder`, and the first `GRID_PICTURES` in
+    `grid_file`; None for none."""
 
     def __init__(self, class_names: Sequence[str], folder: str | None, grid_file: str | None):
         self.class_names = class_names

@@ -74,7 +74,7 @@ INFERENCE_KEYS = {
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a network for inference is.
+    """The description of a network for inference.
 
     Attributes:
         config: its configuration.
@@ -347,16 +347,10 @@ def check_combination(
 
 @dataclass(frozen=True)
 class ExportForm:
-    """A network as it is written to files.
+    """A network as it is written to files."""
 
-    Attributes:
-        layer: images (N, 3, H, W) -> logits, in evaluation mode, for Paddle Inference; a copy,
-            whose convolutions may be swapped.
-        onnx: name of the half precision to store weights in, or None -> `onnx.ModelProto`.
-    """
-
-    layer: nn.Layer
-    onnx: Callable
+    layer: nn.Layer  # for Paddle Inference: a copy, whose convolutions may be swapped
+    onnx: Callable  # name of the half precision to store weights in, or None -> onnx.ModelProto
 
 
 class InferenceForm(nn.Layer):
@@ -405,12 +399,8 @@ def write_model(
 
 
 def write_paddle_model(form: nn.Layer, folder: Path, matmul_side: int | None = None) -> None:
-    """Write the program and weights of an `ExportForm.layer` as Paddle Inference reads them.
-
-    Args:
-        matmul_side: side of the only images that it takes, pixels, with large kernels as matrix
-            products; None for convolutions, which take any.
-    """
+    """Write the program and weights of an `ExportForm.layer` for Paddle Inference; with
+    `matmul_side`, large kernels are matrix products, for images of that side alone."""
     if matmul_side is not None:
         use_fast_depthwise_conv(form, "matmul")
     form.eval()

@@ -97,17 +97,11 @@ def fold_final_norm(model: RepLKNet) -> None:
 
 @dataclass(frozen=True)
 class Form:
-    """The size of one form of a network, and how far its outputs are from the first form's.
-
-    Attributes:
-        parameters: numbers in it, running statistics among them.
-        deviation: largest difference of outputs, relative to the largest output; None for the
-            first.
-    """
+    """The size of one form of a network, and how far its outputs are from the first form's."""
 
     name: str
-    parameters: int
-    deviation: float | None
+    parameters: int  # with running statistics
+    deviation: float | None  # largest, relative to the largest output; None for the first form
 
     def __str__(self) -> str:
         size = f"{self.name}: {self.parameters:,} numbers, {4 * self.parameters / 1e6:.1f} MB"

@@ -26,15 +26,10 @@ MISSING_SECONDS, MISSING_SHARE = 1.0, 0.05
 
 @dataclass(frozen=True)
 class Frame:
-    """One picture of a film.
+    """One picture of a film."""
 
-    Attributes:
-        path: the film and the time, `film.mp4#t=12.48`, in seconds, as URLs of media have it.
-        pixels: (H, W, 3) uint8, RGB.
-    """
-
-    path: str
-    pixels: np.ndarray
+    path: str  # with the time in seconds, film.mp4#t=12.48, as URLs of media have it
+    pixels: np.ndarray  # (H, W, 3) uint8, RGB
 
 
 class ImageFiles:
@@ -45,12 +40,8 @@ class ImageFiles:
     files it matches, in sorted order. A film stands for frames of it, where `frame_seconds` is
     given. Anything else is a file, whatever its name.
 
-    Args:
-        leave_out: a folder that is not searched, where a search comes by it.
-        frame_seconds: between the frames of a film; 0 for all frames; None for no films.
-
-    Attributes:
-        other_files: how many files the last iteration has passed over in folders, for their names.
+    `leave_out` is a folder that is not searched. `frame_seconds` lie between the frames of a film:
+    0 for all frames, None for no films. `other_files` counts what the last iteration passed over.
     """
 
     def __init__(
@@ -67,7 +58,7 @@ class ImageFiles:
         self.other_files = 0
 
     def __iter__(self) -> Iterator[tuple[str, str | None] | Frame]:
-        """Pairs of a path and None, or of a folder or film and why it could not be read; frames."""
+        """Yield pairs of a path and None, or of a path and why it could not be read; or frames."""
         self.other_files = 0
         for argument in self.arguments:
             yield from self._files(argument)
@@ -165,14 +156,8 @@ def image_suffixes() -> set[str]:
 
 
 def decode(source) -> Image.Image:
-    """Return the picture in a file, an array or a Pillow image, loaded, in its own mode.
-
-    Args:
-        source: a path; an array (H, W, 3) uint8, RGB; or a Pillow image, which is returned.
-
-    Raises:
-        InputError: it is none of these, or cannot be decoded; the message says why.
-    """
+    """Return the picture in a file, an array (H, W, 3) uint8, RGB, or a Pillow image, loaded, in
+    its own mode; an InputError says why it cannot be decoded."""
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, np.ndarray):
@@ -229,10 +214,7 @@ def count_frames(film: str, every_seconds: float) -> int:
 
 def frames(film: str, every_seconds: float) -> Iterator[Frame]:
     """Yield frames of a film, the first one and then one each `every_seconds`; 0: all of them.
-
-    An InputError says that it cannot be opened, that no frame can be decoded, or that it ends
-    early.
-    """
+    InputError: it cannot be opened, no frame can be decoded, or it ends early."""
     cv2 = import_opencv()
     capture, _, stated = open_film(film)
     seconds, longest, due = None, 0.0, 0.0

@@ -1,9 +1,8 @@
 """The ONNX graph of a folded RepLKNet, built from its layers one by one.
 
 A folded network is seven operators: Conv, Relu, Gelu, Add and, at the end, GlobalAveragePool,
-Flatten and Gemm.
-Building them takes a page and works with every Paddle, where a converter of Paddle's programs
-follows Paddle's releases.
+Flatten and Gemm. Building them takes a page and works with every Paddle, where a converter of
+Paddle's programs follows Paddle's releases.
 """
 
 import numpy as np
@@ -20,9 +19,8 @@ INPUT, OUTPUT = "images", "logits"
 class GraphBuilder:
     """Nodes and weights of a graph in the making; each method adds what gives its result's name.
 
-    Args:
-        half_weights: None, or the onnx name of the half precision that weights are stored in; a
-            Cast brings them back to float32, in which everything is computed.
+    Weights are stored in the half precision of the onnx name `half_weights`, if there is one; a
+    Cast brings them back to float32, in which everything is computed.
     """
 
     def __init__(self, half_weights: str | None = None):
@@ -84,7 +82,7 @@ class GraphBuilder:
         return self.node("Add", f"{name}.add", [x, y])
 
     def model(self, *, in_channels: int, output_shape: list):
-        """The `onnx.ModelProto` of images (batch, in_channels, height, width) -> `OUTPUT`."""
+        """Return the `onnx.ModelProto`: images (batch, in_channels, height, width) -> logits."""
         helper, types = self.onnx.helper, self.onnx.TensorProto
         input_shape = ["batch", in_channels, "height", "width"]
         return helper.make_model(
@@ -122,7 +120,7 @@ def onnx_model(model: RepLKNet, *, half_weights: str | None = None):
 
 
 def backbone_maps(graph: GraphBuilder, model: RepLKNet, prefix: str = "") -> list[str]:
-    """Add the stem and the stages of a folded network; the names of the stages' maps."""
+    """Add the stem and the stages of a folded network; return the names of the stages' maps."""
     x, maps = INPUT, []
     for i, layer in enumerate(model.stem):
         x = graph.conv_norm(f"{prefix}stem.{i}", layer, x)
@@ -137,7 +135,7 @@ def backbone_maps(graph: GraphBuilder, model: RepLKNet, prefix: str = "") -> lis
 
 
 def norms(model: RepLKNet):
-    """The places of all norms of a classifier's path, whatever stands there."""
+    """Yield what stands in the places of the norms on a classifier's path."""
     for layer in model.sublayers():
         for name in ("norm", "pre_large_kernel_bn", "pre_ffn_bn"):
             if name in layer._sub_layers and not hasattr(layer, "blocks"):

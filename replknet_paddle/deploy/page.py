@@ -87,10 +87,8 @@ class Look:
 
 
 def look(predictor: Predictor, path: str) -> Look:
-    """Classify a picture, and see where the network looks, unless it is an export.
-
-    An InputError says that it cannot be decoded, or that the outputs are not finite.
-    """
+    """Return the classes of a picture, and where the network looks, unless it is an export.
+    InputError: it cannot be decoded, or the outputs are not finite."""
     image = decode(path)
     array = predictor.transform(image)[None]
     seen, heat = predictor.transform.pixels(image), None
@@ -99,7 +97,7 @@ def look(predictor: Predictor, path: str) -> Look:
         scores = predictor.scores(array)[0]
     else:
         logits, strengths = grad_cam(network, array)
-        scores = probabilities(logits[None], "dygraph")[0]
+        scores = probabilities(logits[None], "eager")[0]
         if predictor.transform.image_size > LAST_STRIDE:  # else a single position
             heat = overlay(seen, strengths)
     names = distinct(predictor.class_names)
@@ -184,10 +182,8 @@ def _figure(picture: Image.Image, alt: str, caption: str) -> str:
 
 
 def describe(model: str, predictor: Predictor) -> tuple[str, str]:
-    """Return the name of an open model, and a sentence or two on its training and its input.
-
-    `model` is what the user named, a path or a published model.
-    """
+    """Return the name of an open model, which the user named as `model`, a path or a published
+    name, and a sentence or two on its training and its input."""
     info = predictor.backend.info
     side = info.config.DATA.IMAGE_SIZE
     name = f"{info.config.MODEL.NAME} ({model})"

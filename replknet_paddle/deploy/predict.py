@@ -98,19 +98,13 @@ class Predictor:
         }
 
     def preprocess(self, image) -> np.ndarray:
-        """Return what `decode` takes as the network's input, float32 (3, size, size).
-
-        Raises:
-            InputError: it cannot be decoded, or not become what the network takes.
-        """
+        """Return an image of any kind as the network's input, float32 (3, size, size); InputError:
+        it cannot be decoded or preprocessed."""
         return self.transform(decode(image))
 
     def scores(self, images: np.ndarray) -> np.ndarray:
-        """Return the probabilities (N, num_classes), float32, of preprocessed images (N, 3, H, W).
-
-        Raises:
-            InputError: the network's outputs are not finite.
-        """
+        """Return the probabilities (N, num_classes), float32, of preprocessed images (N, 3, H, W);
+        InputError: the network's outputs are not finite."""
         return probabilities(self.backend.run(images), self.backend.name)
 
 
@@ -150,7 +144,7 @@ def inference_model(model, image):
     """
     if isinstance(model, RepLKNet):
         # Exporting it for a faster backend would take longer than most lists of images.
-        predictor = Predictor(model, backend="dygraph")
+        predictor = Predictor(model, backend="eager")
     else:
         predictor = model if isinstance(model, Predictor) else Predictor(model)
     several = isinstance(image, (list, tuple))

@@ -62,24 +62,16 @@ figcaption { color: #555; font-size: .9rem; overflow-wrap: anywhere; }
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The parts of a report.
-
-    Attributes:
-        weights: the file that was evaluated.
-        data: the list of images.
-        metrics: one line.
-        path: index in the list -> the image's path.
-        picture: index in the list -> the image, RGB, as the network sees it.
-    """
+    """The parts of a report."""
 
     model: str
-    weights: str
-    data: str
-    metrics: str
+    weights: str  # the file that was evaluated
+    data: str  # the list of images
+    metrics: str  # one line
     class_names: Sequence[str]
     outcomes: Outcomes
-    path: Callable[[int], str]
-    picture: Callable[[int], Image.Image]
+    path: Callable[[int], str]  # of the image at an index in the list
+    picture: Callable[[int], Image.Image]  # RGB, as the network sees it
 
 
 def write_report(folder: str | os.PathLike, evaluated: Evaluated) -> None:

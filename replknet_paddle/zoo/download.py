@@ -118,18 +118,9 @@ def download(
     """Download `url` to `path`, going on where an earlier download broke off.
 
     Bytes arrive in `path` + '.part', which stays when the download fails and is continued by the
-    next attempt or call. `path` appears when the file is whole and its hash right.
-
-    Args:
-        url: http or https.
-        path: where to put it; its folder exists.
-        sha256_start: the first hex digits of the right file's SHA-256.
-        timeout_seconds: longest silence of the server.
-        attempts: how often to connect; each continues the one before.
-        pause_seconds: before the second attempt; doubles from then on.
-
-    Raises:
-        InputError: the server refuses, the connection keeps failing, or the file is another one.
+    next attempt or call. `path` appears when the file is whole and its SHA-256 begins as it should.
+    The pause between two attempts doubles each time. InputError: the server refuses, the connection
+    keeps failing, or the file is another one.
     """
     part = path.with_name(path.name + ".part")
     for attempt in range(attempts):

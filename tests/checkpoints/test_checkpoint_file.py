@@ -50,7 +50,7 @@ READERS = {
     "load_state": lambda path: load_state(path, weights="model"),
     "load_pretrained": lambda path: load_pretrained(build_replknet(config_of(path)), path),
     "get_model": lambda path: get_model(path.parent / "config.yaml", pretrained=path),
-    "predictor": lambda path: Predictor(str(path), backend="dygraph"),
+    "predictor": lambda path: Predictor(str(path), backend="eager"),
 }
 
 

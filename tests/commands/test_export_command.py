@@ -66,7 +66,7 @@ def test_a_checkpoint_in_its_run_folder_becomes_a_folder_that_predicts(
         assert re.search(r"within [0-9.e-]+ of the largest .* \(backend paddle", out)
         images = np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype("float32")
         outputs = open_backend(target).run(images)
-        expected = open_backend(run_folder, "dygraph").run(images)
+        expected = open_backend(run_folder, "eager").run(images)
         assert np.abs(outputs - expected).max() <= 1e-4 * np.abs(expected).max()
     info = read_export(target)
     assert info.config == get_config(run_folder / "config.yaml")

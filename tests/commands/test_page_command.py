@@ -169,7 +169,7 @@ def difference(one, other):
 @pytest.mark.parametrize("picture", [PICTURE, ROTATED], ids=lambda path: path.stem)
 def test_a_dropped_picture_gives_its_classes_and_the_heat_map(page, run_folder, picture):
     network = open_network(run_folder)
-    expected = look(Predictor(network, backend="dygraph"), picture)
+    expected = look(Predictor(network, backend="eager"), picture)
     upload(page, picture)
     shown = shown_classes(page)
     assert [name for name, _ in shown] == list(expected.classes)

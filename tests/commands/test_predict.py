@@ -62,7 +62,7 @@ def records(path):
 
 def test_results_are_those_of_inference_model(run_folder, tmp_path, capsys):
     out = tmp_path / "results.jsonl"
-    flags = ["-backend", "dygraph", "--topk", "3", "--out", str(out)]
+    flags = ["-backend", "eager", "--topk", "3", "--out", str(out)]
     assert main([str(run_folder), *PICTURES, *flags]) == 0
     expected = deploy.inference_model(open_network(run_folder), PICTURES)
     for record, path, result in zip(records(out), PICTURES, expected, strict=True):
@@ -90,7 +90,7 @@ def test_a_folder_is_classified_and_what_does_not_decode_is_skipped_and_reported
     run_folder, photos, tmp_path, capsys
 ):
     out = tmp_path / "results.jsonl"
-    assert main([str(run_folder), str(photos), "--out", str(out), "-backend", "dygraph"]) == 1
+    assert main([str(run_folder), str(photos), "--out", str(out), "-backend", "eager"]) == 1
     by_path = {record["path"]: record for record in records(out)}
     assert len(by_path) == 4
     assert "truncated" in by_path[str(photos / "broken.jpg")]["problem"]
@@ -122,7 +122,7 @@ def test_without_a_file_the_results_are_printed_alone(run_folder, photos):
 def test_a_merged_checkpoint_is_predicted_with_its_configuration(run_folder, tmp_path):
     merged, out = tmp_path / "merged.safetensors", tmp_path / "results.jsonl"
     assert command("merge")(["-pretrained", str(run_folder), str(merged)]) == 0
-    flags = ["-cfg", str(run_folder / "config.yaml"), "-backend", "dygraph", "--out", str(out)]
+    flags = ["-cfg", str(run_folder / "config.yaml"), "-backend", "eager", "--out", str(out)]
     assert main([str(merged), *PICTURES, *flags, "-opts", *MERGED]) == 0
     expected = deploy.inference_model(open_network(run_folder), PICTURES)
     for record, result in zip(records(out), expected, strict=True):
@@ -133,7 +133,7 @@ def test_a_merged_checkpoint_is_predicted_with_its_configuration(run_folder, tmp
 def test_names_cannot_command_the_terminal(run_folder, tmp_path, capsys):
     path = tmp_path / "\x1b[31mred\n.png"
     Image.new("RGB", (40, 40)).save(path)
-    assert main([str(run_folder), str(tmp_path), "-backend", "dygraph"]) == 0
+    assert main([str(run_folder), str(tmp_path), "-backend", "eager"]) == 0
     captured = capsys.readouterr()
     assert "\x1b" not in captured.out + captured.err and len(captured.out.splitlines()) == 1
     assert "\\x1b[31mred\\n.png" in captured.out
@@ -142,7 +142,7 @@ def test_names_cannot_command_the_terminal(run_folder, tmp_path, capsys):
 def test_saved_pictures_are_one_for_each_and_touch_no_input(run_folder, photos, tmp_path):
     before = snapshot(photos)
     drawn, grid = photos / "drawn", tmp_path / "grid.png"  # within what is searched, and beside it
-    flags = ["--save-pictures", str(drawn), "--save-grid", str(grid), "-backend", "dygraph"]
+    flags = ["--save-pictures", str(drawn), "--save-grid", str(grid), "-backend", "eager"]
     assert main([str(run_folder), str(photos), *flags]) == 1
     assert {path: content for path, content in snapshot(photos).items() if path in before} == before
     names = sorted(path.name for path in drawn.iterdir())
@@ -176,7 +176,7 @@ def test_folders_named_as_classes_say_what_is_right(run_folder, tmp_path, capsys
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{i} {Path(path).name}").write_bytes(Path(path).read_bytes())
     grid = tmp_path / "grid.png"
-    flags = ["-backend=dygraph", "--save-grid", str(grid)]
+    flags = ["-backend=eager", "--save-grid", str(grid)]
     assert main([str(named), str(tmp_path / "photos"), *flags]) == 0
     assert "right: 3 of 6 in folders named as classes (50.00 %)" in capsys.readouterr().err
     with Image.open(grid) as image:
@@ -187,7 +187,7 @@ def test_folders_named_as_classes_say_what_is_right(run_folder, tmp_path, capsys
 def test_numbers_as_names_of_folders_say_nothing(run_folder, photos, capsys):
     """A model without class names has their numbers, which folders of years also are."""
     (photos / "a").rename(photos / "5")
-    assert main([str(run_folder), str(photos), "-backend=dygraph"]) == 1
+    assert main([str(run_folder), str(photos), "-backend=eager"]) == 1
     assert "in folders named as classes" not in capsys.readouterr().err
 
 
@@ -203,7 +203,7 @@ def test_an_interruption_says_where_the_results_are(run_folder, tmp_path, monkey
 
     monkeypatch.setattr("replknet_paddle.commands.predict.Summary", Interrupted)
     out = tmp_path / "r.jsonl"
-    flags = ["--out", str(out), "-backend", "dygraph"]
+    flags = ["--out", str(out), "-backend", "eager"]
     assert main([str(run_folder), *PICTURES, *flags]) == 130
     assert f"interrupted; the results so far are in {out}.unfinished" in capsys.readouterr().err
     assert len(records(tmp_path / "r.jsonl.unfinished")) == 2 and not out.exists()
@@ -214,7 +214,7 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(run_folder, monkeypatch, 
         raise BrokenPipeError(32, "Broken pipe")
 
     monkeypatch.setattr("replknet_paddle.commands.predict.print_prediction", closed)
-    assert main([str(run_folder), *PICTURES, "-backend", "dygraph"]) == 141
+    assert main([str(run_folder), *PICTURES, "-backend", "eager"]) == 141
     assert capsys.readouterr().err == ""
 
 
@@ -280,7 +280,7 @@ def test_bad_input_is_one_message_and_writes_nothing(
     wanted = {"--out": "r.csv", "--save-pictures": "drawn", "--save-grid": "grid.png"}
     flags = [f"{flag}={tmp_path / name}" for flag, name in wanted.items() if flag not in arguments]
     if arguments.startswith("RUN") and "-backend" not in arguments:
-        flags.append("-backend=dygraph")  # opens in no time
+        flags.append("-backend=eager")  # opens in no time
     for name, path in {
         "RUN": run_folder,
         "EXPORT": export,
@@ -313,7 +313,7 @@ def test_many_files_take_no_more_memory_than_few(run_folder, tmp_path):
 import resource, sys
 from replknet_paddle.commands import run_command
 for name in ("few", "many"):
-    assert run_command("predict", [sys.argv[1], f"{sys.argv[2]}/{name}", "-backend=dygraph",
+    assert run_command("predict", [sys.argv[1], f"{sys.argv[2]}/{name}", "-backend=eager",
         f"--out={sys.argv[2]}/{name}.jsonl", "-batch_size=50"]) == 0
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """

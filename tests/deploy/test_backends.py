@@ -30,7 +30,7 @@ from replknet_paddle.runtime.packages import is_installed
 
 pytestmark = [pytest.mark.numbers, pytest.mark.paddle_version]
 
-READERS = [name for name in BACKENDS if name != "dygraph"]
+READERS = [name for name in BACKENDS if name != "eager"]
 
 
 def needs(name):
@@ -96,7 +96,7 @@ def test_bfloat16_is_close_and_not_the_same(config):
 
 
 @pytest.mark.parametrize(
-    "name, sources", [("dygraph", ("run", "run/last")), ("paddle", ("run/last",))]
+    "name, sources", [("eager", ("run", "run/last")), ("paddle", ("run/last",))]
 )
 def test_a_run_folder_and_a_checkpoint_in_it_are_enough(tmp_path, config, name, sources):
     model = small_network(config)
@@ -120,7 +120,7 @@ def test_an_export_folder_is_enough(config, export, name):
 def test_a_network_keeps_its_mode_whatever_runs_it(config):
     model = small_network(config)
     expected = logits(model, images(2))
-    backend = open_backend(model, "dygraph", config=config)
+    backend = open_backend(model, "eager", config=config)
     model.train()
     model.stages[0].eval()  # as where a part is frozen
     modes = [layer.training for layer in model.sublayers(include_self=True)]
@@ -145,7 +145,7 @@ def test_images_of_another_shape_or_type_are_refused(export):
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        ({"name": "tensorrt"}, "backend 'tensorrt'; allowed: auto, dygraph"),
+        ({"name": "tensorrt"}, "backend 'tensorrt'; allowed: auto, eager"),
         ({"name": "openvino"}, "does not open; allowed: auto, paddle"),
         ({"threads": 0}, "threads is 0"),
         ({"precision": "int8"}, "made for fp32; allowed: fp32 or bf16"),
@@ -162,7 +162,7 @@ def test_what_an_export_cannot_do(export, arguments, says):
     [
         ("auto", "fp8", "precision fp8; allowed: fp32, fp16, bf16, int8"),
         ("auto", "int8", "int8 needs images to calibrate"),
-        ("dygraph", "bf16", "with backend dygraph on CPU; allowed: fp32"),
+        ("eager", "bf16", "with backend eager on CPU; allowed: fp32"),
         ("paddle", "fp16", "fp16 with backend paddle on CPU; allowed: fp32, bf16"),
         ("onnxruntime", "bf16", "bf16 with backend onnxruntime on CPU; allowed: fp32, fp16, int8"),
     ],
@@ -287,16 +287,16 @@ def test_what_computes_in_what_on_a_gpu(on_gpu, config):
 
 def test_auto_chooses_from_the_installed_ones_that_compute_so(monkeypatch):
     both = ["paddle", "onnx"]
-    monkeypatch.setattr(module, "installed_backends", lambda: ["dygraph", "paddle", "onnxruntime"])
+    monkeypatch.setattr(module, "installed_backends", lambda: ["eager", "paddle", "onnxruntime"])
     assert candidates(both, "fp32") == ["onnxruntime", "paddle"]
     monkeypatch.setattr(processes, "supports_bfloat16", lambda device: True)
     assert candidates(both, "bf16") == ["paddle"]
     with pytest.raises(InputError, match="fp16 in this format runs on a GPU alone"):
         candidates(["paddle"], "fp16")
-    monkeypatch.setattr(module, "installed_backends", lambda: ["dygraph", "paddle"])
+    monkeypatch.setattr(module, "installed_backends", lambda: ["eager", "paddle"])
     with pytest.raises(InputError, match="openvino or onnxruntime.*requirements/deploy.txt"):
         candidates(["onnx"], "int8")
-    assert {"dygraph", "paddle"} <= set(installed_backends())
+    assert {"eager", "paddle"} <= set(installed_backends())
 
 
 @pytest.mark.parametrize(

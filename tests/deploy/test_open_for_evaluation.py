@@ -85,8 +85,8 @@ def test_a_run_folder_is_evaluated(evaluate, weights, expected, tiny_config_file
 @pytest.mark.parametrize(
     "weights_name, flags, says",
     [
-        ("file", ["-backend="], "backend ''; allowed: auto, dygraph, paddle"),
-        ("file", ["-backend=tensorrt"], "allowed: auto, dygraph, paddle"),
+        ("file", ["-backend="], "backend ''; allowed: auto, eager, paddle"),
+        ("file", ["-backend=tensorrt"], "allowed: auto, eager, paddle"),
         ("export", ["-backend=onnxruntime"], "format paddle"),
         (
             "export",

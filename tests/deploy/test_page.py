@@ -47,7 +47,7 @@ def network(run_folder):
 
 @pytest.fixture
 def predictor(network):
-    return Predictor(network, backend="dygraph")
+    return Predictor(network, backend="eager")
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_what_cannot_be_classified_is_an_input_error(network, predictor):
     with pytest.raises(InputError, match="cannot identify it as any of"):
         look(predictor, FIXTURES / "README.md")
     network.head.bias.set_value(np.full(9, np.nan, "float32"))
-    with pytest.raises(InputError, match="dygraph are not finite"):
+    with pytest.raises(InputError, match="eager are not finite"):
         look(predictor, PICTURE)
 
 

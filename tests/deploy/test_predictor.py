@@ -46,7 +46,7 @@ def network(run_folder):
 
 @pytest.fixture(scope="module")
 def predictor(network):
-    return Predictor(network, backend="dygraph")
+    return Predictor(network, backend="eager")
 
 
 @pytest.fixture(scope="module")
@@ -119,13 +119,13 @@ def test_a_model_may_be_a_network_a_folder_a_checkpoint_an_export_or_open(
 ):
     config = network.config
     deploy.export_model(network, tmp_path / "export", ModelInfo(config))
-    backend = deploy.open_backend(network, "dygraph", config=config)
+    backend = deploy.open_backend(network, "eager", config=config)
     result = deploy.inference_model(network, PICTURES[2])
     models = [
         get_model(config, pretrained=run_folder / "best"),
         str(run_folder / "best"),
-        Predictor(str(run_folder), backend="dygraph"),
-        Predictor(run_folder, backend="dygraph"),
+        Predictor(str(run_folder), backend="eager"),
+        Predictor(run_folder, backend="eager"),
         tmp_path / "export",
         backend,
         predictor,
@@ -140,7 +140,7 @@ def test_a_model_may_be_a_network_a_folder_a_checkpoint_an_export_or_open(
 
 def test_class_names_come_from_the_model_and_are_text(network):
     names = ["\ud800", *(f"class {letter}" for letter in "bcdefghi")]
-    backend = deploy.open_backend(network, "dygraph", config=network.config, class_names=names)
+    backend = deploy.open_backend(network, "eager", config=network.config, class_names=names)
     result = deploy.inference_model(backend, PICTURES[0])
     assert result["pred_class"] == ["?", *names[1:]][result["pred_label"]]
     assert Predictor(backend).class_names == ["?", *names[1:]]
@@ -165,7 +165,7 @@ def test_a_network_without_its_configuration_is_refused():
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_outputs_that_are_no_numbers_are_an_error(predictor, monkeypatch, value):
     monkeypatch.setattr(predictor.backend, "run", lambda images: np.full((1, 9), value))
-    with pytest.raises(InputError, match="dygraph are not finite"):
+    with pytest.raises(InputError, match="eager are not finite"):
         predictor.scores(np.zeros((1, 3, 32, 32), "float32"))
 
 
@@ -185,7 +185,7 @@ def test_a_run_trained_with_the_operator_is_predicted_where_there_is_none(monkey
     result = deploy.inference_model(Predictor(run, backend="paddle"), PICTURES[0])
     assert set(result) == {"pred_label", "pred_score", "pred_scores", "pred_class"}
     with pytest.raises(InputError, match="not compiled here"):
-        Predictor(run, backend="dygraph")
+        Predictor(run, backend="eager")
 
 
 def test_softmax_of_large_logits_is_finite_and_sums_to_one():

@@ -143,6 +143,6 @@ def test_a_published_name_is_opened_with_its_weights(config_file, monkeypatch):
     monkeypatch.setattr("replknet_paddle.zoo.download.fetch", lambda wanted: WEIGHTS)
     images, logits = map(np.load(FIXTURES / "tiny31_expected.npz").get, ("images", "logits"))
     for name in (record.name, record.alias):
-        backend = open_backend(name, "dygraph")
+        backend = open_backend(name, "eager")
         assert abs(backend.run(images) - logits).max() <= 1e-4
     assert abs(get_model(name)(paddle.to_tensor(images)).numpy() - logits).max() > 0.01
