@@ -1,24 +1,35 @@
 """Bad input of every command: one message, exit status 2, no traceback, and nothing is written.
 
 A row is a command line, as it is typed after `replknet`, and parts of its message. {f} is a folder
-with the files that `folder` makes; variables of the environment may come first.
+with the files that `folder` makes, {x} that of the fixtures, and {p} a picture; variables of the
+environment may come first.
 """
 
 import os
 import re
 import shlex
+import shutil
 
 import numpy as np
 import pytest
-from tiny import FIXTURES, ROOT, TINY, command, make_data
+from harness import free_ports, make_run
+from PIL import Image
+from tiny import FIXTURES, ROOT, TINY, TINY31, command, make_data
 
 from replknet_paddle.checkpoints.files import write_safetensors
+from replknet_paddle.deploy.export import FILE
 from replknet_paddle.model import RepLKNet
 
 NANO = f"-cfg={ROOT}/configs/replknet_nano.yaml"
 CFG = "train -cfg={f}/tiny.yaml -data_path={f}/data"
 RUN = CFG + " -output={f}/run"
 EVAL = " -eval -pretrained=random"
+EXPORT = "export -pretrained={f}/made/best"
+INT8 = EXPORT + " -format onnx -precision int8"
+MERGE = "merge -cfg={f}/tiny31.yaml -pretrained="
+WEIGHTS = "{x}/tiny31_paddlevit.pdparams"
+PREDICT = "predict {f}/made"
+EVAL_EXPORT = "eval -cfg={f}/made/config.yaml -data_path={f}/data -pretrained={f}/exported"
 
 CASES = [
     # configurations and flags
@@ -90,6 +101,98 @@ CASES = [
       for line in ("eval -pretrained=weights/p4", f"predict weights/p4 {FIXTURES}/images",
                    f"train -nproc=2 {NANO} -pretrained=weights/p4",
                    f"train -nproc=2 {NANO} -resume=weights/p4")],
+    # exports
+    *[(EXPORT + line, says) for line, says in (
+        (" -format tflite {f}/new", "allowed: paddle, onnx"),
+        (" -precision fp8 {f}/new", "allowed: fp32, fp16, bf16, int8"),
+        (" -precision int8 {f}/new", "allowed: -format onnx"),
+        (" -cfg {f}/other_run.yaml {f}/new", "does not fit"),
+        (" {f}/full", "not an earlier export"),
+        (" {f}/no/where", "no folder"),
+        (" -class_names {f}/names.txt {f}/new", "has 3 lines"),
+        (" -class_names {f}/latin.txt {f}/new", "UTF-8"),
+        (" -class_names {f}/none.txt {f}/new", "none.txt"),
+        (" -validation_images -1 {f}/new", "-validation_images -1"),
+    )],
+    (INT8 + " -data_path {f}/no_data {f}/new", "no_data"),
+    (INT8 + " -calibration_images 0 {f}/new", "calibration_images 0"),
+    (INT8 + " -validation_images 0 {f}/new", "-validation_images 0; al"),
+    ("export -pretrained {f}/nowhere {f}/new", "nowhere"),
+    ("export -pretrained {f}/empty_run {f}/new", "neither"),
+    *[(EVAL_EXPORT + flags, says) for flags, says in (
+        (" -backend=", "backend ''; allowed: auto, eager, paddle"),
+        (" -backend=tensorrt", "allowed: auto, eager, paddle"),
+        (" -backend=onnxruntime", "format paddle"),
+        (" -opts MODEL.NUM_CLASSES 7", "MODEL.NUM_CLASSES is 4, in"),
+        (" -opts MODEL.NAME big", "MODEL.NAME is tiny, in the"),
+    )],
+    # merged and converted files
+    *[(MERGE + line, says) for line, says in (
+        ("{f}/nowhere {f}/new.safetensors", "nowhere"),
+        (WEIGHTS + " -cfg {f}/no.yaml {f}/new.safetensors", "no.yaml"),
+        (WEIGHTS + " -cfg {f}/wrong.yaml {f}/new.safetensors", "MODEL.NAME"),
+        (WEIGHTS + " -cfg {f}/other.yaml {f}/new.safetensors", "tiny31_paddlevit"),
+        (WEIGHTS + " -cfg {f}/classes.yaml {f}/new.safetensors", "head"),
+        ("{f}/garbage.pdparams {f}/new.safetensors", "garbage.pdparams"),
+        ("{f}/empty.pdparams {f}/new.safetensors", "empty.pdparams"),
+        ("{f}/cut.pdparams {f}/new.safetensors", "cut.pdparams"),
+        ("{f}/full {f}/new.safetensors", "full"),
+        ("{x}/tinyxl_paddlevit.pdparams {f}/new.safetensors", "tinyxl_paddlevit"),
+        ("{x}/tinyxl_paddlevit.pdparams {f}/older.safetensors", "fit"),
+        (WEIGHTS + " {f}/nowhere/out.safetensors", "nowhere"),
+        (WEIGHTS + " {f}/file/out.safetensors", "file"),
+        (WEIGHTS + " {f}/folder.safetensors", "folder.safetensors"),
+        (WEIGHTS + " {f}/out.pdparams", ".safetensors"),
+    )],
+    ("merge -pretrained {f}/nowhere {f}/new.safetensors", "nowhere"),
+    (f"merge -pretrained {WEIGHTS} {{f}}/new.safetensors", "-cfg"),
+    *[(f"convert {line} -cfg={{f}}/tiny31.yaml", says) for line, says in (
+        ("{x}/tiny31_official.pth {f}/x.pth", "allowed: .safetensors, .pdparams"),
+        ("{x}/tiny31_official.pth {f}/x.pdparams -to official", "native names"),
+        ("{x}/tinyxl_official.pth {f}/x.pdparams", "MODEL.DW_RATIO: 1.5"),
+        ("{x}/tiny31_official_merged.pth {f}/x.pdparams", "_KERNEL_MERGED: True"),
+        ("{f}/absent.pth {f}/x.pdparams", "no such file"),
+        ("{x}/tiny31_official.pth {f}/absent/x.pdparams", "no folder"),
+        ("{x}/tiny31_official.pth {f}/x.pdparams -opts MODEL.NAMES x", "NAMES"),
+    )],
+    ("convert {x}/tiny31_official.pth {f}/x.pdparams", "-cfg"),
+    # predictions
+    ("predict {f}/nowhere {p}", "no model {f}/nowhere; allowed: "),
+    ("predict {f}/no_record {p}", "neither best nor last is there"),
+    ("predict {f}/other_version {p}", "format_version 99"),
+    ("predict {f}/no_json {p}", "not valid JSON"),
+    ("predict {f}/no_model {p}", "model.pdiparams"),
+    ("predict {p} {p}", "{p}"),
+    ("predict {f}/exported {p} -cfg=x.yaml", "not a checkpoint or run folder"),
+    ("predict {f}/exported {p} -opts SEED 1", "is not a checkpoint"),
+    ("predict replknet-31b-1k-224 {p} -opts SEED 1", "published model"),
+    *[(PREDICT + line, says) for line, says in (
+        (" {f}/nowhere.png", "no image, folder or pattern {f}/nowhere.png"),
+        (" '{f}/*.gif'", "no file matches {f}/*.gif"),
+        (" {f}/empty", "no image in the folder {f}/empty"),
+        (" {f}/names.txt", "names.txt: cannot identify it as any of"),
+        (" {f}/huge.png", "could be decompression bomb"),
+        (" {f}/text.mp4", "OpenCV cannot open it as a film"),
+        (" {p} --topk=0", "--topk is 0; allowed: an integer >= 1"),
+        (" {p} -batch_size=0", "-batch_size is 0; allowed"),
+        (" {p} --every=-1", "--every is -1.0; allowed"),
+        (" {p} --every=nan", "--every is nan; allowed"),
+        (" {p} -backend=fastest", "fastest"),
+        (" {p} --out={f}/r.txt", "must end in .jsonl or .csv"),
+        (" {p} --out={f}/folder.csv", "is a folder"),
+        (" {p} --out={f}/no/r.csv", "no folder"),
+        (" {p} --save-pictures={f}/full", "is not empty"),
+        (" {p} --save-pictures={f}/names.txt", "is a file"),
+        (" {p} --save-grid={f}/there.png", "there.png exists"),
+        (" {p} --save-grid={f}/new.bmp", "must end in .png or .jpg"),
+        (" {p} -opts MODEL.NAMES x", "MODEL.NAMES"),
+        (" {p} -cfg={f}/no.yaml", "no.yaml"),
+    )],
+    # the page
+    *[(f"page model --port={port}", f"--port is {port}; allowed: an integer from 1 to 65535")
+      for port in (0, -1, 65536)],
+    ("page nowhere --port={port}", "no model nowhere (tried "),
+    ("page {f}/exported --port={port} -opts SEED 1", "which is not a checkpoint or run folder; al"),
     # datasets
     ("make-digits {f}/file/digits", "{f}/file"),
     ("make-shapes {f}/run -count 4", "-count is 4; allowed: an integer >= 5"),
@@ -101,9 +204,47 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("given files")
     (folder / "tiny.yaml").write_text(TINY)
     (folder / "misspelled.yaml").write_text("TRAIN:\n  BASELR: 1e-3\nSAVE_FREC: 3\n")
-    (folder / "file").write_text("kept")
-    (folder / "weights").mkdir()
-    (folder / "weights" / "p4.pdparams").touch()
+    for name in (
+        "weights",
+        "made",
+        "empty",
+        "full",
+        "empty_run",
+        "folder.csv",
+        "folder.safetensors",
+    ):
+        (folder / name).mkdir()
+    (folder / "latin.txt").write_bytes(b"\xe4\n")
+    (folder / "garbage.pdparams").write_bytes(os.urandom(4096))
+    source = FIXTURES / "tiny31_paddlevit.pdparams"
+    (folder / "cut.pdparams").write_bytes(source.read_bytes()[:20_000])
+    for name, text in {
+        "file": "kept",
+        "full/file": "",
+        "weights/p4.pdparams": "",
+        "empty.pdparams": "",
+        "older.safetensors": "precious",
+        "there.png": "precious",
+        "text.mp4": "precious",
+        "names.txt": "only\nthree\nnames\n",
+        "empty_run/config.yaml": TINY,
+        "other_run.yaml": TINY.replace("10]", "12]"),
+        "tiny31.yaml": TINY31,
+        "other.yaml": TINY31.replace("24", "20"),
+        "classes.yaml": TINY31.replace("NUM_CLASSES: 10", "NUM_CLASSES: 7"),
+        "wrong.yaml": "MODLE: {NAME: x}",
+    }.items():
+        (folder / name).write_text(text)
+    Image.new("1", (20_000, 20_000)).save(folder / "huge.png")
+    make_run(folder / "made")
+    assert command("export")([f"-pretrained={folder / 'made'}", str(folder / "exported")]) == 0
+    for name in ("no_record", "other_version", "no_json", "no_model"):
+        shutil.copytree(folder / "exported", folder / name)
+    (folder / "no_record" / FILE).unlink()
+    newer = (folder / "exported" / FILE).read_text().replace('version": 2', 'version": 99')
+    (folder / "other_version" / FILE).write_text(newer)
+    (folder / "no_json" / FILE).write_text("{")
+    (folder / "no_model" / "model.pdiparams").unlink()
     checkpoint = folder / "theirs" / "checkpoints" / "epoch_0001_step_00000003.safetensors"
     checkpoint.parent.mkdir(parents=True)
     checkpoint.write_bytes(b"theirs")
@@ -127,31 +268,52 @@ def folder(tmp_path_factory):
     return folder
 
 
+def snapshot(folder) -> dict:
+    """The files below a folder, by size and time, and the folders."""
+    found = {path: path.lstat() for path in folder.rglob("*")}
+    return {p: p.is_dir() or (stat.st_size, stat.st_mtime_ns) for p, stat in found.items()}
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: re.sub(r"\{f\}/|/\S*/", "", case[0]))
-def test_bad_input_is_one_message_and_nothing_is_written(case, folder, monkeypatch, capsys):
-    pytest.importorskip("sklearn" if case[0].startswith("make-digits") else "paddle")
+def test_bad_input_is_one_message_and_nothing_is_written(case, folder, monkeypatch, capfd):
+    for word, package in {"make-digits": "sklearn", ".mp4": "cv2", "page ": "gradio"}.items():
+        if word in case[0]:
+            pytest.importorskip(package, reason="an optional package", exc_type=ImportError)
     for name in ("NNODES", "MASTER", "NPROC_PER_NODE", "PADDLE_TRAINERS_NUM", "MAX_RESTARTS"):
         monkeypatch.delenv(name, raising=False)
     started = lambda *_, **__: pytest.fail("a process was started")  # noqa: E731
     monkeypatch.setattr("replknet_paddle.runtime.launch.child_process", started)
     monkeypatch.chdir(folder)
+
+    def filled(text):
+        for name, value in {
+            "{f}": folder,
+            "{x}": FIXTURES,
+            "{p}": FIXTURES / "images" / "landscape_499x375.jpg",
+            "{port}": free_ports(1)[0],
+        }.items():
+            text = text.replace(name, str(value))
+        return text
+
     line, *says = case
-    words = [word.replace("{f}", str(folder)) for word in shlex.split(line)]
+    words = [filled(word) for word in shlex.split(line)]
     while re.fullmatch("[A-Z_]+=.*", words[0]):
         monkeypatch.setenv(*words.pop(0).split("=", 1))
-    before = sorted(folder.rglob("*"))
-    capsys.readouterr()
+    if words[0] == "predict":  # with every output that it could write
+        outputs = {"--out": "r.csv", "--save-pictures": "drawn", "--save-grid": "grid.png"}
+        words[3:3] = [f"{flag}={name}" for flag, name in outputs.items() if flag not in line]
+    before = snapshot(folder)
+    capfd.readouterr()
     try:
         status = command(words[0])(words[1:])
     except SystemExit as stop:  # argparse
         status = stop.code
-    said = capsys.readouterr()
+    said = capfd.readouterr()
     assert status == 2, said
     assert "Traceback" not in said.err + said.out
+    assert said.out == "" or words[0] in ("train", "eval")  # whose log it is
     assert len(re.findall(r"^(?:\S+ \S+: )?error: ", said.err, re.M)) == 1, said.err
     for part in says:
-        assert part.replace("{f}", str(folder)) in said.err
+        assert filled(part) in said.err
     assert len(said.err) < 5000
-    assert sorted(folder.rglob("*")) == before  # no output/ either
-    assert (folder / "file").read_text() == "kept"
-    assert os.listdir(folder / "theirs") == ["checkpoints"]
+    assert snapshot(folder) == before  # no output/ either

@@ -7,7 +7,6 @@ import re
 import numpy as np
 import pytest
 from harness import finish, finish_ranks, metrics
-from tiny import command
 
 from replknet_paddle.checkpoints.files import write_safetensors
 from replknet_paddle.checkpoints.load import load_state
@@ -91,20 +90,3 @@ def test_other_backends_report_too(reported, straight, tiny_data, tmp_path):
     for name in TABLES:
         one, two = (folder / "report" / name for folder in (reported, tmp_path))
         assert one.read_bytes() == two.read_bytes(), name
-
-
-@pytest.mark.parametrize("what", ["training", "full folder"])
-def test_a_report_that_cannot_be_is_refused_before_the_work(
-    straight, tiny_data, tmp_path, capsys, what
-):
-    flags = flags_of(straight, tiny_data, tmp_path)
-    says = f"folder {tmp_path / 'report'} is not empty"
-    if what == "training":
-        flags = [f"-cfg={straight / 'config.yaml'}", *flags[2:]]
-        says = "without -eval"
-    else:
-        (tmp_path / "report").mkdir()
-        (tmp_path / "report" / "kept").write_text("")
-    assert command("train")(flags) == 2
-    assert says in capsys.readouterr().err
-    assert not (tmp_path / "eval").exists()

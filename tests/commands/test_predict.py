@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from tiny import FIXTURES, ROOT, command
 
 from replknet_paddle import deploy
 from replknet_paddle.deploy.drawing import RIGHT, WRONG
-from replknet_paddle.deploy.export import FILE, ModelInfo
+from replknet_paddle.deploy.export import ModelInfo
 from replknet_paddle.zoo import open_network
 
 main = command("predict")
@@ -216,87 +215,6 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(run_folder, monkeypatch, 
     monkeypatch.setattr("replknet_paddle.commands.predict.print_prediction", closed)
     assert main([str(run_folder), *PICTURES, "-backend", "eager"]) == 141
     assert capsys.readouterr().err == ""
-
-
-# Arguments and a part of the message. RUN is a run folder, EXPORT an export, PIC a picture, and DIR
-# the folder of `bad_files`.
-BAD_INPUT = [
-    ("DIR/nowhere PIC", "no model DIR/nowhere; allowed: "),
-    ("DIR/no_record PIC", "neither best nor last is there"),
-    ("DIR/other_version PIC", "format_version 99"),
-    ("DIR/no_json PIC", "not valid JSON"),
-    ("DIR/no_model PIC", "model.pdiparams"),
-    ("PIC PIC", "PIC"),
-    ("RUN DIR/nowhere.png", "no image, folder or pattern DIR/nowhere.png"),
-    ("RUN DIR/*.gif", "no file matches DIR/*.gif"),
-    ("RUN DIR/empty", "no image in the folder DIR/empty"),
-    ("RUN DIR/text.txt", "text.txt: cannot identify it as any of"),
-    ("RUN DIR/huge.png", "could be decompression bomb"),
-    ("RUN DIR/text.mp4", "OpenCV cannot open it as a film"),
-    ("RUN PIC --topk=0", "--topk is 0; allowed: an integer >= 1"),
-    ("RUN PIC -batch_size=0", "-batch_size is 0; allowed"),
-    ("RUN PIC --every=-1", "--every is -1.0; allowed"),
-    ("RUN PIC --every=nan", "--every is nan; allowed"),
-    ("RUN PIC -backend=fastest", "fastest"),
-    ("RUN PIC --out=DIR/r.txt", "must end in .jsonl or .csv"),
-    ("RUN PIC --out=DIR/folder.csv", "is a folder"),
-    ("RUN PIC --out=DIR/no/r.csv", "no folder"),
-    ("RUN PIC --save-pictures=DIR/full", "is not empty"),
-    ("RUN PIC --save-pictures=DIR/text.txt", "is a file"),
-    ("RUN PIC --save-grid=DIR/there.png", "there.png exists"),
-    ("RUN PIC --save-grid=DIR/new.bmp", "must end in .png or .jpg"),
-    ("RUN PIC -opts MODEL.NAMES x", "MODEL.NAMES"),
-    ("RUN PIC -cfg=DIR/no.yaml", "no.yaml"),
-    ("EXPORT PIC -cfg=x.yaml", "not a checkpoint or run folder"),
-    ("EXPORT PIC -opts SEED 1", "is not a checkpoint"),
-    ("replknet-31b-1k-224 PIC -opts SEED 1", "published model"),
-]
-
-
-@pytest.fixture(scope="module")
-def bad_files(export, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bad")
-    for name in ("empty", "full", "folder.csv"):
-        (folder / name).mkdir()
-    for name in ("text.txt", "text.mp4", "full/file", "there.png"):
-        (folder / name).write_text("precious")
-    Image.new("1", (20_000, 20_000)).save(folder / "huge.png")
-    for name in ("no_record", "other_version", "no_json", "no_model"):
-        shutil.copytree(export, folder / name)
-    (folder / "no_record" / FILE).unlink()
-    newer = (export / FILE).read_text().replace('"format_version": 2', '"format_version": 99')
-    (folder / "other_version" / FILE).write_text(newer)
-    (folder / "no_json" / FILE).write_text("{")
-    (folder / "no_model" / "model.pdiparams").unlink()
-    return folder
-
-
-@pytest.mark.parametrize("arguments, says", BAD_INPUT, ids=[line for line, _ in BAD_INPUT])
-def test_bad_input_is_one_message_and_writes_nothing(
-    tmp_path, run_folder, export, bad_files, capfd, arguments, says
-):
-    if ".mp4" in arguments:
-        pytest.importorskip("cv2", reason="requirements/video.txt", exc_type=ImportError)
-    wanted = {"--out": "r.csv", "--save-pictures": "drawn", "--save-grid": "grid.png"}
-    flags = [f"{flag}={tmp_path / name}" for flag, name in wanted.items() if flag not in arguments]
-    if arguments.startswith("RUN") and "-backend" not in arguments:
-        flags.append("-backend=eager")  # opens in no time
-    for name, path in {
-        "RUN": run_folder,
-        "EXPORT": export,
-        "PIC": PICTURES[0],
-        "DIR": bad_files,
-    }.items():
-        arguments, says = arguments.replace(name, str(path)), says.replace(name, str(path))
-    arguments = arguments.split()
-    arguments[2:2] = flags
-    before = snapshot(bad_files)
-    assert main(arguments) == 2
-    captured = capfd.readouterr()
-    assert captured.out == ""
-    assert says in captured.err[captured.err.index("error: ") :]
-    assert captured.err.count("error: ") == 1 and "Traceback" not in captured.err
-    assert snapshot(bad_files) == before and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

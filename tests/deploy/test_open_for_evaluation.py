@@ -82,42 +82,9 @@ def test_a_run_folder_is_evaluated(evaluate, weights, expected, tiny_config_file
     assert evaluate.metrics(run) == expected
 
 
-@pytest.mark.parametrize(
-    "weights_name, flags, says",
-    [
-        ("file", ["-backend="], "backend ''; allowed: auto, eager, paddle"),
-        ("file", ["-backend=tensorrt"], "allowed: auto, eager, paddle"),
-        ("export", ["-backend=onnxruntime"], "format paddle"),
-        (
-            "export",
-            ["-backend=auto", "-opts", "MODEL.NUM_CLASSES", "7"],
-            "MODEL.NUM_CLASSES is 4, in",
-        ),
-        (
-            "export",
-            ["-backend=auto", "-opts", "MODEL.NAME", "big"],
-            "MODEL.NAME is tiny, in the",
-        ),
-        ("nothing", ["-backend=auto"], "nothing"),
-    ],
-)
-def test_what_cannot_be_evaluated_is_one_message(
-    evaluate, weights, capsys, weights_name, flags, says
-):
-    assert evaluate(weights / weights_name, *flags) == 2
-    error = capsys.readouterr().err
-    assert says in error and "Traceback" not in error
-
-
 def test_an_export_brings_its_configuration(weights, tiny_data, tmp_path, expected):
     run = tmp_path / "run"
     flags = [f"-pretrained={weights / 'export'}", f"-data_path={tiny_data}", f"-output={run}"]
     assert main(["-eval", *flags]) == 0
     record = json.loads((run / "metrics.jsonl").read_text())
     assert record["val_top1_percent"] == expected[0]
-
-
-def test_a_backend_is_for_evaluation(tiny_config_file, capsys):
-    flags = [f"-cfg={tiny_config_file}", "-backend=auto"]
-    assert main(flags) == 2
-    assert "-backend auto without -eval" in capsys.readouterr().err
