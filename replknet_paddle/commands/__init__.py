@@ -15,7 +15,6 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
-from types import ModuleType
 
 from replknet_paddle.runtime.errors import InputError, SystemFault
 
@@ -23,7 +22,7 @@ COMMANDS = {
     "train": "train",
     "eval": "train",
     "predict": "predict",
-    "page": "page",
+    "page": "predict",
     "export": "export",
     "merge": "export",
     "convert": "export",
@@ -47,14 +46,7 @@ RepLKNet in PaddlePaddle: train, evaluate, predict, export and measure large-ker
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line.
-
-    Args:
-        argv: the arguments; None for those of this process.
-
-    Returns:
-        Exit status: 0; 2 for bad input; others as the command says.
-    """
+    """Run a command line; return its exit status: 0; 2 for bad input; others as commands say."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
         return run_command(argv[0], argv[1:])
@@ -113,9 +105,5 @@ def help_of(name: str) -> tuple[str, str | None]:
 
 def command_function(name: str, pattern: str) -> Callable:
     """Return a function of a command, such as "run_{}"."""
-    return getattr(command_module(name), pattern.format(name.replace("-", "_")))
-
-
-def command_module(name: str) -> ModuleType:
-    """Return the module of a command."""
-    return importlib.import_module(f"replknet_paddle.commands.{COMMANDS[name]}")
+    module = importlib.import_module(f"replknet_paddle.commands.{COMMANDS[name]}")
+    return getattr(module, pattern.format(name.replace("-", "_")))

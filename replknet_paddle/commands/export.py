@@ -114,13 +114,14 @@ def compare_with_checkpoint(model, info, target, validation, count: int) -> None
     from replknet_paddle.deploy.fold import largest_deviation, random_images
     from replknet_paddle.deploy.quantize import compare, spread_batches
 
+    images = random_images(2, info.config.DATA.IMAGE_SIZE)
     try:
         backend = open_backend(target, candidates([info.format], info.precision)[0])
+        outputs = backend.run(images)
     except InputError as error:
         print(f"not compared with the checkpoint, since it does not run here: {error}")
         return
-    images = random_images(2, info.config.DATA.IMAGE_SIZE)
-    deviation = largest_deviation(backend.run(images), open_eager(model, info).run(images))
+    deviation = largest_deviation(outputs, open_eager(model, info).run(images))
     print(
         f"logits on 2 random images are within {deviation:.2g} of the largest one of the "
         f"checkpoint's (backend {backend.name} against Paddle's eager mode)"

@@ -76,9 +76,19 @@ class Backend:
         of images, float32 (N, 3, H, W).
 
         Raises:
-            InputError: images of another shape or type, or a model that has other classes.
+            InputError: images of another shape or type, a model that has other classes, or one
+                that the backend cannot run.
         """
-        logits = self._compute(check_images(images, self.info))
+        images = check_images(images, self.info)
+        try:
+            logits = self._compute(images)
+        except Exception as error:
+            if self.network is not None:
+                raise
+            raise InputError(
+                f"{BACKENDS[self.name].title} cannot run this network: {reason_of(error)}; "
+                "another backend may run it"
+            ) from None
         count = self.info.config.MODEL.NUM_CLASSES
         if logits.shape[:2] != (len(images), count):
             raise InputError(
@@ -91,6 +101,11 @@ class Backend:
         """Free the memory; `run` must not be called any more."""
         self._close()
         self._compute = None
+
+
+def reason_of(error: Exception) -> str:
+    """Return the beginning of what a library says of a model that it cannot read or run."""
+    return " ".join(str(error).split())[:300]
 
 
 def check_images(images: np.ndarray, info: ModelInfo) -> np.ndarray:
@@ -356,10 +371,9 @@ def open_backend(
                 return Backend(backend, info, kind.opener(path, threads, precision))
             except InputError:
                 raise
-            except Exception as error:  # whatever a program says of a file that it cannot read
-                reason = " ".join(str(error).split())[:300]
+            except Exception as error:
                 raise InputError(
-                    f"{kind.title} cannot read {path}: {reason}; export it again"
+                    f"{kind.title} cannot read {path}: {reason_of(error)}; export it again"
                 ) from None
 
         if name != "auto":

@@ -170,7 +170,7 @@ def test_a_checkpoint_takes_a_configuration(monkeypatch, run_folder):
     monkeypatch.setattr(
         "replknet_paddle.deploy.page.build_page", lambda *given: shown.append(given)
     )
-    monkeypatch.setattr("replknet_paddle.commands.page.signal.signal", lambda *_: None)
+    monkeypatch.setattr("replknet_paddle.commands.predict.signal.signal", lambda *_: None)
     flags = ["-cfg", str(run_folder / "config.yaml"), "-opts", "DATA.CROP_PCT", "0.5"]
     assert main([str(run_folder), *flags, f"--port={free_ports(1)[0]}"]) == 0
     ((_, predictor),) = shown
