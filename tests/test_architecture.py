@@ -81,8 +81,7 @@ config.get_config()
     "code",
     [
         "import replknet_paddle; replknet_paddle.get_config(); replknet_paddle.list_models()",
-        "from replknet_paddle.commands import COMMANDS, help_of\n"
-        "list(map(help_of, COMMANDS))",
+        "from replknet_paddle.commands import COMMANDS, help_of\nlist(map(help_of, COMMANDS))",
         "import replknet_paddle.analysis.plots",
     ],
     ids=["config and model names", "help of every command", "plots"],

@@ -120,7 +120,7 @@ def run_erf(args) -> int:
 
 
 def measure_folder(args, out: str):
-    """The field over the images of the folder, by the network of the flags."""
+    """Return the field over the images of the folder, by the network of the flags."""
     from tqdm import tqdm
 
     from replknet_paddle.data.transforms.pipelines import EvalTransform

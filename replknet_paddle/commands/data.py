@@ -81,7 +81,7 @@ def run_make_lists(args) -> int:
 
 
 def read_share(args) -> float | None:
-    """The share that -val gives; None where it names a folder."""
+    """Return the share that -val gives; None where it names a folder."""
     try:
         share = float(args.val)
     except ValueError:

@@ -126,7 +126,7 @@ def check_images(images: np.ndarray, info: ModelInfo) -> np.ndarray:
 
 @contextlib.contextmanager
 def evaluation_mode(network: nn.Layer) -> Iterator[None]:
-    """Evaluation mode for the block; afterwards each layer is in the mode it was in."""
+    """Set evaluation mode for the block; afterwards each layer is in the mode it was in."""
     training = [layer for layer in network.sublayers(include_self=True) if layer.training]
     for layer in training:
         layer.training = False
@@ -236,17 +236,17 @@ NAMES_OF_0_2 = {"dygraph": "eager"}  # still accepted
 
 
 def installed_backends() -> list[str]:
-    """Names of the backends that can run here."""
+    """Return the names of the backends that can run here."""
     return [name for name, kind in BACKENDS.items() if all(map(is_installed, kind.packages))]
 
 
 def device_of(name: str) -> str:
-    """The device that a backend computes on in this process, "gpu" or "cpu"."""
+    """Return the device that a backend computes on in this process, "gpu" or "cpu"."""
     return "gpu" if processes.on_gpu() and BACKENDS[name].on_gpu else "cpu"
 
 
 def precisions_of(name: str) -> tuple[str, ...]:
-    """The precisions that a backend computes in on that device."""
+    """Return the precisions that a backend computes in on that device."""
     return BACKENDS[name].on_gpu if device_of(name) == "gpu" else BACKENDS[name].on_cpu
 
 

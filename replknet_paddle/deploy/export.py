@@ -131,7 +131,7 @@ class ModelInfo:
 
 
 def is_export(source) -> bool:
-    """Whether a path is an export folder: any folder that is not a run folder counts as one."""
+    """Return whether a path is an export folder, as any folder that is not a run's counts."""
     folder = Path(source)
     return folder.is_dir() and (
         any((folder / name).exists() for name in (FILE, FILE_OF_0_2))

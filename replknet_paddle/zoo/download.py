@@ -87,7 +87,7 @@ def _find_source(folder: Path, model: PublishedModel) -> Path | None:
 
 
 def _is_current(converted: Path, source: Path | None) -> bool:
-    """Whether the model has been converted, and from this source if there is one."""
+    """Return whether the model has been converted, and from this source if there is one."""
     if source is None or not converted.exists():
         return converted.exists()
     return CheckpointFile(converted).metadata.get(_DIGEST_KEY) == file_sha256(source)
