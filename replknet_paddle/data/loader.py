@@ -47,23 +47,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch as read by a worker.
+    """One batch as read by a worker."""
 
-    Attributes:
-        images: raw pixels (N, H, W, 3) uint8; None: they are in the batch's slot.
-        shape: of the images.
-        labels: (N,) int64, or label maps (N, H, W) uint8.
-        erasures: for `FinishBatch`.
-        unreadable: index of each image that another took the place of, and what is wrong with it.
-        failures: messages of failures of the system after which reading again succeeded.
-    """
-
-    images: np.ndarray | None
-    shape: tuple[int, ...]
-    labels: np.ndarray
-    erasures: list[tuple]
-    unreadable: list[tuple[int, str]]
-    failures: list[str]
+    images: np.ndarray | None  # raw pixels (N, H, W, 3) uint8; None: they are in the batch's slot
+    shape: tuple[int, ...]  # of the images
+    labels: np.ndarray  # (N,) int64, or label maps (N, H, W) uint8
+    erasures: list[tuple]  # for `FinishBatch`
+    unreadable: list[tuple[int, str]]  # index of each replaced image, and what is wrong with it
+    failures: list[str]  # of the system, after which reading again succeeded
 
 
 class Loader:
@@ -72,32 +63,20 @@ class Loader:
     Iterating gives (images (N, 3, H, W) float32, labels as in `Batch`) for what `batch_sampler`
     names; the workers stay for the next time, until `close` or the end of a `with` block.
 
-    Args:
-        dataset: a `ListDataset`, or another with `read_sample`, `describe` and `list_file`.
-        batch_sampler: of `replknet_paddle.data.dataset`.
-        workers: processes; 0: read in this one.
-        batch_bytes: of the images of a batch, which go through shared memory up to this size.
-        finish: (raw images on the device, erasures) -> images, the last steps of the pipeline.
-        max_bad_images: how many different unreadable images to replace by the next readable one
-            of the list, each with a warning, before the run stops; None: to stop at the first.
-        timeout_seconds: how long to wait for one batch of the workers.
-
-    Raises (while iterating):
-        SampleError: an image is missing or damaged and none may take its place.
-        SystemFault: storage fails time and again, or hangs; a worker was killed, or none
-            can be started.
+    Up to `max_bad_images` different unreadable images are each replaced by the next readable one of
+    the list, with a warning, before a SampleError; with None, the first one is an error.
     """
 
     def __init__(
         self,
-        dataset,
+        dataset,  # with `read_sample`, `describe`, `list_file` and `failures`
         batch_sampler: paddle.io.Sampler,
         *,
-        workers: int,
-        batch_bytes: int,
-        finish: Callable,
+        workers: int,  # processes; 0: read in this one
+        batch_bytes: int,  # of images, which go through shared memory up to this size
+        finish: Callable,  # (raw images on the device, erasures) -> images, the last steps
         max_bad_images: int | None,
-        timeout_seconds: float = 600.0,
+        timeout_seconds: float,  # to wait for one batch of the workers
     ):
         self.dataset = dataset
         self.batch_sampler = batch_sampler
@@ -134,8 +113,8 @@ class Loader:
         self.close()
 
     def start(self) -> None:
-        """Start the workers now, and not at the first iteration: before this process uses a GPU or
-        talks to other processes, whose state a fork should not copy."""
+        """Start the workers now: before this process uses a GPU or talks to other processes, whose
+        state a fork should not copy."""
         if not self.workers or self._pool is not None:
             return
         if not hasattr(os, "fork"):
@@ -167,7 +146,7 @@ class Loader:
         return list(self._pool._processes or ()) if self._pool else []
 
     def _batches(self) -> Iterator[tuple[int, Batch]]:
-        """Each batch as read, with the slot that holds its images until the next."""
+        """Yield each batch as read, with the slot that holds its images until the next."""
         if not self.workers:
             for names in self.batch_sampler:
                 yield 0, self._read(0, names)
@@ -242,8 +221,8 @@ class Loader:
 class Slots:
     """Memory that workers write batches into and their parent reads them from, used in turn.
 
-    It is there before the workers are, so they share it by being forked: nothing is copied through
-    a pipe, nothing is left behind by a process that is killed, and no limit of /dev/shm applies.
+    Workers share it by being forked later: nothing is copied through a pipe, nothing is left
+    behind by a process that is killed, and no limit of /dev/shm applies.
     """
 
     def __init__(self, count: int, slot_bytes: int):
@@ -267,8 +246,8 @@ class _ReadBatch:
 
     def __call__(self, slot: int, names: list[Name]) -> Batch:
         unreadable: list[tuple[int, str]] = []
-        failures: list[str] = []
-        samples, labels = zip(*(self._read_sample(*name, unreadable, failures) for name in names))
+        samples, labels = zip(*(self._read_sample(*name, unreadable) for name in names))
+        failures, self.dataset.failures = self.dataset.failures, []
         erasures = [(i, raw.boxes, raw.seed) for i, raw in enumerate(samples) if raw.boxes]
         images = [raw.pixels for raw in samples]
         shape = (len(images), *images[0].shape)
@@ -279,13 +258,13 @@ class _ReadBatch:
             stacked = np.stack(images)
         return Batch(stacked, shape, np.stack(labels), erasures, unreadable, failures)
 
-    def _read_sample(self, epoch: int, index: int, unreadable: list, failures: list):
-        """The sample, or the next readable one in its place."""
+    def _read_sample(self, epoch: int, index: int, unreadable: list):
+        """Return the sample, or the next readable one in its place."""
         problem = None
         for candidate in range(index, index + self.candidates):
             candidate %= len(self.dataset)
             try:
-                sample = self.dataset.read_sample(epoch, candidate, failures=failures)
+                sample = self.dataset.read_sample(epoch, candidate)
             except SampleError as error:
                 problem = problem or error
             else:
