@@ -10,6 +10,7 @@ generator given with the image. Lists of images and labels: `replknet_paddle.dat
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -35,22 +36,13 @@ Box = tuple[int, int, int, int]  # top, left, bottom, right
 
 
 class SegmentationDataset(ListedFiles):
-    """The images and label images of a list file.
-
-    Args:
-        list_file, root, seed, allow_outside: as for `ListedFiles`.
-        transform: (image (H, W, 3), label map (H, W), random generator) -> raw sample and map.
-        num_classes, zero_is_ignored: as for `read_labels`.
-
-    Raises:
-        FileNotFoundError, InputError, SystemFault: as for `ListedFiles`.
-    """
+    """The images and label images of a list file, as `ListDataset` has images and labels."""
 
     def __init__(
         self,
         list_file: str,
         root: str,
-        transform: Callable,
+        transform: Callable,  # (image (H, W, 3), label map (H, W), generator) -> raw sample and map
         *,
         num_classes: int,
         zero_is_ignored: bool = False,
@@ -71,34 +63,23 @@ class SegmentationDataset(ListedFiles):
         image, labels = map(printable, self.path(index).split("\t"))
         return f"image {image} with labels {labels} ({self.list_file}, line {self._lines[index]})"
 
-    def read_sample(
-        self, epoch: int, index: int, *, failures: list[str] | None = None
-    ) -> tuple[RawSample, np.ndarray]:
-        """Return raw sample (epoch, index), and its label map (H, W) uint8.
-
-        Args:
-            failures: gets a message for each failure of the system that a repetition cured.
-
-        Raises:
-            SampleError: it cannot be read, or image and labels do not belong together.
-            SystemFault: the system fails, time and again.
-        """
+    def read_sample(self, epoch: int, index: int) -> tuple[RawSample, np.ndarray]:
+        """Return raw sample (epoch, index), and its label map (H, W) uint8."""
 
         def pixels_and_turn(image: Image.Image) -> tuple[np.ndarray, bool]:
             load(image)
             return np.array(to_rgb(image)), asks_for_a_quarter_turn(image)
 
         path, labels_path = self.path(index).split("\t")
-        pixels, is_turned = self.read_file(index, path, pixels_and_turn, failures=failures)
+        pixels, is_turned = self.read_file(index, path, pixels_and_turn)
         read = partial(self._read_labels, size=pixels.shape[1::-1], is_turned=is_turned)
-        classes = self.read_file(index, labels_path, read, failures=failures)
+        classes = self.read_file(index, labels_path, read)
         return self.transform(pixels, classes, self.rng(epoch, index))
 
     def absent_classes(self, count: int, *, rank: int = 0, world_size: int = 1) -> list[int]:
         """Return the classes in [0, count) that no label image of a rank's share has.
 
-        Label images are read until each class has been seen. Those that cannot be read are passed
-        over, for training reports them.
+        Those that cannot be read are passed over, for training reports them.
         """
         absent = set(range(count))
         own = range(rank, len(self), world_size)
@@ -111,7 +92,7 @@ class SegmentationDataset(ListedFiles):
         return sorted(absent)
 
     def _classes_in(self, index: int) -> list[int]:
-        """The numbers in label image `index`; none where it cannot be read."""
+        """Return the numbers in label image `index`; none where it cannot be read."""
         try:
             with self.open(self.path(index).split("\t")[1]) as labels:
                 return np.unique(self._read_labels(labels, size=labels.size)).tolist()
@@ -145,10 +126,9 @@ def get_dataloader(config, is_train: bool, *, rank: int = 0, world_size: int = 1
     dataset = get_dataset(config, is_train)
     places = {"rank": rank, "world_size": world_size}
     if not is_train:
-        # A larger image takes the slower way from its worker.
-        pixels = 4 * config.DATA.IMAGE_SIZE**2
         batches = EvalBatches(len(dataset), 1, **places)
-        return make_loader(config, dataset, batches, image_pixels=pixels)
+        # A larger image takes the slower way from its worker.
+        return make_loader(config, dataset, batches, image_pixels=4 * config.DATA.IMAGE_SIZE**2)
     batches = StepBatches(
         len(dataset),
         config.DATA.BATCH_SIZE,
@@ -169,13 +149,8 @@ def read_labels(
 ) -> np.ndarray:
     """Return the label map (H, W) uint8 of an opened label image: classes from 0, and `IGNORED`.
 
-    Args:
-        size: (width, height) of the image that it belongs to.
-        is_turned: whether that image asks to be shown turned by a quarter, for the message.
-        zero_is_ignored: the file counts classes from 1, and its 0 is ignored (ADE20K).
-
-    Raises:
-        InputError: it is damaged, of another size or kind, or holds numbers of no class.
+    It belongs to an image of `size` (width, height), which may ask to be shown turned by a quarter.
+    With `zero_is_ignored`, the file counts classes from 1, and its 0 is ignored (ADE20K).
     """
     if labels.mode not in LABEL_MODES:
         raise InputError(
@@ -215,18 +190,15 @@ def read_labels(
 
 
 def _grey_step(labels: Image.Image) -> int:
-    """The factor by which Pillow multiplies the numbers of a grey image of 2 or 4 bits."""
+    """Return the factor by which Pillow multiplies the numbers of a grey image of 2 or 4 bits."""
     how = labels.tile[0][3] if getattr(labels, "tile", None) else None
     how = how[0] if isinstance(how, tuple) and how else how  # with details, in a TIFF
     return {"L;2": 255 // 3, "L;4": 255 // 15}.get(how, 1) if labels.mode == "L" else 1
 
 
 def resized_size(size: tuple[int, int], scale: Sequence[float]) -> tuple[int, int]:
-    """Return the size (height, width) that an image of `size` gets to fit `scale`, its shape kept.
-
-    Args:
-        scale: the most that its longer and its shorter side may have, pixels.
-    """
+    """Return the size (height, width) that an image of `size` gets, its shape kept, to fit `scale`:
+    the most pixels that its longer and its shorter side may have."""
     ratio = min(max(scale) / max(size), min(scale) / min(size))
     return tuple(max(1, int(side * ratio + 0.5)) for side in size)
 
@@ -237,10 +209,8 @@ def scaled(scale: Sequence[int], ratio: float) -> list[int]:
 
 
 def source_rows(start: int, end: int, new_size: int, size: int) -> np.ndarray:
-    """Return where rows `start` to `end` - 1 of a resized image lie in the original.
-
-    They are pixel centres, in [-0.5, size - 0.5].
-    """
+    """Return where the centres of rows `start` to `end` - 1 of a resized image lie in the original,
+    in [-0.5, size - 0.5]."""
     return (np.arange(start, end) + 0.5) * (size / new_size) - 0.5
 
 
@@ -257,7 +227,7 @@ def resize_window(pixels: np.ndarray, new_size: tuple[int, int], box: Box) -> np
 
 
 def _neighbours(places: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The pixel before each place, and the share of the one after it."""
+    """Return the pixel before each place, and the share of the one after it."""
     places = np.clip(places, 0, size - 1)
     first = np.minimum(places.astype(np.int64), max(size - 2, 0))
     return first, (places - first).astype(np.float32)
@@ -274,11 +244,7 @@ def nearest_window(labels: np.ndarray, new_size: tuple[int, int], box: Box) -> n
     top, left, bottom, right = box
     rows = source_rows(top, bottom, new_size[0], labels.shape[0])
     columns = source_rows(left, right, new_size[1], labels.shape[1])
-    return labels[np.ix_(_nearest(rows), _nearest(columns))]
-
-
-def _nearest(places: np.ndarray) -> np.ndarray:
-    return np.floor(places + 0.5).astype(np.int64)
+    return labels[np.ix_(*(np.floor(x + 0.5).astype(np.int64) for x in (rows, columns)))]
 
 
 def fullest_share(labels: np.ndarray) -> float:
@@ -339,25 +305,22 @@ def whole_image(
     return RawSample(pixels), labels
 
 
+@dataclass(kw_only=True)
 class TrainCrop:
     """The way from an image and its labels to training samples of `crop_size` x `crop_size` pixels.
 
-    Args:
-        crop_size: pixels.
-        scale: what images fit at ratio 1: the most that the longer and the shorter side have.
+    At ratio 1, images fit `scale`, as in `resized_size`.
     """
 
-    def __init__(self, *, crop_size: int, scale: Sequence[int]):
-        self.crop_size = crop_size
-        self.scale = tuple(scale)
+    crop_size: int
+    scale: Sequence[int]
 
     def __call__(
         self, pixels: np.ndarray, labels: np.ndarray, rng: np.random.Generator
     ) -> tuple[RawSample, np.ndarray]:
         """Image (H, W, 3) and label map (H, W), uint8 -> a sample and its label map.
 
-        What the image lacks at its bottom and right is padded: boxes to erase, and labels
-        `IGNORED`.
+        What the image lacks at its bottom and right is boxes to erase, and labels `IGNORED`.
         """
         side = self.crop_size
         ratio = rng.uniform(*SCALE_RANGE)
@@ -382,11 +345,8 @@ class TrainCrop:
     def choose_crop(
         self, labels: np.ndarray, size: tuple[int, int], rng: np.random.Generator
     ) -> Box:
-        """Return a random box of the resized image.
-
-        Another one is drawn, up to ten times, while one category has more than
-        `MAX_CATEGORY_SHARE` of what counts in it.
-        """
+        """Return a random box of the resized image, drawn up to ten times to find one in which no
+        category has more than `MAX_CATEGORY_SHARE` of what counts."""
         height, width = (min(self.crop_size, edge) for edge in size)
         for _ in range(MAX_CROP_TRIES):
             top = int(rng.integers(0, size[0] - height, endpoint=True))

@@ -15,13 +15,13 @@ from replknet_paddle.optim.schedule import get_poly_lr
 from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.segmentation.data import get_dataloader, get_dataset
-from replknet_paddle.segmentation.evaluate import ConfusionSums, SegmentationLoss
+from replknet_paddle.segmentation.evaluate import ConfusionSums, segmentation_loss
 from replknet_paddle.segmentation.inference import build_inference
 from replknet_paddle.segmentation.upernet import UPerNet, build_upernet
 
 
 def parameter_groups(model: nn.Layer, weight_decay: float) -> list[ParameterGroup]:
-    """The trainable parameters: all decay but those of norms; the classifiers' biases do, too.
+    """Return the trainable parameters: all decay but those of norms; classifiers' biases do, too.
 
     Source: the official configuration's `paramwise_cfg=dict(norm_decay_mult=0)`.
     """
@@ -89,9 +89,9 @@ class SegmentationTask:
     def mixup(self, config) -> None:
         """Return None: batches are not mixed."""
 
-    def criterion(self, config) -> SegmentationLoss:
+    def criterion(self, config) -> Callable:
         """Return the mean loss of (logits of both heads, labels)."""
-        return SegmentationLoss(align_corners=config.SEGMENTATION.ALIGN_CORNERS)
+        return partial(segmentation_loss, align_corners=config.SEGMENTATION.ALIGN_CORNERS)
 
     def inference(self, config, model: Callable) -> Callable:
         """Return images (1, 3, H, W) -> probabilities (1, num_classes, H, W)."""
