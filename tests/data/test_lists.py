@@ -112,24 +112,6 @@ def test_any_line_is_an_image_inside_or_a_problem_with_its_number(tmp_path, line
 
 
 @pytest.mark.parametrize(
-    "line, path, label",
-    [
-        (b"train/a.jpg 3   ", b"train/a.jpg", 3),
-        (b"great white shark/my photo.jpg 3", b"great white shark/my photo.jpg", 3),
-        (b"two  spaces\tand a tab.jpg 3", b"two  spaces\tand a tab.jpg", 3),
-        (b"a 7 3", b"a 7", 3),
-        (b"latin-1 caf\xe9.jpg 3", b"latin-1 caf\xe9.jpg", 3),
-        (b"a..b/c...jpg 3", b"a..b/c...jpg", 3),
-        (b"./a.jpg 3", b"./a.jpg", 3),
-        (b'"quoted, with a comma".jpg 3', b'"quoted, with a comma".jpg', 3),
-        (b"# no comment.jpg 999", b"# no comment.jpg", 999),
-    ],
-)
-def test_lines_that_are_right(tmp_path, line, path, label):
-    assert read(tmp_path, line, labelled()) == [(path, label, 1)]
-
-
-@pytest.mark.parametrize(
     "line, says",
     [
         (b"a.jpg", "expected a path and a label, got 'a.jpg'"),

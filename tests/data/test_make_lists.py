@@ -11,7 +11,6 @@ from tiny import command
 
 from replknet_paddle.data.make_lists import (
     choose_validation,
-    identical_files,
     make_lists,
     read_synsets,
     split_lists,
@@ -164,14 +163,6 @@ def test_identical_files_are_never_on_both_sides(tmp_path, seed):
     assert not digests["train"] & digests["val"]
     assert written["train_list.txt"] + written["val_list.txt"] == 60
     assert {label for _, label in read(tmp_path, "train")} == {0, 1, 2}
-
-
-def test_groups_are_files_of_the_same_bytes(tmp_path):
-    contents = [b"a", b"b", b"a", b"long", b"b", b"a", b"gnol"]
-    for i, content in enumerate(contents):
-        (tmp_path / str(i)).write_bytes(content)
-    groups = identical_files([str(tmp_path / str(i)) for i in range(len(contents))])
-    assert groups == [[0, 2, 5], [1, 4], [3], [6]]
 
 
 @pytest.mark.parametrize(

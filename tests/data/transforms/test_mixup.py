@@ -87,35 +87,26 @@ def test_cutmix_box_has_the_shape_of_the_image(lam, shape):
     assert tuple(sides.max(axis=0)) == shape  # the border clips the others
 
 
-@pytest.mark.parametrize("size", [1, 2, 5, 8])
-def test_blend_is_linear_in_the_pairs(size):
-    images = batch(size)
-    mixed = mix_images(images, Mix(0.3, None)).numpy()
-    x = images.numpy()
-    np.testing.assert_allclose(mixed, 0.3 * x + 0.7 * x[::-1], atol=1e-6)
+MIXES = [
+    *(Mix(0.3, None), Mix(1.0, None)),
+    *(Mix(1 - 24 / 72, (2, 1, 5, 9)), Mix(1.0, (3, 4, 3, 4)), Mix(0.0, (0, 0, 8, 9))),
+]
 
 
+@pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("size", [1, 2, 5, 8])
-def test_cutmix_pastes_the_partner_and_nothing_else(size):
+def test_mixing_blends_with_the_partner_or_pastes_its_box_and_nothing_else(size, mix):
     images = batch(size)
     x = images.numpy().copy()
-    expected = x.copy()
-    expected[:, :, 2:5, 1:9] = x[::-1, :, 2:5, 1:9]
-    mixed = mix_images(images, Mix(1 - 24 / 72, (2, 1, 5, 9)))
-    np.testing.assert_array_equal(mixed.numpy(), expected)
+    mixed = mix_images(images, mix).numpy()
     np.testing.assert_array_equal(images.numpy(), x)  # the input is left alone
-
-
-@pytest.mark.parametrize("mix", [Mix(1.0, None), Mix(1.0, (3, 4, 3, 4))])
-def test_nothing_to_mix(mix):
-    images = batch(4)
-    np.testing.assert_array_equal(mix_images(images, mix).numpy(), images.numpy())
-
-
-def test_whole_box_swaps_the_pair():
-    images = batch(4)
-    mixed = mix_images(images, Mix(0.0, (0, 0, 8, 9)))
-    np.testing.assert_array_equal(mixed.numpy(), images.numpy()[::-1])
+    if mix.box is None and mix.lam < 1:
+        np.testing.assert_allclose(mixed, mix.lam * x + (1 - mix.lam) * x[::-1], atol=1e-6)
+        return
+    top, left, bottom, right = mix.box or (0, 0, 0, 0)
+    expected = x.copy()
+    expected[:, :, top:bottom, left:right] = x[::-1, :, top:bottom, left:right]
+    np.testing.assert_array_equal(mixed, expected)
 
 
 @pytest.mark.gpu

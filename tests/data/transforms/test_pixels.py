@@ -11,7 +11,6 @@ from PIL import Image
 from properties import same_examples
 
 from replknet_paddle.data.transforms.pixels import (
-    NativePixels,
     PillowPixels,
     get_pixels,
 )
@@ -151,12 +150,3 @@ def test_without_a_compiler_pillow_does_it_and_says_so(monkeypatch, caplog, tmp_
     assert isinstance(get_pixels.__wrapped__(), PillowPixels)
     assert "no compiled image operations" in caplog.text and "CXX" in caplog.text
     assert not list(tmp_path.rglob("*.so"))
-
-
-def test_the_library_is_built_once(native, monkeypatch, tmp_path):
-    monkeypatch.setenv("REPLKNET_PADDLE_CACHE", str(tmp_path))
-    assert isinstance(get_pixels.__wrapped__(), NativePixels)
-    (library,) = tmp_path.rglob("*.so")
-    built = library.stat().st_mtime_ns
-    get_pixels.__wrapped__()
-    assert library.stat().st_mtime_ns == built
