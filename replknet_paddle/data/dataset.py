@@ -7,7 +7,6 @@ and that name: neither the number of workers nor a restart changes what the netw
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass, field
-from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -36,37 +35,40 @@ Result = TypeVar("Result")
 
 
 class ListedFiles(paddle.io.Dataset):
-    """The lines of a list file, by the grammar `parse`, and the files below `root` that they name.
+    """The lines of a list file, and the files below the folder `root` that they name.
 
-    `layout` says what to prepare where there is no such list.
+    A child has the grammar of a line, `parse`, and `layout`: what to prepare where there is no
+    list.
     """
 
     def __init__(
         self,
         list_file: str,
         root: str,
-        parse: Callable[[bytes], Line],
+        transform: Callable,
         *,
-        layout: str,
-        seed: int,
-        allow_outside: bool,
+        num_classes: int | None,
+        seed: int = 0,
+        allow_outside: bool = False,
     ):
         super().__init__()
         if not os.path.isdir(root):
-            raise FileNotFoundError(f"no data folder {searched(root)}; {layout}")
+            raise FileNotFoundError(f"no data folder {searched(root)}; {self.layout}")
         if not os.path.isfile(list_file):
-            raise FileNotFoundError(f"no list file {list_file}; {layout}")
+            raise FileNotFoundError(f"no list file {list_file}; {self.layout}")
         if not os.access(list_file, os.R_OK):
             raise InputError(f"no permission to read {list_file}")
         self.list_file = list_file
         self.root = root
+        self.transform = transform
+        self.num_classes = num_classes
         self.seed = seed
         self.allow_outside = allow_outside
         self.failures: list[str] = []  # of the system, cured by a repetition; a `Loader` empties it
         # Bytes and arrays rather than lists of str: reading a list's items writes to their
         # reference counts, and that copies the whole list into every worker process.
         self._paths, self._ends, self._lines, self._labels = retry_io(
-            lambda: read_list(list_file, parse), list_file
+            lambda: read_list(list_file, self.parse), list_file
         )
 
     def __len__(self) -> int:
@@ -129,22 +131,16 @@ class ListDataset(ListedFiles):
         SystemFault: the list cannot be read, time and again.
     """
 
-    def __init__(
-        self,
-        list_file: str,
-        root: str,
-        transform: Callable,
-        *,
-        num_classes: int | None,
-        seed: int = 0,
-        allow_outside: bool = False,
-    ):
-        parse = partial(parse_labelled, num_classes=num_classes, allow_outside=allow_outside)
-        super().__init__(
-            list_file, root, parse, layout=LAYOUT, seed=seed, allow_outside=allow_outside
-        )
-        self.transform = transform
-        self.labels = self._labels
+    layout = LAYOUT
+
+    def parse(self, line: bytes) -> Line:
+        """Return the path and label of a line."""
+        return parse_labelled(line, self.num_classes, allow_outside=self.allow_outside)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The label of each image, int64 (number of images,)."""
+        return self._labels
 
     def paths_and_labels(self) -> Iterator[tuple[bytes, int]]:
         """Yield the path below the data folder and the label of each image."""

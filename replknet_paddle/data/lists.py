@@ -13,6 +13,7 @@ Paths are relative to DATA_PATH. A label is what follows the last white space of
 import errno
 import functools
 import os
+import re
 import stat
 import sys
 import time
@@ -110,14 +111,10 @@ def parse_labelled(line: bytes, num_classes: int | None, *, allow_outside: bool)
     if not rest:
         return Line(0, b"", 0, "line", f"expected a path and a label, got '{shown}'")
     [text] = rest
-    # int() alone would also take 1_000, and digits of other scripts.
-    digits = text.removeprefix(b"-")
-    if not digits.isdigit():
+    if not re.fullmatch(rb"-?[0-9]+", text):  # int() alone would also take 1_000
         reason = f"no label after the path: '{shown}' ends with '{_shortened(text)}'"
         return Line(0, path, 0, "line", reason)
-    label = int(digits) if len(digits) < 18 else sys.maxsize
-    if digits != text:
-        label = -label
+    label = min(int(text[:4000]), sys.maxsize)  # int() takes at most 4,300 digits
     if label < 0 or (num_classes is not None and label >= num_classes):
         reason = (
             "negative"

@@ -17,7 +17,14 @@ import numpy as np
 from PIL import Image
 
 from replknet_paddle.data.dataset import EvalBatches, ListedFiles, StepBatches, make_loader
-from replknet_paddle.data.lists import IGNORED, LIST_FILES, PAIRS_LAYOUT, parse_pair, printable
+from replknet_paddle.data.lists import (
+    IGNORED,
+    LIST_FILES,
+    PAIRS_LAYOUT,
+    Line,
+    parse_pair,
+    printable,
+)
 from replknet_paddle.data.loader import Loader
 from replknet_paddle.data.transforms.finish import RawSample
 from replknet_paddle.data.transforms.image import asks_for_a_quarter_turn, load, to_rgb
@@ -36,27 +43,24 @@ Box = tuple[int, int, int, int]  # top, left, bottom, right
 
 
 class SegmentationDataset(ListedFiles):
-    """The images and label images of a list file, as `ListDataset` has images and labels."""
+    """The images and label images of a list file, as `ListDataset` has images and labels.
+
+    The transform is (image (H, W, 3), label map (H, W), random generator) -> raw sample and map.
+    """
+
+    layout = PAIRS_LAYOUT
 
     def __init__(
-        self,
-        list_file: str,
-        root: str,
-        transform: Callable,  # (image (H, W, 3), label map (H, W), generator) -> raw sample and map
-        *,
-        num_classes: int,
-        zero_is_ignored: bool = False,
-        seed: int = 0,
-        allow_outside: bool = False,
+        self, list_file: str, root: str, transform: Callable, *, zero_is_ignored=False, **options
     ):
-        parse = partial(parse_pair, allow_outside=allow_outside)
-        super().__init__(
-            list_file, root, parse, layout=PAIRS_LAYOUT, seed=seed, allow_outside=allow_outside
-        )
-        self.transform = transform
+        super().__init__(list_file, root, transform, **options)
         self._read_labels = partial(
-            read_labels, num_classes=num_classes, zero_is_ignored=zero_is_ignored
+            read_labels, num_classes=self.num_classes, zero_is_ignored=zero_is_ignored
         )
+
+    def parse(self, line: bytes) -> Line:
+        """Return the two paths of a line."""
+        return parse_pair(line, allow_outside=self.allow_outside)
 
     def describe(self, index: int) -> str:
         """Return the paths of image and labels `index`, and the line that names them."""

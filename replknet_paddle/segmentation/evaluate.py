@@ -39,7 +39,7 @@ class SegmentationMetrics:
 
     images: int  # how many were evaluated
     confusion: np.ndarray  # (num_classes, num_classes) pixels by label (row) and prediction
-    class_names: tuple[str, ...] | None = None  # for `table`; None: numbers
+    class_names: tuple[str, ...] | None = None  # None: numbers
 
     @property
     def class_iou_percent(self) -> np.ndarray:
@@ -80,22 +80,18 @@ class SegmentationMetrics:
             ],
         }
 
-    def table(self) -> str:
-        """Return a line for each class: its name, IoU and accuracy."""
-        names = self.class_names or [str(i) for i in range(len(self.confusion))]
+    def __str__(self) -> str:
+        ious, accuracies = self.class_iou_percent, self.class_accuracy_percent
+        names = self.class_names or [str(i) for i in range(len(ious))]
         width = max(5, *map(len, names))
-        lines = [f"{'class':{width}}  IoU %  accuracy %"]
-        for name, iou, accuracy in zip(names, self.class_iou_percent, self.class_accuracy_percent):
+        lines = [
+            f"mIoU {self.miou_percent:.2f} % ({(~np.isnan(ious)).sum()} of {len(ious)} classes), "
+            f"pixel accuracy {self.pixel_accuracy_percent:.2f} %, {self.images} images",
+            f"{'class':{width}}  IoU %  accuracy %",
+        ]
+        for name, iou, accuracy in zip(names, ious, accuracies):
             lines.append(f"{name:{width}}  {iou:5.2f}  {accuracy:10.2f}")
         return "\n".join(lines)
-
-    def __str__(self) -> str:
-        known = int((~np.isnan(self.class_iou_percent)).sum())
-        return (
-            f"mIoU {self.miou_percent:.2f} % ({known} of {len(self.confusion)} classes), "
-            f"pixel accuracy {self.pixel_accuracy_percent:.2f} %, {self.images} images\n"
-            f"{self.table()}"
-        )
 
 
 class ConfusionSums:

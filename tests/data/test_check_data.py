@@ -2,7 +2,6 @@
 
 import json
 import os
-from io import BytesIO
 
 import faulty_storage
 import numpy as np
@@ -27,9 +26,7 @@ def damaged(folder):
     half = picture(50)
     write(folder / "train" / "half.jpg", half[: len(half) // 2])
     write(folder / "train" / "empty.jpg", b"")
-    png = BytesIO()
-    Image.effect_noise((40, 40), 50).save(png, "PNG")
-    broken = bytearray(png.getvalue())
+    broken = bytearray(picture(51, "PNG"))
     broken[60] ^= 255
     write(folder / "train" / "broken.png", bytes(broken))
     deep = np.full((8, 8), 40_000, np.uint16)
@@ -68,8 +65,8 @@ def damaged(folder):
         ("val/odd/2.jpg 0", None),
     ]
     # Class 2 has no training image, class 3 no validation image, and `odd` another label there.
-    expected = [("empty class", "train_list.txt", 0), ("no validation", "val_list.txt", 0)]
-    expected.append(("shifted", "val_list.txt", 0))
+    expected = [("empty class", "train_list.txt", 0)]
+    expected += [(kind, "val_list.txt", 0) for kind in ("no validation", "shifted")]
     for name, content in (("train_list.txt", train), ("val_list.txt", val)):
         (folder / name).write_text("".join(f"{line}\n" for line, _ in content))
         expected += [(kind, name, number) for number, (_, kind) in enumerate(content, 1) if kind]
