@@ -51,12 +51,11 @@ def split_lists(
 ) -> dict[str, int]:
     """Write the files of `make_lists` over one tree of class folders, `folder` below `root`.
 
-    Of each class, `share` of the images goes to validation, rounded, at least one and never all.
+    Of each class, `share` (between 0 and 1) of the images goes to validation, rounded, at least one
+    and never all.
     Files with the same bytes stay together, and in training if they are in several classes. The
     choice depends on nothing but the seed, the paths and identical files.
     """
-    if not 0 < share < 1:
-        raise InputError(f"share {share:g} for validation; allowed: a number between 0 and 1")
     classes = _class_folders(os.path.join(root, folder))
     if len(classes) == 1:
         raise InputError(

@@ -6,10 +6,8 @@ import signal
 import numpy as np
 import pytest
 from harness import (
-    Program,
     Run,
     assert_same_end,
-    failing,
     finish,
     finish_ranks,
     metrics,
@@ -70,17 +68,6 @@ def test_resuming_gives_the_same_bits(trained, tiny_upernet_file, shapes, tmp_pa
     assert load_checkpoint(str(folder / "last")).progress.step >= 5
     again = ["-resume", "auto", "-data_path", shapes, "-output", folder]
     finish(again, output=tmp_path / "second.txt")
-    assert_same_end(folder, trained)
-
-
-@pytest.mark.slow
-def test_a_killed_run_is_restarted_and_ends_the_same(trained, tiny_upernet_file, shapes, tmp_path):
-    """run_train_multi.sh with MAX_RESTARTS, its training process killed in mid-epoch."""
-    folder = tmp_path / "run"
-    arguments = [f"-cfg={tiny_upernet_file}", f"-data_path={shapes}", f"-output={folder}"]
-    script = Program(arguments, restarts=1, **failing(tmp_path, ("step 6", "SIGKILL")))
-    status, said = script.finish(timeout=300)
-    assert status == 0 and "restart 1 of 1" in said, said
     assert_same_end(folder, trained)
 
 
