@@ -11,7 +11,6 @@ from replknet_paddle.data.transforms.augment import (
     AutoAugment,
     RandAugment,
     apply_operations,
-    fill_color,
     operation_argument,
 )
 from replknet_paddle.data.transforms.pixels import PillowPixels, get_pixels
@@ -81,21 +80,3 @@ def test_posterize_without_bits_is_black(name, magnitude):
 def test_magnitudes_are_clipped_to_the_scale(name, most):
     assert operation_argument(name, 10.0, 1) == operation_argument(name, 12.5, 1) == most
     assert operation_argument(name, -3.0, 1) == operation_argument(name, 0.0, 1)
-
-
-def test_no_layers_and_no_noise():
-    image = PIXELS["image"]
-    assert official(layers=0)(PX, image, np.random.default_rng(0)) is image
-    magnitudes = {
-        magnitude
-        for seed in range(50)
-        for _, magnitude, _ in official(magnitude_std=0).draw(np.random.default_rng(seed))
-    }
-    assert magnitudes == {9.0}
-
-
-@pytest.mark.parametrize(
-    "mean, expected", [((0.485, 0.456, 0.406), FILL), ((1, 0, 0.5), (255, 0, 128))]
-)
-def test_fill_color_is_the_mean_in_8_bits(mean, expected):
-    assert fill_color(mean) == expected

@@ -62,17 +62,6 @@ def test_resizing_parts_equals_pillow(native, seed, flip):
         np.testing.assert_array_equal(native.resize(image, size, **part, flip=flip), expected)
 
 
-def test_a_crop_is_all_that_counts():
-    pixels = noise(np.random.default_rng(0), least=30)
-    outside = pixels.copy()
-    outside[:6], outside[25:], outside[:, :5], outside[:, 20:] = 9, 9, 9, 9
-    for px in (get_pixels(), PillowPixels()):
-        first, second = (
-            px.resize(Image.fromarray(p), (40, 30), crop=(5, 6, 20, 25)) for p in (pixels, outside)
-        )
-        np.testing.assert_array_equal(first, second)
-
-
 MATRICES = [
     (1, 0.27, 0, 0, 1, 0),
     (1, 0, 0, -0.3, 1, 0),
@@ -103,13 +92,6 @@ def test_other_operations_equal_pillow(native, seed, matrix, factor):
         expected = getattr(PillowPixels(), name)(*arguments)
         np.testing.assert_array_equal(getattr(native, name)(*arguments), expected, err_msg=name)
     np.testing.assert_array_equal(native.lookup(image, table[0]), table[0][image])
-
-
-def test_grey_of_every_colour(native):
-    colours = np.arange(1 << 18) * 64 + 21  # all red and green, every 64th blue
-    image = np.stack([colours >> 16, colours >> 8 & 255, colours & 255], -1).astype(np.uint8)
-    image = image.reshape(512, 512, 3)
-    np.testing.assert_array_equal(native.grey(image), PillowPixels().grey(image))
 
 
 def test_inputs_stay_as_they_are_whatever_their_layout(native):
