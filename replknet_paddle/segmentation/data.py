@@ -200,16 +200,14 @@ def _grey_step(labels: Image.Image) -> int:
     return {"L;2": 255 // 3, "L;4": 255 // 15}.get(how, 1) if labels.mode == "L" else 1
 
 
-def resized_size(size: tuple[int, int], scale: Sequence[float]) -> tuple[int, int]:
-    """Return the size (height, width) that an image of `size` gets, its shape kept, to fit `scale`:
-    the most pixels that its longer and its shorter side may have."""
-    ratio = min(max(scale) / max(size), min(scale) / min(size))
-    return tuple(max(1, int(side * ratio + 0.5)) for side in size)
-
-
-def scaled(scale: Sequence[int], ratio: float) -> list[int]:
-    """Return what images fit at a ratio, cut to whole pixels as in the official code."""
-    return [int(ratio * edge) for edge in scale]
+def resized_size(
+    size: tuple[int, int], scale: Sequence[int], ratio: float = 1.0
+) -> tuple[int, int]:
+    """Return the size (height, width) that an image of `size` gets, its shape kept, to fit `ratio`
+    times `scale`: the most pixels that its longer and its shorter side may have."""
+    most = [int(ratio * edge) for edge in scale]  # as in the official code
+    factor = min(max(most) / max(size), min(most) / min(size))
+    return tuple(max(1, int(side * factor + 0.5)) for side in size)
 
 
 def source_rows(start: int, end: int, new_size: int, size: int) -> np.ndarray:
@@ -328,7 +326,7 @@ class TrainCrop:
         """
         side = self.crop_size
         ratio = rng.uniform(*SCALE_RANGE)
-        size = resized_size(pixels.shape[:2], scaled(self.scale, ratio))
+        size = resized_size(pixels.shape[:2], self.scale, ratio)
         box = self.choose_crop(labels, size, rng)
         flip = rng.random() < FLIP_PROB
         window = resize_window(pixels, size, box)

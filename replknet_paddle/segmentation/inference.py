@@ -11,7 +11,7 @@ import numpy as np
 import paddle
 from paddle.nn import functional as F
 
-from replknet_paddle.segmentation.data import Box, resized_size, scaled
+from replknet_paddle.segmentation.data import Box, resized_size
 from replknet_paddle.segmentation.upernet import resize
 
 
@@ -30,7 +30,7 @@ def build_inference(config, network: Callable) -> Callable:
         size = images.shape[2:]
         total = 0
         for ratio in settings.EVAL_RATIOS:
-            new_size = resized_size(size, scaled(settings.RESIZE, ratio))
+            new_size = resized_size(size, settings.RESIZE, ratio)
             resized = images
             if new_size != tuple(size):
                 resized = resize(images, new_size, align_corners=False)

@@ -5,15 +5,7 @@ import signal
 
 import numpy as np
 import pytest
-from harness import (
-    Run,
-    assert_same_end,
-    finish,
-    finish_ranks,
-    metrics,
-    step_of,
-    wait_for,
-)
+from harness import Run, assert_same_end, finish, finish_ranks, metrics
 from PIL import Image
 
 from replknet_paddle.checkpoints.files import write_safetensors
@@ -62,7 +54,7 @@ def test_resuming_gives_the_same_bits(trained, tiny_upernet_file, shapes, tmp_pa
     folder = tmp_path / "run"
     options = ("-opts", "DATA.NUM_WORKERS", "1")
     run = Run(flags(tiny_upernet_file, shapes, folder, *options), output=tmp_path / "first.txt")
-    wait_for(lambda: step_of(folder) >= 5 or run.process.exitcode is not None)
+    run.wait_for_step(folder, 5)
     run.send(signal.SIGTERM)
     assert run.wait() in (0, 143), run.text()
     assert load_checkpoint(str(folder / "last")).progress.step >= 5
@@ -71,21 +63,19 @@ def test_resuming_gives_the_same_bits(trained, tiny_upernet_file, shapes, tmp_pa
     assert_same_end(folder, trained)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_processes_find_the_confusion_matrix_of_one(trained, shapes, tmp_path, ranks):
+def test_processes_find_the_confusion_matrix_of_one(trained, shapes, tmp_path):
     """Four images over three processes: one has two of them."""
-    evaluated = {}
-    for count in (1, ranks):
-        folder = tmp_path / f"of{count}"
+    evaluated = []
+    for ranks in (1, 2, 3):
+        folder = tmp_path / f"of{ranks}"
         arguments = ["-eval", "-pretrained", trained / "last", "-data_path", shapes]
         arguments += ["-output", folder, "-opts", "SEGMENTATION.EVAL_FLIP", "True"]
-        if count == 1:
+        if ranks == 1:
             finish(arguments, output=tmp_path / "one.txt")
         else:
-            (tmp_path / "ranks").mkdir()
-            finish_ranks(arguments, folder=tmp_path / "ranks", ranks=count)
-        evaluated[count] = (metrics(folder), confusion_in((folder / "log.txt").read_text()))
-    assert evaluated[1] == evaluated[ranks]
+            finish_ranks(arguments, folder=tmp_path, ranks=ranks)
+        evaluated.append((metrics(folder), confusion_in((folder / "log.txt").read_text())))
+    assert evaluated[0] == evaluated[1] == evaluated[2]
 
 
 def confusion_in(log: str) -> list[str]:
@@ -95,48 +85,27 @@ def confusion_in(log: str) -> list[str]:
     return [lines[start].split("mIoU", 1)[1], *lines[start + 1 : start + 6]]
 
 
-def test_two_processes_train_together(tiny_upernet_file, shapes, tmp_path):
-    """Four steps of two images on each process, as many as one process takes."""
-    finish_ranks(
-        flags(
-            tiny_upernet_file, shapes, tmp_path / "two", "-opts", "DATA.BATCH_SIZE", "2",
-            "TRAIN.ACCUM_ITER", "1", "TRAIN.NUM_EPOCHS", "1", "MODEL.DROPPATH", "0",
-        ),
-        folder=tmp_path,
-    )  # fmt: skip
-    (record,) = metrics(tmp_path / "two")
-    assert record["step"] == 4 and np.isfinite(record["train_loss"])
-    assert load_checkpoint(str(tmp_path / "two" / "last")).progress.batch_size == 4
-
-
 def test_classifier_weights_start_the_backbone(tiny_upernet_file, shapes, tmp_path):
     """A classifier's file fills the backbone; evaluation needs a whole segmentation network."""
     backbone = build_upernet(get_config(tiny_upernet_file)).backbone
     state = {name: value.numpy() for name, value in backbone.state_dict().items()}
     rng = np.random.default_rng(0)
     state |= {"head.weight": rng.random((10, 7), "float32"), "head.bias": np.zeros(7, "float32")}
-    state |= {
-        f"norm.{name}": np.ones(10, "float32") for name in ("weight", "bias", "_mean", "_variance")
-    }
+    ones = np.ones(10, "float32")
+    state |= {f"norm.{name}": ones for name in ("weight", "bias", "_mean", "_variance")}
     classifier = tmp_path / "classifier.safetensors"
     write_safetensors(classifier, state, {})
     folder = tmp_path / "run"
-    finish(
-        flags(
-            tiny_upernet_file, shapes, folder, "-pretrained", classifier, "-opts",
-            "TRAIN.NUM_EPOCHS", "1", "TRAIN.BASE_LR", "1e-12", "TRAIN.WARMUP_START_LR", "1e-18",
-        ),
-        output=tmp_path / "out.txt",
-    )  # fmt: skip
+    start = ["-pretrained", classifier, "-opts", "TRAIN.NUM_EPOCHS", "1"]
+    start += ["TRAIN.BASE_LR", "1e-12", "TRAIN.WARMUP_START_LR", "1e-18"]
+    finish(flags(tiny_upernet_file, shapes, folder, *start), output=tmp_path / "out.txt")
     trained = load_state(folder / "last")
     for name, value in state.items():
         if name.endswith(".weight") and not name.startswith(("norm", "head")):
             np.testing.assert_allclose(trained[f"backbone.{name}"], value, atol=1e-6)
-    text = finish(
-        ["-cfg", tiny_upernet_file, "-eval", "-pretrained", classifier, "-data_path", shapes],
-        output=tmp_path / "eval.txt",
-        status=2,
-    )
+    evaluation = ["-cfg", tiny_upernet_file, "-eval", "-pretrained", classifier]
+    evaluation += ["-data_path", shapes]
+    text = finish(evaluation, output=tmp_path / "eval.txt", status=2)
     assert "missing from the file" in text and "decode_head" in text
 
 
@@ -155,10 +124,13 @@ def test_masks_of_0_and_255_are_not_two_classes(tiny_upernet_file, shapes, tmp_p
     said = finish(command, output=tmp_path / "one.txt")
     for name in ("train_list.txt", "val_list.txt"):
         assert f"{data / name} has no label of 1 of the 2 classes (MODEL.NUM_CLASSES): 1" in said
-    (tmp_path / "two").mkdir()
-    command[command.index(tmp_path / "run")] = tmp_path / "of two"
-    texts = finish_ranks([*command, "TRAIN.ACCUM_ITER", "1"], folder=tmp_path / "two")
+    # Two processes, each of which sees a part of the labels: four steps of two images on each.
+    command = flags(tiny_upernet_file, data, tmp_path / "two", *more, "TRAIN.ACCUM_ITER", "1")
+    texts = finish_ranks(command, folder=tmp_path)
     assert texts[0].count("has no label of 1 of the 2 classes") == 2
+    (record,) = metrics(tmp_path / "two")
+    assert record["step"] == 4 and np.isfinite(record["train_loss"])
+    assert load_checkpoint(str(tmp_path / "two" / "last")).progress.batch_size == 4
 
 
 @pytest.mark.parametrize("count", ["1", "None", "256"])
