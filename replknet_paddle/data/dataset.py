@@ -37,8 +37,7 @@ Result = TypeVar("Result")
 class ListedFiles(paddle.io.Dataset):
     """The lines of a list file, and the files below the folder `root` that they name.
 
-    A child has the grammar of a line, `parse`, and `layout`: what to prepare where there is no
-    list.
+    A child has `parse`, the grammar of a line, and `layout`, what to prepare if there is no list.
     """
 
     def __init__(
@@ -93,7 +92,7 @@ class ListedFiles(paddle.io.Dataset):
     ) -> Result:
         """Return what `use` makes of the opened image file `path`, which line `index` names.
 
-        Where it cannot be read, a SampleError says so of the `kind` and `path`.
+        A SampleError says which `kind` of file cannot be read, and why.
         """
 
         def read():

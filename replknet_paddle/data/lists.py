@@ -230,7 +230,7 @@ def _labels_of_folders(lines: Iterable[tuple[bytes, int]]) -> dict[str, int]:
 
 
 def resolve(root: str, path: str, *, allow_outside: bool) -> str:
-    """Return where the file `path` of the data folder `root` lies; by no link outside of that."""
+    """Return where the file `path` lies, which must not lead out of the data folder `root`."""
     if allow_outside:
         return os.path.join(root, path)
     folder, name = os.path.split(path)

@@ -52,9 +52,8 @@ def split_lists(
     """Write the files of `make_lists` over one tree of class folders, `folder` below `root`.
 
     Of each class, `share` (between 0 and 1) of the images goes to validation, rounded, at least one
-    and never all.
-    Files with the same bytes stay together, and in training if they are in several classes. The
-    choice depends on nothing but the seed, the paths and identical files.
+    and never all. Files with the same bytes stay together, and in training if they are in several
+    classes. The choice depends on nothing but the seed, the paths and identical files.
     """
     classes = _class_folders(os.path.join(root, folder))
     if len(classes) == 1:
@@ -94,7 +93,7 @@ def identical_files(paths: list[str]) -> list[list[int]]:
 def choose_validation(
     labels: list[int], groups: list[list[int]], *, share: float, seed: int
 ) -> set[int]:
-    """Return the indices of images that go to validation; no one of `groups` is divided."""
+    """Return the indices of the images that go to validation; none of `groups` is divided."""
     of_class = defaultdict(list)
     for group in groups:
         if len({labels[i] for i in group}) == 1:

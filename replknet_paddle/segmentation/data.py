@@ -246,7 +246,8 @@ def nearest_window(labels: np.ndarray, new_size: tuple[int, int], box: Box) -> n
     top, left, bottom, right = box
     rows = source_rows(top, bottom, new_size[0], labels.shape[0])
     columns = source_rows(left, right, new_size[1], labels.shape[1])
-    return labels[np.ix_(*(np.floor(x + 0.5).astype(np.int64) for x in (rows, columns)))]
+    rows, columns = (np.floor(places + 0.5).astype(np.int64) for places in (rows, columns))
+    return labels[np.ix_(rows, columns)]
 
 
 def fullest_share(labels: np.ndarray) -> float:

@@ -139,7 +139,7 @@ class UPerNet(nn.Layer):
 
 
 def build_upernet(config, *, sync_bn: bool = False) -> UPerNet:
-    """Return the network that `config` describes, freshly initialized; its `config` is this one."""
+    """Return the network that `config` describes, freshly initialized, with `config` in it."""
     settings, num_classes = config.SEGMENTATION, config.MODEL.NUM_CLASSES
     channels = config.MODEL.CHANNELS
     norm_layer = nn.SyncBatchNorm if sync_bn else nn.BatchNorm2D

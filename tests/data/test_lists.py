@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 from data_sets import configured, small
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from properties import same_examples
 
@@ -59,6 +59,7 @@ PATHS = st.binary(min_size=1, max_size=40) | st.text(min_size=1, max_size=20).ma
     ),
     st.sampled_from([b"", b"\xef\xbb\xbf", b"\n", b"\xef\xbb\xbf\r\n"]),
 )
+@example([(b"my photo 7", b" ", 3, b"", b"\n"), (b'#"a, b"..c', b"\t", 9, b" ", b"\n")], b"")
 def test_the_label_is_what_follows_the_last_white_space(tmp_path, entries, start):
     content, expected = start, []
     for path, between, label, before, end in entries:

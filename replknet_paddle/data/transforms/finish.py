@@ -47,7 +47,7 @@ class RandomErasing:
 
     prob: float  # chance that an image is touched at all
     mode: str
-    max_count: int = 1  # boxes, 1 to so many, uniformly; their area is divided by how many
+    max_count: int = 1  # 1 to so many boxes, uniformly; the area is shared out among them
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Erase in `image`, (3, H, W) float32, in place; return it."""
