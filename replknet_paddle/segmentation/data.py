@@ -210,43 +210,29 @@ def resized_size(
     return tuple(max(1, int(side * factor + 0.5)) for side in size)
 
 
-def source_rows(start: int, end: int, new_size: int, size: int) -> np.ndarray:
-    """Return where the centres of rows `start` to `end` - 1 of a resized image lie in the original,
-    in [-0.5, size - 0.5]."""
-    return (np.arange(start, end) + 0.5) * (size / new_size) - 0.5
+def source_places(axis: int, size: tuple, new_size: tuple, box: Box) -> np.ndarray:
+    """Return where rows (axis 0) or columns (1) of a resized image, those of `box`, lie in the
+    original: their centres, in [-0.5, size - 0.5]."""
+    return (np.arange(box[axis], box[axis + 2]) + 0.5) * (size[axis] / new_size[axis]) - 0.5
 
 
 def resize_window(pixels: np.ndarray, new_size: tuple[int, int], box: Box) -> np.ndarray:
     """Return what resizing (H, W, 3) uint8 to `new_size` bilinearly gives within `box`."""
-    top, left, bottom, right = box
-    rows = source_rows(top, bottom, new_size[0], pixels.shape[0])
-    columns = source_rows(left, right, new_size[1], pixels.shape[1])
-    first, row_share = _neighbours(rows, pixels.shape[0])
-    window = _between(pixels, first, row_share[:, None, None], axis=0)
-    first, column_share = _neighbours(columns, pixels.shape[1])
-    window = _between(window, first, column_share[None, :, None], axis=1)
+    window = pixels
+    for axis, columns in ((0, (-1, 1, 1)), (1, (-1, 1))):
+        last = pixels.shape[axis] - 1
+        places = np.clip(source_places(axis, pixels.shape, new_size, box), 0, last)
+        first = np.minimum(places.astype(np.int64), max(last - 1, 0))
+        low = window.take(first, axis).astype(np.float32)
+        high = window.take(np.minimum(first + 1, last), axis)
+        window = low + (high - low) * (places - first).astype(np.float32).reshape(columns)
     return (window + np.float32(0.5)).astype(np.uint8)
-
-
-def _neighbours(places: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the pixel before each place, and the share of the one after it."""
-    places = np.clip(places, 0, size - 1)
-    first = np.minimum(places.astype(np.int64), max(size - 2, 0))
-    return first, (places - first).astype(np.float32)
-
-
-def _between(pixels: np.ndarray, first: np.ndarray, share: np.ndarray, *, axis: int) -> np.ndarray:
-    low = pixels.take(first, axis).astype(np.float32)
-    high = pixels.take(np.minimum(first + 1, pixels.shape[axis] - 1), axis)
-    return low + (high - low) * share
 
 
 def nearest_window(labels: np.ndarray, new_size: tuple[int, int], box: Box) -> np.ndarray:
     """Return what resizing (H, W) to `new_size` to the nearest pixel gives within `box`."""
-    top, left, bottom, right = box
-    rows = source_rows(top, bottom, new_size[0], labels.shape[0])
-    columns = source_rows(left, right, new_size[1], labels.shape[1])
-    rows, columns = (np.floor(places + 0.5).astype(np.int64) for places in (rows, columns))
+    places = (source_places(axis, labels.shape, new_size, box) for axis in (0, 1))
+    rows, columns = (np.floor(place + 0.5).astype(np.int64) for place in places)
     return labels[np.ix_(rows, columns)]
 
 
