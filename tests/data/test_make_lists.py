@@ -9,12 +9,7 @@ import pytest
 from data_sets import image_tree
 from tiny import command
 
-from replknet_paddle.data.make_lists import (
-    choose_validation,
-    make_lists,
-    read_synsets,
-    split_lists,
-)
+from replknet_paddle.data.make_lists import choose_validation, make_lists, read_synsets, split_lists
 from replknet_paddle.runtime.errors import InputError
 
 main = command("make-lists")
