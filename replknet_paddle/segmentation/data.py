@@ -28,6 +28,7 @@ from replknet_paddle.data.lists import (
 from replknet_paddle.data.loader import Loader
 from replknet_paddle.data.transforms.finish import RawSample
 from replknet_paddle.data.transforms.image import asks_for_a_quarter_turn, load, to_rgb
+from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.machines import available_cores
 
@@ -121,14 +122,14 @@ def get_dataset(config, is_train: bool) -> SegmentationDataset:
     )
 
 
-def get_dataloader(config, is_train: bool, *, rank: int = 0, world_size: int = 1) -> Loader:
-    """Return the loader of one rank: images (N, 3, H, W) float32, label maps (N, H, W) uint8.
+def get_dataloader(config, is_train: bool) -> Loader:
+    """Return this process's loader: images (N, 3, H, W) float32, label maps (N, H, W) uint8.
 
     Training images are crops, whose padding is zero after normalization, as in the official code;
     in evaluation a batch is one image at its own size.
     """
     dataset = get_dataset(config, is_train)
-    places = {"rank": rank, "world_size": world_size}
+    places = {"rank": processes.rank(), "world_size": processes.world_size()}
     if not is_train:
         batches = EvalBatches(len(dataset), 1, **places)
         # A larger image takes the slower way from its worker.
