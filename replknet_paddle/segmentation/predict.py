@@ -2,7 +2,7 @@
 
 import colorsys
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -74,10 +74,7 @@ class SegmentationPredictor:
         Raises:
             InputError: it cannot be decoded.
         """
-        return self.labels_of_pixels(np.array(to_rgb(decode(image))))
-
-    def labels_of_pixels(self, pixels: np.ndarray) -> np.ndarray:
-        """Pixels (H, W, 3) uint8, RGB -> the class of each, (H, W) uint8."""
+        pixels = np.array(to_rgb(decode(image)))
         images = paddle.to_tensor(self.normalize(pixels)[None])
         return self.probabilities(images)[0].argmax(axis=0).numpy().astype(np.uint8)
 
@@ -124,7 +121,7 @@ def predict_files(
         except (InputError, MemoryError) as error:
             yield SegmentedFile(path, problem=str(error) or "out of memory")
             continue
-        labels = predictor.labels_of_pixels(pixels)
+        labels = predictor.labels(pixels)
         # The number keeps apart what has one name in several folders.
         name = f"{number:06d}_{Path(path).stem[:50]}"
         save_png(tinted(pixels, labels, predictor.palette), Path(folder, f"{name}.png"))
@@ -137,9 +134,8 @@ def save_png(picture: Image.Image, path: Path) -> None:
         picture.save(file, "PNG")
 
 
-def class_shares(labels: np.ndarray, names: Iterable[str]) -> tuple[tuple[str, float], ...]:
+def class_shares(labels: np.ndarray, names: Sequence[str]) -> tuple[tuple[str, float], ...]:
     """Return name and share of each class that is there, the largest first."""
-    names = list(names)
     counts = np.bincount(labels.ravel(), minlength=len(names))
     order = np.argsort(-counts, kind="stable")
     return tuple((names[i], counts[i] / labels.size) for i in order if counts[i])
