@@ -47,24 +47,12 @@ def check_data(
     workers: int = 1,
     progress: Callable[[Iterable, int], Iterable] = lambda images, total: images,
 ) -> dict:
-    """Read every image of a data set, and report all that is wrong.
+    """Read every image of the lists in `root` by `workers` processes; return all that is wrong.
 
-    Args:
-        root: folder of the lists that are there, train_list.txt, val_list.txt or both.
-        num_classes: labels must be below; None: the largest label of train_list.txt, plus one, but
-            no more than it has lines.
-        allow_outside: as DATA.ALLOW_OUTSIDE.
-        workers: processes that decode.
-        progress: (findings, how many) -> the same findings, showing how far it is.
-
-    Returns:
-        {"data_path", "num_classes", "lists": {name: {"images", "images_per_class"}},
-        "counts": {kind: problems}, "problems": [{"kind": one of `KINDS`, "list", "line": 0 for the
-        whole list, "path", "message"}]}, ready for JSON.
-
-    Raises:
-        FileNotFoundError: no such folder, or no list in it.
-        SystemFault: the system fails, time and again, so that nothing can be said of the data.
+    Labels must be below `num_classes`, by default the largest label of train_list.txt, plus one,
+    but no more than it has lines. The report is ready for JSON: {"data_path", "num_classes",
+    "lists": {name: {"images", "images_per_class"}}, "counts": {kind: problems}, "problems":
+    [{"kind": one of `KINDS`, "list", "line": 0 for the whole list, "path", "message"}]}.
     """
     names = [name for name in LIST_FILES.values() if os.path.isfile(os.path.join(root, name))]
     if not names:
@@ -106,11 +94,7 @@ def check_data(
 def check_image(root: str, path: str, *, allow_outside: bool = False) -> Finding:
     """Read one image as training does, and decode all of it.
 
-    Returns:
-        A kind of problem or None, its message, and a digest of the file where there is no problem.
-
-    Raises:
-        SystemFault: the system fails, time and again.
+    Return a kind of problem or None, its message, and a digest of the file if there is no problem.
     """
     bad_kind = "outside"
     try:
@@ -135,7 +119,7 @@ def check_image(root: str, path: str, *, allow_outside: bool = False) -> Finding
 def _line_problems(
     lines: dict[str, list[Line]], found: dict[bytes, Finding], num_classes: int
 ) -> Iterator[dict]:
-    """The problems of single lines, list by list."""
+    """Yield the problems of single lines, list by list."""
     in_train: dict[bytes, int] = {}  # training line of each path and each content
     first: dict[bytes, tuple[str, Line]] = {}  # list and line in which each content comes first
     for name, part in lines.items():
@@ -154,28 +138,28 @@ def _line_problems(
             in_list.setdefault(line.path, line.number)
             if kind:
                 yield problem(kind, message)
-            other, before = first.setdefault(digest or line.path, (name, line))
+            content = digest or line.path
+            other, before = first.setdefault(content, (name, line))
             if digest and before.label != line.label:
                 message = (
                     f"class {line.label}; the same bytes have class {before.label} in line "
                     f"{before.number} of {other}"
                 )
                 yield problem("conflict", message)
-            names = line.path, digest or line.path
             if name == LIST_FILES[True]:
-                for key in names:
-                    in_train.setdefault(key, line.number)
-            elif number := in_train.get(names[0]) or in_train.get(names[1]):
+                in_train.setdefault(line.path, line.number)
+                in_train.setdefault(content, line.number)
+            elif number := in_train.get(line.path) or in_train.get(content):
                 yield problem("overlap", f"also in line {number} of {LIST_FILES[True]}")
 
 
 def _class_problems(
     good: dict[str, list[Line]], counts: dict[str, Counter], num_classes: int
 ) -> Iterator[dict]:
-    """The problems of whole classes."""
+    """Yield the problems of whole classes."""
     train, val = LIST_FILES.values()
     for label in range(num_classes):
-        if train in counts and not counts[train][label]:
+        if train in good and not counts[train][label]:
             yield _problem(train, "empty class", f"class {label} has no image")
     if len(good) < 2:
         return

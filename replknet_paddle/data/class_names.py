@@ -20,16 +20,8 @@ LISTED_DIFFERENCES = 10
 def get_class_names(config, stored: Sequence[str] | None = None) -> list[str] | None:
     """Return the names of the classes, or None where nothing names them.
 
-    In this order: `stored`; what DATA.CLASS_NAMES says; class_names.txt beside the lists; with
-    DATA.IMAGENET_NAMES and 1000 classes, ImageNet-1K's.
-
-    Args:
-        config: with MODEL.NUM_CLASSES.
-        stored: those that the checkpoint in use brings.
-
-    Raises:
-        FileNotFoundError: no file DATA.CLASS_NAMES.
-        InputError: a file that does not have one name per class.
+    In this order: those `stored` in the checkpoint in use; what DATA.CLASS_NAMES says;
+    class_names.txt beside the lists; with DATA.IMAGENET_NAMES and 1000 classes, ImageNet-1K's.
     """
     if stored is not None:
         return list(stored)
@@ -49,11 +41,7 @@ def names_file(config) -> str | None:
 
 
 def read_class_names(path: str, num_classes: int | None = None) -> list[str]:
-    """Return the lines of a text file, one name each.
-
-    Args:
-        num_classes: how many there must be; None: any number.
-    """
+    """Return the lines of a text file, one name each, as many as `num_classes` if that is given."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no file of class names {searched(path)}")
     try:

@@ -6,7 +6,7 @@ and that name: neither the number of workers nor a restart changes what the netw
 
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -17,7 +17,6 @@ from replknet_paddle.data.lists import (
     LAYOUT,
     LIST_FILES,
     Line,
-    check_list,
     describe,
     parse_labelled,
     printable,
@@ -30,47 +29,45 @@ from replknet_paddle.data.transforms import build_eval_transform, build_train_tr
 from replknet_paddle.data.transforms.finish import FinishBatch, RawSample
 from replknet_paddle.data.transforms.image import open_image
 from replknet_paddle.runtime.errors import InputError, SampleError
+from replknet_paddle.runtime.files import searched
 
 Result = TypeVar("Result")
 
 
 class ListedFiles(paddle.io.Dataset):
-    """The lines of a list file, and the files that they name.
+    """The lines of a list file, and the files below the folder `root` that they name.
 
-    Args:
-        list_file: path of the list.
-        root: folder that the list's paths are relative to, and that nothing may lie outside of.
-        parse: the grammar of a line, of `replknet_paddle.data.lists`.
-        layout: what to prepare where there is no such list.
-        seed: of the random generators.
-        allow_outside: let files lie anywhere else, after all.
-
-    Raises:
-        FileNotFoundError: no such folder or list.
-        InputError: a line that cannot be right; the message has the file and the line number.
-        SystemFault: the list cannot be read, time and again.
+    A child has `parse`, the grammar of a line, and `layout`, what to prepare if there is no list.
     """
 
     def __init__(
         self,
         list_file: str,
         root: str,
-        parse: Callable[[bytes], Line],
+        transform: Callable,
         *,
-        layout: str,
-        seed: int,
-        allow_outside: bool,
+        num_classes: int | None,
+        seed: int = 0,
+        allow_outside: bool = False,
     ):
         super().__init__()
-        check_list(list_file, root, layout)
+        if not os.path.isdir(root):
+            raise FileNotFoundError(f"no data folder {searched(root)}; {self.layout}")
+        if not os.path.isfile(list_file):
+            raise FileNotFoundError(f"no list file {list_file}; {self.layout}")
+        if not os.access(list_file, os.R_OK):
+            raise InputError(f"no permission to read {list_file}")
         self.list_file = list_file
         self.root = root
+        self.transform = transform
+        self.num_classes = num_classes
         self.seed = seed
         self.allow_outside = allow_outside
+        self.failures: list[str] = []  # of the system, cured by a repetition; a `Loader` empties it
         # Bytes and arrays rather than lists of str: reading a list's items writes to their
         # reference counts, and that copies the whole list into every worker process.
         self._paths, self._ends, self._lines, self._labels = retry_io(
-            lambda: read_list(list_file, parse), list_file
+            lambda: read_list(list_file, self.parse), list_file
         )
 
     def __len__(self) -> int:
@@ -91,23 +88,11 @@ class ListedFiles(paddle.io.Dataset):
         return open_image(resolve(self.root, path, allow_outside=self.allow_outside))
 
     def read_file(
-        self,
-        index: int,
-        path: str,
-        use: Callable[[Image.Image], Result],
-        *,
-        kind: str = "",
-        failures: list[str] | None = None,
+        self, index: int, path: str, use: Callable[[Image.Image], Result], *, kind: str = ""
     ) -> Result:
         """Return what `use` makes of the opened image file `path`, which line `index` names.
 
-        Args:
-            kind: of file, for messages.
-            failures: gets a message for each failure of the system that a repetition cured.
-
-        Raises:
-            SampleError: it does not exist, or cannot be decoded.
-            SystemFault: the system fails, time and again.
+        A SampleError says which `kind` of file cannot be read, and why.
         """
 
         def read():
@@ -115,7 +100,7 @@ class ListedFiles(paddle.io.Dataset):
                 return use(image)
 
         try:
-            return retry_io(read, self.describe(index), failures)
+            return retry_io(read, self.describe(index), self.failures)
         except (OSError, InputError) as error:
             raise SampleError(
                 f"{self.list_file}, line {self._lines[index]}: cannot read "
@@ -131,31 +116,30 @@ class ListDataset(ListedFiles):
     """The images of a list file, and their labels.
 
     Args:
-        list_file, root, seed, allow_outside: as for `ListedFiles`.
+        list_file: path of the list.
+        root: folder that the list's paths are relative to, and that nothing may lie outside of.
         transform: (PIL image, random generator) -> float32 array (3, H, W); for a `Loader` with
             `raw`, which gives the `RawSample`.
         num_classes: labels must be in [0, num_classes); None: any that is not negative.
+        seed: of the random generators.
+        allow_outside: let files lie anywhere else, after all.
 
     Raises:
-        FileNotFoundError, InputError, SystemFault: as for `ListedFiles`.
+        FileNotFoundError: no such folder or list.
+        InputError: a line that cannot be right; the message has the file and the line number.
+        SystemFault: the list cannot be read, time and again.
     """
 
-    def __init__(
-        self,
-        list_file: str,
-        root: str,
-        transform: Callable,
-        *,
-        num_classes: int | None,
-        seed: int = 0,
-        allow_outside: bool = False,
-    ):
-        parse = partial(parse_labelled, num_classes=num_classes, allow_outside=allow_outside)
-        super().__init__(
-            list_file, root, parse, layout=LAYOUT, seed=seed, allow_outside=allow_outside
-        )
-        self.transform = transform
-        self.labels = self._labels
+    layout = LAYOUT
+
+    def parse(self, line: bytes) -> Line:
+        """Return the path and label of a line."""
+        return parse_labelled(line, self.num_classes, allow_outside=self.allow_outside)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The label of each image, int64 (number of images,)."""
+        return self._labels
 
     def paths_and_labels(self) -> Iterator[tuple[bytes, int]]:
         """Yield the path below the data folder and the label of each image."""
@@ -172,54 +156,37 @@ class ListDataset(ListedFiles):
         """Return the image (3, H, W) and label of sample (epoch, index)."""
         return self.read(*sample, self.transform), self.labels[sample[1]]
 
-    def read_sample(
-        self, epoch: int, index: int, *, failures: list[str] | None = None
-    ) -> tuple[RawSample, np.int64]:
+    def read_sample(self, epoch: int, index: int) -> tuple[RawSample, np.int64]:
         """Return what a `Loader` makes batches of: the raw image and its label."""
-        return self.read(epoch, index, self.transform.raw, failures=failures), self.labels[index]
+        return self.read(epoch, index, self.transform.raw), self.labels[index]
 
-    def read(
-        self, epoch: int, index: int, transform: Callable, *, failures: list[str] | None = None
-    ):
+    def read(self, epoch: int, index: int, transform: Callable):
         """Return what `transform` makes of image `index`; raise as `read_file` does."""
-        return self.read_file(
-            index,
-            self.path(index),
-            lambda image: transform(image, self.rng(epoch, index)),
-            kind="image ",
-            failures=failures,
-        )
+
+        def use(image: Image.Image):
+            return transform(image, self.rng(epoch, index))  # a new one in each attempt to read
+
+        return self.read_file(index, self.path(index), use, kind="image ")
 
 
+@dataclass(eq=False)
 class TrainBatches(paddle.io.Sampler):
     """The (epoch, index) names of one rank's training batches, epoch by epoch.
 
     All ranks shuffle alike, and each takes its part of every global batch, so two ranks with
     batch b see in each step what one rank with batch 2b sees. An epoch has whole optimizer steps
     only, as in the official code: the images beyond them are left out of that epoch.
-
-    Args:
-        accum_iter: batches of an optimizer step.
     """
 
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        *,
-        rank: int,
-        world_size: int,
-        seed: int,
-        accum_iter: int = 1,
-    ):
-        self.length = length
-        self.accum_iter = accum_iter
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.seed = seed
-        self.epoch = 0
-        self.first_batch = 0
+    length: int  # of the list
+    batch_size: int  # of one rank
+    _: KW_ONLY
+    rank: int
+    world_size: int
+    seed: int
+    accum_iter: int = 1  # batches of an optimizer step
+    epoch: int = field(default=0, init=False)
+    first_batch: int = field(default=0, init=False)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Let the next iteration give this epoch, from this batch on."""
@@ -239,19 +206,15 @@ class TrainBatches(paddle.io.Sampler):
             yield [(self.epoch, int(index)) for index in order[start : start + self.batch_size]]
 
 
+@dataclass(eq=False, kw_only=True)
 class StepBatches(TrainBatches):
     """The (pass, index) names of one rank's training batches, in epochs of a given number.
 
     Whole passes over the dataset, each shuffled anew, follow one another without regard to epochs:
     a batch may end one pass and begin the next, and no image is left out.
-
-    Args:
-        batches: of an epoch.
     """
 
-    def __init__(self, length: int, batch_size: int, *, batches: int, **places):
-        super().__init__(length, batch_size, **places)
-        self.batches = batches
+    batches: int  # of an epoch
 
     def __len__(self) -> int:
         return self.batches
@@ -337,12 +300,9 @@ def make_loader(
     erase_mode: str = "const",
     image_pixels: int | None = None,
 ) -> Loader:
-    """Return the loader of a classification or segmentation dataset.
+    """Return the loader of a dataset, which in training may replace unreadable images.
 
-    Args:
-        batches: those of training may have unreadable images replaced, as DATA.MAX_BAD_IMAGES says.
-        erase_mode: what the boxes of raw samples are filled with, as for `RandomErasing`.
-        image_pixels: up to which images go through shared memory; None: DATA.IMAGE_SIZE squared.
+    Images of up to `image_pixels`, by default DATA.IMAGE_SIZE squared, go through shared memory.
     """
     data = config.DATA
     return Loader(

@@ -13,6 +13,7 @@ Paths are relative to DATA_PATH. A label is what follows the last white space of
 import errno
 import functools
 import os
+import re
 import stat
 import sys
 import time
@@ -24,7 +25,6 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from replknet_paddle.runtime.errors import InputError, SystemFault
-from replknet_paddle.runtime.files import searched
 
 LIST_FILES = {True: "train_list.txt", False: "val_list.txt"}
 LAYOUT = (
@@ -58,14 +58,8 @@ Result = TypeVar("Result")
 def retry_io(read: Callable[[], Result], what: str, failures: list[str] | None = None) -> Result:
     """Return what `read()` returns, repeated after `PAUSES_SECONDS` while the system fails.
 
-    Args:
-        read: reads files; must give the same when repeated.
-        what: what is read, for messages.
-        failures: gets a message for each attempt that failed and was followed by another.
-
-    Raises:
-        SystemFault: the last attempt failed as well.
-        Exception: whatever else `read` raises, at the first attempt that does.
+    The last failure is a SystemFault; the messages of those before are added to `failures`.
+    Whatever else `read` raises is raised at once.
     """
     for pause in (*PAUSES_SECONDS, None):
         try:
@@ -98,42 +92,29 @@ def printable(text: str) -> str:
 
 
 class Line(NamedTuple):
-    """A line of a list file; blank lines are none.
+    """A line of a list file; blank lines are none."""
 
-    number: counted from 1, blank lines included; 0 where only one line is parsed.
-    path: relative to the data folder; of a pair, both with a tab between them.
-    label: the class; 0 for a pair.
-    kind: kind of problem that the line cannot be used for: "line", "label", "outside", or None.
-    problem: the problem as text.
-    """
-
-    number: int
-    path: bytes
-    label: int = 0
-    kind: str | None = None
-    problem: str | None = None
+    number: int  # counted from 1, blank lines included; 0 where only one line is parsed
+    path: bytes  # relative to the data folder; of a pair, both with a tab between them
+    label: int = 0  # 0 for a pair
+    kind: str | None = None  # "line", "label" or "outside", of a line that cannot be used
+    problem: str | None = None  # why it cannot be used
 
 
 def parse_labelled(line: bytes, num_classes: int | None, *, allow_outside: bool) -> Line:
     """Return the path and label of a line `path label`, or its problem.
 
-    Args:
-        num_classes: labels must be below; None: they need not.
-        allow_outside: accept paths that are absolute or hold `..`.
+    Labels must be below `num_classes`, unless it is None.
     """
     shown = _shortened(line)
     path, *rest = line.strip().rsplit(None, 1)
     if not rest:
         return Line(0, b"", 0, "line", f"expected a path and a label, got '{shown}'")
     [text] = rest
-    # int() alone would also take 1_000, and digits of other scripts.
-    digits = text.removeprefix(b"-")
-    if not digits.isdigit():
+    if not re.fullmatch(rb"-?[0-9]+", text):  # int() alone would also take 1_000
         reason = f"no label after the path: '{shown}' ends with '{_shortened(text)}'"
         return Line(0, path, 0, "line", reason)
-    label = int(digits) if len(digits) < 18 else sys.maxsize
-    if digits != text:
-        label = -label
+    label = min(int(text[:4000]), sys.maxsize)  # int() takes at most 4,300 digits
     if label < 0 or (num_classes is not None and label >= num_classes):
         reason = (
             "negative"
@@ -179,7 +160,7 @@ def _leads_outside(path: bytes) -> bool:
 
 
 def _shortened(text: bytes) -> str:
-    """The beginning and end of a line or a part of it, for a message."""
+    """Return the beginning and end of a line or a part of it, for a message."""
     text = text.strip().decode("utf-8", "replace")
     return printable(text if len(text) <= 120 else f"{text[:80]}...{text[-30:]}")
 
@@ -197,14 +178,11 @@ def parse_list(list_file: str, parse: Callable[[bytes], Line]) -> Iterator[Line]
 def read_list(
     list_file: str, parse: Callable[[bytes], Line]
 ) -> tuple[bytes, np.ndarray, np.ndarray, np.ndarray]:
-    """Read a list file of which every line must be good.
+    """Read a list file of which every line must be good; the first ten that are not are an error.
 
     Returns:
         All paths as one bytes object, the end of each path in it, the line number of each image,
         and the labels: int64 arrays (number of images,).
-
-    Raises:
-        InputError: the first lines that cannot be right, up to ten, with their numbers.
     """
     paths, lines, labels, problems = [], [], [], []
     for line in parse_list(list_file, parse):
@@ -223,23 +201,6 @@ def read_list(
     return b"".join(paths), ends, np.array(lines, "int64"), np.array(labels, "int64")
 
 
-def check_list(list_file: str, root: str, layout: str = LAYOUT) -> None:
-    """Check that there are such a data folder and list.
-
-    Args:
-        layout: what to give instead.
-
-    Raises:
-        FileNotFoundError, InputError: there are not, or the list may not be read.
-    """
-    if not os.path.isdir(root):
-        raise FileNotFoundError(f"no data folder {searched(root)}; {layout}")
-    if not os.path.isfile(list_file):
-        raise FileNotFoundError(f"no list file {list_file}; {layout}")
-    if not os.access(list_file, os.R_OK):
-        raise InputError(f"no permission to read {list_file}")
-
-
 def shifted_folders(
     train: Iterable[tuple[bytes, int]], val: Iterable[tuple[bytes, int]]
 ) -> list[tuple[str, int, int]]:
@@ -247,9 +208,6 @@ def shifted_folders(
 
     Folders are the same by their own name, `train/cat` and `val/cat`, and count where each list
     gives one label to all that lies in them. Somebody has numbered the classes twice.
-
-    Args:
-        train, val: paths and labels.
     """
     in_train, in_val = (_labels_of_folders(lines) for lines in (train, val))
     return sorted(
@@ -260,7 +218,7 @@ def shifted_folders(
 
 
 def _labels_of_folders(lines: Iterable[tuple[bytes, int]]) -> dict[str, int]:
-    """The one label of each folder that has only one, by the folder's name."""
+    """Return the one label of each folder that has only one, by the folder's name."""
     labels: dict[bytes, set[int]] = defaultdict(set)
     for path, label in lines:
         labels[path.rpartition(b"/")[0].rpartition(b"/")[2]].add(label)
@@ -272,12 +230,7 @@ def _labels_of_folders(lines: Iterable[tuple[bytes, int]]) -> dict[str, int]:
 
 
 def resolve(root: str, path: str, *, allow_outside: bool) -> str:
-    """Return where the file `path` of the data folder `root` lies.
-
-    Raises:
-        OSError: there is no such file, or the file system fails.
-        InputError: it leads out of the data folder, which `allow_outside` does not allow.
-    """
+    """Return where the file `path` lies, which must not lead out of the data folder `root`."""
     if allow_outside:
         return os.path.join(root, path)
     folder, name = os.path.split(path)

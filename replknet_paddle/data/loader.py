@@ -2,12 +2,12 @@
 
 1. A sampler of dataset.py names the samples of a batch, and `Loader._batches` gives the names and
    a free slot of shared memory to a worker, up to `BATCHES_AHEAD` batches for each of them.
-2. In the worker, `_ReadBatch` has each sample read: `ListDataset.read_sample` finds the path, which
+2. In the worker, `_Reader` has each sample read: `ListDataset.read_sample` finds the path, which
    `lists.resolve` keeps inside the data folder, `image.open_image` reads the file whole (repeated
    by `lists.retry_io` where storage fails), and the transform's `raw` (pipelines.py) decodes,
    crops, resizes, flips and augments it to 8-bit pixels, and draws the boxes to erase: a
    `RawSample`. Where an image cannot be read, one after it takes its place.
-3. `_ReadBatch` stacks the pixels into the slot (`Slots`); names and labels go through a pipe.
+3. `_Reader` stacks the pixels into the slot; names and labels go through a pipe.
 4. `Loader.__iter__` copies the slot to the device (`finish.to_device`), after which it is free.
 5. There `FinishBatch` normalizes the batch and erases the boxes. Training then mixes it (`Mixup`).
 
@@ -47,23 +47,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch as read by a worker.
+    """One batch as read by a worker."""
 
-    Attributes:
-        images: raw pixels (N, H, W, 3) uint8; None: they are in the batch's slot.
-        shape: of the images.
-        labels: (N,) int64, or label maps (N, H, W) uint8.
-        erasures: for `FinishBatch`.
-        unreadable: index of each image that another took the place of, and what is wrong with it.
-        failures: messages of failures of the system after which reading again succeeded.
-    """
-
-    images: np.ndarray | None
-    shape: tuple[int, ...]
-    labels: np.ndarray
-    erasures: list[tuple]
-    unreadable: list[tuple[int, str]]
-    failures: list[str]
+    images: np.ndarray | None  # raw pixels (N, H, W, 3) uint8; None: they are in the batch's slot
+    shape: tuple[int, ...]  # of the images
+    labels: np.ndarray  # (N,) int64, or label maps (N, H, W) uint8
+    erasures: list[tuple]  # for `FinishBatch`
+    unreadable: list[tuple[int, str]]  # index of each replaced image, and what is wrong with it
+    failures: list[str]  # of the system, after which reading again succeeded
 
 
 class Loader:
@@ -72,32 +63,20 @@ class Loader:
     Iterating gives (images (N, 3, H, W) float32, labels as in `Batch`) for what `batch_sampler`
     names; the workers stay for the next time, until `close` or the end of a `with` block.
 
-    Args:
-        dataset: a `ListDataset`, or another with `read_sample`, `describe` and `list_file`.
-        batch_sampler: of `replknet_paddle.data.dataset`.
-        workers: processes; 0: read in this one.
-        batch_bytes: of the images of a batch, which go through shared memory up to this size.
-        finish: (raw images on the device, erasures) -> images, the last steps of the pipeline.
-        max_bad_images: how many different unreadable images to replace by the next readable one
-            of the list, each with a warning, before the run stops; None: to stop at the first.
-        timeout_seconds: how long to wait for one batch of the workers.
-
-    Raises (while iterating):
-        SampleError: an image is missing or damaged and none may take its place.
-        SystemFault: storage fails time and again, or hangs; a worker was killed, or none
-            can be started.
+    Up to `max_bad_images` different unreadable images are each replaced by the next readable one of
+    the list, with a warning, before a SampleError; with None, the first one is an error.
     """
 
     def __init__(
         self,
-        dataset,
+        dataset,  # with `read_sample`, `describe`, `list_file` and `failures`
         batch_sampler: paddle.io.Sampler,
         *,
-        workers: int,
-        batch_bytes: int,
-        finish: Callable,
+        workers: int,  # processes; 0: read in this one
+        batch_bytes: int,  # of images, which go through shared memory up to this size
+        finish: Callable,  # (raw images on the device, erasures) -> images, the last steps
         max_bad_images: int | None,
-        timeout_seconds: float = 600.0,
+        timeout_seconds: float,  # to wait for one batch of the workers
     ):
         self.dataset = dataset
         self.batch_sampler = batch_sampler
@@ -106,9 +85,13 @@ class Loader:
         self.max_bad_images = max_bad_images
         self.timeout_seconds = timeout_seconds
         self.bad_images: set[int] = set()
-        # One slot more than batches ahead: the one that was given last must stay as it is.
-        self._slots = Slots(BATCHES_AHEAD * workers + 1, batch_bytes) if workers else None
-        self._read = _ReadBatch(dataset, self._slots, replace=max_bad_images is not None)
+        self._reader = _Reader(
+            dataset,
+            # One slot more than batches ahead: the one that was given last must stay as it is.
+            slots=BATCHES_AHEAD * workers + 1 if workers else 0,
+            slot_bytes=batch_bytes,
+            replace=max_bad_images is not None,
+        )
         self._pool: ProcessPoolExecutor | None = None
 
     def __len__(self) -> int:
@@ -123,7 +106,7 @@ class Loader:
                 logger.warning("%s; read again (%d such failures in this batch)", first, count)
             images = batch.images
             if images is None:
-                images = self._slots.array(slot, batch.shape)
+                images = self._reader.images_in(slot, batch.shape)
             images = to_device(images)  # a copy: the slot will be used again
             yield self.finish(images, batch.erasures), to_device(batch.labels)
 
@@ -134,8 +117,8 @@ class Loader:
         self.close()
 
     def start(self) -> None:
-        """Start the workers now, and not at the first iteration: before this process uses a GPU or
-        talks to other processes, whose state a fork should not copy."""
+        """Start the workers now: before this process uses a GPU or talks to other processes, whose
+        state a fork should not copy."""
         if not self.workers or self._pool is not None:
             return
         if not hasattr(os, "fork"):
@@ -145,7 +128,7 @@ class Loader:
             )
         context = multiprocessing.get_context("fork")  # workers share what is there now
         self._pool = ProcessPoolExecutor(
-            self.workers, context, initializer=_set_up_worker, initargs=(os.getpid(), self._read)
+            self.workers, context, initializer=_set_up_worker, initargs=(os.getpid(), self._reader)
         )
         try:
             self._pool.submit(os.getpid)  # the first call forks all of them
@@ -167,13 +150,13 @@ class Loader:
         return list(self._pool._processes or ()) if self._pool else []
 
     def _batches(self) -> Iterator[tuple[int, Batch]]:
-        """Each batch as read, with the slot that holds its images until the next."""
+        """Yield each batch as read, with the slot that holds its images until the next."""
         if not self.workers:
             for names in self.batch_sampler:
-                yield 0, self._read(0, names)
+                yield 0, self._reader.read(0, names)
             return
         self.start()
-        free = deque(range(self._slots.count))
+        free = deque(range(self._reader.slots))
         ahead: deque[tuple[int, Future, Name]] = deque()  # with the first image's name
         names = iter(self.batch_sampler)
         try:
@@ -239,53 +222,47 @@ class Loader:
         logger.warning(said, message, count, limit)
 
 
-class Slots:
-    """Memory that workers write batches into and their parent reads them from, used in turn.
+class _Reader:
+    """Reads batches: in workers into slots of memory, without workers (and slots) into arrays.
 
-    It is there before the workers are, so they share it by being forked: nothing is copied through
-    a pipe, nothing is left behind by a process that is killed, and no limit of /dev/shm applies.
+    Workers share the memory by being forked later: nothing is copied through a pipe, nothing is
+    left behind by a process that is killed, and no limit of /dev/shm applies.
     """
 
-    def __init__(self, count: int, slot_bytes: int):
-        self.count = count
-        self.slot_bytes = slot_bytes
-        self._memory = mmap.mmap(-1, count * slot_bytes)
-
-    def array(self, slot: int, shape: tuple[int, ...]) -> np.ndarray:
-        """Return the uint8 array of this shape in one of the slots."""
-        start = slot * self.slot_bytes
-        return np.frombuffer(self._memory, "uint8", int(np.prod(shape)), start).reshape(shape)
-
-
-class _ReadBatch:
-    """Reads a batch: in a worker into a slot, or without slots into an array."""
-
-    def __init__(self, dataset, slots: Slots | None, *, replace: bool):
+    def __init__(self, dataset, *, slots: int, slot_bytes: int, replace: bool):
         self.dataset = dataset
         self.slots = slots
+        self.slot_bytes = slot_bytes
+        self.memory = mmap.mmap(-1, slots * slot_bytes) if slots else None
         self.candidates = 1 + MAX_REPLACEMENTS if replace else 1
 
-    def __call__(self, slot: int, names: list[Name]) -> Batch:
+    def images_in(self, slot: int, shape: tuple[int, ...]) -> np.ndarray:
+        """Return the uint8 array of this shape in one of the slots."""
+        start = slot * self.slot_bytes
+        return np.frombuffer(self.memory, "uint8", int(np.prod(shape)), start).reshape(shape)
+
+    def read(self, slot: int, names: list[Name]) -> Batch:
+        """Return the batch of these samples; its images are in the slot, if they fit."""
         unreadable: list[tuple[int, str]] = []
-        failures: list[str] = []
-        samples, labels = zip(*(self._read_sample(*name, unreadable, failures) for name in names))
+        samples, labels = zip(*(self._read_sample(*name, unreadable) for name in names))
+        failures, self.dataset.failures = self.dataset.failures, []
         erasures = [(i, raw.boxes, raw.seed) for i, raw in enumerate(samples) if raw.boxes]
         images = [raw.pixels for raw in samples]
         shape = (len(images), *images[0].shape)
         stacked = None
-        if self.slots and len(images) * images[0].nbytes <= self.slots.slot_bytes:
-            np.stack(images, out=self.slots.array(slot, shape))
+        if self.slots and len(images) * images[0].nbytes <= self.slot_bytes:
+            np.stack(images, out=self.images_in(slot, shape))
         else:
             stacked = np.stack(images)
         return Batch(stacked, shape, np.stack(labels), erasures, unreadable, failures)
 
-    def _read_sample(self, epoch: int, index: int, unreadable: list, failures: list):
-        """The sample, or the next readable one in its place."""
+    def _read_sample(self, epoch: int, index: int, unreadable: list):
+        """Return the sample, or the next readable one in its place."""
         problem = None
         for candidate in range(index, index + self.candidates):
             candidate %= len(self.dataset)
             try:
-                sample = self.dataset.read_sample(epoch, candidate, failures=failures)
+                sample = self.dataset.read_sample(epoch, candidate)
             except SampleError as error:
                 problem = problem or error
             else:
@@ -295,19 +272,18 @@ class _ReadBatch:
         raise problem
 
 
-# In a worker, what it calls for each batch.
-_read: Callable[[int, list[Name]], Batch] | None = None
+_reader: _Reader | None = None  # in a worker
 
 
-def _set_up_worker(parent: int, read: _ReadBatch) -> None:
+def _set_up_worker(parent: int, reader: _Reader) -> None:
     """Let a worker live just as long as its parent.
 
     Ctrl-C and Paddle's launcher signal the whole group of a training process, which then needs its
     workers until it has saved: each leaves that group. On Linux it dies with a parent that was
     killed; other systems have no such call, and workers stay behind there.
     """
-    global _read
-    _read = read
+    global _reader
+    _reader = reader
     os.setpgid(0, 0)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # the parent's handlers are about the parent's run
@@ -315,4 +291,4 @@ def _set_up_worker(parent: int, read: _ReadBatch) -> None:
 
 
 def _read_in_worker(slot: int, names: list[Name]) -> Batch:
-    return _read(slot, names)
+    return _reader.read(slot, names)

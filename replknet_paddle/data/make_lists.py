@@ -21,6 +21,8 @@ GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 META = "data/meta.mat"
 VAL_EVERY = 5  # every fifth image of a ready set goes to validation
 
+Labelled = tuple[str, int]  # path of an image below the data folder, class
+
 logger = logging.getLogger(__name__)
 
 
@@ -31,59 +33,38 @@ def make_lists(
 
     Classes are the folders in `train`, numbered in the sorted order of their names, which for
     ImageNet's synsets is that of the published weights. Their names become class_names.txt, unless
-    they are synsets: for those the project has better ones.
-
-    Args:
-        root: folder of the data set.
-        train: folder below it with a folder of images for each class.
-        val: likewise, with some or all of the same classes; or, with `devkit`, a folder of
-            ImageNet-1K's 50,000 validation images.
-        devkit: ImageNet's ILSVRC2012_devkit_t12, whose ground truth has the validation labels.
-        overwrite: replace lists that are there.
-
-    Returns:
-        The number of lines in each file written.
-
-    Raises:
-        FileNotFoundError: a folder or file is missing.
-        InputError: what is there cannot become a list.
+    they are synsets: for those the project has better ones. The folder `val` has some or all of the
+    same classes; or, with `devkit` (ImageNet's ILSVRC2012_devkit_t12, whose ground truth has the
+    labels), ImageNet-1K's 50,000 validation images. Return the number of lines of each file.
     """
     classes = _class_folders(os.path.join(root, train))
-    lines = _tree_lines(root, train, classes)
+    train_images = _tree_images(root, train, classes)
     if devkit is None:
-        val_lines = _tree_lines(root, val, classes)
+        val_images = _tree_images(root, val, classes)
     else:
-        val_lines = _ground_truth_lines(root, val, classes, devkit)
-    return _write_lists(root, lines, val_lines, classes, overwrite=overwrite)
+        val_images = _ground_truth_images(root, val, classes, devkit)
+    return _write_lists(root, train_images, val_images, classes, overwrite=overwrite)
 
 
 def split_lists(
     root: str, *, folder: str, share: float, seed: int = 0, overwrite: bool = False
 ) -> dict[str, int]:
-    """Write train_list.txt, val_list.txt and class_names.txt over one tree of class folders.
+    """Write the files of `make_lists` over one tree of class folders, `folder` below `root`.
 
-    Of each class, `share` of the images goes to validation, rounded, at least one and never all.
-    Files with the same bytes stay together, and in training if they are in several classes.
-
-    Args:
-        folder: below `root`, with a folder of images for each class; "." for `root` itself.
-        share: of each class, between 0 and 1.
-        seed: of the choice, which depends on nothing but this, the paths and identical files.
-
-    The rest is as in `make_lists`.
+    Of each class, `share` (between 0 and 1) of the images goes to validation, rounded, at least one
+    and never all. Files with the same bytes stay together, and in training if they are in several
+    classes. The choice depends on nothing but the seed, the paths and identical files.
     """
-    if not 0 < share < 1:
-        raise InputError(f"share {share:g} for validation; allowed: a number between 0 and 1")
     classes = _class_folders(os.path.join(root, folder))
     if len(classes) == 1:
         raise InputError(
             f"{os.path.join(root, folder)} holds one folder, {classes[0]}, which would be the only "
             f"class; if the classes are in it, add -train {classes[0]}"
         )
-    lines = _tree_lines(root, folder, classes)
-    labels = [int(line.rsplit(" ", 1)[1]) for line in lines]
-    paths = [os.path.join(root, line.rsplit(" ", 1)[0]) for line in lines]
-    in_val = choose_validation(labels, identical_files(paths), share=share, seed=seed)
+    images = _tree_images(root, folder, classes)
+    labels = [label for _, label in images]
+    groups = identical_files([os.path.join(root, path) for path, _ in images])
+    in_val = choose_validation(labels, groups, share=share, seed=seed)
     counts, represented = Counter(labels), {labels[i] for i in in_val}
     for label, name in enumerate(classes):
         if label not in represented:
@@ -92,8 +73,8 @@ def split_lists(
                 name,
                 counts[label],
             )
-    train = [line for i, line in enumerate(lines) if i not in in_val]
-    val = [line for i, line in enumerate(lines) if i in in_val]
+    train = [image for i, image in enumerate(images) if i not in in_val]
+    val = [image for i, image in enumerate(images) if i in in_val]
     return _write_lists(root, train, val, classes, overwrite=overwrite)
 
 
@@ -112,13 +93,7 @@ def identical_files(paths: list[str]) -> list[list[int]]:
 def choose_validation(
     labels: list[int], groups: list[list[int]], *, share: float, seed: int
 ) -> set[int]:
-    """Return the indices that go to validation.
-
-    Args:
-        labels: of each image.
-        groups: partition of the indices; no group is divided.
-        share, seed: as in `split_lists`.
-    """
+    """Return the indices of the images that go to validation; none of `groups` is divided."""
     of_class = defaultdict(list)
     for group in groups:
         if len({labels[i] for i in group}) == 1:
@@ -141,10 +116,19 @@ def choose_validation(
 
 
 def _write_lists(
-    root: str, train: list[str], val: list[str], classes: list[str], *, overwrite: bool
+    root: str, train: list[Labelled], val: list[Labelled], classes: list[str], *, overwrite: bool
 ) -> dict[str, int]:
     """Write both lists and, unless they are synsets, the classes; return the lines of each file."""
-    lists = {LIST_FILES[True]: train, LIST_FILES[False]: val}
+    for path, _ in train + val:
+        if path != path.strip() or "\n" in path or "\r" in path:
+            raise InputError(
+                f"{path!r}: a list cannot hold names with line breaks, or white space at "
+                "their start; rename it"
+            )
+    lists = {
+        name: [f"{path} {label}" for path, label in images]
+        for name, images in zip(LIST_FILES.values(), (train, val))
+    }
     if not all(re.fullmatch(r"n\d{8}", name) for name in classes):
         lists[CLASS_NAMES_FILE] = classes
     for name in lists:
@@ -160,7 +144,7 @@ def _write_lists(
 
 
 def _class_folders(folder: str) -> list[str]:
-    """The names of the folders in `folder`, sorted."""
+    """Return the names of the folders in `folder`, sorted."""
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"no folder {folder}; it should hold a folder for each class")
     with os.scandir(folder) as entries:
@@ -170,20 +154,19 @@ def _class_folders(folder: str) -> list[str]:
     return classes
 
 
-def _tree_lines(root: str, part: str, classes: list[str]) -> list[str]:
-    """The lines of all images in the class folders of `part`, a folder below `root`."""
+def _tree_images(root: str, part: str, classes: list[str]) -> list[Labelled]:
+    """Return all images in the class folders of `part`, a folder below `root`."""
     labels = {name: label for label, name in enumerate(classes)}
-    lines = []
+    images = []
     for name in _class_folders(os.path.join(root, part)):
         if name not in labels:
             raise InputError(f"{os.path.join(root, part, name)}: no such class in training")
-        for path in _images(root, os.path.join(part, name)):
-            lines.append(_line(path, labels[name]))
-    return lines
+        images += [(path, labels[name]) for path in _images(root, os.path.join(part, name))]
+    return images
 
 
 def _images(root: str, part: str) -> Iterator[str]:
-    """The image files in a folder and those below, sorted, as paths relative to `root`."""
+    """Yield the image files in a folder and those below, sorted, as paths relative to `root`."""
     for folder, folders, files in os.walk(os.path.join(root, part)):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
@@ -191,18 +174,8 @@ def _images(root: str, part: str) -> Iterator[str]:
                 yield os.path.relpath(os.path.join(folder, name), root)
 
 
-def _line(path: str, label: int) -> str:
-    """One line of a list, without its end."""
-    if path != path.strip() or "\n" in path or "\r" in path:
-        raise InputError(
-            f"{path!r}: a list cannot hold names with line breaks, or white space at "
-            "their start; rename it"
-        )
-    return f"{path} {label}"
-
-
-def _ground_truth_lines(root: str, part: str, classes: list[str], devkit: str) -> list[str]:
-    """The lines of ImageNet's validation images, which its ground truth labels in sorted order."""
+def _ground_truth_images(root: str, part: str, classes: list[str], devkit: str) -> list[Labelled]:
+    """Return ImageNet's validation images, which its ground truth labels in sorted order."""
     folder, truth = os.path.join(root, part), os.path.join(devkit, GROUND_TRUTH)
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"no folder {folder}; it should hold the validation images")
@@ -216,23 +189,19 @@ def _ground_truth_lines(root: str, part: str, classes: list[str], devkit: str) -
         raise InputError(f"{truth} has {len(numbers)} labels, {folder} has {len(images)} images")
     synsets = read_synsets(os.path.join(devkit, META))
     labels = {name: label for label, name in enumerate(classes)}
-    lines = []
+    labelled = []
     for image, number in zip(images, numbers):
         synset = synsets.get(int(number)) if number.isdigit() else None
         if synset not in labels:
             raise InputError(
                 f"{truth}: {number} stands for {synset}, which is not a class of the training set"
             )
-        lines.append(_line(image, labels[synset]))
-    return lines
+        labelled.append((image, labels[synset]))
+    return labelled
 
 
 def read_synsets(meta: str) -> dict[int, str]:
-    """Return the synset of each ILSVRC2012_ID, from the development kit's meta.mat.
-
-    Raises:
-        InputError: the file is something else, or SciPy is missing.
-    """
+    """Return the synset of each ILSVRC2012_ID, from the development kit's meta.mat."""
     scipy_io = import_extra("scipy.io", "imagenet")
     try:
         rows = scipy_io.loadmat(meta, squeeze_me=True, variable_names=["synsets"])["synsets"]
@@ -242,11 +211,7 @@ def read_synsets(meta: str) -> dict[int, str]:
 
 
 def make_digits(folder: str) -> None:
-    """Write scikit-learn's handwritten digits below `folder`: train/, val/ and the lists.
-
-    Raises:
-        InputError: scikit-learn is not installed.
-    """
+    """Write scikit-learn's handwritten digits below `folder`: train/, val/ and the lists."""
     digits = import_extra("sklearn.datasets", "demo").load_digits()
     lines = []
     for i, (scan, label) in enumerate(zip(digits.images, digits.target)):
@@ -263,11 +228,7 @@ SIDE = 64  # pixels of an image of shapes
 
 
 def make_shapes(folder: str, *, count: int = 200, seed: int = 0) -> None:
-    """Write images of shapes with their labels, to try segmentation on, and the lists.
-
-    Raises:
-        OSError: a file cannot be written.
-    """
+    """Write images of shapes with their labels, to try segmentation on, and the lists."""
     lines = []
     for kind in ("images", "labels"):
         os.makedirs(os.path.join(folder, kind), exist_ok=True)

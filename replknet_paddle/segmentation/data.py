@@ -10,16 +10,25 @@ generator given with the image. Lists of images and labels: `replknet_paddle.dat
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from PIL import Image
 
 from replknet_paddle.data.dataset import EvalBatches, ListedFiles, StepBatches, make_loader
-from replknet_paddle.data.lists import IGNORED, LIST_FILES, PAIRS_LAYOUT, parse_pair, printable
+from replknet_paddle.data.lists import (
+    IGNORED,
+    LIST_FILES,
+    PAIRS_LAYOUT,
+    Line,
+    parse_pair,
+    printable,
+)
 from replknet_paddle.data.loader import Loader
 from replknet_paddle.data.transforms.finish import RawSample
 from replknet_paddle.data.transforms.image import asks_for_a_quarter_turn, load, to_rgb
+from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.machines import available_cores
 
@@ -35,70 +44,47 @@ Box = tuple[int, int, int, int]  # top, left, bottom, right
 
 
 class SegmentationDataset(ListedFiles):
-    """The images and label images of a list file.
+    """The images and label images of a list file, as `ListDataset` has images and labels.
 
-    Args:
-        list_file, root, seed, allow_outside: as for `ListedFiles`.
-        transform: (image (H, W, 3), label map (H, W), random generator) -> raw sample and map.
-        num_classes, zero_is_ignored: as for `read_labels`.
-
-    Raises:
-        FileNotFoundError, InputError, SystemFault: as for `ListedFiles`.
+    The transform is (image (H, W, 3), label map (H, W), random generator) -> raw sample and map.
     """
 
+    layout = PAIRS_LAYOUT
+
     def __init__(
-        self,
-        list_file: str,
-        root: str,
-        transform: Callable,
-        *,
-        num_classes: int,
-        zero_is_ignored: bool = False,
-        seed: int = 0,
-        allow_outside: bool = False,
+        self, list_file: str, root: str, transform: Callable, *, zero_is_ignored=False, **options
     ):
-        parse = partial(parse_pair, allow_outside=allow_outside)
-        super().__init__(
-            list_file, root, parse, layout=PAIRS_LAYOUT, seed=seed, allow_outside=allow_outside
-        )
-        self.transform = transform
+        super().__init__(list_file, root, transform, **options)
         self._read_labels = partial(
-            read_labels, num_classes=num_classes, zero_is_ignored=zero_is_ignored
+            read_labels, num_classes=self.num_classes, zero_is_ignored=zero_is_ignored
         )
+
+    def parse(self, line: bytes) -> Line:
+        """Return the two paths of a line."""
+        return parse_pair(line, allow_outside=self.allow_outside)
 
     def describe(self, index: int) -> str:
         """Return the paths of image and labels `index`, and the line that names them."""
         image, labels = map(printable, self.path(index).split("\t"))
         return f"image {image} with labels {labels} ({self.list_file}, line {self._lines[index]})"
 
-    def read_sample(
-        self, epoch: int, index: int, *, failures: list[str] | None = None
-    ) -> tuple[RawSample, np.ndarray]:
-        """Return raw sample (epoch, index), and its label map (H, W) uint8.
-
-        Args:
-            failures: gets a message for each failure of the system that a repetition cured.
-
-        Raises:
-            SampleError: it cannot be read, or image and labels do not belong together.
-            SystemFault: the system fails, time and again.
-        """
+    def read_sample(self, epoch: int, index: int) -> tuple[RawSample, np.ndarray]:
+        """Return raw sample (epoch, index), and its label map (H, W) uint8."""
 
         def pixels_and_turn(image: Image.Image) -> tuple[np.ndarray, bool]:
             load(image)
             return np.array(to_rgb(image)), asks_for_a_quarter_turn(image)
 
         path, labels_path = self.path(index).split("\t")
-        pixels, is_turned = self.read_file(index, path, pixels_and_turn, failures=failures)
+        pixels, is_turned = self.read_file(index, path, pixels_and_turn)
         read = partial(self._read_labels, size=pixels.shape[1::-1], is_turned=is_turned)
-        classes = self.read_file(index, labels_path, read, failures=failures)
+        classes = self.read_file(index, labels_path, read)
         return self.transform(pixels, classes, self.rng(epoch, index))
 
     def absent_classes(self, count: int, *, rank: int = 0, world_size: int = 1) -> list[int]:
         """Return the classes in [0, count) that no label image of a rank's share has.
 
-        Label images are read until each class has been seen. Those that cannot be read are passed
-        over, for training reports them.
+        Those that cannot be read are passed over, for training reports them.
         """
         absent = set(range(count))
         own = range(rank, len(self), world_size)
@@ -111,7 +97,7 @@ class SegmentationDataset(ListedFiles):
         return sorted(absent)
 
     def _classes_in(self, index: int) -> list[int]:
-        """The numbers in label image `index`; none where it cannot be read."""
+        """Return the numbers in label image `index`; none where it cannot be read."""
         try:
             with self.open(self.path(index).split("\t")[1]) as labels:
                 return np.unique(self._read_labels(labels, size=labels.size)).tolist()
@@ -136,19 +122,18 @@ def get_dataset(config, is_train: bool) -> SegmentationDataset:
     )
 
 
-def get_dataloader(config, is_train: bool, *, rank: int = 0, world_size: int = 1) -> Loader:
-    """Return the loader of one rank: images (N, 3, H, W) float32, label maps (N, H, W) uint8.
+def get_dataloader(config, is_train: bool) -> Loader:
+    """Return this process's loader: images (N, 3, H, W) float32, label maps (N, H, W) uint8.
 
     Training images are crops, whose padding is zero after normalization, as in the official code;
     in evaluation a batch is one image at its own size.
     """
     dataset = get_dataset(config, is_train)
-    places = {"rank": rank, "world_size": world_size}
+    places = {"rank": processes.rank(), "world_size": processes.world_size()}
     if not is_train:
-        # A larger image takes the slower way from its worker.
-        pixels = 4 * config.DATA.IMAGE_SIZE**2
         batches = EvalBatches(len(dataset), 1, **places)
-        return make_loader(config, dataset, batches, image_pixels=pixels)
+        # A larger image takes the slower way from its worker.
+        return make_loader(config, dataset, batches, image_pixels=4 * config.DATA.IMAGE_SIZE**2)
     batches = StepBatches(
         len(dataset),
         config.DATA.BATCH_SIZE,
@@ -169,13 +154,8 @@ def read_labels(
 ) -> np.ndarray:
     """Return the label map (H, W) uint8 of an opened label image: classes from 0, and `IGNORED`.
 
-    Args:
-        size: (width, height) of the image that it belongs to.
-        is_turned: whether that image asks to be shown turned by a quarter, for the message.
-        zero_is_ignored: the file counts classes from 1, and its 0 is ignored (ADE20K).
-
-    Raises:
-        InputError: it is damaged, of another size or kind, or holds numbers of no class.
+    It belongs to an image of `size` (width, height), which may ask to be shown turned by a quarter.
+    With `zero_is_ignored`, the file counts classes from 1, and its 0 is ignored (ADE20K).
     """
     if labels.mode not in LABEL_MODES:
         raise InputError(
@@ -215,70 +195,46 @@ def read_labels(
 
 
 def _grey_step(labels: Image.Image) -> int:
-    """The factor by which Pillow multiplies the numbers of a grey image of 2 or 4 bits."""
+    """Return the factor by which Pillow multiplies the numbers of a grey image of 2 or 4 bits."""
     how = labels.tile[0][3] if getattr(labels, "tile", None) else None
     how = how[0] if isinstance(how, tuple) and how else how  # with details, in a TIFF
     return {"L;2": 255 // 3, "L;4": 255 // 15}.get(how, 1) if labels.mode == "L" else 1
 
 
-def resized_size(size: tuple[int, int], scale: Sequence[float]) -> tuple[int, int]:
-    """Return the size (height, width) that an image of `size` gets to fit `scale`, its shape kept.
-
-    Args:
-        scale: the most that its longer and its shorter side may have, pixels.
-    """
-    ratio = min(max(scale) / max(size), min(scale) / min(size))
-    return tuple(max(1, int(side * ratio + 0.5)) for side in size)
-
-
-def scaled(scale: Sequence[int], ratio: float) -> list[int]:
-    """Return what images fit at a ratio, cut to whole pixels as in the official code."""
-    return [int(ratio * edge) for edge in scale]
+def resized_size(
+    size: tuple[int, int], scale: Sequence[int], ratio: float = 1.0
+) -> tuple[int, int]:
+    """Return the size (height, width) that an image of `size` gets, its shape kept, to fit `ratio`
+    times `scale`: the most pixels that its longer and its shorter side may have."""
+    most = [int(ratio * edge) for edge in scale]  # as in the official code
+    factor = min(max(most) / max(size), min(most) / min(size))
+    return tuple(max(1, int(side * factor + 0.5)) for side in size)
 
 
-def source_rows(start: int, end: int, new_size: int, size: int) -> np.ndarray:
-    """Return where rows `start` to `end` - 1 of a resized image lie in the original.
-
-    They are pixel centres, in [-0.5, size - 0.5].
-    """
-    return (np.arange(start, end) + 0.5) * (size / new_size) - 0.5
+def source_places(axis: int, size: tuple, new_size: tuple, box: Box) -> np.ndarray:
+    """Return where rows (axis 0) or columns (1) of a resized image, those of `box`, lie in the
+    original: their centres, in [-0.5, size - 0.5]."""
+    return (np.arange(box[axis], box[axis + 2]) + 0.5) * (size[axis] / new_size[axis]) - 0.5
 
 
 def resize_window(pixels: np.ndarray, new_size: tuple[int, int], box: Box) -> np.ndarray:
     """Return what resizing (H, W, 3) uint8 to `new_size` bilinearly gives within `box`."""
-    top, left, bottom, right = box
-    rows = source_rows(top, bottom, new_size[0], pixels.shape[0])
-    columns = source_rows(left, right, new_size[1], pixels.shape[1])
-    first, row_share = _neighbours(rows, pixels.shape[0])
-    window = _between(pixels, first, row_share[:, None, None], axis=0)
-    first, column_share = _neighbours(columns, pixels.shape[1])
-    window = _between(window, first, column_share[None, :, None], axis=1)
+    window = pixels
+    for axis, columns in ((0, (-1, 1, 1)), (1, (-1, 1))):
+        last = pixels.shape[axis] - 1
+        places = np.clip(source_places(axis, pixels.shape, new_size, box), 0, last)
+        first = np.minimum(places.astype(np.int64), max(last - 1, 0))
+        low = window.take(first, axis).astype(np.float32)
+        high = window.take(np.minimum(first + 1, last), axis)
+        window = low + (high - low) * (places - first).astype(np.float32).reshape(columns)
     return (window + np.float32(0.5)).astype(np.uint8)
-
-
-def _neighbours(places: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The pixel before each place, and the share of the one after it."""
-    places = np.clip(places, 0, size - 1)
-    first = np.minimum(places.astype(np.int64), max(size - 2, 0))
-    return first, (places - first).astype(np.float32)
-
-
-def _between(pixels: np.ndarray, first: np.ndarray, share: np.ndarray, *, axis: int) -> np.ndarray:
-    low = pixels.take(first, axis).astype(np.float32)
-    high = pixels.take(np.minimum(first + 1, pixels.shape[axis] - 1), axis)
-    return low + (high - low) * share
 
 
 def nearest_window(labels: np.ndarray, new_size: tuple[int, int], box: Box) -> np.ndarray:
     """Return what resizing (H, W) to `new_size` to the nearest pixel gives within `box`."""
-    top, left, bottom, right = box
-    rows = source_rows(top, bottom, new_size[0], labels.shape[0])
-    columns = source_rows(left, right, new_size[1], labels.shape[1])
-    return labels[np.ix_(_nearest(rows), _nearest(columns))]
-
-
-def _nearest(places: np.ndarray) -> np.ndarray:
-    return np.floor(places + 0.5).astype(np.int64)
+    places = (source_places(axis, labels.shape, new_size, box) for axis in (0, 1))
+    rows, columns = (np.floor(place + 0.5).astype(np.int64) for place in places)
+    return labels[np.ix_(rows, columns)]
 
 
 def fullest_share(labels: np.ndarray) -> float:
@@ -339,29 +295,26 @@ def whole_image(
     return RawSample(pixels), labels
 
 
+@dataclass(kw_only=True)
 class TrainCrop:
     """The way from an image and its labels to training samples of `crop_size` x `crop_size` pixels.
 
-    Args:
-        crop_size: pixels.
-        scale: what images fit at ratio 1: the most that the longer and the shorter side have.
+    At ratio 1, images fit `scale`, as in `resized_size`.
     """
 
-    def __init__(self, *, crop_size: int, scale: Sequence[int]):
-        self.crop_size = crop_size
-        self.scale = tuple(scale)
+    crop_size: int
+    scale: Sequence[int]
 
     def __call__(
         self, pixels: np.ndarray, labels: np.ndarray, rng: np.random.Generator
     ) -> tuple[RawSample, np.ndarray]:
         """Image (H, W, 3) and label map (H, W), uint8 -> a sample and its label map.
 
-        What the image lacks at its bottom and right is padded: boxes to erase, and labels
-        `IGNORED`.
+        What the image lacks at its bottom and right is boxes to erase, and labels `IGNORED`.
         """
         side = self.crop_size
         ratio = rng.uniform(*SCALE_RANGE)
-        size = resized_size(pixels.shape[:2], scaled(self.scale, ratio))
+        size = resized_size(pixels.shape[:2], self.scale, ratio)
         box = self.choose_crop(labels, size, rng)
         flip = rng.random() < FLIP_PROB
         window = resize_window(pixels, size, box)
@@ -382,11 +335,8 @@ class TrainCrop:
     def choose_crop(
         self, labels: np.ndarray, size: tuple[int, int], rng: np.random.Generator
     ) -> Box:
-        """Return a random box of the resized image.
-
-        Another one is drawn, up to ten times, while one category has more than
-        `MAX_CATEGORY_SHARE` of what counts in it.
-        """
+        """Return a random box of the resized image, drawn up to ten times to find one in which no
+        category has more than `MAX_CATEGORY_SHARE` of what counts."""
         height, width = (min(self.crop_size, edge) for edge in size)
         for _ in range(MAX_CROP_TRIES):
             top = int(rng.integers(0, size[0] - height, endpoint=True))

@@ -14,54 +14,36 @@ from replknet_paddle.segmentation.upernet import resize
 AUXILIARY_WEIGHT = 0.4
 
 
-class SegmentationLoss:
-    """Cross entropy of the decode head's logits plus 0.4 times the auxiliary head's.
+def segmentation_loss(
+    logits: tuple[paddle.Tensor, paddle.Tensor], labels: paddle.Tensor, *, align_corners: bool
+) -> paddle.Tensor:
+    """Return the cross entropy, nats, of the decode head plus 0.4 times the auxiliary head's.
 
     Each is the sum over the pixels that count divided by the number of all pixels, ignored and
     padded ones among them: the mean of the official code (mmsegmentation's `avg_non_ignore` False).
-
-    Args:
-        align_corners: how logits are resized.
+    Logits (N, num_classes, h, w) of both heads are resized to labels (N, H, W).
     """
-
-    def __init__(self, *, align_corners: bool):
-        self.align_corners = align_corners
-
-    def __call__(
-        self, logits: tuple[paddle.Tensor, paddle.Tensor], labels: paddle.Tensor
-    ) -> paddle.Tensor:
-        """Logits (N, num_classes, h, w) of both heads, labels (N, H, W) -> mean loss, nats."""
-        decoded, auxiliary = (self.of_head(head, labels) for head in logits)
-        return decoded + AUXILIARY_WEIGHT * auxiliary
-
-    def of_head(self, logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
-        """Cross entropy of one head."""
-        size = labels.shape[1:]
-        logits = resize(logits.astype("float32"), size, align_corners=self.align_corners)
-        return F.cross_entropy(
-            logits, labels.astype("int64"), axis=1, ignore_index=IGNORED, reduction="none"
-        ).mean()
+    size, labels = labels.shape[1:], labels.astype("int64")
+    losses = []
+    for x in logits:
+        x = resize(x.astype("float32"), size, align_corners=align_corners)
+        entropy = F.cross_entropy(x, labels, axis=1, ignore_index=IGNORED, reduction="none")
+        losses.append(entropy.mean())
+    decoded, auxiliary = losses
+    return decoded + AUXILIARY_WEIGHT * auxiliary
 
 
 @dataclass(frozen=True)
 class SegmentationMetrics:
-    """The result of one evaluation.
+    """The result of one evaluation."""
 
-    Attributes:
-        images: how many were evaluated.
-        confusion: (num_classes, num_classes) int64, pixels by label (row) and prediction (column);
-            ignored pixels are not in it.
-        class_names: for `table`; None: numbers.
-    """
-
-    images: int
-    confusion: np.ndarray
-    class_names: tuple[str, ...] | None = None
+    images: int  # how many were evaluated
+    confusion: np.ndarray  # (num_classes, num_classes) pixels by label (row) and prediction
+    class_names: tuple[str, ...] | None = None  # None: numbers
 
     @property
     def class_iou_percent(self) -> np.ndarray:
-        """Intersection over union of each class, float64; NaN for one that neither a label nor a
-        prediction has."""
+        """Intersection over union of each class; NaN for one that no label or prediction has."""
         hits = np.diag(self.confusion)
         union = self.confusion.sum(axis=0) + self.confusion.sum(axis=1) - hits
         return np.where(union > 0, 100.0 * hits / np.maximum(union, 1), np.nan)
@@ -98,22 +80,18 @@ class SegmentationMetrics:
             ],
         }
 
-    def table(self) -> str:
-        """Return a line for each class: its name, IoU and accuracy."""
-        names = self.class_names or [str(i) for i in range(len(self.confusion))]
+    def __str__(self) -> str:
+        ious, accuracies = self.class_iou_percent, self.class_accuracy_percent
+        names = self.class_names or [str(i) for i in range(len(ious))]
         width = max(5, *map(len, names))
-        lines = [f"{'class':{width}}  IoU %  accuracy %"]
-        for name, iou, accuracy in zip(names, self.class_iou_percent, self.class_accuracy_percent):
+        lines = [
+            f"mIoU {self.miou_percent:.2f} % ({(~np.isnan(ious)).sum()} of {len(ious)} classes), "
+            f"pixel accuracy {self.pixel_accuracy_percent:.2f} %, {self.images} images",
+            f"{'class':{width}}  IoU %  accuracy %",
+        ]
+        for name, iou, accuracy in zip(names, ious, accuracies):
             lines.append(f"{name:{width}}  {iou:5.2f}  {accuracy:10.2f}")
         return "\n".join(lines)
-
-    def __str__(self) -> str:
-        known = int((~np.isnan(self.class_iou_percent)).sum())
-        return (
-            f"mIoU {self.miou_percent:.2f} % ({known} of {len(self.confusion)} classes), "
-            f"pixel accuracy {self.pixel_accuracy_percent:.2f} %, {self.images} images\n"
-            f"{self.table()}"
-        )
 
 
 class ConfusionSums:

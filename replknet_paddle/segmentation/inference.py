@@ -6,74 +6,44 @@ probabilities of scales and mirror images are averaged.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 import numpy as np
 import paddle
 from paddle.nn import functional as F
 
-from replknet_paddle.segmentation.data import Box, resized_size, scaled
+from replknet_paddle.segmentation.data import Box, resized_size
 from replknet_paddle.segmentation.upernet import resize
 
 
 def build_inference(config, network: Callable) -> Callable:
     """Return the function of normalized images (N, 3, H, W) that gives the probabilities of their
-    classes, (N, num_classes, H, W), as `config` says.
+    classes, (N, num_classes, H, W) float32, as `config` says.
 
     Args:
         network: images (N, 3, h, w) -> logits (N, num_classes, h, w).
     """
-    settings = config.SEGMENTATION
-    return partial(
-        class_probabilities,
-        network,
-        scale=tuple(settings.RESIZE),
-        ratios=settings.EVAL_RATIOS,
-        flip=settings.EVAL_FLIP,
-        crop_size=config.DATA.IMAGE_SIZE,
-        stride=settings.SLIDE_STRIDE,
-        align_corners=settings.ALIGN_CORNERS,
-    )
+    settings, crop_size = config.SEGMENTATION, config.DATA.IMAGE_SIZE
+    turns = (False, True) if settings.EVAL_FLIP else (False,)
 
+    @paddle.no_grad()
+    def probabilities(images: paddle.Tensor) -> paddle.Tensor:
+        size = images.shape[2:]
+        total = 0
+        for ratio in settings.EVAL_RATIOS:
+            new_size = resized_size(size, settings.RESIZE, ratio)
+            resized = images
+            if new_size != tuple(size):
+                resized = resize(images, new_size, align_corners=False)
+            for mirrored in turns:
+                turned = resized.flip(3) if mirrored else resized
+                logits = image_logits(network, turned, crop_size, settings.SLIDE_STRIDE)
+                if logits.shape[2:] != size:
+                    logits = resize(logits, size, align_corners=settings.ALIGN_CORNERS)
+                shares = F.softmax(logits, axis=1)
+                total = total + (shares.flip(3) if mirrored else shares)
+        return total / (len(settings.EVAL_RATIOS) * len(turns))
 
-@paddle.no_grad()
-def class_probabilities(
-    network: Callable,
-    images: paddle.Tensor,
-    *,
-    scale: tuple[int, int],
-    ratios: Sequence[float],
-    flip: bool,
-    crop_size: int,
-    stride: int | None,
-    align_corners: bool,
-) -> paddle.Tensor:
-    """Normalized images (N, 3, H, W) -> probabilities (N, num_classes, H, W), float32.
-
-    Args:
-        network: images (N, 3, h, w) -> logits (N, num_classes, h, w).
-        scale: the most that the longer and the shorter side of an image have at ratio 1, pixels.
-        ratios: sizes to average over, relative to that.
-        flip: average with the mirror image, too.
-        crop_size, stride: side and distance of the sliding windows, pixels; stride None: the whole
-            image at once.
-        align_corners: how logits are resized.
-    """
-    size = images.shape[2:]
-    total = 0
-    for ratio in ratios:
-        new_size = resized_size(size, scaled(scale, ratio))
-        resized = images
-        if new_size != tuple(size):
-            resized = resize(images, new_size, align_corners=False)
-        for mirrored in (False, True) if flip else (False,):
-            turned = resized.flip(3) if mirrored else resized
-            logits = image_logits(network, turned, crop_size, stride)
-            if logits.shape[2:] != size:
-                logits = resize(logits, size, align_corners=align_corners)
-            probabilities = F.softmax(logits, axis=1)
-            total = total + (probabilities.flip(3) if mirrored else probabilities)
-    return total / (len(ratios) * (1 + flip))
+    return probabilities
 
 
 def image_logits(
@@ -95,11 +65,8 @@ def image_logits(
 
 
 def windows(height: int, width: int, side: int, stride: int) -> Iterator[Box]:
-    """Yield boxes (top, left, bottom, right) that cover an image, row by row.
-
-    Each is `side` x `side` pixels, less where the image is smaller; the last of a row or column
-    ends with the image.
-    """
+    """Yield boxes (top, left, bottom, right) that cover an image, row by row: `side` x `side`
+    pixels, less where the image is smaller; the last of a row or column ends with the image."""
     for bottom in _ends(height, side, stride):
         for right in _ends(width, side, stride):
             yield max(bottom - side, 0), max(right - side, 0), bottom, right

@@ -2,7 +2,7 @@
 
 import colorsys
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,10 +63,7 @@ class SegmentationPredictor:
         Raises:
             InputError: it cannot be decoded.
         """
-        return self.labels_of_pixels(np.array(to_rgb(decode(image))))
-
-    def labels_of_pixels(self, pixels: np.ndarray) -> np.ndarray:
-        """Pixels (H, W, 3) uint8, RGB -> the class of each, (H, W) uint8."""
+        pixels = np.array(to_rgb(decode(image)))
         images = paddle.to_tensor(self.normalize(pixels)[None])
         return self.probabilities(images)[0].argmax(axis=0).numpy().astype(np.uint8)
 
@@ -80,17 +77,11 @@ def build_upernet_only(config):
 
 @dataclass(frozen=True)
 class SegmentedFile:
-    """The classes that the network finds in one file, or why it finds none.
+    """The classes that the network finds in one file, or why it finds none."""
 
-    Attributes:
-        path: the file; or a folder that could not be listed.
-        shares: name and share of each class in the picture, the largest first.
-        problem: why there is no prediction; None where there is one.
-    """
-
-    path: str
-    shares: tuple[tuple[str, float], ...] = ()
-    problem: str | None = None
+    path: str  # the file; or a folder that could not be listed
+    shares: tuple[tuple[str, float], ...] = ()  # name and share of each class, the largest first
+    problem: str | None = None  # why there is no prediction
 
     def __str__(self) -> str:
         said = self.problem or ", ".join(
@@ -106,13 +97,6 @@ def predict_files(
 
     NUMBER_NAME.png is the picture tinted by its classes, NUMBER_NAME_labels.png a palette image
     whose numbers are the classes.
-
-    Args:
-        arguments: files, folders and patterns.
-
-    Raises:
-        FileNotFoundError, InputError: an argument stands for no image.
-        OSError: the folder cannot be written.
     """
     files = ImageFiles(arguments, leave_out=folder)
     files.count()
@@ -126,7 +110,7 @@ def predict_files(
         except (InputError, MemoryError) as error:
             yield SegmentedFile(path, problem=str(error) or "out of memory")
             continue
-        labels = predictor.labels_of_pixels(pixels)
+        labels = predictor.labels(pixels)
         # The number keeps apart what has one name in several folders.
         name = f"{number:06d}_{Path(path).stem[:50]}"
         save_png(tinted(pixels, labels, predictor.palette), Path(folder, f"{name}.png"))
@@ -139,32 +123,23 @@ def save_png(picture: Image.Image, path: Path) -> None:
         picture.save(file, "PNG")
 
 
-def class_shares(labels: np.ndarray, names: Iterable[str]) -> tuple[tuple[str, float], ...]:
+def class_shares(labels: np.ndarray, names: Sequence[str]) -> tuple[tuple[str, float], ...]:
     """Return name and share of each class that is there, the largest first."""
-    names = list(names)
     counts = np.bincount(labels.ravel(), minlength=len(names))
     order = np.argsort(-counts, kind="stable")
     return tuple((names[i], counts[i] / labels.size) for i in order if counts[i])
 
 
 def palette_of(colours: str | None, num_classes: int) -> np.ndarray:
-    """Return the colour of each class, uint8 (num_classes, 3).
-
-    Args:
-        colours: as SEGMENTATION.PALETTE has them; None: computed ones.
-    """
-    if colours is None:
-        return computed_palette(num_classes)
-    return np.array([list(bytes.fromhex(colour)) for colour in colours.split()], np.uint8)
-
-
-def computed_palette(num_classes: int) -> np.ndarray:
-    """Return colours whose neighbours differ: hues by the golden ratio, three levels of value."""
-    colours = [
+    """Return the colour of each class, uint8 (num_classes, 3): those of SEGMENTATION.PALETTE, or
+    ones whose neighbours differ: hues by the golden ratio, three levels of value."""
+    if colours is not None:
+        return np.array([list(bytes.fromhex(colour)) for colour in colours.split()], np.uint8)
+    computed = [
         colorsys.hsv_to_rgb(i * GOLDEN_RATIO % 1, 0.75, (1.0, 0.8, 0.6)[i % 3])
         for i in range(num_classes)
     ]
-    return np.round(255 * np.array(colours)).astype(np.uint8)
+    return np.round(255 * np.array(computed)).astype(np.uint8)
 
 
 def label_picture(labels: np.ndarray, palette: np.ndarray) -> Image.Image:

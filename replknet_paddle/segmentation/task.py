@@ -9,19 +9,17 @@ from paddle import nn
 from replknet_paddle.checkpoints.checkpoint_file import CheckpointFile
 from replknet_paddle.checkpoints.load import layout_of, load_pretrained
 from replknet_paddle.data.class_names import get_class_names
-from replknet_paddle.data.loader import Loader
 from replknet_paddle.optim.optimizer import ParameterGroup, adamw
 from replknet_paddle.optim.schedule import get_poly_lr
-from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.segmentation.data import get_dataloader, get_dataset
-from replknet_paddle.segmentation.evaluate import ConfusionSums, SegmentationLoss
+from replknet_paddle.segmentation.evaluate import ConfusionSums, segmentation_loss
 from replknet_paddle.segmentation.inference import build_inference
 from replknet_paddle.segmentation.upernet import UPerNet, build_upernet
 
 
 def parameter_groups(model: nn.Layer, weight_decay: float) -> list[ParameterGroup]:
-    """The trainable parameters: all decay but those of norms; the classifiers' biases do, too.
+    """Return the trainable parameters: all decay but those of norms; classifiers' biases do, too.
 
     Source: the official configuration's `paramwise_cfg=dict(norm_decay_mult=0)`.
     """
@@ -43,7 +41,9 @@ class SegmentationTask:
     """Builds the parts of a run that tasks do not share, each from the configuration."""
 
     dataset = staticmethod(get_dataset)
+    loader = staticmethod(get_dataloader)
     network = staticmethod(build_upernet)
+    inference = staticmethod(build_inference)
 
     def check(self, config) -> None:
         """Raise InputError for a configuration that is not a segmentation network's."""
@@ -52,12 +52,6 @@ class SegmentationTask:
                 f"MODEL.TYPE is {config.MODEL.TYPE}; allowed for segmentation: UPerNet "
                 "(configs/upernet_*.yaml)"
             )
-
-    def loader(self, config, is_train: bool) -> Loader:
-        """Return this process's loader of the training or the validation set."""
-        return get_dataloader(
-            config, is_train, rank=processes.rank(), world_size=processes.world_size()
-        )
 
     def load_weights(self, model: UPerNet, config, file: CheckpointFile) -> None:
         """Load a checkpoint: all of it or, to start training, a classifier's backbone."""
@@ -89,13 +83,9 @@ class SegmentationTask:
     def mixup(self, config) -> None:
         """Return None: batches are not mixed."""
 
-    def criterion(self, config) -> SegmentationLoss:
+    def criterion(self, config) -> Callable:
         """Return the mean loss of (logits of both heads, labels)."""
-        return SegmentationLoss(align_corners=config.SEGMENTATION.ALIGN_CORNERS)
-
-    def inference(self, config, model: Callable) -> Callable:
-        """Return images (1, 3, H, W) -> probabilities (1, num_classes, H, W)."""
-        return build_inference(config, model)
+        return partial(segmentation_loss, align_corners=config.SEGMENTATION.ALIGN_CORNERS)
 
     def metric_sums(self, config) -> ConfusionSums:
         """Return an empty confusion matrix with the names of the classes."""

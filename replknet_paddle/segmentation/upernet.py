@@ -35,25 +35,17 @@ def classifier(channels: int, num_classes: int) -> nn.Conv2D:
 
 
 class UPerHead(nn.Layer):
-    """Logits from the maps of all stages.
-
-    Args:
-        in_channels: channels of each map, from the largest map to the smallest.
-        channels: width of every convolution.
-        num_classes: channels of the logits.
-        align_corners: how maps are resized (False for ADE20K, True for Cityscapes).
-        norm_layer: batch norm, over one device or all.
-    """
+    """Logits from the maps of all stages."""
 
     pool_scales = (1, 2, 3, 6)  # cells on a side of the grids that the last map is averaged over
 
     def __init__(
         self,
-        in_channels: Sequence[int],
-        channels: int,
+        in_channels: Sequence[int],  # of each map, from the largest map to the smallest
+        channels: int,  # width of every convolution
         num_classes: int,
         *,
-        align_corners: bool,
+        align_corners: bool,  # how maps are resized (False for ADE20K, True for Cityscapes)
         norm_layer=nn.BatchNorm2D,
     ):
         super().__init__()
@@ -114,13 +106,8 @@ class FCNHead(nn.Layer):
 
 
 class UPerNet(nn.Layer):
-    """The network whose logits are those of each pixel.
-
-    Args:
-        backbone: with all four maps.
-        decode_head: whose logits count.
-        auxiliary_head: for a second loss in training.
-    """
+    """The network whose logits are those of each pixel: a backbone of four maps, the head whose
+    logits count, and one for a second loss in training."""
 
     def __init__(self, backbone: RepLKNet, decode_head: UPerHead, auxiliary_head: FCNHead):
         super().__init__()
@@ -152,12 +139,7 @@ class UPerNet(nn.Layer):
 
 
 def build_upernet(config, *, sync_bn: bool = False) -> UPerNet:
-    """Return the network that `config` describes, freshly initialized; it carries `config` as such.
-
-    Args:
-        config: with MODEL.TYPE UPerNet.
-        sync_bn: as for `build_replknet`.
-    """
+    """Return the network that `config` describes, freshly initialized, with `config` in it."""
     settings, num_classes = config.SEGMENTATION, config.MODEL.NUM_CLASSES
     channels = config.MODEL.CHANNELS
     norm_layer = nn.SyncBatchNorm if sync_bn else nn.BatchNorm2D

@@ -37,49 +37,28 @@ def test_odd_names_open(tmp_path, name):
     assert pixels.shape == (3, 4, 4) and (pixels == 100).all()
 
 
-def links(tmp_path):
-    """A data folder with links of all kinds: {line: whether the image may be read}."""
+def test_links_are_followed_inside_the_data_folder_and_not_out_of_it(tmp_path):
     outside, data = tmp_path / "outside", tmp_path / "data"
-    data.mkdir()
     write_image(outside / "secret.png")
     write_image(outside / "deep" / "secret.png")
     write_image(tmp_path / "data2" / "secret.png")  # its path begins as the data folder's does
     write_image(data / "real" / "a.png")
-    (data / "file").symlink_to(outside / "secret.png")
-    (data / "relative").symlink_to("../outside/secret.png")
-    (data / "twice").symlink_to("file")
-    (data / "folder").symlink_to(outside)
-    (data / "up").symlink_to("..")
-    (data / "neighbour").symlink_to(tmp_path / "data2")
-    (data / "inside").symlink_to("real/a.png")
-    (data / "inside absolute").symlink_to(data / "real" / "a.png")
-    (data / "inside folder").symlink_to(data / "real")
-    (data / "real" / "there and back").symlink_to("../../data/real/a.png")
-    return {
-        "file": False,
-        "relative": False,
-        "twice": False,
-        "folder/secret.png": False,
-        "folder/deep/secret.png": False,
-        "up/outside/secret.png": False,
-        "up/data2/secret.png": False,
-        "neighbour/secret.png": False,
-        "inside": True,
-        "inside absolute": True,
-        "inside folder/a.png": True,
-        "real/there and back": True,
-    }
-
-
-def test_links_are_followed_inside_the_data_folder_and_not_out_of_it(tmp_path):
-    for line, allowed in links(tmp_path).items():
-        data = one_image_set(tmp_path / "data", line.encode())
-        if allowed:
-            assert data[0, 1][1] == 1, line
-        else:
-            with pytest.raises(SampleError, match="outside the data folder") as caught:
-                data[0, 1]
-            assert "line 3" in str(caught.value) and line in str(caught.value)
+    for name, target in {
+        **{"file": outside / "secret.png", "relative": "../outside/secret.png", "twice": "file"},
+        **{"folder": outside, "up": "..", "neighbour": tmp_path / "data2"},
+        **{"inside": "real/a.png", "inside absolute": data / "real" / "a.png"},
+        **{"inside folder": data / "real", "real/there and back": "../../data/real/a.png"},
+    }.items():
+        (data / name).symlink_to(target)
+    for line in ("inside", "inside absolute", "inside folder/a.png", "real/there and back"):
+        assert one_image_set(data, line.encode())[0, 1][1] == 1, line
+    for line in (
+        *("file", "relative", "twice", "folder/secret.png", "folder/deep/secret.png"),
+        *("up/outside/secret.png", "up/data2/secret.png", "neighbour/secret.png"),
+    ):
+        with pytest.raises(SampleError, match="outside the data folder") as caught:
+            one_image_set(data, line.encode())[0, 1]
+        assert "line 3" in str(caught.value) and line in str(caught.value)
 
 
 @pytest.mark.parametrize("slash", ["", "/"])

@@ -2,23 +2,34 @@
 
 import gc
 import logging
-import multiprocessing
 import os
 import random
 import signal
-from queue import Empty
 
 import numpy as np
 import pytest
-from data_sets import batches, configured, data_with, one_image_set, picture, small, write_image
+from data_sets import batches, data_with, one_image_set, picture, small, write_image
 from tiny import make_data
 
+from replknet_paddle.config import get_config
 from replknet_paddle.data.dataset import get_dataloader, get_dataset
 from replknet_paddle.runtime.errors import InputError, SampleError
 
 pytestmark = pytest.mark.paddle_version
 
 EITHER = pytest.mark.parametrize("workers", [0, 2])
+
+
+@pytest.fixture
+def loader_of(tiny_config_file):
+    """The loader of a data folder, by the tiny configuration with keys changed."""
+
+    def build(folder, is_train: bool, *, rank=0, world_size=1, **keys):
+        config = get_config(tiny_config_file, DATA__DATA_PATH=str(folder), **keys)
+        dataset = get_dataset(config, is_train)
+        return get_dataloader(config, dataset, is_train, rank=rank, world_size=world_size)
+
+    return build
 
 
 def same(first, second):
@@ -32,22 +43,18 @@ def epoch(loader, number: int, first_batch: int = 0):
     return batches(loader)
 
 
-def loader_of(config, is_train: bool, **places):
-    return get_dataloader(config, get_dataset(config, is_train), is_train, **places)
-
-
 # ---- samples
 
 
-def test_a_sample_depends_on_seed_epoch_and_index_alone(tiny_config_file, tiny_data):
-    config = configured(tiny_config_file, tiny_data)
-    forward = [get_dataset(config, True)[2, i][0] for i in range(10)]
-    data = get_dataset(config, True)
+def test_a_sample_depends_on_seed_epoch_and_index_alone(loader_of, tiny_data):
+    data = loader_of(tiny_data, True).dataset
+    forward = [data[2, i][0] for i in range(10)]
+    again = loader_of(tiny_data, True).dataset
     np.random.seed(7)
     random.seed(7)
-    backward = [data[2, i][0] for i in reversed(range(10))][::-1]
+    backward = [again[2, i][0] for i in reversed(range(10))][::-1]
     assert all(np.array_equal(a, b) for a, b in zip(forward, backward))
-    other = get_dataset(configured(tiny_config_file, tiny_data, "SEED", 43), True)
+    other = loader_of(tiny_data, True, SEED=43).dataset
     assert not any(np.array_equal(forward[i], data[3, i][0]) for i in range(10))
     assert not any(np.array_equal(forward[i], other[2, i][0]) for i in range(10))
 
@@ -60,32 +67,29 @@ def test_two_entries_of_one_image_are_drawn_apart(tmp_path):
     assert not np.array_equal(data[0, 0][0], data[0, 1][0])
 
 
-def test_evaluation_samples_depend_on_the_image_alone(tiny_config_file, tiny_data):
-    first = get_dataset(configured(tiny_config_file, tiny_data), False)
-    second = get_dataset(configured(tiny_config_file, tiny_data, "SEED", 1), False)
+def test_evaluation_samples_depend_on_the_image_alone(loader_of, tiny_data):
+    first, second = loader_of(tiny_data, False).dataset, loader_of(tiny_data, False, SEED=1).dataset
     for i in (0, 50, 100):
         assert np.array_equal(first[0, i][0], second[5, i][0])
 
 
-def test_get_dataset_takes_list_seed_and_classes_from_the_config(tiny_config_file, tiny_data):
-    config = configured(tiny_config_file, tiny_data, "SEED", 9)
-    train, val = get_dataset(config, True), get_dataset(config, False)
+def test_get_dataset_takes_list_seed_and_classes_from_the_config(loader_of, tiny_data):
+    train, val = (loader_of(tiny_data, is_train, SEED=9).dataset for is_train in (True, False))
     assert (len(train), len(val), train.seed) == (60, 101, 9)
     assert train.path(0).startswith("train/class 0/") and val.path(0).startswith("val/class 0/")
     assert val.labels.tolist() == [i % 4 for i in range(101)]
     with pytest.raises(InputError, match="label 3 is outside"):
-        get_dataset(configured(tiny_config_file, tiny_data, "MODEL.NUM_CLASSES", 3), True)
+        loader_of(tiny_data, True, MODEL__NUM_CLASSES=3)
 
 
 # ---- batches
 
 
-def test_persistent_workers_give_the_same_samples_and_follow_set_epoch(tiny_config_file, tiny_data):
+def test_persistent_workers_give_the_same_samples_and_follow_set_epoch(loader_of, tiny_data):
     """With all of the recipe's augmentation; whole epochs and one taken up in the middle."""
     expected, seen = [], []
     for workers, out in ((0, expected), (2, seen)):
-        config = configured(tiny_config_file, tiny_data, "DATA.NUM_WORKERS", workers)
-        with loader_of(config, True) as loader:
+        with loader_of(tiny_data, True, DATA__NUM_WORKERS=workers) as loader:
             for number, first_batch in ((1, 2), (2, 0), (0, 0), (2, 0)):
                 out.append(epoch(loader, number, first_batch))
     assert [len(epoch) for epoch in expected] == [4, 6, 6, 6]
@@ -97,12 +101,10 @@ def test_persistent_workers_give_the_same_samples_and_follow_set_epoch(tiny_conf
 
 
 @EITHER
-def test_the_validation_loader_gives_every_image_in_order(tiny_config_file, tiny_data, workers):
-    config = configured(
-        tiny_config_file, tiny_data, "DATA.NUM_WORKERS", workers, batch_size_eval=16
-    )
-    data = get_dataset(config, False)
-    with get_dataloader(config, data, False) as loader:
+def test_the_validation_loader_gives_every_image_in_order(loader_of, tiny_data, workers):
+    keys = {"DATA__NUM_WORKERS": workers, "DATA__BATCH_SIZE_EVAL": 16}
+    with loader_of(tiny_data, False, **keys) as loader:
+        data = loader.dataset
         assert len(loader) == 7
         for _ in range(3):  # persistent workers serve again
             seen = batches(loader)
@@ -111,51 +113,44 @@ def test_the_validation_loader_gives_every_image_in_order(tiny_config_file, tiny
         assert np.array_equal(seen[1][0][3], data[0, 19][0])
 
 
-def test_the_validation_batch_is_that_of_training_unless_set(tiny_config_file, tiny_data):
-    for values, expected in (({}, 8), ({"batch_size_eval": 5}, 5), ({"batch_size": 9}, 9)):
-        loader = loader_of(configured(tiny_config_file, tiny_data, **values), False)
+def test_the_validation_batch_is_that_of_training_unless_set(loader_of, tiny_data):
+    for keys, expected in (({}, 8), ({"BATCH_SIZE_EVAL": 5}, 5), ({"BATCH_SIZE": 9}, 9)):
+        loader = loader_of(tiny_data, False, **{f"DATA__{key}": n for key, n in keys.items()})
         assert loader.batch_sampler.batch_size == expected
 
 
-def test_loaders_of_ranks_share_the_images(tiny_config_file, tiny_data):
-    config = configured(tiny_config_file, tiny_data)
-    for is_train in (True, False):
-        names = []
-        for rank in range(3):
-            loader = loader_of(config, is_train, rank=rank, world_size=3)
-            names += [name for batch in loader.batch_sampler for name in batch]
-        assert len(set(names)) == len(names) == (48 if is_train else 101)
+@pytest.mark.parametrize("is_train, images", [(True, 48), (False, 101)])
+def test_loaders_of_ranks_share_the_images(loader_of, tiny_data, is_train, images):
+    loaders = [loader_of(tiny_data, is_train, rank=rank, world_size=3) for rank in range(3)]
+    names = [name for loader in loaders for batch in loader.batch_sampler for name in batch]
+    assert len(set(names)) == len(names) == images
 
 
 @pytest.mark.parametrize("world_size, batch_size", [(1, 31), (2, 16), (3, 11)])
 def test_too_few_images_for_a_global_batch_are_an_error(
-    tiny_config_file, tiny_data, world_size, batch_size
+    loader_of, tiny_data, world_size, batch_size
 ):
-    config = configured(tiny_config_file, tiny_data, batch_size=batch_size)
+    options = {"world_size": world_size, "DATA__BATCH_SIZE": batch_size}
     with pytest.raises(InputError) as caught:
-        loader_of(config, True, world_size=world_size)
+        loader_of(tiny_data, True, **options)
     for part in ("train_list.txt", "60 images", f"{batch_size}", f"{world_size} ", "-batch_size"):
         assert part in str(caught.value)
-    loader_of(config, False, world_size=world_size)
+    loader_of(tiny_data, False, **options)
 
 
-def test_as_many_images_as_a_batch_are_enough(tmp_path, tiny_config_file):
+def test_as_many_images_as_a_batch_are_enough(loader_of, tmp_path):
     make_data(tmp_path, train=16, val=1)
-    config = configured(tiny_config_file, tmp_path, batch_size=4)
-    loader = loader_of(config, True, world_size=2)
+    loader = loader_of(tmp_path, True, world_size=2, DATA__BATCH_SIZE=4)
     assert len(loader) == 2 and len(batches(loader)) == 2
-    val = loader_of(config, False, rank=1, world_size=2)
+    val = loader_of(tmp_path, False, rank=1, world_size=2)
     assert len(val) == 0 and batches(val) == []  # a rank without images
 
 
 # ---- workers
 
 
-def test_workers_start_when_told_and_an_iteration_may_be_left_and_begun_anew(
-    tiny_config_file, tiny_data
-):
-    config = configured(tiny_config_file, tiny_data, "DATA.NUM_WORKERS", 2)
-    with loader_of(config, True) as loader:
+def test_workers_start_when_told_and_an_iteration_may_be_left_and_begun_anew(loader_of, tiny_data):
+    with loader_of(tiny_data, True, DATA__NUM_WORKERS=2) as loader:
         assert loader.worker_pids() == []
         loader.start()
         pids = loader.worker_pids()
@@ -171,9 +166,8 @@ def test_workers_start_when_told_and_an_iteration_may_be_left_and_begun_anew(
             os.kill(pid, 0)
 
 
-def test_a_killed_worker_is_reported(tiny_config_file, tiny_data):
-    config = configured(tiny_config_file, tiny_data, "DATA.NUM_WORKERS", 2)
-    with loader_of(config, True) as loader:
+def test_a_killed_worker_is_reported(loader_of, tiny_data):
+    with loader_of(tiny_data, True, DATA__NUM_WORKERS=2) as loader:
         whole = batches(loader)
         os.kill(loader.worker_pids()[0], signal.SIGKILL)
         with pytest.raises(RuntimeError, match=r"worker of .*train_list.txt was killed"):
@@ -182,65 +176,45 @@ def test_a_killed_worker_is_reported(tiny_config_file, tiny_data):
         assert same(batches(loader), whole)  # by new workers
 
 
-def iterate(config, queue):
-    """Put what a validation loader gives into `queue`: the number of batches, or its exception."""
-    try:
-        queue.put(len(batches(loader_of(config, False))))
-    except BaseException as error:
-        queue.put((type(error).__name__, isinstance(error, InputError), str(error)))
-
-
 @EITHER
-@pytest.mark.parametrize("line", [b"missing image.jpg", b"half.jpg", b"caf\xe9.jpg"])
-def test_a_loader_raises_the_samples_own_error(tmp_path, tiny_config_file, line, workers):
-    """In a process of its own, for a loader that never answers must not stop the tests."""
-    (tmp_path / "half.jpg").write_bytes(picture(0)[:400])
-    write_image(tmp_path / "fine.png")
-    (tmp_path / "val_list.txt").write_bytes(b"fine.png 0\n" * 9 + line + b" 1\n")
-    config = configured(tiny_config_file, tmp_path, "DATA.NUM_WORKERS", workers, batch_size_eval=2)
-    with pytest.raises(SampleError) as direct:
-        get_dataset(config, False)[0, 9]
-    fork = multiprocessing.get_context("fork")
-    queue = fork.Queue()
-    process = fork.Process(target=iterate, args=(config, queue))
-    process.start()
-    try:
-        got = queue.get(timeout=15)
-    except Empty:
-        pytest.fail("the loader hangs")
-    finally:
-        process.join(timeout=5)  # its workers end with it, but not where it is killed
-        process.kill()
-        process.join()
-    assert got == ("SampleError", True, str(direct.value))
-    assert len(got[2].splitlines()) == 1 and "val_list.txt, line 10: " in got[2]
-
-
-@EITHER
-def test_a_defect_in_a_transform_ends_the_loader_with_its_traceback(
-    tmp_path, tiny_config_file, workers
-):
+def test_a_defect_in_a_transform_ends_the_loader_with_its_traceback(loader_of, tmp_path, workers):
     data_with(tmp_path, {})
-    config = configured(tiny_config_file, tmp_path, "DATA.NUM_WORKERS", workers)
-    dataset = get_dataset(config, True)
-    dataset.transform.photometric = lambda *_: 1 / 0
-    with pytest.raises(ZeroDivisionError):
-        batches(get_dataloader(config, dataset, True))
+    with loader_of(tmp_path, True, DATA__NUM_WORKERS=workers) as loader:
+        loader.dataset.transform.photometric = lambda *_: 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            batches(loader)
 
 
 # ---- bad images
 
 
 @EITHER
+@pytest.mark.parametrize("line", [b"missing image.jpg", b"half.jpg", b"caf\xe9.jpg"])
+def test_evaluation_ends_at_an_unreadable_image_with_the_samples_own_error(
+    loader_of, tmp_path, line, workers
+):
+    """However many of them training may replace."""
+    (tmp_path / "half.jpg").write_bytes(picture(0)[:400])
+    write_image(tmp_path / "fine.png")
+    (tmp_path / "val_list.txt").write_bytes(b"fine.png 0\n" * 9 + line + b" 1\n")
+    keys = {"NUM_WORKERS": workers, "MAX_BAD_IMAGES": 9, "WORKER_TIMEOUT": 15, "BATCH_SIZE_EVAL": 2}
+    keys = {f"DATA__{key}": value for key, value in keys.items()}
+    with loader_of(tmp_path, False, **keys) as loader:
+        with pytest.raises(SampleError) as direct:
+            loader.dataset[0, 9]
+        with pytest.raises(SampleError) as caught:
+            batches(loader)
+    [message] = str(caught.value).splitlines()
+    assert message == str(direct.value) and "val_list.txt, line 10: " in message
+
+
+@EITHER
 def test_unreadable_training_images_are_replaced_and_named_once(
-    tmp_path, tiny_config_file, caplog, workers
+    loader_of, tmp_path, caplog, workers
 ):
     data_with(tmp_path, {5: b"text", 6: picture(6)[:300]})  # 5's successor is unreadable as well
-    config = configured(
-        tiny_config_file, tmp_path, "DATA.MAX_BAD_IMAGES", 2, "DATA.NUM_WORKERS", workers,
-        "TRAIN.ACCUM_ITER", 1,
-    )  # fmt: skip
-    with loader_of(config, True) as loader, caplog.at_level(logging.WARNING, logger="loader"):
+    keys = {"DATA__MAX_BAD_IMAGES": 2, "DATA__NUM_WORKERS": workers, "TRAIN__ACCUM_ITER": 1}
+    with loader_of(tmp_path, True, **keys) as loader, caplog.at_level(logging.WARNING, "loader"):
         seen = [batch for number in range(2) for batch in epoch(loader, number)]
     assert [images.shape for images, _ in seen] == [(8, 3, 32, 32)] * 6
     labels = np.concatenate([labels for _, labels in seen[:3]])
@@ -253,32 +227,18 @@ def test_unreadable_training_images_are_replaced_and_named_once(
 
 
 @EITHER
-def test_one_more_than_allowed_stops_training(tmp_path, tiny_config_file, workers):
+def test_one_more_than_allowed_stops_training(loader_of, tmp_path, workers):
     data_with(tmp_path, dict.fromkeys((3, 11, 19), b""))
-    config = configured(
-        tiny_config_file, tmp_path, "DATA.MAX_BAD_IMAGES", 2, "DATA.NUM_WORKERS", workers
-    )
-    with loader_of(config, True) as loader:
+    with loader_of(tmp_path, True, DATA__MAX_BAD_IMAGES=2, DATA__NUM_WORKERS=workers) as loader:
         with pytest.raises(SampleError, match=r"unreadable image number 3; DATA\.MAX_BAD_IMAGES"):
             batches(loader)
         assert len(loader.bad_images) == 3
 
 
-def test_a_list_without_a_readable_image_stops_training(tmp_path, tiny_config_file):
+def test_a_list_without_a_readable_image_stops_training(loader_of, tmp_path):
     data_with(tmp_path, dict.fromkeys(range(24), b""))
-    config = configured(tiny_config_file, tmp_path, "DATA.MAX_BAD_IMAGES", 100)
     with pytest.raises(SampleError, match="cannot read image"):
-        batches(loader_of(config, True))
-
-
-@EITHER
-def test_evaluation_stops_at_the_first_unreadable_image(tmp_path, tiny_config_file, workers):
-    data_with(tmp_path, {17: b"text"})
-    config = configured(
-        tiny_config_file, tmp_path, "DATA.MAX_BAD_IMAGES", 9, "DATA.NUM_WORKERS", workers
-    )
-    with pytest.raises(SampleError, match=r"val_list\.txt, line 18: cannot read image 17\.jpg"):
-        batches(loader_of(config, False))
+        batches(loader_of(tmp_path, True, DATA__MAX_BAD_IMAGES=100))
 
 
 # ---- memory
@@ -293,25 +253,21 @@ def memory_bytes(pid: int) -> int:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="needs Linux")
-def test_memory_of_workers_and_parent_stays_flat(tmp_path, tiny_config_file):
+def test_memory_of_workers_and_parent_stays_flat(loader_of, tmp_path):
     """On small images: those of a few batches, which allocators keep or not, are then too few to
     matter; one of each batch, kept for good, is not."""
     for i in range(50):
         (tmp_path / f"{i}.jpg").write_bytes(picture(i, size=(160, 120)))
     lines = "".join(f"{i % 50}.jpg {i % 4}\n" for i in range(2000))
     (tmp_path / "train_list.txt").write_text(lines)
-    config = configured(
-        tiny_config_file, tmp_path, "DATA.IMAGE_SIZE", 48, "DATA.NUM_WORKERS", 2,
-        "TRAIN.RAND_AUGMENT", True, batch_size=10,
-    )  # fmt: skip
+    keys = {"DATA__IMAGE_SIZE": 48, "DATA__BATCH_SIZE": 10, "TRAIN__RAND_AUGMENT": True}
     used = []
-    with loader_of(config, True) as loader:
+    with loader_of(tmp_path, True, DATA__NUM_WORKERS=2, **keys) as loader:
         for number in range(6):
             loader.batch_sampler.set_epoch(number)
             assert sum(len(labels) for _, labels in loader) == 2000
             gc.collect()
-            workers = loader.worker_pids()
-            used.append([memory_bytes(pid) for pid in (os.getpid(), *workers)])
+            used.append([memory_bytes(pid) for pid in (os.getpid(), *loader.worker_pids())])
     used = np.array(used) / 1e6
     print("MB of parent and workers after each epoch:", used.round(1).tolist())
     # From the second epoch on: after the first, allocators have not yet all of their pools.

@@ -67,16 +67,6 @@ def test_each_epoch_and_seed_has_its_own_order_and_each_epoch_all_images():
     assert orders[0] == tuple(np.random.default_rng((1, 0)).permutation(60).tolist())
 
 
-def test_images_left_out_of_an_epoch_have_their_turn_in_another():
-    sampler = TrainBatches(9, 4, rank=0, world_size=2, seed=0)
-    left_out = set()
-    for number in range(60):
-        left_out |= set(range(9)) - {
-            index for batch in epoch(sampler, number) for _, index in batch
-        }
-    assert left_out == set(range(9))
-
-
 @same_examples
 @given(LENGTHS, FEW, FEW, st.integers(1, 20), SEEDS)
 def test_steps_are_passes_over_all_images_whatever_the_epochs(

@@ -4,6 +4,7 @@ import builtins
 import errno
 import logging
 import os
+from unittest.mock import Mock
 
 import faulty_storage
 import numpy as np
@@ -33,30 +34,19 @@ def slept(monkeypatch):
 
 def failing(error, times: int):
     """A function that raises `error` so many times and then gives 'bytes'."""
-    calls = iter(range(times))
-
-    def read():
-        if next(calls, None) is None:
-            return "bytes"
-        raise error
-
-    return read
+    return Mock(side_effect=[error] * times + ["bytes"])
 
 
-@pytest.mark.parametrize("number", SYSTEM, ids=errno.errorcode.get)
+@pytest.mark.parametrize("number", [*SYSTEM, None], ids=lambda n: errno.errorcode.get(n, "memory"))
 def test_failures_of_the_system_are_tried_again_with_pauses(slept, number):
-    error, failures = OSError(number, os.strerror(number)), []
+    """As is memory that runs out."""
+    error = OSError(number, os.strerror(number)) if number else MemoryError()
+    said, failures = os.strerror(number).lower() if number else "MemoryError", []
     assert retry_io(failing(error, 2), "image a.jpg", failures) == "bytes"
     assert slept == list(PAUSES_SECONDS) and sum(slept) == 31
-    assert failures == [f"cannot read image a.jpg: {os.strerror(number).lower()}"] * 2
-    with pytest.raises(SystemFault, match=r"image a\.jpg: .*, in 3 attempts over 31 s"):
+    assert failures == [f"cannot read image a.jpg: {said}"] * 2
+    with pytest.raises(SystemFault, match=rf"image a\.jpg: {said}, in 3 attempts over 31 s"):
         retry_io(failing(error, 3), "image a.jpg")
-
-
-def test_memory_that_runs_out_is_the_systems_failure(slept):
-    assert retry_io(failing(MemoryError(), 2), "x") == "bytes"
-    with pytest.raises(SystemFault, match="MemoryError"):
-        retry_io(failing(MemoryError(), 99), "x")
 
 
 @pytest.mark.parametrize(
@@ -108,13 +98,23 @@ def test_each_call_on_the_way_to_the_pixels_may_fail(one_image, monkeypatch, sle
 
 def test_running_out_of_memory_while_decoding_is_no_bad_image(one_image, slept):
     data, _ = one_image
-
-    def transform(*_):
-        raise MemoryError
-
-    data.transform = transform
+    data.transform = Mock(side_effect=MemoryError)
     with pytest.raises(SystemFault):
         data[0, 0]
+
+
+def test_a_repeated_reading_draws_the_same_random_numbers(one_image, slept):
+    data, _ = one_image
+    drawn = []
+
+    def transform(image, rng):
+        drawn.append(rng.random())
+        if len(drawn) == 1:
+            raise MemoryError
+        return image
+
+    data.transform = transform
+    assert data[0, 0] and drawn[0] == drawn[1]
 
 
 def test_a_file_larger_than_any_image_is_refused_without_being_read(one_image):

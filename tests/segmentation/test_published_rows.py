@@ -70,12 +70,6 @@ def test_multiply_adds(name):
     assert abs(counted - published) <= 0.01 * published
 
 
-@pytest.mark.slow
-def test_multiply_adds_of_a_whole_image_are_those_computed_from_small_ones():
-    network = without_values(build_upernet, config_of("upernet_31b_ade20k_512"))
-    assert macs_at(network, (512, 2048)) == count_macs(network, (512, 2048))
-
-
 def test_recipes_say_what_the_official_configurations_say():
     """Crop, stride, steps, warm-up, images per GPU, stochastic depth (FACTS of each row)."""
     wanted = {

@@ -85,14 +85,6 @@ def test_scales_and_mirror_images_against_a_loop():
     np.testing.assert_allclose(got.sum(axis=0), 1, rtol=1e-5)
 
 
-def test_mirror_average_of_a_mirror_image_is_its_mirror():
-    x, net = images(24, 40), network()
-    one = probabilities(net, x, EVAL_FLIP=True)
-    other = probabilities(net, x.flip(3), EVAL_FLIP=True)
-    np.testing.assert_allclose(one, other[..., ::-1], rtol=1e-5, atol=1e-6)
-    assert np.abs(probabilities(net, x) - one).max() > 1e-3
-
-
 def test_corners_are_aligned_where_the_dataset_wants_it():
     x, net = images(13, 21), network()
     one, other = (

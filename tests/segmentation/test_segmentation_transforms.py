@@ -5,10 +5,12 @@ import struct
 import zlib
 
 import numpy as np
+import paddle
 import pytest
 from numpy_heads import bilinear
 from PIL import Image
 
+from replknet_paddle.data.transforms.finish import FinishBatch
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.segmentation.data import (
     IGNORED,
@@ -21,7 +23,6 @@ from replknet_paddle.segmentation.data import (
     resize_window,
     resized_size,
     saturate_and_turn,
-    scaled,
 )
 
 
@@ -29,22 +30,50 @@ def noise(height=23, width=31, channels=3, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, channels), np.uint8)
 
 
-def label_image(numbers, mode="L"):
-    image = Image.fromarray(np.array(numbers, np.uint8))
-    if mode == "P":
-        image = image.convert("P") if image.mode != "L" else image
-        palette = Image.frombytes("P", image.size, image.tobytes())
-        palette.putpalette(list(range(256)) * 3)
-        return palette
-    return image
+def label_image(numbers):
+    return Image.fromarray(np.array(numbers, np.uint8))
 
 
-@pytest.mark.parametrize("mode", ["L", "P"])
-def test_labels_of_grey_and_palette_images_are_their_numbers(mode):
-    image = label_image([[0, 1], [2, 255]], mode)
-    assert image.mode == mode
-    labels = read_labels(image, (2, 2), num_classes=3, zero_is_ignored=False)
-    assert labels.tolist() == [[0, 1], [2, IGNORED]]
+def grey_png(path, numbers, bits):
+    """Write what Pillow does not: a grey PNG of one row whose numbers have so many bits."""
+    digits = np.unpackbits(numbers[0][:, None], axis=1)[:, 8 - bits :].ravel()
+    header = struct.pack(">IIBBBBB", numbers.shape[1], 1, bits, 0, 0, 0, 0)
+    row = zlib.compress(b"\0" + np.packbits(digits).tobytes())
+    file = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", header), (b"IDAT", row), (b"IEND", b"")):
+        crc = struct.pack(">I", zlib.crc32(kind + data))
+        file += struct.pack(">I", len(data)) + kind + data + crc
+    path.write_bytes(file)
+
+
+def grey_tiff(path, numbers, bits):
+    """Write a grey TIFF of one row of 16 numbers of 4 bits."""
+    tags = [(256, 16), (257, 1), (258, bits), (259, 1), (262, 1), (273, 8), (278, 1), (279, 8)]
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
+    pixels = bytes(even << 4 | odd for even, odd in numbers.reshape(-1, 2).tolist())
+    count = struct.pack("<H", len(tags))
+    header = struct.pack("<2sHI", b"II", 42, 8 + len(pixels))
+    path.write_bytes(header + pixels + count + entries + bytes(4))
+
+
+def palette_png(path, numbers, bits):
+    image = Image.frombytes("P", numbers.shape[::-1], numbers.tobytes())
+    image.putpalette([i % 256 for i in range(3 * 2**bits)])
+    image.save(path, "PNG", bits=bits)
+
+
+@pytest.mark.parametrize(
+    "write, bits",
+    [*((grey_png, n) for n in (1, 2, 4, 8)), *((palette_png, n) for n in (1, 2, 4, 8))]
+    + [(grey_tiff, 4)],
+)
+def test_labels_of_all_bits_are_their_numbers(write, bits, tmp_path):
+    """Pillow multiplies what it reads from grey files of 2 and 4 bits."""
+    numbers = np.arange(2**bits, dtype=np.uint8)[None]
+    write(tmp_path / "labels", numbers, bits)
+    image = Image.open(tmp_path / "labels")
+    labels = read_labels(image, numbers.shape[::-1], num_classes=255, zero_is_ignored=False)
+    assert labels.tolist() == numbers.tolist() and (bits < 8 or labels[0, 255] == IGNORED)
 
 
 def test_labels_that_count_from_one_shift_down_and_zero_is_ignored():
@@ -53,26 +82,21 @@ def test_labels_that_count_from_one_shift_down_and_zero_is_ignored():
     assert labels.tolist() == [[IGNORED, 0, 149, IGNORED]]
 
 
+OF_NO_CLASS = "label pixels are of no class, the first is"
+
+
 @pytest.mark.parametrize(
     "image, zero_is_ignored, message",
     [
-        (
-            label_image([[0, 7, 9]]),
-            False,
-            "2 label pixels are of no class, the first is 7; allowed: 0 to 4",
-        ),
-        (
-            label_image([[0, 6, 5]]),
-            True,
-            "1 label pixels are of no class, the first is 6; allowed: 1 to 5",
-        ),
+        (label_image([[0, 7, 9]]), False, f"2 {OF_NO_CLASS} 7; allowed: 0 to 4"),
+        (label_image([[0, 6, 5]]), True, f"1 {OF_NO_CLASS} 6; allowed: 1 to 5"),
         (label_image([[0, 1]]), False, "2 x 1 pixels and its image 3 x 1"),
         (Image.new("RGB", (3, 1)), False, "mode 'RGB'"),
         (Image.new("I;16", (3, 1)), False, "mode 'I;16'"),
     ],
 )
 def test_labels_that_cannot_be_right(image, zero_is_ignored, message):
-    with pytest.raises(InputError, match=message.replace("(", r"\(")):
+    with pytest.raises(InputError, match=message):
         read_labels(image, (3, 1), num_classes=5, zero_is_ignored=zero_is_ignored)
 
 
@@ -102,55 +126,7 @@ def test_edges_at_a_ratio_are_whole_pixels_as_in_the_official_code(ratio, wanted
     edges = [int(2049 * ratio), int(1025 * ratio)]
     factor = min(edges[0] / 2048, edges[1] / 1024)
     assert wanted == (int(1024 * factor + 0.5), int(2048 * factor + 0.5))
-    assert resized_size((1024, 2048), scaled((2049, 1025), ratio)) == wanted
-
-
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
-def test_grey_labels_of_fewer_bits_are_their_numbers(bits, tmp_path):
-    """Pillow multiplies what it reads from grey PNGs, and does not write them."""
-    numbers = np.arange(2**bits, dtype=np.uint8)[None]
-    image = read_png(tmp_path / "labels.png", numbers, bits)
-    labels = read_labels(image, numbers.shape[::-1], num_classes=255, zero_is_ignored=False)
-    assert labels.tolist() == numbers.tolist()
-
-
-def test_grey_tiffs_of_four_bits_are_their_numbers(tmp_path):
-    tags = [(256, 16), (257, 1), (258, 4), (259, 1), (262, 1), (273, 8), (278, 1), (279, 8)]
-    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
-    pixels = bytes(2 * i << 4 | 2 * i + 1 for i in range(8))
-    count = struct.pack("<H", len(tags))
-    header = struct.pack("<2sHI", b"II", 42, 8 + len(pixels))
-    (tmp_path / "labels.tif").write_bytes(header + pixels + count + entries + bytes(4))
-    image = Image.open(tmp_path / "labels.tif")
-    labels = read_labels(image, (16, 1), num_classes=16, zero_is_ignored=False)
-    assert labels.tolist() == [list(range(16))]
-
-
-@pytest.mark.parametrize("bits", [1, 2, 4])
-def test_palette_labels_of_fewer_bits_are_their_numbers(bits, tmp_path):
-    numbers = np.arange(2**bits, dtype=np.uint8)[None]
-    image = Image.frombytes("P", numbers.shape[::-1], numbers.tobytes())
-    image.putpalette(list(range(3 * 2**bits)))
-    image.save(tmp_path / "labels.png", bits=bits)
-    image = Image.open(tmp_path / "labels.png")
-    labels = read_labels(image, image.size, num_classes=16, zero_is_ignored=False)
-    assert labels.tolist() == numbers.tolist()
-
-
-def read_png(path, numbers, bits):
-    """A grey PNG of one row whose numbers have so many bits, opened."""
-    digits = np.unpackbits(numbers[0][:, None], axis=1)[:, 8 - bits :].ravel()
-    row = b"\0" + np.packbits(digits).tobytes()
-
-    def chunk(kind, data):
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    header = struct.pack(">IIBBBBB", numbers.shape[1], 1, bits, 0, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
-    return Image.open(path)
+    assert resized_size((1024, 2048), (2049, 1025), ratio) == wanted
 
 
 @pytest.mark.parametrize("new_size", [(23, 31), (40, 17), (11, 60), (1, 1)])
@@ -183,11 +159,9 @@ def test_saturation_and_hue_as_in_colorsys():
 
 def test_brightness_and_contrast_are_linear_and_cut():
     pixels = np.arange(256, dtype=np.uint8).reshape(16, 16)[..., None].repeat(3, 2)
-    assert (linear(pixels, 1.0, 32.0)[..., 0].ravel() == np.minimum(np.arange(256) + 32, 255)).all()
-    assert (
-        linear(pixels, 1.5, 0.0)[..., 0].ravel()
-        == np.minimum(np.arange(256) * 1.5, 255).astype(int)
-    ).all()
+    for factor, offset in ((1.0, 32.0), (1.5, 0.0)):
+        wanted = np.minimum(np.arange(256) * factor + offset, 255).astype(int)
+        assert (linear(pixels, factor, offset)[..., 0].ravel() == wanted).all()
     assert linear(pixels, 1.0, 0.0) is pixels
 
 
@@ -201,12 +175,7 @@ def test_distortion_stays_in_its_limits_and_is_sometimes_none():
 
 @pytest.mark.parametrize(
     "labels, share",
-    [
-        ([[0, 0], [1, IGNORED]], 2 / 3),
-        ([[IGNORED, IGNORED]], 1.0),
-        ([[3, 3]], 1.0),
-        ([[0, 1]], 0.5),
-    ],
+    [([0, 0, 1, IGNORED], 2 / 3), ([IGNORED, IGNORED], 1.0), ([3, 3], 1.0), ([0, 1], 0.5)],
 )
 def test_share_of_the_fullest_category(labels, share):
     assert fullest_share(np.array(labels, np.uint8)) == pytest.approx(share)
@@ -259,10 +228,6 @@ def test_a_sample_keeps_pixels_and_labels_together():
 
 
 def test_padding_becomes_zero_and_its_labels_ignored():
-    import paddle
-
-    from replknet_paddle.data.transforms.finish import FinishBatch
-
     crop = TrainCrop(crop_size=48, scale=(16, 16))  # at most 32 pixels
     sample, classes = crop(noise(16, 12), np.zeros((16, 12), np.uint8), np.random.default_rng(0))
     finish = FinishBatch(mean=[0.5, 0.4, 0.3], std=[0.2, 0.2, 0.2], erase_mode="const")
@@ -270,10 +235,3 @@ def test_padding_becomes_zero_and_its_labels_ignored():
     padded = classes == IGNORED
     assert padded.any() and not padded.all()
     assert (batch[0][:, padded] == 0).all() and (batch[0][:, ~padded] != 0).mean() > 0.9
-
-
-def test_the_same_generator_gives_the_same_sample():
-    labels = noise(channels=1)[:, :, 0] % 5
-    crop = TrainCrop(crop_size=16, scale=(31, 23))
-    one, two = (crop(noise(), labels, np.random.default_rng(5)) for _ in range(2))
-    assert (one[0].pixels == two[0].pixels).all() and (one[1] == two[1]).all()

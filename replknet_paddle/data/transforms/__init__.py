@@ -33,12 +33,9 @@ def build_train_transform(config) -> TrainTransform:
 
     One photometric policy at most: RandAugment wins over AutoAugment, and colour jitter is
     for when neither is on (PaddleViT's rule).
-
-    Raises:
-        InputError: `RANDOM_ERASE_SPLIT` is on. That setting spares the part of a batch that holds
-            clean copies of augmented samples (AugMix); samples have no such copies here.
     """
     train = config.TRAIN
+    # It spares the part of a batch that holds clean copies of augmented samples (AugMix).
     if train.RANDOM_ERASE_SPLIT:
         raise InputError(
             f"TRAIN.RANDOM_ERASE_SPLIT {train.RANDOM_ERASE_SPLIT}: must be False; it "

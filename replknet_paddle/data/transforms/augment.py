@@ -107,7 +107,7 @@ def brightness(px, image, factor, fill):
 
 
 def _away_from(value: int, factor: float) -> np.ndarray:
-    """A table for what `blend` from an image of this one value would give."""
+    """Return a table for what `blend` from an image of this one value would give."""
     moved = value + np.float32(factor) * (_VALUES - value).astype(np.float32)
     return np.clip(moved, 0, 255).astype(np.uint8)
 
@@ -241,22 +241,14 @@ def _random_sign(rng: np.random.Generator) -> int:
 
 @dataclass(kw_only=True)
 class RandAugment:
-    """`layers` operations drawn with replacement, each of them applied with chance 0.5.
-
-    Attributes:
-        layers: how many operations are drawn for an image.
-        magnitude: mean of the normal distribution of magnitudes, on the scale of 0 to 10.
-        magnitude_std: its standard deviation; draws are clipped to [0, 10].
-        names: of the operations, one of `RAND_AUGMENT` and `RAND_AUGMENT_INCREASING`.
-        fill: the colour of pixels that come from outside the image.
-    """
+    """`layers` operations drawn with replacement, each of them applied with chance 0.5."""
 
     prob: ClassVar = 0.5
     layers: int
-    magnitude: float
+    magnitude: float  # mean of a normal distribution, which is clipped to the scale of 0 to 10
     magnitude_std: float
-    names: Sequence[str]
-    fill: Color
+    names: Sequence[str]  # of the operations: `RAND_AUGMENT` or `RAND_AUGMENT_INCREASING`
+    fill: Color  # of pixels that come from outside the image
 
     def __call__(self, px: Pixels, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """(H, W, 3) uint8 -> the same."""
@@ -274,13 +266,9 @@ class RandAugment:
 
 @dataclass(kw_only=True)
 class AutoAugment:
-    """One of the 25 sub-policies of `AUTO_AUGMENT`, its two operations by their chances.
+    """One of the 25 sub-policies of `AUTO_AUGMENT`, its two operations by their chances."""
 
-    Attributes:
-        fill: the colour of pixels that come from outside the image.
-    """
-
-    fill: Color
+    fill: Color  # of pixels that come from outside the image
 
     def __call__(self, px: Pixels, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """(H, W, 3) uint8 -> the same."""

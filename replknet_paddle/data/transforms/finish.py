@@ -30,33 +30,24 @@ _in_flight: deque[tuple[paddle.Tensor, object]] = deque()
 
 
 class RawSample(NamedTuple):
-    """A sample before normalization and erasing.
+    """A sample before normalization and erasing."""
 
-    pixels: (H, W, 3) uint8.
-    boxes: what to erase, often nothing.
-    seed: of what the boxes are filled with.
-    """
-
-    pixels: np.ndarray
-    boxes: Sequence[Box] = ()
-    seed: int = 0
+    pixels: np.ndarray  # (H, W, 3) uint8
+    boxes: Sequence[Box] = ()  # what to erase, often nothing
+    seed: int = 0  # of what the boxes are filled with
 
 
 @dataclass(kw_only=True)
 class RandomErasing:
     """Overwrite random boxes of a normalized image.
 
-    Attributes:
-        prob: chance that an image is touched at all, [0, 1].
-        mode: the filling, in units of the normalized image: `pixel` a standard normal value
-            for each channel and pixel, `rand` one for each channel of a box, `const` zero.
-        max_count: an image to be erased gets 1 to `max_count` boxes, uniformly; each one's
-            area is divided by how many there are.
+    The filling is in units of the normalized image: by `mode`, `pixel` is a standard normal value
+    for each channel and pixel, `rand` one for each channel of a box, `const` zero.
     """
 
-    prob: float
+    prob: float  # chance that an image is touched at all
     mode: str
-    max_count: int = 1
+    max_count: int = 1  # 1 to so many boxes, uniformly; the area is shared out among them
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Erase in `image`, (3, H, W) float32, in place; return it."""
@@ -93,12 +84,7 @@ def fill(image: np.ndarray, box: Box, mode: str, rng: np.random.Generator) -> No
 
 
 class FinishBatch:
-    """Normalize a batch and erase in it.
-
-    Args:
-        mean, std: three each, per RGB channel, in units of the [0, 1] scale.
-        erase_mode: as for `RandomErasing`.
-    """
+    """Normalize a batch by `mean` and `std` on the [0, 1] scale, and erase in it."""
 
     def __init__(self, *, mean: Sequence[float], std: Sequence[float], erase_mode: str):
         self.mean = np.asarray(mean, np.float32).reshape(3, 1, 1)
@@ -112,8 +98,7 @@ class FinishBatch:
     ) -> paddle.Tensor:
         """(N, H, W, 3) uint8 -> (N, 3, H, W) float32; on CPU bit for bit what `normalize` gives.
 
-        Args:
-            erasures: (index in the batch, boxes, seed) of each image to erase in.
+        Of each image to erase in, `erasures` has (index in the batch, boxes, seed).
         """
         if not self._constants:
             self._constants = [paddle.to_tensor(c) for c in (_WHITE, self.mean, self.std)]
@@ -130,7 +115,7 @@ class FinishBatch:
     def _fillings(
         self, erasures: Sequence[tuple[int, Sequence[Box], int]], height: int, width: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Places in the flat batch, int64 and each once, and the float32 values to write there."""
+        """Return places in the flat batch, int64 and each once, and the values to write there."""
         positions, values = [], []
         for index, boxes, seed in erasures:
             rng = np.random.default_rng(seed)

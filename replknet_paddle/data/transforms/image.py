@@ -24,12 +24,7 @@ MAX_FILE_BYTES = 2**30
 
 
 def read_file(path: str) -> bytes:
-    """Return the bytes of an image file.
-
-    Raises:
-        OSError: there is no such file, or it cannot be read.
-        InputError: not a regular file, or one of more than `MAX_FILE_BYTES`.
-    """
+    """Return the bytes of an image file; raise OSError or InputError for what is none."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise InputError("not a regular file")  # opening a pipe would wait for somebody to write
@@ -42,12 +37,8 @@ def read_file(path: str) -> bytes:
 def open_image(source: str | bytes) -> Image.Image:
     """Open an image, of a path or of a file's bytes, as a context manager; nothing is decoded yet.
 
-    A file is read as a whole first, so that only damaged content fails later: an error of storage
-    is an OSError with an error number, here.
-
-    Raises:
-        OSError: there is no such file, or it cannot be read.
-        InputError: no image of `FORMATS`, a damaged one, or one of more than `MAX_PIXELS`.
+    A file is read as a whole first, so that only damaged content fails later, with InputError: an
+    error of storage is an OSError with an error number, here.
     """
     data = source if isinstance(source, bytes) else read_file(source)
     try:
@@ -74,11 +65,7 @@ def asks_for_a_quarter_turn(image: Image.Image) -> bool:
 
 
 def load(image: Image.Image) -> None:
-    """Decode an opened image.
-
-    Raises:
-        InputError: it is damaged.
-    """
+    """Decode an opened image; raise InputError if it is damaged."""
     try:
         image.load()
     except MemoryError:
@@ -93,10 +80,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Grey is repeated over the channels, CMYK converted by Pillow's formula without a colour
     profile, a palette looked up, and alpha dropped (not blended). The EXIF orientation is
     ignored: the published accuracies were measured without it.
-
-    Raises:
-        InputError: a mode with more than 8 bits per channel, or one that Pillow does not
-            convert to RGB.
     """
     if image.mode == "RGB":
         return image
@@ -113,14 +96,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def normalize(pixels: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-    """Scale to [0, 1], subtract `mean`, divide by `std`, and put the channels first.
+    """Scale to [0, 1], subtract `mean`, divide by `std`: (H, W, 3) uint8 -> (3, H, W) float32.
 
-    Args:
-        pixels: (H, W, 3) uint8.
-        mean, std: (3,) per channel, in units of the [0, 1] scale.
-
-    Returns:
-        (3, H, W) float32, contiguous; bit for bit what the same three steps give in float32.
+    The result is contiguous, and bit for bit what the same three steps give in float32.
     """
     channels = np.empty((3, *pixels.shape[:2]), np.float32)
     np.divide(pixels.transpose(2, 0, 1), np.float32(255), out=channels)

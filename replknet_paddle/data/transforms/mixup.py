@@ -17,14 +17,10 @@ Box = tuple[int, int, int, int]
 
 
 class Mix(NamedTuple):
-    """The mixing of one batch.
+    """The mixing of one batch."""
 
-    lam: weight of a sample's own label, [0, 1].
-    box: (top, left, bottom, right) taken from the partner (CutMix); None to blend (mixup).
-    """
-
-    lam: float
-    box: Box | None
+    lam: float  # weight of a sample's own label, [0, 1]
+    box: Box | None  # top, left, bottom, right, taken from the partner (CutMix); None: mixup
 
 
 def cutmix_box(height: int, width: int, lam: float, rng: np.random.Generator) -> Box:
@@ -54,39 +50,25 @@ def cutmix_box_minmax(
 
 @dataclass(kw_only=True)
 class Mixup:
-    """Mix a batch of images and turn its labels into soft targets.
+    """Mix a batch of images and turn its labels into soft targets."""
 
-    Attributes:
-        mixup_alpha: lam ~ Beta(alpha, alpha); 0 switches mixup off.
-        cutmix_alpha: the same for CutMix.
-        cutmix_minmax: (least, most) share of the image's sides for those of the CutMix box;
-            switches CutMix on and takes the place of `cutmix_alpha`. None: not used.
-        prob: chance that a batch is mixed at all.
-        switch_prob: chance of CutMix where both are on.
-        label_smoothing: share of the label spread evenly over all classes, [0, 1).
-        num_classes: length of a soft target.
-    """
-
-    mixup_alpha: float
-    cutmix_alpha: float
+    mixup_alpha: float  # lam ~ Beta(alpha, alpha); 0 switches mixup off
+    cutmix_alpha: float  # the same for CutMix
+    # (least, most) share of the image's sides for those of the CutMix box; switches CutMix on and
+    # takes the place of `cutmix_alpha`.
     cutmix_minmax: Sequence[float] | None
-    prob: float
-    switch_prob: float
-    label_smoothing: float
-    num_classes: int
+    prob: float  # chance that a batch is mixed at all
+    switch_prob: float  # chance of CutMix where both are on
+    label_smoothing: float  # share of the label spread evenly over all classes, [0, 1)
+    num_classes: int  # length of a soft target
 
     def __call__(
         self, images: paddle.Tensor, labels: paddle.Tensor, rng: np.random.Generator
     ) -> tuple[paddle.Tensor, paddle.Tensor]:
-        """Mix one batch on the device it is on.
+        """Mix one batch on the device it is on; what is passed in is left unchanged.
 
-        Args:
-            images: (N, C, H, W) float32, or half precision on a GPU; left unchanged.
-            labels: (N,) integers in [0, num_classes).
-            rng: the only source of randomness.
-
-        Returns:
-            Images (N, C, H, W) of the same type, and soft targets (N, num_classes) float32.
+        Images (N, C, H, W) float32, or half precision on a GPU, and labels (N,) -> images of the
+        same type, and soft targets (N, num_classes) float32.
         """
         mix = self.draw(*images.shape[-2:], rng)
         targets = mix_labels(

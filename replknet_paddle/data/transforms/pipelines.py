@@ -38,7 +38,7 @@ MAX_RESIZED_PIXELS = 1 << 26
 
 
 def short_side_size(width: int, height: int, short_side: int) -> tuple[int, int]:
-    """(width, height) after scaling the short side to `short_side`, the long side truncated."""
+    """Return width and height where the short side is `short_side`, the long side truncated."""
     if width <= height:
         return short_side, int(short_side * height / width)
     return int(short_side * width / height), short_side
@@ -53,21 +53,12 @@ def center_offset(length: int, size: int) -> int:
 
 @dataclass(kw_only=True)
 class EvalTransform:
-    """One image to the array the network is evaluated on.
+    """One image to the array the network is evaluated on."""
 
-    Attributes:
-        image_size: side of the result, pixels.
-        crop_pct: in `short_crop`, the share of the resized short side that the crop keeps;
-            without effect in `warp`.
-        mode: `short_crop` or `warp`.
-        mean, std: three each, per RGB channel, in units of the [0, 1] scale.
-        px: the elementary operations.
-    """
-
-    image_size: int
-    crop_pct: float
-    mode: str
-    mean: Sequence[float]
+    image_size: int  # side of the result, pixels
+    crop_pct: float  # in `short_crop`, the share of the resized short side that the crop keeps
+    mode: str  # `short_crop` or `warp`
+    mean: Sequence[float]  # per RGB channel, in units of the [0, 1] scale, as `std`
     std: Sequence[float]
     px: Pixels = field(default_factory=get_pixels)
 
@@ -80,12 +71,7 @@ class EvalTransform:
         return RawSample(self.pixels(image))
 
     def pixels(self, image: Image.Image) -> np.ndarray:
-        """Any Pillow image -> (image_size, image_size, 3) uint8 RGB, before normalization.
-
-        Raises:
-            InputError: the image cannot become RGB, or is so elongated that its resized
-                form would hold more than `MAX_RESIZED_PIXELS`.
-        """
+        """Any Pillow image -> (image_size, image_size, 3) uint8 RGB, before normalization."""
         load(image)
         image = to_rgb(image)
         wanted = self.image_size
@@ -118,12 +104,8 @@ def sample_crop(
 ) -> tuple[int, int, int, int]:
     """Draw the box (left, top, right, bottom) of a random resized crop.
 
-    Args:
-        width, height: of the image, pixels.
-        scale: (least, most) share of the image's area; uniform in between.
-        ratio: (least, most) width / height; log-uniform in between.
-
-    After `MAX_TRIES` draws that do not fit, the largest central box whose shape lies within
+    Its share of the image's area is uniform in `scale`, its width / height log-uniform in `ratio`;
+    after `MAX_TRIES` draws that do not fit, the largest central box whose shape lies within
     `ratio`, whatever its area.
     """
     for _ in range(MAX_TRIES):
@@ -144,14 +126,10 @@ def sample_crop(
 
 @dataclass(kw_only=True)
 class ColorJitter:
-    """Brightness, contrast and saturation by random factors, in random order.
-
-    Attributes:
-        strength: each factor is uniform in [max(0, 1 - strength), 1 + strength].
-    """
+    """Brightness, contrast and saturation by random factors, in random order."""
 
     enhancers: ClassVar = (brightness, contrast, color)
-    strength: float
+    strength: float  # each factor is uniform in [max(0, 1 - strength), 1 + strength]
 
     def __call__(self, px: Pixels, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """(H, W, 3) uint8 -> the same."""
@@ -163,30 +141,19 @@ class ColorJitter:
 
 @dataclass(kw_only=True)
 class TrainTransform:
-    """One image and one generator to one training sample.
+    """One image and one generator to one training sample."""
 
-    Attributes:
-        image_size: side of the result, pixels.
-        crop_scale, crop_ratio: as for `sample_crop`.
-        hflip_prob: chance of a left-right flip.
-        photometric: called with (elementary operations, RGB pixels, generator), returns pixels
-            of the same shape; or None.
-        erasing: applied last, to the normalized image; or None.
-        mean, std: three each, per RGB channel, in units of the [0, 1] scale.
-        px: the elementary operations.
-        reduced_decode: decode a JPEG at a half, a quarter or an eighth of its size where the crop
-            still has `REDUCED_MARGIN` times the pixels wanted, on either side.
-    """
-
-    image_size: int
-    crop_scale: Sequence[float]
+    image_size: int  # side of the result, pixels
+    crop_scale: Sequence[float]  # as for `sample_crop`
     crop_ratio: Sequence[float]
-    hflip_prob: float
-    photometric: Callable | None
-    erasing: RandomErasing | None
-    mean: Sequence[float]
+    hflip_prob: float  # chance of a left-right flip
+    photometric: Callable | None  # (elementary operations, RGB pixels, generator) -> such pixels
+    erasing: RandomErasing | None  # applied last, to the normalized image
+    mean: Sequence[float]  # per RGB channel, in units of the [0, 1] scale, as `std`
     std: Sequence[float]
     px: Pixels = field(default_factory=get_pixels)
+    # Decode a JPEG at a half, a quarter or an eighth of its size where the crop still has
+    # `REDUCED_MARGIN` times the pixels wanted, on either side.
     reduced_decode: bool = False
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
@@ -201,11 +168,7 @@ class TrainTransform:
         return RawSample(pixels, boxes, int(rng.integers(2**31)) if boxes else 0)
 
     def pixels(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
-        """Any Pillow image -> (image_size, image_size, 3) uint8 RGB, all but the last two steps.
-
-        Raises:
-            InputError: the image is damaged or cannot become RGB.
-        """
+        """Any Pillow image -> (image_size, image_size, 3) uint8 RGB, all but the last two steps."""
         box = sample_crop(*image.size, self.crop_scale, self.crop_ratio, rng)
         if self.reduced_decode:
             box = _reduce(image, box, self.image_size)

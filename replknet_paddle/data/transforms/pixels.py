@@ -22,6 +22,7 @@ from replknet_paddle.runtime.compiler import BuildError, SharedLibrary
 from replknet_paddle.runtime.machines import processor_flags
 
 SOURCE = Path(__file__).resolve().with_name("pixels.cpp")
+BICUBIC = Image.Resampling.BICUBIC
 
 Size = tuple[int, int]  # width, height
 Box = tuple[float, float, float, float]  # left, top, right, bottom
@@ -50,46 +51,31 @@ class PillowPixels:
     ) -> np.ndarray:
         """Resize `image`, of mode RGB, by antialiased bicubic interpolation.
 
-        Args:
-            image: stays as it is.
-            size: to become, pixels.
-            crop: box of the image beyond which nothing counts; None: all of it.
-            box: what of the crop becomes that size; its edges may lie within pixels. None: all.
-            keep: box of the result that is wanted; None: all.
-            flip: mirror left and right.
+        Nothing beyond `crop` counts. Of the crop, `box` becomes `size`; its edges may lie within
+        pixels. Of the result, the box `keep` is wanted, mirrored by `flip`.
         """
         if crop:
             image = image.crop(crop)
         left, top, right, bottom = box or (0, 0, *image.size)
         width, height = size
         if rows_first(image.size, size):
-            image = self._stretch(image, (image.width, height), (0, top, image.width, bottom))
-            image = self._stretch(image, size, (left, 0, right, height))
+            image = image.resize((image.width, height), BICUBIC, (0, top, image.width, bottom))
+            image = image.resize(size, BICUBIC, (left, 0, right, height))
         else:
-            image = self._stretch(image, (width, image.height), (left, 0, right, image.height))
-            image = self._stretch(image, size, (0, top, width, bottom))
+            image = image.resize((width, image.height), BICUBIC, (left, 0, right, image.height))
+            image = image.resize(size, BICUBIC, (0, top, width, bottom))
         if keep:
             image = image.crop(keep)
         if flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return np.array(image)
 
-    @staticmethod
-    def _stretch(image: Image.Image, size: Size, box: Box) -> Image.Image:
-        return image.resize(size, Image.Resampling.BICUBIC, box)
-
     def affine(self, pixels: np.ndarray, matrix: Sequence, fill: Sequence) -> np.ndarray:
         """Give (x, y) the colour at (m0 x + m1 y + m2, m3 x + m4 y + m5), bicubic, or `fill`."""
         image = Image.fromarray(pixels)
-        return np.array(
-            image.transform(
-                image.size,
-                Image.Transform.AFFINE,
-                tuple(matrix),
-                Image.Resampling.BICUBIC,
-                fillcolor=tuple(fill),
-            )
-        )
+        affine = Image.Transform.AFFINE
+        moved = image.transform(image.size, affine, tuple(matrix), BICUBIC, fillcolor=tuple(fill))
+        return np.array(moved)
 
     def lookup(self, pixels: np.ndarray, table: np.ndarray) -> np.ndarray:
         """Replace each value v of channel c by table[c, v]; a table (256,) is for all channels."""
@@ -130,7 +116,7 @@ _capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 @contextlib.contextmanager
 def _memory(image: Image.Image) -> Iterator[int]:
-    """The address of an RGB image's pixels, 4 bytes each, row by row; valid within."""
+    """Give the address of an RGB image's pixels, 4 bytes each, row by row; valid within."""
     try:
         # Pillow stores them so, and lends them in Arrow's interface from 11.2 on, unless the
         # image is so large that it lies in several pieces.
@@ -205,7 +191,7 @@ class NativePixels:
         return self._map("blend", start, np.ascontiguousarray(end), start.size, factor)
 
     def _map(self, name: str, pixels: np.ndarray, *arguments) -> np.ndarray:
-        """The result of an operation that gives as many pixels as it gets."""
+        """Return the result of an operation that gives as many pixels as it gets."""
         pixels = np.ascontiguousarray(pixels)
         result = np.empty_like(pixels)
         self._call(name, pixels, *arguments, result)

@@ -20,9 +20,9 @@ from replknet_paddle.runtime.errors import InputError
 IMAGES = Path(__file__).parents[2] / "fixtures" / "images"
 
 
-def train_config(**values):
-    """The default configuration with keys of TRAIN changed."""
-    return get_config(**{f"TRAIN__{key}": value for key, value in values.items()})
+def train_config(data=(), **values):
+    """The default configuration with keys of TRAIN changed, and those of `data`."""
+    return get_config(**dict(data), **{f"TRAIN__{key}": value for key, value in values.items()})
 
 
 @pytest.mark.parametrize(
@@ -58,37 +58,23 @@ def test_one_photometric_policy_at_most(rand, auto, jitter, policy):
     assert type(build_train_transform(config).photometric) is policy
 
 
-def test_train_transform_takes_its_settings_from_the_config():
-    config = get_config(
-        DATA__IMAGE_SIZE=40,
-        DATA__IMAGENET_MEAN=[0.5, 0.25, 0.0],
-        TRAIN__CROP_SCALE=[0.5, 0.6],
-        TRAIN__CROP_RATIO=[0.9, 1.1],
-        TRAIN__HFLIP_PROB=0.125,
-        TRAIN__RAND_AUGMENT=True,
-        TRAIN__RAND_AUGMENT_LAYERS=3,
-        TRAIN__RAND_AUGMENT_MAGNITUDE=7,
-        TRAIN__RAND_AUGMENT_MAGNITUDE_STD=0.25,
-        TRAIN__RANDOM_ERASE_PROB=0.75,
-        TRAIN__RANDOM_ERASE_MODE="rand",
-        TRAIN__RANDOM_ERASE_COUNT=2,
-    )
-    transform = build_train_transform(config)
+@pytest.mark.parametrize(
+    "increasing, names", [(True, RAND_AUGMENT_INCREASING), (False, RAND_AUGMENT)]
+)
+def test_train_transform_takes_its_settings_from_the_config(increasing, names):
+    policy = {"RAND_AUGMENT": True, "RAND_AUGMENT_LAYERS": 3, "RAND_AUGMENT_MAGNITUDE": 7}
+    policy |= {"RAND_AUGMENT_MAGNITUDE_STD": 0.25, "RAND_AUGMENT_INCREASING": increasing}
+    crop = {"CROP_SCALE": [0.5, 0.6], "CROP_RATIO": [0.9, 1.1], "HFLIP_PROB": 0.125}
+    erasing = {"RANDOM_ERASE_PROB": 0.75, "RANDOM_ERASE_MODE": "rand", "RANDOM_ERASE_COUNT": 2}
+    data = {"DATA__IMAGE_SIZE": 40, "DATA__IMAGENET_MEAN": [0.5, 0.25, 0.0]}
+    transform = build_train_transform(train_config(**policy, **crop, **erasing, data=data))
     assert (transform.image_size, transform.hflip_prob) == (40, 0.125)
     assert (transform.crop_scale, transform.crop_ratio) == ([0.5, 0.6], [0.9, 1.1])
     assert list(transform.mean) == [0.5, 0.25, 0.0]
     policy, erasing = transform.photometric, transform.erasing
     assert (policy.layers, policy.magnitude, policy.magnitude_std) == (3, 7, 0.25)
-    assert policy.fill == (128, 64, 0)
+    assert policy.fill == (128, 64, 0) and policy.names == names
     assert (erasing.prob, erasing.mode, erasing.max_count) == (0.75, "rand", 2)
-
-
-@pytest.mark.parametrize(
-    "increasing, names", [(True, RAND_AUGMENT_INCREASING), (False, RAND_AUGMENT)]
-)
-def test_increasing_chooses_the_operations(increasing, names):
-    config = train_config(RAND_AUGMENT=True, RAND_AUGMENT_INCREASING=increasing)
-    assert build_train_transform(config).photometric.names == names
 
 
 def test_erasing_can_be_off_and_a_split_is_refused():
@@ -98,15 +84,9 @@ def test_erasing_can_be_off_and_a_split_is_refused():
 
 
 def test_mixup_takes_its_settings_from_the_config():
-    config = get_config(
-        MODEL__NUM_CLASSES=17,
-        TRAIN__MIXUP_ALPHA=0.7,
-        TRAIN__CUTMIX_ALPHA=0.9,
-        TRAIN__MIXUP_PROB=0.6,
-        TRAIN__MIXUP_SWITCH_PROB=0.3,
-        TRAIN__SMOOTHING=0.2,
-    )
-    mixup = build_mixup(config)
+    chances = {"MIXUP_PROB": 0.6, "MIXUP_SWITCH_PROB": 0.3, "SMOOTHING": 0.2}
+    alphas = {"MIXUP_ALPHA": 0.7, "CUTMIX_ALPHA": 0.9}
+    mixup = build_mixup(train_config(**chances, **alphas, data={"MODEL__NUM_CLASSES": 17}))
     assert (mixup.mixup_alpha, mixup.cutmix_alpha, mixup.cutmix_minmax) == (0.7, 0.9, None)
     assert (mixup.prob, mixup.switch_prob) == (0.6, 0.3)
     assert (mixup.label_smoothing, mixup.num_classes) == (0.2, 17)

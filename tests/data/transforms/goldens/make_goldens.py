@@ -112,15 +112,8 @@ def erased_boxes() -> list[dict]:
         recorder = Recorder()
         eraser = random_erasing.RandomErasing(0.5, max_count=count, device="cpu")
         eraser._erase(recorder, 3, height, width, torch.float32)
-        rows.append(
-            {
-                "seed": seed,
-                "height": height,
-                "width": width,
-                "count": count,
-                "boxes": recorder.boxes,
-            }
-        )
+        row = {"seed": seed, "height": height, "width": width, "count": count}
+        rows.append(row | {"boxes": recorder.boxes})
     return rows
 
 
@@ -195,27 +188,17 @@ def mixes() -> list[dict]:
     rows = []
     for seed in range(40):
         alphas = [(0.8, 1.0), (0.2, 0.0), (0.0, 1.0), (0.8, 0.3)][seed % 4]
-        prob, switch_prob, height, width = 0.8, 0.6, 48, 65
+        row = {"seed": seed, "mixup_alpha": alphas[0], "cutmix_alpha": alphas[1], "prob": 0.8}
+        row |= {"switch_prob": 0.6, "height": 48, "width": 65}
         replay(seed)
-        mixer = mixup.Mixup(*alphas, None, prob, switch_prob)
+        mixer = mixup.Mixup(*alphas, None, row["prob"], row["switch_prob"])
         lam, use_cutmix = mixer._params_per_batch()
         box = None
         if use_cutmix:
-            (top, bottom, left, right), lam = mixup.cutmix_bbox_and_lam((height, width), lam)
+            size = row["height"], row["width"]
+            (top, bottom, left, right), lam = mixup.cutmix_bbox_and_lam(size, lam)
             box = [int(v) for v in (top, left, bottom, right)]
-        rows.append(
-            {
-                "seed": seed,
-                "mixup_alpha": alphas[0],
-                "cutmix_alpha": alphas[1],
-                "prob": prob,
-                "switch_prob": switch_prob,
-                "height": height,
-                "width": width,
-                "lam": float(lam),
-                "box": box,
-            }
-        )
+        rows.append(row | {"lam": float(lam), "box": box})
     return rows
 
 
