@@ -17,7 +17,7 @@ from replknet_paddle.deploy.backends import BackendLayer, open_backend
 from replknet_paddle.deploy.images import ImageFiles, decode
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import atomic_file
-from replknet_paddle.segmentation.inference import build_inference
+from replknet_paddle.segmentation.evaluate import build_inference
 from replknet_paddle.segmentation.upernet import build_upernet
 
 GOLDEN_RATIO = 0.618033988749895

@@ -13,8 +13,7 @@ from replknet_paddle.optim.optimizer import ParameterGroup, adamw
 from replknet_paddle.optim.schedule import get_poly_lr
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.segmentation.data import get_dataloader, get_dataset
-from replknet_paddle.segmentation.evaluate import ConfusionSums, segmentation_loss
-from replknet_paddle.segmentation.inference import build_inference
+from replknet_paddle.segmentation.evaluate import ConfusionSums, build_inference, segmentation_loss
 from replknet_paddle.segmentation.upernet import UPerNet, build_upernet
 
 

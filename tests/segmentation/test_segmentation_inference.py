@@ -6,7 +6,7 @@ import pytest
 from numpy_heads import bilinear
 
 from replknet_paddle.config import get_config
-from replknet_paddle.segmentation.inference import build_inference, image_logits, windows
+from replknet_paddle.segmentation.evaluate import build_inference, image_logits, windows
 
 SIDE, STRIDE = 16, 11
 
