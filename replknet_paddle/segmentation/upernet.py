@@ -42,7 +42,6 @@ class UPerHead(nn.Layer):
         channels: width of every convolution.
         num_classes: channels of the logits.
         align_corners: how maps are resized (False for ADE20K, True for Cityscapes).
-        norm_layer: batch norm, over one device or all.
     """
 
     pool_scales = (1, 2, 3, 6)  # cells on a side of the grids that the last map is averaged over
@@ -54,14 +53,13 @@ class UPerHead(nn.Layer):
         num_classes: int,
         *,
         align_corners: bool,
-        norm_layer=nn.BatchNorm2D,
     ):
         super().__init__()
         self.align_corners = align_corners
         self.interpolate = resize  # an export has another one
 
         def conv(inputs: int, kernel_size: int) -> ConvNorm:
-            return ConvNorm(inputs, channels, kernel_size, relu=True, norm_layer=norm_layer)
+            return ConvNorm(inputs, channels, kernel_size, relu=True)
 
         self.psp_modules = nn.LayerList(
             nn.Sequential(nn.AdaptiveAvgPool2D(scale), conv(in_channels[-1], 1))
@@ -98,13 +96,9 @@ class UPerHead(nn.Layer):
 class FCNHead(nn.Layer):
     """Logits from one map, by one 3x3 convolution and a classifier."""
 
-    def __init__(
-        self, in_channels: int, channels: int, num_classes: int, *, norm_layer=nn.BatchNorm2D
-    ):
+    def __init__(self, in_channels: int, channels: int, num_classes: int):
         super().__init__()
-        self.convs = nn.LayerList(
-            [ConvNorm(in_channels, channels, 3, relu=True, norm_layer=norm_layer)]
-        )
+        self.convs = nn.LayerList([ConvNorm(in_channels, channels, 3, relu=True)])
         self.dropout = nn.Dropout2D(DROPOUT)
         self.conv_seg = classifier(channels, num_classes)
 
@@ -160,19 +154,17 @@ def build_upernet(config, *, sync_bn: bool = False) -> UPerNet:
     """
     settings, num_classes = config.SEGMENTATION, config.MODEL.NUM_CLASSES
     channels = config.MODEL.CHANNELS
-    norm_layer = nn.SyncBatchNorm if sync_bn else nn.BatchNorm2D
     network = UPerNet(
-        build_replknet(config, sync_bn=sync_bn),
+        build_replknet(config),
         UPerHead(
             channels,
             settings.HEAD_CHANNELS,
             num_classes,
             align_corners=settings.ALIGN_CORNERS,
-            norm_layer=norm_layer,
         ),
-        FCNHead(
-            channels[AUXILIARY_STAGE], settings.AUX_CHANNELS, num_classes, norm_layer=norm_layer
-        ),
+        FCNHead(channels[AUXILIARY_STAGE], settings.AUX_CHANNELS, num_classes),
     )
+    if sync_bn:
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.config = config
     return network
