@@ -20,8 +20,8 @@ from replknet_paddle.ops.dispatch import (
     check_impl,
     describe,
     is_on_cpu,
+    is_same_conv,
     large_kernel_depthwise_conv2d_reference,
-    pair,
     run_operator,
     use_operator,
 )
@@ -111,36 +111,25 @@ def wants_gradients(x, weight) -> bool:
 
 def _is_measured(x, weight) -> bool:
     """Whether `auto` measures: on GPU, outside of programs, where Paddle has no kernel for it."""
-    return (
-        not is_on_cpu(x)
-        and paddle.in_dynamic_mode()
-        and weight.shape[-1] >= SMALLEST_PRODUCT_KERNEL
-    )
+    is_large = weight.shape[-1] >= SMALLEST_PRODUCT_KERNEL
+    return is_large and not is_on_cpu(x) and paddle.in_dynamic_mode()
 
 
 def _by_operator(x, weight, bias, impl, cache: WeightCache | None):
-    """The compiled operator, or its kernel for a kept spectrum."""
-    spectrum = None
-    if cache is not None and impl != "direct" and _is_plain(x, weight, bias):
+    """Return what the compiled operator computes, or its kernel for a kept spectrum."""
+    tensors = [x, weight] if bias is None else [x, weight, bias]
+    # The C interface works on the memory of tensors as it is.
+    is_plain = all(t.dtype == paddle.float32 and t.is_contiguous() for t in tensors)
+    if cache is not None and impl != "direct" and is_plain:
         spectrum = cache.spectrum(x, weight)
-    if spectrum is not None:
-        y = paddle.empty(x.shape, dtype="float32")
-        pointers = (
-            x.data_ptr(),
-            spectrum.data_ptr(),
-            bias.data_ptr() if bias is not None else None,
-        )
-        get_library().forward_cached((*x.shape, weight.shape[-1]), *pointers, y.data_ptr())
-        return y
-    attributes = {"algorithm": ALGORITHMS[impl]}
-    if bias is None:
-        return run_operator(OPERATOR, {"X": x, "Weight": weight}, attributes)
-    return run_operator(f"{OPERATOR}_bias", {"X": x, "Weight": weight, "Bias": bias}, attributes)
-
-
-def _is_plain(*tensors) -> bool:
-    """Whether the C interface can work on their memory as it is."""
-    return all(t is None or (t.dtype == paddle.float32 and t.is_contiguous()) for t in tensors)
+        if spectrum is not None:
+            y = paddle.empty(x.shape, dtype="float32")
+            offset = None if bias is None else bias.data_ptr()
+            pointers = (x.data_ptr(), spectrum.data_ptr(), offset, y.data_ptr())
+            get_library().forward_cached((*x.shape, weight.shape[-1]), *pointers)
+            return y
+    name = OPERATOR if bias is None else f"{OPERATOR}_bias"
+    return run_operator(name, *tensors, ALGORITHMS[impl])
 
 
 def check_arguments(x, weight, bias, padding, impl) -> None:
@@ -167,9 +156,10 @@ def check_arguments(x, weight, bias, padding, impl) -> None:
         raise ValueError(
             f'padding must be {same}, "same" for this kernel; got {padding} with {got}'
         )
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
+    tensors = (
+        {"x": x, "weight": weight} if bias is None else {"x": x, "weight": weight, "bias": bias}
+    )
+    for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name} must be float32, float16 or bfloat16; got {got}")
         if paddle.in_dynamic_mode() and not tensor.is_contiguous():
@@ -213,21 +203,14 @@ class FastDepthwiseConv2D(nn.Conv2D):
 
 def is_eligible(layer: nn.Layer) -> bool:
     """Whether a layer is a convolution that `FastDepthwiseConv2D` can compute."""
-    if type(layer) not in (nn.Conv2D, FastDepthwiseConv2D):
+    if not is_same_conv(layer, FastDepthwiseConv2D):
         return False
     height, width = layer._kernel_size
-    channels = layer._in_channels
-    same = height // 2
     return (
-        layer._groups == channels == layer._out_channels
+        layer._groups == layer._in_channels == layer._out_channels
         and height == width
         and height >= 3
         and height % 2 == 1
-        and pair(layer._stride) == [1, 1]
-        and pair(layer._dilation) == [1, 1]
-        and layer._padding_mode == "zeros"
-        and layer._data_format == "NCHW"
-        and pair(layer._padding) == [same, same]
     )
 
 

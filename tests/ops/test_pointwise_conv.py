@@ -3,20 +3,12 @@
 import numpy as np
 import paddle
 import pytest
-from double_precision import conv_and_gradients, relative_error
+from double_precision import conv_and_gradients, relative_error, with_gradients
 from paddle import nn
 
 from replknet_paddle.ops import LibraryError, pointwise_conv2d, use_fast_pointwise_conv
 
 pytestmark = [pytest.mark.usefixtures("operators"), pytest.mark.numbers, pytest.mark.paddle_version]
-
-
-def ours(x, weight, dy):
-    tensors = [paddle.to_tensor(a) for a in (x, weight)]
-    for tensor in tensors:
-        tensor.stop_gradient = False
-    y = pointwise_conv2d(*tensors)
-    return [t.numpy() for t in (y, *paddle.grad(y, tensors, paddle.to_tensor(dy)))]
 
 
 @pytest.mark.parametrize(
@@ -29,18 +21,22 @@ def test_output_and_gradients_equal_float64(batch, channels, out_channels, heigh
     x = rng.standard_normal((batch, channels, height, width), "float32")
     weight = rng.standard_normal((out_channels, channels, 1, 1), "float32")
     dy = rng.standard_normal((batch, out_channels, height, width), "float32")
-    for got, wanted in zip(ours(x, weight, dy), conv_and_gradients(x, weight, dy, groups=1)):
+    for got, wanted in zip(
+        with_gradients(pointwise_conv2d, x, weight, dy),
+        conv_and_gradients(x, weight, dy, groups=1),
+    ):
         assert relative_error(got, wanted) < 2e-6
 
 
 def test_bits_do_not_depend_on_the_number_of_threads(operators):
-    x, weight, dy = paddle.randn([2, 96, 14, 14]), paddle.randn([160, 96, 1, 1]), None
-    dy = paddle.randn([2, 160, 14, 14])
+    shapes = ([2, 96, 14, 14], [160, 96, 1, 1], [2, 160, 14, 14])
+    inputs = [paddle.randn(shape).numpy() for shape in shapes]
     results = set()
     try:
         for threads in range(1, 9):
             operators._lk_op_set_threads(threads)
-            results.add(b"".join(a.tobytes() for a in ours(x.numpy(), weight.numpy(), dy.numpy())))
+            outputs = with_gradients(pointwise_conv2d, *inputs)
+            results.add(b"".join(a.tobytes() for a in outputs))
     finally:
         operators._lk_op_set_threads(operators.threads)
     assert len(results) == 1
