@@ -40,12 +40,6 @@ def test_train_loop_prints_both_sides_and_their_ratio(tiny_config_file, capsys):
     assert "Paddle" in out and "cores" in out
 
 
-def test_what_to_measure_must_be_named():
-    with pytest.raises(SystemExit) as stop:
-        main([])
-    assert stop.value.code == 2
-
-
 def test_data_prints_each_pipeline_beside_plain_decoding(capsys):
     photograph = str(FIXTURES / "images" / "landscape_499x375.jpg")
     arguments = ["data", photograph, "--rounds", "1", "--epochs", "1", "--workers", "1"]
