@@ -1,4 +1,4 @@
-"""Random inputs of convolutions, and references in float64."""
+"""What tests of convolutions share: random inputs, references in float64, records of calls."""
 
 import numpy as np
 import paddle
@@ -29,6 +29,17 @@ def conv_and_gradients(x, weight, dy, bias=None, *, groups=None):
     padding, groups = weight.shape[-1] // 2, groups or weight.shape[0]
     inputs = [a.astype("float64") for a in (x, weight, bias, dy) if a is not None]
     return with_gradients(lambda *t: F.conv2d(*t, padding=padding, groups=groups), *inputs)
+
+
+def calls_of(monkeypatch, *functions) -> list[str]:
+    """The names of functions, given as (module, name), in the order in which they are called."""
+    calls = []
+    for module, name in functions:
+        function = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *a, f=function, n=name, **k: calls.append(n) or f(*a, **k)
+        )
+    return calls
 
 
 def relative_error(got, wanted) -> float:
