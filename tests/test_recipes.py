@@ -197,28 +197,14 @@ DATA:
 MODEL:
     TYPE: RepLKNet
     NAME: replknet_xl
-    DROPPATH: 0.1
-    LARGE_KERNEL_SIZES: [27, 27, 27, 13]
-    LAYERS: [2, 2, 18, 2]
-    CHANNELS: [256, 512, 1024, 2048]
-    DW_RATIO: 1.5
-    FFN_RATIO: 4.0
     SMALL_KERNEL: None
-    SMALL_KERNEL_MERGED: False
-    NORM_INTER_FEATURES: False
     OUT_INDICES: None
 TRAIN:
-    NUM_EPOCHS: 90
-    WARMUP_EPOCHS: 5
     BASE_LR: 4e-3
-    WARMUP_START_LR: 1e-6
-    END_LR: 1e-6
     WEIGHT_DECAY: 1e-8
     LINEAR_SCALED_LR: 256
     OPTIMIZER:
         BETAS: (0.9, 0.999)
-    MODEL_EMA: True
-    ACCUM_ITER: 4
     CUTMIX_ALPHA: 0.0
 SAVE: "./output"
 """

@@ -50,19 +50,18 @@ def time_in_turn(
     alternatives: dict[Hashable, Callable[[], object]],
     *,
     rounds: int,
-    warmup: int = 1,
     settle_seconds: float = 0.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Hashable, list[float]]:
     """Return the seconds of each call, timed A B A B ..., so that a drift meets all alike.
 
-    A call ends when the device has done all its work. `settle_seconds` are for alternatives with
-    thread pools of their own: a pause before each, and a call that is not timed. Idle threads of
-    one pool keep spinning for a while, and take the cores from the next. `time.process_time` as the
-    clock counts this process's own work alone.
+    The first round does not count. A call ends when the device has done all its work.
+    `settle_seconds` are for alternatives with thread pools of their own: a pause before each, and a
+    call that is not timed. Idle threads of one pool keep spinning for a while, and take the cores
+    from the next. `time.process_time` as the clock counts this process's own work alone.
     """
     seconds = {name: [] for name in alternatives}
-    for turn in range(warmup + rounds):
+    for turn in range(1 + rounds):
         for name, call in alternatives.items():
             if settle_seconds:
                 time.sleep(settle_seconds)
@@ -71,7 +70,7 @@ def time_in_turn(
             call()
             if paddle.device.get_device() != "cpu":
                 paddle.device.synchronize()
-            if turn >= warmup:
+            if turn > 0:
                 seconds[name].append(clock() - start)
     return seconds
 

@@ -81,7 +81,9 @@ def compute(
     are to have the gradients of `matmul_conv`; others differentiate its operations.
     """
     forward = gradients = impl
-    if impl == "auto" and _is_measured(x, weight):
+    # `auto` measures on GPU, outside of programs, where Paddle has no kernel for the size.
+    is_large = weight.shape[-1] >= SMALLEST_PRODUCT_KERNEL
+    if impl == "auto" and is_large and not is_on_cpu(x) and paddle.in_dynamic_mode():
         x = cast(x, autocast_dtype(x))
         forward, gradients = choose(x, weight, memory_bytes, training=training)
     elif impl == "matmul":
@@ -109,27 +111,25 @@ def wants_gradients(x, weight) -> bool:
     return paddle.is_grad_enabled() and not (x.stop_gradient and weight.stop_gradient)
 
 
-def _is_measured(x, weight) -> bool:
-    """Whether `auto` measures: on GPU, outside of programs, where Paddle has no kernel for it."""
-    is_large = weight.shape[-1] >= SMALLEST_PRODUCT_KERNEL
-    return is_large and not is_on_cpu(x) and paddle.in_dynamic_mode()
-
-
 def _by_operator(x, weight, bias, impl, cache: WeightCache | None):
     """Return what the compiled operator computes, or its kernel for a kept spectrum."""
     tensors = [x, weight] if bias is None else [x, weight, bias]
-    # The C interface works on the memory of tensors as it is.
-    is_plain = all(t.dtype == paddle.float32 and t.is_contiguous() for t in tensors)
-    if cache is not None and impl != "direct" and is_plain:
+    spectrum = None
+    if (
+        cache is not None
+        and impl != "direct"
+        # The C interface works on the memory of tensors as it is.
+        and all(t.dtype == paddle.float32 and t.is_contiguous() for t in tensors)
+    ):
         spectrum = cache.spectrum(x, weight)
-        if spectrum is not None:
-            y = paddle.empty(x.shape, dtype="float32")
-            offset = None if bias is None else bias.data_ptr()
-            pointers = (x.data_ptr(), spectrum.data_ptr(), offset, y.data_ptr())
-            get_library().forward_cached((*x.shape, weight.shape[-1]), *pointers)
-            return y
-    name = OPERATOR if bias is None else f"{OPERATOR}_bias"
-    return run_operator(name, *tensors, ALGORITHMS[impl])
+    if spectrum is None:
+        name = OPERATOR if bias is None else f"{OPERATOR}_bias"
+        return run_operator(name, *tensors, ALGORITHMS[impl])
+    y = paddle.empty(x.shape, dtype="float32")
+    addend = None if bias is None else bias.data_ptr()
+    pointers = (x.data_ptr(), spectrum.data_ptr(), addend, y.data_ptr())
+    get_library().forward_cached((*x.shape, weight.shape[-1]), *pointers)
+    return y
 
 
 def check_arguments(x, weight, bias, padding, impl) -> None:
@@ -156,10 +156,9 @@ def check_arguments(x, weight, bias, padding, impl) -> None:
         raise ValueError(
             f'padding must be {same}, "same" for this kernel; got {padding} with {got}'
         )
-    tensors = (
-        {"x": x, "weight": weight} if bias is None else {"x": x, "weight": weight, "bias": bias}
-    )
-    for name, tensor in tensors.items():
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name} must be float32, float16 or bfloat16; got {got}")
         if paddle.in_dynamic_mode() and not tensor.is_contiguous():
