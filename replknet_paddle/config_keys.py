@@ -19,6 +19,7 @@ import ast
 import operator
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 
@@ -43,7 +44,7 @@ def _valid(value: Any, is_valid: bool) -> Any:
     return value
 
 
-def _numeric(kind: type, name: str, low: float, high: float | None) -> Rule:
+def _numeric(kind: type, name: str, low: float, high: float | None = None) -> Rule:
     largest = {int: sys.maxsize, float: sys.float_info.max}[kind] if high is None else high
 
     def read(value):
@@ -55,12 +56,8 @@ def _numeric(kind: type, name: str, low: float, high: float | None) -> Rule:
     return Rule(read, f"{name} >= {low}" if high is None else f"{name} from {low} to {high}")
 
 
-def integer(low: int, high: int | None = None) -> Rule:
-    return _numeric(int, "an integer", low, high)
-
-
-def number(low: float, high: float | None = None) -> Rule:
-    return _numeric(float, "a number", low, high)
+integer = partial(_numeric, int, "an integer")
+number = partial(_numeric, float, "a number")
 
 
 def boolean() -> Rule:

@@ -159,10 +159,10 @@ def test_a_file_that_is_no_configuration_is_one_line_that_names_it(complaint, te
         ("3: 4", "3", None),
         ("null: 1", "None", None),
         ("'': {'': 3}", ".", None),
-        *(
-            (text, "", "")
-            for text in ("MODLE:", "MODLE: {}", "MODEL: {LAYER: {}}", "TRAIN: {X: {}}")
-        ),
+        ("MODLE:", "MODLE", ""),  # whatever it suggests
+        ("MODLE: {}", "MODLE", ""),
+        ("MODEL: {LAYER: {}}", "MODEL.LAYER", "MODEL.LAYERS"),
+        ("TRAIN: {X: {}}", "TRAIN.X", ""),
     ],
 )
 def test_an_unknown_key_is_refused_and_suggests_the_nearest(complaint, text, key, meant):
@@ -177,11 +177,8 @@ def test_an_unknown_key_is_refused_and_suggests_the_nearest(complaint, text, key
 @pytest.mark.parametrize(
     "key, values, allowed",
     [
-        (
-            "DATA.BATCH_SIZE",
-            [0, -1, 1.5, True, "8 '", None, [8], float("inf"), 10**400],
-            "an integer >= 1",
-        ),
+        ("DATA.BATCH_SIZE", [0, -1, 1.5, True, "8 '", None, [8], 10**400], "an integer >= 1"),
+        ("DATA.IMAGE_SIZE", [float("inf"), "(224, 224)"], "an integer >= 1"),
         ("DATA.IMAGE_CHANNELS", [1], "an integer from 3 to 3"),
         ("DATA.CROP_PCT", [0, 1.01], "a number from 0.01 to 1"),
         ("DATA.RESIZE_MODE", ["Warp"], "'short_crop' or 'warp'"),

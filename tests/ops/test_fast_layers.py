@@ -99,11 +99,13 @@ def test_merged_network_stays_fast(variant):
 def test_ineligible_layers_stay(out_channels, kernel, options):
     layer = nn.Conv2D(6, out_channels, kernel, **{"groups": 6, **options})
     assert use_fast_depthwise_conv(layer) == 0 and type(layer) is nn.Conv2D
-    same = nn.Conv2D(6, 6, 5, padding=(2, 2), groups=6)
-    assert use_fast_depthwise_conv(same) == 1
 
 
-def loss_and_gradients(model, images):
+def test_padding_may_be_given_for_each_axis():
+    assert use_fast_depthwise_conv(nn.Conv2D(6, 6, 5, padding=(2, 2), groups=6)) == 1
+
+
+def logits_and_gradients(model, images):
     """Logits, and gradients by name; the model has none afterwards."""
     logits = model(images)
     nn.functional.cross_entropy(logits, paddle.arange(len(images))).backward()
@@ -122,8 +124,8 @@ def test_logits_and_gradients_equal_those_of_paddles_convolutions(training, impl
     images = paddle.randn([4, 3, 64, 96])
     for model in (plain, fast):
         model.train() if training else model.eval()
-    logits, gradients = loss_and_gradients(fast, images)
-    wanted_logits, wanted = loss_and_gradients(plain, images)
+    logits, gradients = logits_and_gradients(fast, images)
+    wanted_logits, wanted = logits_and_gradients(plain, images)
     np.testing.assert_allclose(logits, wanted_logits, atol=1e-4 * np.abs(wanted_logits).max())
     for name, gradient in wanted.items():
         atol = 2e-3 * np.abs(gradient).max() + 1e-6
@@ -147,9 +149,9 @@ class Net(nn.Layer):
 def test_a_captured_program_trains_like_eager_mode(full_graph, impl):
     plain, images = Net(), paddle.randn([2, 3, 12, 10])
     fast = twin(plain, impl)
-    wanted_logits, wanted = loss_and_gradients(plain, images)
-    eager_logits, _ = loss_and_gradients(fast, images)
-    logits, got = loss_and_gradients(paddle.jit.to_static(fast, full_graph=full_graph), images)
+    wanted_logits, wanted = logits_and_gradients(plain, images)
+    eager_logits, _ = logits_and_gradients(fast, images)
+    logits, got = logits_and_gradients(paddle.jit.to_static(fast, full_graph=full_graph), images)
     np.testing.assert_allclose(logits, wanted_logits, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(eager_logits, wanted_logits, rtol=1e-5, atol=1e-6)
     for name, gradient in wanted.items():
@@ -162,10 +164,10 @@ def test_recomputation_gives_the_same_gradients(reentrant, impl):
     from paddle.distributed.fleet.utils import recompute
 
     model, images = twin(Net(), impl), paddle.randn([2, 3, 12, 10])
-    _, wanted = loss_and_gradients(model, images)
+    _, wanted = logits_and_gradients(model, images)
     images.stop_gradient = False
     model.run = lambda layers, x: recompute(layers, x, use_reentrant=reentrant)
-    _, got = loss_and_gradients(model, images)
+    _, got = logits_and_gradients(model, images)
     for name, gradient in wanted.items():
         assert np.array_equal(got[name], gradient), name
 
