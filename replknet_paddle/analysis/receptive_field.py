@@ -171,8 +171,9 @@ def load_field(path: str | os.PathLike) -> Field:
             if file.peek(1):
                 record = json.loads(np.lib.format.read_array(file, allow_pickle=False).tobytes())
         result = Field(scores.astype(np.float64), **record)
+        lists = isinstance(result.images, list) and isinstance(result.skipped, list)
         texts = [*result.images, *result.skipped, result.network]
-        if not all(isinstance(text, str) for text in texts):
+        if not lists or not all(isinstance(text, str) for text in texts):
             raise ValueError("its record is damaged")
     except (ValueError, TypeError, EOFError, MemoryError) as error:
         raise InputError(f"{path}: not a .npy file of contribution scores ({error})") from None
