@@ -122,9 +122,8 @@ def _contradictions(values: dict[str, Any]) -> Iterator[str]:
 def _nearest(key: str) -> str:
     by_upper = {known.upper(): known for known in KEYS}
     leaf = key.upper().rsplit(".", 1)[-1]  # the right name under the wrong section?
-    near = [
-        upper for upper in by_upper if upper.rsplit(".", 1)[-1] == leaf
-    ] or difflib.get_close_matches(key.upper(), by_upper, n=1, cutoff=0.6)
+    near = [upper for upper in by_upper if upper.rsplit(".", 1)[-1] == leaf]
+    near = near or difflib.get_close_matches(key.upper(), by_upper, n=1)
     return f"; did you mean {by_upper[near[0]]}?" if near else ""
 
 
@@ -135,35 +134,37 @@ class _ConfigLoader(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key} is given twice", node.start_mark
-                )
+                message = f"{key} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+def _read_file(path: str, named_by: str) -> dict:
+    """Return the tree of a YAML file; `named_by` says whose BASE it is, for messages."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            tree = _ConfigLoader(file).get_single_data()
+    except FileNotFoundError:
+        names = sorted(os.listdir(CONFIG_FOLDER))
+        near = difflib.get_close_matches(os.path.basename(path), names, n=1)
+        hint = f"did you mean configs/{near[0]}?" if near else "the ones here are in configs/"
+        message = f"no config file {searched(path)}{named_by}; {hint}"
+        raise FileNotFoundError(message) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: e.g. 2024-02-30
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, (dict, type(None))):
+        raise InputError(
+            f"{path}: expected sections such as DATA, MODEL and TRAIN, got {type(tree).__name__}"
+        )
+    return tree or {}
 
 
 def _merge_file(merged: _Merged, path: str, chain: tuple[str, ...] = ()) -> None:
     """Merge a YAML file, after the files that its BASE names (relative to itself)."""
-    try:
-        here = os.path.realpath(path)
-        if here in chain:
-            raise InputError(f"{path}: BASE leads back to this file")
-        with open(path, encoding="utf-8") as file:
-            tree = _ConfigLoader(file).get_single_data()
-    except FileNotFoundError:
-        by = f" (a BASE of {chain[-1]})" if chain else ""
-        raise FileNotFoundError(
-            f"no config file {searched(path)}{by}{_configs_hint(path)}"
-        ) from None
-    except InputError:
-        raise
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: e.g. 2024-02-30
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    tree = {} if tree is None else tree
-    if not isinstance(tree, dict):
-        raise InputError(
-            f"{path}: expected sections such as DATA, MODEL and TRAIN, got {type(tree).__name__}"
-        )
-
+    tree = _read_file(path, f" (a BASE of {chain[-1]})" if chain else "")
+    here = os.path.realpath(path)
+    if here in chain:
+        raise InputError(f"{path}: BASE leads back to this file")
     bases = tree.pop("BASE", None) or []
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
@@ -172,16 +173,9 @@ def _merge_file(merged: _Merged, path: str, chain: tuple[str, ...] = ()) -> None
         )
         bases = []
     for base in filter(None, bases):
-        base = os.path.join(os.path.dirname(path), base)
-        _merge_file(merged, base, chain + (here,))
+        _merge_file(merged, os.path.join(os.path.dirname(path), base), chain + (here,))
     for key, value in _leaves(tree):
         merged.set(key, value, path)
-
-
-def _configs_hint(path: str) -> str:
-    names = sorted(os.listdir(CONFIG_FOLDER))
-    near = difflib.get_close_matches(os.path.basename(path), names, n=1)
-    return f"; did you mean configs/{near[0]}?" if near else "; the ones here are in configs/"
 
 
 def get_config(cfg_file: str | os.PathLike | None = None, **overrides: Any) -> CfgNode:

@@ -19,6 +19,7 @@ import ast
 import operator
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 
@@ -37,86 +38,71 @@ def decoded(value: Any) -> Any:
         return value
 
 
-def _numeric(kind: type, name: str, low: float, high: float | None) -> Rule:
+def _valid(value: Any, is_valid: bool) -> Any:
+    if not is_valid:
+        raise ValueError
+    return value
+
+
+def _numeric(kind: type, name: str, low: float, high: float | None = None) -> Rule:
     largest = {int: sys.maxsize, float: sys.float_info.max}[kind] if high is None else high
 
     def read(value):
         value = decoded(value)
-        if isinstance(value, bool) or not isinstance(value, (int, kind)):
-            raise ValueError
-        value = kind(value)
-        if not low <= value <= largest:
-            raise ValueError
-        return value
+        is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        value = kind(_valid(value, is_number))
+        return _valid(value, low <= value <= largest)
 
     return Rule(read, f"{name} >= {low}" if high is None else f"{name} from {low} to {high}")
 
 
-def integer(low: int, high: int | None = None) -> Rule:
-    return _numeric(int, "an integer", low, high)
-
-
-def number(low: float, high: float | None = None) -> Rule:
-    return _numeric(float, "a number", low, high)
+integer = partial(_numeric, int, "an integer")
+number = partial(_numeric, float, "a number")
 
 
 def boolean() -> Rule:
     def read(value):
         value = decoded(value)
-        if isinstance(value, str) and value.lower() in ("true", "false"):
-            value = value.lower() == "true"
-        if not isinstance(value, bool):
-            raise ValueError
-        return value
+        if isinstance(value, str):
+            value = {"true": True, "false": False}.get(value.lower())
+        return _valid(value, isinstance(value, bool))
 
     return Rule(read, "True or False")
 
 
 def text() -> Rule:
-    def read(value):
-        if not isinstance(value, str) or not value:
-            raise ValueError
-        return value
-
-    return Rule(read, "text")
+    return Rule(lambda value: _valid(value, isinstance(value, str) and value != ""), "text")
 
 
 def palette() -> Rule:
     def read(value):
         value = f"{value:06d}" if isinstance(value, int) else value  # of one colour
         colours = value.lower().split() if isinstance(value, str) else []
-        if not colours or any(len(c) != 6 or set(c) - set("0123456789abcdef") for c in colours):
-            raise ValueError
-        return " ".join(colours)
+        is_hex = all(len(c) == 6 and set(c) <= set("0123456789abcdef") for c in colours)
+        return " ".join(_valid(colours, colours and is_hex))
 
     return Rule(read, "colours of six hexadecimal digits each, with spaces between")
 
 
 def choice(*options: str) -> Rule:
-    def read(value):
-        if value not in options:
-            raise ValueError
-        return value
-
-    return Rule(read, " or ".join(map(repr, options)))
+    return Rule(lambda value: _valid(value, value in options), " or ".join(map(repr, options)))
 
 
 def several(item: Rule, count: int | None = None) -> Rule:
     def read(value):
         value = decoded(value)
-        if not isinstance(value, (list, tuple)) or len(value) != (count or len(value)):
-            raise ValueError
-        return [item.read(v) for v in value]
+        is_list = isinstance(value, (list, tuple)) and len(value) == (count or len(value))
+        return [item.read(v) for v in _valid(value, is_list)]
 
     many = f"{count} values" if count else "a list of values"
     return Rule(read, f"{many}, each {item.allowed}")
 
 
 def optional(rule: Rule) -> Rule:
-    def read(value):
-        return None if decoded(value) is None else rule.read(value)
-
-    return Rule(read, f"{rule.allowed}, or None")
+    return Rule(
+        lambda value: None if decoded(value) is None else rule.read(value),
+        f"{rule.allowed}, or None",
+    )
 
 
 probability = number(0, 1)

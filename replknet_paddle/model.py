@@ -12,7 +12,6 @@ network gives feature maps of any list of stages.
 """
 
 import math
-from dataclasses import dataclass
 
 import paddle
 from paddle import nn
@@ -62,11 +61,10 @@ class ConvNorm(nn.Layer):
         stride: int = 1,
         groups: int = 1,
         relu: bool = False,
-        norm_layer=nn.BatchNorm2D,
     ):
         super().__init__()
         self.conv = conv2d(in_channels, out_channels, kernel_size, stride=stride, groups=groups)
-        self.norm = norm_layer(out_channels)
+        self.norm = nn.BatchNorm2D(out_channels)
         self.relu = relu
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
@@ -97,13 +95,7 @@ class ReparamLargeKernelConv(nn.Layer):
     """
 
     def __init__(
-        self,
-        channels: int,
-        kernel_size: int,
-        small_kernel: int | None,
-        *,
-        merged: bool = False,
-        norm_layer=nn.BatchNorm2D,
+        self, channels: int, kernel_size: int, small_kernel: int | None, *, merged: bool = False
     ):
         super().__init__()
         if merged:
@@ -111,13 +103,9 @@ class ReparamLargeKernelConv(nn.Layer):
                 channels, channels, kernel_size, groups=channels, bias=True
             )
             return
-        self.large_kernel_origin = ConvNorm(
-            channels, channels, kernel_size, groups=channels, norm_layer=norm_layer
-        )
+        self.large_kernel_origin = ConvNorm(channels, channels, kernel_size, groups=channels)
         if small_kernel is not None:
-            self.small_kernel_conv = ConvNorm(
-                channels, channels, small_kernel, groups=channels, norm_layer=norm_layer
-            )
+            self.small_kernel_conv = ConvNorm(channels, channels, small_kernel, groups=channels)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         if hasattr(self, "large_kernel_reparam"):
@@ -147,11 +135,7 @@ class ReparamLargeKernelConv(nn.Layer):
 
 
 def scale_and_shift(norm: nn.Layer) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """Return what a batch norm multiplies by and then adds in evaluation mode.
-
-    Returns:
-        Two tensors (channels,), float64: gamma / sqrt(variance + epsilon), beta - mean * that.
-    """
+    """Return what a batch norm multiplies by and then adds in evaluation: (channels,), float64."""
     mean, variance, gamma, beta = (
         t.astype("float64") for t in (norm._mean, norm._variance, norm.weight, norm.bias)
     )
@@ -186,15 +170,14 @@ class RepLKBlock(nn.Layer):
         *,
         drop_path: float,
         merged: bool = False,
-        norm_layer=nn.BatchNorm2D,
     ):
         super().__init__()
-        self.pre_large_kernel_bn = norm_layer(channels)
-        self.pw_conv_1 = ConvNorm(channels, dw_channels, 1, relu=True, norm_layer=norm_layer)
+        self.pre_large_kernel_bn = nn.BatchNorm2D(channels)
+        self.pw_conv_1 = ConvNorm(channels, dw_channels, 1, relu=True)
         self.large_kernel = ReparamLargeKernelConv(
-            dw_channels, kernel_size, small_kernel, merged=merged, norm_layer=norm_layer
+            dw_channels, kernel_size, small_kernel, merged=merged
         )
-        self.pw_conv_2 = ConvNorm(dw_channels, channels, 1, norm_layer=norm_layer)
+        self.pw_conv_2 = ConvNorm(dw_channels, channels, 1)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
@@ -206,13 +189,11 @@ class RepLKBlock(nn.Layer):
 class ConvFFN(nn.Layer):
     """x + DropPath(1x1 conv -> GELU -> 1x1 conv) of the normalized x."""
 
-    def __init__(
-        self, channels: int, hidden_channels: int, *, drop_path: float, norm_layer=nn.BatchNorm2D
-    ):
+    def __init__(self, channels: int, hidden_channels: int, *, drop_path: float):
         super().__init__()
-        self.pre_ffn_bn = norm_layer(channels)
-        self.pw_conv_1 = ConvNorm(channels, hidden_channels, 1, norm_layer=norm_layer)
-        self.pw_conv_2 = ConvNorm(hidden_channels, channels, 1, norm_layer=norm_layer)
+        self.pre_ffn_bn = nn.BatchNorm2D(channels)
+        self.pw_conv_1 = ConvNorm(channels, hidden_channels, 1)
+        self.pw_conv_2 = ConvNorm(hidden_channels, channels, 1)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
@@ -220,54 +201,43 @@ class ConvFFN(nn.Layer):
         return x + self.drop_path(self.pw_conv_2(y))
 
 
-@dataclass(frozen=True)
-class StageOptions:
-    """What all four stages have in common; see `RepLKNet` for the meanings."""
-
-    small_kernel: int | None
-    dw_ratio: float
-    ffn_ratio: float
-    merged: bool
-    norm_inter_features: bool
-    recompute: bool
-    norm_layer: type
-
-
 class RepLKNetStage(nn.Layer):
     """RepLK blocks and ConvFFNs in turn; `norm` is for stage maps alone, not for the next stage."""
 
     def __init__(
-        self, channels: int, kernel_size: int, drop_paths: list[float], options: StageOptions
+        self,
+        channels: int,
+        kernel_size: int,
+        drop_paths: list[float],
+        *,
+        small_kernel: int | None,
+        dw_ratio: float,
+        ffn_ratio: float,
+        merged: bool,
+        norm_inter_features: bool,
+        recompute: bool,
     ):
         super().__init__()
-        self.recompute = options.recompute
+        self.recompute = recompute
+        dw_channels, hidden_channels = int(channels * dw_ratio), int(channels * ffn_ratio)
         self.blocks = nn.LayerList()
-        norm_layer = options.norm_layer
-        dw_channels = int(channels * options.dw_ratio)
-        hidden_channels = int(channels * options.ffn_ratio)
         for drop_path in drop_paths:
             self.blocks.append(
                 RepLKBlock(
                     channels,
                     dw_channels,
                     kernel_size,
-                    options.small_kernel,
+                    small_kernel,
                     drop_path=drop_path,
-                    merged=options.merged,
-                    norm_layer=norm_layer,
+                    merged=merged,
                 )
             )
-            self.blocks.append(
-                ConvFFN(channels, hidden_channels, drop_path=drop_path, norm_layer=norm_layer)
-            )
-        self.norm = norm_layer(channels) if options.norm_inter_features else nn.Identity()
+            self.blocks.append(ConvFFN(channels, hidden_channels, drop_path=drop_path))
+        self.norm = nn.BatchNorm2D(channels) if norm_inter_features else nn.Identity()
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         for block in self.blocks:
-            if self.recompute and self.training:
-                x = recompute_block(block, x)
-            else:
-                x = block(x)
+            x = recompute_block(block, x) if self.recompute and self.training else block(x)
         return x
 
 
@@ -287,9 +257,7 @@ def recompute_block(block: nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
     def run(inputs):
         nonlocal runs
         runs += 1
-        if runs == 1:
-            return block(inputs)
-        norms = [layer for layer in block.sublayers() if hasattr(layer, "_momentum")]
+        norms = [layer for layer in block.sublayers() if hasattr(layer, "_momentum") and runs > 1]
         momenta = [norm._momentum for norm in norms]
         try:
             for norm in norms:
@@ -300,14 +268,6 @@ def recompute_block(block: nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
                 norm._momentum = momentum
 
     return recompute(run, x)
-
-
-def transition(channels: int, wider: int, norm_layer: type) -> nn.Sequential:
-    """Return the layers between two stages: (N, C, H, W) -> (N, C', H/2, W/2)."""
-    return nn.Sequential(
-        ConvNorm(channels, wider, 1, relu=True, norm_layer=norm_layer),
-        ConvNorm(wider, wider, 3, stride=2, groups=wider, relu=True, norm_layer=norm_layer),
-    )
 
 
 class RepLKNet(nn.Layer):
@@ -358,25 +318,15 @@ class RepLKNet(nn.Layer):
         indices = range(NUM_STAGES) if out_indices is None else out_indices
         self.feature_channels = tuple(channels[i] for i in indices)
         self.feature_strides = tuple(4 * 2**i for i in indices)
-        norm_layer = nn.SyncBatchNorm if sync_bn else nn.BatchNorm2D
-        options = StageOptions(
-            small_kernel,
-            dw_ratio,
-            ffn_ratio,
-            small_kernel_merged,
-            norm_inter_features,
-            recompute,
-            norm_layer,
-        )
 
         # (N, 3, H, W) -> (N, C0, H/4, W/4)
         stem = channels[0]
         self.stem = nn.LayerList(
             [
-                ConvNorm(in_channels, stem, 3, stride=2, relu=True, norm_layer=norm_layer),
-                ConvNorm(stem, stem, 3, groups=stem, relu=True, norm_layer=norm_layer),
-                ConvNorm(stem, stem, 1, relu=True, norm_layer=norm_layer),
-                ConvNorm(stem, stem, 3, stride=2, groups=stem, relu=True, norm_layer=norm_layer),
+                ConvNorm(in_channels, stem, 3, stride=2, relu=True),
+                ConvNorm(stem, stem, 3, groups=stem, relu=True),
+                ConvNorm(stem, stem, 1, relu=True),
+                ConvNorm(stem, stem, 3, stride=2, groups=stem, relu=True),
             ]
         )
 
@@ -386,19 +336,36 @@ class RepLKNet(nn.Layer):
         self.transitions = nn.LayerList()
         for i, width in enumerate(channels):
             first = sum(layers[:i])
-            drop_paths = rates[first : first + layers[i]]
-            self.stages.append(RepLKNetStage(width, large_kernel_sizes[i], drop_paths, options))
-            if i + 1 < NUM_STAGES:
-                self.transitions.append(transition(width, channels[i + 1], norm_layer))
+            self.stages.append(
+                RepLKNetStage(
+                    width,
+                    large_kernel_sizes[i],
+                    rates[first : first + layers[i]],
+                    small_kernel=small_kernel,
+                    dw_ratio=dw_ratio,
+                    ffn_ratio=ffn_ratio,
+                    merged=small_kernel_merged,
+                    norm_inter_features=norm_inter_features,
+                    recompute=recompute,
+                )
+            )
+            if i + 1 < NUM_STAGES:  # (N, C, H, W) -> (N, C', H/2, W/2)
+                wider = channels[i + 1]
+                self.transitions.append(
+                    nn.Sequential(
+                        ConvNorm(width, wider, 1, relu=True),
+                        ConvNorm(wider, wider, 3, stride=2, groups=wider, relu=True),
+                    )
+                )
 
         if self.out_indices is None:
-            self.norm = norm_layer(channels[-1])
+            last = channels[-1]
+            self.norm = nn.BatchNorm2D(last)
             self.head = nn.Linear(
-                channels[-1],
-                num_classes,
-                weight_attr=uniform(channels[-1]),
-                bias_attr=uniform(channels[-1]),
+                last, num_classes, weight_attr=uniform(last), bias_attr=uniform(last)
             )
+        if sync_bn:
+            nn.SyncBatchNorm.convert_sync_batchnorm(self)
 
     def forward_stages(self, x: paddle.Tensor) -> list[paddle.Tensor]:
         """Return each stage's map: strides 4, 8, 16 and 32 of the images (N, 3, H, W)."""

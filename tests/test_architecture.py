@@ -35,16 +35,6 @@ def test_no_file_runs_code_from_data_or_imports_a_face_or_a_test(path):
     assert path.parent.name == "checkpoints" or not PICKLE.findall(code)
 
 
-def test_the_grep_finds_what_it_is_for():
-    for code in (
-        *("paddle.load(x)", "yaml.load(x)", " eval(x)", "os.system(x)", "f(shell=True)"),
-        *("f(allow_pickle=True)", "import dill", "from . import x", "from replknet import x"),
-    ):
-        assert FORBIDDEN.search(code), code
-    for code in ("model.eval()", "yaml.safe_load(x)", "f(allow_pickle=False)"):
-        assert not FORBIDDEN.search(code), code
-
-
 @pytest.mark.parametrize("name", FACES)
 def test_a_face_is_a_few_lines(name):
     assert len((ROOT / name).read_text().splitlines()) <= 20

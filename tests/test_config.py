@@ -23,9 +23,9 @@ ALL_CONFIGS = sorted(path.name for path in CONFIGS.glob("*.yaml"))
 def load(tmp_path):
     """get_config of a text."""
 
-    def load_text(text, name="user.yaml"):
-        path = tmp_path / name
-        path.write_text(text)
+    def load_text(text):
+        path = tmp_path / "user.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
         return get_config(path)
 
     return load_text
@@ -44,11 +44,6 @@ def complaint(load):
 
 
 # ---- BASE
-
-
-@pytest.mark.parametrize("base", ["['']", "['', '']", "''", "[]", "null"])
-def test_an_empty_base_is_none(load, base):
-    assert load(f"BASE: {base}\nSEED: 7\n").SEED == 7
 
 
 def test_bases_are_relative_to_their_file_and_the_later_goes_over_the_earlier(
@@ -115,8 +110,11 @@ def test_unsafe_tags_run_nothing_and_are_refused(tmp_path, complaint, tag, place
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("text", ["", "\n\n", "# nothing\n", "---\n", "DATA:\nMODEL:\nTRAIN:\n"])
-def test_an_empty_file_is_the_defaults(load, text):
+EMPTY = ["", "\n\n", "# nothing\n", "---\n", "DATA:\nMODEL:\nTRAIN:\n", "BASE: ['']"]
+
+
+@pytest.mark.parametrize("text", [*EMPTY, "BASE: ['', '']", "BASE: ''", "BASE: []", "BASE: null"])
+def test_an_empty_file_or_base_is_the_defaults(load, text):
     assert load(text) == get_config()
 
 
@@ -133,6 +131,9 @@ def test_an_empty_file_is_the_defaults(load, text):
         ("3", "expected sections such as DATA"),
         ("BASE: [3]", "BASE is [3]; allowed: file names"),
         ("BASE: {a: b}", "BASE is {'a': 'b'}; allowed: file names"),
+        (b"MODEL: {NAME: \xe9}", "user.yaml is not valid YAML"),
+        ("DATA: &a {DATA: *a}", "DATA"),
+        ("MODEL: {LAYERS: &a [*a]}", "MODEL.LAYERS"),
     ],
 )
 def test_a_file_that_is_no_configuration_is_one_line_that_names_it(complaint, text, says):
@@ -140,43 +141,37 @@ def test_a_file_that_is_no_configuration_is_one_line_that_names_it(complaint, te
     assert "user.yaml" in line and says in line
 
 
-def test_a_file_that_is_no_text_is_named(tmp_path):
-    (tmp_path / "user.yaml").write_bytes(b"MODEL: {NAME: \xe9}")
-    with pytest.raises(InputError, match="user.yaml is not valid YAML"):
-        get_config(tmp_path / "user.yaml")
-
-
 # ---- wrong keys and values
 
 
 @pytest.mark.parametrize(
-    "text, written, meant",
+    "text, key, meant",
     [
         ("TRAIN: {BASELR: 1}", "TRAIN.BASELR", "TRAIN.BASE_LR"),
         ("data: {batch_size: 3}", "data.batch_size", "DATA.BATCH_SIZE"),
         ("BATCH_SIZE: 3", "BATCH_SIZE", "DATA.BATCH_SIZE"),
         ("MODEL: {IMAGE_SIZE: 5}", "MODEL.IMAGE_SIZE", "DATA.IMAGE_SIZE"),
-        ("TRAIN: {OPTIMIZER: {BETA: [0.9, 0.99]}}", "OPTIMIZER.BETA", "TRAIN.OPTIMIZER.BETAS"),
+        ("TRAIN: {OPTIMIZER: {BETA: [0.9]}}", "TRAIN.OPTIMIZER.BETA", "TRAIN.OPTIMIZER.BETAS"),
         ("OPTIMIZER: {EPS: 1.0e-6}", "OPTIMIZER.EPS", "TRAIN.OPTIMIZER.EPS"),
         ("SED: 1", "SED", "SEED"),
+        ("QQQQ: 1", "QQQQ", None),
+        ("QQQQ: {ZZZZ: 1}", "QQQQ.ZZZZ", None),
+        ("3: 4", "3", None),
+        ("null: 1", "None", None),
+        ("'': {'': 3}", ".", None),
+        ("MODLE:", "MODLE", ""),  # whatever it suggests
+        ("MODLE: {}", "MODLE", ""),
+        ("MODEL: {LAYER: {}}", "MODEL.LAYER", "MODEL.LAYERS"),
+        ("TRAIN: {X: {}}", "TRAIN.X", ""),
     ],
 )
-def test_an_unknown_key_suggests_the_nearest(complaint, text, written, meant):
+def test_an_unknown_key_is_refused_and_suggests_the_nearest(complaint, text, key, meant):
     [line] = complaint(text)
-    assert line.endswith(f"did you mean {meant}?")
-    assert written in line and "user.yaml" in line
-
-
-@pytest.mark.parametrize("text", ["QQQQ: 1", "QQQQ: {ZZZZ: 1}", "3: 4", "null: 1", "'': {'': 3}"])
-def test_a_key_like_no_other_is_refused_without_a_suggestion(complaint, text):
-    [line] = complaint(text)
-    assert "unknown key" in line and "did you mean" not in line
-
-
-@pytest.mark.parametrize("text", ["MODLE:", "MODLE: {}", "MODEL: {LAYER: {}}", "TRAIN: {X: {}}"])
-def test_an_unknown_key_is_refused_even_without_a_value(complaint, text):
-    [line] = complaint(text)
-    assert "unknown key" in line
+    assert f"user.yaml: unknown key {key}" in line
+    if meant is None:
+        assert line.endswith(f"unknown key {key}")
+    elif meant:
+        assert line.endswith(f"; did you mean {meant}?")
 
 
 @pytest.mark.parametrize(
@@ -187,18 +182,18 @@ def test_an_unknown_key_is_refused_even_without_a_value(complaint, text):
         ("DATA.IMAGE_CHANNELS", [1], "an integer from 3 to 3"),
         ("DATA.CROP_PCT", [0, 1.01], "a number from 0.01 to 1"),
         ("DATA.RESIZE_MODE", ["Warp"], "'short_crop' or 'warp'"),
-        ("DATA.DATASET", ["cifar10"], "'imagenet2012'"),
-        ("DATA.DATA_PATH", ["", ["a", "b"]], "text"),
+        ("DATA.DATA_PATH", ["", ["a", "b"], 31], "text"),
         ("DATA.IMAGENET_MEAN", [[0.5, 0.5], [123.7, 116.3, 103.5]], "3 values, each a number from"),
-        ("MODEL.NAME", [31], "text"),
         ("MODEL.LAYERS", [[2, 2, 18], [2, 2, 0, 2], 2, "2222"], "4 values, each an integer >= 1"),
         ("MODEL.OUT_INDICES", [[4], [-1], 3], "a list of values, each an integer from 0 to 3"),
         ("MODEL.SMALL_KERNEL", [False], "an integer >= 1, or None"),
         ("MODEL.SYNC_BN", [1, None, "yes"], "True or False"),
-        ("TRAIN.BASE_LR", [-1e-3, float("nan"), float("inf"), "1e999", "1+2j"], "a number >= 0"),
-        ("TRAIN.BASE_LR", [10**400, "1" + "0" * 400], "a number >= 0"),
+        (
+            "TRAIN.BASE_LR",
+            [-1e-3, float("nan"), float("inf"), "1e999", "1+2j", 10**400],
+            "a number >= 0",
+        ),
         ("TRAIN.OPTIMIZER.NAME", ["SGD"], "'AdamW'"),
-        ("TRAIN.MIXUP_MODE", ["elem"], "'batch'"),
         ("SEGMENTATION.PALETTE", ["ff00zz", "ff00ff00", " ", "+12345"], "colours of six hexa"),
         ("SEED", [-1, 2**31, {}, {"a": 1}], "an integer from 0 to 2147483647"),
         ("TRAIN.OPTIMIZER", ["AdamW"], "a section with keys"),
@@ -213,11 +208,6 @@ def test_a_wrong_value_names_the_key_the_value_and_what_is_allowed(complaint, ke
         [line] = complaint(yaml.safe_dump(tree))
         found = re.search(rf"user\.yaml: {re.escape(key)} is (.*); allowed: (.*)", line)
         assert found and allowed in found[2] and len(found[1]) < 210, line
-
-
-@pytest.mark.parametrize("text", ["DATA: &a {DATA: *a}", "MODEL: {LAYERS: &a [*a]}"])
-def test_a_file_that_contains_itself_is_refused(complaint, text):
-    assert complaint(text)
 
 
 def test_all_problems_are_reported_at_once(complaint):
@@ -278,14 +268,10 @@ def test_values_that_contradict_each_other_are_refused(complaint, text, says):
     assert line.startswith(line.split("user.yaml: ")[0] + "user.yaml: ") and says in line
 
 
-def test_contradictions_are_reported_together(complaint):
+def test_contradictions_are_reported_together_and_edges_are_none(complaint, load):
     text = "MODEL: {SMALL_KERNEL: 4}\nTRAIN: {WARMUP_EPOCHS: 400, LAST_EPOCH: 400}"
     assert len(complaint(text)) == 3
-
-
-@pytest.mark.parametrize("text", ["TRAIN: {WARMUP_EPOCHS: 300}", "TRAIN: {LAST_EPOCH: 299}"])
-def test_values_at_the_edge_go_together(load, text):
-    load(text)
+    load("TRAIN: {WARMUP_EPOCHS: 300, LAST_EPOCH: 299}")
 
 
 def takes(rule, value):
@@ -327,19 +313,15 @@ def trees(draw):
     return tree
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("trees")
-
-
-@settings(deadline=None, max_examples=100, derandomize=True)
+@settings(max_examples=100)
 @given(tree=trees())
+@example(tree={})
 @example(tree={"MODEL": {"TYPE": "UPerNet", "NUM_CLASSES": None, "OUT_INDICES": [0, 1, 2, 3]}})
 @example(tree={"MODEL": {"FFN_RATIO": 1e308}})
 @example(tree={"BASE": "a\0b"})
-def test_any_tree_is_a_configuration_or_bad_input(folder, tree):
+def test_any_tree_is_a_configuration_or_bad_input(tmp_path, tree):
     """And a configuration that loads is itself again, dumped and loaded."""
-    path = folder / "user.yaml"
+    path = tmp_path / "user.yaml"
     path.write_text(yaml.safe_dump(tree))
     try:
         config = get_config(path)
@@ -348,6 +330,7 @@ def test_any_tree_is_a_configuration_or_bad_input(folder, tree):
         return
     path.write_text(config.dump())
     assert get_config(path) == config and config.is_frozen()
+    assert leaves(config).keys() == KEYS.keys()
     for key, value in leaves(config).items():
         read = KEYS[key][1].read(value)
         assert read == value and isinstance(read, bool) == isinstance(value, bool), key
@@ -362,14 +345,6 @@ def test_a_dumped_config_loads_as_the_same(name, load):
     assert load(config.dump()) == config
 
 
-def test_awkward_values_survive_dump_and_load(load):
-    opts = ["MODEL.NAME", "123", "SAVE", "yes", "MODEL.PRETRAINED", "1e3", "TRAIN.WEIGHT_DECAY"]
-    opts += ["1e-8", "MODEL.OUT_INDICES", "[3, 0]", "DATA.DATA_PATH", "a: b # c/é", "AMP", "True"]
-    config = update_config(get_config(), flags(opts=opts))
-    assert load(config.dump()) == config
-    assert (config.MODEL.NAME, config.SAVE, config.MODEL.PRETRAINED) == ("123", "yes", "1e3")
-
-
 def test_results_are_frozen_and_share_nothing(load):
     first, second = get_config(), get_config()
     for config in (first, load("SEED: 1\n"), update_config(first, flags())):
@@ -382,13 +357,6 @@ def test_results_are_frozen_and_share_nothing(load):
             value.append("mine")
             for other in (second, updated, get_config()):
                 assert "mine" not in leaves(other)[key]
-
-
-def test_every_default_passes_its_own_rule_and_is_in_the_config():
-    for key, (default, rule) in (KEYS | FIXED_KEYS).items():
-        read = rule.read(default)
-        assert read == default and isinstance(read, bool) == isinstance(default, bool), key
-    assert leaves(get_config()).keys() == KEYS.keys()
 
 
 # ---- keys without effect
@@ -446,39 +414,46 @@ def test_a_flag_sets_its_keys_and_no_other(flag):
     }
     assert changed == expected
     assert config.dump() == before and config.is_frozen() and updated.is_frozen()
+    assert update_config(config, flags()) == config
 
 
-def test_no_flags_change_nothing():
-    config = get_config(CONFIGS / "replknet_xl.yaml")
-    assert update_config(config, argparse.Namespace()) == config
+# What is typed behind -opts, and the value that it means.
+TYPED = [
+    ("TRAIN.BASE_LR", "1e-3", 1e-3),
+    ("TRAIN.WEIGHT_DECAY", "1", 1.0),
+    ("TRAIN.LAYER_DECAY", "None", None),
+    ("MODEL.LARGE_KERNEL_SIZES", "[13,13,13,13]", [13, 13, 13, 13]),
+    ("MODEL.CHANNELS", "13, 13, 13, 13", [13, 13, 13, 13]),
+    ("TRAIN.OPTIMIZER.BETAS", "(0.9, 0.95)", [0.9, 0.95]),
+    ("MODEL.NAME", "2024", "2024"),
+    ("SAVE", "yes", "yes"),
+    ("MODEL.PRETRAINED", "1e3", "1e3"),
+    ("DATA.DATA_PATH", "a: b # c/é", "a: b # c/é"),
+    ("AMP", "True", True),
+    ("EVAL", "false", False),
+]
 
 
-def test_opts_go_over_flags_in_their_order():
-    opts = ["DATA.BATCH_SIZE", "4", "SEED", "1", "SEED", "2", "AMP", "false"]
-    updated = update_config(get_config(), flags(batch_size=32, opts=opts))
-    assert (updated.DATA.BATCH_SIZE, updated.DATA.BATCH_SIZE_EVAL) == (4, 32)
-    assert updated.SEED == 2 and updated.AMP is False
+def test_opts_are_read_as_their_keys_types_and_survive_dump_and_load(load):
+    opts = [word for key, text, _ in TYPED for word in (key, text)]
+    config = update_config(get_config(), flags(opts=opts))
+    for key, _, value in TYPED:
+        read = leaves(config)[key]
+        assert read == value and type(read) is type(value), key
+    assert load(config.dump()) == config
+
+
+def test_opts_go_over_flags_and_the_later_one_wins():
+    parser = argparse.ArgumentParser()
+    add_config_flags(parser, required=True)
+    epochs, seed = ["-opts", "TRAIN.NUM_EPOCHS", "20", "SEED", "1"], ["--opts", "SEED", "7"]
+    args = parser.parse_args(["-cfg=x", *epochs, *seed, "-opts", "DATA.BATCH_SIZE", "4"])
+    args.batch_size = 32
+    config = update_config(get_config(), args)
+    assert (config.TRAIN.NUM_EPOCHS, config.SEED) == (20, 7)
+    assert (config.DATA.BATCH_SIZE, config.DATA.BATCH_SIZE_EVAL) == (4, 32)
     updated = update_config(get_config(), flags(batch_size=32, batch_size_eval=128))
     assert (updated.DATA.BATCH_SIZE, updated.DATA.BATCH_SIZE_EVAL) == (32, 128)
-
-
-@pytest.mark.parametrize(
-    "key, text, value",
-    [
-        ("TRAIN.BASE_LR", "1e-3", 1e-3),
-        ("TRAIN.BASE_LR", "1", 1.0),
-        ("TRAIN.LAYER_DECAY", "None", None),
-        ("MODEL.LARGE_KERNEL_SIZES", "[13,13,13,13]", [13, 13, 13, 13]),
-        ("MODEL.LARGE_KERNEL_SIZES", "13, 13, 13, 13", [13, 13, 13, 13]),
-        ("TRAIN.OPTIMIZER.BETAS", "(0.9, 0.95)", [0.9, 0.95]),
-        ("MODEL.NAME", "2024", "2024"),
-        ("MODEL.PRETRAINED", "a b.pdparams", "a b.pdparams"),
-        ("AMP", "True", True),
-    ],
-)
-def test_opts_read_text_as_the_keys_type(key, text, value):
-    read = leaves(update_config(get_config(), flags(opts=[key, text])))[key]
-    assert read == value and type(read) is type(value)
 
 
 def test_wrong_flags_and_opts_are_reported_together_by_the_names_that_were_typed():
@@ -497,16 +472,5 @@ def test_wrong_flags_and_opts_are_reported_together_by_the_names_that_were_typed
 
 
 def test_flags_can_contradict_the_file():
-    with pytest.raises(InputError, match="MODEL.RESUME"):
-        update_config(get_config(), flags(eval=True, resume="run"))
     with pytest.raises(InputError, match="TRAIN.LAST_EPOCH"):
         update_config(get_config(CONFIGS / "replknet_31b_384.yaml"), flags(last_epoch="30"))
-
-
-def test_every_opts_counts_and_the_later_one_wins():
-    parser = argparse.ArgumentParser()
-    add_config_flags(parser, required=True)
-    epochs, seed = ["-opts", "TRAIN.NUM_EPOCHS", "20", "SEED", "1"], ["--opts", "SEED", "7"]
-    args = parser.parse_args(["-cfg=x", *epochs, *seed, "-opts", "DATA.IMAGE_SIZE", "64"])
-    config = update_config(get_config(), args)
-    assert (config.TRAIN.NUM_EPOCHS, config.SEED, config.DATA.IMAGE_SIZE) == (20, 7, 64)

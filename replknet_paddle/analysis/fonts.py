@@ -102,8 +102,7 @@ def has_letter(path: str | None, letter: str) -> bool:
 
 
 def plot_fonts(texts: Sequence[str]) -> list[str]:
-    """Return matplotlib's `font.family` for `texts`: it takes each letter from the first that has
-    it."""
+    """Return matplotlib's `font.family`, of which it takes each letter from the first that fits."""
     from matplotlib import font_manager
 
     own = font_manager.findfont("DejaVu Sans")  # which matplotlib brings

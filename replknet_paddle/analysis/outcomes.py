@@ -7,24 +7,15 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Outcomes:
-    """Counts of one evaluation and, where they were asked for, the answers image by image.
-
-    Attributes:
-        images: how many were evaluated.
-        top1, top5: how many of them had their label among the 1 or 5 largest logits.
-        loss: mean cross entropy, in nats.
-        labels: (N,) int64, the true classes, in the order of the list; None without answers.
-        classes: (N, k) int64, the k classes of the largest probabilities, the largest first.
-        scores: (N, k) float64, these probabilities.
-    """
+    """Counts of one evaluation and, where they were asked for, the answers image by image."""
 
     images: int
-    top1: int
-    top5: int
-    loss: float
-    labels: np.ndarray | None = None
-    classes: np.ndarray | None = None
-    scores: np.ndarray | None = None
+    top1: int  # images whose label is the largest logit
+    top5: int  # images whose label is among the 5 largest
+    loss: float  # mean cross entropy, in nats
+    labels: np.ndarray | None = None  # (N,) int64, the true classes in the list's order
+    classes: np.ndarray | None = None  # (N, k) int64, the most probable classes, best first
+    scores: np.ndarray | None = None  # (N, k) float64, their probabilities
 
     @property
     def top1_percent(self) -> float:

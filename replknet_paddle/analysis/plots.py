@@ -31,11 +31,9 @@ SCORES = {
 
 @contextlib.contextmanager
 def new_figure(width: float, height: float, names: Sequence[str]) -> Iterator:
-    """An empty `matplotlib.figure.Figure` to draw on in this block.
+    """Give an empty `matplotlib.figure.Figure`, in inches, to draw on in this block.
 
-    Args:
-        width, height: inches.
-        names: texts of the user's, as `readable` gives them, for which fonts are chosen.
+    Fonts are chosen for `names`, texts of the user's as `readable` gives them.
     """
     figures = import_extra("matplotlib.figure", "plots")
     matplotlib = import_extra("matplotlib", "plots")
@@ -57,20 +55,8 @@ def save_figure(figure, target: str) -> None:
         figure.savefig(file, format=kind, dpi=DOTS_PER_INCH)
 
 
-def panels_of(records: list[dict]) -> dict[str, dict[str, str]]:
-    """Return the panels: the loss, and the scores that some record has, top-1 if none has any."""
-    known = {key for record in records for key in record}
-    scores = {title: keys for title, keys in SCORES.items() if keys.keys() & known}
-    return LOSSES | (scores or {"top-1 (%)": SCORES["top-1 (%)"]})
-
-
 def read_metrics(run_folder: str) -> list[dict]:
-    """Return the records of a run, one per epoch.
-
-    Raises:
-        FileNotFoundError: no metrics.jsonl there.
-        InputError: a line that is not a record, or none at all.
-    """
+    """Return the records of a run, one per epoch."""
     path = os.path.join(run_folder, "metrics.jsonl")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no {path}; give the folder of a training run")
@@ -93,39 +79,35 @@ def best_record(records: list[dict]) -> tuple[str, dict] | None:
 
     The first of equal ones, as the run keeps it; None where no epoch was evaluated.
     """
-    found = [
-        (record[key], key, record)
-        for record in records
-        for keys in SCORES.values()
-        for key in keys
-        if record.get(key) is not None
-    ]
-    return max(found, key=lambda mark: mark[0])[1:] if found else None
+    keys = [key for keys in SCORES.values() for key in keys]
+    found = [(key, record) for record in records for key in keys if record.get(key) is not None]
+    return max(found, key=lambda mark: mark[1][mark[0]], default=None)
 
 
 def plot_metrics(run_folders: list[str], target: str) -> None:
     """Draw loss and accuracy over epochs, one colour a run, and write them to `target`.
 
     A star marks the best epoch of each run.
-
-    Raises:
-        FileNotFoundError, InputError, OSError: a run cannot be read, or the picture not be written.
     """
     check_figure_target(target)
     save_figure(build_figure({folder: read_metrics(folder) for folder in run_folders}), target)
 
 
 def build_figure(runs: dict[str, list[dict]]):
-    """Return the figure of `plot_metrics`, of {run folder: records}."""
+    """Return the figure of `plot_metrics`, of {run folder: records}.
+
+    Its panels are the loss and the scores that some record has, top-1 if none has any.
+    """
     names = [readable(os.path.basename(os.path.abspath(folder))) for folder in runs]
+    known = {key for records in runs.values() for record in records for key in record}
+    scores = {title: keys for title, keys in SCORES.items() if keys.keys() & known}
+    panels = LOSSES | (scores or {"top-1 (%)": SCORES["top-1 (%)"]})
     with new_figure(12, 4.8, names) as figure:
         figure.suptitle(f"Training: {', '.join(names)}")
-        panels = panels_of([record for records in runs.values() for record in records])
         for axes, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items()):
             for i, (name, records) in enumerate(zip(names, runs.values())):
                 draw_run(axes, name, records, keys, colour=f"C{i % 10}")
-            axes.set_xlabel("epoch")
-            axes.set_ylabel(title)
+            axes.set(xlabel="epoch", ylabel=title)
             axes.grid(alpha=0.3)
             if axes.lines:
                 axes.legend(fontsize="small")
@@ -135,26 +117,18 @@ def build_figure(runs: dict[str, list[dict]]):
 def draw_run(axes, name: str, records: list[dict], keys: dict[str, str], *, colour: str) -> None:
     """Draw the curves of one run in one panel, and a star at its best epoch."""
     for key, style in keys.items():
-        points = [
-            (record["epoch"], record[key]) for record in records if record.get(key) is not None
-        ]
+        points = [(r["epoch"], r[key]) for r in records if r.get(key) is not None]
         if points:
             label = f"{name}: {key.split('_percent')[0]}"
             axes.plot(*zip(*points), style, color=colour, label=label)
-    best = best_record(records)
-    if best is not None and best[0] in keys:
-        key, record = best
+    key, record = best_record(records) or (None, None)
+    if key in keys:
         label = f"{name}: best, {record[key]:.2f} % at epoch {record['epoch']}"
         axes.plot([record["epoch"]], [record[key]], "*", color=colour, markersize=14, label=label)
 
 
 def draw_heat_maps(maps: Mapping[str, np.ndarray], *, label: str):
-    """Return a figure of arrays side by side, with one colour bar.
-
-    Args:
-        maps: (H, W) by title, values from 0 to 1.
-        label: what the colours mean, for the colour bar.
-    """
+    """Return a figure of arrays (H, W), from 0 to 1, side by side; `label` is for the colours."""
     titles = [readable(title) for title in maps]
     width, height = PANEL_INCHES * len(maps) + 1, PANEL_INCHES + 0.5
     with new_figure(width, height, titles) as figure:
@@ -168,15 +142,10 @@ def draw_heat_maps(maps: Mapping[str, np.ndarray], *, label: str):
 
 
 def kernel_magnitudes(model) -> list[np.ndarray]:
-    """Return how strong each position of each stage's large kernels is.
+    """Return (K, K) float64 for each stage: how strong each position of its large kernels is.
 
-    Args:
-        model: a merged `RepLKNet` (`structural_reparam`): a kernel then includes its small kernel
-            and the scales of batch normalization.
-
-    Returns:
-        For each stage, (K, K) float64: the mean absolute weight over channels and blocks, divided
-        by the largest value.
+    That is the mean absolute weight over channels and blocks, divided by the largest value. The
+    model is a merged `RepLKNet`: a kernel then includes its small kernel and the scales of BN.
     """
     stages = []
     for stage in model.stages:

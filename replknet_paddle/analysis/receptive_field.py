@@ -27,19 +27,12 @@ THRESHOLDS = (0.2, 0.3, 0.5, 0.99)
 
 @dataclass
 class Field:
-    """An effective receptive field, and what it was computed from.
+    """An effective receptive field, and what it was computed from."""
 
-    Attributes:
-        scores: (S, S) float64, the mean over `images` of the contribution of each input pixel.
-        images: names of the images in the mean.
-        skipped: names of the images without finite scores.
-        network: digest of the network's weights; empty where unknown.
-    """
-
-    scores: np.ndarray
+    scores: np.ndarray  # (S, S) float64, mean over `images` of the contribution of each pixel
     images: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    network: str = ""
+    skipped: list[str] = field(default_factory=list)  # images without finite scores
+    network: str = ""  # digest of its weights; empty where unknown
 
 
 class Area(NamedTuple):
@@ -55,14 +48,9 @@ class Area(NamedTuple):
 
 
 def contribution_scores(model: nn.Layer, image: np.ndarray) -> np.ndarray | None:
-    """Return the contribution of each pixel of one image, by a network in evaluation mode.
+    """Return the contribution (S, S) of each pixel of a normalized image (C, S, S), in its type.
 
-    Args:
-        model: a `RepLKNet`, or any network whose `forward_stages` returns a list of maps.
-        image: (C, S, S), normalized, in the type of the network.
-
-    Returns:
-        (S, S) in that type; None where the image, a map or the gradient is not finite.
+    The network is in evaluation mode. None where the image, a map or the gradient is not finite.
     """
     x = paddle.to_tensor(image[None], stop_gradient=False)
     maps = model.forward_stages(x)
@@ -90,17 +78,8 @@ def measure(
     `target` is replaced after each image, so a later call with the same arguments goes on where an
     earlier one was stopped, with the same result to the last bit.
 
-    Args:
-        model: as in `contribution_scores`, in evaluation mode.
-        names: the images, in the order to use them.
-        read: name -> (3, input_size, input_size) float32, normalized.
-        num_images: images to average. An image without finite scores is skipped.
-        input_size: side of the input, pixels.
-        target: the `.npy` file of `save_field`.
-        on_image: called after each image with its name, whether it was used, and how many were.
-
-    Raises:
-        InputError: too few images, or `target` belongs to something else.
+    `read` gives the normalized image of a name, (3, input_size, input_size) float32. `on_image` is
+    called after each image with its name, whether it was used, and how many were.
     """
     if model.training:
         raise ValueError("the network is in training mode; call its eval() first")
@@ -148,45 +127,32 @@ def network_digest(model: nn.Layer) -> str:
 def _check_same(before: Field, target, wanted: Field, names, num_images: int) -> None:
     """Raise InputError where the file of an earlier call is not of the same measurement."""
     done, size = [*before.images, *before.skipped], len(before.scores)
+    count, wanted_size = len(before.images), len(wanted.scores)
     for is_other, problem in (
         (not before.network, "it was not written by this program"),
         (before.network != wanted.network, "it is of a network with other weights"),
-        (
-            size != len(wanted.scores),
-            f"it is of {size} x {size} pixels, not {len(wanted.scores)}",
-        ),
+        (size != wanted_size, f"it is of {size} x {size} pixels, not {wanted_size}"),
         (set(done) != set(names[: len(done)]), "it is of other images"),
-        (
-            len(before.images) > num_images,
-            f"it holds {len(before.images)} images, more than {num_images}",
-        ),
+        (count > num_images, f"it holds {count} images, more than {num_images}"),
     ):
         if is_other:
-            text = f"cannot continue {target}: {problem}. Delete it, or name another file"
-            raise InputError(text)
+            raise InputError(
+                f"cannot continue {target}: {problem}. Delete it, or name another file"
+            )
 
 
 def _too_few(result: Field, names: Sequence[str], num_images: int) -> str:
-    skipped = ""
+    text = f"there are {len(names)} images"
     if result.skipped:
-        skipped = (
-            f", and {len(result.skipped)} of them have no finite scores: "
-            f"{', '.join(result.skipped[:5])}"
-        )
-    return (
-        f"there are {len(names)} images{skipped}; {num_images} are needed. Give more images, or "
-        "ask for fewer"
-    )
+        first = ", ".join(result.skipped[:5])
+        text += f", and {len(result.skipped)} of them have no finite scores: {first}"
+    return f"{text}; {num_images} are needed. Give more images, or ask for fewer"
 
 
 def save_field(path: str | os.PathLike, result: Field) -> None:
-    """Write a field as a `.npy` file, whole or not at all.
+    """Write a field as a `.npy` file, of which `numpy.load` reads the scores.
 
-    `numpy.load` reads the scores. A second array in the file, the bytes of a JSON object, names the
-    images and the network.
-
-    Raises:
-        OSError: the file cannot be written.
+    A second array in it, the bytes of a JSON object, names the images and the network.
     """
     record = {"images": result.images, "skipped": result.skipped, "network": result.network}
     with atomic_file(path, "wb") as file:
@@ -195,12 +161,7 @@ def save_field(path: str | os.PathLike, result: Field) -> None:
 
 
 def load_field(path: str | os.PathLike) -> Field:
-    """Read a file of `save_field`, or any `.npy` file with the array alone.
-
-    Raises:
-        FileNotFoundError: no such file.
-        InputError: not a square of finite numbers >= 0, or a damaged file.
-    """
+    """Return the field of a file of `save_field`, or of any `.npy` file with the array alone."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"no folder of images or .npy file {path}")
     try:
@@ -208,9 +169,12 @@ def load_field(path: str | os.PathLike) -> Field:
             scores = np.lib.format.read_array(file, allow_pickle=False)
             record = {}
             if file.peek(1):
-                text = np.lib.format.read_array(file, allow_pickle=False).tobytes()
-                record = json.loads(text)
-            result = Field(scores.astype(np.float64), **_checked(record))
+                record = json.loads(np.lib.format.read_array(file, allow_pickle=False).tobytes())
+        result = Field(scores.astype(np.float64), **record)
+        lists = isinstance(result.images, list) and isinstance(result.skipped, list)
+        texts = [*result.images, *result.skipped, result.network]
+        if not lists or not all(isinstance(text, str) for text in texts):
+            raise ValueError("its record is damaged")
     except (ValueError, TypeError, EOFError, MemoryError) as error:
         raise InputError(f"{path}: not a .npy file of contribution scores ({error})") from None
     if scores.ndim != 2 or scores.shape[0] != scores.shape[1] or len(scores) < 3:
@@ -218,21 +182,6 @@ def load_field(path: str | os.PathLike) -> Field:
     if not np.isfinite(scores).all() or scores.min() < 0:
         raise InputError(f"{path}: it has values that are not finite or below 0")
     return result
-
-
-def _checked(record: object) -> dict:
-    """The record of a file, if it has the attributes of `Field` in their types."""
-    if not isinstance(record, dict):
-        raise ValueError("its record is damaged")
-    images, skipped, network = (
-        record.get("images", []),
-        record.get("skipped", []),
-        record.get("network", ""),
-    )
-    lists = isinstance(images, list) and isinstance(skipped, list)
-    if not lists or not all(isinstance(text, str) for text in [*images, *skipped, network]):
-        raise ValueError("its record is damaged")
-    return record
 
 
 def rescaled(scores: np.ndarray) -> np.ndarray:

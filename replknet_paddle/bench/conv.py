@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import paddle
-from paddle import nn
 
 from replknet_paddle.bench.timing import (
     Table,
@@ -19,6 +18,7 @@ from replknet_paddle.bench.timing import (
     summarize,
     time_in_turn,
 )
+from replknet_paddle.model import conv2d
 from replknet_paddle.ops import (
     FastDepthwiseConv2D,
     LibraryError,
@@ -89,17 +89,10 @@ class ConvCase:
         return passes * self.useful_flops, itemsize * values
 
 
-def report_conv(*, shapes: str, batch: int, rounds: int, dtype: str = "float32") -> None:
+def report_conv(*, shapes: str, batch: int, rounds: int, dtype: str) -> None:
     """Print how fast depthwise convolutions are beside Paddle's, by pass and implementation.
 
-    Args:
-        shapes: `stages`, `grid` or `all`, which is both.
-        batch: images of each layer's input.
-        rounds: how often each is timed.
-        dtype: of the tensors; half precision on GPU only.
-
-    Raises:
-        InputError: a number below 1, or a type that is not for this device.
+    `shapes` are `stages`, `grid` or `all`, which is both; `dtype` is half precision on GPU only.
     """
     check_counts(batch=batch, rounds=rounds)
     on_cpu = paddle.device.get_device() == "cpu"
@@ -124,36 +117,30 @@ def report_conv(*, shapes: str, batch: int, rounds: int, dtype: str = "float32")
     for layer in {"stages": STAGES, "grid": GRID, "all": (*STAGES, *GRID)}[shapes]:
         case = ConvCase(batch, *layer)
         for name, by_impl in time_conv(case, rounds=rounds, dtype=dtype).items():
-            chosen = library and library.choose(
-                case.shape, "forward" if name == "forward" else "gradients"
-            )
+            which = "forward" if name == "forward" else "gradients"
+            chosen = library and library.choose(case.shape, which)
             for impl, seconds in by_impl.items():
                 flops, moved = case.work(name, impl, 4 if dtype == "float32" else 2)
-                timing = summarize(seconds)
+                median, low, high, _ = summarize(seconds)
                 table.add(
                     f"{batch}x{case.channels}x{case.side}x{case.side} K{case.kernel}",
                     name,
                     impl + " (auto)" * (impl == chosen),
-                    *(
-                        f"{1e3 * value:.3f}"
-                        for value in (timing.median_seconds, timing.min_seconds, timing.max_seconds)
-                    ),
+                    *(f"{1e3 * value:.3f}" for value in (median, low, high)),
                     f"{flops / 1e9:.2f}",
                     f"{moved / 1e6:.1f}",
-                    f"{flops / timing.median_seconds / peak:.2f}" if peak else "-",
-                    f"{moved / timing.median_seconds / bandwidth:.2f}" if bandwidth else "-",
+                    f"{flops / median / peak:.2f}" if peak else "-",
+                    f"{moved / median / bandwidth:.2f}" if bandwidth else "-",
                     f"{median_ratio(by_impl['paddle'], seconds):.1f}",
-                    f"{GRID_LAYERS * 1e3 * timing.median_seconds:.1f} ms",
+                    f"{GRID_LAYERS * 1e3 * median:.1f} ms",
                 )
 
 
-def time_conv(
-    case: ConvCase, *, rounds: int, dtype: str = "float32"
-) -> dict[str, dict[str, list[float]]]:
-    """Return the seconds of each pass of a layer, by Paddle and each implementation, in turn.
+def time_conv(case: ConvCase, *, rounds: int, dtype: str) -> dict[str, dict[str, list[float]]]:
+    """Return the seconds of a layer by pass, of `PASSES`, and implementation, timed in turn.
 
-    They come by pass, of `PASSES`, and implementation. Those that end in `, kept` are of a layer
-    that caches what it makes of its weights. Paddle's own computes in float32, whatever `dtype`.
+    Those that end in `, kept` are of a layer that caches what it makes of its weights. Paddle's own
+    computes in float32, whatever `dtype`.
     """
     paddle.seed(0)
     shape = [case.batch, case.channels, case.side, case.side]
@@ -170,56 +157,29 @@ def time_conv(
                 passes[name][impl] = _backward(x, weight, dy, impl, wanted)
     with contextlib.ExitStack() as cached:
         for impl in ("auto", "matmul") if compiled else ("matmul",):
-            layer = _layer(case, impl)
+            layer = conv2d(case.channels, case.channels, case.kernel, groups=case.channels)
+            layer.eval()
+            layer.__class__, layer.impl = FastDepthwiseConv2D, impl
             cached.enter_context(cache_weights(layer))
             passes["forward"][f"{impl}, kept"] = _forward(layer, x)
-        return {
-            name: time_in_turn({k: _waiting(c) for k, c in calls.items()}, rounds=rounds)
-            for name, calls in passes.items()
-        }
+        return {name: time_in_turn(calls, rounds=rounds) for name, calls in passes.items()}
 
 
 def operators_here():
-    """The compiled operators' library, or None where they do not compute."""
+    """Return the compiled operators' library, or None where they do not compute."""
     with contextlib.suppress(LibraryError):
         return get_library() if paddle.device.get_device() == "cpu" else None
 
 
 def device_rates(dtype: str) -> tuple[float, float]:
-    """Bytes/s and operations/s that a copy and a large product of matrices reach on a GPU."""
+    """Return the bytes/s of a large copy and the operations/s of a large product on a GPU."""
     values = paddle.zeros([2**27]).astype(dtype)  # 256 or 512 MiB
     side = 8192
     a, b = (paddle.randn([side, side]).astype(dtype) for _ in range(2))
     calls = {"copy": lambda: paddle.assign(values), "product": lambda: paddle.matmul(a, b)}
-    seconds = time_in_turn({name: _waiting(call) for name, call in calls.items()}, rounds=5)
+    seconds = time_in_turn(calls, rounds=5)
     moved = 2 * values.size * values.element_size()
     return moved / min(seconds["copy"]), 2 * side**3 / min(seconds["product"])
-
-
-def _waiting(call: Callable) -> Callable[[], None]:
-    """A call that ends when the device has done all its work."""
-
-    def waited():
-        call()
-        if paddle.device.get_device() != "cpu":
-            paddle.device.synchronize()
-
-    return waited
-
-
-def _layer(case: ConvCase, impl: str) -> nn.Layer:
-    """A layer in evaluation mode that computes by `impl`."""
-    layer = nn.Conv2D(
-        case.channels,
-        case.channels,
-        case.kernel,
-        padding=case.kernel // 2,
-        groups=case.channels,
-        bias_attr=False,
-    )
-    layer.eval()
-    layer.__class__, layer.impl = FastDepthwiseConv2D, impl
-    return layer
 
 
 def _forward(convolution: Callable, *tensors, **options) -> Callable[[], None]:

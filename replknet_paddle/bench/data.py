@@ -19,7 +19,7 @@ from replknet_paddle.bench.timing import (
     time_in_turn,
 )
 from replknet_paddle.config import override
-from replknet_paddle.data.dataset import ListDataset, TrainBatches, get_dataset
+from replknet_paddle.data.dataset import TrainBatches, get_dataset
 from replknet_paddle.data.lists import LIST_FILES
 from replknet_paddle.data.loader import Loader
 from replknet_paddle.runtime.errors import InputError
@@ -31,27 +31,18 @@ PLAIN = "plain Pillow decoding"
 IMAGES = 200
 
 
-def report_data(
-    config, photographs: list[str], *, rounds: int, workers: int = 0, epochs: int = 9
-) -> None:
+def report_data(config, photographs: list[str], *, rounds: int, workers: int, epochs: int) -> None:
     """Print what a core does of the input pipeline beside plain decoding, and how loaders scale.
 
-    Args:
-        config: whose pipelines to time; on copies of the photographs.
-        photographs: of about 500x375 pixels. What they show decides how long decoding takes, so
-            noise would not do.
-        rounds: of `ROUND` images for each pipeline.
-        workers: also compare a loader of this many with a loader of one; 0: do not.
-        epochs: of each loader, after one in which its workers start.
-
-    Raises:
-        InputError: a number below 1, or below 0 workers.
+    The pipelines of `config` are timed on copies of the photographs, of about 500x375 pixels: what
+    they show decides how long decoding takes, so noise would not do. With `workers`, a loader of
+    so many is compared with a loader of one, for `epochs` after one in which its workers start.
     """
     check_counts(rounds=rounds, epochs=epochs)
     if workers < 0:
         raise InputError(f"--workers {workers}; allowed: an integer >= 0")
     with tempfile.TemporaryDirectory() as folder:
-        paths = make_photographs(photographs, folder, IMAGES)
+        paths = make_photographs(photographs, folder)
         for name in LIST_FILES.values():
             with open(os.path.join(folder, name), "w", encoding="ascii") as file:
                 file.writelines(f"{os.path.basename(path)} 0\n" for path in paths)
@@ -63,10 +54,18 @@ def report_data(
             f"{len(paths)} photographs of 500x375 pixels, quality {QUALITY}, {kilobytes:.0f} kB, "
             f"to {config.DATA.IMAGE_SIZE} pixels by {type(train.transform.px).__name__}"
         )
+        jobs = {
+            "evaluation, 8 bits": lambda _, i: val.read(0, i, val.transform.raw),
+            "evaluation, normalized": lambda _, i: val.read(0, i, val.transform),
+            "training, 8 bits": lambda epoch, i: train.read(epoch, i, train.transform.raw),
+            "training, normalized and erased": lambda epoch, i: train.read(
+                epoch, i, train.transform
+            ),
+        }
         table = Table({"one core": -34, "images/s": 8, "quartiles": 13, "of decoding": 13})
-        seconds = core_seconds(paths, jobs_of(train, val), rounds=rounds)
+        seconds = core_seconds(paths, jobs, rounds=rounds)
         for name, values in seconds.items():
-            low, median, high = (1 / q for q in _quartiles(values)[::-1])
+            low, median, high = 1 / np.quantile(values, [0.75, 0.5, 0.25])
             ratio = median_ratio(seconds[PLAIN], values)
             table.add(name, f"{median:.0f}", f"{low:.0f}..{high:.0f}", f"{ratio:.3f}")
         if not workers:
@@ -91,25 +90,11 @@ def report_data(
             table.add(f"{number} worker(s)", f"{1 / statistics.median(values):.0f}", f"{ratio:.2f}")
 
 
-def jobs_of(train: ListDataset, val: ListDataset) -> dict[str, Callable[[int, int], object]]:
-    """The pipelines to time: (round, index of the image) -> a sample."""
-    return {
-        "evaluation, 8 bits": lambda _, i: val.read(0, i, val.transform.raw),
-        "evaluation, normalized": lambda _, i: val.read(0, i, val.transform),
-        "training, 8 bits": lambda n, i: train.read(n, i, train.transform.raw),
-        "training, normalized and erased": lambda n, i: train.read(n, i, train.transform),
-    }
-
-
-def _quartiles(values: list[float]) -> list[float]:
-    return statistics.quantiles(values, method="inclusive") if len(values) > 1 else values * 3
-
-
-def make_photographs(sources: list[str], folder: str, count: int) -> list[str]:
+def make_photographs(sources: list[str], folder: str) -> list[str]:
     """Write JPEGs of 500x375 pixels: crops of photographs, scaled by less than a quarter."""
     rng = np.random.default_rng(0)
     paths = []
-    for i in range(count):
+    for i in range(IMAGES):
         with Image.open(sources[i % len(sources)]) as image:
             image = image.convert("RGB")
         if i // len(sources) % 2:
@@ -127,7 +112,7 @@ def make_photographs(sources: list[str], folder: str, count: int) -> list[str]:
 def core_seconds(
     paths: list[str], jobs: dict[str, Callable[[int, int], object]], *, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds that a core computes for an image, in turn with plain decoding, round by round."""
+    """Return the seconds that a core computes for an image, in turn with plain decoding."""
 
     def decode(_, index):
         with Image.open(paths[index]) as image:
@@ -149,7 +134,7 @@ def core_seconds(
 
 
 def loader_seconds(loaders: dict[int, object], *, epochs: int) -> dict[int, list[float]]:
-    """Seconds an image takes each loader by the clock on the wall, epoch by epoch, in turn."""
+    """Return the seconds by the clock that an image takes each loader, epoch by epoch, in turn."""
     seconds = {name: [] for name in loaders}
     for epoch in range(epochs + 1):
         for name, loader in loaders.items():

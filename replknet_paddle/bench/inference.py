@@ -1,12 +1,11 @@
 """How fast a network runs on every backend, in every precision, side by side in one run."""
 
 import contextlib
-import gc
 import importlib.metadata
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -51,35 +50,14 @@ CANDIDATES = (
     ("openvino", "int8"),
     ("onnxruntime", "int8"),
 )
-Key = tuple[
-    str, str, str
-]  # backend; network, `trained` as in the checkpoint or `folded`; precision
-EAGER: Key = ("dygraph", "trained", "fp32")
+# Backend; network, `trained` as the checkpoint has it or `folded`; precision.
+Key = tuple[str, str, str]
+EAGER: Key = ("eager", "trained", "fp32")
 EAGER_ROUNDS = 3  # one takes about as long as twenty of the others
 # Intel's OpenMP, which Paddle brings, lets idle threads spin for 0.2 s.
 SETTLE_SECONDS = 0.3
 COLUMNS = {"batch": 5, "backend": -12, "network": -8, "precision": -9, "median ms": 10}
 COLUMNS |= {"from": 9, "to": 9, "images/s": 9, "x eager": 8, "deviation": 9, "runs": 4}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One backend, precision and batch size; times are of one batch.
-
-    `network` is `trained`, as the checkpoint has it, or `folded`; `deviation` the largest
-    difference of logits from eager float32, relative to the largest logit.
-    """
-
-    backend: str
-    network: str
-    precision: str
-    batch: int
-    median_ms: float
-    min_ms: float
-    max_ms: float
-    images_per_second: float  # at the median
-    runs: int
-    deviation: float
 
 
 @dataclass(frozen=True)
@@ -120,13 +98,8 @@ class Plan:
 def report_inference(config, pretrained: str | None, plan: Plan, *, json_file: str | None) -> None:
     """Print how fast each backend runs a network, in each precision and batch size.
 
-    Args:
-        config: of the network.
-        pretrained: checkpoint or run folder; None for random weights.
-        json_file: also write the figures. What has been measured is written after each batch size.
-
-    Raises:
-        FileNotFoundError, InputError: something cannot be measured or written so.
+    `pretrained` is a checkpoint or run folder; None for random weights. What has been measured is
+    written to `json_file` after each batch size.
     """
     if config.MODEL.OUT_INDICES is not None:
         raise InputError(
@@ -151,16 +124,16 @@ def report_inference(config, pretrained: str | None, plan: Plan, *, json_file: s
         rows += of_batch
         for row in of_batch:
             table.add(
-                *(row.batch, row.backend, row.network, row.precision),
-                *(f"{value:.2f}" for value in (row.median_ms, row.min_ms, row.max_ms)),
-                f"{row.images_per_second:.2f}",
-                f"{of_batch[0].median_ms / row.median_ms:.2f}",
-                *(f"{row.deviation:.1e}", row.runs),
+                *(row[name] for name in ("batch", "backend", "network", "precision")),
+                *(f"{row[name]:.2f}" for name in ("median_ms", "min_ms", "max_ms")),
+                f"{row['images_per_second']:.2f}",
+                f"{of_batch[0]['median_ms'] / row['median_ms']:.2f}",
+                *(f"{row['deviation']:.1e}", row["runs"]),
             )
         if json_file:
             facts = {"machine": machine(), "network": title, "threads": plan.threads}
             with atomic_file(json_file) as file:
-                json.dump({**facts, "rows": [asdict(row) for row in rows]}, file, indent=2)
+                json.dump({**facts, "rows": rows}, file, indent=2)
 
 
 def set_statistics(model: RepLKNet, images: np.ndarray) -> None:
@@ -180,7 +153,7 @@ def set_statistics(model: RepLKNet, images: np.ndarray) -> None:
         norm._momentum = momentum
 
 
-def time_backends(model: RepLKNet, config, plan: Plan) -> Iterator[list[Row]]:
+def time_backends(model: RepLKNet, config, plan: Plan) -> Iterator[list[dict]]:
     """Time eager mode and each candidate of `plan`; yield the rows of each batch size.
 
     Eager mode, the first row, is Paddle alone, with its own convolutions. INT8 is calibrated with
@@ -193,11 +166,9 @@ def time_backends(model: RepLKNet, config, plan: Plan) -> Iterator[list[Row]]:
         try:
             for batch in plan.batch_sizes:
                 yield time_batch(eager, opened, batch, config.DATA.IMAGE_SIZE, plan.rounds)
-        finally:  # the memory of all backends goes back
+        finally:
             for backend in opened.values():
                 backend.close()
-            opened.clear()
-            gc.collect()
 
 
 def open_candidates(model: RepLKNet, config, plan: Plan, folder: Path) -> dict[Key, Backend]:
@@ -240,8 +211,8 @@ def left_out_if_it_fails(what: str) -> Iterator[None]:
 
 def time_batch(
     eager: Backend, opened: dict[Key, Backend], batch: int, size: int, rounds: int
-) -> list[Row]:
-    """Rows of one batch size; candidates that fail are reported, and removed from `opened`."""
+) -> list[dict]:
+    """Return the rows of a batch size; candidates that fail are reported, and leave `opened`."""
     images = random_images(batch, size)
     outputs = {EAGER: eager.run(images)}
     for key in list(opened):
@@ -257,24 +228,25 @@ def time_batch(
     seconds |= time_in_turn({EAGER: partial(eager.run, images)}, rounds=min(rounds, EAGER_ROUNDS))
     rows = []
     for key in (EAGER, *opened):
-        timing = summarize(seconds[key])
+        median, low, high, runs = summarize(seconds[key])
         rows.append(
-            Row(
-                *key,
-                batch=batch,
-                median_ms=1e3 * timing.median_seconds,
-                min_ms=1e3 * timing.min_seconds,
-                max_ms=1e3 * timing.max_seconds,
-                images_per_second=batch / timing.median_seconds,
-                runs=timing.runs,
-                deviation=largest_deviation(outputs[key], outputs[EAGER]),
-            )
+            {
+                **dict(zip(("backend", "network", "precision"), key)),
+                "batch": batch,
+                "median_ms": 1e3 * median,
+                "min_ms": 1e3 * low,
+                "max_ms": 1e3 * high,
+                "images_per_second": batch / median,
+                "runs": runs,
+                # The largest difference of logits from eager float32, relative to the largest.
+                "deviation": largest_deviation(outputs[key], outputs[EAGER]),
+            }
         )
     return rows
 
 
 def machine() -> str:
-    """Hardware and versions, in one line."""
+    """Return hardware and versions, in one line."""
     versions = []
     for name in ("onnx", "onnxruntime", "openvino"):
         try:

@@ -20,11 +20,7 @@ from replknet_paddle.data.dataset import TrainBatches
 from replknet_paddle.engine.precision import Precision
 from replknet_paddle.engine.train import TrainState, train_epoch
 from replknet_paddle.model import build_replknet
-from replknet_paddle.ops import (
-    LibraryError,
-    get_library,
-    use_large_kernel_ops,
-)
+from replknet_paddle.ops import LibraryError, get_library, use_large_kernel_ops
 from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy
 from replknet_paddle.optim.optimizer import build_optimizer
 from replknet_paddle.runtime.errors import InputError
@@ -42,14 +38,7 @@ class Batches(list):
 def report_train_loop(config, *, steps: int, rounds: int) -> None:
     """Print what `train_epoch` adds to a bare forward, backward and optimizer step, timed in turn.
 
-    Args:
-        config: the network, batch size and optimizer; mixing and the average of weights stay out
-            of both sides.
-        steps: of one timed run.
-        rounds: timed runs of each side.
-
-    Raises:
-        InputError: a number below 1.
+    Mixing and the average of weights stay out of both sides. A timed run has so many `steps`.
     """
     check_counts(steps=steps, rounds=rounds)
     seconds = time_train_loop(config, steps=steps, rounds=rounds)
@@ -67,12 +56,9 @@ def time_train_loop(config, *, steps: int, rounds: int) -> dict[str, list[float]
     loader = Batches([random_batch(config, batch, seed=step) for step in range(steps)])
     criterion = LabelSmoothingCrossEntropy(config.TRAIN.SMOOTHING)
     memory_bytes = config.MODEL.CONV_MEMORY_MB * 2**20
-    models = [
-        network_with(config, config.MODEL.CONV_IMPL, memory_bytes=memory_bytes) for _ in range(2)
-    ]
+    impl = config.MODEL.CONV_IMPL
+    models = [network_with(config, impl, memory_bytes=memory_bytes) for _ in range(2)]
     optimizers = [build_optimizer(config, model, lr=1e-4) for model in models]
-    for model in models:
-        model.train()
     state = TrainState(
         model=models[0],
         criterion=criterion,
@@ -98,7 +84,7 @@ def time_train_loop(config, *, steps: int, rounds: int) -> dict[str, list[float]
 
 
 def network_with(config, impl: str, **options) -> nn.Layer:
-    """The network of a config, always the same, whose convolutions `impl` computes."""
+    """Return the network of a config, always the same, whose convolutions `impl` computes."""
     paddle.seed(config.SEED)
     model = build_replknet(config)
     use_large_kernel_ops(model, impl, **options)
@@ -106,7 +92,7 @@ def network_with(config, impl: str, **options) -> nn.Layer:
 
 
 def random_batch(config, count: int, *, seed: int) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """Images and labels of noise."""
+    """Return images and labels of noise."""
     rng = np.random.default_rng(config.SEED + seed)
     shape = (count, 3, config.DATA.IMAGE_SIZE, config.DATA.IMAGE_SIZE)
     images = paddle.to_tensor(rng.normal(size=shape).astype("float32"))
@@ -116,14 +102,7 @@ def random_batch(config, count: int, *, seed: int) -> tuple[paddle.Tensor, paddl
 def report_network(config, *, forward_batch: int, step_batch: int, rounds: int) -> None:
     """Print how fast a network is with and without the compiled operators, and where time goes.
 
-    Args:
-        config: the network and optimizer.
-        forward_batch: images of a forward pass in evaluation mode.
-        step_batch: images of a training step: forward, backward, optimizer.
-        rounds: how often each is timed.
-
-    Raises:
-        InputError: a number below 1, or the operators are not there.
+    `forward_batch` images have a forward pass in evaluation mode, `step_batch` a training step.
     """
     check_counts(forward_batch=forward_batch, step_batch=step_batch, rounds=rounds)
     try:
@@ -187,10 +166,10 @@ def _print_parts(what: str, parts: dict[str, float]) -> None:
 
 
 def seconds_by_layer(model: nn.Layer, run: Callable[[], object]) -> dict[str, float]:
-    """Seconds that one `run` of the model spends in the forward pass of each kind of layer.
+    """Return the seconds of one `run` in the forward pass of each kind of layer of the model.
 
     Only layers without sublayers count; what `forward` methods of others compute, such as ReLU,
-    GELU and additions, goes under "between layers". The hooks stay no longer than this.
+    GELU and additions, goes under "between layers".
     """
     seconds: dict[str, float] = defaultdict(float)
     hooks, started = [], {}
@@ -205,13 +184,11 @@ def seconds_by_layer(model: nn.Layer, run: Callable[[], object]) -> dict[str, fl
         if not list(layer.children()):
             hooks.append(layer.register_forward_pre_hook(before))
             hooks.append(layer.register_forward_post_hook(after))
-    try:
-        start = time.perf_counter()
-        run()
-        total = time.perf_counter() - start
-    finally:
-        for hook in hooks:
-            hook.remove()
+    start = time.perf_counter()
+    run()
+    total = time.perf_counter() - start
+    for hook in hooks:
+        hook.remove()
     seconds["between layers"] = total - sum(seconds.values())
     return dict(seconds)
 
@@ -219,7 +196,6 @@ def seconds_by_layer(model: nn.Layer, run: Callable[[], object]) -> dict[str, fl
 def _kind(layer: nn.Layer) -> str:
     if not isinstance(layer, nn.Conv2D):
         return type(layer).__name__
-    kernel, stride = layer._kernel_size[0], layer._stride
-    stride = stride if isinstance(stride, int) else stride[0]
+    kernel, stride = layer._kernel_size[0], layer._stride[0]
     depthwise = " depthwise" if layer._groups > 1 else ""
     return f"{kernel}x{kernel}{depthwise} convolution" + f", stride {stride}" * (stride > 1)

@@ -5,7 +5,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy
 import paddle
@@ -14,8 +14,7 @@ from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.machines import available_cores, processor_name
 
 
-@dataclass(frozen=True)
-class Timing:
+class Timing(NamedTuple):
     """Seconds of repeated runs: median, fastest, slowest, and how many."""
 
     median_seconds: float
@@ -24,17 +23,14 @@ class Timing:
     runs: int
 
     def __str__(self) -> str:
-        return (
-            f"median {1e3 * self.median_seconds:.2f} ms "
-            f"({1e3 * self.min_seconds:.2f} to {1e3 * self.max_seconds:.2f}, n = {self.runs})"
-        )
+        median, low, high = (1e3 * value for value in self[:3])
+        return f"median {median:.2f} ms ({low:.2f} to {high:.2f}, n = {self.runs})"
 
 
 class Table:
     """A table that is printed row by row, so that a long measurement shows what it has.
 
-    Args:
-        columns: width of each column by its heading; below 0 for text, which stands on the left.
+    `columns` are widths by heading; below 0 for text, which stands on the left.
     """
 
     def __init__(self, columns: dict[str, int]):
@@ -54,29 +50,27 @@ def time_in_turn(
     alternatives: dict[Hashable, Callable[[], object]],
     *,
     rounds: int,
-    warmup: int = 1,
     settle_seconds: float = 0.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Hashable, list[float]]:
     """Return the seconds of each call, timed A B A B ..., so that a drift meets all alike.
 
-    Args:
-        rounds: how often each is timed.
-        warmup: how often each is called before that.
-        settle_seconds: where alternatives bring thread pools of their own: a pause before each, and
-            a call that is not timed. Idle threads of one pool keep spinning for a while, and take
-            the cores from the next.
-        clock: seconds; `time.process_time` counts those of this process's own work alone.
+    The first round does not count. A call ends when the device has done all its work.
+    `settle_seconds` are for alternatives with thread pools of their own: a pause before each, and a
+    call that is not timed. Idle threads of one pool keep spinning for a while, and take the cores
+    from the next. `time.process_time` as the clock counts this process's own work alone.
     """
     seconds = {name: [] for name in alternatives}
-    for turn in range(warmup + rounds):
+    for turn in range(1 + rounds):
         for name, call in alternatives.items():
             if settle_seconds:
                 time.sleep(settle_seconds)
                 call()
             start = clock()
             call()
-            if turn >= warmup:
+            if paddle.device.get_device() != "cpu":
+                paddle.device.synchronize()
+            if turn > 0:
                 seconds[name].append(clock() - start)
     return seconds
 

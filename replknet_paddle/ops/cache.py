@@ -17,10 +17,8 @@ from replknet_paddle.ops.matmul_conv import make_matrices, plan_for
 
 
 class WeightCache:
-    """What one layer keeps, of the bytes that all layers of its network share.
-
-    Args:
-        budget: one number: the bytes that are left.
+    """What one layer keeps, within `budget`: the bytes left to all layers of its network, a list
+    of one number.
     """
 
     def __init__(self, budget: list[int]):
@@ -28,7 +26,7 @@ class WeightCache:
         self.items: dict[tuple, tuple[int, object]] = {}  # size in bytes, value
 
     def spectrum(self, x: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor | None:
-        """The compiled operator's spectrum of a weight; None where none is of use, or fits."""
+        """Return the operator's spectrum of a weight; None where none is of use, or fits."""
         key = ("spectrum", *x.shape[2:])
         if key in self.items:
             return self.items[key][1]
@@ -43,7 +41,7 @@ class WeightCache:
         return self._keep(key, 4 * floats, make) if floats else None
 
     def matrices(self, x: paddle.Tensor, weight: paddle.Tensor, memory_bytes: int):
-        """T of a weight for maps like x, as `convolve` takes it; None where it does not fit."""
+        """Return T of a weight for maps like x, for `convolve`; None where it does not fit."""
         key = ("matrices", *x.shape[2:], x.dtype)
         if key in self.items:
             size, matrices = self.items[key]
@@ -67,7 +65,7 @@ _caches: "weakref.WeakKeyDictionary[nn.Layer, WeightCache]" = weakref.WeakKeyDic
 
 
 def cache_of(layer: nn.Layer) -> WeightCache | None:
-    """The cache of a layer; None outside `cache_weights`, in training, and with gradients."""
+    """Return a layer's cache; None outside `cache_weights`, in training, and with gradients."""
     cache = _caches.get(layer)
     return None if layer.training or paddle.is_grad_enabled() else cache
 

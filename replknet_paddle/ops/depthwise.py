@@ -20,8 +20,8 @@ from replknet_paddle.ops.dispatch import (
     check_impl,
     describe,
     is_on_cpu,
+    is_same_conv,
     large_kernel_depthwise_conv2d_reference,
-    pair,
     run_operator,
     use_operator,
 )
@@ -81,7 +81,9 @@ def compute(
     are to have the gradients of `matmul_conv`; others differentiate its operations.
     """
     forward = gradients = impl
-    if impl == "auto" and _is_measured(x, weight):
+    # `auto` measures on GPU, outside of programs, where Paddle has no kernel for the size.
+    is_large = weight.shape[-1] >= SMALLEST_PRODUCT_KERNEL
+    if impl == "auto" and is_large and not is_on_cpu(x) and paddle.in_dynamic_mode():
         x = cast(x, autocast_dtype(x))
         forward, gradients = choose(x, weight, memory_bytes, training=training)
     elif impl == "matmul":
@@ -109,38 +111,25 @@ def wants_gradients(x, weight) -> bool:
     return paddle.is_grad_enabled() and not (x.stop_gradient and weight.stop_gradient)
 
 
-def _is_measured(x, weight) -> bool:
-    """Whether `auto` measures: on GPU, outside of programs, where Paddle has no kernel for it."""
-    return (
-        not is_on_cpu(x)
-        and paddle.in_dynamic_mode()
-        and weight.shape[-1] >= SMALLEST_PRODUCT_KERNEL
-    )
-
-
 def _by_operator(x, weight, bias, impl, cache: WeightCache | None):
-    """The compiled operator, or its kernel for a kept spectrum."""
+    """Return what the compiled operator computes, or its kernel for a kept spectrum."""
+    tensors = [x, weight] if bias is None else [x, weight, bias]
     spectrum = None
-    if cache is not None and impl != "direct" and _is_plain(x, weight, bias):
+    if (
+        cache is not None
+        and impl != "direct"
+        # The C interface works on the memory of tensors as it is.
+        and all(t.dtype == paddle.float32 and t.is_contiguous() for t in tensors)
+    ):
         spectrum = cache.spectrum(x, weight)
-    if spectrum is not None:
-        y = paddle.empty(x.shape, dtype="float32")
-        pointers = (
-            x.data_ptr(),
-            spectrum.data_ptr(),
-            bias.data_ptr() if bias is not None else None,
-        )
-        get_library().forward_cached((*x.shape, weight.shape[-1]), *pointers, y.data_ptr())
-        return y
-    attributes = {"algorithm": ALGORITHMS[impl]}
-    if bias is None:
-        return run_operator(OPERATOR, {"X": x, "Weight": weight}, attributes)
-    return run_operator(f"{OPERATOR}_bias", {"X": x, "Weight": weight, "Bias": bias}, attributes)
-
-
-def _is_plain(*tensors) -> bool:
-    """Whether the C interface can work on their memory as it is."""
-    return all(t is None or (t.dtype == paddle.float32 and t.is_contiguous()) for t in tensors)
+    if spectrum is None:
+        name = OPERATOR if bias is None else f"{OPERATOR}_bias"
+        return run_operator(name, *tensors, ALGORITHMS[impl])
+    y = paddle.empty(x.shape, dtype="float32")
+    addend = None if bias is None else bias.data_ptr()
+    pointers = (x.data_ptr(), spectrum.data_ptr(), addend, y.data_ptr())
+    get_library().forward_cached((*x.shape, weight.shape[-1]), *pointers)
+    return y
 
 
 def check_arguments(x, weight, bias, padding, impl) -> None:
@@ -213,21 +202,14 @@ class FastDepthwiseConv2D(nn.Conv2D):
 
 def is_eligible(layer: nn.Layer) -> bool:
     """Whether a layer is a convolution that `FastDepthwiseConv2D` can compute."""
-    if type(layer) not in (nn.Conv2D, FastDepthwiseConv2D):
+    if not is_same_conv(layer, FastDepthwiseConv2D):
         return False
     height, width = layer._kernel_size
-    channels = layer._in_channels
-    same = height // 2
     return (
-        layer._groups == channels == layer._out_channels
+        layer._groups == layer._in_channels == layer._out_channels
         and height == width
         and height >= 3
         and height % 2 == 1
-        and pair(layer._stride) == [1, 1]
-        and pair(layer._dilation) == [1, 1]
-        and layer._padding_mode == "zeros"
-        and layer._data_format == "NCHW"
-        and pair(layer._padding) == [same, same]
     )
 
 

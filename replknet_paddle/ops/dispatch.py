@@ -5,6 +5,7 @@ import functools
 import logging
 
 import paddle
+from paddle import nn
 from paddle.autograd import PyLayer
 from paddle.nn import functional as F
 
@@ -83,14 +84,28 @@ def use_operator(impl: str, on_cpu: bool) -> bool:
     return False
 
 
+def type_name(tensor) -> str:
+    """Return the name of a tensor's type, without Paddle's prefix."""
+    return str(tensor.dtype).split(".")[-1]
+
+
 def describe(tensor) -> str:
     """Return shape and type of a tensor, for messages."""
-    return "None" if tensor is None else f"{tuple(tensor.shape)} {str(tensor.dtype).split('.')[-1]}"
+    return "None" if tensor is None else f"{tuple(tensor.shape)} {type_name(tensor)}"
 
 
-def pair(value) -> list:
-    """Return both values of a convolution's setting, which may be one for both axes."""
-    return list(value) if isinstance(value, (list, tuple)) else [value, value]
+def is_same_conv(layer: nn.Layer, fast: type[nn.Conv2D]) -> bool:
+    """Whether a layer, of Paddle's or of the `fast` class, keeps the size of maps at stride 1."""
+    if type(layer) not in (nn.Conv2D, fast):
+        return False
+    padding = layer._padding  # one value, or one for each axis
+    padding = [padding, padding] if isinstance(padding, int) else list(padding)
+    return (
+        layer._stride == layer._dilation == [1, 1]
+        and padding == [size // 2 for size in layer._kernel_size]
+        and layer._padding_mode == "zeros"
+        and layer._data_format == "NCHW"
+    )
 
 
 def as_one_operation(target):
@@ -107,12 +122,12 @@ def apply_layer(layer: type[PyLayer], *arguments):
     return StaticPyLayer(layer).apply(*arguments)
 
 
-def run_operator(name: str, inputs: dict[str, paddle.Tensor], attributes: dict) -> paddle.Tensor:
+def run_operator(name: str, *arguments) -> paddle.Tensor:
     """Return the output of a registered operator, or its place in the program being captured.
 
-    Inputs and attributes are in the order of registration.
+    Arguments are inputs, then attributes, in the order of registration.
     """
-    out = paddle._C_ops._run_custom_op(name, *inputs.values(), *attributes.values())
+    out = paddle._C_ops._run_custom_op(name, *arguments)
     return out[0] if isinstance(out, (list, tuple)) else out
 
 

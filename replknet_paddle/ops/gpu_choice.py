@@ -14,6 +14,7 @@ from typing import NamedTuple
 import paddle
 
 from replknet_paddle.ops.dispatch import large_kernel_depthwise_conv2d_reference as paddle_conv
+from replknet_paddle.ops.dispatch import type_name
 from replknet_paddle.ops.matmul_conv import convolve, weight_gradient
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.processes import rank, sum_over_ranks
@@ -51,7 +52,7 @@ def choose(x: paddle.Tensor, weight: paddle.Tensor, memory_bytes: int, *, traini
     from rank to rank, a shape that training has not met takes the choice that was measured first
     for its channels, kernel and type.
     """
-    dtype, kernel = _name(x.dtype), weight.shape[-1]
+    dtype, kernel = type_name(x), weight.shape[-1]
     key, coarse = (*x.shape, kernel, dtype), (x.shape[1], kernel, dtype)
     if training and key not in _trained:
         choice, agrees = _measure(x, weight, memory_bytes, gradients=True)
@@ -70,7 +71,7 @@ def _measure(x, weight, memory_bytes: int, *, gradients: bool) -> tuple[Choice, 
     with paddle.no_grad(), paddle.amp.auto_cast(enable=False):
         x, weight = x.detach(), weight.detach()
         passes = _passes(x, weight, memory_bytes, gradients)
-        what = _describe((*x.shape, weight.shape[-1], _name(x.dtype)))
+        what = _describe((*x.shape, weight.shape[-1], type_name(x)))
         tolerance, seconds = _tolerance(x), {}
         for name, by in passes.items():
             try:
@@ -94,12 +95,9 @@ def _measure(x, weight, memory_bytes: int, *, gradients: bool) -> tuple[Choice, 
     with paddle.amp.auto_cast(enable=False):
         pass
     for name, by in seconds.items():
+        ours, theirs = 1e3 * by["matmul"], 1e3 * by["paddle"]
         logger.info(
-            "%s, %s: matrix products %.3f ms, Paddle's own %.3f ms",
-            what,
-            name,
-            1e3 * by["matmul"],
-            1e3 * by["paddle"],
+            "%s, %s: matrix products %.3f ms, Paddle's own %.3f ms", what, name, ours, theirs
         )
 
     def total(choice: Choice) -> float:
@@ -109,7 +107,7 @@ def _measure(x, weight, memory_bytes: int, *, gradients: bool) -> tuple[Choice, 
 
 
 def _passes(x, weight, memory_bytes, gradients) -> dict[str, dict[str, Callable]]:
-    """What to compare and to time: tensors or lists of tensors, by pass and implementation."""
+    """Return what to compare and to time: calls that give tensors, by pass and implementation."""
     passes = {
         "forward": {
             "paddle": lambda: [paddle_conv(x, weight)],
@@ -134,7 +132,7 @@ def _passes(x, weight, memory_bytes, gradients) -> dict[str, dict[str, Callable]
 
 
 def _deviation(ours: list, wanted: list) -> float:
-    """The largest difference over the largest value wanted, of any of the tensors; NaN counts."""
+    """Return the largest difference over the largest value wanted, of any tensor; NaN counts."""
     worst = 0.0
     for a, b in zip(ours, wanted):
         b = b.astype("float32")
@@ -148,7 +146,7 @@ def _deviation(ours: list, wanted: list) -> float:
 
 
 def _seconds(call: Callable, x) -> float:
-    """Median seconds of a call that has been made before."""
+    """Return the median seconds of a call that has been made before."""
     seconds = []
     for _ in range(REPEATS):
         _wait_for(x)
@@ -165,8 +163,8 @@ def _wait_for(x) -> None:
 
 
 def _tolerance(x) -> float:
-    """Paddle's float32 products use TF32 where the GPU has it, as its 1x1 convolutions do."""
-    dtype = _name(x.dtype)
+    """Return the largest deviation allowed; float32 products use TF32 where the GPU has it."""
+    dtype = type_name(x)
     if (
         dtype == "float32"
         and x.place.is_gpu_place()
@@ -175,11 +173,6 @@ def _tolerance(x) -> float:
     ):
         dtype = "tf32"
     return TOLERANCE[dtype]
-
-
-def _name(dtype) -> str:
-    """The name of a type, without Paddle's prefix."""
-    return str(dtype).split(".")[-1]
 
 
 def _describe(key: tuple) -> str:

@@ -24,7 +24,7 @@ from replknet_paddle.runtime.machines import core_share
 CSRC = Path(__file__).resolve().parent / "csrc"
 
 ALGORITHMS = {"auto": 0, "direct": 1, "fft": 2}
-PASSES = {"forward": 0, "gradients": 1, "forward_cached": 2}
+PASSES = {"forward": 0, "gradients": 1}
 ISA_NAMES = ("portable code", "AVX2", "AVX-512")
 THREADS_VARIABLE = "LARGE_KERNEL_THREADS"
 MAX_THREADS = 64  # of csrc/cpu/pool.h
@@ -70,23 +70,18 @@ def operators_library() -> SharedLibrary:
 
 
 class _Shape(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "channels", "height", "width")] + [
-        ("kernel", ctypes.c_int)
-    ]
+    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "channels", "height", "width")]
+    _fields_ += [("kernel", ctypes.c_int)]
 
 
 class _Product(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_int64) for name in ("batch", "in_channels", "out_channels", "pixels")
-    ]
+    _fields_ = [(n, ctypes.c_int64) for n in ("batch", "in_channels", "out_channels", "pixels")]
 
 
 class Library:
     """The C interface of csrc/large_kernel.h over addresses of contiguous float32 arrays.
 
-    Args:
-        path: the shared library.
-        threads: for all that it computes unless stated otherwise.
+    It computes on `threads`, unless a call states otherwise; `shape` is (N, C, H, W, K).
     """
 
     def __init__(self, path: Path, *, threads: int):
@@ -125,14 +120,14 @@ class Library:
         return bool(self._pw_available())
 
     def forward(self, shape, x, weight, bias, y, *, algorithm="auto", threads=None) -> None:
-        """y = convolution; `shape` is (N, C, H, W, K), the others addresses, `bias` or None."""
-        threads = threads or self.threads
-        _check(self._lk_forward(_Shape(*shape), x, weight, bias, y, ALGORITHMS[algorithm], threads))
+        """Compute y, the convolution; `bias` may be None."""
+        code, threads = ALGORITHMS[algorithm], threads or self.threads
+        _check(self._lk_forward(_Shape(*shape), x, weight, bias, y, code, threads))
 
     def gradients(
         self, shape, x, weight, dy, dx, dweight, *, algorithm="auto", threads=None
     ) -> None:
-        """Gradients by input and weight; either address may be None."""
+        """Compute the gradients by input and weight; either address may be None."""
         code, threads = ALGORITHMS[algorithm], threads or self.threads
         _check(self._lk_gradients(_Shape(*shape), x, weight, dy, dx, dweight, code, threads))
 
@@ -140,17 +135,16 @@ class Library:
         """Return the size of a weight's spectrum for such maps; 0 where none is worth while."""
         return self._lk_spectrum_floats(_Shape(*shape))
 
-    def make_spectrum(self, shape, weight, spectrum, *, threads=None) -> None:
+    def make_spectrum(self, shape, weight, spectrum) -> None:
         """Fill `spectrum`, of `spectrum_floats(shape)` values."""
-        _check(self._lk_make_spectrum(_Shape(*shape), weight, spectrum, threads or self.threads))
+        _check(self._lk_make_spectrum(_Shape(*shape), weight, spectrum, self.threads))
 
-    def forward_cached(self, shape, x, spectrum, bias, y, *, threads=None) -> None:
-        """y = convolution, with the weight's spectrum."""
-        threads = threads or self.threads
-        _check(self._lk_forward_cached(_Shape(*shape), x, spectrum, bias, y, threads))
+    def forward_cached(self, shape, x, spectrum, bias, y) -> None:
+        """Compute y, the convolution, with the weight's spectrum."""
+        _check(self._lk_forward_cached(_Shape(*shape), x, spectrum, bias, y, self.threads))
 
     def pointwise(self, shape, x, weight, dy, y, dx, dweight) -> None:
-        """Output and gradients of a 1x1 convolution; `shape` is (N, C, C', pixels)."""
+        """Compute output and gradients of a 1x1 convolution; `shape` is (N, C, C', pixels)."""
         shape = _Product(*shape)
         _check(self._pw_forward(shape, x, weight, y, self.threads))
         _check(self._pw_gradients(shape, x, weight, dy, dx, dweight, self.threads))
@@ -235,9 +229,8 @@ def self_test(library: Library) -> None:
             px, pweight, pbias, pdy, py, pdx, pdweight = pointers
             library.forward(shape, px, pweight, pbias, py, algorithm=algorithm)
             library.gradients(shape, px, pweight, pdy, pdx, pdweight, algorithm=algorithm)
-            for name, ours, right in zip(
-                ("forward", "input gradient", "weight gradient"), got, wanted
-            ):
+            names = ("forward", "input gradient", "weight gradient")
+            for name, ours, right in zip(names, got, wanted):
                 _compare(f"{algorithm}, {name} of {shape}", ours, right, tolerance)
         spectrum = np.full(library.spectrum_floats(shape), np.nan, "float32")
         if spectrum.size:

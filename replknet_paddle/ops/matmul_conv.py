@@ -42,21 +42,11 @@ def matmul_conv(
     forward: str = "matmul",
     training: bool = True,
 ) -> paddle.Tensor:
-    """Return the depthwise convolution with stride 1 and "same" padding, with gradients.
+    """Return the depthwise convolution of x, in its type, with gradients.
 
-    Args:
-        x: (N, C, H, W), float32, float16 or bfloat16.
-        weight: (C, 1, K, K), K odd; is rounded to the type of x.
-        memory_bytes: bound of `Plan.scratch_bytes`.
-        forward: `matmul`, or `paddle` for Paddle's own convolution with gradients by products.
-        training: whether a program that is being captured is to have these gradients; a program to
-            export has no use for them.
-
-    Returns:
-        (N, C, H, W) in the type of x.
-
-    Raises:
-        InputError: nothing fits into `memory_bytes`.
+    The weight is rounded to the type of x. `forward` is `matmul`, or `paddle` for Paddle's own
+    convolution with gradients by products. `training` says whether a program that is being captured
+    is to have these gradients: a program to export has no use for them.
     """
     needs = (not x.stop_gradient, not weight.stop_gradient)
     wanted = paddle.is_grad_enabled() and any(needs)
@@ -240,42 +230,27 @@ def _weight_gradient_chunk(x, dy, plan: Plan, dtype):
 # The index arrays. The kernel's taps have a zero after them: tap K.
 
 
-def _tap(axis: Axis, output: int, position: int, flipped: bool) -> int:
-    tap = axis.tap(output, position)
-    if tap is None:
-        return axis.kernel
-    return axis.kernel - 1 - tap if flipped else tap
-
-
 def _matrix_columns(axis: Axis, flipped: bool):
-    for output in range(axis.tile):
-        for position in range(axis.window):
-            yield _tap(axis, output, position, flipped)
+    taps = axis.taps()
+    return np.where(taps < axis.kernel, axis.kernel - 1 - taps, taps) if flipped else taps
 
 
 def _matrix_rows(axis: Axis, strips: int, flipped: bool):
-    for output in range(axis.tile):
-        taps = [_tap(axis, output, position, flipped) for position in range(axis.window)]
-        for strip in range(strips):
-            yield from (strip * (axis.kernel + 1) + tap for tap in taps)
+    starts = np.arange(strips)[:, None] * (axis.kernel + 1)
+    return starts + _matrix_columns(axis, flipped)[:, None]
 
 
 def _window_positions(axis: Axis):
-    for number in range(axis.count):
-        yield from range(number * axis.tile, number * axis.tile + axis.window)
+    return np.arange(axis.count)[:, None] * axis.tile + np.arange(axis.window)
 
 
 def _row_diagonals(axis: Axis, strips: int):
-    for output in range(axis.tile):
-        positions = [axis.position(output, tap) for tap in range(axis.kernel)]
-        for strip in range(strips):
-            yield from ((output * strips + strip) * axis.window + p for p in positions)
+    starts = np.arange(axis.tile * strips).reshape([axis.tile, strips, 1]) * axis.window
+    return starts + axis.positions()[:, None]
 
 
 def _column_diagonals(axis: Axis):
-    for tap in range(axis.kernel):
-        for output in range(axis.tile):
-            yield output * axis.window + axis.position(output, tap)
+    return (np.arange(axis.tile)[:, None] * axis.window + axis.positions()).T
 
 
 def _select(x, axis: int, positions, *arguments):
@@ -289,7 +264,7 @@ def _select(x, axis: int, positions, *arguments):
 
 @lru_cache(maxsize=1024)
 def _index(positions, *arguments) -> np.ndarray:
-    return np.fromiter(positions(*arguments), "int32")
+    return positions(*arguments).ravel().astype("int32")
 
 
 @lru_cache(maxsize=1024)

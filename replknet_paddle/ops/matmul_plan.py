@@ -13,8 +13,10 @@ cost that fit into memory. docs/kernels.md has the cost model and what it predic
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+
+import numpy as np
 
 from replknet_paddle.runtime.errors import InputError
 
@@ -32,33 +34,26 @@ ALIGNED_BYTES = 16
 
 @dataclass(frozen=True)
 class Axis:
-    """The tiles along one axis of a map.
-
-    Attributes:
-        size, kernel: of the map and the kernel, pixels.
-        tile: outputs of a tile.
-        count: number of tiles; the last may reach beyond the map.
-        first: a tile's window begins at this one of the tile + kernel - 1 inputs around it; those
-            before lie outside the map for every tile.
-        window: inputs of a window.
-        zero: a position of the window that is zero for every tile; None without `spare`, and where
-            windows hold all inputs around their tile.
-    """
+    """The tiles along one axis of a map; lengths are pixels."""
 
     size: int
     kernel: int
-    tile: int
-    count: int
+    tile: int  # outputs of a tile
+    count: int  # tiles; the last may reach beyond the map
+    # A tile's window begins at this one of the tile + kernel - 1 inputs around it; those before lie
+    # outside the map for every tile.
     first: int
-    window: int
-    zero: int | None
+    window: int  # inputs of a window
+    # A position of the window that is zero for every tile; -1 without `spare`, and where windows
+    # hold all inputs around their tile.
+    zero: int
 
     @classmethod
     def of(cls, size: int, kernel: int, tile: int, *, spare: bool, multiple: int = 1) -> "Axis":
         """Return tiles of `tile` outputs, with a `zero` if `spare`; `window` is a `multiple`."""
         half, count = kernel // 2, -(-size // tile)
         around = tile + kernel - 1
-        first, end, zero = max(0, half - (count - 1) * tile), min(around, half + size), None
+        first, end, zero = max(0, half - (count - 1) * tile), min(around, half + size), -1
         if spare and first > 0:
             first, zero = first - 1, 0
         elif spare and end < around:
@@ -83,35 +78,28 @@ class Axis:
         """`size` with its padding."""
         return self.size + sum(self.padding)
 
-    def tap(self, output: int, position: int) -> int | None:
-        """The kernel's tap between an output of a tile and a position of its window, if any."""
-        tap = position + self.first - output
-        return tap if 0 <= tap < self.kernel else None
+    def taps(self) -> np.ndarray:
+        """Return (tile, window): the tap between an output and a position; `kernel` for none."""
+        taps = np.arange(self.window) + self.first - np.arange(self.tile)[:, None]
+        return np.where((taps >= 0) & (taps < self.kernel), taps, self.kernel)
 
-    def position(self, output: int, tap: int) -> int | None:
-        """The position of the window where an output of a tile meets a tap; `zero` if outside."""
-        position = tap + output - self.first
-        return position if 0 <= position < self.window else self.zero
+    def positions(self) -> np.ndarray:
+        """Return (tile, kernel): where in its window an output meets a tap; `zero` if outside."""
+        positions = np.arange(self.kernel) - self.first + np.arange(self.tile)[:, None]
+        return np.where((positions >= 0) & (positions < self.window), positions, self.zero)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one pass of a layer is computed.
+    """How one pass of a layer is computed."""
 
-    Attributes:
-        kind: one of `PASSES`. The gradient by the input is a convolution, too.
-        itemsize: bytes of a value.
-        rows, columns: tiles along both axes.
-        chunk: channels that are computed at a time.
-    """
-
-    kind: str
+    kind: str  # one of `PASSES`; the gradient by the input is a convolution, too
     batch: int
     channels: int
-    itemsize: int
+    itemsize: int  # bytes of a value
     rows: Axis
     columns: Axis
-    chunk: int
+    chunk: int  # channels that are computed at a time
 
     @property
     def tiles(self) -> int:
@@ -147,11 +135,6 @@ class Plan:
     @property
     def output_values(self) -> int:
         return self.batch * self.rows.outputs * self.columns.outputs
-
-    @property
-    def matrix_bytes(self) -> int:
-        """Size of T for the channels that are computed at a time."""
-        return self.itemsize * self.chunk * self.matrix_values
 
     @property
     def flops(self) -> int:
@@ -190,23 +173,19 @@ class Plan:
     @property
     def scratch_bytes(self) -> int:
         """The most memory in use at a time beside inputs and outputs."""
-        return self.chunk * self.scratch_bytes_per_channel
-
-    @property
-    def scratch_bytes_per_channel(self) -> int:
-        """`scratch_bytes` of one channel."""
         cutting = self.window_values + max(
             2 * self.map_values, self.map_values + self.strip_values, 2 * self.strip_values
         )
         if self.kind == "convolution":
             multiplying = self.window_values + self.output_values
             making = max(2 * self.kernel_strip_values, cutting, multiplying)
-            return self.itemsize * max(self.matrix_values + making, 3 * self.output_values)
+            values = max(self.matrix_values + making, 3 * self.output_values)
+            return self.chunk * self.itemsize * values
         multiplying = self.window_values + self.matrix_values
         products = self.itemsize * (2 * self.output_values + max(cutting, multiplying))
         adding = self.itemsize * (2 * self.matrix_values + self.kernel_strip_values)
         ordering = 3 * 4 * self.kernel_strip_values
-        return max(products, adding, ordering)
+        return self.chunk * max(products, adding, ordering)
 
 
 @lru_cache(maxsize=4096)
@@ -216,17 +195,10 @@ def make_plan(
     itemsize: int,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
 ) -> Plan:
-    """Return the tiles of the lowest cost whose `scratch_bytes` are at most `memory_bytes`.
+    """Return the plan of the lowest cost whose `scratch_bytes` are at most `memory_bytes`.
 
-    Depends on the arguments alone, so that all processes of a run use the same.
-
-    Args:
-        kind: one of `PASSES`.
-        shape: (N, C, H, W, K).
-        itemsize: bytes of a value: 2 or 4.
-
-    Raises:
-        InputError: no tiles fit, not even for one channel at a time.
+    It depends on the arguments alone, so that all processes of a run use the same. `shape` is
+    (N, C, H, W, K). InputError where no tiles fit, not even for one channel at a time.
     """
     batch, channels, height, width, kernel = shape
     spare = kind == "weight gradient"
@@ -247,10 +219,8 @@ def make_plan(
             f"matrix products: {memory_bytes} bytes of memory allowed; allowed for this shape: at "
             f"least {least} (MODEL.CONV_MEMORY_MB), or a smaller batch"
         )
-    chunks = -(-channels * best.scratch_bytes_per_channel // memory_bytes)
-    while -(-channels // chunks) * best.scratch_bytes_per_channel > memory_bytes:
-        chunks += 1
-    return Plan(kind, batch, channels, itemsize, best.rows, best.columns, -(-channels // chunks))
+    chunks = -(-channels // (memory_bytes // best.scratch_bytes))
+    return replace(best, chunk=-(-channels // chunks))
 
 
 def _tile_sizes(size: int) -> list[int]:

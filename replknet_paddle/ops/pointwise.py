@@ -16,7 +16,7 @@ from replknet_paddle.ops.dispatch import (
     check_impl,
     describe,
     is_on_cpu,
-    pair,
+    is_same_conv,
     run_operator,
     use_operator,
 )
@@ -51,7 +51,7 @@ def pointwise_conv2d(x: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor:
         raise ValueError(f"x and weight must be float32, float16 or bfloat16; {got}")
     if not get_library().has_pointwise:
         raise LibraryError(NO_ONEDNN)
-    return run_operator("pointwise_conv2d", {"X": x, "Weight": weight}, {})
+    return run_operator("pointwise_conv2d", x, weight)
 
 
 @as_one_operation
@@ -69,18 +69,6 @@ class FastPointwiseConv2D(nn.Conv2D):
             return nn.Conv2D.forward(self, x)
         y = pointwise_conv2d(x, self.weight)
         return y if self.bias is None else y + self.bias.reshape([1, -1, 1, 1]).astype(y.dtype)
-
-
-def is_eligible(layer: nn.Layer) -> bool:
-    """Whether a layer is a convolution that `FastPointwiseConv2D` can compute."""
-    return (
-        type(layer) in (nn.Conv2D, FastPointwiseConv2D)
-        and list(layer._kernel_size) == [1, 1]
-        and layer._groups == 1
-        and pair(layer._stride) == [1, 1]
-        and layer._data_format == "NCHW"
-        and pair(layer._padding) == [0, 0]
-    )
 
 
 def use_fast_pointwise_conv(model: nn.Layer, impl: str = "auto") -> int:
@@ -103,7 +91,13 @@ def use_fast_pointwise_conv(model: nn.Layer, impl: str = "auto") -> int:
     if fast and not get_library().has_pointwise:
         logger.warning("1x1 convolutions run on Paddle's own: %s", NO_ONEDNN)
         fast = False
-    layers = [layer for layer in model.sublayers(include_self=True) if is_eligible(layer)]
+    layers = [
+        layer
+        for layer in model.sublayers(include_self=True)
+        if is_same_conv(layer, FastPointwiseConv2D)
+        and layer._kernel_size == [1, 1]
+        and layer._groups == 1
+    ]
     for layer in layers:
         layer.__class__ = FastPointwiseConv2D if fast else nn.Conv2D
     return len(layers) if fast else 0

@@ -46,14 +46,13 @@ class UPerHead(nn.Layer):
         num_classes: int,
         *,
         align_corners: bool,  # how maps are resized (False for ADE20K, True for Cityscapes)
-        norm_layer=nn.BatchNorm2D,
     ):
         super().__init__()
         self.align_corners = align_corners
         self.interpolate = resize  # an export has another one
 
         def conv(inputs: int, kernel_size: int) -> ConvNorm:
-            return ConvNorm(inputs, channels, kernel_size, relu=True, norm_layer=norm_layer)
+            return ConvNorm(inputs, channels, kernel_size, relu=True)
 
         self.psp_modules = nn.LayerList(
             nn.Sequential(nn.AdaptiveAvgPool2D(scale), conv(in_channels[-1], 1))
@@ -90,13 +89,9 @@ class UPerHead(nn.Layer):
 class FCNHead(nn.Layer):
     """Logits from one map, by one 3x3 convolution and a classifier."""
 
-    def __init__(
-        self, in_channels: int, channels: int, num_classes: int, *, norm_layer=nn.BatchNorm2D
-    ):
+    def __init__(self, in_channels: int, channels: int, num_classes: int):
         super().__init__()
-        self.convs = nn.LayerList(
-            [ConvNorm(in_channels, channels, 3, relu=True, norm_layer=norm_layer)]
-        )
+        self.convs = nn.LayerList([ConvNorm(in_channels, channels, 3, relu=True)])
         self.dropout = nn.Dropout2D(DROPOUT)
         self.conv_seg = classifier(channels, num_classes)
 
@@ -142,19 +137,17 @@ def build_upernet(config, *, sync_bn: bool = False) -> UPerNet:
     """Return the network that `config` describes, freshly initialized, with `config` in it."""
     settings, num_classes = config.SEGMENTATION, config.MODEL.NUM_CLASSES
     channels = config.MODEL.CHANNELS
-    norm_layer = nn.SyncBatchNorm if sync_bn else nn.BatchNorm2D
     network = UPerNet(
-        build_replknet(config, sync_bn=sync_bn),
+        build_replknet(config),
         UPerHead(
             channels,
             settings.HEAD_CHANNELS,
             num_classes,
             align_corners=settings.ALIGN_CORNERS,
-            norm_layer=norm_layer,
         ),
-        FCNHead(
-            channels[AUXILIARY_STAGE], settings.AUX_CHANNELS, num_classes, norm_layer=norm_layer
-        ),
+        FCNHead(channels[AUXILIARY_STAGE], settings.AUX_CHANNELS, num_classes),
     )
+    if sync_bn:
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.config = config
     return network

@@ -1,5 +1,6 @@
 """The benchmark commands work and measure what they say; no timing decides a test."""
 
+import functools
 import json
 
 import pytest
@@ -16,10 +17,9 @@ main = command("benchmark")
 
 def test_alternatives_are_timed_in_turn_after_the_warmup():
     calls = []
-    seconds = time_in_turn(
-        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warmup=2
-    )
-    assert calls == ["a", "b"] * 5
+    alternatives = {name: functools.partial(calls.append, name) for name in ("a", "b")}
+    seconds = time_in_turn(alternatives, rounds=3)
+    assert calls == ["a", "b"] * 4
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
     assert all(value >= 0 for values in seconds.values() for value in values)
 
@@ -38,12 +38,6 @@ def test_train_loop_prints_both_sides_and_their_ratio(tiny_config_file, capsys):
     assert status == 0
     assert "loop: median" in out and "bare: median" in out and "of the bare step's time" in out
     assert "Paddle" in out and "cores" in out
-
-
-def test_what_to_measure_must_be_named():
-    with pytest.raises(SystemExit) as stop:
-        main([])
-    assert stop.value.code == 2
 
 
 def test_data_prints_each_pipeline_beside_plain_decoding(capsys):

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_a_folder_gives_the_array_the_table_and_the_picture(
     expected = np.mean([official_preparation(model, folder / name) for name in field.images], 0)
     assert np.linalg.norm(field.scores - expected) < 0.02 * np.linalg.norm(expected)
     printed = capsys.readouterr().out
-    row = next(line for line in printed.splitlines() if line.startswith("nano"))
+    (row,) = (line for line in printed.splitlines() if line.startswith("nano"))
     assert row.split()[1:3] == ["3", "0"]
     assert all(f"{share}%" in printed for share in (20, 30, 50, 99))
     assert_picture(tmp_path / "nano.png", panels=1)
@@ -101,16 +102,20 @@ def slow_erf(arguments) -> int:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_gives_the_same_array(folder, flags, tmp_path):
+def test_a_killed_run_goes_on_and_gives_the_same_array(folder, flags, tmp_path, monkeypatch):
     whole, killed = tmp_path / "whole.npy", tmp_path / "killed.npy"
     run = Run(arguments(folder, flags, killed), output=tmp_path / "killed.txt", target=slow_erf)
     wait_for(lambda: killed.exists() or run.process.exitcode is not None, timeout=300)
     run.send(signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL, run.text()
-    assert 1 <= len(load_field(killed).images) < COUNT
+    done = len(load_field(killed).images)
+    assert 1 <= done < COUNT
     assert not (tmp_path / "killed.png").exists()
-    for out in (killed, whole):
+    scores = mock.Mock(side_effect=contribution_scores)
+    monkeypatch.setattr(receptive_field, "contribution_scores", scores)
+    for out in (killed, killed, whole):
         assert erf(arguments(folder, flags, out)) == 0
+    assert scores.call_count == COUNT - done + COUNT  # nothing is computed twice
     assert killed.read_bytes() == whole.read_bytes()
 
 

@@ -34,12 +34,9 @@ def test_several_runs_become_one_picture(tmp_path):
         assert len(image.convert("RGB").getcolors(1 << 24)) > 50  # something is drawn
 
 
-def records_of(folder):
-    return {str(folder): read_metrics(folder)}
-
-
 def test_every_panel_shows_its_curves(tmp_path):
-    figure = build_figure(records_of(write_run(tmp_path / "a", val_ema_top1_percent=5.0)))
+    run = write_run(tmp_path / "a", val_ema_top1_percent=5.0)
+    figure = build_figure({str(run): read_metrics(run)})
     loss, top1 = figure.axes
     assert [line.get_label() for line in loss.lines] == ["a: train_loss", "a: val_loss"]
     curves, ema, best = top1.lines
@@ -50,29 +47,26 @@ def test_every_panel_shows_its_curves(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "top1, ema, epoch, percent",
+    "top1, ema, best",
     [
-        ([50, 70, 60], None, 2, 70),
-        ([70, 70], None, 1, 70),  # the first one, as the run keeps it
-        ([50, 60], [55, 65], 2, 65),
+        ([50, 70, 60], (), (2, 70)),
+        ([70, 70], (), (1, 70)),  # the first one, as the run keeps it
+        ([50, 60], [55, 65], (2, 65)),
+        ([None], (), None),  # never evaluated
     ],
 )
-def test_the_best_epoch_is_that_of_the_better_weights(tmp_path, top1, ema, epoch, percent):
+def test_the_best_epoch_is_that_of_the_better_weights(top1, ema, best):
     records = [{"epoch": i, "val_top1_percent": value} for i, value in enumerate(top1, 1)]
-    for record, value in zip(records, ema or ()):
+    for record, value in zip(records, ema):
         record["val_ema_top1_percent"] = value
-    key, record = best_record(records)
-    assert (record["epoch"], record[key]) == (epoch, percent)
-
-
-def test_a_run_that_was_never_evaluated_has_no_best_epoch():
-    assert best_record([{"epoch": 1, "train_loss": 2.0}]) is None
+    key, record = best_record(records) or (None, None)
+    assert (record and (record["epoch"], record[key])) == best
 
 
 def test_names_of_runs_are_drawn_in_a_font_that_has_their_letters(tmp_path):
     if find_font("猫") is None:
         pytest.skip("no font with Chinese letters is installed (fonts-noto-cjk)")
-    figure = build_figure(records_of(write_run(tmp_path / "猫")))
+    figure = build_figure({"猫": read_metrics(write_run(tmp_path / "run"))})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         figure.savefig(tmp_path / "x.png")

@@ -1,19 +1,45 @@
-"""References in float64, by Paddle's own convolution."""
+"""What tests of convolutions share: random inputs, references in float64, records of calls."""
 
 import numpy as np
 import paddle
 from paddle.nn import functional as F
 
+STAGES = [(128, 56, 31), (256, 28, 29), (512, 14, 27), (1024, 7, 13)]  # channels, side, kernel
 
-def conv_and_gradients(x, weight, dy, bias=None, *, groups=None):
-    """Output and gradients by x, weight and, where there is one, bias, all float64 arrays."""
-    tensors = [paddle.to_tensor(a.astype("float64")) for a in (x, weight, bias) if a is not None]
+
+def arrays(batch, channels, height, width, kernel, seed=0):
+    """x, weight, bias and dy of a depthwise convolution."""
+    rng = np.random.default_rng(seed)
+    image = (batch, channels, height, width)
+    shapes = [image, (channels, 1, kernel, kernel), (channels,), image]
+    return [rng.standard_normal(shape, "float32") for shape in shapes]
+
+
+def with_gradients(convolution, *inputs):
+    """Output of a function of tensors, and gradients by each, for float32 arrays: inputs and dy."""
+    *tensors, dy = map(paddle.to_tensor, inputs)
     for tensor in tensors:
         tensor.stop_gradient = False
+    y = convolution(*tensors)
+    return [t.numpy() for t in (y, *paddle.grad(y, tensors, dy))]
+
+
+def conv_and_gradients(x, weight, dy, bias=None, *, groups=None):
+    """Output and gradients by x, weight and, where there is one, bias, by Paddle's in float64."""
     padding, groups = weight.shape[-1] // 2, groups or weight.shape[0]
-    y = F.conv2d(*tensors, padding=padding, groups=groups)
-    gradients = paddle.grad(y, tensors, paddle.to_tensor(dy.astype("float64")))
-    return [t.numpy() for t in (y, *gradients)]
+    inputs = [a.astype("float64") for a in (x, weight, bias, dy) if a is not None]
+    return with_gradients(lambda *t: F.conv2d(*t, padding=padding, groups=groups), *inputs)
+
+
+def calls_of(monkeypatch, *functions) -> list[str]:
+    """The names of functions, given as (module, name), in the order in which they are called."""
+    calls = []
+    for module, name in functions:
+        function = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *a, f=function, n=name, **k: calls.append(n) or f(*a, **k)
+        )
+    return calls
 
 
 def relative_error(got, wanted) -> float:

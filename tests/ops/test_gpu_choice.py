@@ -3,10 +3,9 @@
 import logging
 import sys
 
-import numpy as np
 import paddle
 import pytest
-from double_precision import conv_and_gradients, relative_error
+from double_precision import arrays, calls_of, conv_and_gradients, relative_error
 from harness import finish_ranks
 from paddle import nn
 
@@ -49,45 +48,38 @@ def seconds(monkeypatch):
 
 
 def tensors(shape=SHAPE, kernel=9, dtype="float32"):
-    rng = np.random.default_rng(0)
-    shapes = (shape, (shape[1], 1, kernel, kernel), shape)
-    arrays = [rng.standard_normal(s, "float32") for s in shapes]
-    x, weight, dy = (paddle.to_tensor(a).astype(dtype) for a in arrays)
+    x, weight, _, dy = (paddle.to_tensor(a).astype(dtype) for a in arrays(*shape, kernel))
     x.stop_gradient = weight.stop_gradient = False
-    return arrays, x, weight, dy
+    return x, weight, dy
 
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_each_pass_is_computed_by_what_was_faster(choice, seconds, monkeypatch):
     seconds += FASTEST[choice]
-    arrays, x, weight, dy = tensors()
+    x, weight, dy = tensors()
     y = large_kernel_depthwise_conv2d(x, weight)
     assert gpu_choice._trained == {(*SHAPE, 9, "float32"): choice} and not seconds
-    used = []
-    for module, name in (
+    used = calls_of(
+        monkeypatch,
         (matmul_conv, "convolve"),
         (matmul_conv, "weight_gradient"),
         (matmul_conv, "large_kernel_depthwise_conv2d_reference"),
         (depthwise, "large_kernel_depthwise_conv2d_reference"),
-    ):
-        function = getattr(module, name)
-        monkeypatch.setattr(
-            module, name, lambda *a, f=function, n=name, **k: used.append(n) or f(*a, **k)
-        )
+    )
     y = large_kernel_depthwise_conv2d(x, weight)
     forward = {"paddle": "large_kernel_depthwise_conv2d_reference", "matmul": "convolve"}
     assert used == [forward[choice.forward]]
     used.clear()
     gradients = paddle.grad(y, [x, weight], dy)
     assert used == (["convolve", "weight_gradient"] if choice.gradients == "matmul" else [])
-    wanted = conv_and_gradients(*arrays)
+    wanted = conv_and_gradients(*(t.numpy() for t in (x, weight, dy)))
     for got, right in zip((y, *gradients), wanted):
         assert relative_error(got.numpy(), right) < 5e-6
 
 
 def test_a_shape_and_type_is_measured_and_logged_once(seconds, caplog):
     caplog.set_level(logging.INFO)
-    _, x, weight, _ = tensors()
+    x, weight, _ = tensors()
     for _ in range(3):
         seconds += FASTEST[CHOICES[2]] if not gpu_choice._trained else ()
         choose(x, weight, 2**29, training=True)
@@ -101,16 +93,16 @@ def test_a_shape_and_type_is_measured_and_logged_once(seconds, caplog):
         "by matrix products",
     ]
     seconds += FASTEST[PADDLE]
-    assert choose(tensors((3, 4, 12, 10))[1], weight, 2**29, training=True) == PADDLE
+    assert choose(tensors((3, 4, 12, 10))[0], weight, 2**29, training=True) == PADDLE
     seconds += FASTEST[CHOICES[1]]
-    _, half, half_weight, _ = tensors(dtype="bfloat16")
+    half, half_weight, _ = tensors(dtype="bfloat16")
     assert choose(half, half_weight, 2**29, training=True) == CHOICES[1]
     assert len(gpu_choice._trained) == 3 and not seconds
 
 
 def test_evaluation_takes_the_choice_of_training_or_of_its_first_shape(seconds):
-    _, x, weight, _ = tensors()
-    other = tensors((1, 4, 30, 20))[1]
+    x, weight, _ = tensors()
+    other = tensors((1, 4, 30, 20))[0]
     seconds += (2, 1)
     assert choose(x, weight, 2**29, training=False).forward == "matmul"
     assert choose(other, weight, 2**29, training=False).forward == "matmul"
@@ -126,7 +118,7 @@ def test_evaluation_takes_the_choice_of_training_or_of_its_first_shape(seconds):
 def test_products_that_deviate_are_not_used(name, kind, factor, shown, monkeypatch, caplog):
     function = getattr(gpu_choice, name)
     monkeypatch.setattr(gpu_choice, name, lambda *a, **k: factor * function(*a, **k))
-    _, x, weight, _ = tensors()
+    x, weight, _ = tensors()
     assert choose(x, weight, 2**29, training=True) == PADDLE
     (warning,) = (r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
     assert "2x4x12x10, kernel 9, float32" in warning
@@ -136,12 +128,12 @@ def test_products_that_deviate_are_not_used(name, kind, factor, shown, monkeypat
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_rounding_of_half_precision_is_no_deviation(dtype, seconds):
     seconds += FASTEST[CHOICES[2]]
-    _, x, weight, _ = tensors((2, 4, 28, 28), 27, dtype)
+    x, weight, _ = tensors((2, 4, 28, 28), 27, dtype)
     assert choose(x, weight.astype("float32"), 2**29, training=True) == CHOICES[2]
 
 
 def test_products_that_need_more_memory_are_not_used(caplog):
-    _, x, weight, _ = tensors()
+    x, weight, _ = tensors()
     assert choose(x, weight, 1000, training=True) == PADDLE
     assert "1000 bytes of memory allowed" in caplog.text and "using Paddle's own" in caplog.text
 
@@ -151,7 +143,7 @@ def test_measuring_leaves_the_hook_of_master_gradients_registered(seconds, monke
     state = sys.modules["paddle.amp.auto_cast"].amp_global_state()
     monkeypatch.setattr(state, "use_master_grad", True)
     monkeypatch.setattr(state, "model_parameters", [])
-    _, x, weight, dy = tensors()
+    x, weight, dy = tensors()
     with paddle.amp.auto_cast(enable=False):
         assert state.already_register_final_backward_hook
         seconds += (1.0, 2.0, 3.0, 4.0)
@@ -196,7 +188,7 @@ def choose_on_a_rank(arguments) -> int:
     if veto and not is_first:
         convolve = gpu_choice.convolve
         gpu_choice.convolve = lambda *a, **k: 2 * convolve(*a, **k)
-    _, x, weight, _ = tensors()
+    x, weight, _ = tensors()
     print("chose", *choose(x, weight, 2**29, training=True))
     return 0
 

@@ -3,7 +3,7 @@
 import numpy as np
 import paddle
 import pytest
-from double_precision import conv_and_gradients_by_fft, relative_error
+from double_precision import STAGES, conv_and_gradients_by_fft, relative_error
 from paddle import nn
 
 from replknet_paddle.ops import (
@@ -17,8 +17,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(processes.visible_devices() == 0, reason="needs a GPU"),
 ]
-
-STAGES = [(128, 56, 31), (256, 28, 29), (512, 14, 27), (1024, 7, 13)]
 
 
 @pytest.fixture(autouse=True)
