@@ -61,7 +61,7 @@ class SourceFile(io.BufferedReader):
             )
 
     def copied(self, items):
-        """`items`, charged for the container that is about to be made of them."""
+        """Return `items`, charged for the container that is about to be made of them."""
         self.spend(_OPCODE_BYTES * len(items))
         return items
 
@@ -72,7 +72,7 @@ class SourceFile(io.BufferedReader):
         return super().read(size)
 
     def view(self, start: int, length: int) -> memoryview:
-        """The bytes [start, start + length) without copying them."""
+        """Return the bytes [start, start + length) without copying them."""
         if start < 0 or length < 0 or start + length > self.size:
             raise InputError(
                 f"ends too early: {length} bytes are announced at byte {start} of "
@@ -81,11 +81,11 @@ class SourceFile(io.BufferedReader):
         return self._bytes[start : start + length]
 
     def integer(self, start: int, length: int) -> int:
-        """The little-endian integer in `length` bytes."""
+        """Return the little-endian integer in `length` bytes."""
         return int.from_bytes(self.view(start, length), "little")
 
     def numbers(self, dtype: object, start: int, count: int) -> np.ndarray:
-        """`count` numbers from byte `start` on: a view of the file, or float32 for bfloat16."""
+        """Return `count` numbers from byte `start`: a view of the file, or float32 for bfloat16."""
         raw = self.view(start, count * itemsize(dtype))
         if dtype is not BFLOAT16:
             return np.frombuffer(raw, dtype)
@@ -98,12 +98,12 @@ def itemsize(dtype: object) -> int:
 
 
 def widened(bits: np.ndarray) -> np.ndarray:
-    """The float32 numbers whose upper halves are these bits of bfloat16."""
+    """Return the float32 numbers whose upper halves are these bits of bfloat16."""
     return np.left_shift(bits, 16, dtype=np.uint32).view(np.float32)
 
 
 def checked_sizes(sizes: object) -> tuple[int, ...]:
-    """`sizes` if it is a tuple of at most 32 non-negative integers, else InputError."""
+    """Return `sizes` if it is a tuple of at most 32 non-negative integers, else InputError."""
     plain = isinstance(sizes, tuple) and len(sizes) <= 32
     if not plain or not all(type(n) is int and 0 <= n < 2**63 for n in sizes):
         raise InputError(f"holds a tensor of impossible shape {shown(sizes)}")
@@ -111,7 +111,7 @@ def checked_sizes(sizes: object) -> tuple[int, ...]:
 
 
 def shown(value: object) -> str:
-    """A value from a file as it may appear in a message: short, and quick to make."""
+    """Return a value from a file as it may appear in a message: short, and quick to make."""
     parts = value if type(value) is tuple else (value,)
     is_flat = all(isinstance(part, (str, int, float, bytes, type(None))) for part in parts)
     return f"{value!r:.80}" if is_flat else f"a {type(value).__name__}"
@@ -198,11 +198,9 @@ class _Unpickler(pickle.Unpickler):
 
 
 def unpickle(file: SourceFile, start: int, known: Mapping[str, object], storage=None) -> Any:
-    """The value of the pickle at byte `start`, after which the stream then is.
+    """Return the value of the pickle at byte `start`, after which the stream then is.
 
-    Args:
-        known: what the pickle may name.
-        storage: makes the value of a persistent id, PyTorch's reference to a tensor's storage.
+    `known` is what the pickle may name, and `storage` makes the value of a persistent id.
     """
     file.seek(start)
     _check_opcodes(file)
@@ -274,7 +272,7 @@ def _array(data, dtype, shape, order="C") -> np.ndarray:
 
 
 def plain_globals(file: SourceFile) -> dict[str, object]:
-    """What any pickle may name: containers, byte strings, numpy's arrays and scalars."""
+    """Return what any pickle may name: containers, byte strings, numpy's arrays and scalars."""
 
     class Attributes(_Mapping):
         """The attributes of an object such as `argparse.Namespace`."""

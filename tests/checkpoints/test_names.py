@@ -50,7 +50,7 @@ def misfit(monkeypatch):
 
     def load(state: dict, network_shapes: Mapping, **options) -> str:
         path = FIXTURES / "tiny31_official.pth"
-        monkeypatch.setattr(checkpoint_file, "read_file", lambda path: (state, None))
+        monkeypatch.setattr(checkpoint_file, "read_file", lambda path: (state, {}))
         with pytest.raises(InputError) as caught:
             load_pretrained(Network(zeros(network_shapes)), path, **options)
         assert str(caught.value).startswith(f"{path}: ")
