@@ -2,12 +2,11 @@
 
 import functools
 from collections.abc import Mapping
-from pathlib import Path
-from types import MappingProxyType
-from typing import NamedTuple
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import pytest
+from tiny import FIXTURES, ROOT
 
 from replknet_paddle.checkpoints import checkpoint_file
 from replknet_paddle.checkpoints.load import load_pretrained, load_state, parameter_shapes
@@ -17,31 +16,20 @@ from replknet_paddle.runtime.errors import InputError
 
 pytestmark = pytest.mark.paddle_version
 
-FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
-CONFIGS = FIXTURES.parent.parent / "configs"
-
 
 @functools.cache
 def shapes(config_name: str, **keys) -> Mapping[str, tuple]:
-    keys = {key: list(value) if isinstance(value, tuple) else value for key, value in keys.items()}
-    config = get_config(str(CONFIGS / f"{config_name}.yaml"))
-    config.defrost()
-    config.MODEL.update(keys)
+    overrides = {
+        f"MODEL__{key}": list(value) if isinstance(value, tuple) else value
+        for key, value in keys.items()
+    }
+    config = get_config(ROOT / "configs" / f"{config_name}.yaml", **overrides)
     return MappingProxyType(parameter_shapes(config))
 
 
 def zeros(shapes: Mapping[str, tuple]) -> dict[str, np.ndarray]:
     """Tensors of full size that take no memory."""
     return {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
-
-
-class Network(NamedTuple):
-    """All that loading sees of a network before it finds that a file does not fit."""
-
-    parameters: dict[str, np.ndarray]
-
-    def state_dict(self):
-        return self.parameters
 
 
 @pytest.fixture
@@ -51,8 +39,9 @@ def misfit(monkeypatch):
     def load(state: dict, network_shapes: Mapping, **options) -> str:
         path = FIXTURES / "tiny31_official.pth"
         monkeypatch.setattr(checkpoint_file, "read_file", lambda path: (state, {}))
+        network = SimpleNamespace(state_dict=lambda: zeros(network_shapes))
         with pytest.raises(InputError) as caught:
-            load_pretrained(Network(zeros(network_shapes)), path, **options)
+            load_pretrained(network, path, **options)
         assert str(caught.value).startswith(f"{path}: ")
         return str(caught.value)
 
