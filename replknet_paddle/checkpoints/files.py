@@ -30,7 +30,6 @@ from replknet_paddle.checkpoints.pickles import (
     Global,
     SourceFile,
     checked_sizes,
-    itemsize,
     plain_globals,
     shown,
     unpickle,
@@ -126,19 +125,13 @@ def _torch_globals(file: SourceFile) -> dict[str, object]:
     builders = {
         "torch._utils._rebuild_tensor": partial(_tensor, file),
         "torch._utils._rebuild_tensor_v2": partial(_tensor, file),
-        "torch._utils._rebuild_parameter": _parameter,
+        "torch._utils._rebuild_parameter": lambda data, *_: data,
         "torch.Size": checked_sizes,
         "torch.device": lambda kind, *index: ":".join([f"{kind:.20}", *map("{:d}".format, index)]),
-        **{f"torch.{dtype}": None for dtype in (BFLOAT16, *DTYPES.values())},
+        **{f"torch.{dtype}": None for dtype in ("bfloat16", *DTYPES.values())},
         **dict.fromkeys(_STORAGES),
     }
     return plain_globals(file) | {name: Global(name, build) for name, build in builders.items()}
-
-
-def _parameter(data, requires_grad=True, hooks=None) -> np.ndarray:
-    if not isinstance(data, np.ndarray):
-        raise InputError("holds a parameter without a tensor")
-    return data
 
 
 def _tensor(
@@ -164,7 +157,7 @@ def _tensor(
     return np.ndarray(size, storage.dtype, storage, offset * storage.itemsize, step_bytes)
 
 
-def _reference(reference: object) -> tuple[str | int, object, int]:
+def _reference(reference: object) -> tuple[str | int, np.dtype, int]:
     """Return (key, dtype, elements) of a persistent id, the reference to a storage: a tuple of
     'storage', type, key, device, elements, and in the older files None."""
     if type(reference) is not tuple or reference[:1] + reference[5:] not in (
@@ -194,10 +187,10 @@ def _read_torch_zip(file: SourceFile) -> Any:
         key, dtype, count = _reference(reference)
         if (key, dtype) not in storages:
             start, length = members[f"{folder}data/{key}"]
-            if count * itemsize(dtype) > length:
+            if count * dtype.itemsize > length:
                 raise InputError(
                     f"holds {length} bytes for storage {shown(key)}, which needs {count} times "
-                    f"{itemsize(dtype)}; copy or download the file again"
+                    f"{dtype.itemsize}; copy or download the file again"
                 )
             storages[key, dtype] = file.numbers(dtype, start, count)
         return storages[key, dtype]
@@ -241,7 +234,7 @@ def _read_torch_legacy(file: SourceFile) -> Any:
     if version != 1001 or not isinstance(system, dict) or system.get("little_endian") is not True:
         raise InputError("is a PyTorch file of a version or byte order that is not read")
 
-    kinds: dict[object, tuple[object, int]] = {}
+    kinds: dict[object, tuple[np.dtype, int]] = {}
 
     def note(reference: object) -> np.ndarray:
         key, dtype, count = _reference(reference)
@@ -260,7 +253,7 @@ def _read_torch_legacy(file: SourceFile) -> Any:
         if announced != count or key in storages:
             raise InputError(f"holds storage {shown(key)} with {announced} elements, not {count}")
         storages[key] = file.numbers(dtype, position + 8, count)
-        position += 8 + count * itemsize(dtype)
+        position += 8 + count * dtype.itemsize
 
     return unpickle(
         file, content_start, known, lambda reference: storages[_reference(reference)[0]]
@@ -311,7 +304,7 @@ def _read_safetensors(file: SourceFile) -> tuple[dict[str, np.ndarray], dict[str
     file, and the metadata."""
     length = file.integer(0, 8)
     file.spend(_HEADER_TIMES * length)
-    header = json.loads(str(file.view(8, length), "utf-8"), object_pairs_hook=_without_twins)
+    header = json.loads(str(file.view(8, length), "utf-8"))
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise InputError("has metadata that are not texts by name")
@@ -324,7 +317,7 @@ def _read_safetensors(file: SourceFile) -> tuple[dict[str, np.ndarray], dict[str
             )
         shape = checked_sizes(tuple(entry["shape"]))
         count = math.prod(shape)
-        end = start + count * itemsize(dtype)
+        end = start + count * dtype.itemsize
         if entry["data_offsets"] != [start - 8 - length, end - 8 - length]:
             raise InputError(
                 f"holds tensor {shown(name)} of shape {shown(shape)} and type {entry['dtype']} "
@@ -336,12 +329,6 @@ def _read_safetensors(file: SourceFile) -> tuple[dict[str, np.ndarray], dict[str
     if start != file.size:
         raise InputError(f"has {file.size - start} bytes that belong to no tensor")
     return tensors, metadata
-
-
-def _without_twins(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    if len(dict(pairs)) != len(pairs):
-        raise InputError("names something in its header twice")
-    return dict(pairs)
 
 
 # ---- writers

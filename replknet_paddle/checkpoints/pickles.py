@@ -23,7 +23,7 @@ import numpy as np
 
 from replknet_paddle.runtime.errors import InputError
 
-BFLOAT16 = "bfloat16"  # in place of a numpy type
+BFLOAT16 = np.dtype("V2")  # which numpy lacks: two bytes
 _CODES = ("b1", "u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8")
 DTYPES = {code: np.dtype("<" + code) for code in _CODES}
 
@@ -84,17 +84,13 @@ class SourceFile(io.BufferedReader):
         """Return the little-endian integer in `length` bytes."""
         return int.from_bytes(self.view(start, length), "little")
 
-    def numbers(self, dtype: object, start: int, count: int) -> np.ndarray:
+    def numbers(self, dtype: np.dtype, start: int, count: int) -> np.ndarray:
         """Return `count` numbers from byte `start`: a view of the file, or float32 for bfloat16."""
-        raw = self.view(start, count * itemsize(dtype))
-        if dtype is not BFLOAT16:
+        raw = self.view(start, count * dtype.itemsize)
+        if dtype != BFLOAT16:
             return np.frombuffer(raw, dtype)
         self.spend(4 * count)
         return widened(np.frombuffer(raw, DTYPES["u2"]))
-
-
-def itemsize(dtype: object) -> int:
-    return 2 if dtype is BFLOAT16 else dtype.itemsize
 
 
 def widened(bits: np.ndarray) -> np.ndarray:
