@@ -148,11 +148,6 @@ def test_a_disk_that_really_takes_no_more_leaves_the_old_file(tmp_path):
 # ---- files that cannot be resumed
 
 
-def test_nothing_there():
-    with pytest.raises(FileNotFoundError, match="no checkpoint /no/such/file"):
-        load_checkpoint("/no/such/file")
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A checkpoint, as bytes and as it is read."""
@@ -270,11 +265,6 @@ def test_weights_of_another_program_are_pointed_to_pretrained(name, tmp_path):
         rewrite(path, lambda *_: {})
     with pytest.raises(InputError, match="not a training checkpoint.*-pretrained"):
         load_checkpoint(path)
-
-
-def test_a_folder_is_no_checkpoint(tmp_path):
-    with pytest.raises(InputError, match="is not a file"):
-        load_checkpoint(str(tmp_path))
 
 
 # ---- which one to go on from
@@ -396,29 +386,27 @@ def test_unfinished_files_go_and_whole_ones_stay(tmp_path):
 
 # ---- where a checkpoint belongs
 
+SAVED = "checkpoints/epoch_0001_step_00000005.safetensors"
+
 
 @pytest.mark.parametrize(
-    "named", ["run", "run/last", "run/checkpoints/epoch_0001_step_00000005.safetensors", "link"]
+    "here, named",
+    [
+        *((".", name) for name in ("run", "run/last", f"run/{SAVED}", "link")),
+        *(("run", name) for name in ("last", "./last", "checkpoints/../last", ".")),
+    ],
 )
-def test_a_checkpoint_knows_its_run_folder(tmp_path, named):
+def test_a_checkpoint_knows_its_run_folder(tmp_path, monkeypatch, here, named):
     run = tmp_path / "run"
     path = save_at(run, 1, 5)
     (run / "config.yaml").write_text("SEED: 2\n")
     point_to(str(run), "last", path)
     os.symlink(path, tmp_path / "link")
-    assert os.path.realpath(run_folder_of(str(tmp_path / named))) == os.path.realpath(run)
-    assert config_of(str(tmp_path / named)).SEED == 2  # in the file, 1
-
-
-@pytest.mark.parametrize("named", ["last", "./last", "checkpoints/../last", "."])
-def test_a_checkpoint_named_from_inside_its_run_folder(tmp_path, monkeypatch, named):
-    path = save_at(tmp_path, 1, 5)
-    (tmp_path / "config.yaml").write_text("SEED: 1\n")
-    point_to(str(tmp_path), "last", path)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path / here)
     folder = run_folder_of(named)
     assert folder, repr(folder)  # '' is no value of SAVE
-    assert os.path.realpath(folder) == str(tmp_path)
+    assert os.path.realpath(folder) == os.path.realpath(run)
+    assert config_of(named).SEED == 2  # in the file, 1
 
 
 def test_a_checkpoint_alone_has_no_run_folder(tmp_path):
