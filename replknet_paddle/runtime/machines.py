@@ -124,7 +124,7 @@ class Heartbeat:
         self.master = master
         self.address = address
         self.reminder = Reminder()
-        self.log_dir = Path(log_dir).absolute()
+        self.log_dir = Path(os.path.abspath(log_dir))
         self.node = self.log_dir.name
         self.count = 0
         # Of each other node, what was last read, and when that had changed on this machine's clock.

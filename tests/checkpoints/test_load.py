@@ -4,19 +4,13 @@ import re
 import numpy as np
 import paddle
 import pytest
-from tiny import FIXTURES, ROOT
+from tiny import FIXTURES
 
 from replknet_paddle import zoo
 from replknet_paddle.checkpoints.checkpoint_file import record_metadata
 from replknet_paddle.checkpoints.files import read_checkpoint, write_pdparams, write_safetensors
-from replknet_paddle.checkpoints.load import (
-    convert_file,
-    load_pretrained,
-    load_state,
-    parameter_shapes,
-)
+from replknet_paddle.checkpoints.load import load_pretrained, load_state
 from replknet_paddle.checkpoints.names import LAYOUTS, from_native
-from replknet_paddle.config import get_config
 from replknet_paddle.runtime.errors import InputError
 
 pytestmark = pytest.mark.paddle_version
@@ -309,28 +303,3 @@ def test_head_that_fits_is_loaded_even_if_it_may_be_dropped(network):
     model = network("tiny31")
     load_pretrained(model, FIXTURES / "tiny31_official.pth", drop_head=True)
     assert abs(logits(model, "tiny31") - reference("tiny31")["logits"]).max() <= 1e-4
-
-
-# Full size
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", ["official", "mmpretrain"])
-@pytest.mark.parametrize("config_name", ["replknet_31b", "replknet_31l_22k1k_384", "replknet_xl"])
-def test_full_size_file_of_torch_there_and_back(config_name, layout, tmp_path):
-    torch = pytest.importorskip("torch", reason="PyTorch itself has to write the file")
-    config = get_config(ROOT / "configs" / f"{config_name}.yaml")
-    rng = np.random.default_rng(0)
-    state = {
-        name: rng.standard_normal(shape, dtype="f4")
-        for name, shape in parameter_shapes(config).items()
-    }
-    state = from_native(state, layout)
-    tensors = {name: torch.from_numpy(value) for name, value in state.items()}
-    torch.save({"state_dict": tensors} if layout == "mmpretrain" else tensors, tmp_path / "x.pth")
-    del tensors
-    convert_file(tmp_path / "x.pth", tmp_path / "native.safetensors", config)
-    convert_file(
-        tmp_path / "native.safetensors", tmp_path / "back.safetensors", config, layout=layout
-    )
-    assert_same_bits(read_checkpoint(tmp_path / "back.safetensors"), state)
