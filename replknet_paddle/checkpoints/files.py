@@ -30,7 +30,7 @@ from replknet_paddle.checkpoints.pickles import (
     Global,
     SourceFile,
     checked_sizes,
-    plain_globals,
+    known_globals,
     shown,
     unpickle,
 )
@@ -131,7 +131,7 @@ def _torch_globals(file: SourceFile) -> dict[str, object]:
         **{f"torch.{dtype}": None for dtype in ("bfloat16", *DTYPES.values())},
         **dict.fromkeys(_STORAGES),
     }
-    return plain_globals(file) | {name: Global(name, build) for name, build in builders.items()}
+    return known_globals(file, builders)
 
 
 def _tensor(
@@ -264,13 +264,10 @@ def _read_torch_legacy(file: SourceFile) -> Any:
 
 
 def _read_paddle(file: SourceFile) -> Any:
-    builders = {"tuple": _named_tensor, "eval": _dense_tensor}
-    known = plain_globals(file) | {
-        f"{module}.{name}": Global(name, build)
-        for module in ("builtins", "__builtin__")
-        for name, build in builders.items()
-    }
-    content = unpickle(file, 0, known)
+    builders = {}
+    for module in ("builtins", "__builtin__"):  # Python 3 and 2
+        builders |= {f"{module}.tuple": _named_tensor, f"{module}.eval": _dense_tensor}
+    content = unpickle(file, 0, known_globals(file, builders))
     if file.tell() != file.size:
         raise InputError(
             f"has {file.size - file.tell()} bytes after its end: it is not one of {_FORMATS}"

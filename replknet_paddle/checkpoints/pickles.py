@@ -267,8 +267,9 @@ def _array(data, dtype, shape, order="C") -> np.ndarray:
     return np.frombuffer(data, dtype.value).reshape(shape, order="F" if order == "F" else "C")
 
 
-def plain_globals(file: SourceFile) -> dict[str, object]:
-    """Return what any pickle may name: containers, byte strings, numpy's arrays and scalars."""
+def known_globals(file: SourceFile, more: Mapping[str, Callable | None]) -> dict[str, object]:
+    """Return what a pickle may name: containers, byte strings, numpy's arrays and scalars, and
+    `more` of its format, with what builds each."""
 
     class Attributes(_Mapping):
         """The attributes of an object such as `argparse.Namespace`."""
@@ -327,6 +328,6 @@ def plain_globals(file: SourceFile) -> dict[str, object]:
             f"numpy.{core}.multiarray.scalar": lambda dtype, data: _array(data, dtype, (1,)).item(),
             f"numpy.{core}.numeric._frombuffer": _array,
         }
-    known = {name: Global(name, build) for name, build in builders.items()}
+    known = {name: Global(name, build) for name, build in (builders | more).items()}
     # NEWOBJ takes nothing but classes.
     return known | dict.fromkeys(("argparse.Namespace", "types.SimpleNamespace"), Attributes)

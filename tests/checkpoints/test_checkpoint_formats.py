@@ -526,7 +526,7 @@ def test_no_name_but_those_of_the_table_is_found(name, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "name"
     path.write_bytes(pickled({"x": Name(*name.rsplit(".", 1))}))
     with open(path, "rb") as raw, pickles.SourceFile(Path(raw.name)) as source:
-        known = pickles.plain_globals(source)
+        known = pickles.known_globals(source, {})
     if name not in known:
         assert f"asks for {name!r}" in refusal(path)
 
