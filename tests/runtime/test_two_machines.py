@@ -230,7 +230,8 @@ def test_a_route_that_comes_back_is_waited_for(machines, flags, straight_on_two,
 def test_a_machine_that_waits_says_for_what_and_ends_by_a_signal(machines, flags, number):
     """Nobody listens at MASTER."""
     machines.start("b", flags)
-    wait_for(lambda: machines.said("b").count("still waiting for 2 machines") >= 2, timeout=90)
+    # Paddle's launcher handles signals itself once it is imported, seconds later on a busy machine.
+    wait_for(lambda: machines.said("b").count("still waiting for 2 machines") >= 5, timeout=90)
     said = machines.said("b")
     assert "this one is 10.77.31.2" in said
     assert "nobody answers at MASTER 10.77.31.1:8090 (" in said and "refused" in said
