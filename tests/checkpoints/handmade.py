@@ -36,15 +36,8 @@ def encode(value) -> bytes:
         return encode(value.cls) + b")\x81" + encode(value.state) + b"b"
     if isinstance(value, Reference):
         return encode(value.value) + b"Q"
-    if value is None or isinstance(value, bool):
-        return {None: b"N", True: b"\x88", False: b"\x89"}[value]
-    if isinstance(value, int):
-        size = value.bit_length() // 8 + 1
-        return b"\x8a" + bytes([size]) + value.to_bytes(size, "little", signed=True)
-    if isinstance(value, float):
-        return b"G" + struct.pack(">d", value)
-    if isinstance(value, str):
-        return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return pickle.dumps(value, protocol=2)[2:-1]
     if isinstance(value, bytes):
         return b"B" + struct.pack("<I", len(value)) + value
     if isinstance(value, tuple):
