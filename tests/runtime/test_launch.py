@@ -3,12 +3,10 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
-from harness import Run, assert_same_end, free_ports, step_of, wait_for
+from harness import Program, Run, assert_same_end, free_ports, step_of, wait_for
 from tiny import ROOT
 
 from replknet_paddle.runtime import launch as launch_module
@@ -240,34 +238,21 @@ def test_a_run_whose_node_is_killed_is_restarted_and_ends_the_same(
 ):
     """The script on both nodes; that of the killed one is started again, as a scheduler would."""
     run, master = tmp_path / "run", f"localhost:{free_ports(1)[0]}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
-    environment |= {"NNODES": "2", "NPROC_PER_NODE": "1", "MASTER": master, "MAX_RESTARTS": "2"}
 
-    def start(name, *more):
-        with open(tmp_path / name, "w") as output:
-            return subprocess.Popen(
-                ["sh", "run_train_multi.sh", *run_flags, "-batch_size=4", f"-output={run}", *more],
-                cwd=ROOT,
-                env=environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+    def start(*more):
+        flags = [*run_flags, "-batch_size=4", f"-output={run}", *more]
+        return Program(flags, restarts=2, NNODES="2", NPROC_PER_NODE="1", MASTER=master)
 
-    started = [start("one"), start("two")]
+    started = [start(), start()]
     try:
-        wait_for(lambda: step_of(run) >= 4, timeout=200, every=0.05)
-        os.killpg(started[1].pid, signal.SIGKILL)
-        started[1].wait()
-        killed_at = time.monotonic()
-        wait_for(lambda: "restart 1 of 2" in (tmp_path / "one").read_text(), timeout=60, every=0.1)
-        assert time.monotonic() - killed_at < 60
-        started.append(start("two again", "-resume=auto"))
-        for process in (started[0], started[2]):
-            assert process.wait(timeout=240) == 0, (tmp_path / "one").read_text()
+        wait_for(lambda: step_of(run) >= 4, timeout=200)
+        started[1].end()
+        wait_for(lambda: "restart 1 of 2" in (run / "log.txt").read_text(), timeout=60, every=0.1)
+        started.append(start("-resume=auto"))
+        for program in (started[0], started[2]):
+            status, said = program.finish(240)
+            assert status == 0, said
     finally:
-        for process in started:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        for program in started:
+            program.end()
     assert_same_end(run, straight_on_two)

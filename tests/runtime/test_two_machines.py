@@ -280,12 +280,6 @@ def test_machines_that_disagree_about_their_number_are_told(machines, flags):
     )
 
 
-def test_without_output_several_machines_are_refused(machines, run_flags):
-    machines.start("a", run_flags)
-    assert machines.ended("a", 60) == 2
-    assert "NNODES is 2 and there is no -output" in machines.said("a")
-
-
 def test_the_processes_of_one_machine_hear_of_no_other(machines, run_flags, tmp_path):
     """Nor does the machine's own name have to mean anything."""
     machines.forget_own_name("a")
