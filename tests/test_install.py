@@ -42,21 +42,6 @@ def built(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def environment(built, tmp_path_factory):
-    """A virtual environment with the wheel installed, and Paddle from this environment."""
-    folder = tmp_path_factory.mktemp("venv")
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    python = folder / "bin" / "python"
-    site = next((folder / "lib").glob("python*/site-packages"))
-    # Names a folder of packages, but not the checkout that is installed there as editable.
-    (site / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-    (wheel,) = built.glob("*.whl")
-    pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
-    subprocess.run([*pip, "install", "--no-deps", "--quiet", str(wheel)], check=True)
-    return folder, pip
-
-
 def test_the_wheel_holds_configs_and_sources_and_no_tests(built):
     (wheel,) = built.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
@@ -83,8 +68,17 @@ def test_the_sdist_holds_what_a_wheel_is_built_from(built):
 
 
 @pytest.mark.slow
-def test_installed_beside_a_users_own_files_everything_works(environment, tmp_path):
-    folder, pip = environment
+def test_installed_beside_a_users_own_files_everything_works(built, tmp_path):
+    """In a virtual environment with the wheel, and Paddle from this environment."""
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    python, replknet = venv / "bin" / "python", venv / "bin" / "replknet"
+    site = next((venv / "lib").glob("python*/site-packages"))
+    # Names a folder of packages, but not the checkout that is installed there as editable.
+    (site / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    (wheel,) = built.glob("*.whl")
+    pip = [python, "-m", "pip", "--disable-pip-version-check"]
+    subprocess.run([*pip, "install", "--no-deps", "--quiet", wheel], check=True)
     for name in BESIDE:
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('imported {name}.py')\n")
     (tmp_path / "run").mkdir()
@@ -108,7 +102,6 @@ def test_installed_beside_a_users_own_files_everything_works(environment, tmp_pa
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    python = folder / "bin" / "python"
     printed = run(
         python,
         "-c",
@@ -122,7 +115,6 @@ def test_installed_beside_a_users_own_files_everything_works(environment, tmp_pa
         "print(model(paddle.zeros([1, 3, 64, 64])).shape)\n",
     )
     assert "replknet-31b-1k-224" in printed and "[1, 10]" in printed
-    replknet = folder / "bin" / "replknet"
     assert "predict" in run(replknet, "-h")
     picture = FIXTURES / "images" / "landscape_499x375.jpg"
     assert "landscape_499x375.jpg: " in run(replknet, "predict", "run", picture)
@@ -132,5 +124,4 @@ def test_installed_beside_a_users_own_files_everything_works(environment, tmp_pa
     assert any((cache / "build").glob("*.so"))
 
     subprocess.run([*pip, "uninstall", "--yes", "--quiet", "replknet-paddle"], check=True)
-    left = [str(path) for path in folder.rglob("*replknet*")]
-    assert left == []
+    assert list(venv.rglob("*replknet*")) == []

@@ -21,6 +21,7 @@ from replknet_paddle.bench.timing import (
 )
 from replknet_paddle.deploy.backends import (
     BACKENDS,
+    NAMES_OF_0_2,
     Backend,
     installed_backends,
     open_backend,
@@ -75,7 +76,7 @@ class Plan:
         threads = 1 if self.threads is None else self.threads
         check_counts(rounds=self.rounds, batch_sizes=min(self.batch_sizes), threads=threads)
         for flag, given, allowed in (
-            ("--backends", self.backends or (), BACKENDS),
+            ("--backends", [NAMES_OF_0_2.get(b, b) for b in self.backends or ()], BACKENDS),
             ("--precisions", self.precisions, PRECISIONS),
         ):
             unknown = sorted(set(given) - set(allowed))

@@ -6,10 +6,11 @@ entry: a JSON object with the schema version, a CRC-32 over the file, and the bo
 again: the configuration, how far the run had come, and the names.
 """
 
+import contextlib
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -39,17 +40,6 @@ START_KEYS = (
 
 _CONFIG_CHARACTERS = 2**16  # ten times what a configuration has; objects of YAML weigh much more
 
-# What the parsers of wrong metadata raise.
-_WRONG = (
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    TypeError,
-    ValueError,
-    yaml.YAMLError,
-)
-
 
 class _Yaml(yaml.SafeLoader):
     """YAML's safe loader without aliases, by which a small text becomes a large tree."""
@@ -62,69 +52,51 @@ class _Yaml(yaml.SafeLoader):
 
 @dataclass(frozen=True)
 class Classes:
-    """What a checkpoint says of its classes.
-
-    Attributes:
-        count: how many; None for files of other programs.
-        names: one each, or None.
-        names_file, model_type: DATA.CLASS_NAMES and MODEL.TYPE of the run that it is from.
-    """
+    """What a checkpoint says of its classes; files of other programs say nothing."""
 
     count: int | None = None
-    names: tuple[str, ...] | None = None
-    names_file: str | None = None
-    model_type: str | None = None
+    names: tuple[str, ...] | None = None  # one each
+    names_file: str | None = None  # DATA.CLASS_NAMES of the run that it is from
+    model_type: str | None = None  # MODEL.TYPE of that run
 
     def names_for(self, config) -> tuple[str, ...] | None:
         """Return the names, unless `config` names another file of class names than the run did."""
         given = config.DATA.CLASS_NAMES
-        is_same = given is None or given == self.names_file
-        return self.names if is_same or os.path.abspath(given) == self.names_file else None
+        is_same = given is None or self.names_file in (given, os.path.abspath(given))
+        return self.names if is_same else None
 
 
 class CheckpointFile:
     """A checkpoint file of any known format, read, parsed and verified once, whoever asks.
 
-    Attributes:
-        path: where it lies.
-        content: what it holds; see `files.read_file`. Not verified: see `parts`.
-        metadata: texts by name; {} for other formats than safetensors.
-
-    Raises:
-        FileNotFoundError: there is nothing at `path`.
-        InputError: it cannot be read; from the properties: its metadata are damaged.
+    `content` and `metadata` are those of `files.read_file`, and `body` is what a training
+    checkpoint says besides its tensors, None for any other file. The checksum is compared in
+    `parts`. InputError: the file cannot be read, or its metadata are damaged.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
-        self.content, metadata = read_file(path)
-        self.metadata = metadata or {}
+        self.content, self.metadata = read_file(path)
+        self.body = None
+        if METADATA_KEY in self.metadata:
+            with self._parsing():
+                record = json.loads(self.metadata[METADATA_KEY])
+                version = record["schema_version"]
+            if version != SCHEMA_VERSION:
+                raise InputError(
+                    f"{self.path} has schema version {version}; this program reads version "
+                    f"{SCHEMA_VERSION}"
+                )
+            with self._parsing():
+                self._crc, self._text = record["crc32"], record["body"]
+                self.body = {**json.loads(self._text)}
 
-    @cached_property
-    def _record(self) -> tuple[int, str] | None:
-        """Checksum and body of a training checkpoint; None for any other file."""
-        if METADATA_KEY not in self.metadata:
-            return None
+    @contextlib.contextmanager
+    def _parsing(self) -> Iterator[None]:
+        """Give whatever wrong metadata raise on their way through the parsers one message."""
         try:
-            record = json.loads(self.metadata[METADATA_KEY])
-            version = record["schema_version"]
-        except _WRONG:
-            raise self.damaged() from None
-        if version != SCHEMA_VERSION:
-            raise InputError(
-                f"{self.path} has schema version {version}; this program reads version "
-                f"{SCHEMA_VERSION}"
-            )
-        return record.get("crc32"), record.get("body")
-
-    @cached_property
-    def body(self) -> dict | None:
-        """What a training checkpoint says besides its tensors; None for any other file."""
-        if self._record is None:
-            return None
-        try:
-            return {**json.loads(self._record[1])}
-        except _WRONG:
+            yield
+        except Exception:
             raise self.damaged() from None
 
     @cached_property
@@ -133,8 +105,7 @@ class CheckpointFile:
         compared; None for any other file."""
         if self.body is None:
             return None
-        crc, text = self._record
-        if crc != checksum(text, self.content):
+        if self._crc != checksum(self._text, self.content):
             raise InputError(f"{self.path} is damaged: what it holds is not what was written")
         parts: dict[str, dict] = {}
         for key, value in self.content.items():
@@ -145,15 +116,13 @@ class CheckpointFile:
     @cached_property
     def _settings(self) -> dict[str, object] | None:
         """The configuration as it was written, by the names of `override`; None: there is none."""
-        text = self.metadata.get("config") if self.body is None else self.body.get("config")
-        if text is None and self.body is None:
+        text = (self.metadata if self.body is None else self.body).get("config")
+        if text is None:
             return None
-        try:
+        with self._parsing():
             if len(text) > _CONFIG_CHARACTERS:
-                raise self.damaged()
+                raise ValueError
             return dict(_leaves(CfgNode(_Yaml(text).get_single_data())))
-        except _WRONG:
-            raise self.damaged() from None
 
     @cached_property
     def config(self):
@@ -168,18 +137,16 @@ class CheckpointFile:
 
     @cached_property
     def classes(self) -> Classes:
-        """What the file says of its classes; nothing for files of other programs."""
-        try:
-            if self.body is not None:
-                names = self.body.get("class_names")
-            else:
+        """What the file says of its classes."""
+        with self._parsing():
+            if self.body is None:
                 names = json.loads(self.metadata.get("class_names", "null"))
-        except _WRONG:
-            raise self.damaged() from None
-        if names is not None:
-            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise self.damaged()
-            names = tuple(names)
+            else:
+                names = self.body.get("class_names")
+            if names is not None:
+                if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                    raise TypeError
+                names = tuple(names)
         said = (self._settings or {}).get
         return Classes(
             said("MODEL__NUM_CLASSES"), names, said("DATA__CLASS_NAMES"), said("MODEL__TYPE")
@@ -189,8 +156,8 @@ class CheckpointFile:
         """Return which of 'model' and 'model_ema' to take.
 
         `weights` is one of these, or 'auto' for the ones that had the higher accuracy in the run's
-        latest evaluation before the checkpoint: of RUN/best, those that made it the best. Files
-        without that record, and checkpoints before the first evaluation, give 'model'.
+        latest evaluation before the checkpoint: of RUN/best, those that made it the best. It is
+        'model' for files without that record, and before the first evaluation.
         """
         if weights in WEIGHTS:
             return weights
@@ -235,16 +202,12 @@ def weights_metadata(config, class_names) -> dict[str, str]:
 def record_metadata(body: dict, tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
     """Return the metadata of a training checkpoint of `tensors`."""
     text = json.dumps(body)
-    record = {
-        "schema_version": SCHEMA_VERSION,
-        "crc32": checksum(text, tensors),
-        "body": text,
-    }
+    record = {"schema_version": SCHEMA_VERSION, "crc32": checksum(text, tensors), "body": text}
     return {METADATA_KEY: json.dumps(record)}
 
 
 def checksum(body: str, tensors: Mapping[str, np.ndarray]) -> int:
-    """CRC-32 over metadata, names and bytes of all tensors: finds what the length does not show."""
+    """Return the CRC-32 over metadata, names and bytes of all tensors."""
     crc = zlib.crc32(f"{SCHEMA_VERSION} {body}".encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -253,7 +216,7 @@ def checksum(body: str, tensors: Mapping[str, np.ndarray]) -> int:
     return crc
 
 
-def _leaves(section: CfgNode, prefix: str = ""):
+def _leaves(section: CfgNode, prefix: str = "") -> Iterator[tuple[str, object]]:
     for key, value in section.items():
         if isinstance(value, CfgNode):
             yield from _leaves(value, prefix + key + "__")

@@ -30,8 +30,7 @@ from replknet_paddle.checkpoints.pickles import (
     Global,
     SourceFile,
     checked_sizes,
-    itemsize,
-    plain_globals,
+    known_globals,
     shown,
     unpickle,
 )
@@ -52,16 +51,10 @@ _KNOWN_STRANGERS = {
     b"\x89HDF": "an HDF5 file, as Keras writes",
 }
 
-_STORAGES = {
-    "torch.BFloat16Storage": BFLOAT16,
-    **{
-        f"torch.{name}Storage": DTYPES[code]
-        for name, code in zip(
-            ("Float", "Double", "Half", "Byte", "Char", "Short", "Int", "Long", "Bool"),
-            ("f4", "f8", "f2", "u1", "i1", "i2", "i4", "i8", "b1"),
-        )
-    },
-}
+_TORCH_CODES = dict(Float="f4", Double="f8", Half="f2", Byte="u1", Char="i1", Short="i2")
+_TORCH_CODES |= dict(Int="i4", Long="i8", Bool="b1")
+_STORAGES = {f"torch.{name}Storage": DTYPES[code] for name, code in _TORCH_CODES.items()}
+_STORAGES["torch.BFloat16Storage"] = BFLOAT16
 _SAFETENSORS_DTYPES = {
     **{f"{code[0].upper()}{8 * int(code[1])}": dtype for code, dtype in DTYPES.items()},
     "BOOL": DTYPES["b1"],  # so it has two names here, of which writers use the last
@@ -70,24 +63,19 @@ _SAFETENSORS_DTYPES = {
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
 
 
-def read_file(path: str | os.PathLike) -> tuple[Any, dict[str, str] | None]:
+def read_file(path: str | os.PathLike) -> tuple[Any, dict[str, str]]:
     """Return the content of a checkpoint file as plain data, and a safetensors file's metadata.
 
-    Args:
-        path: a file in one of the formats above; its suffix does not matter. A process that
-            shortens the file while its arrays are in use ends this one with SIGBUS: programs that
-            write checkpoints have to replace the old file, not to overwrite it.
-
-    Returns:
-        What was saved, usually nested dictionaries: tensors are numpy arrays of their own type, not
-        to be written to; objects such as `argparse.Namespace` are dictionaries of their attributes,
-        numpy scalars are Python numbers. And the texts of a safetensors file's header by name; None
-        for the other formats.
+    The content is usually nested dictionaries: tensors are numpy arrays of their own type, not to
+    be written to; objects such as `argparse.Namespace` are dictionaries of their attributes, numpy
+    scalars are Python numbers. A process that shortens the file while its arrays are in use ends
+    this one with SIGBUS: programs that write checkpoints have to replace the old file, not to
+    overwrite it.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
-        InputError: the file is none of these, is damaged, would take more than four times its size
-            in memory, or asks for something that is not data. The message names the file.
+        InputError: the file is in none of the formats above, is damaged, would take more than four
+            times its size in memory, or asks for something that is not data.
     """
     path = Path(path)
     if not path.exists():
@@ -113,15 +101,15 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
     return read_file(path)[0]
 
 
-def _read(file: SourceFile) -> tuple[Any, dict[str, str] | None]:
+def _read(file: SourceFile) -> tuple[Any, dict[str, str]]:
     head = bytes(file.view(0, min(file.size, 64)))
     if head[8:9] == b"{" and file.integer(0, 8) <= file.size - 8:
         return _read_safetensors(file)
     if head.startswith(b"PK\x03\x04"):
-        return _read_torch_zip(file), None
+        return _read_torch_zip(file), {}
     if head[:1] == pickle.PROTO and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         # PyTorch's magic number comes first, as a pickle of its own.
-        return (_read_torch_legacy if _TORCH_MAGIC in head else _read_paddle)(file), None
+        return (_read_torch_legacy if _TORCH_MAGIC in head else _read_paddle)(file), {}
     for start, what in _KNOWN_STRANGERS.items():
         if head.lstrip().startswith(start):
             raise InputError(f"is not a checkpoint but {what}")
@@ -137,25 +125,19 @@ def _torch_globals(file: SourceFile) -> dict[str, object]:
     builders = {
         "torch._utils._rebuild_tensor": partial(_tensor, file),
         "torch._utils._rebuild_tensor_v2": partial(_tensor, file),
-        "torch._utils._rebuild_parameter": _parameter,
+        "torch._utils._rebuild_parameter": lambda data, *_: data,
         "torch.Size": checked_sizes,
         "torch.device": lambda kind, *index: ":".join([f"{kind:.20}", *map("{:d}".format, index)]),
-        **{f"torch.{dtype}": None for dtype in (BFLOAT16, *DTYPES.values())},
+        **{f"torch.{dtype}": None for dtype in ("bfloat16", *DTYPES.values())},
         **dict.fromkeys(_STORAGES),
     }
-    return plain_globals(file) | {name: Global(name, build) for name, build in builders.items()}
-
-
-def _parameter(data, requires_grad=True, hooks=None) -> np.ndarray:
-    if not isinstance(data, np.ndarray):
-        raise InputError("holds a parameter without a tensor")
-    return data
+    return known_globals(file, builders)
 
 
 def _tensor(
     file: SourceFile, storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None
 ) -> np.ndarray:
-    """A tensor as a view of its storage, within which it must lie; offset and strides count
+    """Return a tensor as a view of its storage, within which it must lie; offset and strides count
     elements. A stride of 0 would turn one element into as many as the file likes."""
     size, stride = checked_sizes(size), checked_sizes(stride)
     if type(storage) is not np.ndarray or storage.ndim != 1 or len(size) != len(stride):
@@ -175,9 +157,9 @@ def _tensor(
     return np.ndarray(size, storage.dtype, storage, offset * storage.itemsize, step_bytes)
 
 
-def _reference(reference: object) -> tuple[str | int, object, int]:
-    """(key, dtype, elements) of a persistent id, the reference to a storage: a tuple of 'storage',
-    type, key, device, elements, and in the older files None."""
+def _reference(reference: object) -> tuple[str | int, np.dtype, int]:
+    """Return (key, dtype, elements) of a persistent id, the reference to a storage: a tuple of
+    'storage', type, key, device, elements, and in the older files None."""
     if type(reference) is not tuple or reference[:1] + reference[5:] not in (
         ("storage",),
         ("storage", None),
@@ -205,10 +187,10 @@ def _read_torch_zip(file: SourceFile) -> Any:
         key, dtype, count = _reference(reference)
         if (key, dtype) not in storages:
             start, length = members[f"{folder}data/{key}"]
-            if count * itemsize(dtype) > length:
+            if count * dtype.itemsize > length:
                 raise InputError(
                     f"holds {length} bytes for storage {shown(key)}, which needs {count} times "
-                    f"{itemsize(dtype)}; copy or download the file again"
+                    f"{dtype.itemsize}; copy or download the file again"
                 )
             storages[key, dtype] = file.numbers(dtype, start, count)
         return storages[key, dtype]
@@ -217,7 +199,7 @@ def _read_torch_zip(file: SourceFile) -> Any:
 
 
 def _zip_members(file: SourceFile) -> dict[str, tuple[int, int]]:
-    """Name -> (first byte, length) of each member of a zip archive without compression."""
+    """Return (first byte, length) by the name of each member of an archive without compression."""
     file.times = _DIRECTORY_TIMES
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
@@ -241,7 +223,8 @@ def _zip_members(file: SourceFile) -> dict[str, tuple[int, int]]:
 
 
 def _read_torch_legacy(file: SourceFile) -> Any:
-    """The file before PyTorch 1.6: magic number, protocol, system, content, storage keys, storages.
+    """Return the content of a file from before PyTorch 1.6: magic number, protocol, system,
+    content, storage keys, storages.
 
     The storages follow the pickle that refers to them, so it is read twice: first to learn the
     storages' types, with any bytes in their place, then for its content.
@@ -251,7 +234,7 @@ def _read_torch_legacy(file: SourceFile) -> Any:
     if version != 1001 or not isinstance(system, dict) or system.get("little_endian") is not True:
         raise InputError("is a PyTorch file of a version or byte order that is not read")
 
-    kinds: dict[object, tuple[object, int]] = {}
+    kinds: dict[object, tuple[np.dtype, int]] = {}
 
     def note(reference: object) -> np.ndarray:
         key, dtype, count = _reference(reference)
@@ -270,7 +253,7 @@ def _read_torch_legacy(file: SourceFile) -> Any:
         if announced != count or key in storages:
             raise InputError(f"holds storage {shown(key)} with {announced} elements, not {count}")
         storages[key] = file.numbers(dtype, position + 8, count)
-        position += 8 + count * itemsize(dtype)
+        position += 8 + count * dtype.itemsize
 
     return unpickle(
         file, content_start, known, lambda reference: storages[_reference(reference)[0]]
@@ -281,13 +264,10 @@ def _read_torch_legacy(file: SourceFile) -> Any:
 
 
 def _read_paddle(file: SourceFile) -> Any:
-    builders = {"tuple": _named_tensor, "eval": _dense_tensor}
-    known = plain_globals(file) | {
-        f"{module}.{name}": Global(name, build)
-        for module in ("builtins", "__builtin__")
-        for name, build in builders.items()
-    }
-    content = unpickle(file, 0, known)
+    builders = {}
+    for module in ("builtins", "__builtin__"):  # Python 3 and 2
+        builders |= {f"{module}.tuple": _named_tensor, f"{module}.eval": _dense_tensor}
+    content = unpickle(file, 0, known_globals(file, builders))
     if file.tell() != file.size:
         raise InputError(
             f"has {file.size - file.tell()} bytes after its end: it is not one of {_FORMATS}"
@@ -296,14 +276,14 @@ def _read_paddle(file: SourceFile) -> Any:
 
 
 def _named_tensor(items) -> np.ndarray:
-    """`tuple((name, array))`: how Paddle pickles a tensor. The name is its internal one."""
+    """Return a tensor that Paddle pickled as `tuple((name, array))`, by its internal name."""
     if type(items) is tuple and len(items) == 2 and isinstance(items[1], np.ndarray):
         return items[1]
     raise InputError("makes a tuple that is not Paddle's of a tensor")
 
 
 def _dense_tensor(*arguments) -> np.ndarray:
-    """`eval('data', {'data': array})`: how Paddle pickles a DenseTensor. Nothing else passes."""
+    """Return a DenseTensor, which Paddle pickles as `eval('data', {'data': array})`."""
     match arguments:
         case "data", {"data": np.ndarray() as array, **others} if not others:
             return array
@@ -317,10 +297,11 @@ def _dense_tensor(*arguments) -> np.ndarray:
 
 
 def _read_safetensors(file: SourceFile) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The tensors, which have to lie one after another from the header to the end of the file."""
+    """Return the tensors, which have to lie one after another from the header to the end of the
+    file, and the metadata."""
     length = file.integer(0, 8)
     file.spend(_HEADER_TIMES * length)
-    header = json.loads(str(file.view(8, length), "utf-8"), object_pairs_hook=_without_twins)
+    header = json.loads(str(file.view(8, length), "utf-8"))
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise InputError("has metadata that are not texts by name")
@@ -333,7 +314,7 @@ def _read_safetensors(file: SourceFile) -> tuple[dict[str, np.ndarray], dict[str
             )
         shape = checked_sizes(tuple(entry["shape"]))
         count = math.prod(shape)
-        end = start + count * itemsize(dtype)
+        end = start + count * dtype.itemsize
         if entry["data_offsets"] != [start - 8 - length, end - 8 - length]:
             raise InputError(
                 f"holds tensor {shown(name)} of shape {shown(shape)} and type {entry['dtype']} "
@@ -347,12 +328,6 @@ def _read_safetensors(file: SourceFile) -> tuple[dict[str, np.ndarray], dict[str
     return tensors, metadata
 
 
-def _without_twins(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    if len(dict(pairs)) != len(pairs):
-        raise InputError("names something in its header twice")
-    return dict(pairs)
-
-
 # ---- writers
 
 
@@ -364,13 +339,8 @@ def write_safetensors(
     The library `safetensors` would write a transposed array with its values in the wrong order, and
     metadata in another order in every process, so that equal runs would differ in bytes.
 
-    Args:
-        path: the file; it appears, or replaces an older one, when it is whole.
-        tensors: float16, float32, float64, int32 or int64 arrays by name.
-        metadata: texts for the file's header.
-
-    Raises:
-        OSError: it cannot be written.
+    `tensors` are float16, float32, float64, int32 or int64. `path` appears, or replaces an older
+    file, when it is whole.
     """
     header, position = {"__metadata__": dict(metadata)}, 0
     for name, value in tensors.items():
@@ -382,7 +352,6 @@ def write_safetensors(
         position += value.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # readers like aligned data
-
     with atomic_file(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for value in tensors.values():
@@ -390,13 +359,8 @@ def write_safetensors(
 
 
 def write_pdparams(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write tensors as `paddle.save` writes a state dict, for `paddle.load`.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write tensors as `paddle.save` writes a state dict, for `paddle.load`."""
     state = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-
     with atomic_file(path, "wb") as file:
         pickler = pickle.Pickler(file, protocol=4)
         pickler.fast = True  # no memo, which would keep a copy of every tensor

@@ -50,7 +50,7 @@ _SWAPPED = "ema_state_dict"
 _SKIPPED = (BATCH_COUNT, "StructuredToParameterName@@", "total_ops", "total_params")
 
 # What PyTorch's wrappers put before every name: data parallel ones, and `torch.compile`.
-_WRAPPERS = ("module.", "_orig_mod.")
+_WRAPPERS = re.compile(r"(module\.|_orig_mod\.)*")
 
 
 def load_pretrained(
@@ -100,14 +100,7 @@ def load_state(
 ) -> dict[str, np.ndarray]:
     """Return the parameters and statistics in a checkpoint file, by native name, as float32.
 
-    Those that are float32 in the file are views of it, not to be written to.
-
-    Args:
-        source, weights: as of `load_pretrained`.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        InputError: it cannot be read or is no RepLKNet; the message names the file.
+    `weights` is as of `load_pretrained`. Arrays may be views of the file, not to be written to.
     """
     state = _native_tensors(open_checkpoint(source), weights)
     return {name: _as_float32(value) for name, value in state.items()}
@@ -122,23 +115,10 @@ def convert_file(
     layout: str = "native",
     build: Callable = build_replknet,
 ) -> int:
-    """Write the weights of one file to another, in another format or layout.
+    """Write the weights of one file, which has to fit the network of `config`, to a .safetensors or
+    .pdparams file under the names of `layout`; return the number of tensors written.
 
-    Args:
-        source: a file of any format that `files` reads, in any layout.
-        destination: ends in .safetensors, or in .pdparams, which is for native names alone.
-        config: of the network, which the file has to fit.
-        weights: 'model', 'model_ema' or 'auto', as in `load_pretrained`.
-        layout: a key of `LAYOUTS`, the names to write.
-        build: config -> the network.
-
-    Returns:
-        Number of tensors written.
-
-    Raises:
-        FileNotFoundError: there is nothing at `source`.
-        InputError: it cannot be read or does not fit, or the destination cannot be written so.
-        OSError: the destination cannot be written.
+    `weights` is as of `load_pretrained`, and `build` makes the network.
     """
     suffix = Path(destination).suffix
     if suffix not in (".safetensors", ".pdparams"):
@@ -171,8 +151,7 @@ def parameter_shapes(config, build: Callable = build_replknet) -> dict[str, tupl
 def layout_of(source: str | os.PathLike | CheckpointFile, *, weights: str = "model") -> str:
     """Return the key of `LAYOUTS` that the names in a checkpoint file have."""
     file = open_checkpoint(source)
-    layout = recognize(_named_tensors(file, weights), file.path)
-    return next(key for key, value in LAYOUTS.items() if value is layout)
+    return recognize(_named_tensors(file, weights), file.path)
 
 
 def _shapes(state: Mapping) -> dict[str, tuple[int, ...]]:
@@ -180,7 +159,7 @@ def _shapes(state: Mapping) -> dict[str, tuple[int, ...]]:
 
 
 def _named_tensors(file: CheckpointFile, weights: str) -> dict[str, np.ndarray]:
-    """The file's tensors under its own names, without what has no counterpart."""
+    """Return the file's tensors under its own names, without what has no counterpart."""
     content = file.content if file.parts is None else file.parts
     if not isinstance(content, dict):
         raise InputError(f"{file.path}: holds a {type(content).__name__}, not tensors by name")
@@ -190,18 +169,12 @@ def _named_tensors(file: CheckpointFile, weights: str) -> dict[str, np.ndarray]:
     if not all(isinstance(name, str) for name in state):
         raise InputError(f"{file.path}: holds values under numbers, not tensors by name")
     state = {name: value for name, value in state.items() if name.split(".")[-1] not in _SKIPPED}
-    while state and (prefix := _wrapper_of(state)):
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state
-
-
-def _wrapper_of(state: Mapping[str, object]) -> str | None:
-    """What of `_WRAPPERS` all names begin with."""
-    return next((p for p in _WRAPPERS if all(name.startswith(p) for name in state)), None)
+    wrappers = _WRAPPERS.match(os.path.commonprefix([*state]))[0]
+    return {name.removeprefix(wrappers): value for name, value in state.items()}
 
 
 def _unswapped(content: dict, weights: str) -> dict[str, object]:
-    """mmengine's checkpoint with both kinds of weights where others keep them.
+    """Return mmengine's checkpoint with both kinds of weights where others keep them.
 
     'auto' takes those that the run was evaluated with, as mmpretrain does: the EMA weights.
     """
@@ -214,7 +187,7 @@ def _unswapped(content: dict, weights: str) -> dict[str, object]:
 
 
 def _chosen(content: dict, path: str, weights: str) -> dict:
-    """The state dict meant by `weights` out of what a file holds."""
+    """Return the state dict meant by `weights` out of what a file holds."""
     for key in _CONTAINERS[weights]:
         if isinstance(content.get(key), dict):
             return content[key]
@@ -229,9 +202,10 @@ def _chosen(content: dict, path: str, weights: str) -> dict:
 
 
 def _native_tensors(file: CheckpointFile, weights: str) -> dict[str, np.ndarray]:
-    """The file's tensors under native names, in their own precision."""
+    """Return the file's tensors under native names, in their own precision."""
     state = _named_tensors(file, weights)
-    layout = recognize(state, file.path)
+    key = recognize(state, file.path)
+    layout = LAYOUTS[key]
     native = {}
     for name, value in state.items():
         new_name = layout.to_native(name)
@@ -244,16 +218,14 @@ def _native_tensors(file: CheckpointFile, weights: str) -> dict[str, np.ndarray]
         is_linear = layout.is_torch and value.ndim == 2
         native[new_name] = value.T if is_linear else value
     is_backbone = "stages.0.norm.weight" in native and "head.weight" not in native
-    if layout is LAYOUTS["mmpretrain"] and is_backbone:
+    if key == "mmpretrain" and is_backbone:
         # What would be a classifier's final norm is the last stage's own.
-        native = {
-            re.sub(r"^norm\.", "stages.3.norm.", name): value for name, value in native.items()
-        }
+        return {re.sub(r"^norm\.", "stages.3.norm.", name): native[name] for name in native}
     return native
 
 
 def _as_float32(value: np.ndarray) -> np.ndarray:
-    """`value` as an aligned, contiguous float32 array; itself if it is one."""
+    """Return `value` as an aligned, contiguous float32 array; itself if it is one."""
     if value.dtype == np.uint16:  # Paddle's own files hold bfloat16 as its bits
         value = widened(value)
     return np.require(value, np.float32, ["C", "A"])

@@ -37,14 +37,14 @@ _OFFICIAL_NAMES = {
     "large_kernel_reparam": "lkb_reparam",
 }
 _NATIVE_NAMES = {official: native for native, official in _OFFICIAL_NAMES.items()}
-_FEATURE_NORM = re.compile(r"(stages\.\d+\.)?norm\.")
+_FEATURE_NORM = re.compile(r"(backbone\.)?(stages\.\d+\.)?norm\.")
 
 # Native and mmpretrain's prefix, besides the `backbone.` that everything else has.
 _MMPRETRAIN_PREFIXES = {"norm.": "backbone.stages.3.norm.", "head.": "head.fc."}
 
 
 def _official(name: str) -> str:
-    """Official PyTorch name of a native one."""
+    """Return the official PyTorch name of a native one; mmsegmentation's of one of a UPerNet."""
     *path, last = name.split(".")
     if not _FEATURE_NORM.match(name):
         path = [_OFFICIAL_NAMES.get(part, part) for part in path]
@@ -62,12 +62,6 @@ def _mmpretrain(name: str) -> str:
     return "backbone." + _official(name)
 
 
-def _mmseg(name: str) -> str:
-    if name.startswith("backbone."):
-        return "backbone." + _official(name.removeprefix("backbone."))
-    return _official(name)
-
-
 def _from_mmpretrain(name: str) -> str:
     for native, theirs in _MMPRETRAIN_PREFIXES.items():
         if name.startswith(theirs):
@@ -77,20 +71,13 @@ def _from_mmpretrain(name: str) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """One way of naming the parameters.
+    """One way of naming the parameters."""
 
-    Attributes:
-        title: as people call it.
-        mark: what the name of some tensor matches in this layout alone.
-        from_native, to_native: its name for a native one, and back.
-        is_torch: PyTorch's conventions: linear weights (out, in), `num_batches_tracked`.
-    """
-
-    title: str
-    mark: str
+    title: str  # as people call it
+    mark: str  # what the name of some tensor matches in this layout alone
     from_native: Callable[[str], str]
     to_native: Callable[[str], str]
-    is_torch: bool
+    is_torch: bool  # PyTorch's conventions: linear weights (out, in), `num_batches_tracked`
 
 
 _BLOCK = r"stages\.\d+\.blocks\.\d+\."
@@ -100,7 +87,7 @@ _UPERNET = r"decode_head\.bottleneck\."
 LAYOUTS = {
     "upernet": Layout("native UPerNet", rf"{_UPERNET}norm\.", str, str, False),
     "mmseg": Layout(
-        "official UPerNet (mmsegmentation)", rf"{_UPERNET}bn\.", _mmseg, _from_official, True
+        "official UPerNet (mmsegmentation)", rf"{_UPERNET}bn\.", _official, _from_official, True
     ),
     "native": Layout("PaddleViT", rf"{_BLOCK}pre_large_kernel_bn\.", str, str, False),
     "official": Layout(
@@ -135,11 +122,11 @@ def from_native(state: Mapping[str, np.ndarray], layout: str) -> dict[str, np.nd
     return converted
 
 
-def recognize(names: Collection[str], path: str | os.PathLike) -> Layout:
-    """Return the layout of the names in the file `path`; InputError: they are of no RepLKNet."""
-    for layout in LAYOUTS.values():
+def recognize(names: Collection[str], path: str | os.PathLike) -> str:
+    """Return the key of the layout of the names in the file `path`; InputError: no RepLKNet's."""
+    for key, layout in LAYOUTS.items():
         if any(re.match(layout.mark, name) for name in names):
-            return layout
+            return key
     first = ", ".join(list(names)[:4])
     raise InputError(
         f"{path}: is no RepLKNet: none of its {len(names)} names is like "

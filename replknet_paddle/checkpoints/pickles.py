@@ -23,7 +23,7 @@ import numpy as np
 
 from replknet_paddle.runtime.errors import InputError
 
-BFLOAT16 = "bfloat16"  # in place of a numpy type
+BFLOAT16 = np.dtype("V2")  # which numpy lacks: two bytes
 _CODES = ("b1", "u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8")
 DTYPES = {code: np.dtype("<" + code) for code in _CODES}
 
@@ -61,7 +61,7 @@ class SourceFile(io.BufferedReader):
             )
 
     def copied(self, items):
-        """`items`, charged for the container that is about to be made of them."""
+        """Return `items`, charged for the container that is about to be made of them."""
         self.spend(_OPCODE_BYTES * len(items))
         return items
 
@@ -72,7 +72,7 @@ class SourceFile(io.BufferedReader):
         return super().read(size)
 
     def view(self, start: int, length: int) -> memoryview:
-        """The bytes [start, start + length) without copying them."""
+        """Return the bytes [start, start + length) without copying them."""
         if start < 0 or length < 0 or start + length > self.size:
             raise InputError(
                 f"ends too early: {length} bytes are announced at byte {start} of "
@@ -81,29 +81,25 @@ class SourceFile(io.BufferedReader):
         return self._bytes[start : start + length]
 
     def integer(self, start: int, length: int) -> int:
-        """The little-endian integer in `length` bytes."""
+        """Return the little-endian integer in `length` bytes."""
         return int.from_bytes(self.view(start, length), "little")
 
-    def numbers(self, dtype: object, start: int, count: int) -> np.ndarray:
-        """`count` numbers from byte `start` on: a view of the file, or float32 for bfloat16."""
-        raw = self.view(start, count * itemsize(dtype))
-        if dtype is not BFLOAT16:
+    def numbers(self, dtype: np.dtype, start: int, count: int) -> np.ndarray:
+        """Return `count` numbers from byte `start`: a view of the file, or float32 for bfloat16."""
+        raw = self.view(start, count * dtype.itemsize)
+        if dtype != BFLOAT16:
             return np.frombuffer(raw, dtype)
         self.spend(4 * count)
         return widened(np.frombuffer(raw, DTYPES["u2"]))
 
 
-def itemsize(dtype: object) -> int:
-    return 2 if dtype is BFLOAT16 else dtype.itemsize
-
-
 def widened(bits: np.ndarray) -> np.ndarray:
-    """The float32 numbers whose upper halves are these bits of bfloat16."""
+    """Return the float32 numbers whose upper halves are these bits of bfloat16."""
     return np.left_shift(bits, 16, dtype=np.uint32).view(np.float32)
 
 
 def checked_sizes(sizes: object) -> tuple[int, ...]:
-    """`sizes` if it is a tuple of at most 32 non-negative integers, else InputError."""
+    """Return `sizes` if it is a tuple of at most 32 non-negative integers, else InputError."""
     plain = isinstance(sizes, tuple) and len(sizes) <= 32
     if not plain or not all(type(n) is int and 0 <= n < 2**63 for n in sizes):
         raise InputError(f"holds a tensor of impossible shape {shown(sizes)}")
@@ -111,7 +107,7 @@ def checked_sizes(sizes: object) -> tuple[int, ...]:
 
 
 def shown(value: object) -> str:
-    """A value from a file as it may appear in a message: short, and quick to make."""
+    """Return a value from a file as it may appear in a message: short, and quick to make."""
     parts = value if type(value) is tuple else (value,)
     is_flat = all(isinstance(part, (str, int, float, bytes, type(None))) for part in parts)
     return f"{value!r:.80}" if is_flat else f"a {type(value).__name__}"
@@ -198,11 +194,9 @@ class _Unpickler(pickle.Unpickler):
 
 
 def unpickle(file: SourceFile, start: int, known: Mapping[str, object], storage=None) -> Any:
-    """The value of the pickle at byte `start`, after which the stream then is.
+    """Return the value of the pickle at byte `start`, after which the stream then is.
 
-    Args:
-        known: what the pickle may name.
-        storage: makes the value of a persistent id, PyTorch's reference to a tensor's storage.
+    `known` is what the pickle may name, and `storage` makes the value of a persistent id.
     """
     file.seek(start)
     _check_opcodes(file)
@@ -273,8 +267,9 @@ def _array(data, dtype, shape, order="C") -> np.ndarray:
     return np.frombuffer(data, dtype.value).reshape(shape, order="F" if order == "F" else "C")
 
 
-def plain_globals(file: SourceFile) -> dict[str, object]:
-    """What any pickle may name: containers, byte strings, numpy's arrays and scalars."""
+def known_globals(file: SourceFile, more: Mapping[str, Callable | None]) -> dict[str, object]:
+    """Return what a pickle may name: containers, byte strings, numpy's arrays and scalars, and
+    `more` of its format, with what builds each."""
 
     class Attributes(_Mapping):
         """The attributes of an object such as `argparse.Namespace`."""
@@ -333,6 +328,6 @@ def plain_globals(file: SourceFile) -> dict[str, object]:
             f"numpy.{core}.multiarray.scalar": lambda dtype, data: _array(data, dtype, (1,)).item(),
             f"numpy.{core}.numeric._frombuffer": _array,
         }
-    known = {name: Global(name, build) for name, build in builders.items()}
+    known = {name: Global(name, build) for name, build in (builders | more).items()}
     # NEWOBJ takes nothing but classes.
     return known | dict.fromkeys(("argparse.Namespace", "types.SimpleNamespace"), Attributes)

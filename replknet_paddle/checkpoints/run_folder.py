@@ -92,38 +92,23 @@ def checkpoint_path(path: str | os.PathLike) -> str:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come.
+    """How far a run has come."""
 
-    Attributes:
-        epoch: epochs done.
-        batch: forward passes done, on each process, in the epoch after those.
-        batches: how many an epoch has.
-        step: optimizer steps done in all, however many an epoch had when they were done.
-        batch_size, accum_iter: of those, images on all processes, and how many make a step.
-        best_score: best top-1 accuracy (mIoU in segmentation) so far, percent, of the weights or of
-            the EMA weights.
-        best_checkpoint: name of the file that had it.
-        better_weights: 'model' or 'model_ema', whichever had the higher accuracy in the latest
-            evaluation.
-        epoch_sums: loss times images, and images, of the current epoch so far.
-        record: of metrics.jsonl, of the last epoch done, where its evaluation is still to come.
-    """
-
-    epoch: int = 0
-    batch: int = 0
-    batches: int = 0
-    batch_size: int = 0
-    accum_iter: int = 0
-    step: int = 0
-    best_score: float = -1.0
-    best_checkpoint: str = ""
-    better_weights: str = "model"
-    epoch_sums: tuple[float, float] = (0.0, 0.0)
-    record: dict = field(default_factory=dict)
+    epoch: int = 0  # epochs done
+    batch: int = 0  # forward passes done, on each process, in the epoch after those
+    batches: int = 0  # how many an epoch has
+    batch_size: int = 0  # of each of those, images on all processes
+    accum_iter: int = 0  # how many of those make an optimizer step
+    step: int = 0  # optimizer steps done in all, however many an epoch had when they were done
+    best_score: float = -1.0  # best top-1 accuracy (mIoU in segmentation), percent, EMA or not
+    best_checkpoint: str = ""  # name of the file that had it
+    better_weights: str = "model"  # or "model_ema", by the accuracy in the latest evaluation
+    epoch_sums: tuple[float, float] = (0.0, 0.0)  # loss times images, images; of this epoch so far
+    record: dict = field(default_factory=dict)  # of metrics.jsonl, of an epoch yet to be evaluated
 
     @property
     def schedule_step(self) -> int:
-        """The optimizer steps that a run with epochs like this one takes to come as far."""
+        """Return the optimizer steps that a run with epochs like this one takes to come as far."""
         return (self.epoch * self.batches + self.batch) // self.accum_iter
 
 
@@ -133,24 +118,16 @@ _BODY = ("config", "progress", "scaler", "class_names")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint in memory.
+    """A checkpoint in memory; `model`, `model_ema` and `optimizer` are arrays by parameter name."""
 
-    Attributes:
-        config: YAML.
-        model, model_ema, optimizer: arrays by parameter name.
-        scaler: of the loss, with float16.
-        class_names: one for each class, or None.
-        file: what it was read from.
-    """
-
-    config: str
+    config: str  # YAML
     progress: Progress
     model: dict[str, np.ndarray]
     model_ema: dict[str, np.ndarray] = field(default_factory=dict)
     optimizer: dict[str, np.ndarray] = field(default_factory=dict)
-    scaler: dict[str, float] = field(default_factory=dict)
+    scaler: dict[str, float] = field(default_factory=dict)  # of the loss, with float16
     class_names: tuple[str, ...] | None = None
-    file: CheckpointFile | None = None
+    file: CheckpointFile | None = None  # what it was read from
 
     def progress_with(self, **batches: int) -> Progress:
         """Return the progress of a run that continues from here, with `batches`, `batch_size` and
@@ -228,7 +205,7 @@ def load_checkpoint(path: str) -> Checkpoint:
 
 
 def _progress_of(file: CheckpointFile) -> Progress:
-    """The progress in a checkpoint's metadata, if each field is there and has its type."""
+    """Return the progress in a checkpoint's metadata; each field is there and has its type."""
     found = file.body["progress"]
     wanted = asdict(Progress(epoch_sums=[0.0, 0.0]))
     if not isinstance(found, dict):
@@ -245,7 +222,7 @@ def _progress_of(file: CheckpointFile) -> Progress:
 
 
 def _is_like(value: object, example: object) -> bool:
-    """Whether a value is of the type of another; numbers of things are not negative."""
+    """Return whether a value has the type of another; numbers of things are not negative."""
     if isinstance(example, list):
         is_list = isinstance(value, list) and len(value) == len(example)
         return is_list and all(map(_is_like, value, example))
@@ -274,7 +251,7 @@ def path_at(run_folder: str, progress: Progress) -> str:
 
 
 def _moment(path: str) -> tuple[int, int] | None:
-    """Epoch and step in a checkpoint's name; None for another file."""
+    """Return epoch and step in a checkpoint's name; None for another file."""
     match = NAME.fullmatch(os.path.basename(path))
     return None if match is None else (int(match[1]), int(match[2]))
 

@@ -30,7 +30,7 @@ from replknet_paddle.ops import use_fast_depthwise_conv
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import (
     atomic_folder,
-    check_folder_is_writable,
+    check_place_is_writable,
     file_sha256,
     write_text,
 )
@@ -304,7 +304,7 @@ def check_target(target: str | os.PathLike) -> Path:
     allowed = "allowed: a new or empty folder, or an earlier export and nothing else"
     if not target.parent.is_dir():
         raise FileNotFoundError(f"no folder {target.parent} to write {target.name} into")
-    check_folder_is_writable(target.parent)
+    check_place_is_writable(target.parent)
     if not target.exists():
         return target
     is_folder = target.is_dir()

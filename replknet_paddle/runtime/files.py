@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import glob
 import hashlib
 import os
@@ -13,11 +14,6 @@ from pathlib import Path
 from typing import IO
 
 from replknet_paddle.runtime.errors import InputError
-
-try:
-    import fcntl
-except ImportError:  # Windows: processes are not kept apart
-    fcntl = None
 
 CACHE_VARIABLE = "REPLKNET_PADDLE_CACHE"
 PARTIAL_SUFFIX = ".unfinished"
@@ -63,8 +59,10 @@ def searched_weights(path: Path_) -> str:
     """Return `searched`, and a file of the same name and a suffix, if there is any."""
     names = []
     for folder in (".", PROJECT_FOLDER):
-        found = glob.glob(glob.escape(os.path.join(folder, path)) + ".*")
-        names += [f"{os.fspath(path)}{name[len(os.path.join(folder, path)) :]}" for name in found]
+        own = os.path.join(folder, path)
+        names += [
+            os.fspath(path) + found[len(own) :] for found in glob.glob(glob.escape(own) + ".*")
+        ]
     near = f"; did you mean {min(names)}?" if names else ""
     return f"{searched(path)}{near}"
 
@@ -121,13 +119,12 @@ def atomic_folder(path: Path_) -> Iterator[Path]:
         with path_in_error(path):
             partial.mkdir(parents=True)
             yield partial
-            is_there = path.exists()
-            if is_there:
+            with contextlib.suppress(FileNotFoundError):
                 os.rename(path, old)
             try:
                 os.rename(partial, path)
             except BaseException:
-                if is_there:
+                with contextlib.suppress(FileNotFoundError):
                     os.rename(old, path)
                 raise
             shutil.rmtree(old, ignore_errors=True)
@@ -195,13 +192,9 @@ def sync_folder(folder: Path_) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path_) -> Iterator[None]:
-    """Let one process at a time into the block; the others wait.
-
-    The system releases the lock of a process that dies. The file stays.
-    """
+    """Let one process at a time into the block. The system releases the lock of one that dies."""
     with open(path, "w") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -215,12 +208,8 @@ def file_sha256(path: Path_) -> str:
 
 
 def check_file_target(path: Path_, suffixes: Sequence[str] = (), *, must_be_new=False) -> None:
-    """Raise, before work starts, where the file `path` cannot be written.
-
-    Args:
-        suffixes: allowed endings of the name; empty: any.
-        must_be_new: refuse to replace an existing file.
-    """
+    """Raise, before work starts, where the file `path` cannot be written, does not end in one of
+    the `suffixes`, where there are any, or is to be new and exists."""
     path = os.fspath(path)
     if suffixes and os.path.splitext(path)[1].lower() not in suffixes:
         raise InputError(f"{path}: the name must end in {' or '.join(suffixes)}")
@@ -231,31 +220,23 @@ def check_file_target(path: Path_, suffixes: Sequence[str] = (), *, must_be_new=
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"no folder {folder} to write {os.path.basename(path)} into")
-    check_folder_is_writable(folder)
+    check_place_is_writable(folder)
 
 
 def check_new_folder(path: Path_) -> None:
     """Raise InputError, before work starts, where `path` is no empty folder and cannot be one."""
-    path = os.fspath(path)
     if os.path.isdir(path):
         if os.listdir(path):
             raise InputError(f"folder {path} is not empty; name a new one")
-        check_folder_is_writable(path)
     elif os.path.lexists(path):
         raise InputError(f"{path} is a file; name a new folder")
-    else:
-        check_place_is_writable(path)
+    check_place_is_writable(path)
 
 
 def check_place_is_writable(path: Path_) -> None:
     """Raise InputError where the folder `path`, or what it would be made in, is read-only."""
-    folder = os.path.abspath(path)
+    folder = os.fspath(path)
     while not os.path.isdir(folder):
-        folder = os.path.dirname(folder)
-    check_folder_is_writable(folder)
-
-
-def check_folder_is_writable(folder: Path_) -> None:
-    """Raise InputError for a folder that no file can be written into."""
+        folder = os.path.dirname(os.path.abspath(folder))
     if not os.access(folder, os.W_OK):
         raise InputError(f"folder {folder} is not writable; name another one")

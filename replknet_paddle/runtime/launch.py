@@ -79,7 +79,7 @@ _GLOO_ERROR = re.compile(r"\[\S*gloo/transport[^\]]*\] (.*)")
 
 def end_with_parent(parent: int | None = None) -> None:
     """Let the system kill this process as soon as its parent has ended, which it may have already
-    where its id is given. Linux only."""
+    where its id is given. On Linux alone."""
     if _prctl is not None:
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if parent not in (None, os.getppid()):
@@ -227,10 +227,12 @@ class LaunchedRun:
             return (0 if left == 0 else 128 + received[0]), message
         if status and left:
             return left, message
-        number = killed_by(status)
-        if number is None:
+        # The signal that ended the launcher, or the process that it reports, whose -9 it makes its
+        # own exit status.
+        number = -status if status < 0 else 256 - status
+        if number not in {*signal.Signals}:
             return status, message
-        by = f" by {signal_name(number)}"
+        by = f" by signal {number} ({signal.Signals(number).name})"
         if number == signal.SIGTERM:
             # Nobody asked this run to stop: the launcher ended the process that it reports, after
             # another one that was killed, and does not say how.
@@ -238,22 +240,6 @@ class LaunchedRun:
         return 128 + number, (
             f"error: a process of this run was killed{by}; the output of each is in {self.log_dir}"
         )
-
-
-def killed_by(status: int) -> int | None:
-    """Return the signal in the status of a launcher: its own, or that of the process that it
-    reports, whose -9 it makes its own exit status; None without."""
-    if status < 0:
-        return -status
-    return 256 - status if status > 256 - signal.NSIG else None
-
-
-def signal_name(number: int) -> str:
-    """Return a signal's number and name."""
-    try:
-        return f"signal {number} ({signal.Signals(number).name})"
-    except ValueError:
-        return f"signal {number}"
 
 
 # ---- in a process that was launched

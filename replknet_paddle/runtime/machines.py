@@ -11,11 +11,13 @@ This module imports the standard library alone.
 import array
 import contextlib
 import errno
+import fcntl
 import functools
 import hashlib
 import json
 import os
 import platform
+import re
 import signal
 import socket
 import struct
@@ -36,7 +38,8 @@ STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit statuses of a run 
 ATTEMPT_FILE = "attempt"  # in the log folder of launched processes
 NODES_FOLDER = "nodes"  # beside the log folders of the machines
 
-_SIOCGIFCONF, _IFREQ_BYTES = 0x8912, 40  # of Linux's netdevice(7), on 64-bit machines
+_SIOCGIFCONF = 0x8912  # of Linux's netdevice(7)
+_IFREQ = struct.Struct("16s4x4s16x")  # name, of an alias with a colon, and address; on 64 bits
 
 
 # ---- cores, and the processes of a run that share them
@@ -70,10 +73,9 @@ def core_share(environment=os.environ) -> int:
 @functools.cache
 def _cpuinfo() -> dict[str, str]:
     """Return the entries of Linux's first processor; none elsewhere."""
-    path = Path("/proc/cpuinfo")
-    if not path.exists():
-        return {}
-    first = path.read_text(errors="replace").partition("\n\n")[0]
+    first = ""
+    with contextlib.suppress(FileNotFoundError):
+        first = Path("/proc/cpuinfo").read_text(errors="replace").partition("\n\n")[0]
     pairs = (line.partition(":") for line in first.splitlines())
     return {key.strip(): value.strip() for key, _, value in pairs}
 
@@ -122,13 +124,13 @@ class Heartbeat:
         self.master = master
         self.address = address
         self.reminder = Reminder()
-        self.log_dir = os.path.abspath(log_dir)
-        self.node = os.path.basename(self.log_dir)
+        self.log_dir = Path(os.path.abspath(log_dir))
+        self.node = self.log_dir.name
         self.count = 0
         # Of each other node, what was last read, and when that had changed on this machine's clock.
         self.seen: dict[str, tuple[str, float]] = {}
         with contextlib.suppress(OSError):
-            os.unlink(os.path.join(self.log_dir, ATTEMPT_FILE))
+            (self.log_dir / ATTEMPT_FILE).unlink()
 
     def beat(self) -> tuple[int, str] | None:
         """Give a sign and look for the others'; once another node has failed or is lost, return
@@ -168,7 +170,7 @@ class Heartbeat:
         if folder is not None:
             self._write(folder, f"{status}\n{message}")
 
-    def _missing(self, folder: str | None) -> str | None:
+    def _missing(self, folder: Path | None) -> str | None:
         """Return what to say where a machine is missing."""
         if folder is None:
             return (
@@ -176,35 +178,34 @@ class Heartbeat:
                 f"and {who_is_there(self.master)}"
             )
         seen = 1 + len(self._read_others(folder))
-        if seen >= self.nodes:
-            return None
-        return (
-            f"{seen} of {self.nodes} machines (NNODES) give signs of life in {folder}: -output "
-            "must be one folder that all machines share, and NNODES the same on each"
-        )
+        if seen < self.nodes:
+            return (
+                f"{seen} of {self.nodes} machines (NNODES) give signs of life in {folder}: -output "
+                "must be one folder that all machines share, and NNODES the same on each"
+            )
+        return None
 
-    def _folder(self) -> str | None:
+    def _folder(self) -> Path | None:
         """Return where the nodes of this start of the run write; None until it has a name."""
         try:
-            with open(os.path.join(self.log_dir, ATTEMPT_FILE), encoding="utf-8") as file:
-                return os.path.join(os.path.dirname(self.log_dir), NODES_FOLDER, file.read())
+            name = (self.log_dir / ATTEMPT_FILE).read_text(encoding="utf-8")
         except OSError:
             return None
+        return self.log_dir.parent / NODES_FOLDER / name
 
-    def _write(self, folder: str, end: str) -> None:
+    def _write(self, folder: Path, end: str) -> None:
         """Write this node's sign; a full or slow disk does not stop a run."""
         with contextlib.suppress(OSError):
-            os.makedirs(folder, exist_ok=True)
-            write_text(os.path.join(folder, self.node), f"{self.count}\n{end}")
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / self.node, f"{self.count}\n{end}")
 
-    def _read_others(self, folder: str) -> list[tuple[str, str]]:
+    def _read_others(self, folder: Path) -> list[tuple[str, str]]:
         """Return names and contents of the other nodes' files; none from an unreadable folder."""
         found = []
         with contextlib.suppress(OSError):
-            for node in os.listdir(folder):
-                if node != self.node and not node.endswith(PARTIAL_SUFFIX):
-                    with open(os.path.join(folder, node), encoding="utf-8") as file:
-                        found.append((node, file.read()))
+            for path in folder.iterdir():
+                if path.name != self.node and path.suffix != PARTIAL_SUFFIX:
+                    found.append((path.name, path.read_text(encoding="utf-8")))
         return found
 
 
@@ -309,32 +310,23 @@ def wait_for_route(destination: str) -> str:
     return address
 
 
-def interface_of(address: str) -> str | None:
-    """Return the network interface that has an IPv4 address; None without, or not on Linux."""
-    return next((name for name, own in interfaces() if own == address), None)
-
-
-def interfaces() -> list[tuple[str, str]]:
-    """Return names and IPv4 addresses of the network interfaces that are up; on Linux alone."""
+def interfaces() -> dict[str, str]:
+    """Return the names of the network interfaces that are up by IPv4 address; on Linux alone."""
     if sys.platform != "linux":
-        return []
-    import fcntl
-
-    entries = array.array("B", bytes(256 * _IFREQ_BYTES))
+        return {}
+    entries = array.array("B", bytes(256 * _IFREQ.size))
     request = struct.pack("iL", len(entries), entries.buffer_info()[0])
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         used, _ = struct.unpack("iL", fcntl.ioctl(probe, _SIOCGIFCONF, request))
-    found = []
-    for start in range(0, used, _IFREQ_BYTES):
-        entry = entries[start : start + _IFREQ_BYTES].tobytes()
-        name = entry[:16].partition(b"\0")[0].partition(b":")[0].decode()
-        found.append((name, socket.inet_ntoa(entry[20:24])))
-    return found
+    return {
+        socket.inet_ntoa(address): re.match(rb"[^\0:]*", name)[0].decode()
+        for name, address in _IFREQ.iter_unpack(entries[:used])
+    }
 
 
 def address_for_others() -> str | None:
     """Return this machine's address on the way out, or else of its first non-loopback interface."""
-    others = (own for _, own in interfaces() if not own.startswith("127."))
+    others = (address for address in interfaces() if not address.startswith("127."))
     return outgoing_address("192.0.2.1") or next(others, None)  # any address beyond this network
 
 

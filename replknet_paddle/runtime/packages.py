@@ -15,10 +15,8 @@ from replknet_paddle.runtime.errors import InputError
 # Beside the package in a checkout; an installed package has none.
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements"
 
-OLDEST_PADDLE = (
-    3,
-    1,
-)  # 3.0 has no public way to tell program capture what to take as one operation
+# 3.0 has no public way to tell program capture what to take as one operation.
+OLDEST_PADDLE = (3, 1)
 GPU_INDEX = "https://www.paddlepaddle.org.cn/packages/stable/cu126/"
 
 # Largest error over the largest value: TensorFloat-32 keeps ten bits of each factor.
@@ -37,11 +35,8 @@ def install_command(extra: str) -> str:
 
 
 def import_extra(name: str, extra: str) -> ModuleType:
-    """Import the package or module `name`, which belongs to `extra`.
-
-    Raises:
-        InputError: it is missing, or does not load; the message has the pip command.
-    """
+    """Import the package or module `name`, which belongs to `extra`; InputError with the pip
+    command: it is missing, or does not load."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -66,12 +61,10 @@ class _Refusal:
 
 
 def refuse_other_paddles() -> None:
-    """Let `import paddle` fail, by one message, unless the Paddle installed is a supported one.
+    """Let `import paddle` fail, by one message, unless the Paddle installed is a supported one;
+    UnsupportedPaddle: it is not, and has been imported already.
 
     Paddle 2 beside numpy 2 fails on import, in words of its own.
-
-    Raises:
-        UnsupportedPaddle: it is not, and has been imported already.
     """
     message = _why_unsupported(importlib.util.find_spec("paddle"))
     if message is None:

@@ -16,7 +16,7 @@ import paddle
 import paddle.distributed as dist
 
 from replknet_paddle.runtime.machines import (
-    interface_of,
+    interfaces,
     name_attempt,
     processes_on_this_machine,
     processor_has,
@@ -56,7 +56,7 @@ def init(*, deterministic: bool = False) -> None:
         name_attempt()
         is_local = processes_on_this_machine() == world_size() and sys.platform == "linux"
         address = os.environ.get("PADDLE_CURRENT_ENDPOINT", "").rpartition(":")[0]
-        interface = "lo" if is_local else interface_of(address)
+        interface = "lo" if is_local else interfaces().get(address)
         if interface is not None:
             # Else gloo looks up this machine's name, which may mean 127.0.1.1, or nothing.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -82,12 +82,8 @@ def on_gpu() -> bool:
 
 
 def supports_bfloat16(device: str) -> bool:
-    """Return whether a device computes in bfloat16: Paddle only warns of a GPU that does not, and
-    oneDNN emulates it several times slower than float32, or fails.
-
-    Args:
-        device: "gpu" for this process's GPU, or "cpu".
-    """
+    """Return whether "cpu", or this process's "gpu", computes in bfloat16: Paddle only warns of a
+    GPU that does not, and oneDNN emulates it several times slower than float32, or fails."""
     if device == "gpu":
         return paddle.device.cuda.get_device_capability() >= (8, 0)  # Ampere
     return processor_has("avx512_bf16") and onednn_may_use_bfloat16()
@@ -148,9 +144,8 @@ def average_over_ranks(
     """Replace each tensor, in place, by its mean over the ranks, divided by `divisor`. The lists
     must be alike.
 
-    Returns:
-        The few 1-D buffers, all that was averaged, whose memory the tensors then share; none where
-        there was nothing to do, as in one process without a divisor.
+    Return the few 1-D buffers, all that was averaged, whose memory the tensors then share; none
+    where there was nothing to do, as in one process without a divisor.
     """
     if world_size() == 1 and divisor is None:
         return []

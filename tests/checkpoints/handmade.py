@@ -9,36 +9,15 @@ import json
 import pickle
 import struct
 import zipfile
-from typing import NamedTuple
+from collections import namedtuple
 
 import numpy as np
 
-
-class Name(NamedTuple):
-    """A class or function that the pickle names."""
-
-    module: str
-    name: str
-
-
-class Call(NamedTuple):
-    """What the function returns."""
-
-    function: object
-    arguments: tuple
-
-
-class Made(NamedTuple):
-    """An object of a class, and the state that it is given."""
-
-    cls: Name
-    state: object
-
-
-class Reference(NamedTuple):
-    """A persistent id."""
-
-    value: object
+# What a pickle holds besides plain values.
+Name = namedtuple("Name", "module name")  # a class or function that it names
+Call = namedtuple("Call", "function arguments")  # what the function returns
+Made = namedtuple("Made", "cls state")  # an object of a class, and the state that it is given
+Reference = namedtuple("Reference", "value")  # a persistent id
 
 
 class Raw(bytes):
@@ -57,15 +36,8 @@ def encode(value) -> bytes:
         return encode(value.cls) + b")\x81" + encode(value.state) + b"b"
     if isinstance(value, Reference):
         return encode(value.value) + b"Q"
-    if value is None or isinstance(value, bool):
-        return {None: b"N", True: b"\x88", False: b"\x89"}[value]
-    if isinstance(value, int):
-        size = value.bit_length() // 8 + 1
-        return b"\x8a" + bytes([size]) + value.to_bytes(size, "little", signed=True)
-    if isinstance(value, float):
-        return b"G" + struct.pack(">d", value)
-    if isinstance(value, str):
-        return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return pickle.dumps(value, protocol=2)[2:-1]
     if isinstance(value, bytes):
         return b"B" + struct.pack("<I", len(value)) + value
     if isinstance(value, tuple):
@@ -101,27 +73,20 @@ def tensor(array: np.ndarray, storage: str, **changes) -> Call:
 
     An array of u2 stands for bfloat16's bits.
     """
-    strides = tuple(step // array.itemsize for step in array.strides)
     parts = {
         "kind": Name("torch", STORAGES[array.dtype.str[1:]]),
         "key": storage,
         "numel": array.size,
         "offset": 0,
         "size": array.shape,
-        "stride": strides,
+        "stride": tuple(step // array.itemsize for step in array.strides),
         "tail": (),
         **changes,
     }
-    reference = ("storage", parts["kind"], parts["key"], "cpu", parts["numel"], *parts["tail"])
-    arguments = (
-        Reference(reference),
-        parts["offset"],
-        parts["size"],
-        parts["stride"],
-        False,
-        Call(Name("collections", "OrderedDict"), ()),
-    )
-    return Call(Name("torch._utils", "_rebuild_tensor_v2"), arguments)
+    kind, key, numel, offset, size, stride, tail = parts.values()
+    reference = Reference(("storage", kind, key, "cpu", numel, *tail))
+    hooks = call("collections.OrderedDict")
+    return call("torch._utils._rebuild_tensor_v2", reference, offset, size, stride, False, hooks)
 
 
 def torch_zip(
@@ -142,13 +107,8 @@ def torch_zip(
 def torch_legacy(content, storages: dict[str, np.ndarray], *, system=None, version=1001) -> bytes:
     """A file of PyTorch 1.5 or before."""
     system = system or {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
-    parts = [
-        pickled(TORCH_MAGIC),
-        pickled(version),
-        pickled(system),
-        pickled(content),
-        pickled(list(storages)),
-    ]
+    values = (TORCH_MAGIC, version, system, content, list(storages))
+    parts = [pickled(value) for value in values]
     for array in storages.values():
         parts.append(struct.pack("<q", array.size) + array.tobytes())
     return b"".join(parts)

@@ -10,7 +10,7 @@ from tiny import FIXTURES, TINY, command
 
 from replknet_paddle.checkpoints.checkpoint_file import CheckpointFile
 from replknet_paddle.checkpoints.files import write_safetensors
-from replknet_paddle.checkpoints.load import load_pretrained, load_state
+from replknet_paddle.checkpoints.load import load_pretrained
 from replknet_paddle.checkpoints.run_folder import Checkpoint, Progress, save_checkpoint
 from replknet_paddle.config import get_config
 from replknet_paddle.deploy import Predictor
@@ -47,64 +47,57 @@ def damaged(run_folder):
 
 
 READERS = {
-    "load_state": lambda path: load_state(path, weights="model"),
-    "load_pretrained": lambda path: load_pretrained(build_replknet(config_of(path)), path),
-    "get_model": lambda path: get_model(path.parent / "config.yaml", pretrained=path),
-    "predictor": lambda path: Predictor(str(path), backend="eager"),
+    "load_pretrained": lambda folder: load_pretrained(
+        build_replknet(get_config(folder / "config.yaml")), folder / "best"
+    ),
+    "get_model": lambda folder: get_model(folder / "config.yaml", pretrained=folder / "best"),
+    "predictor": lambda folder: Predictor(str(folder / "best"), backend="eager"),
 }
-
-
-def config_of(path):
-    return get_config(path.parent / "config.yaml")
 
 
 @pytest.mark.parametrize("reader", READERS)
 def test_one_changed_bit_is_found(damaged, reader):
     with pytest.raises(InputError, match=DAMAGE):
-        READERS[reader](damaged / "best")
+        READERS[reader](damaged)
 
 
-@pytest.mark.parametrize("name", ["export", "merge", "convert"])
-def test_commands_refuse_it(damaged, tmp_path, capsys, name):
-    source = str(damaged / "best")
-    flags = {
-        "export": ["-pretrained", source, str(tmp_path / "out")],
-        "merge": ["-pretrained", source, str(tmp_path / "out.safetensors")],
-        "convert": [source, str(tmp_path / "out.safetensors")],
-    }[name]
-    assert command(name)(flags) == 2
+@pytest.mark.parametrize(
+    "line",
+    [
+        "export -pretrained {source} {out}",
+        "merge -pretrained {source} {out}.safetensors",
+        "convert {source} {out}.safetensors",
+    ],
+)
+def test_commands_refuse_it(damaged, tmp_path, capsys, line):
+    name, *arguments = line.format(source=damaged / "best", out=tmp_path / "out").split()
+    assert command(name)(arguments) == 2
     assert DAMAGE in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize("flags", [["-eval"], []])
 def test_evaluation_and_fine_tuning_refuse_it(damaged, tiny_data, tmp_path, flags):
-    said = finish(
-        [
-            *(f"-pretrained={damaged / 'best'}", f"-data_path={tiny_data}", *flags),
-            f"-output={tmp_path / 'new'}",
-        ],
-        output=tmp_path / "log",
-        status=2,
-    )
-    assert f"error: {damaged / 'best'} {DAMAGE}" in said
+    source = damaged / "best"
+    arguments = [f"-pretrained={source}", f"-data_path={tiny_data}", f"-output={tmp_path / 'new'}"]
+    said = finish([*arguments, *flags], output=tmp_path / "log", status=2)
+    assert f"error: {source} {DAMAGE}" in said
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("name", ["trained", "merged", "converted"])
-def test_a_file_copied_out_of_its_run_folder_explains_itself(run_folder, tmp_path, name):
-    copy = tmp_path / "elsewhere" / "copy.safetensors"
+@pytest.mark.parametrize(
+    "line", ["merge -pretrained {source} {copy}", "convert {source} {copy} -to official", None]
+)
+def test_a_file_copied_out_of_its_run_folder_explains_itself(run_folder, tmp_path, line):
+    source, copy = run_folder / "best", tmp_path / "elsewhere" / "copy.safetensors"
     copy.parent.mkdir()
-    source = str(run_folder / "best")
-    if name == "trained":
+    if line is None:
         shutil.copy(source, copy)
-    elif name == "merged":
-        assert command("merge")(["-pretrained", source, str(copy)]) == 0
     else:
-        assert command("convert")([source, str(copy), "-to", "official"]) == 0
-        assert CheckpointFile(copy).metadata["format"] == "pt"
+        name, *arguments = line.format(source=source, copy=copy).split()
+        assert command(name)(arguments) == 0
     file = CheckpointFile(copy)
-    assert file.config.MODEL.SMALL_KERNEL_MERGED == (name == "merged")
+    assert file.config.MODEL.SMALL_KERNEL_MERGED == ("merge" in str(line))
     assert file.config.MODEL.PRETRAINED is None
     assert file.classes.names == NAMES and file.classes.count == 4
     load_pretrained(build_replknet(file.config), file)

@@ -10,7 +10,6 @@ import io
 import math
 import os
 import pickle
-import subprocess
 import sys
 import tracemalloc
 import zipfile
@@ -34,7 +33,7 @@ from handmade import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import FIXTURES, ROOT
+from tiny import FIXTURES
 
 from replknet_paddle.checkpoints import pickles
 from replknet_paddle.checkpoints.checkpoint_file import CheckpointFile
@@ -81,22 +80,12 @@ def test_every_format_gives_the_same_arrays_whatever_its_suffix(name, file):
         np.testing.assert_array_equal(model[key], value)
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in FIXTURES.glob("tiny*.p[td]*")))
-def test_reference_files_of_real_programs_are_read(name):
-    content = read_checkpoint(FIXTURES / name)
-    state = content.get("state_dict", content.get("model", content))
-    arrays = [
-        value
-        for name, value in state.items()
-        if name.rpartition(".")[2] not in ("num_batches_tracked", "StructuredToParameterName@@")
-    ]
-    assert len(arrays) >= 200
-    assert all(np.isfinite(array).all() for array in arrays)
-    assert {array.dtype for array in arrays} == {np.dtype("f2" if "fp16" in name else "f4")}
-    if "train_ckpt" in name:
-        assert content["epoch"] == 7
-        assert isinstance(content["args"], dict) and content["args"]
-        assert content["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.999)
+def test_a_training_checkpoint_of_torch_is_plain_data():
+    """Its weights, and those of all other reference files, are compared in test_load.py."""
+    content = read_checkpoint(FIXTURES / "tiny31_official_train_ckpt.pth")
+    assert content["epoch"] == 7
+    assert isinstance(content["args"], dict) and content["args"]
+    assert content["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.999)
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
@@ -226,23 +215,19 @@ def test_zip64_directory_is_read(file, monkeypatch):
     np.testing.assert_array_equal(content["model"]["a"], made.expected()["a"])
 
 
-PEAK = """
-import resource, sys
-import numpy as np
-from replknet_paddle.checkpoints.files import read_checkpoint
-
-def resident(field):
-    with open('/proc/self/status') as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
-
-before = resident('VmRSS')
-content = read_checkpoint(sys.argv[1])
-total = sum(float(value.sum(dtype='f8')) for value in content.values())
-print(resident('VmHWM') - before)
-"""
+def peak_bytes(path: Path) -> int:
+    """The memory that reading a file takes, besides the map of the file."""
+    tracemalloc.start()
+    try:
+        read_checkpoint(path)
+    except InputError:
+        pass
+    finally:
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    return peak
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads peak memory from /proc")
 @pytest.mark.parametrize(
     "kind", ["torch zip", "torch legacy", "paddle 2", "paddle 4", "safetensors"]
 )
@@ -256,14 +241,8 @@ def test_peak_memory_is_at_most_1_5_times_the_file(kind, file):
         data = made.safetensors(arrays)
     else:
         data = pickle.dumps(arrays, protocol=int(kind[-1]))
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(file(data))],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        check=True,
-    )
-    assert int(done.stdout) <= 1.5 * len(data)
+    mapped = 0 if kind.startswith("paddle") else len(data)
+    assert mapped + peak_bytes(file(data)) <= 1.5 * len(data)
 
 
 # ---- what is refused
@@ -305,7 +284,7 @@ OTHERS = {
     made.safetensors({"x": BASE}, y=SHARED_ENTRY): "overlaps",
     made.safetensors({"x": BASE}) + b"1234": "belong to no tensor",
     made.safetensors({"x": BASE}, {"a": 1}): "metadata that are not texts",
-    made.safetensors({"x": BASE}).replace(b'"shape"', b'"dtype"'): "twice",
+    made.safetensors({"x": BASE}).replace(b'"shape"', b'"dtype"'): "damaged",
     (2**20).to_bytes(8, "little") + b"{" + b"[" * 2**20: "damaged",
 }
 
@@ -547,7 +526,7 @@ def test_no_name_but_those_of_the_table_is_found(name, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "name"
     path.write_bytes(pickled({"x": Name(*name.rsplit(".", 1))}))
     with open(path, "rb") as raw, pickles.SourceFile(Path(raw.name)) as source:
-        known = pickles.plain_globals(source)
+        known = pickles.known_globals(source, {})
     if name not in known:
         assert f"asks for {name!r}" in refusal(path)
 
@@ -603,18 +582,6 @@ def test_deep_nesting_and_cycles_do_not_recurse(file):
         (deep,) = deep
     cycle = read_checkpoint(file(b"\x80\x02]q\x00h\x00a."))
     assert cycle[0] is cycle
-
-
-def peak_bytes(path: Path) -> int:
-    tracemalloc.start()
-    try:
-        read_checkpoint(path)
-    except InputError:
-        pass
-    finally:
-        _, peak = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-    return peak
 
 
 @pytest.mark.parametrize("opcode", [b"\x8f", b"}", b"]", b"(", b"N", b"h\x00", b")\x85", b"\x94"])

@@ -2,12 +2,11 @@
 
 import functools
 from collections.abc import Mapping
-from pathlib import Path
-from types import MappingProxyType
-from typing import NamedTuple
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import pytest
+from tiny import FIXTURES, ROOT
 
 from replknet_paddle.checkpoints import checkpoint_file
 from replknet_paddle.checkpoints.load import load_pretrained, load_state, parameter_shapes
@@ -17,16 +16,14 @@ from replknet_paddle.runtime.errors import InputError
 
 pytestmark = pytest.mark.paddle_version
 
-FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
-CONFIGS = FIXTURES.parent.parent / "configs"
-
 
 @functools.cache
 def shapes(config_name: str, **keys) -> Mapping[str, tuple]:
-    keys = {key: list(value) if isinstance(value, tuple) else value for key, value in keys.items()}
-    config = get_config(str(CONFIGS / f"{config_name}.yaml"))
-    config.defrost()
-    config.MODEL.update(keys)
+    overrides = {
+        f"MODEL__{key}": list(value) if isinstance(value, tuple) else value
+        for key, value in keys.items()
+    }
+    config = get_config(ROOT / "configs" / f"{config_name}.yaml", **overrides)
     return MappingProxyType(parameter_shapes(config))
 
 
@@ -35,24 +32,16 @@ def zeros(shapes: Mapping[str, tuple]) -> dict[str, np.ndarray]:
     return {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
 
 
-class Network(NamedTuple):
-    """All that loading sees of a network before it finds that a file does not fit."""
-
-    parameters: dict[str, np.ndarray]
-
-    def state_dict(self):
-        return self.parameters
-
-
 @pytest.fixture
 def misfit(monkeypatch):
     """The message when a file of one state is loaded into a network of given shapes."""
 
     def load(state: dict, network_shapes: Mapping, **options) -> str:
         path = FIXTURES / "tiny31_official.pth"
-        monkeypatch.setattr(checkpoint_file, "read_file", lambda path: (state, None))
+        monkeypatch.setattr(checkpoint_file, "read_file", lambda path: (state, {}))
+        network = SimpleNamespace(state_dict=lambda: zeros(network_shapes))
         with pytest.raises(InputError) as caught:
-            load_pretrained(Network(zeros(network_shapes)), path, **options)
+            load_pretrained(network, path, **options)
         assert str(caught.value).startswith(f"{path}: ")
         return str(caught.value)
 
@@ -62,73 +51,41 @@ def misfit(monkeypatch):
 # The file's config and what differs from it, what differs from 31B in the network, and words of the
 # message.
 PAIRS = {
-    "XL into 31B": (
-        "replknet_xl",
-        {},
-        {},
-        [
-            "the file is RepLKNet-XL (train form, 1000 classes)",
-            "the network is RepLKNet-31B",
-            "MODEL.CHANNELS: [256, 512, 1024, 2048]",
-            "MODEL.DW_RATIO: 1.5",
-            "MODEL.SMALL_KERNEL: None",
-            "MODEL.LARGE_KERNEL_SIZES: [27, 27, 27, 13]",
-            "120 missing from the file",
-            "24 x stages.*.blocks.*.large_kernel.small_kernel_conv.conv.weight",
-        ],
-    ),
-    "31L into 31B": (
-        "replknet_31l_22k1k_384",
-        {},
-        {},
-        [
-            "the file is RepLKNet-31L",
-            "MODEL.CHANNELS: [192, 384, 768, 1536]",
-            "4 x stem.*.conv.weight, the first: file (192, 3, 3, 3), network (128, 3, 3, 3)",
-        ],
-    ),
-    "22K head into 1K": (
-        "replknet_31b_22k",
-        {},
-        {},
-        [
-            "21841 classes",
-            "set MODEL.NUM_CLASSES: 21841",
-            "set MODEL.DROP_HEAD: True",
-            "2 of another shape",
-            "2 x head.{weight, bias}, the first: file (1024, 21841), network (1024, 1000)",
-        ],
-    ),
-    "merged into train form": (
-        "replknet_31b",
-        {"SMALL_KERNEL_MERGED": True},
-        {},
-        [
-            "RepLKNet-31B (merged",
-            "set MODEL.SMALL_KERNEL_MERGED: True",
-            "48 unexpected in the file",
-        ],
-    ),
-    "train form into merged": (
-        "replknet_31b",
-        {},
-        {"SMALL_KERNEL_MERGED": True},
-        [
-            "RepLKNet-31B (train form",
-            "set MODEL.SMALL_KERNEL_MERGED: False",
-            "merge the network",
-        ],
-    ),
+    "XL into 31B": ("replknet_xl", {}, {}, [
+        "the file is RepLKNet-XL (train form, 1000 classes)",
+        "the network is RepLKNet-31B",
+        "MODEL.CHANNELS: [256, 512, 1024, 2048]",
+        "MODEL.DW_RATIO: 1.5",
+        "MODEL.SMALL_KERNEL: None",
+        "MODEL.LARGE_KERNEL_SIZES: [27, 27, 27, 13]",
+        "120 missing from the file",
+        "24 x stages.*.blocks.*.large_kernel.small_kernel_conv.conv.weight",
+    ]),
+    "31L into 31B": ("replknet_31l_22k1k_384", {}, {}, [
+        "the file is RepLKNet-31L",
+        "MODEL.CHANNELS: [192, 384, 768, 1536]",
+        "4 x stem.*.conv.weight, the first: file (192, 3, 3, 3), network (128, 3, 3, 3)",
+    ]),
+    "22K head into 1K": ("replknet_31b_22k", {}, {}, [
+        "21841 classes",
+        "set MODEL.NUM_CLASSES: 21841",
+        "set MODEL.DROP_HEAD: True",
+        "2 of another shape",
+        "2 x head.{weight, bias}, the first: file (1024, 21841), network (1024, 1000)",
+    ]),
+    "merged into train form": ("replknet_31b", {"SMALL_KERNEL_MERGED": True}, {}, [
+        "RepLKNet-31B (merged", "set MODEL.SMALL_KERNEL_MERGED: True", "48 unexpected in the file",
+    ]),
+    "train form into merged": ("replknet_31b", {}, {"SMALL_KERNEL_MERGED": True}, [
+        "RepLKNet-31B (train form", "set MODEL.SMALL_KERNEL_MERGED: False", "merge the network",
+    ]),
     "small kernel": ("replknet_31b", {"SMALL_KERNEL": 7}, {}, ["MODEL.SMALL_KERNEL: 7"]),
     "ffn ratio": ("replknet_31b", {"FFN_RATIO": 2.0}, {}, ["MODEL.FFN_RATIO: 2.0"]),
     "layers": ("replknet_31b", {"LAYERS": (2, 2, 6, 2)}, {}, ["MODEL.LAYERS: [2, 2, 6, 2]"]),
-    "no head": (
-        "replknet_31b",
-        {"OUT_INDICES": (3,)},
-        {},
-        ["no head", "6 missing from the file", "2 x head.{weight, bias}"],
-    ),
-}
+    "no head": ("replknet_31b", {"OUT_INDICES": (3,)}, {}, [
+        "no head", "6 missing from the file", "2 x head.{weight, bias}",
+    ]),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

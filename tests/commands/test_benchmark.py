@@ -121,7 +121,7 @@ def test_inference_times_each_backend_and_says_how_far_it_is_off(
     content = json.loads((tmp_path / "b.json").read_text())
     rows = content["rows"]
     assert {row["batch"] for row in rows} == {1, 2}
-    assert {row["backend"] for row in rows} == {"dygraph", "paddle"}
+    assert {row["backend"] for row in rows} == {"eager", "paddle"}
     assert ("bf16" in {row["precision"] for row in rows}) == supports_bfloat16("cpu")
     for row in rows:
         assert 0 < row["min_ms"] <= row["median_ms"] <= row["max_ms"]
@@ -143,7 +143,7 @@ def test_inference_times_each_backend_and_says_how_far_it_is_off(
         *(
             (["inference", "-cfg", "TINY", *flags], says)
             for flags, says in (
-                (["--backends", "tensorrt"], "allowed: dygraph paddle"),
+                (["--backends", "tensorrt"], "allowed: eager paddle"),
                 (["--precisions", "fp8"], "--precisions fp8; allowed: fp32 fp16 bf16 int8"),
                 (["--rounds", "0"], "integers >= 1"),
                 (["--batch_sizes", "1", "0"], "integers >= 1"),
@@ -196,7 +196,7 @@ def test_a_candidate_that_fails_is_reported_and_the_others_are_written(
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
     measured = {(r["backend"], r["network"], r["batch"]) for r in rows}
     assert measured == {
-        *(("dygraph", "trained", batch) for batch in (1, 2)),
+        *(("eager", "trained", batch) for batch in (1, 2)),
         *(("openvino", "folded", batch) for batch in (1, 2)),
         ("onnxruntime", "folded", 1),
     }
@@ -214,7 +214,7 @@ def test_what_was_measured_is_written_if_a_later_batch_is_interrupted(
         return real(eager, opened, batch, *rest)
 
     monkeypatch.setattr(inference, "time_batch", time_batch)
-    flags = ["--backends", "dygraph", "--batch_sizes", "1", "2", "--rounds", "1"]
+    flags = ["--backends", "eager", "--batch_sizes", "1", "2", "--rounds", "1"]
     flags += ["--json", str(tmp_path / "b.json")]
     assert main(["inference", "-cfg", str(tiny_config_file), *flags]) == 130
     assert [r["batch"] for r in json.loads((tmp_path / "b.json").read_text())["rows"]] == [1]

@@ -1,6 +1,7 @@
 """Files: relative paths are looked up here, then in the project; writing is whole or not at all."""
 
 import contextlib
+import os
 import subprocess
 
 import pytest
@@ -70,30 +71,43 @@ def test_the_command_line_can_be_typed():
     assert done.returncode == 0 and "usage:" in done.stdout
 
 
+def contents(folder) -> dict:
+    return {path: path.is_dir() or path.read_text() for path in folder.rglob("*")}
+
+
 @pytest.mark.parametrize("is_there", [False, True])
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_file_and_a_folder_are_written_whole_or_not_at_all(tmp_path, is_there, fails):
-    folder, file = tmp_path / "folder", tmp_path / "file"
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    "write, moment",
+    [(atomic_file, moment) for moment in ("never", "block", "fsync", "replace")]
+    + [(atomic_folder, moment) for moment in ("never", "block", "rename")],
+)
+def test_a_file_and_a_folder_are_written_whole_or_not_at_all(
+    tmp_path, monkeypatch, write, moment, error, is_there
+):
+    path = tmp_path / "made"
+    error = error(28, "No space left on device")
+
+    def fail(*_):
+        raise error
+
+    def fill(made, name):
+        made.write(name) if write is atomic_file else (made / name).write_text("")
+
     if is_there:
-        folder.mkdir()
-        (folder / "old").write_text("")
-        file.write_text("old")
-    before = sorted(tmp_path.rglob("*"))
-    for path, write in ((folder, atomic_folder), (file, atomic_file)):
-        with full_disk(path) if fails else contextlib.nullcontext(), write(path) as made:
-            if path is folder:
-                (made / "new").write_text("")
-            else:
-                made.write("new")
-            if fails:
-                raise OSError(28, "No space left on device")
-    if fails:
-        assert sorted(tmp_path.rglob("*")) == before
-        assert not is_there or file.read_text() == "old"
+        with write(path) as made:
+            fill(made, "old")
+    before = contents(tmp_path)
+    if moment in ("fsync", "replace", "rename"):
+        monkeypatch.setattr(os, moment, fail)
+    with contextlib.nullcontext() if moment == "never" else pytest.raises(type(error)):  # noqa: SIM117
+        with write(path) as made:
+            fill(made, "new")
+            if moment == "block":
+                fail()
+    if moment == "never":
+        new = {path: True, path / "new": ""}
+        assert contents(tmp_path) == ({path: "new"} if write is atomic_file else new)
     else:
-        assert sorted(tmp_path.rglob("*")) == [file, folder, folder / "new"]
-        assert file.read_text() == "new"
-
-
-def full_disk(path):
-    return pytest.raises(OSError, match=f"No space left on device: '{path}'")
+        assert contents(tmp_path) == before
+        assert isinstance(error, KeyboardInterrupt) or error.filename == str(path)

@@ -1,15 +1,12 @@
 """Starting the processes of a run, with and without GPUs, and what the machines of one tell."""
 
 import os
-import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
-from harness import Run, assert_same_end, free_ports, step_of, wait_for
+from harness import Program, Run, assert_same_end, free_ports, step_of, wait_for
 from tiny import ROOT
 
 from replknet_paddle.runtime import launch as launch_module
@@ -21,14 +18,6 @@ pytest_plugins = ["harness"]
 
 OWN = address_for_others() or "127.0.1.1"
 ELSEWHERE = "203.0.113.7"
-
-
-def launched(command, folder, processes=2, **options) -> tuple[int, str]:
-    """Exit status and message of a run on CPU."""
-    log_dir = str(folder / "workers")
-    return LaunchedRun(
-        command, **{"processes": processes, "log_dir": log_dir, "on_gpu": False, **options}
-    ).wait()
 
 
 # ---- addresses
@@ -56,35 +45,6 @@ def test_the_master_is_its_own_host_by_whatever_name(monkeypatch, host, address,
 
 # ---- processes of one machine
 
-# Stands for Python, which would run Paddle's launcher.
-LAUNCHER = """#!/bin/sh
-printf "%s %s" "$CUDA_VISIBLE_DEVICES" "$PADDLE_DISTRI_BACKEND" > "{seen}"
-"""
-
-
-@pytest.fixture
-def python(tmp_path, monkeypatch):
-    """Replaces Python by a shell script."""
-
-    def replace(script):
-        python = tmp_path / "python"
-        python.write_text(script)
-        python.chmod(0o755)
-        monkeypatch.setattr(sys, "executable", str(python))
-
-    return replace
-
-
-@pytest.mark.parametrize("visible", ["", "-1", None])
-def test_the_launcher_gets_a_hidden_device_for_each_process(tmp_path, monkeypatch, python, visible):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    python(LAUNCHER.format(seen=tmp_path / "seen"))
-    assert launched(["x.py"], tmp_path) == (0, "")
-    assert (tmp_path / "seen").read_text() == "-1,-1 gloo"
-
-
 RANK = """
 import os, sys
 from replknet_paddle.runtime.processes import init, rank, sum_over_ranks
@@ -99,8 +59,9 @@ def test_processes_without_a_visible_gpu_run_on_the_cpu(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     script = tmp_path / "script of a rank.py"
     script.write_text(RANK)
-    status, _ = launched([str(script), str(tmp_path), "an argument with spaces"], tmp_path)
-    assert status == 0
+    command = [str(script), str(tmp_path), "an argument with spaces"]
+    log_dir = str(tmp_path / "workers")
+    assert LaunchedRun(command, processes=2, log_dir=log_dir, on_gpu=False).wait() == (0, "")
     for rank in range(2):
         assert (tmp_path / f"rank{rank}").read_text() == "2.0 an argument with spaces"
     assert "PADDLE_DISTRI_BACKEND" not in os.environ
@@ -124,24 +85,8 @@ time.sleep(60)
 def test_the_status_of_a_failing_process_comes_through(tmp_path, failing):
     script = tmp_path / "rank.py"
     script.write_text(FAILING.format(root=str(ROOT), failing=failing))
-    assert launched([str(script)], tmp_path)[0] == 2
-
-
-@pytest.mark.slow
-def test_the_name_of_the_machine_need_not_resolve(tiny_config_file, tiny_data, tmp_path):
-    renamed = ["unshare", "--uts", "sh", "-c", 'hostname no-such-name && exec "$@"', "sh"]
-    if shutil.which("unshare") is None or subprocess.run([*renamed, "true"]).returncode:
-        pytest.skip("only root can give this process a machine's name of its own")
-    flags = [f"-cfg={tiny_config_file}", f"-data_path={tiny_data}", f"-output={tmp_path / 'run'}"]
-    flags += ["-nproc=2", "-batch_size=4", "-opts", "TRAIN.NUM_EPOCHS", "1"]
-    done = subprocess.run(
-        [*renamed, sys.executable, "main_multi_gpu.py", *flags],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run = LaunchedRun([str(script)], processes=2, log_dir=str(tmp_path / "logs"), on_gpu=False)
+    assert run.wait()[0] == 2
 
 
 # ---- signs of life of two machines
@@ -213,31 +158,6 @@ def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(attempt, monkeypat
 
 
 # ---- two machines, as far as one can play both: their addresses differ in name
-
-# Stands for Python and a launcher whose processes have met those of the other node, and now wait
-# for ever.
-WAITING_LAUNCHER = """#!/bin/sh
-echo "$@" > "{folder}/arguments"
-mkdir -p "{folder}/workers/one"
-printf first-start > "{folder}/workers/one/{attempt}"
-exec tail -f /dev/null
-"""
-
-
-def test_a_launcher_is_ended_once_another_node_has_failed(tmp_path, monkeypatch, python):
-    monkeypatch.setattr(launch_module, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(launch_module, "GRACE_SECONDS", 0.05)
-    python(WAITING_LAUNCHER.format(folder=tmp_path, attempt=machines.ATTEMPT_FILE))
-    nodes = tmp_path / "workers" / machines.NODES_FOLDER / "first-start"
-    nodes.mkdir(parents=True)
-    (nodes / "two").write_text("5\n7\nerror: so it was")
-    log_dir = str(tmp_path / "workers" / "one")
-    got = launched(["x.py"], tmp_path, 1, log_dir=log_dir, nodes=2, master="localhost:80")
-    assert got == (7, "error: machine two has failed with status 7: error: so it was")
-    arguments = (tmp_path / "arguments").read_text()
-    assert "--nnodes 2 --master 127.0.0.1:80 --host 127.0.0.1 x.py" in arguments
-    assert (nodes / "one").exists()
-
 
 BEAT_SECONDS = 0.5
 
@@ -318,34 +238,21 @@ def test_a_run_whose_node_is_killed_is_restarted_and_ends_the_same(
 ):
     """The script on both nodes; that of the killed one is started again, as a scheduler would."""
     run, master = tmp_path / "run", f"localhost:{free_ports(1)[0]}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
-    environment |= {"NNODES": "2", "NPROC_PER_NODE": "1", "MASTER": master, "MAX_RESTARTS": "2"}
 
-    def start(name, *more):
-        with open(tmp_path / name, "w") as output:
-            return subprocess.Popen(
-                ["sh", "run_train_multi.sh", *run_flags, "-batch_size=4", f"-output={run}", *more],
-                cwd=ROOT,
-                env=environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+    def start(*more):
+        flags = [*run_flags, "-batch_size=4", f"-output={run}", *more]
+        return Program(flags, restarts=2, NNODES="2", NPROC_PER_NODE="1", MASTER=master)
 
-    started = [start("one"), start("two")]
+    started = [start(), start()]
     try:
-        wait_for(lambda: step_of(run) >= 4, timeout=200, every=0.05)
-        os.killpg(started[1].pid, signal.SIGKILL)
-        started[1].wait()
-        killed_at = time.monotonic()
-        wait_for(lambda: "restart 1 of 2" in (tmp_path / "one").read_text(), timeout=60, every=0.1)
-        assert time.monotonic() - killed_at < 60
-        started.append(start("two again", "-resume=auto"))
-        for process in (started[0], started[2]):
-            assert process.wait(timeout=240) == 0, (tmp_path / "one").read_text()
+        wait_for(lambda: step_of(run) >= 4, timeout=200)
+        started[1].end()
+        wait_for(lambda: "restart 1 of 2" in (run / "log.txt").read_text(), timeout=60, every=0.1)
+        started.append(start("-resume=auto"))
+        for program in (started[0], started[2]):
+            status, said = program.finish(240)
+            assert status == 0, said
     finally:
-        for process in started:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        for program in started:
+            program.end()
     assert_same_end(run, straight_on_two)

@@ -51,28 +51,20 @@ def checks(arguments: list[str]) -> int:
     # averages: dtypes and shapes mixed, in many buckets and in one
     for bucket_bytes in (1, 40, 10**9):
         processes.BUCKET_BYTES = bucket_bytes
-        tensors = []
-        for i, (shape, dtype) in enumerate(
-            [
-                ([2, 3], "float32"),
-                ([5], "float32"),
-                ([], "float32"),
-                ([4], "float64"),
-                ([1, 1, 2], "float64"),
-                ([3], "float32"),
-                ([64], "float32"),
-            ]
-        ):
-            tensors.append(paddle.full(shape, i + 1 + processes.rank(), dtype))
+        kinds = [
+            *(([2, 3], "float32"), ([5], "float32"), ([], "float32")),
+            *(([4], "float64"), ([1, 1, 2], "float64"), ([3], "float32"), ([64], "float32")),
+        ]
+        tensors = [
+            paddle.full(shape, i + 1 + processes.rank(), dtype)
+            for i, (shape, dtype) in enumerate(kinds)
+        ]
         same = list(tensors)
         processes.average_over_ranks(tensors)
         for i, (tensor, before) in enumerate(zip(tensors, same)):
             assert tensor is before
             check(tensor.numpy(), i + 1 + mean_rank, (bucket_bytes, i))
-        assert [t.shape for t in tensors] == [[2, 3], [5], [], [4], [1, 1, 2], [3], [64]]
-        assert [str(t.numpy().dtype) for t in tensors] == ["float32"] * 3 + ["float64"] * 2 + [
-            "float32"
-        ] * 2
+        assert [(t.shape, str(t.numpy().dtype)) for t in tensors] == kinds
     processes.average_over_ranks([])
 
     # parameters and their gradients, in place, and still trainable afterwards
@@ -112,12 +104,6 @@ def test_a_seed_is_31_bits_and_depends_on_every_number_and_their_order(first, se
         assert (seed == processes.random_seed(*first)) == (numbers == first)
 
 
-@pytest.mark.parametrize("number", [-1, 1.5])
-def test_a_number_that_is_no_seed_is_refused(number):
-    with pytest.raises((ValueError, TypeError)):
-        processes.random_seed(1, number)
-
-
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 40), st.booleans()), max_size=12), st.integers(1, 400))
 def test_buckets_keep_order_dtype_and_size(kinds, limit):
@@ -142,12 +128,6 @@ def test_alone_nothing_is_exchanged():
     tensor = paddle.to_tensor([1.0, 2.0])
     processes.average_over_ranks([tensor])
     assert tensor.tolist() == [1.0, 2.0]
-
-
-def test_on_cpu_there_is_no_gpu():
-    if paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count():
-        pytest.skip("there is one")
-    assert processes.visible_devices() == 0 and not processes.on_gpu()
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -23,21 +23,11 @@ pytestmark = pytest.mark.slow
 ADDRESSES = {"a": "10.77.31.1", "b": "10.77.31.2"}
 PORT = 8090
 
-# The training command, whose reminders come early.
-PROGRAM = """
-import sys
-sys.path.insert(0, {root!r})
-from replknet_paddle.runtime import machines
-machines.FIRST_REMINDER_SECONDS, machines.REMINDER_SECONDS = 4, 4
-from replknet_paddle.commands import run_command
-sys.exit(run_command("train", sys.argv[1:]))
-"""
-
-
-# Of the training processes: one that waited for Paddle's launcher to end it would wait long.
+# Reminders come early, and training processes do not wait for Paddle's launcher to end them.
 PATIENT = """
-    from replknet_paddle.runtime import launch
+    from replknet_paddle.runtime import launch, machines
     launch.LAUNCHER_SECONDS = 3600
+    machines.FIRST_REMINDER_SECONDS, machines.REMINDER_SECONDS = 4, 4
 """
 
 
@@ -60,18 +50,24 @@ class Machines:
     def set_up(self) -> None:
         for node, name in self.names.items():
             ip("netns", "add", name)
-            other = next(n for n in ADDRESSES if n != node)
-            hosts = Path("/etc/netns") / name / "hosts"
-            hosts.parent.mkdir(parents=True)
-            hosts.write_text(
-                f"127.0.0.1 localhost\n127.0.1.1 node-{node}\n{ADDRESSES[other]} node-{other}\n"
-            )
+            self.hosts(node).parent.mkdir(parents=True)
+            others = [f"{ADDRESSES[other]} node-{other}\n" for other in ADDRESSES if other != node]
+            own = ["127.0.0.1 localhost\n", f"127.0.1.1 node-{node}\n"]
+            self.hosts(node).write_text("".join(own + others))
         a, b = self.names.values()
         ip("-n", a, "link", "add", "wire", "type", "veth", "peer", "name", "wire", "netns", b)
         for node, name in self.names.items():
             ip("-n", name, "addr", "add", f"{ADDRESSES[node]}/24", "dev", "wire")
             ip("-n", name, "link", "set", "lo", "up")
             ip("-n", name, "link", "set", "wire", "up")
+
+    def hosts(self, node: str) -> Path:
+        return Path("/etc/netns") / self.names[node] / "hosts"
+
+    def forget_own_name(self, node: str) -> None:
+        """Let the machine's own name mean nothing there."""
+        hosts = self.hosts(node)
+        hosts.write_text(re.sub(r"127\.0\.1\.1.*\n", "", hosts.read_text()))
 
     def tear_down(self) -> None:
         for run in self.runs.values():
@@ -98,19 +94,23 @@ class Machines:
 
     def start(self, node: str, flags, *, master=f"{ADDRESSES['a']}:{PORT}", count=2, **environment):
         """Start a machine's part of a run; its output is in the file of the machine's name."""
-        program = PROGRAM.format(root=str(ROOT))
         variables = {
             "NNODES": str(count), "NPROC_PER_NODE": "1", "MASTER": master, "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "", **self.environment, **environment,
         }  # fmt: skip
+        program = (sys.executable, "-u", "-m", "replknet_paddle", "train")
         with open(self.folder / node, "w") as output:
             self.runs[node] = subprocess.Popen(
-                self.command(node, sys.executable, "-u", "-c", program, *map(str, flags)),
+                self.command(node, *program, *map(str, flags)),
                 cwd=ROOT,
                 env={**os.environ, **variables},
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
+
+    def start_both(self, flags, **options) -> None:
+        for node in ADDRESSES:
+            self.start(node, flags, **options)
 
     def said(self, node: str) -> str:
         return (self.folder / node).read_text()
@@ -118,6 +118,10 @@ class Machines:
     def ended(self, node: str, timeout: float = 120) -> int:
         """The status of a machine's part."""
         return self.runs[node].wait(timeout)
+
+    def finish_both(self) -> None:
+        for node in ADDRESSES:
+            assert self.ended(node, 240) == 0, self.said(node)
 
 
 @pytest.fixture
@@ -148,64 +152,60 @@ def test_what_a_machines_own_name_means_is_no_obstacle(
     machines, flags, straight_on_two, tmp_path, own_name, master
 ):
     """127.0.1.1, as on Debian, or nothing; the others know it by an address."""
-    for node, name in machines.names.items():
-        if own_name == "nothing":
-            hosts = Path("/etc/netns") / name / "hosts"
-            hosts.write_text(re.sub(r"127\.0\.1\.1.*\n", "", hosts.read_text()))
-        machines.start(node, flags, master=f"{master}:{PORT}")
+    if own_name == "nothing":
+        for node in ADDRESSES:
+            machines.forget_own_name(node)
+    machines.start_both(flags, master=f"{master}:{PORT}")
+    machines.finish_both()
     for node in ADDRESSES:
-        assert machines.ended(node) == 0, machines.said(node)
         assert "httpx" not in machines.said(node) and "HTTP Request" not in machines.said(node)
     assert_same_end(tmp_path / "run", straight_on_two)
 
 
-def of_a_long_run(flags) -> list[str]:
+@pytest.fixture
+def long(flags):
     """Of a run that is long enough to meet what happens to it."""
     return [*flags, "-opts", "TRAIN.NUM_EPOCHS", "40"]
 
 
-def test_a_link_cut_for_ten_seconds_changes_no_bit(machines, flags, tmp_path):
-    for node in ADDRESSES:
-        machines.start(node, of_a_long_run(flags))
+@pytest.fixture
+def under_way(machines, long, tmp_path):
+    """The machines, once that run has made four steps."""
+    machines.start_both(long)
     wait_for(lambda: step_of(tmp_path / "run") >= 4, timeout=120)
-    machines.cut()
+    return machines
+
+
+def test_a_link_cut_for_ten_seconds_changes_no_bit(under_way, long, tmp_path):
+    under_way.cut()
     time.sleep(10)
     at = step_of(tmp_path / "run")
-    machines.cut(False)
+    under_way.cut(False)
     wait_for(lambda: step_of(tmp_path / "run") > at, timeout=60)
-    for node in ADDRESSES:
-        assert machines.ended(node, 240) == 0, machines.said(node)
+    under_way.finish_both()
     straight = tmp_path / "straight"
-    for node in ADDRESSES:
-        machines.start(node, of_a_long_run([*flags[:-1], f"-output={straight}"]))
-    for node in ADDRESSES:
-        assert machines.ended(node, 240) == 0, machines.said(node)
+    under_way.start_both([f"-output={straight}" if "-output" in flag else flag for flag in long])
+    under_way.finish_both()
     assert_same_end(tmp_path / "run", straight)
 
 
-def test_a_link_cut_for_good_ends_both_with_what_gloo_says(machines, flags, tmp_path):
-    for node in ADDRESSES:
-        machines.start(node, of_a_long_run(flags))
-    wait_for(lambda: step_of(tmp_path / "run") >= 4, timeout=120)
-    machines.cut()
+def test_a_link_cut_for_good_ends_both_with_what_gloo_says(under_way, tmp_path):
+    under_way.cut()
     for node in ADDRESSES:  # after gloo's 30 seconds, and without PATIENT's hour
-        assert machines.ended(node) == 1, machines.said(node)
-        said = machines.said(node)
+        assert under_way.ended(node) == 1, under_way.said(node)
+        said = under_way.said(node)
         assert len(re.findall("^error: ", said, re.M)) == 1 and "Traceback" not in said, said
         assert "give signs of life" not in said, said
-    texts = [machines.said(node) for node in ADDRESSES]
+    texts = [under_way.said(node) for node in ADDRESSES]
     lost = "the connection to another process of this run is lost: "
     assert any(lost in text and "(gloo: TIMEOUT" in text for text in texts)
     assert "the run ended: " in (tmp_path / "run" / "log.txt").read_text()
 
 
-def test_a_killed_machine_is_noticed_by_the_other_at_once(machines, flags, tmp_path):
-    for node in ADDRESSES:
-        machines.start(node, of_a_long_run(flags))
-    wait_for(lambda: step_of(tmp_path / "run") >= 4, timeout=120)
-    machines.runs["b"].kill()
-    assert machines.ended("a") == 1, machines.said("a")
-    said = machines.said("a")
+def test_a_killed_machine_is_noticed_by_the_other_at_once(under_way, tmp_path):
+    under_way.runs["b"].kill()
+    assert under_way.ended("a") == 1, under_way.said("a")
+    said = under_way.said("a")
     # gloo says TIMEOUT, too, where the connection is reset while it sends.
     assert re.search(
         r"error: the connection to another process of this run is lost: .*\(gloo: ", said
@@ -221,8 +221,7 @@ def test_a_route_that_comes_back_is_waited_for(machines, flags, straight_on_two,
     wait_for(lambda: "no route to MASTER 10.77.31.1" in machines.said("b"), timeout=90)
     wait_for(lambda: "1 are at MASTER 10.77.31.1:8090: 10.77.31.1" in machines.said("a"))
     machines.cut(False)
-    for node in ADDRESSES:
-        assert machines.ended(node) == 0, machines.said(node)
+    machines.finish_both()
     assert "restart" not in machines.said("b")
     assert_same_end(tmp_path / "run", straight_on_two)
 
@@ -231,7 +230,8 @@ def test_a_route_that_comes_back_is_waited_for(machines, flags, straight_on_two,
 def test_a_machine_that_waits_says_for_what_and_ends_by_a_signal(machines, flags, number):
     """Nobody listens at MASTER."""
     machines.start("b", flags)
-    wait_for(lambda: machines.said("b").count("still waiting for 2 machines") >= 2, timeout=90)
+    # Paddle's launcher handles signals itself once it is imported, seconds later on a busy machine.
+    wait_for(lambda: machines.said("b").count("still waiting for 2 machines") >= 5, timeout=90)
     said = machines.said("b")
     assert "this one is 10.77.31.2" in said
     assert "nobody answers at MASTER 10.77.31.1:8090 (" in said and "refused" in said
@@ -261,9 +261,10 @@ def test_a_port_taken_by_another_program_is_an_error_at_once(machines, flags):
         stranger.wait()
 
 
-def test_folders_that_are_not_shared_are_noticed(machines, flags, tmp_path):
+def test_folders_that_are_not_shared_are_noticed(machines, long, tmp_path):
     for node in ADDRESSES:
-        machines.start(node, of_a_long_run([*flags[:-1], f"-output={tmp_path / f'run {node}'}"]))
+        output = f"-output={tmp_path / f'run {node}'}"
+        machines.start(node, [output if "-output" in flag else flag for flag in long])
     for node in ADDRESSES:
         wait_for(lambda node=node: "1 of 2 machines (NNODES)" in machines.said(node), timeout=120)
         assert "must be one folder that all machines share" in machines.said(node)
@@ -279,13 +280,9 @@ def test_machines_that_disagree_about_their_number_are_told(machines, flags):
     )
 
 
-def test_without_output_several_machines_are_refused(machines, run_flags):
-    machines.start("a", run_flags)
-    assert machines.ended("a", 60) == 2
-    assert "NNODES is 2 and there is no -output" in machines.said("a")
-
-
 def test_the_processes_of_one_machine_hear_of_no_other(machines, run_flags, tmp_path):
+    """Nor does the machine's own name have to mean anything."""
+    machines.forget_own_name("a")
     flags = [*run_flags, f"-output={tmp_path / 'run'}", "-nproc=2", "-opts", "TRAIN.NUM_EPOCHS", 40]
     machines.start("a", flags, count=1)
     wait_for(lambda: step_of(tmp_path / "run") >= 2, timeout=120)

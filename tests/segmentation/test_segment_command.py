@@ -48,7 +48,7 @@ def network_of(run_folder):
 @pytest.mark.parametrize(
     "backend, align_corners",
     [
-        ("dygraph", False),
+        ("eager", False),
         pytest.param("paddle", False, marks=pytest.mark.slow),
         ("paddle", True),
         ("onnxruntime", False),
@@ -84,7 +84,7 @@ def test_an_export_predicts_as_its_checkpoint(
     assert "within" in capsys.readouterr().out
     assert get_config(exported / "config.yaml").SEGMENTATION.SLIDE_STRIDE == 21
     image = shapes / "images" / "0003.png"
-    wanted = SegmentationPredictor(run_folder / "best", backend="dygraph").labels(image)
+    wanted = SegmentationPredictor(run_folder / "best", backend="eager").labels(image)
     got = SegmentationPredictor(exported).labels(image)
     assert got.shape == wanted.shape == (64, 64) and len(np.unique(wanted)) > 1
     assert (got == wanted).mean() > (0.999 if precision == "fp32" else 0.99)
@@ -127,7 +127,7 @@ def test_predict_writes_overlays_in_the_datasets_palette(run_folder, shapes, tmp
     overlay = np.array(Image.open(out / "000001_0001.png"))
     wanted = (pixels + palette[np.array(labels)]) / 2
     assert np.abs(overlay - wanted).max() <= 0.5
-    wanted_labels = SegmentationPredictor(run_folder, backend="dygraph").labels(inputs[0])
+    wanted_labels = SegmentationPredictor(run_folder, backend="eager").labels(inputs[0])
     assert (np.array(labels) == wanted_labels).mean() > 0.999
 
 
