@@ -295,7 +295,7 @@ def default_run_folder(config) -> str:
     return os.path.join("output", f"{config.MODEL.NAME}-{kind}-{now}")
 
 
-def processes_from_environment(nproc: int | None) -> dict:
+def processes_from_environment(nproc: str | None) -> dict:
     """Return the processes, nodes, master and on_gpu of a `LaunchedRun`, from -nproc and NNODES,
     MASTER (HOST:PORT of one of the machines) and NPROC_PER_NODE in the environment; by default only
     this machine, with one process for each visible GPU, or one on CPU."""

@@ -93,7 +93,7 @@ class Restarted(NamedTuple):
 
     faults: list
     says: list
-    flags: tuple = ()
+    flags: tuple
 
 
 KILLED_EARLY = [("step 2", "SIGKILL")]
