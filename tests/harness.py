@@ -128,6 +128,7 @@ def finish(arguments, *, output: Path | None = None, status: int = 0, **options)
 
 
 def text_at_end(run: Run, status: int) -> str:
+    """What a run has printed, once it has ended with this status."""
     got = run.wait()
     assert got == status, f"status {got}, expected {status}:\n{run.text()}"
     return run.text()
