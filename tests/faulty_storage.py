@@ -1,15 +1,12 @@
 """Storage that fails or hangs, by one `open` that injects faults, here and in forked processes.
 
-A fault is a function of a path: None where all is well, else what is called instead of `open`. The
-functions of arguments take the place of `main_status` in `harness.Run`.
+A fault is a function of a path: None where all is well, else what is called instead of `open`.
 """
 
 import builtins
 import errno
 import os
 import time
-
-from harness import main_status
 
 
 def patch_open(fault, monkeypatch=None, *, pauses=None) -> None:
@@ -68,42 +65,27 @@ def hang():
     return os.read(reader, 1)
 
 
-def flaky_for_a_second(arguments) -> int:
-    """1 % of a worker's reads fail, in turn as the file is opened and read, for a second.
-
-    Each failure is a line of the file FAULTS.
-    """
-    faults = os.environ["FAULTS"]
+def flaky(ending: str):
+    """The fault of 1 % of the reads of each process, in turn as the file is opened and read, for a
+    second."""
     reads, first = 0, None
 
     def fault(path):
         nonlocal reads, first
-        if not path.endswith(".jpg"):
-            return None
-        reads += 1
-        if reads % 100 != 37 or (first is not None and time.monotonic() > first + 1):
+        reads += path.endswith(ending)
+        if not path.endswith(ending) or reads % 100 != 37:
             return None
         first = first or time.monotonic()
-        with os.fdopen(os.open(faults, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a") as file:
-            file.write(f"{os.getpid()}\n")
+        if time.monotonic() > first + 1:
+            return None
         return fail(errno.ESTALE) if reads % 200 == 37 else BrokenFile
 
-    patch_open(fault)
-    return main_status(arguments)
+    return fault
 
 
-def break_for_ever() -> None:
-    """One image gives EIO whenever it is read; the pauses are a tenth of the real ones."""
-    patch_open(on("0020.jpg", BrokenFile), pauses=(0.1, 3))
-
-
-def broken_for_ever(arguments) -> int:
-    """A run with `break_for_ever`."""
-    break_for_ever()
-    return main_status(arguments)
-
-
-def hanging(arguments) -> int:
-    """A worker blocks for ever in the read of one training image."""
-    patch_open(on("train/class 0/0020.jpg", hang))
-    return main_status(arguments)
+def break_storage(ending: str, do: str) -> None:
+    """Let paths with this ending do as `harness.install` has it: 'EIO', 'hang' or 'flaky'."""
+    if do == "flaky":
+        patch_open(flaky(ending))
+    else:
+        patch_open(on(ending, {"EIO": BrokenFile, "hang": hang}[do]), pauses=(0.1, 3))

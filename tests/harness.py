@@ -11,16 +11,19 @@ import json
 import multiprocessing
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import faulty_storage
 import numpy as np
 import paddle
 import pytest
@@ -117,38 +120,37 @@ def main_status(arguments: list[str]) -> int:
     return run_command("train", arguments)
 
 
-def finish(arguments, *, output: Path, status: int = 0, **options) -> str:
+def finish(arguments, *, output: Path | None = None, status: int = 0, **options) -> str:
     """Run to the end; returns what was printed, once the status is right."""
-    run = Run(arguments, output=output, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(arguments, output=output or Path(folder, "said"), **options)
+        return text_at_end(run, status)
+
+
+def text_at_end(run: Run, status: int) -> str:
+    """What a run has printed, once it has ended with this status."""
     got = run.wait()
     assert got == status, f"status {got}, expected {status}:\n{run.text()}"
     return run.text()
 
 
-def finish_ranks(arguments, *, folder: Path, ranks: int = 2, status: int = 0, target=None):
+def finish_ranks(arguments, *, folder: Path | None = None, ranks=2, status=0, target=None):
     """The same run in several processes over gloo, as Paddle's launcher would start them."""
     ports = free_ports(ranks + 1)
     endpoints = [f"127.0.0.1:{port}" for port in ports[1:]]
-    runs = [
-        Run(
-            arguments,
-            output=folder / f"rank{rank}.txt",
-            target=target,
-            environment={
-                "PADDLE_TRAINER_ID": str(rank),
-                "PADDLE_TRAINERS_NUM": str(ranks),
-                "PADDLE_TRAINER_ENDPOINTS": ",".join(endpoints),
-                "PADDLE_CURRENT_ENDPOINT": endpoints[rank],
-                "PADDLE_MASTER": f"127.0.0.1:{ports[0]}",
-                "PADDLE_DISTRI_BACKEND": "gloo",
-            },
-        )
-        for rank in range(ranks)
-    ]
-    for run in runs:
-        got = run.wait()
-        assert got == status, f"status {got}, expected {status}:\n{run.text()}"
-    return [run.text() for run in runs]
+    common = {
+        "PADDLE_TRAINERS_NUM": str(ranks),
+        "PADDLE_TRAINER_ENDPOINTS": ",".join(endpoints),
+        "PADDLE_MASTER": f"127.0.0.1:{ports[0]}",
+        "PADDLE_DISTRI_BACKEND": "gloo",
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        runs = []
+        for rank, endpoint in enumerate(endpoints):
+            output = Path(folder or temporary, f"rank{rank}.txt")
+            own = {"PADDLE_TRAINER_ID": str(rank), "PADDLE_CURRENT_ENDPOINT": endpoint}
+            runs.append(Run(arguments, output=output, target=target, environment=common | own))
+        return [text_at_end(run, status) for run in runs]
 
 
 class Program(subprocess.Popen):
@@ -212,29 +214,22 @@ def install(at: str, do: str, rank: int | None = None) -> None:
     Args:
         at: 'step 4': after it; 'metrics 2': once epoch 2 is in metrics.jsonl; 'evaluation 4': after
             the fourth; 'validation 4': before that of epoch 4; 'training 0': before the first step;
-            'reading 0': instead of the first batch.
+            'reading 0': instead of the first batch; 'opening a.jpg': whenever such a file is.
         do: 'SIGKILL', or another signal to itself; 'wait /a/path' until that exists; 'be signalled'
-            or wait until then; 'full disk': files end at 100 kB; or Python for something else, such
-            as an exception to raise.
+            or wait until then; 'full disk': files end at 100 kB; 'killed in a write': who writes
+            more, dies; Python for something else, such as an exception to raise; of an opening,
+            'EIO' and what else `faulty_storage.break_storage` knows.
         rank: of the one process that does so; None: all.
     """
     from replknet_paddle.data.loader import Loader
     from replknet_paddle.engine import run
     from replknet_paddle.engine.run_log import RunLog
-    from replknet_paddle.engine.signals import StopSignals
 
     if rank not in (None, int(os.environ.get("PADDLE_TRAINER_ID", 0))):
         return
-    noted = []
-    if do == "be signalled":
-        really_note = StopSignals.note
-
-        def note(self, *rest):
-            noted.append(rest)
-            really_note(self, *rest)
-
-        StopSignals.note = note
-    event, number = at.split()
+    event, number = at.split(maxsplit=1)
+    if event == "opening":
+        return faulty_storage.break_storage(number, do)
     calls = []
     owner, name, number_of, is_after = {
         "step": (RunLog, "write_step", lambda self, step: step, True),
@@ -250,32 +245,33 @@ def install(at: str, do: str, rank: int | None = None) -> None:
         calls.append(1)
         is_now = number_of(*args, **kwargs) == int(number)
         if is_now and not is_after:
-            act(do, noted)
+            act(do)
         result = really(*args, **kwargs)
         if is_now and is_after:
-            act(do, noted)
+            act(do)
         return result
 
     setattr(owner, name, faulty)
 
 
-def act(do: str, noted: list) -> None:
+def act(do: str) -> None:
     """Do what `install` was asked for."""
     if do.startswith("SIG"):
         os.kill(os.getpid(), signal.Signals[do])
     elif do == "be signalled":
-        wait_for(lambda: noted, timeout=300)
+        signals = signal.getsignal(signal.SIGTERM).__self__  # engine.signals.StopSignals
+        wait_for(lambda: signals.received, timeout=300)
     elif do.startswith("wait "):
         wait_for(lambda: os.path.exists(do.removeprefix("wait ")), timeout=300)
-    elif do == "full disk":
-        import resource
-
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    elif do in ("full disk", "killed in a write"):
+        is_full = do == "full disk"
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN if is_full else signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     else:
-        from replknet_paddle.runtime.errors import SystemFault
+        from replknet_paddle.runtime import errors
 
-        result = eval(do, {"SystemFault": SystemFault})
+        result = eval(do, vars(errors))
         if isinstance(result, Exception):
             raise result
 
@@ -303,29 +299,20 @@ FAILING = """
 
 def customized(folder: Path, code: str) -> dict[str, str]:
     """Variables with which each process that a run starts, by Paddle's launcher or as one that may
-    be restarted, executes `code`, indented by four.
-
-    Args:
-        folder: for the code.
-    """
+    be restarted, executes `code`, indented by four, which is written to `folder`."""
     (folder / "custom").mkdir(exist_ok=True)
     text = CUSTOMIZED.format(code=code, tests=str(ROOT / "tests"))
     (folder / "custom" / "sitecustomize.py").write_text(text)
-    return {"PYTHONPATH": os.pathsep.join([str(folder / "custom"), str(ROOT)])}
-
-
-def with_fault(folder: Path, *fault) -> dict[str, str]:
-    """Variables with which what a run starts has a fault, as arguments of `install`."""
-    return customized(folder, f"    import harness\n    harness.install(*{fault!r})")
+    return {
+        "PYTHONPATH": os.pathsep.join([str(folder / "custom"), str(ROOT)]),
+        # Of Paddle, which `code` may import before the program does.
+        "PYTHONWARNINGS": "ignore:No ccache found",
+    }
 
 
 def failing(folder: Path, *faults) -> dict[str, str]:
-    """Variables with which a run that may be restarted has one of these faults at each start.
-
-    Args:
-        folder: for the code; `starts` there gets the arguments of each start.
-        faults: arguments of `install`.
-    """
+    """Variables with which what a program starts has one of these faults, as arguments of
+    `install`, at each start, and then none; `folder`/starts gets the arguments of each start."""
     return customized(folder, FAILING.format(starts=str(folder / "starts"), faults=faults))
 
 
@@ -445,6 +432,13 @@ def whole_steps(run_folder) -> list[int]:
     return [int(re.search(r"step_(\d+)", path)[1]) for path in checkpoints(str(run_folder))]
 
 
+def unfinished(run_folder, suffix="") -> list[str]:
+    """Checkpoints that some process, or the one whose number is the suffix, has begun to write."""
+    where = run_folder / "checkpoints"
+    names = os.listdir(where) if where.exists() else []
+    return [name for name in names if name.endswith(f"{suffix}.unfinished")]
+
+
 def progress_of(run_folder):
     """The progress of RUN/last, which is the newest checkpoint; None where there is none yet."""
     last = run_folder / "last"
@@ -474,10 +468,7 @@ def run_flags(tiny_config_file, tiny_data):
 def straight(tiny_config_file, tiny_data, tmp_path_factory):
     """The folder of the run that nothing happened to."""
     folder = tmp_path_factory.mktemp("straight")
-    finish(
-        [f"-cfg={tiny_config_file}", f"-data_path={tiny_data}", f"-output={folder / 'run'}"],
-        output=folder / "log",
-    )
+    finish([f"-cfg={tiny_config_file}", f"-data_path={tiny_data}", f"-output={folder / 'run'}"])
     return folder / "run"
 
 
@@ -486,7 +477,7 @@ def straight_on_two(tiny_config_file, tiny_data, tmp_path_factory):
     """The same in two processes with half the batch each, dropping out alike."""
     folder = tmp_path_factory.mktemp("straight_on_two")
     flags = [f"-cfg={tiny_config_file}", f"-data_path={tiny_data}", "-batch_size=4"]
-    finish_ranks([*flags, f"-output={folder / 'run'}"], folder=folder)
+    finish_ranks([*flags, f"-output={folder / 'run'}"])
     return folder / "run"
 
 

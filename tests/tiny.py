@@ -98,6 +98,18 @@ def command(name: str):
     return functools.partial(run_command, name)
 
 
+def weights(model) -> dict[str, np.ndarray]:
+    """Copies of all tensors of a network, in float32."""
+    return {name: t.astype("float32").numpy().copy() for name, t in model.state_dict().items()}
+
+
+def assert_identical(left, right) -> None:
+    """Arrays by name, equal in each value."""
+    assert left.keys() == right.keys()
+    for name in left:
+        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+
+
 def leaves(node, prefix=""):
     """{dotted key: value} of a config."""
     values = {}

@@ -31,70 +31,64 @@ from replknet_paddle.runtime.machines import STOPPED, is_launched
 PROGRAM = (sys.executable, "-u", "-m", "replknet_paddle", "train")
 
 
+# By their groups in the help: name, what stands for the value (None: a switch), what it does.
+FLAGS = {
+    None: [("print_config", None, "print the configuration that all this amounts to, and stop")],
+    "data": [
+        ("dataset", "NAME", "kind of dataset: imagenet2012, list files"),
+        ("data_path", "DIR", "folder of train_list.txt and val_list.txt"),
+        ("batch_size", "N", "images per process, in training and in evaluation"),
+        ("batch_size_eval", "N", "images per process in evaluation"),
+        ("image_size", "N", "side of the network input, pixels"),
+    ],
+    "what to do": [
+        ("eval", None, "evaluate -pretrained and stop"),
+        (
+            "pretrained",
+            "FILE",
+            "weights to evaluate, or to start training from; with -eval, random for none",
+        ),
+        (
+            "resume",
+            "PATH",
+            "checkpoint or run folder to continue; auto: the newest whole checkpoint of -output",
+        ),
+        ("last_epoch", "N", "epochs that the -pretrained weights were trained for"),
+        (
+            "output",
+            "DIR",
+            "run folder; default that of -resume, or output/NAME-train-TIME-PID or "
+            "output/NAME-eval-TIME-PID",
+        ),
+        (
+            "report",
+            "DIR",
+            "with -eval: new folder for a report: accuracy of each class, confusion matrix, "
+            "mistakes",
+        ),
+        (
+            "backend",
+            "NAME",
+            "with -eval: what runs the network, auto for the fastest here; docs/deployment.md "
+            "names them. -pretrained may then be an export folder",
+        ),
+    ],
+    "how": [
+        ("accum_iter", "N", "forward passes per optimizer step"),
+        ("amp", None, "automatic mixed precision"),
+        ("nproc", "N", "processes on this machine; default one per visible GPU, or one on CPU"),
+    ],
+}
+
+
 def add_train_flags(parser) -> None:
-    """The flags. A flag that is not given leaves the configuration's value."""
-    flag = add_flag
+    """Add the flags. A flag that is not given leaves the configuration's value."""
     add_config_flags(parser)
-    flag(
-        parser,
-        "print_config",
-        "print the configuration that all this amounts to, and stop",
-        action="store_true",
-    )
-
-    data = parser.add_argument_group("data")
-    flag(data, "dataset", "kind of dataset: imagenet2012, list files", metavar="NAME")
-    flag(data, "data_path", "folder of train_list.txt and val_list.txt", metavar="DIR")
-    flag(data, "batch_size", "images per process, in training and in evaluation", metavar="N")
-    flag(data, "batch_size_eval", "images per process in evaluation", metavar="N")
-    flag(data, "image_size", "side of the network input, pixels", metavar="N")
-
-    what = parser.add_argument_group("what to do")
-    flag(what, "eval", "evaluate -pretrained and stop", action="store_true")
-    flag(
-        what,
-        "pretrained",
-        "weights to evaluate, or to start training from; with -eval, random for none",
-        metavar="FILE",
-    )
-    flag(
-        what,
-        "resume",
-        "checkpoint or run folder to continue; auto: the newest whole checkpoint of -output",
-        metavar="PATH",
-    )
-    flag(what, "last_epoch", "epochs that the -pretrained weights were trained for", metavar="N")
-    flag(
-        what,
-        "output",
-        "run folder; default that of -resume, or output/NAME-train-TIME-PID or "
-        "output/NAME-eval-TIME-PID",
-        metavar="DIR",
-    )
-    flag(
-        what,
-        "report",
-        "with -eval: new folder for a report: accuracy of each class, confusion matrix, mistakes",
-        metavar="DIR",
-    )
-    flag(
-        what,
-        "backend",
-        "with -eval: what runs the network, auto for the fastest here; docs/deployment.md names "
-        "them. -pretrained may then be an export folder",
-        metavar="NAME",
-    )
-
-    how = parser.add_argument_group("how")
-    flag(how, "accum_iter", "forward passes per optimizer step", metavar="N")
-    flag(how, "amp", "automatic mixed precision", action="store_true")
-    flag(
-        how,
-        "nproc",
-        "processes on this machine; default one per visible GPU, or one on CPU",
-        type=int,
-        metavar="N",
-    )
+    for title, rows in FLAGS.items():
+        group = parser if title is None else parser.add_argument_group(title)
+        for name, value, text in rows:
+            options = {"action": "store_true"} if value is None else {"metavar": value}
+            add_flag(group, name, text, **options)
 
 
 def run_train(args) -> int:
@@ -149,7 +143,13 @@ def train_or_evaluate(args) -> tuple[int, str]:
 
 
 def check_flags(args, config) -> None:
-    """Raise InputError for flags that go with -eval alone."""
+    """Raise InputError for flags that go with -eval alone, and for an evaluation of weights that
+    nobody has named."""
+    if config.EVAL and config.MODEL.PRETRAINED is None:
+        raise InputError(
+            "-eval without weights; name them by -pretrained. -pretrained=random evaluates a "
+            "freshly initialized network"
+        )
     for name in ("backend", "report"):
         value = getattr(args, name)
         if value is not None and not config.EVAL:
@@ -167,10 +167,12 @@ def run_in_processes(command: list[str], config, where: dict) -> tuple[int, str]
     from replknet_paddle.engine.run_log import LAUNCHER, RunLock, append_to_log
 
     check_inputs(config)
-    lock = None
-    if where["nodes"] == 1:  # of several machines, only that of rank 0 locks the folder
+    lock, log_dir = None, os.path.join(config.SAVE, "workers")
+    if where["nodes"] == 1:
         lock = RunLock(config.SAVE, LAUNCHER, resume=config.MODEL.RESUME)
-    launched = LaunchedRun(command, log_dir=worker_log_dir(config.SAVE, where["nodes"]), **where)
+    else:  # only the machine of rank 0 locks the folder, and each has its own logs in it
+        log_dir = os.path.join(log_dir, f"{socket.gethostname()}-{os.getpid()}")
+    launched = LaunchedRun(command, log_dir=log_dir, **where)
     status, message = launched.wait(partial(append_to_log, config.SAVE))
     if lock is not None:
         lock.release()
@@ -274,12 +276,8 @@ def read_config(args):
 
 
 def default_run_folder(config) -> str:
-    """Return the run folder of MODEL.RESUME, or output/NAME-train-TIME-PID or
-    output/NAME-eval-TIME-PID, whose PID keeps apart runs that start in the same second.
-
-    Raises:
-        InputError: several machines, whose clocks and processes differ.
-    """
+    """Return the run folder of MODEL.RESUME, or a new one, whose process id keeps apart runs that
+    start in the same second. Several machines, whose clocks and processes differ, need -output."""
     from replknet_paddle.checkpoints.run_folder import run_folder_of
 
     if config.MODEL.RESUME is not None:  # not auto, which needs SAVE
@@ -297,15 +295,10 @@ def default_run_folder(config) -> str:
     return os.path.join("output", f"{config.MODEL.NAME}-{kind}-{now}")
 
 
-def processes_from_environment(nproc: int | None) -> dict:
-    """Return the processes, nodes, master and on_gpu of a `LaunchedRun`.
-
-    From the environment: NNODES, MASTER (HOST:PORT of one of the machines) and NPROC_PER_NODE; by
-    default only this machine, with one process for each visible GPU, or one on CPU.
-
-    Args:
-        nproc: processes on this machine; None leaves them to the environment.
-    """
+def processes_from_environment(nproc: str | None) -> dict:
+    """Return the processes, nodes, master and on_gpu of a `LaunchedRun`, from -nproc and NNODES,
+    MASTER (HOST:PORT of one of the machines) and NPROC_PER_NODE in the environment; by default only
+    this machine, with one process for each visible GPU, or one on CPU."""
     nodes = whole_number("NNODES", os.environ.get("NNODES", 1), 1)
     master = os.environ.get("MASTER")
     named = re.fullmatch(r"[^:]+:([0-9]{1,5})", master or "")
@@ -336,17 +329,8 @@ def whole_number(name: str, value: str | int, least: int = 0) -> int:
     return number
 
 
-def worker_log_dir(run_folder: str, nodes: int) -> str:
-    """Return the log folder of this machine's processes; machines that share RUN have one each."""
-    folder = os.path.join(run_folder, "workers")
-    return folder if nodes == 1 else os.path.join(folder, f"{socket.gethostname()}-{os.getpid()}")
-
-
 def check_inputs(config) -> None:
     """Check the input once, so that not every process reports the same mistake."""
-    from replknet_paddle.engine.start import check_weights_are_named
-
-    check_weights_are_named(config)
     path = config.MODEL.RESUME or config.MODEL.PRETRAINED
     if path not in (None, "auto", RANDOM) and not os.path.exists(path):
         raise FileNotFoundError(

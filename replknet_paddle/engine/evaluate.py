@@ -25,15 +25,12 @@ def evaluate(
     sums,
     progress: Callable,
 ):
-    """Return the total of `sums` over the loaders of all processes.
+    """Return the total of `sums`, such as `OutcomeSums`, over the loaders of all processes, whose
+    lengths may differ.
 
-    Args:
-        model: left in evaluation mode.
-        inference: images (N, 3, H, W) -> what `sums` takes; `model` itself, or a way to use it.
-        loader: this process's share of the images; shares may differ in length.
-        precision: how the network computes.
-        sums: empty sums, such as `OutcomeSums`.
-        progress: (loader, desc=text) -> the same batches, showing how far it is.
+    `model` is left in evaluation mode; `inference` is `model` itself, or a way to use it, which
+    gives what `sums` takes. `progress` (loader, desc=text) gives the same batches and shows how far
+    it is.
     """
     model.eval()
     with cache_weights(model):
@@ -47,10 +44,8 @@ def evaluate(
 class OutcomeSums:
     """Sums over the batches of one process; `total` adds up the processes.
 
-    Args:
-        loader: of this process's images, over `EvalBatches`, to keep each image's answer as well;
-            every rank fills its share of the rows. None: sums alone.
-        num_classes: length of the logits.
+    With a `loader` over `EvalBatches`, and the length of the logits, each image's answer is kept as
+    well: every rank fills its share of the rows.
     """
 
     def __init__(self, loader: Loader | None = None, num_classes: int = 0):
@@ -66,12 +61,8 @@ class OutcomeSums:
         logits = logits.astype("float32")
         ranks = label_ranks(logits, labels).numpy()
         losses = F.cross_entropy(logits, labels, reduction="none").numpy()
-        self.values += [
-            len(ranks),
-            (ranks < 1).sum(),
-            (ranks < 5).sum(),
-            losses.sum(dtype="float64"),
-        ]
+        loss = losses.sum(dtype="float64")
+        self.values += [len(ranks), (ranks < 1).sum(), (ranks < 5).sum(), loss]
         if self.rows is not None:
             classes = top_classes(logits, labels, self.kept)
             scores = np.take_along_axis(F.softmax(logits).numpy(), classes, axis=1)
@@ -90,10 +81,8 @@ class OutcomeSums:
 
 
 def top_classes(logits: paddle.Tensor, labels: paddle.Tensor, count: int) -> np.ndarray:
-    """The `count` classes of each sample that rank first: (N, classes), (N,) -> (N, count) int64.
-
-    In the order of `label_ranks`, so that the label stands where that says.
-    """
+    """Return the `count` classes of each sample that rank first, (N, count) int64, in the order of
+    `label_ranks`, so that the label stands where that says."""
     values, labels = logits.numpy(), labels.numpy()
     is_nan = np.isnan(values)
     is_broken_label = is_nan & (np.arange(values.shape[1]) == labels[:, None])
@@ -103,7 +92,7 @@ def top_classes(logits: paddle.Tensor, labels: paddle.Tensor, count: int) -> np.
 
 
 def label_ranks(logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
-    """How many classes rank above each sample's label: (N, classes), (N,) -> (N,).
+    """Return how many classes rank above each sample's label: (N, classes), (N,) -> (N,).
 
     Equal logits rank by class number, so that a network whose logits are all equal is not always
     right. A NaN logit ranks above the label, and a label whose logit is NaN ranks last.

@@ -9,52 +9,27 @@ from replknet_paddle.optim.optimizer import master_weights
 from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.errors import InputError
 
+LOSS_SCALE = 2.0**16  # at first
+
 # Halved this often, the gradients of a loss that is not scaled at all overflow float16: no scale
 # will help any more.
 LOSS_SCALE_FLOOR = 1.0
+
+STEPS_UNTIL_DOUBLED = 2000
 
 
 class LossScaleError(RuntimeError):
     """Gradients overflow however little the loss is scaled."""
 
 
-class LossScaler:
-    """The factor of the loss that keeps small float16 gradients from becoming 0.
-
-    As Paddle's `GradScaler` with its defaults: halved when gradients overflow, doubled after 2000
-    steps without. It lives on the host, so that a step asks the device once for all that it needs.
-    """
-
-    STEPS_UNTIL_DOUBLED = 2000
-
-    def __init__(self, scale: float = 2.0**16):
-        self.scale = scale
-        self.good_steps = 0
-
-    def update(self, *, finite: bool) -> None:
-        """Adjust the scale to a step's gradients; raise LossScaleError below its floor."""
-        self.good_steps = self.good_steps + 1 if finite else 0
-        if not finite:
-            self.scale /= 2
-        elif self.good_steps == self.STEPS_UNTIL_DOUBLED:
-            self.scale *= 2
-            self.good_steps = 0
-        if self.scale < LOSS_SCALE_FLOOR:
-            raise LossScaleError(
-                f"the loss scale fell to {self.scale:g}, below {LOSS_SCALE_FLOOR:g}"
-            )
-
-
 class Precision:
     """How the network computes, forward and backward.
 
-    Args:
-        enabled: mixed precision; without, or on CPU, all is float32.
-        level: 'O1', or 'O2' for half-precision weights with float32 masters and gradients.
-        dtype: 'float16', whose loss is scaled, or 'bfloat16'.
-
-    Raises:
-        InputError: bfloat16 on a GPU that does not compute in it, of which Paddle only warns.
+    Without `enabled`, or on CPU, all is float32. Level 'O2' has half-precision weights with float32
+    masters and gradients. With 'float16', not with 'bfloat16', the loss is scaled, so that small
+    gradients do not become 0: `loss_scale` is halved when gradients overflow, and doubled after
+    2000 steps without, as by Paddle's `GradScaler` with its defaults. It lives on the host, so that
+    a step asks the device once for all that it needs.
     """
 
     def __init__(self, *, enabled: bool = False, level: str = "O1", dtype: str = "float16"):
@@ -66,17 +41,13 @@ class Precision:
             )
         self.level = level
         self.dtype = dtype
-        self.scaler = LossScaler() if self.enabled and dtype == "float16" else None
+        self.loss_scale = LOSS_SCALE if self.enabled and dtype == "float16" else None
+        self.good_steps = 0  # since the scale was changed
 
     @property
     def half_weights(self) -> bool:
         """Whether the optimizer keeps float32 masters of half-precision weights."""
         return self.enabled and self.level == "O2"
-
-    @property
-    def loss_scale(self) -> float | None:
-        """The factor by which `backward` multiplies the loss; None where it does not."""
-        return None if self.scaler is None else self.scaler.scale
 
     def prepare(self, model: nn.Layer, optimizer: paddle.optimizer.Optimizer | None = None) -> None:
         """Turn the weights of `model` into half precision, in place, where the level says so.
@@ -98,29 +69,39 @@ class Precision:
 
     def backward(self, loss: paddle.Tensor) -> None:
         """Add the gradients of `loss`, scaled where that is needed."""
-        (loss if self.scaler is None else loss * self.scaler.scale).backward()
+        (loss if self.loss_scale is None else loss * self.loss_scale).backward()
 
     def step(self, optimizer: paddle.optimizer.Optimizer, *, finite: bool) -> None:
-        """Make an optimizer step, but not where scaled gradients overflowed.
+        """Make an optimizer step, but not where scaled gradients overflowed; adjust the scale.
 
         LossScaleError comes on all processes alike, for they share their gradients.
         """
-        if finite or self.scaler is None:
+        if finite or self.loss_scale is None:
             optimizer.step()
-        if self.scaler is not None:
-            self.scaler.update(finite=finite)
+        if self.loss_scale is None:
+            return
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.loss_scale /= 2
+        elif self.good_steps == STEPS_UNTIL_DOUBLED:
+            self.loss_scale *= 2
+            self.good_steps = 0
+        if self.loss_scale < LOSS_SCALE_FLOOR:
+            raise LossScaleError(
+                f"the loss scale fell to {self.loss_scale:g}, below {LOSS_SCALE_FLOOR:g}"
+            )
 
     def state(self) -> dict[str, float]:
-        """Return what a resumed run needs; empty without a scaler."""
-        if self.scaler is None:
+        """Return what a resumed run needs; empty where the loss is not scaled."""
+        if self.loss_scale is None:
             return {}
-        return {"scale": self.scaler.scale, "incr_count": self.scaler.good_steps}
+        return {"scale": self.loss_scale, "incr_count": self.good_steps}
 
     def load_state(self, state: dict[str, float]) -> None:
         """Continue from `state()`; a state without a scale leaves a fresh one."""
-        if self.scaler is not None and state:
-            self.scaler.scale = float(state["scale"])
-            self.scaler.good_steps = int(state["incr_count"])
+        if self.loss_scale is not None and state:
+            self.loss_scale = float(state["scale"])
+            self.good_steps = int(state["incr_count"])
 
 
 def float32_weights(model: nn.Layer, optimizer) -> dict[str, np.ndarray]:

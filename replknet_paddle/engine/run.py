@@ -26,10 +26,9 @@ from replknet_paddle.data.loader import Loader
 from replknet_paddle.engine.evaluate import OutcomeSums, evaluate
 from replknet_paddle.engine.precision import Precision, float32_weights
 from replknet_paddle.engine.run_log import RunLog, time_left
-from replknet_paddle.engine.signals import Stopped, StopSignals
+from replknet_paddle.engine.signals import STOPPING, Stopped, StopSignals
 from replknet_paddle.engine.start import (
     check_labels,
-    check_weights_are_named,
     find_start,
     from_rank_0,
     load_start,
@@ -65,7 +64,7 @@ def run(
     task: ClassificationTask = CLASSIFICATION,
     open_network: Callable | None = None,
     report: Callable | None = None,
-):
+) -> None:
     """Train or evaluate as `config` says, in this process and those launched beside it.
 
     Args:
@@ -76,9 +75,6 @@ def run(
         report: (outcomes, config=, class_names=, dataset=), called on rank 0 with what the
             evaluation of a classifier found, image by image in the order of the dataset.
 
-    Returns:
-        The last evaluation's metrics.
-
     Raises:
         InputError, FileNotFoundError: what the configuration names cannot be used.
         DivergedError: the loss is no longer finite.
@@ -88,7 +84,6 @@ def run(
     log = RunLog(config.SAVE, resume=config.MODEL.RESUME, is_main=processes.rank() == 0)
     with log.log_how_it_ends():
         task.check(config)
-        check_weights_are_named(config)
         loaders = {False: task.loader(config, is_train=False)}
         if not config.EVAL:
             loaders[True] = task.loader(config, is_train=True)
@@ -108,8 +103,9 @@ def run(
             logger.warning("-amp has no effect on CPU: computing in float32")
         from_rank_0(log.lock)
         if config.EVAL:
-            return run_evaluation(config, task, log, loaders[False], open_network, report)
-        return Training(config, task, log, loaders).run()
+            run_evaluation(config, task, log, loaders[False], open_network, report)
+        else:
+            Training(config, task, log, loaders).run()
 
 
 def run_evaluation(
@@ -119,10 +115,10 @@ def run_evaluation(
     loader: Loader,
     open_network: Callable | None,
     report: Callable | None,
-):
+) -> None:
     """Evaluate MODEL.PRETRAINED on the validation list."""
     start = find_start(config, is_opened=open_network is not None)
-    config, class_names = resolve_classes(config, start.classes, start.path)
+    config, class_names = resolve_classes(config, start)
     check_labels(loader.dataset, config.MODEL.NUM_CLASSES)
     precision = build_precision(config)
     if open_network is not None:
@@ -154,7 +150,6 @@ def run_evaluation(
     logger.info("%s", metrics)
     if report is not None and processes.rank() == 0:
         report(metrics, config=config, class_names=class_names, dataset=loader.dataset)
-    return metrics
 
 
 def build_precision(config) -> Precision:
@@ -189,7 +184,7 @@ class Training:
 
     def __init__(self, config, task: ClassificationTask, log: RunLog, loaders: dict[bool, Loader]):
         start = find_start(config)
-        config, self.class_names = resolve_classes(config, start.classes, start.path)
+        config, self.class_names = resolve_classes(config, start)
         self.config, self.task, self.log = config, task, log
         self.train_loader, self.val_loader = loaders[True], loaders[False]
         for loader in (self.train_loader, self.val_loader):
@@ -261,7 +256,7 @@ class Training:
         )
         return peak
 
-    def run(self):
+    def run(self) -> None:
         """Train the remaining epochs, evaluating and saving as configured."""
         config, log = self.config, self.log
         log.open(config, class_names=self.class_names)
@@ -281,22 +276,20 @@ class Training:
         began = time.monotonic()
         try:
             with StopSignals() as signals, self.train_loader, self.val_loader:
-                metrics = self.train_epochs(signals)
+                self.train_epochs(signals)
         except OSError as error:
             if self.progress.step == first_step:
                 raise
             raise SystemFault(str(error)) from error
         log.log_summary(config, self.progress, first_epoch, time.monotonic() - began)
-        return metrics
 
-    def train_epochs(self, signals: StopSignals):
-        """Train, save and evaluate epoch by epoch; return the last evaluation, if there was any.
+    def train_epochs(self, signals: StopSignals) -> None:
+        """Train, save and evaluate epoch by epoch.
 
         The checkpoint of an epoch is written before its evaluation, which may fail, and again with
         what that has found.
         """
         config = self.config
-        metrics = None
         is_trained = bool(self.progress.record)  # the epoch that the resumed run did not evaluate
         while is_trained or self.progress.epoch < config.TRAIN.NUM_EPOCHS:
             if not is_trained:
@@ -308,7 +301,7 @@ class Training:
                 self.save()
             record, is_best, began = dict(self.progress.record), False, time.monotonic()
             if is_due:
-                metrics, is_best = self.validate(record)
+                is_best = self.validate(record)
             self.progress = replace(self.progress, record={})
             self.log.write_metrics(record)
             self.save(is_best=is_best)
@@ -317,7 +310,6 @@ class Training:
             is_trained = False
             if not is_finished:
                 self.stop(processes.sum_over_ranks(signals.requests()))
-        return metrics
 
     def train_one_epoch(self, signals: StopSignals) -> None:
         """Train the rest of the current epoch."""
@@ -336,7 +328,7 @@ class Training:
                 first_step=start.schedule_step,
                 requests=signals.requests,
             )
-            for step in steps if start.batch < batches else ():
+            for step in steps:
                 loss_sum, images = self.progress.epoch_sums
                 self.progress = replace(
                     self.progress,
@@ -364,14 +356,10 @@ class Training:
                 )
                 self.log.write_step(self.progress.step)
                 if step.batch < batches:  # after the last one, train_epochs does this
-                    if (
-                        config.SAVE_STEPS is not None
-                        and self.progress.step % config.SAVE_STEPS == 0
-                    ):
+                    every = config.SAVE_STEPS
+                    if any(step.requests) or every and self.progress.step % every == 0:
                         self.save()
-                    if any(step.requests):
-                        self.save()
-                        self.stop(step.requests)
+                    self.stop(step.requests)
         loss_sum, images = self.progress.epoch_sums
         seconds = time.perf_counter() - started
         self.progress = replace(
@@ -387,12 +375,10 @@ class Training:
         }
         self.progress = replace(self.progress, record=record)
 
-    def validate(self, record: dict) -> tuple:
-        """Evaluate the raw and the EMA weights, and add their figures to `record`.
-
-        Return the higher of the two metrics, and whether it is the best of the run so far. After
-        the last epoch, raise DivergedError where neither loss is finite.
-        """
+    def validate(self, record: dict) -> bool:
+        """Evaluate the raw and the EMA weights, and add their figures to `record`; return whether
+        the higher score is the best of the run so far. After the last epoch, raise DivergedError
+        where neither loss is finite."""
         state = self.state
         inference = self.task.inference(self.config, state.model)
 
@@ -414,19 +400,16 @@ class Training:
             record.update(metrics.record(PREFIXES[kind]))
             logger.info("epoch %d, %s: %s", self.progress.epoch, WEIGHTS[kind], metrics)
         kind = max(results, key=lambda kind: results[kind].score)
-        metrics = results[kind]
-        if metrics.score < 0:
+        score, best_before = results[kind].score, self.progress.best_score
+        if score < 0:
             text = f"epoch {self.progress.epoch}: the loss of the evaluation is not finite"
             if self.progress.epoch >= self.config.TRAIN.NUM_EPOCHS:
                 raise DivergedError(f"{text}. {ADVICE}")
             logger.warning("%s", text)
-        is_best = metrics.score > self.progress.best_score
         self.progress = replace(
-            self.progress,
-            better_weights=kind,
-            best_score=max(metrics.score, self.progress.best_score),
+            self.progress, better_weights=kind, best_score=max(score, best_before)
         )
-        return metrics, is_best
+        return score > best_before
 
     def stop(self, requests: Sequence[float]) -> None:
         """Raise Stopped where `requests`, the sums over all processes, name a signal and all have
@@ -434,7 +417,7 @@ class Training:
         if not any(requests):
             return
         processes.sum_over_ranks([0])  # the first to exit ends the others: rank 0 must have saved
-        number = StopSignals.number(requests)
+        number = next(number for number, asked in zip(STOPPING, requests) if asked)
         logger.info(
             "stopped by %s after epoch %d, step %d; -resume=%s continues",
             number.name,

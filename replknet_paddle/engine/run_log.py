@@ -10,7 +10,6 @@ import fcntl
 import json
 import logging
 import logging.handlers
-import math
 import os
 import socket
 import sys
@@ -65,13 +64,9 @@ class RunLock:
     network file systems know them. A process must not have two of one folder: closing one would
     release the other.
 
-    Args:
-        part: LAUNCHER, LAUNCHED or ALONE.
-        resume: what MODEL.RESUME names; 'auto', or a checkpoint of this folder, continues its run.
-
-    Raises:
-        InputError: another process holds it, which the message names; the folder cannot be written;
-            or it holds another run's checkpoints, which would be replaced.
+    `part` is LAUNCHER, LAUNCHED or ALONE. `resume` is what MODEL.RESUME names; 'auto', or a
+    checkpoint of this folder, continues its run. InputError: another process holds the folder; it
+    cannot be written; or another run's checkpoints are in it, which would be replaced.
     """
 
     def __init__(self, folder: str, part: tuple[int, int] = ALONE, *, resume: str | None = None):
@@ -150,15 +145,6 @@ class RunLock:
         self._open()
         return False
 
-    @contextlib.contextmanager
-    def nothing_left_if_it_fails(self) -> Iterator[None]:
-        """Withdraw where an error ends the block: on a full disk the files would be empty."""
-        try:
-            yield
-        except (InputError, OSError):
-            self.withdraw()
-            raise
-
     def release(self) -> None:
         """Let others have the folder. The file stays: removing it would race with them."""
         if self._file is not None:
@@ -166,11 +152,9 @@ class RunLock:
 
     def withdraw(self) -> None:
         """Remove the folder with what a run begins with, or the lock file, if this lock made it."""
-        made = [self.path] if self._made_file else []
-        if self._made_folder:
-            names = (LOG_FILE, CONFIG_FILE, CLASS_NAMES_FILE)
-            made = [*(os.path.join(self.folder, name) for name in names), *made]
-        for path in made:
+        names = (LOG_FILE, CONFIG_FILE, CLASS_NAMES_FILE) if self._made_folder else ()
+        made = [os.path.join(self.folder, name) for name in names]
+        for path in [*made, self.path] if self._made_file else made:
             with contextlib.suppress(OSError):
                 os.unlink(path)
         if self._made_folder:
@@ -211,10 +195,6 @@ class RunLog:
     """Writes one run's folder and console. Ranks other than 0 log only errors, to the console.
 
     Nothing is written to disk before `open`, which is called once all input has been checked.
-
-    Args:
-        folder: the run folder.
-        resume: as for `RunLock`.
     """
 
     def __init__(self, folder: str, *, resume: str | None = None, is_main: bool):
@@ -232,18 +212,15 @@ class RunLog:
             logging.INFO if is_main else logging.WARNING
         )
 
-    def lock(self) -> None:
+    def lock(self, *, makes_folder: bool = False) -> None:
         """Keep other runs out of an existing run folder until this process ends.
 
         To be called before it is read which checkpoint is the newest: a run that is just ending
         may still write one. A folder that does not exist yet is locked by `open`.
         """
-        if self.is_main and os.path.isdir(self.folder):
-            self._lock()
-
-    def _lock(self) -> None:
-        part = LAUNCHED if is_launched() else ALONE
-        self.run_lock = RunLock(self.folder, part, resume=self.resume)
+        if self.is_main and self.run_lock is None and (makes_folder or os.path.isdir(self.folder)):
+            part = LAUNCHED if is_launched() else ALONE
+            self.run_lock = RunLock(self.folder, part, resume=self.resume)
 
     def open(self, config, *, class_names=None) -> None:
         """Make the run folder: log.txt, config.yaml, which can stand for `-cfg`, and the names of
@@ -252,9 +229,8 @@ class RunLog:
         root.removeHandler(self.early)
         if not self.is_main:
             return
-        if self.run_lock is None:
-            self._lock()
-        with self.run_lock.nothing_left_if_it_fails():
+        self.lock(makes_folder=True)
+        try:
             self.file = LogFile(os.path.join(self.folder, LOG_FILE), encoding="utf-8")
             self.file.setFormatter(logging.Formatter(LOG_FORMAT))
             root.addHandler(self.file)
@@ -267,31 +243,26 @@ class RunLog:
             if config.LOG.VISUALDL:
                 visualdl = import_extra("visualdl", "plots")
                 self.visualdl = visualdl.LogWriter(logdir=os.path.join(self.folder, "visualdl"))
+        except (InputError, OSError):  # on a full disk the files would be empty
+            self.run_lock.withdraw()
+            raise
 
     @contextlib.contextmanager
     def log_how_it_ends(self) -> Iterator[None]:
-        """Write an error that ends the run in this context to log.txt. Its handler prints it.
-
-        What a collective raises when it has lost another process becomes PeerLost.
-        """
+        """Write an error that ends the run in this context to log.txt; who handles it prints it.
+        What a collective raises when it has lost another process becomes PeerLost."""
         try:
             yield
-        except Stopped:
-            raise
-        except (InputError, OSError, SystemFault, DivergedError) as error:
-            self._write_end(str(error))
-            raise
         except BaseException as error:
             lost = lost_peer(error)
             if lost is not None:
                 raise lost from None
-            self._write_end(traceback.format_exc())
+            if self.file is not None and not isinstance(error, Stopped):
+                is_message = isinstance(error, (InputError, OSError, SystemFault, DivergedError))
+                reason = str(error) if is_message else traceback.format_exc()
+                values = (logging.ERROR, __file__, 0, "the run ended: %s", (reason,), None)
+                self.file.handle(logging.LogRecord(__name__, *values))
             raise
-
-    def _write_end(self, reason: str) -> None:
-        if self.file is not None:
-            values = (logging.ERROR, __file__, 0, "the run ended: %s", (reason,), None)
-            self.file.handle(logging.LogRecord(__name__, *values))
 
     def write_metrics(self, record: dict) -> None:
         """Append one object to metrics.jsonl, and its numbers to VisualDL's scalars."""
@@ -382,13 +353,8 @@ class RunLog:
 def time_left(
     progress: Progress, *, epochs: int, every: int, batch_seconds: float, evaluation_seconds: float
 ) -> str:
-    """Return as h:mm:ss how long the rest of a training run takes.
-
-    Args:
-        epochs, every: of the run, and from one evaluation to the next; one follows the last epoch.
-        batch_seconds: of a batch, at the pace of this epoch.
-        evaluation_seconds: of the last evaluation and its checkpoint; 0 before the first.
-    """
+    """Return as h:mm:ss how long the rest of a run of `epochs` takes, with an evaluation and its
+    checkpoint after each `every` of them and after the last."""
     batches = (epochs - progress.epoch) * progress.batches - progress.batch
     evaluations = 0
     if progress.epoch < epochs:
@@ -396,17 +362,9 @@ def time_left(
     return tqdm.format_interval(batches * batch_seconds + evaluations * evaluation_seconds)
 
 
-def json_text(value) -> str:
-    """Return `value` as JSON, where a number that is not finite becomes null."""
-
-    def with_nulls(value):
-        if isinstance(value, dict):
-            return {key: with_nulls(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [with_nulls(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(with_nulls(value))
+def json_text(record: dict) -> str:
+    """Return JSON of `record`, where a number that is not finite becomes null."""
+    return json.dumps(json.loads(json.dumps(record), parse_constant=lambda _: None))
 
 
 def append_to_log(folder: str, message: str) -> None:

@@ -9,13 +9,13 @@ SIGKILL of any process: the others end as well, and what has been saved stays (`
 
 import signal
 import time
-from collections.abc import Sequence
 
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 SAME_CTRL_C_SECONDS = 2.0  # a terminal sends one to a script and to the processes it started
 
 
 class StopSignals:
-    """Within this context, the first SIGTERM or SIGINT is only recorded in `received`.
+    """Only records the first SIGTERM or SIGINT, within this context.
 
     Further SIGTERMs are ignored: Paddle's launcher sends several.
     """
@@ -25,9 +25,7 @@ class StopSignals:
         self.received_at = 0.0
 
     def __enter__(self) -> "StopSignals":
-        self.before = {
-            number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        self.before = {number: signal.signal(number, self.note) for number in STOPPING}
         return self
 
     def __exit__(self, *_) -> None:
@@ -42,16 +40,11 @@ class StopSignals:
 
     def requests(self) -> list[float]:
         """Return, for all processes to add up, whether this one has had SIGINT, and SIGTERM."""
-        return [float(self.received == signal.SIGINT), float(self.received == signal.SIGTERM)]
-
-    @staticmethod
-    def number(requests: Sequence[float]) -> signal.Signals:
-        """Return the signal that sums of `requests`, not all 0, stand for."""
-        return signal.SIGINT if requests[0] else signal.SIGTERM
+        return [float(self.received == number) for number in STOPPING]
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has saved. `number` is the signal's."""
+    """The run was asked to stop by the signal `number`, and has saved."""
 
     def __init__(self, number: int):
         super().__init__(f"stopped by signal {number}")

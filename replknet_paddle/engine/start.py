@@ -49,30 +49,11 @@ LISTED_CLASSES = 10
 
 @dataclass(frozen=True)
 class Start:
-    """What a run starts from.
+    """What a run starts from."""
 
-    Attributes:
-        file: the file whose weights are loaded; None: fresh ones.
-        resumed: what else it holds, where the run continues it.
-        classes: of that file, if its head is to be kept.
-    """
-
-    file: CheckpointFile | None = None
-    resumed: Checkpoint | None = None
-    classes: Classes = Classes()
-
-    @property
-    def path(self) -> str | None:
-        return None if self.file is None else self.file.path
-
-
-def check_weights_are_named(config) -> None:
-    """Raise InputError for an evaluation without weights that nobody asked for."""
-    if config.EVAL and config.MODEL.PRETRAINED is None:
-        raise InputError(
-            "-eval without weights; name them by -pretrained. -pretrained=random evaluates a "
-            "freshly initialized network"
-        )
+    file: CheckpointFile | None = None  # whose weights are loaded; None: fresh ones
+    resumed: Checkpoint | None = None  # what else it holds, where the run continues it
+    classes: Classes = Classes()  # of that file, if its head is to be kept
 
 
 def find_start(config, *, is_opened: bool = False) -> Start:
@@ -99,21 +80,20 @@ def find_start(config, *, is_opened: bool = False) -> Start:
 
 
 def find_resumed(config) -> Checkpoint | None:
-    """The checkpoint that MODEL.RESUME means, if any; the same on all ranks."""
-    checkpoint = None
+    """Return the checkpoint that MODEL.RESUME means, if any; the same on all ranks."""
+    resume, checkpoint = config.MODEL.RESUME, None
+    if resume is None:
+        return None
 
     def decide() -> str:
         nonlocal checkpoint
-        path = config.MODEL.RESUME
-        if path == "auto":
-            checkpoint = newest_whole_checkpoint(config.SAVE)
-            if checkpoint is None:
-                logger.info("-resume auto: no checkpoint in %s, starting afresh", config.SAVE)
-            return "" if checkpoint is None else checkpoint.file.path
-        if path is not None and os.path.isdir(path):
-            path = os.path.join(path, "last")
-        # A link may lead somewhere else by the time it is read.
-        return "" if path is None else os.path.realpath(path)
+        if resume != "auto":
+            path = os.path.join(resume, "last") if os.path.isdir(resume) else resume
+            return os.path.realpath(path)  # a link may lead somewhere else by the time it is read
+        checkpoint = newest_whole_checkpoint(config.SAVE)
+        if checkpoint is None:
+            logger.info("-resume auto: no checkpoint in %s, starting afresh", config.SAVE)
+        return "" if checkpoint is None else checkpoint.file.path
 
     path = from_rank_0(decide)
     if not path:
@@ -162,10 +142,8 @@ def from_rank_0(decide: Callable[[], str]) -> str:
     if processes.rank() == 0:
         try:
             answer = "decision", decide()
-        except InputError as error:
-            answer = "input", str(error)
-        except OSError as error:
-            answer = "system", str(error)
+        except (InputError, OSError) as error:
+            answer = "input" if isinstance(error, InputError) else "system", str(error)
     kind, text = json.loads(processes.text_of_rank_0(json.dumps(answer)))
     if kind != "decision":
         raise {"input": InputError, "system": OSError}[kind](text)
@@ -229,17 +207,18 @@ def check_same_weights(model: paddle.nn.Layer) -> None:
 # ---- classes
 
 
-def resolve_classes(config, stored: Classes, source: str | None = None):
+def resolve_classes(config, start: Start):
     """Return the configuration with a number in MODEL.NUM_CLASSES, and the classes' names or None.
 
-    What the checkpoint `source` has `stored` wins, if its head is to be used. InputError: the data
-    folder names other classes, or a file does not have a name for each class.
+    What the checkpoint says wins, if its head is to be used. InputError: the data folder names
+    other classes, or a file does not have a name for each class.
     """
+    stored = start.classes
     differences = differing_names(config, stored)
     if differences:
         listed = "\n".join(f"  {line}" for line in differences)
         raise InputError(
-            f"the classes of {source} are not those of {names_file(config)}:\n{listed}\n"
+            f"the classes of {start.file.path} are not those of {names_file(config)}:\n{listed}\n"
             "Give the data that the checkpoint was trained for; training with MODEL.DROP_HEAD True "
             "starts with a fresh head for other classes"
         )
@@ -258,7 +237,7 @@ def differing_names(config, stored: Classes) -> list[str]:
 
 
 def count_classes(config) -> int:
-    """How many classes the data have: the names in the file, or else the largest label and one."""
+    """Return the number of names in the data's file, or else the largest label and one."""
     path = names_file(config)
     if path is not None:
         return len(read_class_names(path))

@@ -35,46 +35,28 @@ class DivergedError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """The network and what trains it, for a whole run.
+    """The network and what trains it, for a whole run."""
 
-    Attributes:
-        model: images (N, 3, H, W) -> logits (N, classes).
-        mixup: (images, labels, random generator) -> (images, targets), or None.
-        criterion: (logits, labels or mixed targets) -> mean loss.
-        learning_rate: of an optimizer step, counted from 0 over the whole run.
-        average_statistics: whether batch norm's running statistics differ by rank, so that they
-            have to be averaged: not where batch norm is synchronized.
-    """
-
-    model: paddle.nn.Layer
-    criterion: Callable
+    model: paddle.nn.Layer  # images (N, 3, H, W) -> logits (N, classes)
+    criterion: Callable  # (logits, labels or mixed targets) -> mean loss
     optimizer: paddle.optimizer.Optimizer
-    learning_rate: Callable[[int], float]
+    learning_rate: Callable[[int], float]  # of a step, counted from 0 over the whole run
     precision: Precision
-    mixup: Callable | None = None
+    mixup: Callable | None = None  # (images, labels, random generator) -> (images, targets)
     ema: ModelEma | None = None
-    average_statistics: bool = True
+    average_statistics: bool = True  # over the ranks, where batch norm is not synchronized
 
 
 @dataclass(frozen=True)
 class Step:
-    """What happened in one optimizer step.
+    """What happened in one optimizer step."""
 
-    Attributes:
-        batch: forward passes done in this epoch, those before a restart included.
-        loss: mean over the step's images on all processes, nats.
-        images: how many those are.
-        lr: learning rate that was used.
-        data_seconds: time that this process waited for data.
-        requests: sums over all processes of what `requests` gave in this step.
-    """
-
-    batch: int
-    loss: float
-    images: int
+    batch: int  # forward passes done in this epoch, those before a restart included
+    loss: float  # mean over the step's images on all processes, nats
+    images: int  # how many those are
     lr: float
-    data_seconds: float
-    requests: Sequence[float] = ()
+    data_seconds: float  # that this process waited for data
+    requests: Sequence[float] = ()  # sums over all processes
 
 
 class Prefetcher:
@@ -116,10 +98,8 @@ def train_epoch(
     first_step: int = 0,
     requests: Callable[[], Sequence[float]] = tuple,
 ) -> Iterator[Step]:
-    """Train through one epoch; yields after every optimizer step, when all is consistent.
-
-    After a step, weights, EMA weights, statistics and optimizer state are the same on all
-    processes.
+    """Train through one epoch; yield after every optimizer step, when weights, EMA weights,
+    statistics and optimizer state are the same on all processes.
 
     Args:
         loader: batches of one size over `TrainBatches`.
@@ -128,9 +108,7 @@ def train_epoch(
         requests: numbers of this process that all processes shall learn the sum of, asked for in
             each step; they travel with the loss.
 
-    Raises:
-        DivergedError: on all processes alike. A loss that is not finite has not touched the
-            weights.
+    DivergedError comes on all processes alike. A loss that is not finite has not touched weights.
     """
     model, precision = state.model, state.precision
     model.train()
@@ -190,14 +168,8 @@ def train_epoch(
                 masters = master_weights(state.optimizer, model) if precision.half_weights else None
                 state.ema.update(model, masters)
             step += 1
-            yield Step(
-                batch + 1,
-                all_loss / all_images,
-                int(all_images),
-                lr,
-                ahead.seconds,
-                requested,
-            )
+            mean_loss, images_here = all_loss / all_images, int(all_images)
+            yield Step(batch + 1, mean_loss, images_here, lr, ahead.seconds, requested)
             loss_sum, images_done, ahead.seconds = 0.0, 0, 0.0
 
 

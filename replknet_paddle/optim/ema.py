@@ -7,6 +7,7 @@ masters are averaged, because a step's change is often below the half format's r
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -37,16 +38,8 @@ class ModelEma:
 
     @paddle.no_grad()
     def update(self, model: nn.Layer, masters: dict[str, paddle.Tensor] | None = None) -> None:
-        """Take in the weights of `model`; call once after every optimizer step.
-
-        Args:
-            model: the model, or one with the same names and shapes.
-            masters: float32 tensors to average instead of the model's own, by structured name:
-                `optim.optimizer.master_weights()` under AMP O2.
-
-        Raises:
-            ValueError: a model with other names than the one averaged so far.
-        """
+        """Take in the weights of `model` after an optimizer step; those of `masters` (of
+        `master_weights`, under AMP O2) in place of the model's own."""
         masters = masters or {}
         tensors = [masters.get(name, tensor) for name, tensor in self._tensors(model).items()]
         self.flat.lerp_(
@@ -56,13 +49,10 @@ class ModelEma:
 
     @contextlib.contextmanager
     def applied_to(self, model: nn.Layer) -> Iterator[None]:
-        """Within the context `model` carries the averaged weights, cast to its own types.
+        """Let `model` carry the averaged weights, cast to its own types, within the context.
 
         Afterwards, whatever happened inside, it has its own weights and statistics again, bit for
         bit. Costs two more copies of the model for as long as it lasts.
-
-        Raises:
-            ValueError: a model with other names than the one averaged.
         """
         tensors = self._tensors(model)
         with paddle.no_grad():
@@ -75,33 +65,23 @@ class ModelEma:
 
     def state(self) -> dict[str, np.ndarray]:
         """Return the averages, float32, by structured name: weights that a bare model can load."""
-        pieces = np.split(self.flat.numpy(), np.cumsum(self._sizes())[:-1])
-        return {
-            name: piece.reshape(shape) for (name, shape), piece in zip(self.shapes.items(), pieces)
-        }
+        return {name: tensor.numpy() for name, tensor in self._average().items()}
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:
-        """Continue from what `state()` returned, bit for bit.
-
-        Raises:
-            InputError: names that are missing, unknown or of another shape; nothing is loaded.
-        """
+        """Continue from what `state()` returned, bit for bit; InputError: it does not fit."""
         check_fits(state, self.shapes, "the average of the weights")
         values = [np.asarray(state[name], np.float32).reshape(-1) for name in self.shapes]
         self.flat = paddle.to_tensor(np.concatenate(values))
 
-    def _sizes(self) -> list[int]:
-        return [int(np.prod(shape)) for shape in self.shapes.values()]
-
     def _average(self) -> dict[str, paddle.Tensor]:
-        """Copies of the averages by name, on the device."""
-        pieces = paddle.split(self.flat, self._sizes())
+        """Return copies of the averages by name, on the device."""
+        pieces = paddle.split(self.flat, [math.prod(shape) for shape in self.shapes.values()])
         return {
             name: piece.reshape(shape) for (name, shape), piece in zip(self.shapes.items(), pieces)
         }
 
     def _tensors(self, model: nn.Layer) -> dict[str, paddle.Tensor]:
-        """The live tensors of `model`, once it is known to have the averaged names."""
+        """Return the live tensors of `model`, once it is known to have the averaged names."""
         tensors = model.state_dict()
         if tensors.keys() != self.shapes.keys():
             odd = sorted(tensors.keys() ^ self.shapes.keys())

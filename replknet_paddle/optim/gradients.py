@@ -45,14 +45,9 @@ class Gradients:
     def finish(self, loss_scale: float | None = None) -> paddle.Tensor | None:
         """Average over the ranks and divide by `loss_scale`; an optimizer step may follow.
 
-        Afterwards all gradients are float32, those of half-precision parameters included.
-
-        Args:
-            loss_scale: what the loss was multiplied by; None where it was not.
-
-        Returns:
-            Whether all gradients are finite, on the device, a bool scalar; the same on all ranks,
-            which have the same sums. None without a loss scale.
+        Afterwards all gradients are float32, those of half-precision parameters included. Return
+        whether all are finite, a bool scalar on the device, the same on all ranks, which have the
+        same sums; None without a loss scale.
         """
         half = {id(p) for bucket in self.half_buckets or () for p in bucket}
         full = [p.grad for p in self.parameters if id(p) not in half and p.grad is not None]

@@ -14,47 +14,25 @@ class LabelSmoothingCrossEntropy(nn.Layer):
 
     The label's class has its share of the smoothing too: its target is
     1 - smoothing + smoothing / C (arXiv 1512.00567, section 7). 0 is plain cross entropy.
-
-    Args:
-        smoothing: in [0, 1).
     """
 
-    def __init__(self, smoothing: float = 0.1):
+    def __init__(self, smoothing: float):
         super().__init__()
         self.smoothing = smoothing
 
     def forward(self, logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
-        """Logits (N, C) of any float type and integer labels (N,) -> scalar, float32.
-
-        Raises:
-            ValueError: other shapes.
-        """
-        if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-            raise ValueError(
-                f"expected logits (N, C) and labels (N,); got {logits.shape} and {labels.shape}"
-            )
+        """Return the loss of logits (N, C) of any float type and integer labels (N,)."""
         with paddle.amp.auto_cast(enable=False):
             log_probs = F.log_softmax(logits.astype("float32"), axis=-1)
             of_label = paddle.take_along_axis(log_probs, labels.unsqueeze(1), axis=1)  # (N, 1)
-            loss = -((1.0 - self.smoothing) * of_label.mean() + self.smoothing * log_probs.mean())
-        return loss
+            return -((1.0 - self.smoothing) * of_label.mean() + self.smoothing * log_probs.mean())
 
 
 class SoftTargetCrossEntropy(nn.Layer):
     """Cross entropy against a distribution over the classes, as mixup and cutmix produce."""
 
     def forward(self, logits: paddle.Tensor, targets: paddle.Tensor) -> paddle.Tensor:
-        """Logits and targets (N, C) of any float types -> scalar, float32.
-
-        Raises:
-            ValueError: other shapes.
-        """
-        if logits.ndim != 2 or targets.shape != logits.shape:
-            raise ValueError(
-                f"expected logits and targets of one shape (N, C); "
-                f"got {logits.shape} and {targets.shape}"
-            )
+        """Return the loss of logits and targets (N, C) of any float types."""
         with paddle.amp.auto_cast(enable=False):
             log_probs = F.log_softmax(logits.astype("float32"), axis=-1)
-            loss = -(targets.astype("float32") * log_probs).sum(axis=-1).mean()
-        return loss
+            return -(targets.astype("float32") * log_probs).sum(axis=-1).mean()

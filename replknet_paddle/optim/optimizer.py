@@ -58,10 +58,8 @@ def layer_id(name: str, layers: Sequence[int]) -> int:
 
     0: stem. 1 and 2: stages 0 and 1, each with the transition after it. From 3: stage 2, four
     blocks at a time, its last group with the transition (and stage norm) after it. Then stage 3;
-    then the final norm and the head. Source: official `optim_factory.py`.
-
-    Raises:
-        ValueError: a name that belongs to no part of a RepLKNet with `layers` pairs of blocks.
+    then the final norm and the head. Source: official `optim_factory.py`. ValueError: a name that
+    belongs to no part of a RepLKNet with `layers` pairs of blocks.
     """
     last = num_layer_groups(layers) - 1
     match name.split("."):
@@ -83,69 +81,39 @@ def layer_id(name: str, layers: Sequence[int]) -> int:
     )
 
 
-def decays(name: str, param: paddle.Tensor) -> bool:
-    """Whether weight decay applies: to all but biases and 1-D parameters."""
-    return param.ndim > 1 and not name.endswith(".bias")
-
-
 def parameter_groups(
     model: nn.Layer, *, weight_decay: float, layer_decay: float | None = None, layers: Sequence[int]
 ) -> list[ParameterGroup]:
-    """Return the trainable parameters of `model`, each in exactly one group.
+    """Return the trainable parameters of `model`, a RepLKNet, each in exactly one group.
 
-    Frozen parameters are left out; so are batch norm's running statistics, which Paddle lists
-    among the parameters.
-
-    Groups come by rising layer id, decaying parameters before the others. `model` is a RepLKNet,
-    not wrapped, for the wrapper's prefix would hide the names; `layers` are its pairs of blocks.
-    `layer_decay` is the ratio between neighbouring groups' learning rates, None for one rate.
-
-    Raises:
-        ValueError: a trainable parameter that no layer group covers.
+    Groups come by rising layer id, decaying parameters before the others. `layer_decay` is the
+    ratio between neighbouring groups' learning rates, None for one rate. ValueError: a parameter
+    that no layer group covers.
     """
     count = num_layer_groups(layers)
     groups = {}
-    for name, param in model.named_parameters():
-        if param.stop_gradient:
-            continue
-        key = (layer_id(name, layers), not decays(name, param))
-        if key not in groups:
-            index, exempt = key
-            groups[key] = ParameterGroup(
+    for name, param in trainable_parameters(model).items():
+        index = layer_id(name, layers)
+        is_exempt = param.ndim <= 1 or name.endswith(".bias")
+        if (index, is_exempt) not in groups:
+            groups[index, is_exempt] = ParameterGroup(
                 layer_id=index,
                 lr_scale=1.0 if layer_decay is None else layer_decay ** (count - 1 - index),
-                weight_decay=0.0 if exempt else weight_decay,
+                weight_decay=0.0 if is_exempt else weight_decay,
             )
-        groups[key].names.append(name)
-        groups[key].params.append(param)
+        groups[index, is_exempt].names.append(name)
+        groups[index, is_exempt].params.append(param)
     return [groups[key] for key in sorted(groups)]
 
 
 def build_optimizer(
     config, model: nn.Layer, *, lr: float, multi_precision: bool = False
 ) -> paddle.optimizer.AdamW:
-    """Return AdamW over the trainable parameters of `model`, driven by `optimizer.set_lr(lr)`.
-
-    Each parameter learns at the rate last set times its layer-decay factor; the decay is
-    decoupled and scales with that same rate (arXiv 1711.05101, as in PyTorch). The factors stay
-    on the parameters, so a later optimizer over the same model replaces them.
-
-    Args:
-        config: TRAIN.OPTIMIZER.{BETAS,EPS}, TRAIN.WEIGHT_DECAY, TRAIN.LAYER_DECAY,
-            TRAIN.GRAD_CLIP (limit of the global norm of all gradients; None for none) and
-            MODEL.LAYERS.
-        model: a RepLKNet, not wrapped.
-        lr: rate of the first step.
-        multi_precision: keep a float32 master of every half-precision parameter (AMP O2).
-
-    Raises:
-        ValueError: a trainable parameter that no layer group covers.
-    """
-    train = config.TRAIN
+    """Return AdamW over the trainable parameters of a RepLKNet, as TRAIN and MODEL.LAYERS say."""
     groups = parameter_groups(
         model,
-        weight_decay=train.WEIGHT_DECAY,
-        layer_decay=train.LAYER_DECAY,
+        weight_decay=config.TRAIN.WEIGHT_DECAY,
+        layer_decay=config.TRAIN.LAYER_DECAY,
         layers=config.MODEL.LAYERS,
     )
     return adamw(config, groups, lr=lr, multi_precision=multi_precision)
@@ -154,7 +122,13 @@ def build_optimizer(
 def adamw(
     config, groups: list[ParameterGroup], *, lr: float, multi_precision: bool = False
 ) -> paddle.optimizer.AdamW:
-    """Return AdamW over groups of parameters, as TRAIN says; see `build_optimizer`."""
+    """Return AdamW over groups of parameters, as TRAIN says.
+
+    Each parameter learns at the rate last set, by `set_lr`, times its group's factor; the decay is
+    decoupled and scales with that same rate (arXiv 1711.05101, as in PyTorch). The factors stay on
+    the parameters, so a later optimizer over the same model replaces them. `multi_precision` keeps
+    a float32 master of every half-precision parameter (AMP O2).
+    """
     train = config.TRAIN
     decaying = set()
     for group in groups:
@@ -178,7 +152,8 @@ def adamw(
 
 
 def trainable_parameters(model: nn.Layer) -> dict[str, paddle.Tensor]:
-    """Return the parameters that an optimizer changes, by structured name."""
+    """Return the parameters that an optimizer changes, by structured name: not frozen ones, nor
+    batch norm's running statistics, which Paddle lists among the parameters."""
     return {name: param for name, param in model.named_parameters() if not param.stop_gradient}
 
 
@@ -200,10 +175,8 @@ def master_weights(
 def optimizer_state(optimizer: paddle.optimizer.AdamW, model: nn.Layer) -> dict[str, np.ndarray]:
     """Return all that AdamW remembers, float32, keyed `<structured parameter name>.<kind>`.
 
-    Kinds: `moment1`, `moment2` and, of a half-precision parameter with a float32 master,
-    `master`, all in the parameter's shape; `beta1_pow` and `beta2_pow`, shape (1,). Every
-    trainable parameter has its entries: before its first step, those it will start from.
-    The learning rate is not part of the state; it follows from the step.
+    The kinds are those of `initial_state`. Every trainable parameter has its entries: before its
+    first step, those it will start from. The learning rate follows from the step.
     """
     state = initial_state(optimizer, model)
     for key, tensor in live_state(optimizer, model).items():
@@ -214,13 +187,8 @@ def optimizer_state(optimizer: paddle.optimizer.AdamW, model: nn.Layer) -> dict[
 def load_optimizer_state(
     optimizer: paddle.optimizer.AdamW, model: nn.Layer, state: dict[str, np.ndarray]
 ) -> None:
-    """Continue from `optimizer_state` of this or another process, bit for bit.
-
-    The model's own weights are not touched; gradients not yet applied are dropped.
-
-    Raises:
-        InputError: names that are missing, unknown or of another shape; nothing is loaded.
-    """
+    """Continue from `optimizer_state` of this or another process, bit for bit; the weights are not
+    touched, gradients are dropped. InputError: the state does not fit; nothing is loaded."""
     expected = initial_state(optimizer, model)
     check_fits(state, {key: value.shape for key, value in expected.items()}, "the optimizer state")
     if live_state(optimizer, model).keys() != expected.keys():

@@ -16,24 +16,15 @@ def get_lr(
     warmup_steps: int,
     total_steps: int,
 ) -> float:
-    """Learning rate of one optimizer step.
+    """Return the learning rate of one optimizer step.
 
     Warm-up rises on a straight line through steps 0 (`warmup_start_lr`) and `warmup_steps - 1`
     (`base_lr`). The cosine starts at `base_lr` again, on step `warmup_steps`, so the peak lasts
     two steps. It would meet `min_lr` at step `total_steps`, one after the last: the run's last
     step is still a little above the minimum, as in the official code.
 
-    Args:
-        step: 0 for the first optimizer step; at most `total_steps`.
-        base_lr: the peak.
-        min_lr: the limit of the cosine.
-        warmup_start_lr: rate of step 0 when there is a warm-up.
-        warmup_steps: number of warm-up steps, at most `total_steps`; 0 for none. A warm-up of
-            one step stays at `warmup_start_lr`.
-        total_steps: number of optimizer steps of the whole run, warm-up included.
-
-    Raises:
-        ValueError: step or warmup_steps outside [0, total_steps].
+    Steps count from 0. A warm-up of 0 steps is none, and one of a single step stays at
+    `warmup_start_lr`. ValueError: `step` or `warmup_steps` is outside [0, `total_steps`].
     """
     _check_step(step, warmup_steps, total_steps)
     if step < warmup_steps:
@@ -51,13 +42,11 @@ def get_poly_lr(
     warmup_steps: int,
     total_steps: int,
 ) -> float:
-    """Learning rate of one step of segmentation: a straight line down, below it a warm-up.
+    """Return the rate of one step of segmentation: a straight line down, below it a warm-up.
 
     The line would meet `min_lr` at step `total_steps`, one after the last ("poly" with power 1). In
     the warm-up the line's rate is multiplied by a factor that rises linearly from
     `warmup_start_lr / base_lr` on step 0 to 1 on step `warmup_steps`. Source: mmcv's lr hooks.
-
-    Args: as for `get_lr`.
     """
     _check_step(step, warmup_steps, total_steps)
     rate = min_lr + (base_lr - min_lr) * (1 - step / total_steps)
@@ -69,18 +58,13 @@ def get_poly_lr(
 def base_learning_rate(
     base_lr: float, global_batch: int, linear_scaled_lr: int | None = None
 ) -> float:
-    """The peak that a configured rate means.
+    """Return the peak that a configured rate means, with `global_batch` images per optimizer step.
 
-    Args:
-        base_lr: rate as configured.
-        global_batch: images per optimizer step: all devices and accumulated batches together.
-        linear_scaled_lr: None where `base_lr` is absolute, as the official recipes' are; else
-            the batch that it was written for (PaddleViT's rule, which scales the peak alone
-            and leaves the start of the warm-up and the minimum as they are).
+    `linear_scaled_lr` is None where `base_lr` is absolute, as the official recipes' are; else the
+    batch that it was written for (PaddleViT's rule, which scales the peak alone and leaves the
+    start of the warm-up and the minimum as they are).
     """
-    if linear_scaled_lr is None:
-        return base_lr
-    return base_lr * global_batch / linear_scaled_lr
+    return base_lr if linear_scaled_lr is None else base_lr * global_batch / linear_scaled_lr
 
 
 def _check_step(step: int, warmup_steps: int, total_steps: int) -> None:

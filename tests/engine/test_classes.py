@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import yaml
-from harness import finish
+from harness import copy_run, finish
 from tiny import TINY, command, flags, make_data
 
 from replknet_paddle.checkpoints.checkpoint_file import CheckpointFile
@@ -40,11 +40,18 @@ def open_config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(named_data, open_config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    finish(
-        [f"-cfg={open_config}", f"-data_path={named_data}", f"-output={folder / 'run'}"],
-        output=folder / "log",
-    )
+    finish([f"-cfg={open_config}", f"-data_path={named_data}", f"-output={folder / 'run'}"])
     return folder / "run"
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts a run into the folder `run` with these flags; returns what it prints."""
+
+    def run(*flags, status=0) -> str:
+        return finish([f"-output={tmp_path / 'run'}", *flags], status=status)
+
+    return run
 
 
 def write_names(folder, names) -> None:
@@ -58,15 +65,12 @@ def test_the_data_give_the_number_and_the_names(trained):
     assert classes.count == 4 and classes.names == tuple(NAMES)
 
 
-def test_without_names_the_largest_label_counts(open_config, tmp_path):
+def test_without_names_the_largest_label_counts(open_config, start, tmp_path):
     make_data(tmp_path / "data", train=24, val=14, classes=7)
-    said = finish(
-        [f"-cfg={open_config}", f"-data_path={tmp_path / 'data'}", f"-output={tmp_path / 'run'}"],
-        output=tmp_path / "log",
-    )
+    said = start(f"-cfg={open_config}", f"-data_path={tmp_path / 'data'}")
     assert "MODEL.NUM_CLASSES is None: 7 classes" in said
-    assert CheckpointFile(tmp_path / "run" / "last").classes.count == 7
-    assert CheckpointFile(tmp_path / "run" / "last").classes.names is None
+    classes = CheckpointFile(tmp_path / "run" / "last").classes
+    assert (classes.count, classes.names) == (7, None)
     assert not (tmp_path / "run" / "class_names.txt").exists()
 
 
@@ -93,25 +97,18 @@ def other_data(named_data, tmp_path):
         ([*NAMES, "birds"], "  4 classes and 5\n  class 4: none and 'birds'\n"),
     ],
 )
-def test_other_names_are_an_error_that_lists_them(trained, other_data, tmp_path, what, names, says):
-    run = tmp_path / "run"
-    shutil.copytree(trained, run, symlinks=True)
-    start = [f"-resume={run}"]
-    if what == "-eval":
-        start = ["-eval", f"-pretrained={run / 'best'}", f"-output={tmp_path / 'eval'}"]
+def test_other_names_are_an_error_that_lists_them(
+    trained, other_data, start, tmp_path, what, names, says
+):
     folder = other_data(names)
-    said = finish(
-        [*start, f"-data_path={folder}", "-opts", "TRAIN.NUM_EPOCHS", 2],
-        output=tmp_path / "log",
-        status=2,
-    )
+    flags = [f"-resume={trained}"] if what == "-resume" else ["-eval", f"-pretrained={trained}"]
+    said = start(*flags, f"-data_path={folder}", "-opts", "TRAIN.NUM_EPOCHS", 2, status=2)
     assert f"are not those of {folder / 'class_names.txt'}:\n{says}" in said
-    assert "Traceback" not in said and not (tmp_path / "eval").exists()
+    assert "Traceback" not in said and not (tmp_path / "run").exists()
 
 
-def test_names_of_the_checkpoint_win(trained, other_data, named_data, tmp_path, monkeypatch):
-    moved = tmp_path / "moved"
-    shutil.copytree(trained, moved, symlinks=True)
+def test_names_of_the_checkpoint_win(trained, other_data, tmp_path):
+    moved = copy_run(trained, tmp_path / "moved")
     # The data folder of the run gets other names later, and other data have none at all.
     settings = yaml.safe_load((moved / "config.yaml").read_text())
     settings["DATA"]["DATA_PATH"] = str(other_data(["a", "b", "c", "d"]))
@@ -135,67 +132,41 @@ def test_a_file_that_the_user_names_wins_over_the_checkpoint(trained, tmp_path):
 
 @pytest.mark.parametrize("drop_head", [False, True])
 def test_fine_tuning_on_as_many_other_classes(
-    trained, other_data, open_config, tmp_path, drop_head
+    trained, other_data, open_config, start, tmp_path, drop_head
 ):
-    folder = other_data(["a", "b", "c", "d"])
-    said = finish(
-        [
-            *(f"-cfg={open_config}", f"-data_path={folder}", f"-output={tmp_path / 'run'}"),
-            *(f"-pretrained={trained / 'best'}", "-opts", "MODEL.DROP_HEAD", drop_head),
-            *("MODEL.PRETRAINED_WEIGHTS", "model"),
-            # Weights that stay as they are loaded.
-            *("TRAIN.BASE_LR", 0, "TRAIN.END_LR", 0, "TRAIN.WARMUP_START_LR", 0),
-        ],
-        output=tmp_path / "log",
+    said = start(
+        *(f"-cfg={open_config}", f"-data_path={other_data(['a', 'b', 'c', 'd'])}"),
+        *(f"-pretrained={trained / 'best'}", "-opts", "MODEL.DROP_HEAD", drop_head),
+        *("MODEL.PRETRAINED_WEIGHTS", "model"),
+        # Weights that stay as they are loaded.
+        *("TRAIN.BASE_LR", 0, "TRAIN.END_LR", 0, "TRAIN.WARMUP_START_LR", 0),
         status=0 if drop_head else 2,
     )
     if not drop_head:
         assert "class 0: 'Mäuse' and 'a'" in said and "MODEL.DROP_HEAD True" in said
         return
     assert "the head of " in said and "is not loaded" in said
-    before, after = (
-        read_checkpoint(folder / name)
-        for folder, name in ((trained, "best"), (tmp_path, "run/last"))
-    )
-    kind = "model.head.weight"
-    assert not np.array_equal(before[kind], after[kind])
-    stem = "model.stem.0.conv.weight"
-    assert np.array_equal(before[stem], after[stem])
+    before, after = map(read_checkpoint, (trained / "best", tmp_path / "run" / "last"))
+    for name, is_kept in (("head.weight", False), ("stem.0.conv.weight", True)):
+        assert np.array_equal(before[f"model.{name}"], after[f"model.{name}"]) == is_kept
     assert CheckpointFile(tmp_path / "run" / "last").classes.names == ("a", "b", "c", "d")
 
 
-def test_classes_without_images_are_reported_before_training(tiny_data, tmp_path, tiny_config_file):
-    said = finish(
-        [
-            *(f"-cfg={tiny_config_file}", f"-data_path={tiny_data}", f"-output={tmp_path / 'run'}"),
-            *("-opts", "MODEL.NUM_CLASSES", 6, "TRAIN.NUM_EPOCHS", 1),
-        ],
-        output=tmp_path / "log",
-    )
-    line = (
-        f"{tiny_data / 'train_list.txt'} has no label of 2 of the 6 classes (MODEL.NUM_CLASSES): "
-    )
-    assert said.index(f"{line}4, 5\n") < said.index("epoch 1/1, batch")
-    assert "val_list.txt has no label of 2 of the 6" in said
-
-
-def test_folders_with_another_label_in_the_other_list_are_reported(
-    tiny_data, tmp_path, tiny_config_file
+def test_lists_that_do_not_fit_the_head_or_each_other_are_reported_before_training(
+    tiny_data, start, tmp_path, tiny_config_file
 ):
-    data = tmp_path / "data"
-    shutil.copytree(tiny_data, data)
+    data = shutil.copytree(tiny_data, tmp_path / "data")
     shifted = [line.rsplit(" ", 1) for line in (data / "val_list.txt").read_text().splitlines()]
     text = "".join(f"{path} {(int(label) + 1) % 4}\n" for path, label in shifted)
     (data / "val_list.txt").write_text(text)
-    said = finish(
-        [
-            *(f"-cfg={tiny_config_file}", f"-data_path={data}", f"-output={tmp_path / 'run'}"),
-            *("-opts", "TRAIN.NUM_EPOCHS", 1),
-        ],
-        output=tmp_path / "log",
-    )
-    assert "4 folders have another label in" in said
-    assert "class 0: 0 and 1; class 1: 1 and 2" in said
+    options = ["-opts", "MODEL.NUM_CLASSES", 6, "TRAIN.NUM_EPOCHS", 1]
+    said = start(f"-cfg={tiny_config_file}", f"-data_path={data}", *options)
+    before = said[: said.index("epoch 1/1, batch")]
+    absent = "has no label of 2 of the 6 classes (MODEL.NUM_CLASSES): 4, 5\n"
+    for name in ("train_list.txt", "val_list.txt"):
+        assert f"{data / name} {absent}" in before
+    assert "4 folders have another label in" in before
+    assert "class 0: 0 and 1; class 1: 1 and 2" in before
 
 
 def test_a_long_list_of_absent_classes_is_cut(caplog):

@@ -147,7 +147,7 @@ def kept_times(arguments: list[str]) -> int:
 def test_the_seconds_of_an_evaluation_are_those_of_the_last_one(run_flags, tmp_path):
     """And not of the save after an epoch that is not evaluated."""
     flags = [*run_flags, f"-output={tmp_path / 'run'}", "-opts", "VALIDATE_FREQ", "2"]
-    finish([*flags, tmp_path / "times"], output=tmp_path / "log", target=kept_times)
+    finish([*flags, tmp_path / "times"], target=kept_times)
     times = [json.loads(line) for line in (tmp_path / "times").read_text().splitlines()]
     by_epoch = {epoch: {s for e, s in times if e == epoch} for epoch in range(4)}
     assert by_epoch[0] == by_epoch[1] == {0.0}
@@ -174,8 +174,8 @@ def test_the_summary_names_the_best_and_a_command_that_works(straight, tiny_data
 
 def test_evaluation_without_weights_has_to_be_asked_for(run_flags, validation_images, tmp_path):
     flags = [*run_flags, "-eval", f"-output={tmp_path / 'run'}"]
-    said = finish(flags, output=tmp_path / "log", status=2)
+    said = finish(flags, status=2)
     assert "-eval without weights" in said and "-pretrained=random" in said
     assert not (tmp_path / "run").exists()
-    said = finish([*flags, "-pretrained=random"], output=tmp_path / "log")
+    said = finish([*flags, "-pretrained=random"])
     assert f"{validation_images} images" in said

@@ -13,7 +13,7 @@ TRAIN, EVAL, TWO = (), ("-eval", "-pretrained=random"), ("-nproc=2",)
 
 def error_of(flags, tmp_path, status=2) -> str:
     """The one error that a run ends with."""
-    said = finish(flags, output=tmp_path / "log", status=status)
+    said = finish(flags, status=status)
     assert "Traceback" not in said
     [line] = [line for line in said.splitlines() if line.startswith("error: ")]
     return line
@@ -39,7 +39,7 @@ def test_a_full_disk_is_named_and_nothing_is_left(run_flags, tmp_path, flags):
 def test_a_read_only_folder_is_found_before_the_work(run_flags, tmp_path, flags):
     with mounted(tmp_path / "read_only", "ro") as folder:
         flags = [flag.format(read_only=folder, here=tmp_path) for flag in flags]
-        said = finish([*run_flags, *flags], output=tmp_path / "log", status=2)
+        said = finish([*run_flags, *flags], status=2)
     assert said.splitlines() == [f"error: folder {folder} is not writable; name another one"]
 
 
@@ -51,18 +51,6 @@ def test_a_report_that_does_not_fit_leaves_the_evaluation(straight, tiny_data, t
         assert "No space left on device" in line and str(full / "report") in line
         assert os.listdir(full) == [FILLING]
     assert (tmp_path / "eval" / "metrics.jsonl").is_file()
-
-
-def test_a_disk_that_fills_up_leaves_whole_files(run_flags, tmp_path):
-    with small_disk(tmp_path / "full", free_bytes=420_000) as full:
-        run = full / "run"
-        flags = [*run_flags, f"-output={run}", "-opts", "SAVE_KEEP", "9"]
-        line = error_of(flags, tmp_path, status=1)
-        assert str(run / "checkpoints") in line and "No space left on device" in line
-        left = [path for path in run.rglob("*") if path.is_file()]
-        assert not [p for p in left if p.stat().st_size == 0 or "unfinished" in p.name], left
-        (full / FILLING).unlink()
-        finish([f"-resume={run}"], output=tmp_path / "log")
 
 
 def test_a_full_table_of_inodes_is_named(run_flags, tmp_path):

@@ -4,8 +4,7 @@ KILLS is the number of kills: 50 take a minute in one process, and ten in two, w
 started anew each time. KILLS_SEED repeats a sequence, as far as the machine is as busy.
 """
 
-import fcntl
-import functools
+import builtins
 import os
 import random
 import shutil
@@ -24,11 +23,13 @@ from harness import (
     metrics,
     progress_of,
     step_of,
+    unfinished,
     wait_for,
     whole_steps,
 )
 
 from replknet_paddle.checkpoints.run_folder import checkpoints, load_checkpoint
+from replknet_paddle.engine import run_log
 
 KILLS = int(os.environ.get("KILLS", 12))
 SEED = int(os.environ.get("KILLS_SEED", time.time()))
@@ -40,84 +41,37 @@ def newest_step(folder) -> int:
     return max(whole_steps(folder), default=0)
 
 
-def unfinished(folder, suffix="") -> list[str]:
-    """Checkpoints that some process, or the one whose number is the suffix, has begun to write."""
-    where = folder / "checkpoints"
-    names = os.listdir(where) if where.exists() else []
-    return [name for name in names if name.endswith(f"{suffix}.unfinished")]
+class SlowFile:
+    """A file each of whose writes takes a while."""
 
+    def __init__(self, file):
+        self.file = file
 
-def patch_writes(is_meant, write) -> None:
-    """Let `write(file, really_write, data)` take the place of the writes into some files.
+    def write(self, data):
+        self.file.flush()
+        time.sleep(0.0003)
+        return self.file.write(data)
 
-    Args:
-        is_meant: (name, mode) -> whether it does.
-    """
-    import builtins
+    def __getattr__(self, name):
+        return getattr(self.file, name)
 
-    really_open = builtins.open
+    def __enter__(self):
+        return self
 
-    class Patched:
-        def __init__(self, file):
-            self.file = file
-            self.write = functools.partial(write, file, file.write)
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-    def patched_open(name, mode="r", *rest, **options):
-        file = really_open(name, mode, *rest, **options)
-        return Patched(file) if is_meant(str(name), mode) else file
-
-    builtins.open = patched_open
-
-
-def stuck_in_mid_write(arguments: list[str]) -> int:
-    """A run that waits for ever once it has written half of the first piece of its checkpoint of
-    step 8."""
-
-    def write_half(file, really_write, data):
-        really_write(data[: len(data) // 2])
-        file.flush()
-        signal.pause()
-
-    patch_writes(lambda name, mode: "step_00000008" in name and "w" in mode, write_half)
-    return main_status(arguments)
+    def __exit__(self, *_):
+        self.file.close()
 
 
 def slow_disk(arguments: list[str]) -> int:
     """A run whose checkpoints take a while to write, so that many kills meet one half written."""
+    really_open = builtins.open
 
-    def write_slowly(file, really_write, data):
-        file.flush()
-        time.sleep(0.0003)
-        return really_write(data)
+    def slow_open(path, mode="r", *rest, **options):
+        file = really_open(path, mode, *rest, **options)
+        return SlowFile(file) if str(path).endswith(".unfinished") and "b" in mode else file
 
-    patch_writes(lambda name, mode: name.endswith(".unfinished") and "b" in mode, write_slowly)
+    builtins.open = slow_open
     return main_status(arguments)
-
-
-def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(
-    run_flags, straight, tmp_path
-):
-    folder = tmp_path / "run"
-    flags = [*run_flags, f"-output={folder}"]
-    run = Run([*flags, *EACH_STEP], output=tmp_path / "log", target=stuck_in_mid_write)
-    half = folder / "checkpoints" / f"epoch_0002_step_00000008.safetensors.{run.pid}.unfinished"
-    wait_for(lambda: half.exists() and half.stat().st_size or not run.process.is_alive())
-    run.send(signal.SIGKILL)
-    assert run.wait() == -signal.SIGKILL, run.text()
-    assert half.exists() and newest_step(folder) == 7
-    said = finish([*flags, "-resume=auto", *EACH_STEP], output=tmp_path / "log")
-    assert "continuing after epoch 2, step 7" in said
-    assert_same_end(folder, straight)
-    assert not unfinished(folder)
 
 
 @pytest.mark.slow
@@ -175,9 +129,10 @@ def test_loader_workers_die_with_a_killed_run(run_flags, tmp_path):
 
 
 @pytest.mark.slow
-def test_runs_whose_settings_change_at_each_resume_lose_nothing(run_flags, tmp_path):
+def test_runs_whose_settings_change_at_each_resume_lose_nothing(run_flags, tmp_path, monkeypatch):
     """Killed or stopped at random moments; then resumed with another batch size, accumulation or
     number of processes, except where a stop came in mid-epoch, which needs the same ones."""
+    monkeypatch.setattr(run_log, "WAIT_SECONDS", 30.0)
     rng = random.Random(SEED)
     folder = tmp_path / "run"
     settings, done = [], (0, 0)
@@ -197,8 +152,7 @@ def test_runs_whose_settings_change_at_each_resume_lose_nothing(run_flags, tmp_p
         run.send(rng.choice([signal.SIGKILL, signal.SIGTERM]))
         status = run.wait()
         # A launcher that is killed takes its processes with it, a moment later.
-        if processes > 1:
-            wait_for(lambda: not is_locked(folder), timeout=30)
+        run_log.RunLock(str(folder), resume="auto").release()
         assert status in (0, -signal.SIGKILL, 143), f"seed {SEED}: {run.text()}"
         assert "resume it with the same" not in run.text()
         progress = progress_of(folder)
@@ -213,16 +167,6 @@ def test_runs_whose_settings_change_at_each_resume_lose_nothing(run_flags, tmp_p
         if progress.epoch == 40:
             shutil.rmtree(folder)
             done = (0, 0)
-
-
-def is_locked(folder) -> bool:
-    """Whether a process still has the run folder."""
-    with open(folder / "lock", "a") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
 
 
 # ---- any process of a run in two processes, under MAX_RESTARTS

@@ -10,7 +10,7 @@ from epochs import (
     Batches,
     Recorder,
     assert_close,
-    assert_identical,
+    breaking,
     freeze_batch_norm,
     make_batches,
     make_model,
@@ -18,12 +18,12 @@ from epochs import (
     steps_of,
     train,
     trainable_weights,
-    weights,
 )
 from harness import finish_ranks
 from paddle.nn import functional
+from tiny import assert_identical, weights
 
-from replknet_paddle.engine.precision import LOSS_SCALE_FLOOR, LossScaler, Precision
+from replknet_paddle.engine.precision import LOSS_SCALE_FLOOR, Precision
 from replknet_paddle.engine.train import DivergedError, check_synchronized
 from replknet_paddle.model import RepLKNet
 from replknet_paddle.ops import (
@@ -39,38 +39,24 @@ from replknet_paddle.runtime.errors import InputError
 pytestmark = pytest.mark.paddle_version
 
 
-def overflowing(steps):
+def overflowing(at):
     """A criterion whose gradients, though not its loss, overflow in these calls."""
-    criterion = LabelSmoothingCrossEntropy(0.1)
-    calls = []
-
-    def loss_of(logits, labels):
-        loss = criterion(logits, labels)
-        if len(calls) in steps:
-            loss = loss + paddle.sqrt(logits.sum() - logits.detach().sum())  # 0, of infinite slope
-        calls.append(1)
-        return loss
-
-    return loss_of
+    # What is added is 0, of infinite slope.
+    return breaking(at, lambda loss, x: loss + paddle.sqrt(x.sum() - x.detach().sum()))
 
 
 def scaled(scale=2.0**16) -> Precision:
     """As with float16 on a GPU, but for the type that is computed in."""
     precision = Precision()
-    precision.scaler = LossScaler(scale)
+    precision.loss_scale = scale
     return precision
 
 
 def test_a_loss_scale_below_its_floor_stops_with_the_place_and_the_scale():
     model = make_model()
-    steps = steps_of(
-        model,
-        make_batches([2] * 6),
-        sgd(model),
-        criterion=overflowing(range(6)),
-        precision=scaled(LOSS_SCALE_FLOOR * 4),
-        first_step=9,
-    )
+    options = dict(precision=scaled(LOSS_SCALE_FLOOR * 4), first_step=9)
+    overflow = overflowing(range(6))
+    steps = steps_of(model, make_batches([2] * 6), sgd(model), criterion=overflow, **options)
     before = trainable_weights(model)
     done = [next(steps), next(steps)]  # 2 and 1: at the floor, not below it
     assert len(done) == 2
@@ -84,15 +70,10 @@ def test_a_step_whose_gradients_overflow_is_left_out_and_halves_the_scale():
     for each in (model, other):
         freeze_batch_norm(each)
     precision, optimizer = scaled(), sgd(model)
+    options = dict(criterion=overflowing([1, 3]), precision=precision)
     seen = []
-    for _ in steps_of(
-        model,
-        make_batches([2] * 5),
-        optimizer,
-        criterion=overflowing([1, 3]),
-        precision=precision,
-    ):
-        seen.append((precision.scaler.scale, precision.scaler.good_steps))
+    for _ in steps_of(model, make_batches([2] * 5), optimizer, **options):
+        seen.append((precision.loss_scale, precision.good_steps))
     assert seen == [(2.0**16, 1), (2.0**15, 0), (2.0**15, 1), (2.0**14, 0), (2.0**14, 1)]
     assert len(optimizer.gradients) == 3
     # The same as never having met those batches, but for the rates, which follow the step.
@@ -104,26 +85,29 @@ def test_a_step_whose_gradients_overflow_is_left_out_and_halves_the_scale():
     assert_close(list(weights(model).values()), list(weights(other).values()))
 
 
-def test_the_loss_scale_doubles_after_many_good_steps(monkeypatch):
-    monkeypatch.setattr(LossScaler, "STEPS_UNTIL_DOUBLED", 3)
-    scaler = LossScaler(8.0)
+def after_steps(precision, *are_finite):
+    """The scale after each of some steps."""
+    optimizer = SimpleNamespace(step=lambda: None)
     scales = []
-    for finite in [True, True, False, True, True, True, True]:
-        scaler.update(finite=finite)
-        scales.append(scaler.scale)
+    for finite in are_finite:
+        precision.step(optimizer, finite=finite)
+        scales.append(precision.loss_scale)
+    return scales
+
+
+def test_the_loss_scale_doubles_after_many_good_steps(monkeypatch):
+    monkeypatch.setattr("replknet_paddle.engine.precision.STEPS_UNTIL_DOUBLED", 3)
+    scales = after_steps(scaled(8.0), True, True, False, True, True, True, True)
     assert scales == [8, 8, 4, 4, 4, 8, 8]
 
 
-def test_a_scaler_goes_on_from_its_state():
+def test_the_loss_scale_goes_on_from_its_state():
     precision, resumed = scaled(), scaled()
-    precision.scaler.update(finite=False)
-    precision.scaler.update(finite=True)
+    after_steps(precision, False, True)
     state = precision.state()
     assert state == {"scale": 2.0**15, "incr_count": 1}
     resumed.load_state(state)
-    for finite in (True, False, True):
-        for each in (precision, resumed):
-            each.scaler.update(finite=finite)
+    assert after_steps(precision, True, False, True) == after_steps(resumed, True, False, True)
     assert resumed.state() == precision.state() == {"scale": 2.0**14, "incr_count": 1}
     resumed.load_state({})  # of a run without a scale
     assert resumed.state() == precision.state()
@@ -155,19 +139,14 @@ def ranks_with_one_that_breaks(arguments: list[str]) -> int:
     if what == "overflow" and processes.rank() == 1:
         criterion = overflowing([1, 3])
     if what == "loss" and processes.rank() == 1:
-        criterion = breaking_at(3)
+        criterion = breaking([3], lambda loss, _: loss * float("nan"))
     scales, message = [], ""
     ema = ModelEma(model, decay=0.5)
+    batches = make_batches([2] * 5, seed=processes.rank())
+    options = dict(criterion=criterion, precision=precision, ema=ema)
     try:
-        for _ in steps_of(
-            model,
-            make_batches([2] * 5, seed=processes.rank()),
-            optimizer,
-            criterion=criterion,
-            precision=precision,
-            ema=ema,
-        ):
-            scales.append(precision.scaler.scale)
+        for _ in steps_of(model, batches, optimizer, **options):
+            scales.append(precision.loss_scale)
             kept = trainable_weights(model)
     except DivergedError as error:
         message = str(error)
@@ -184,17 +163,6 @@ def ranks_with_one_that_breaks(arguments: list[str]) -> int:
     return 0
 
 
-def breaking_at(call):
-    criterion = LabelSmoothingCrossEntropy(0.1)
-    calls = []
-
-    def loss_of(logits, labels):
-        calls.append(1)
-        return criterion(logits, labels) * (float("nan") if len(calls) == call + 1 else 1)
-
-    return loss_of
-
-
 @pytest.mark.parametrize(
     "what, scales, optimizer_steps",
     [
@@ -203,7 +171,7 @@ def breaking_at(call):
     ],
 )
 def test_all_ranks_decide_alike_where_one_breaks(tmp_path, what, scales, optimizer_steps):
-    finish_ranks([what, tmp_path / "out"], folder=tmp_path, target=ranks_with_one_that_breaks)
+    finish_ranks([what, tmp_path / "out"], target=ranks_with_one_that_breaks)
     first, second = (dict(np.load(tmp_path / f"out.{rank}.npz")) for rank in range(2))
     assert first.keys() == second.keys()
     different = [name for name in first if first[name].tobytes() != second[name].tobytes()]
@@ -312,5 +280,5 @@ def check_layers(arguments: list[str]) -> int:
 
 @pytest.mark.parametrize("ranks", [2, 3])  # of three, one has the mean of all
 def test_batch_norm_that_stays_local_is_found_on_every_rank(tmp_path, ranks):
-    for said in finish_ranks([], folder=tmp_path, ranks=ranks, target=check_layers):
+    for said in finish_ranks([], ranks=ranks, target=check_layers):
         assert "MODEL.SYNC_BN" in said and "each GPU by itself" in said

@@ -4,41 +4,12 @@ import re
 import signal
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
-from harness import (
-    Program,
-    Run,
-    assert_same_end,
-    failing,
-    finish,
-    progress_of,
-    step_of,
-    wait_for,
-    with_fault,
-)
+from harness import Program, Run, assert_same_end, failing, finish, progress_of, wait_for
 
 from replknet_paddle.runtime.launch import run_with_restarts
-
-
-@pytest.fixture
-def fails(tmp_path, run_flags):
-    """Runs the script with a run that has these faults, one each start."""
-
-    def run(*flags, faults=(), restarts, status=0):
-        starts = tmp_path / "starts"
-        starts.unlink(missing_ok=True)
-        program = Program([*run_flags, *flags], restarts=restarts, **failing(tmp_path, *faults))
-        got, said = program.finish()
-        assert got == status, said
-        return said, starts.read_text().splitlines()
-
-    return run
-
-
-def killed_at(step: int, rank: int | None = None) -> tuple:
-    return f"step {step}", "SIGKILL", rank
-
 
 # Stands for a run: each start reaches the next step of a plan, and ends as that says.
 PLANNED = """#!/bin/sh
@@ -117,79 +88,80 @@ def restarting(arguments: list[str]) -> int:
 # ---- with real runs
 
 
-@pytest.mark.slow
-def test_a_run_that_fails_on_is_restarted_as_often_as_allowed(fails, straight, tmp_path):
-    """Fails at the first step, before anything is saved, then in the middle, then no more."""
-    folder = tmp_path / "run"
-    said, starts = fails(f"-output={folder}", faults=[killed_at(1), killed_at(7)], restarts=2)
-    assert ["MODEL.RESUME auto" in start for start in starts] == [False, True, True]
-    log = (folder / "log.txt").read_text()
-    for line in (
-        "failed with status 137 at step 1; restart 1 of 2",
-        "failed with status 137 at step 7; restart 2 of 2",
-    ):
-        assert line in said
-        assert re.search(rf"\d\d:\d\d:\d\d .*{line}", log), log
-    assert_same_end(folder, straight)
+class Restarted(NamedTuple):
+    """Faults of `harness.install`, one for each start but the last, and lines that are printed."""
+
+    faults: list
+    says: list
+    flags: tuple
 
 
-@pytest.mark.slow
-def test_killed_workers_are_restarted_and_the_end_is_the_same(fails, straight_on_two, tmp_path):
-    folder = tmp_path / "run"
-    said, starts = fails(
-        *("-batch_size=4", "-nproc=2", f"-output={folder}"),
-        *("-opts", "DATA.NUM_WORKERS", "1", "SAVE_STEPS", "2"),
-        faults=[killed_at(2, rank=1), killed_at(8, rank=0)],
-        restarts=2,
-    )
-    log = (folder / "log.txt").read_text()
-    assert len(starts) == 3 and "restart 1 of 2" in log and "restart 2 of 2" in log, log
-    assert_same_end(folder, straight_on_two)
-
-
-def test_bad_input_is_not_restarted(fails, tmp_path):
-    missing = tmp_path / "imagenet"
-    flags = [f"-data_path={missing}", f"-output={tmp_path / 'run'}"]
-    said, starts = fails(*flags, restarts=3, status=2)
-    assert len(starts) == 1, said
-    assert said.count("error: ") == 1 and str(missing) in said
+KILLED_EARLY = [("step 2", "SIGKILL")]
+STEPS = ("-opts", "SAVE_STEPS", "1")
+RUNS = {
+    # before anything is saved, then in the middle, then no more
+    "killed twice": Restarted(
+        [("step 1", "SIGKILL"), ("step 7", "SIGKILL")],
+        [
+            "failed with status 137 at step 1; restart 1 of 2",
+            "failed with status 137 at step 7; restart 2 of 2",
+        ],
+        ("-output={folder}",),
+    ),
+    "two processes": Restarted(
+        [("step 2", "SIGKILL", 1), ("step 8", "SIGKILL", 0)],
+        ["; restart 1 of 2", "; restart 2 of 2"],
+        ("-batch_size=4", "-nproc=2", "-output={folder}", *STEPS, "DATA.NUM_WORKERS", "1"),
+    ),
+    "an image that heals": Restarted(
+        [("opening 0020.jpg", "EIO")],
+        ["error: cannot read image", "failed with status 1 at step "],
+        ("-output={folder}",),
+    ),
+    # a restart begins where the run was, whatever the order of the flags
+    "output first": Restarted(
+        KILLED_EARLY, ["continuing after epoch 0, step 1"], ("-output={folder}", *STEPS)
+    ),
+    "output last": Restarted(
+        KILLED_EARLY, ["continuing after epoch 0, step 1"], (*STEPS, "-output={folder}")
+    ),
+}
+IS_FAST = ("output first", "output last")
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+    "name", [pytest.param(n, marks=() if n in IS_FAST else pytest.mark.slow) for n in RUNS]
 )
-def test_a_stop_is_passed_on_saved_and_not_restarted(run_flags, straight, tmp_path, number):
-    folder = tmp_path / "run"
-    flags = [*run_flags, f"-output={folder}"]
-    environment = with_fault(tmp_path, "step 4", "be signalled")
-    script = Program(flags, restarts=3, **environment)
-    script.wait_for_step(folder, 4)
-    script.send_signal(number)
-    status, said = script.finish()
-    assert status == 128 + number and "Traceback" not in said, said
-    assert progress_of(folder).step == step_of(folder) >= 4
-    finish([*flags, "-resume=auto"], output=tmp_path / "log")
-    assert_same_end(folder, straight)
+def test_a_restarted_run_ends_the_same(run_flags, straight, straight_on_two, tmp_path, name):
+    run, folder = RUNS[name], tmp_path / "run"
+    flags = [*run_flags, *(flag.format(folder=folder) for flag in run.flags)]
+    restarts = len(run.faults)
+    status, said = Program(flags, restarts=restarts, **failing(tmp_path, *run.faults)).finish()
+    assert status == 0 and all(line in said for line in run.says), said
+    starts = (tmp_path / "starts").read_text().splitlines()
+    assert ["MODEL.RESUME auto" in start for start in starts] == [False] + restarts * [True]
+    log = (folder / "log.txt").read_text()
+    assert len(re.findall(r"\d\d:\d\d:\d\d .*failed with status .*; restart ", log)) == restarts
+    assert_same_end(folder, straight_on_two if "-nproc=2" in flags else straight)
+
+
+def test_bad_input_is_not_restarted(run_flags, tmp_path):
+    missing = tmp_path / "imagenet"
+    flags = [*run_flags, f"-data_path={missing}", f"-output={tmp_path / 'run'}"]
+    status, said = Program(flags, restarts=3, **failing(tmp_path)).finish()
+    assert status == 2 and len((tmp_path / "starts").read_text().splitlines()) == 1, said
+    assert said.count("error: ") == 1 and str(missing) in said
 
 
 @pytest.mark.slow
-def test_restarts_of_a_resumed_run_lose_nothing(fails, straight, tmp_path):
+def test_restarts_of_a_resumed_run_lose_nothing(run_flags, straight, tmp_path):
     """`-resume=RUN` without -output goes on in RUN; so does a restart, even one before a save."""
     folder = tmp_path / "run"
-    fails(f"-output={folder}", faults=[killed_at(5)] * 2, restarts=1, status=137)
+    flags = [*run_flags, f"-output={folder}"]
+    finish(flags, status=-9, fault=("step 5", "SIGKILL"))
     assert progress_of(folder).step == 3
-    said, starts = fails(f"-resume={folder}", faults=[killed_at(4)], restarts=2)
-    assert len(starts) == 2
+    flags = [*run_flags, f"-resume={folder}"]
+    status, said = Program(flags, restarts=2, **failing(tmp_path, ("step 4", "SIGKILL"))).finish()
+    assert status == 0 and len((tmp_path / "starts").read_text().splitlines()) == 2
     assert said.count("continuing after epoch 1, step 3") == 2, said
-    assert_same_end(folder, straight)
-
-
-@pytest.mark.parametrize("where", ["before", "after"])
-def test_output_and_resume_mean_the_same_before_and_after_opts(fails, straight, tmp_path, where):
-    """A restart begins where the run was, whatever the order of the flags."""
-    folder = tmp_path / "run"
-    flags = [f"-output={folder}", "-opts", "SAVE_STEPS", "1"]
-    flags = flags if where == "before" else [*flags[1:], flags[0]]
-    said, starts = fails(*flags, faults=[killed_at(2)], restarts=1)
-    assert len(starts) == 2 and "continuing after epoch 0, step 1" in said, said
     assert_same_end(folder, straight)

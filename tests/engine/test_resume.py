@@ -5,20 +5,18 @@ tests/engine/test_faults.py has what ends a run, and resumes it with the same se
 
 import os
 import re
-import shutil
 
 import pytest
 import yaml
 from harness import (
-    Program,
     assert_same_end,
     copy_run,
+    failing,
     finish,
     main_status,
     metrics,
     progress_of,
     whole_steps,
-    with_fault,
 )
 
 KILLED_AT_STEP_4 = ("step 4", "SIGKILL")
@@ -29,26 +27,11 @@ def first_epoch(run_flags, tmp_path):
     """The folder of a run of one epoch."""
     folder = tmp_path / "first"
     flags = [*run_flags, f"-output={folder}", "-opts", "TRAIN.NUM_EPOCHS", "1"]
-    finish(flags, output=tmp_path / "log")
+    finish(flags)
     return folder
 
 
 # ---- which checkpoint
-
-
-def test_two_epochs_and_two_more_are_four(run_flags, straight, tmp_path):
-    """The checkpoint of epoch 2 in a folder of its own: as after a stop between two epochs."""
-    first, name = tmp_path / "first", "epoch_0002_step_00000006.safetensors"
-    (first / "checkpoints").mkdir(parents=True)
-    shutil.copy(straight / "config.yaml", first)
-    lines = (straight / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (first / "metrics.jsonl").write_text("".join(lines[:2]))
-    shutil.copy(straight / "checkpoints" / name, first / "checkpoints")
-    os.symlink(f"checkpoints/{name}", first / "last")
-    flags = [f"-resume={first}", *run_flags, "-opts", "DATA.NUM_WORKERS", "2"]
-    said = finish(flags, output=tmp_path / "log")
-    assert "continuing after epoch 2, step 6" in said
-    assert_same_end(first, straight)
 
 
 def test_going_on_from_an_older_checkpoint_loses_neither_it_nor_what_follows(
@@ -58,13 +41,12 @@ def test_going_on_from_an_older_checkpoint_loses_neither_it_nor_what_follows(
     folder = copy_run(straight, tmp_path / "run")
     old = folder / "checkpoints" / "epoch_0002_step_00000006.safetensors"
     later = len([step for step in whole_steps(folder) if step > 6])
-    killed = {"status": -9, "fault": ("training 0", "SIGKILL")}
-    finish([f"-resume={old}"], output=tmp_path / "log", **killed)
+    finish([f"-resume={old}"], status=-9, fault=("training 0", "SIGKILL"))
     assert progress_of(folder).epoch == 2  # at once, before the first step
     assert len(os.listdir(folder / "superseded")) == later > 0
     assert os.path.exists(folder / "best")
     flags = [*run_flags, f"-resume={old}", "-opts", "TRAIN.BASE_LR", "1e-5", "SAVE_KEEP", "1"]
-    finish(flags, output=tmp_path / "log", status=143, fault=("step 7", "SIGTERM"))
+    finish(flags, status=143, fault=("step 7", "SIGTERM"))
     assert progress_of(folder).step == 8
     assert max(whole_steps(folder)) == 8  # not step 12 of the run before
 
@@ -75,24 +57,14 @@ def test_resuming_into_the_folder_of_another_run_is_refused(run_flags, straight,
     theirs = other / "checkpoints" / "epoch_0003_step_00000009.safetensors"
     theirs.write_bytes(b"theirs")
     flags = [*run_flags, f"-resume={straight}", f"-output={other}"]
-    said = finish(flags, output=tmp_path / "log", status=2)
+    said = finish(flags, status=2)
     assert "holds the checkpoints of another run" in said
     assert theirs.read_bytes() == b"theirs" and os.listdir(other) == ["checkpoints"]
 
 
-def test_resume_auto_passes_over_a_damaged_checkpoint(run_flags, straight, tmp_path):
-    folder = copy_run(straight, tmp_path / "run")
-    for name, length in (("epoch_0004_step_00000012", 1000), ("epoch_0003_step_00000009", 0)):
-        os.truncate(folder / "checkpoints" / f"{name}.safetensors", length)
-    said = finish([*run_flags, f"-output={folder}", "-resume=auto"], output=tmp_path / "log")
-    assert said.count("trying the one before it") == 2
-    assert "continuing after epoch 2, step 6" in said
-    assert_same_end(folder, straight)
-
-
 def test_a_finished_run_that_is_resumed_changes_nothing(run_flags, straight, tmp_path):
     folder = copy_run(straight, tmp_path / "run")
-    said = finish([*run_flags, f"-output={folder}", "-resume=auto"], output=tmp_path / "log")
+    said = finish([*run_flags, f"-output={folder}", "-resume=auto"])
     assert "all 4 epochs of TRAIN.NUM_EPOCHS are done" in said
     assert_same_end(folder, straight)
 
@@ -115,17 +87,14 @@ def test_a_resumed_run_may_have_other_steps_and_is_resumed_again(first_epoch, tm
     """Killed in its first epoch, by which the checkpoint that it resumed is the newest one."""
     folder, straight = (copy_run(first_epoch, tmp_path / name) for name in ("run", "straight"))
     more = [*OTHER_SETTINGS[settings], "-opts", "TRAIN.NUM_EPOCHS", "3", "SAVE_KEEP", "9"]
-    finish([f"-resume={straight}", *more], output=tmp_path / "log")
+    finish([f"-resume={straight}", *more])
 
+    killed = {"status": -9, "fault": KILLED_AT_STEP_4}
     if settings == "two processes":
-        environment = with_fault(tmp_path, *KILLED_AT_STEP_4)
-        status, said = Program([f"-resume={folder}", *more], **environment).finish()
-        assert status == 137, said
-    else:
-        killed = {"status": -9, "fault": KILLED_AT_STEP_4}
-        finish([f"-resume={folder}", *more], output=tmp_path / "log", **killed)
+        killed = {"status": 137, "environment": failing(tmp_path, KILLED_AT_STEP_4)}
+    finish([f"-resume={folder}", *more], **killed)
     assert progress_of(folder).step == 3
-    said = finish([f"-resume={folder}", *more], output=tmp_path / "log")
+    said = finish([f"-resume={folder}", *more])
     assert "continuing after epoch 1, step 3" in said
     assert not (folder / "superseded").exists()
     progress_of(folder)
@@ -138,11 +107,11 @@ def test_a_resumed_run_may_have_other_steps_and_is_resumed_again(first_epoch, tm
 def test_a_checkpoint_in_mid_epoch_is_newer_than_the_one_resumed(first_epoch, tmp_path, flags):
     """An epoch of two steps, after one of three; in mid-epoch, the steps cannot change."""
     options = ["-opts", "TRAIN.NUM_EPOCHS", "2", "SAVE_STEPS", "1", "SAVE_KEEP", "1"]
-    killed = {"status": -9, "fault": ("step 5", "SIGKILL")}
-    finish([f"-resume={first_epoch}", *flags, *options], output=tmp_path / "log", **killed)
+    flags = [f"-resume={first_epoch}", *flags, *options]
+    finish(flags, status=-9, fault=("step 5", "SIGKILL"))
     progress = progress_of(first_epoch)
     assert (progress.epoch, progress.step) == (1, 4)
-    said = finish([f"-resume={first_epoch}", "-batch_size=5"], output=tmp_path / "log", status=2)
+    said = finish([f"-resume={first_epoch}", "-batch_size=5"], status=2)
     assert re.search(r"stopped after \d+ of \d+ batches of an epoch, which has 12 here", said), said
 
 
@@ -150,10 +119,10 @@ def test_the_learning_rate_follows_the_share_of_the_run_that_is_done(run_flags, 
     """Half the steps per epoch: the second half of the run has the rates of its epochs."""
     folder, straight = tmp_path / "run", tmp_path / "straight"
     half = ["-opts", "TRAIN.NUM_EPOCHS", "2"]
-    finish([*run_flags, f"-output={folder}", *half], output=tmp_path / "log")
+    finish([*run_flags, f"-output={folder}", *half])
     more = ["-batch_size=4", "-opts", "TRAIN.NUM_EPOCHS", "4"]
-    finish([f"-resume={folder}", *more], output=tmp_path / "log")
-    finish([*run_flags, "-batch_size=4", f"-output={straight}"], output=tmp_path / "log")
+    finish([f"-resume={folder}", *more])
+    finish([*run_flags, "-batch_size=4", f"-output={straight}"])
     rates = [[r["learning_rate"] for r in metrics(f)][2:] for f in (folder, straight)]
     assert rates[0] == rates[1] and len(rates[0]) == 2
 
@@ -166,14 +135,14 @@ EXPLODING = ["-accum_iter=6", "-opts", "TRAIN.WARMUP_EPOCHS", "0", "TRAIN.BASE_L
 def test_weights_that_are_not_finite_are_not_saved(run_flags, first_epoch, tmp_path):
     folder = tmp_path / "run"
     flags = [*run_flags, f"-output={folder}", *EXPLODING, "1e39"]
-    said = finish(flags, output=tmp_path / "log", status=1)
+    said = finish(flags, status=1)
     assert "weights are no longer finite" in said and "TRAIN.BASE_LR" in said
     assert "finished" not in said and "Traceback" not in said
     assert progress_of(folder) is None
     # The checkpoint before stays as it is.
     before = (first_epoch / "last").read_bytes()
     flags = [f"-resume={first_epoch}", *EXPLODING, "1e39", "TRAIN.NUM_EPOCHS", "2"]
-    assert "weights are no longer finite" in finish(flags, output=tmp_path / "log", status=1)
+    assert "weights are no longer finite" in finish(flags, status=1)
     assert progress_of(first_epoch).epoch == 1
     assert (first_epoch / "last").read_bytes() == (first_epoch / "best").read_bytes() == before
     assert [record["epoch"] for record in metrics(first_epoch)] == [1]
@@ -183,10 +152,10 @@ def test_weights_whose_loss_is_not_finite_are_not_the_best(run_flags, tmp_path):
     """They are finite themselves, so they are saved."""
     folder = tmp_path / "run"
     flags = [*run_flags, f"-output={folder}", *EXPLODING, "1e38"]
-    said = finish([*flags, "TRAIN.NUM_EPOCHS", "1"], output=tmp_path / "log", status=1)
+    said = finish([*flags, "TRAIN.NUM_EPOCHS", "1"], status=1)
     assert "the loss of the evaluation is not finite" in said and "finished" not in said
     assert progress_of(folder).epoch == 1 and not os.path.lexists(folder / "best")
-    finish([*flags, "-resume=auto"], output=tmp_path / "log", status=1)  # the loss in training
+    finish([*flags, "-resume=auto"], status=1)  # the loss in training
     assert metrics(folder)[0]["val_loss"] is None and not os.path.lexists(folder / "best")
 
 
@@ -205,14 +174,13 @@ def test_a_run_finds_its_data_from_any_folder(tiny_config_file, own_data, tmp_pa
     folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     (elsewhere / "data").mkdir(parents=True)
     flags = [f"-cfg={tiny_config_file}", "-data_path=data", "-output=run"]
-    options = {"output": tmp_path / "log", "target": in_folder}
-    said = finish([tmp_path, *flags, "-opts", "TRAIN.NUM_EPOCHS", "1"], **options)
+    said = finish([tmp_path, *flags, "-opts", "TRAIN.NUM_EPOCHS", "1"], target=in_folder)
     assert yaml.safe_load((folder / "config.yaml").read_text())["DATA"]["DATA_PATH"] == str(data)
     assert f"-pretrained={folder / 'best'}" in said  # next
     evaluate = [elsewhere, "-eval", "-pretrained=../run/best", "-output=eval"]
-    said = finish(evaluate, **options)
+    said = finish(evaluate, target=in_folder)
     for text in (said, (elsewhere / "eval" / "log.txt").read_text()):
         assert f"evaluating the images of {data / 'val_list.txt'}" in text
     data.rename(tmp_path / "moved")
-    said = finish(evaluate[:-1], status=2, **options)
+    said = finish(evaluate[:-1], status=2, target=in_folder)
     assert f"no data folder {data}" in said and "-data_path" in said

@@ -10,7 +10,7 @@ import numpy as np
 import paddle
 import pytest
 from epochs import freeze_batch_norm, sgd, train
-from harness import Program, assert_same_end, finish, finish_ranks, free_ports, main_status
+from harness import assert_same_end, finish, finish_ranks, main_status
 from tiny import flags, make_data
 
 from replknet_paddle.checkpoints.run_folder import Checkpoint, load_checkpoint, save_checkpoint
@@ -28,12 +28,9 @@ PADDLES_OWN = ("ccache", "Warning", "gloo", "LAUNCH", "Traceback")
 
 
 def test_same_seed_same_weights_another_seed_others(run_flags, straight, tmp_path):
-    finish([*run_flags, f"-output={tmp_path / 'same'}"], output=tmp_path / "log")
+    finish([*run_flags, f"-output={tmp_path / 'same'}"])
     assert_same_end(tmp_path / "same", straight)
-    finish(
-        [*run_flags, f"-output={tmp_path / 'other'}", "-opts", "SEED", "1"],
-        output=tmp_path / "log",
-    )
+    finish([*run_flags, f"-output={tmp_path / 'other'}", "-opts", "SEED", "1"])
     ours, theirs = (
         load_checkpoint(str(folder / "last")).model["head.weight"]
         for folder in (straight, tmp_path / "other")
@@ -70,10 +67,8 @@ def frozen_step(arguments: list[str]) -> int:
     paddle.seed(0)
     model = build_replknet(config)
     freeze_batch_norm(model)
-    loader = get_dataloader(
-        config, get_dataset(config, True), True,
-        rank=processes.rank(), world_size=processes.world_size(),
-    )  # fmt: skip
+    ranks = dict(rank=processes.rank(), world_size=processes.world_size())
+    loader = get_dataloader(config, get_dataset(config, True), True, **ranks)
     recorder = sgd(model)
     train(model, loader, recorder, accum_iter=2, learning_rate=lambda step: 0.1)
     names = [name for name, p in model.named_parameters() if not p.stop_gradient]
@@ -90,8 +85,8 @@ def test_gradients_of_two_ranks_are_those_of_one_with_twice_the_batch(
     tiny_config_file, tiny_data, tmp_path
 ):
     arguments = [str(tiny_config_file), str(tiny_data), str(tmp_path / "gradients")]
-    finish(arguments, output=tmp_path / "log", target=frozen_step)
-    finish_ranks(arguments, folder=tmp_path, target=frozen_step)
+    finish(arguments, target=frozen_step)
+    finish_ranks(arguments, target=frozen_step)
     alone, first, second = (
         dict(np.load(tmp_path / f"gradients.{name}.npz")) for name in ("1.0", "2.0", "2.1")
     )
@@ -131,11 +126,9 @@ def test_all_ranks_end_alike_with_recompute_and_without(
     run_flags, straight_on_two, tmp_path, recompute
 ):
     """Weights, averages, optimizer state and batch norm's buffers."""
-    finish_ranks(
-        [*run_flags, "-batch_size=4", f"-output={tmp_path / 'run'}",
-         "-opts", "MODEL.RECOMPUTE", recompute, tmp_path / "rank"],
-        folder=tmp_path, target=all_ranks_states,
-    )  # fmt: skip
+    flags = [*run_flags, "-batch_size=4", f"-output={tmp_path / 'run'}"]
+    flags += ["-opts", "MODEL.RECOMPUTE", recompute]
+    finish_ranks([*flags, tmp_path / "rank"], target=all_ranks_states)
     ranks = [load_checkpoint(str(tmp_path / f"rank.{rank}.safetensors")) for rank in (0, 1)]
     assert any(name.endswith("_mean") for name in ranks[0].model)
     for part in ("model", "model_ema", "optimizer"):
@@ -145,24 +138,10 @@ def test_all_ranks_end_alike_with_recompute_and_without(
     assert_same_end(tmp_path / "run", straight_on_two)
 
 
-@pytest.mark.slow
-def test_two_machines_give_the_weights_of_one(run_flags, straight_on_two, tmp_path):
-    """Two launchers over loopback, which share the run folder."""
-    (port,) = free_ports(1)
-    flags = [*run_flags, "-batch_size=4", f"-output={tmp_path / 'run'}"]
-    variables = {"NNODES": "2", "MASTER": f"127.0.0.1:{port}", "NPROC_PER_NODE": "1"}
-    nodes = [Program(flags, **variables) for _ in range(2)]
-    ended = [node.finish() for node in nodes]
-    assert [status for status, _ in ended] == [0, 0], ended
-    assert_same_end(tmp_path / "run", straight_on_two)
-
-
 def test_a_loss_that_is_no_number_ends_all_ranks_with_status_1(run_flags, tmp_path):
-    said = finish_ranks(
-        [*run_flags, "-batch_size=4", f"-output={tmp_path / 'run'}",
-         "-opts", "TRAIN.BASE_LR", "1e30", "TRAIN.WARMUP_EPOCHS", "0"],
-        folder=tmp_path, status=1,
-    )  # fmt: skip
+    flags = [*run_flags, "-batch_size=4", f"-output={tmp_path / 'run'}"]
+    flags += ["-opts", "TRAIN.BASE_LR", "1e30", "TRAIN.WARMUP_EPOCHS", "0"]
+    said = finish_ranks(flags, status=1)
     for text in said:
         assert re.search(r"error: epoch \d, step \d+, loss (nan|inf|-inf), learning rate", text)
         assert "Traceback" not in text
@@ -181,7 +160,7 @@ def whole_steps_flags(tiny_config_file, folder, *, train: int) -> list[str]:
 @pytest.mark.paddle_version
 def test_a_run_makes_whole_steps_and_says_what_they_leave_out(tiny_config_file, tmp_path):
     flags = whole_steps_flags(tiny_config_file, tmp_path, train=47)
-    said = finish(flags, output=tmp_path / "log")
+    said = finish(flags)
     assert "3 steps per epoch, which leave 2 images out of each epoch" in said, said
     progress = load_checkpoint(str(tmp_path / "run" / "last")).progress
     assert (progress.step, progress.batches) == (6, 9)
@@ -190,5 +169,5 @@ def test_a_run_makes_whole_steps_and_says_what_they_leave_out(tiny_config_file, 
 @pytest.mark.paddle_version
 def test_fewer_images_than_a_global_batch_are_bad_input(tiny_config_file, tmp_path):
     flags = whole_steps_flags(tiny_config_file, tmp_path, train=14)
-    said = finish(flags, output=tmp_path / "log", status=2)
+    said = finish(flags, status=2)
     assert "14 images, fewer than one global batch" in said and "-accum_iter" in said, said

@@ -7,18 +7,19 @@ latency; a copy of a tensor a kernel. Whoever adds one to a step changes the num
 import contextlib
 import json
 from collections import Counter
+from functools import partial
 
 import paddle
 import paddle.distributed as dist
 import pytest
-from epochs import make_model
+from epochs import make_model, steps_of
 from harness import finish_ranks
+from tiny import flags
 
 from replknet_paddle.config import get_config, update_config
 from replknet_paddle.data.dataset import get_dataloader, get_dataset
 from replknet_paddle.data.transforms import build_mixup
-from replknet_paddle.engine.precision import LossScaler, Precision
-from replknet_paddle.engine.train import TrainState, train_epoch
+from replknet_paddle.engine.precision import Precision
 from replknet_paddle.optim.ema import ModelEma
 from replknet_paddle.optim.losses import SoftTargetCrossEntropy
 from replknet_paddle.runtime import processes
@@ -41,70 +42,53 @@ EXPECTED = {
 }
 
 
-class Counted:
-    """Counts the calls of the functions above, by name, while it is entered."""
+@contextlib.contextmanager
+def counted():
+    """Count the calls of the functions above, by name, within the context."""
+    calls = Counter()
 
-    def __init__(self):
-        self.calls = Counter()
-        self.stack = contextlib.ExitStack()
+    def counting(name, function):
+        def call(*args, **kwargs):
+            calls[name] += 1
+            return function(*args, **kwargs)
 
-    def __enter__(self):
-        for name in SYNCHRONIZATIONS + COPIES:
-            if hasattr(paddle.Tensor, name):
-                self.patch(paddle.Tensor, name)
-        for name in REDUCTIONS:
-            self.patch(dist, name)
-        for name in FUNCTIONS:
-            self.patch(paddle, name)
-        return self.calls
+        return call
 
-    def patch(self, owner, name):
-        original = getattr(owner, name)
-
-        def counting(*args, **kwargs):
-            self.calls[name] += 1
-            return original(*args, **kwargs)
-
-        setattr(owner, name, counting)
-        self.stack.callback(setattr, owner, name, original)
-
-    def __exit__(self, *_):
-        self.stack.close()
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, names in (
+            (paddle.Tensor, SYNCHRONIZATIONS + COPIES),
+            (dist, REDUCTIONS),
+            (paddle, FUNCTIONS),
+        ):
+            for name in filter(partial(hasattr, owner), names):
+                patch.setattr(owner, name, counting(name, getattr(owner, name)))
+        yield calls
 
 
 def count_steps(arguments: list[str]) -> int:
     """On each rank: what the third step of an epoch calls, as JSON."""
     cfg, data_path, output = arguments
-
-    class Flags:
-        opts = ["DATA.DATA_PATH", data_path, "TRAIN.RANDOM_ERASE_PROB", "1", "MODEL.DROPPATH", "0"]
-        batch_size = 4
-
     processes.init()
-    config = update_config(get_config(cfg), Flags)
-    loader = get_dataloader(
-        config,
-        get_dataset(config, True),
-        True,
-        rank=processes.rank(),
-        world_size=processes.world_size(),
-    )
+    opts = ["DATA.DATA_PATH", data_path, "TRAIN.RANDOM_ERASE_PROB", "1", "MODEL.DROPPATH", "0"]
+    config = update_config(get_config(cfg), flags(batch_size=4, opts=opts))
+    ranks = dict(rank=processes.rank(), world_size=processes.world_size())
+    loader = get_dataloader(config, get_dataset(config, True), True, **ranks)
     model = make_model()
     precision = Precision()
-    precision.scaler = LossScaler(2.0)
-    parts = TrainState(
-        model=model,
+    precision.loss_scale = 2.0
+    steps = steps_of(
+        model,
+        loader,
+        paddle.optimizer.AdamW(1e-3, parameters=model.parameters()),
         criterion=SoftTargetCrossEntropy(),
-        optimizer=paddle.optimizer.AdamW(1e-3, parameters=model.parameters()),
-        learning_rate=lambda step: 1e-3,
         precision=precision,
         mixup=build_mixup(config),
         ema=ModelEma(model, decay=0.9),
+        requests=lambda: [0.0, 1.0],
     )
-    steps = train_epoch(parts, loader, accum_iter=1, seed=0, epoch=0, requests=lambda: [0.0, 1.0])
     next(steps)
     next(steps)
-    with Counted() as calls:
+    with counted() as calls:
         step = next(steps)
     assert step.requests == [0, processes.world_size()]
     with open(f"{output}.{processes.rank()}", "w") as file:
@@ -116,6 +100,6 @@ def test_a_step_waits_once_reduces_thrice_and_copies_nothing_but_its_batch(
     tiny_config_file, tiny_data, tmp_path
 ):
     arguments = [tiny_config_file, tiny_data, tmp_path / "counts"]
-    finish_ranks(arguments, folder=tmp_path, target=count_steps)
+    finish_ranks(arguments, target=count_steps)
     for rank in range(2):
         assert json.loads((tmp_path / f"counts.{rank}").read_text()) == EXPECTED

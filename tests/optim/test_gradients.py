@@ -122,7 +122,7 @@ def gradients_of_ranks(arguments: list[str]) -> int:
 
 
 def test_ranks_share_their_gradients_and_what_overflowed(tmp_path):
-    finish_ranks([tmp_path / "ranks"], folder=tmp_path, target=gradients_of_ranks)
+    finish_ranks([tmp_path / "ranks"], target=gradients_of_ranks)
     first, second = (dict(np.load(tmp_path / f"ranks.{rank}.npz")) for rank in range(2))
     assert first["found"].tolist() == [1, 0]
     assert first.keys() == second.keys()

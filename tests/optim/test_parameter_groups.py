@@ -8,27 +8,11 @@ LAYERS_31B = [2, 2, 18, 2]
 
 # Group of each part of RepLKNet-31B, spelled out from the official fine-tuning code.
 PARTS_31B = {
-    "stem": 0,
-    "stages.0": 1,
-    "transitions.0": 1,
-    "stages.1": 2,
-    "transitions.1": 2,
-    "transitions.2": 11,
-    "stages.3": 12,
-    "norm": 13,
-    "head": 13,
+    **{"stem": 0, "stages.0": 1, "transitions.0": 1, "stages.1": 2, "transitions.1": 2},
+    **{"transitions.2": 11, "stages.3": 12, "norm": 13, "head": 13},
 }
-for group, first_block in [
-    (3, 0),
-    (4, 4),
-    (5, 8),
-    (6, 12),
-    (7, 16),
-    (8, 20),
-    (9, 24),
-    (10, 28),
-    (11, 32),
-]:
+FIRST_BLOCKS = {3: 0, 4: 4, 5: 8, 6: 12, 7: 16, 8: 20, 9: 24, 10: 28, 11: 32}  # of four each
+for group, first_block in FIRST_BLOCKS.items():
     for block in range(first_block, first_block + 4):
         PARTS_31B[f"stages.2.blocks.{block}"] = group
 
@@ -85,13 +69,11 @@ def test_all_decay_but_1d_parameters_and_biases(model_31b):
     assert {"stem.0.conv.weight", "head.weight"} <= decay_of.keys() - exempt
 
 
-def test_layer_decay_scales_the_rate_down_towards_the_stem(model_31b):
-    for group in groups_of(model_31b, layer_decay=0.7):
-        assert group.lr_scale == pytest.approx(0.7 ** (13 - group.layer_id), rel=1e-12)
-
-
-def test_without_layer_decay_all_learn_at_one_rate(model_31b):
-    assert {group.lr_scale for group in groups_of(model_31b)} == {1.0}
+@pytest.mark.parametrize("layer_decay", [None, 0.7])
+def test_layer_decay_scales_the_rate_down_towards_the_stem(model_31b, layer_decay):
+    for group in groups_of(model_31b, layer_decay=layer_decay):
+        scale = (layer_decay or 1.0) ** (13 - group.layer_id)
+        assert group.lr_scale == pytest.approx(scale, rel=1e-12)
 
 
 def test_frozen_parameters_are_left_out():
@@ -112,11 +94,9 @@ def test_stage_2_has_a_group_for_every_4_blocks(layers, groups, last_block):
     assert layer_id("transitions.2.0.conv.weight", layers) == groups - 3
     assert layer_id("stages.3.blocks.0.pre_large_kernel_bn.weight", layers) == groups - 2
     assert layer_id("head.bias", layers) == groups - 1
-
-
-@pytest.mark.parametrize("stage, expected", [(0, 1), (1, 2), (2, 11), (3, 12)])
-def test_a_stage_norm_belongs_to_the_end_of_its_stage(stage, expected):
-    assert layer_id(f"stages.{stage}.norm.weight", LAYERS_31B) == expected
+    # A stage's norm belongs to its end.
+    norms = [layer_id(f"stages.{stage}.norm.weight", layers) for stage in range(4)]
+    assert norms == [1, 2, groups - 3, groups - 2]
 
 
 @pytest.mark.parametrize(

@@ -31,17 +31,16 @@ def test_rate_equals_the_closed_form(step, expected):
     assert get_lr(step, **RECIPE) == pytest.approx(expected, rel=1e-9, abs=0)
 
 
-def test_warm_up_starts_at_its_own_rate():
-    assert get_lr(0, **{**RECIPE, "warmup_start_lr": 1e-5}) == 1e-5
-
-
-def test_without_warm_up_the_first_step_is_the_peak():
-    assert get_lr(0, **{**RECIPE, "warmup_steps": 0}) == 4e-3
-
-
-def test_a_warm_up_of_one_step_stays_at_its_start():
-    rates = [get_lr(step, **{**RECIPE, "warmup_steps": 1}) for step in (0, 1)]
-    assert rates == [0.0, 4e-3]
+@pytest.mark.parametrize(
+    "other, rates",
+    [
+        ({"warmup_start_lr": 1e-5}, [1e-5]),
+        ({"warmup_steps": 0}, [4e-3]),
+        ({"warmup_steps": 1}, [0.0, 4e-3]),
+    ],
+)
+def test_the_first_steps(other, rates):
+    assert [get_lr(step, **RECIPE | other) for step in range(len(rates))] == rates
 
 
 def test_a_run_of_warm_up_alone_ends_at_the_peak():

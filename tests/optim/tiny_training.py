@@ -1,8 +1,7 @@
-"""A RepLKNet small enough for a step in milliseconds, and how it is trained and compared here."""
+"""A RepLKNet small enough for a step in milliseconds, and how it is trained here."""
 
 from types import SimpleNamespace
 
-import numpy as np
 import paddle
 from paddle.nn import functional as F
 
@@ -47,13 +46,3 @@ def train(model, optimizer, steps, after_step=lambda: None) -> None:
         optimizer.step()
         optimizer.clear_grad()
         after_step()
-
-
-def weights(model) -> dict[str, np.ndarray]:
-    return {name: tensor.astype("float32").numpy() for name, tensor in model.state_dict().items()}
-
-
-def assert_identical(left, right) -> None:
-    assert left.keys() == right.keys()
-    for name in left:
-        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
