@@ -65,7 +65,10 @@ class ModelEma:
 
     def state(self) -> dict[str, np.ndarray]:
         """Return the averages, float32, by structured name: weights that a bare model can load."""
-        return {name: tensor.numpy() for name, tensor in self._average().items()}
+        pieces = np.split(self.flat.numpy(), np.cumsum(self._sizes())[:-1])  # one copy, on the host
+        return {
+            name: piece.reshape(shape) for (name, shape), piece in zip(self.shapes.items(), pieces)
+        }
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:
         """Continue from what `state()` returned, bit for bit; InputError: it does not fit."""
@@ -73,9 +76,12 @@ class ModelEma:
         values = [np.asarray(state[name], np.float32).reshape(-1) for name in self.shapes]
         self.flat = paddle.to_tensor(np.concatenate(values))
 
+    def _sizes(self) -> list[int]:
+        return [math.prod(shape) for shape in self.shapes.values()]
+
     def _average(self) -> dict[str, paddle.Tensor]:
         """Return copies of the averages by name, on the device."""
-        pieces = paddle.split(self.flat, [math.prod(shape) for shape in self.shapes.values()])
+        pieces = paddle.split(self.flat, self._sizes())
         return {
             name: piece.reshape(shape) for (name, shape), piece in zip(self.shapes.items(), pieces)
         }

@@ -113,12 +113,12 @@ def test_names_of_the_checkpoint_win(trained, other_data, tmp_path):
     settings = yaml.safe_load((moved / "config.yaml").read_text())
     settings["DATA"]["DATA_PATH"] = str(other_data(["a", "b", "c", "d"]))
     (moved / "config.yaml").write_text(yaml.safe_dump(settings))
-    assert Predictor(str(moved / "best"), backend="dygraph").class_names == NAMES
+    assert Predictor(str(moved / "best"), backend="eager").class_names == NAMES
     merged = tmp_path / "merged.safetensors"
     assert command("merge")(["-pretrained", str(moved / "best"), str(merged)]) == 0
     settings["MODEL"]["SMALL_KERNEL_MERGED"] = True
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    assert Predictor(str(merged), backend="dygraph").class_names == NAMES
+    assert Predictor(str(merged), backend="eager").class_names == NAMES
 
 
 def test_a_file_that_the_user_names_wins_over_the_checkpoint(trained, tmp_path):
@@ -126,7 +126,7 @@ def test_a_file_that_the_user_names_wins_over_the_checkpoint(trained, tmp_path):
     config = get_config(
         trained / "config.yaml", DATA__CLASS_NAMES=str(tmp_path / "class_names.txt")
     )
-    predictor = Predictor(str(trained / "best"), backend="dygraph", config=config)
+    predictor = Predictor(str(trained / "best"), backend="eager", config=config)
     assert predictor.class_names == ["mice", "cats", "dogs", "fish"]
 
 

@@ -107,7 +107,7 @@ def test_best_records_which_weights_won(two_runs, better):
 TITLES = {"model": "weights", "model_ema": "EMA weights"}
 
 
-@pytest.mark.parametrize("backend", [None, "auto", "dygraph"])
+@pytest.mark.parametrize("backend", [None, "auto", "eager"])
 @pytest.mark.parametrize("better", ["model", "model_ema"])
 def test_evaluation_of_best_gives_the_figure_of_training(two_runs, tmp_path, better, backend):
     run_folder = two_runs[better]
