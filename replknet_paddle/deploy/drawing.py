@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 
-from replknet_paddle.analysis.fonts import find_font, open_font, readable
+from replknet_paddle.analysis.plots import find_font, open_font, readable
 from replknet_paddle.runtime.files import atomic_file, path_in_error
 
 PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG"}

@@ -19,9 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from replknet_paddle.analysis.fonts import readable
 from replknet_paddle.analysis.outcomes import Outcomes
-from replknet_paddle.analysis.plots import new_figure, save_figure
+from replknet_paddle.analysis.plots import new_figure, readable, save_figure
 from replknet_paddle.data.lists import printable
 from replknet_paddle.deploy.drawing import annotate, save
 from replknet_paddle.runtime.errors import InputError

@@ -7,8 +7,7 @@ import pytest
 from PIL import Image
 from tiny import command
 
-from replknet_paddle.analysis.fonts import find_font
-from replknet_paddle.analysis.plots import best_record, build_figure, read_metrics
+from replknet_paddle.analysis.plots import best_record, build_figure, find_font, read_metrics
 
 main = command("plot")
 

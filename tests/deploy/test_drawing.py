@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from replknet_paddle.analysis import fonts
+from replknet_paddle.analysis import plots
 from replknet_paddle.deploy.drawing import (
     BAR,
     RIGHT,
@@ -133,13 +133,13 @@ def test_a_picture_file_appears_when_it_is_whole(tmp_path, monkeypatch):
 def font_folder(tmp_path, monkeypatch):
     """The only folder of fonts of this system, empty."""
     cached = ("font_files", "open_font", "has_letter", "find_font", "_warn_of_missing_letters")
-    monkeypatch.setattr(fonts, "FOLDERS", [str(tmp_path / "fonts")])
+    monkeypatch.setattr(plots, "FONT_FOLDERS", [str(tmp_path / "fonts")])
     for name in cached:
-        getattr(fonts, name).cache_clear()
+        getattr(plots, name).cache_clear()
     (tmp_path / "fonts" / "deep").mkdir(parents=True)
     yield tmp_path / "fonts" / "deep"
     for name in cached:
-        getattr(fonts, name).cache_clear()
+        getattr(plots, name).cache_clear()
 
 
 def make_font(path, letters):
@@ -173,12 +173,12 @@ def test_a_text_is_drawn_with_the_first_font_that_has_all_of_it_or_most(font_fol
     (font_folder / "a.ttf").write_bytes(b"no font")
     make_font(font_folder / "b.ttf", "\N{CYRILLIC SMALL LETTER ZHE}")
     make_font(font_folder / "c.ttf", f"a{CAT}")
-    assert fonts.find_font("a") is None
-    assert fonts.find_font(f"a {CAT}") == str(font_folder / "c.ttf")
+    assert plots.find_font("a") is None
+    assert plots.find_font(f"a {CAT}") == str(font_folder / "c.ttf")
     assert caplog.text == ""
     for _ in range(2):  # a letter that no font has
-        assert fonts.find_font(f"{CAT}{CAT}\N{HIRAGANA LETTER A}") == str(font_folder / "c.ttf")
-        assert fonts.find_font("b\N{GRINNING FACE}") is None
+        assert plots.find_font(f"{CAT}{CAT}\N{HIRAGANA LETTER A}") == str(font_folder / "c.ttf")
+        assert plots.find_font("b\N{GRINNING FACE}") is None
     warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1 and "apt-get install fonts-noto-cjk" in caplog.text
     canvas = Image.new("RGB", (400, 60), "white")
@@ -190,13 +190,13 @@ def test_a_text_is_drawn_with_the_first_font_that_has_all_of_it_or_most(font_fol
 def test_plots_take_the_letters_that_their_own_font_has_not_from_others(font_folder, caplog):
     pytest.importorskip("matplotlib", reason="requirements/plots.txt")
     make_font(font_folder / "a.ttf", CAT)
-    assert fonts.plot_fonts(["\u00c4b", CAT, f"{CAT}{CAT}"]) == ["DejaVu Sans", "Triangles"]
+    assert plots.plot_fonts(["\u00c4b", CAT, f"{CAT}{CAT}"]) == ["DejaVu Sans", "Triangles"]
     assert caplog.text == ""
 
 
 def test_letters_without_a_shape_and_line_ends_are_left_out():
-    assert fonts.readable("a\u200db\ufe0f\n c\t\ud800") == "ab c"
-    assert fonts.readable("e\u0301") == fonts.readable("\u00e9")
+    assert plots.readable("a\u200db\ufe0f\n c\t\ud800") == "ab c"
+    assert plots.readable("e\u0301") == plots.readable("\u00e9")
 
 
 @settings(
@@ -207,8 +207,8 @@ def test_a_text_is_drawn_whole_or_as_much_of_its_beginning_as_fits(text, room):
     canvas = Image.new("L", (400, 60))
     draw_text(ImageDraw.Draw(canvas), (10, 40), text, 32, 255, room=room)
     columns = np.flatnonzero(np.asarray(canvas).any(axis=0))
-    font = fonts.open_font(None, 32)
-    length = font.getlength(fonts.readable(text))
+    font = plots.open_font(None, 32)
+    length = font.getlength(plots.readable(text))
     assert columns.size == 0 or columns.max() <= 10 + min(room, length) + 2
     if length > room:
         assert columns.max() >= 10 + room - font.getlength("W") - 12
