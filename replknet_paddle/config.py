@@ -48,7 +48,7 @@ def _tree(values: dict[str, Any]) -> CfgNode:
 
 
 def _leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The keys and values of a tree; what stands in the place of a section comes under its name."""
+    """Yield keys and values of a tree; what stands in a section's place comes under its name."""
     for key, value in tree.items():
         name = f"{prefix}{key}"
         # A misspelled section is gone into as well, for suggestions; no deeper than there are any.
@@ -109,7 +109,7 @@ class _Merged:
 
 
 def _contradictions(values: dict[str, Any]) -> Iterator[str]:
-    """The texts of the rows that hold."""
+    """Yield the texts of the rows that hold."""
     segmentation = values["MODEL.TYPE"] == "UPerNet"
     for keys, condition, text in CONTRADICTIONS + SEGMENTATION_CONTRADICTIONS * segmentation:
         of_keys = [values[key] for key in keys]

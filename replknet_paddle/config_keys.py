@@ -31,7 +31,7 @@ class Rule(NamedTuple):
 
 
 def decoded(value: Any) -> Any:
-    """YAML 1.1 reads 4e-3 and None as text, and so do command lines: give them their meaning."""
+    """Return the value that text such as 4e-3 and None means, which YAML 1.1 leaves text."""
     try:
         return ast.literal_eval(value.strip()) if isinstance(value, str) else value
     except (ValueError, SyntaxError, MemoryError, RecursionError):

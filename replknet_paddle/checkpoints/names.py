@@ -200,7 +200,7 @@ def _classes(shapes: Mapping[str, tuple]) -> str:
 
 
 def _listed(title: str, names: list[str], detail: Callable[[str], str] | None = None) -> list[str]:
-    """Lines that list all `names`; a layer's tensors share one, as do layers of other indices."""
+    """Return lines of `names`; a layer's tensors share one, as do layers of other indices."""
     groups: dict[str, list[str]] = {}
     for name in names:
         layer = re.sub(r"\.\d+(?=\.)", ".*", name).rpartition(".")[0]
@@ -228,7 +228,7 @@ _VARIANTS = {
 
 
 def _architecture(shapes: Mapping[str, tuple]) -> dict[str, object] | None:
-    """The configuration of the network that has these parameters; None if no RepLKNet has them.
+    """Return the configuration of the network with these parameters; None if no RepLKNet has them.
 
     SMALL_KERNEL is left out for merged networks and NUM_CLASSES for those without a head.
     """
@@ -260,7 +260,7 @@ def _architecture(shapes: Mapping[str, tuple]) -> dict[str, object] | None:
 
 
 def _advice(file: dict[str, object] | None, network: dict[str, object] | None) -> list[str]:
-    """Lines that say what the file is, what the network is, and which keys make them agree."""
+    """Return lines on what the file and the network are, and which keys make them agree."""
     if file is None or network is None:
         return []
     lines = [f"  the file is {_title(file)}; the network is {_title(network)}"]

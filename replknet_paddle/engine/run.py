@@ -158,7 +158,7 @@ def build_precision(config) -> Precision:
 
 
 def synchronizes_batch_norm(config) -> bool:
-    """Whether this run computes batch statistics over all its GPUs."""
+    """Return whether this run computes batch statistics over all its GPUs."""
     several_gpus = processes.on_gpu() and processes.world_size() > 1
     return config.MODEL.SYNC_BN and several_gpus and not config.EVAL
 

@@ -105,7 +105,7 @@ def compute(
 
 
 def wants_gradients(x, weight) -> bool:
-    """Whether the tape records; a program does not say."""
+    """Return whether the tape records; a program does not say."""
     if not paddle.in_dynamic_mode():
         return False
     return paddle.is_grad_enabled() and not (x.stop_gradient and weight.stop_gradient)
@@ -201,7 +201,7 @@ class FastDepthwiseConv2D(nn.Conv2D):
 
 
 def is_eligible(layer: nn.Layer) -> bool:
-    """Whether a layer is a convolution that `FastDepthwiseConv2D` can compute."""
+    """Return whether a layer is a convolution that `FastDepthwiseConv2D` can compute."""
     if not is_same_conv(layer, FastDepthwiseConv2D):
         return False
     height, width = layer._kernel_size

@@ -30,7 +30,7 @@ def cast(x, dtype):
 
 
 def is_on_cpu(x) -> bool:
-    """Whether a tensor is on the CPU, or a program is being captured there."""
+    """Return whether a tensor is on the CPU, or a program is being captured there."""
     if paddle.in_dynamic_mode():
         return x.place.is_cpu_place()
     return paddle.device.get_device() == "cpu"
@@ -60,7 +60,7 @@ _reported: set[str] = set()
 
 
 def use_operator(impl: str, on_cpu: bool) -> bool:
-    """Whether to compute by the compiled operator; logs once why not where `auto` would have.
+    """Return whether to compute by the compiled operator; log once why not where `auto` would have.
 
     Raises:
         InputError: it is asked for by name and unavailable.
@@ -95,7 +95,7 @@ def describe(tensor) -> str:
 
 
 def is_same_conv(layer: nn.Layer, fast: type[nn.Conv2D]) -> bool:
-    """Whether a layer, of Paddle's or of the `fast` class, keeps the size of maps at stride 1."""
+    """Return whether a layer, of Paddle's or the `fast` class, keeps the size of maps."""
     if type(layer) not in (nn.Conv2D, fast):
         return False
     padding = layer._padding  # one value, or one for each axis

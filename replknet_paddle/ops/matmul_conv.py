@@ -156,12 +156,12 @@ def _chunks(plan: Plan) -> list[slice]:
 
 
 def _compute_form(x):
-    """x in a type that the device computes in; Paddle's CPU kernels lack half precision."""
+    """Return x in a type that the device computes in; Paddle's CPU kernels lack half precision."""
     return cast(x, paddle.float32) if is_on_cpu(x) else x
 
 
 def _rounded(x, dtype):
-    """x rounded to the compute type, where the device does not do so itself."""
+    """Return x rounded to the compute type, where the device does not do so itself."""
     return x if x.dtype == dtype or not is_on_cpu(x) else x.astype(dtype).astype(x.dtype)
 
 
@@ -254,7 +254,7 @@ def _column_diagonals(axis: Axis):
 
 
 def _select(x, axis: int, positions, *arguments):
-    """x at the positions that a function above gives for its arguments, along an axis."""
+    """Return x at the positions that a function above gives for its arguments, along an axis."""
     if paddle.in_dynamic_mode():
         index = _index_on_device(str(x.place), positions, *arguments)
     else:
@@ -269,5 +269,5 @@ def _index(positions, *arguments) -> np.ndarray:
 
 @lru_cache(maxsize=1024)
 def _index_on_device(place: str, positions, *arguments) -> paddle.Tensor:
-    """Kept, since a copy from the host waits for what the device has queued."""
+    """Return the indices, kept, since a copy from the host waits for what the device has queued."""
     return paddle.to_tensor(_index(positions, *arguments))

@@ -224,5 +224,5 @@ def make_plan(
 
 
 def _tile_sizes(size: int) -> list[int]:
-    """Those that cut `size` into 1, 2, 3, ... tiles of about one size."""
+    """Return the sizes that cut `size` into 1, 2, 3, ... tiles of about one size."""
     return sorted({-(-size // count) for count in range(1, size + 1)})
