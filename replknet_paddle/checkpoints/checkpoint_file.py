@@ -96,6 +96,8 @@ class CheckpointFile:
         """Give whatever wrong metadata raise on their way through the parsers one message."""
         try:
             yield
+        except MemoryError:
+            raise
         except Exception:
             raise self.damaged() from None
 

@@ -125,13 +125,19 @@ def _torch_globals(file: SourceFile) -> dict[str, object]:
     builders = {
         "torch._utils._rebuild_tensor": partial(_tensor, file),
         "torch._utils._rebuild_tensor_v2": partial(_tensor, file),
-        "torch._utils._rebuild_parameter": lambda data, *_: data,
+        "torch._utils._rebuild_parameter": _parameter,
         "torch.Size": checked_sizes,
         "torch.device": lambda kind, *index: ":".join([f"{kind:.20}", *map("{:d}".format, index)]),
         **{f"torch.{dtype}": None for dtype in ("bfloat16", *DTYPES.values())},
         **dict.fromkeys(_STORAGES),
     }
     return known_globals(file, builders)
+
+
+def _parameter(data, requires_grad=True, hooks=None) -> np.ndarray:
+    if not isinstance(data, np.ndarray):
+        raise InputError("holds a parameter without a tensor")
+    return data
 
 
 def _tensor(
@@ -301,7 +307,7 @@ def _read_safetensors(file: SourceFile) -> tuple[dict[str, np.ndarray], dict[str
     file, and the metadata."""
     length = file.integer(0, 8)
     file.spend(_HEADER_TIMES * length)
-    header = json.loads(str(file.view(8, length), "utf-8"))
+    header = json.loads(str(file.view(8, length), "utf-8"), object_pairs_hook=_without_twins)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise InputError("has metadata that are not texts by name")
@@ -326,6 +332,12 @@ def _read_safetensors(file: SourceFile) -> tuple[dict[str, np.ndarray], dict[str
     if start != file.size:
         raise InputError(f"has {file.size - start} bytes that belong to no tensor")
     return tensors, metadata
+
+
+def _without_twins(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len(dict(pairs)) != len(pairs):
+        raise InputError("names something in its header twice")
+    return dict(pairs)
 
 
 # ---- writers

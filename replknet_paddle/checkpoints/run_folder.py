@@ -96,9 +96,9 @@ class Progress:
 
     epoch: int = 0  # epochs done
     batch: int = 0  # forward passes done, on each process, in the epoch after those
-    batches: int = 0  # how many an epoch has
-    batch_size: int = 0  # of each of those, images on all processes
-    accum_iter: int = 0  # how many of those make an optimizer step
+    batches: int = 0  # forward passes of an epoch
+    batch_size: int = 0  # images of a forward pass on all processes
+    accum_iter: int = 0  # forward passes of an optimizer step
     step: int = 0  # optimizer steps done in all, however many an epoch had when they were done
     best_score: float = -1.0  # best top-1 accuracy (mIoU in segmentation), percent, EMA or not
     best_checkpoint: str = ""  # name of the file that had it

@@ -1,6 +1,7 @@
 """Flags that several commands share, each declared here once, and what they amount to."""
 
 import argparse
+import os
 
 
 def add_flag(parser, name: str, help_text: str, **options) -> None:
@@ -38,7 +39,14 @@ def config_from(
 
     if args.cfg is None and checkpoint is None:
         raise InputError("no configuration; give one by -cfg, e.g. -cfg=configs/replknet_31b.yaml")
-    config = config_of(checkpoint) if args.cfg is None else get_config(args.cfg)
+    if args.cfg is not None:
+        config = get_config(args.cfg)
+    elif os.path.isfile(os.path.join(checkpoint, "replknet.json")):  # an export of 0.1 or 0.2
+        from replknet_paddle.deploy.export import read_export
+
+        config = read_export(checkpoint).config
+    else:
+        config = config_of(checkpoint)
     config = update_config(config, args)
     if not reads_data:
         check_class_count(config)

@@ -76,19 +76,9 @@ class Backend:
         of images, float32 (N, 3, H, W).
 
         Raises:
-            InputError: images of another shape or type, a model that has other classes, or one
-                that the backend cannot run.
+            InputError: images of another shape or type, or a model that has other classes.
         """
-        images = check_images(images, self.info)
-        try:
-            logits = self._compute(images)
-        except Exception as error:
-            if self.network is not None:
-                raise
-            raise InputError(
-                f"{BACKENDS[self.name].title} cannot run this network: {reason_of(error)}; "
-                "another backend may run it"
-            ) from None
+        logits = self._compute(check_images(images, self.info))
         count = self.info.config.MODEL.NUM_CLASSES
         if logits.shape[:2] != (len(images), count):
             raise InputError(
@@ -101,11 +91,6 @@ class Backend:
         """Free the memory; `run` must not be called any more."""
         self._close()
         self._compute = None
-
-
-def reason_of(error: Exception) -> str:
-    """Return the beginning of what a library says of a model that it cannot read or run."""
-    return " ".join(str(error).split())[:300]
 
 
 def check_images(images: np.ndarray, info: ModelInfo) -> np.ndarray:
@@ -312,7 +297,8 @@ def open_backend(
             convolutions become the compiled operators where MODEL.CONV_IMPL says so.
         name: a backend, or `auto` for the fastest installed one that can run `source`, which is
             measured the first time.
-        config: of a network or checkpoint, instead of the one that it carries.
+        config: of a network or checkpoint, instead of the one that it carries; exports and
+            published models have theirs.
         threads: that compute, on CPU; None for the cores that this process may use, divided among
             the processes of the run on this machine. Without effect on `eager`, whose compiled
             operators take their number from LARGE_KERNEL_THREADS, and Paddle's own from
@@ -371,9 +357,10 @@ def open_backend(
                 return Backend(backend, info, kind.opener(path, threads, precision))
             except InputError:
                 raise
-            except Exception as error:
+            except Exception as error:  # whatever a program says of a file that it cannot read
+                reason = " ".join(str(error).split())[:300]
                 raise InputError(
-                    f"{kind.title} cannot read {path}: {reason_of(error)}; export it again"
+                    f"{kind.title} cannot read {path}: {reason}; export it again"
                 ) from None
 
         if name != "auto":
@@ -587,8 +574,6 @@ def open_for_evaluation(config, name: str, build: Callable | None = None) -> nn.
     """Open what `-eval -backend NAME` evaluates: MODEL.PRETRAINED, a checkpoint or an export."""
     source = config.MODEL.PRETRAINED
     batch_size = config.DATA.BATCH_SIZE_EVAL or config.DATA.BATCH_SIZE
-    if source is None:
-        raise InputError(f"-backend {name} without weights; name them by -pretrained")
     if is_export(source):
         differ = differences(read_export(source), config)
         if differ:

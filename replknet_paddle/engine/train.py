@@ -168,8 +168,8 @@ def train_epoch(
                 masters = master_weights(state.optimizer, model) if precision.half_weights else None
                 state.ema.update(model, masters)
             step += 1
-            mean_loss, images_here = all_loss / all_images, int(all_images)
-            yield Step(batch + 1, mean_loss, images_here, lr, ahead.seconds, requested)
+            mean_loss, image_count = all_loss / all_images, int(all_images)
+            yield Step(batch + 1, mean_loss, image_count, lr, ahead.seconds, requested)
             loss_sum, images_done, ahead.seconds = 0.0, 0, 0.0
 
 

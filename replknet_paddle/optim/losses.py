@@ -22,6 +22,10 @@ class LabelSmoothingCrossEntropy(nn.Layer):
 
     def forward(self, logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
         """Return the loss of logits (N, C) of any float type and integer labels (N,)."""
+        if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+            raise ValueError(
+                f"expected logits (N, C) and labels (N,); got {logits.shape} and {labels.shape}"
+            )
         with paddle.amp.auto_cast(enable=False):
             log_probs = F.log_softmax(logits.astype("float32"), axis=-1)
             of_label = paddle.take_along_axis(log_probs, labels.unsqueeze(1), axis=1)  # (N, 1)
@@ -33,6 +37,11 @@ class SoftTargetCrossEntropy(nn.Layer):
 
     def forward(self, logits: paddle.Tensor, targets: paddle.Tensor) -> paddle.Tensor:
         """Return the loss of logits and targets (N, C) of any float types."""
+        if logits.ndim != 2 or targets.shape != logits.shape:  # which would broadcast
+            raise ValueError(
+                f"expected logits and targets of one shape (N, C); "
+                f"got {logits.shape} and {targets.shape}"
+            )
         with paddle.amp.auto_cast(enable=False):
             log_probs = F.log_softmax(logits.astype("float32"), axis=-1)
             return -(targets.astype("float32") * log_probs).sum(axis=-1).mean()

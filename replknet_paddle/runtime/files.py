@@ -119,12 +119,13 @@ def atomic_folder(path: Path_) -> Iterator[Path]:
         with path_in_error(path):
             partial.mkdir(parents=True)
             yield partial
-            with contextlib.suppress(FileNotFoundError):
+            is_there = path.exists()
+            if is_there:
                 os.rename(path, old)
             try:
                 os.rename(partial, path)
             except BaseException:
-                with contextlib.suppress(FileNotFoundError):
+                if is_there:
                     os.rename(old, path)
                 raise
             shutil.rmtree(old, ignore_errors=True)

@@ -35,8 +35,8 @@ def install_command(extra: str) -> str:
 
 
 def import_extra(name: str, extra: str) -> ModuleType:
-    """Import the package or module `name`, which belongs to `extra`; InputError with the pip
-    command: it is missing, or does not load."""
+    """Return the package or module `name`, which belongs to `extra`. An InputError has the pip
+    command where it is missing or does not load."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -61,8 +61,8 @@ class _Refusal:
 
 
 def refuse_other_paddles() -> None:
-    """Let `import paddle` fail, by one message, unless the Paddle installed is a supported one;
-    UnsupportedPaddle: it is not, and has been imported already.
+    """Let `import paddle` fail, by one message, unless the Paddle installed is a supported one. One
+    that has been imported already raises UnsupportedPaddle here.
 
     Paddle 2 beside numpy 2 fails on import, in words of its own.
     """

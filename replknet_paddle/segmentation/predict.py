@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import paddle
+from paddle import nn
 from PIL import Image
 
 from replknet_paddle.data.lists import printable
@@ -45,6 +46,10 @@ class SegmentationPredictor:
     """
 
     def __init__(self, model, *, backend: str = "auto", config=None):
+        if not isinstance(model, nn.Layer) and not os.path.exists(model):
+            raise FileNotFoundError(
+                f"no model {model}; allowed: a run folder, a checkpoint in one, or an export"
+            )
         self.backend = open_backend(model, backend, config=config, build=build_upernet_only)
         config = self.backend.info.config
         if config.MODEL.TYPE != "UPerNet":
@@ -106,11 +111,12 @@ def predict_files(
             yield SegmentedFile(path, problem=problem)
             continue
         try:
-            pixels = np.array(to_rgb(decode(path)))
+            image = to_rgb(decode(path))
+            pixels = np.array(image)
         except (InputError, MemoryError) as error:
             yield SegmentedFile(path, problem=str(error) or "out of memory")
             continue
-        labels = predictor.labels(pixels)
+        labels = predictor.labels(image)
         # The number keeps apart what has one name in several folders.
         name = f"{number:06d}_{Path(path).stem[:50]}"
         save_png(tinted(pixels, labels, predictor.palette), Path(folder, f"{name}.png"))

@@ -71,7 +71,7 @@ def get_model(
         overrides["MODEL__OUT_INDICES"] = list(out_indices)
     return open_network(
         name,
-        pretrained=pretrained or has_weights(name),
+        pretrained=has_weights(name) if pretrained in (None, False) else pretrained,
         weights=weights,
         drop_head=num_classes is not None,
         build=build_replknet,
@@ -88,7 +88,8 @@ def open_network(
     build: Callable | None = None,
     **overrides: Any,
 ):
-    """Return a network with its weights, in evaluation mode: every command opens one by this.
+    """Return a network with its weights, in evaluation mode: what predicts, exports, merges, serves
+    or measures opens one by this.
 
     It carries its configuration as `config`, and the names of its classes, where its checkpoint
     has them, as `class_names`.
@@ -120,7 +121,9 @@ def open_network(
         record = find_record(str(source))
         config = get_config(CONFIG_FOLDER / record.config)
     config = override(config, **overrides)
-    if build is None and config.MODEL.TYPE != "RepLKNet":
+    # Of a segmentation network, `get_model` makes the backbone, for weights of a classifier.
+    is_classifier = build is None or build is build_replknet and pretrained is True
+    if is_classifier and config.MODEL.TYPE != "RepLKNet":
         raise InputError(
             f"{config.MODEL.NAME} is a segmentation network; `replknet segment predict` runs it"
         )
@@ -137,7 +140,7 @@ def open_network(
         pretrained = source
     model = (build or build_replknet)(config)
     model.class_names = None
-    if pretrained:
+    if pretrained is not False:
         file = CheckpointFile(checkpoint_path(pretrained))
         weights = weights or config.MODEL.PRETRAINED_WEIGHTS
         load_pretrained(model, file, weights=weights, drop_head=drop_head)

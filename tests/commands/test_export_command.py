@@ -15,6 +15,7 @@ from replknet_paddle.checkpoints.files import read_checkpoint, write_safetensors
 from replknet_paddle.checkpoints.load import load_pretrained, load_state
 from replknet_paddle.config import get_config
 from replknet_paddle.deploy import open_backend
+from replknet_paddle.deploy.backends import BACKENDS
 from replknet_paddle.deploy.export import read_export
 from replknet_paddle.model import build_replknet
 from replknet_paddle.runtime.files import file_sha256
@@ -87,6 +88,19 @@ def test_int8_is_calibrated_on_a_list_and_its_accuracy_reported(
     assert re.search(r"top-1 [0-9.]+ % \(\d+/30\) before, [0-9.]+ % \(\d+/30\) after", out), out
     assert "of 30 get the same label" in out
     assert read_export(target).precision == "int8"
+
+
+def test_a_network_that_no_backend_runs_is_exported_all_the_same(
+    tmp_path, run_folder, monkeypatch, capsys
+):
+    """As OpenVINO refuses a UPerNet on processors of SSE4 alone, when it computes."""
+
+    def broken(*_):
+        raise RuntimeError("bad\n combination")
+
+    monkeypatch.setitem(BACKENDS, "paddle", BACKENDS["paddle"]._replace(opener=lambda *_: broken))
+    assert export(["-pretrained", str(run_folder), str(tmp_path / "dst")]) == 0
+    assert "since it does not run here: bad combination\n" in capsys.readouterr().out
 
 
 # ---- merge

@@ -10,9 +10,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
-from harness import make_run
 from small_networks import CONFIG, FORMS, assert_same, images, logits, small_config, small_network
-from tiny import command
 
 from replknet_paddle.checkpoints.files import write_safetensors
 from replknet_paddle.config import override
@@ -193,22 +191,6 @@ def test_a_damaged_model_file_is_one_message(config, export, name, damage, is_pr
         with pytest.raises(InputError, match="again$"):
             open_backend(folder, name)
         path.write_bytes(whole)
-
-
-def test_a_network_that_a_backend_cannot_run_is_one_message(monkeypatch, export, tmp_path, capsys):
-    """As OpenVINO does with a UPerNet on processors of SSE4 alone."""
-
-    def broken(*_):
-        raise RuntimeError("bad\n combination")
-
-    kind = BACKENDS["paddle"]._replace(opener=lambda *_: broken)
-    monkeypatch.setitem(BACKENDS, "paddle", kind)
-    folder = export("paddle")
-    with pytest.raises(InputError, match="Inference cannot run this network: bad combination; an"):
-        open_backend(folder, "paddle").run(images(1))
-    run = make_run(tmp_path)
-    assert command("export")([f"-pretrained={run}", str(tmp_path / "new")]) == 0
-    assert "not compared with the checkpoint, since it does not run" in capsys.readouterr().out
 
 
 def test_the_name_of_eager_mode_in_0_2_is_still_known(config):

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_networks import FORMS, assert_same, images, logits, small_config, small_network
+from tiny import command
 
 from replknet_paddle.config import get_config
 from replknet_paddle.deploy import open_backend
@@ -341,7 +342,7 @@ def test_exports_of_0_2_are_read(tmp_path):
     assert segmentation.EVAL_FLIP and segmentation.PALETTE is None
 
 
-def test_exports_of_classifiers_of_0_2_and_0_1_run_as_before(earlier):
+def test_exports_of_classifiers_of_0_2_and_0_1_run_as_before(earlier, tiny_data, tmp_path):
     """Those of 0.1 have no segmentation and no native_pixels."""
     before = open_backend(earlier, "paddle").run(images(2))
     files = json.loads((earlier / FILE).read_text())["files"]
@@ -358,6 +359,8 @@ def test_exports_of_classifiers_of_0_2_and_0_1_run_as_before(earlier):
         info = read_export(earlier)
         assert info.config.MODEL.TYPE == "RepLKNet" and info.fixed_size
         assert np.array_equal(open_backend(earlier, "paddle").run(images(2)), before)
+    flags = [f"-pretrained={earlier}", f"-data_path={tiny_data}", f"-output={tmp_path / 'run'}"]
+    assert command("eval")(flags) == 0  # by the configuration that it carries
 
 
 JSON = st.recursive(

@@ -61,3 +61,17 @@ def test_mixed_precision_does_not_reach_the_loss(level):
         inside = loss(x, labels)
     assert inside.dtype == paddle.float32
     assert float(inside) == pytest.approx(float(loss(x, labels)), rel=1e-6)
+
+
+@pytest.mark.parametrize("labels_shape", [[3], [4, 1], [4, 7]])
+def test_labels_of_another_shape_are_refused(labels_shape):
+    with pytest.raises(ValueError, match=r"labels \(N,\)"):
+        LabelSmoothingCrossEntropy(0.1)(
+            paddle.to_tensor(LOGITS), paddle.zeros(labels_shape, "int64")
+        )
+
+
+@pytest.mark.parametrize("targets_shape", [[4], [4, 6], [3, 7]])
+def test_soft_targets_of_another_shape_are_refused(targets_shape):
+    with pytest.raises(ValueError, match=r"one shape \(N, C\)"):
+        SoftTargetCrossEntropy()(paddle.to_tensor(LOGITS), paddle.zeros(targets_shape))

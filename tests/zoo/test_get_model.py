@@ -46,6 +46,17 @@ def test_the_head_of_the_file_is_kept_where_it_fits(config_file, caplog):
     assert np.array_equal(model.head.weight.numpy(), same.head.weight.numpy())
 
 
+def test_weights_of_other_classes_are_an_error_without_num_classes(config_file):
+    with pytest.raises(InputError, match="set MODEL.NUM_CLASSES: 10"):
+        get_model(config_file("tiny31"), pretrained=WEIGHTS, MODEL__NUM_CLASSES=3)
+
+
+def test_no_path_is_no_file(config_file):
+    """As of a variable of the shell that is not set."""
+    with pytest.raises((InputError, FileNotFoundError)):
+        get_model(config_file("tiny31"), pretrained="")
+
+
 @pytest.mark.parametrize("indices", [None, (0, 1, 2, 3), (3,), (2, 0)])
 def test_features_are_as_announced(config_file, indices):
     model = get_model(config_file("tiny31"), out_indices=indices)
@@ -86,7 +97,7 @@ def sources(tmp_path_factory):
     run, progress = make_run(folder / "run"), Progress(epoch=1, step=3)
     text, state = config_text(get_config(run / "config.yaml")), load_state(run / "best")
     path = path_at(str(run), progress)
-    save_checkpoint(path, Checkpoint(text, progress, state))
+    save_checkpoint(path, Checkpoint(text, progress, state, class_names=CLASSES))
     point_to(str(run), "best", path)
     (folder / "out").mkdir()
     made = {name: folder / "out" / name for name in ("copied", "merged.safetensors", "exported")}
@@ -96,6 +107,7 @@ def sources(tmp_path_factory):
     return {"run": run, "best": run / "best", **made}
 
 
+CLASSES = ("cat", "dog", "fish", "bird")
 NAMES = ["run", "best", "copied", "merged.safetensors", "exported"]
 
 
@@ -111,7 +123,7 @@ def test_a_checkpoint_explains_itself(sources, name):
         logits = wanted(images).numpy()
         assert np.allclose(found(images).numpy(), logits, atol=1e-4 * np.abs(logits).max())
     assert not found.training
-    assert found.config.MODEL.NAME == "tiny"
+    assert found.config.MODEL.NAME == "tiny" and tuple(found.class_names) == CLASSES
     assert found.config.MODEL.SMALL_KERNEL_MERGED == (name == "merged.safetensors")
 
 
@@ -146,3 +158,13 @@ def test_a_published_name_is_opened_with_its_weights(config_file, monkeypatch):
         backend = open_backend(name, "eager")
         assert abs(backend.run(images) - logits).max() <= 1e-4
     assert abs(get_model(name)(paddle.to_tensor(images)).numpy() - logits).max() > 0.01
+
+
+def test_a_run_of_segmentation_is_named_as_such(tmp_path):
+    """Its configuration gives the backbone, for a classifier's weights."""
+    (tmp_path / "best").write_bytes((FIXTURES / "upernet_official.pth").read_bytes())
+    config = get_config("configs/upernet_nano_shapes.yaml")
+    (tmp_path / "config.yaml").write_text(config.dump())
+    with pytest.raises(InputError, match="is a segmentation network; `replknet segment predict`"):
+        get_model(tmp_path)
+    assert get_model("configs/upernet_nano_shapes.yaml").out_indices == (0, 1, 2, 3)

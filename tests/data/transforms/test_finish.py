@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from properties import same_examples
 
+from replknet_paddle.data.transforms import finish as finish_module
 from replknet_paddle.data.transforms.finish import FinishBatch, RandomErasing, to_device
 from replknet_paddle.data.transforms.image import normalize
 from replknet_paddle.data.transforms.pipelines import TrainTransform
@@ -44,6 +45,59 @@ def test_on_cpu_an_array_is_copied():
 # ---- normalizing, and filling boxes
 
 
+class Event:
+    """A CUDA event that is done when the test says so."""
+
+    made = []
+
+    def __init__(self):
+        self.done = self.recorded = False
+        Event.made.append(self)
+
+    def record(self):
+        self.recorded = True
+
+    def query(self):
+        return self.done
+
+    def synchronize(self):
+        pytest.fail("waits for the GPU")
+
+
+def test_pinned_memory_is_kept_until_the_gpu_has_read_it(monkeypatch):
+    calls = []
+    to_tensor, Event.made = paddle.to_tensor, []
+
+    def fake_to_tensor(array, place):
+        assert place == "pinned"
+        return to_tensor(array)
+
+    def fake_cuda(tensor, device_id=None, blocking=True):
+        calls.append(blocking)
+        return tensor.clone()
+
+    in_flight = finish_module.deque()
+    monkeypatch.setattr(finish_module, "on_gpu", lambda: True)
+    monkeypatch.setattr(finish_module, "_in_flight", in_flight)
+    monkeypatch.setattr(paddle, "CUDAPinnedPlace", lambda: "pinned")
+    monkeypatch.setattr(paddle, "to_tensor", fake_to_tensor)
+    monkeypatch.setattr(paddle.Tensor, "cuda", fake_cuda)
+    monkeypatch.setattr(paddle.device.cuda, "Event", Event)
+    for count in (1, 2, 3):
+        to_device(np.zeros(2))
+        assert len(in_flight) == count
+    assert calls == [False] * 3 and all(event.recorded for event in Event.made)
+    Event.made[0].done = Event.made[2].done = True
+    to_device(np.zeros(2))
+    assert [event for _, event in in_flight] == Event.made[1:]  # in their order
+    Event.made[1].done = True
+    to_device(np.zeros(2))
+    assert [event for _, event in in_flight] == Event.made[3:]
+
+
+# ---- normalizing, and filling boxes
+
+
 def test_normalizing_gives_the_bits_of_normalize():
     values = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
     images = finish()(paddle.to_tensor(values))
@@ -52,18 +106,25 @@ def test_normalizing_gives_the_bits_of_normalize():
 
 
 @pytest.mark.parametrize("mode, shape", [("pixel", (3, 10, 30)), ("rand", (3, 1, 1)), ("const", 0)])
-def test_a_batch_is_erased_box_by_box_the_later_over_the_earlier(mode, shape):
+def test_a_batch_is_erased_by_one_write_with_constants_of_the_device(mode, shape, monkeypatch):
+    copied = []
+    monkeypatch.setattr(finish_module, "to_device", lambda a: copied.append(a) or to_device(a))
     last_steps, pixels = finish(mode), batch()
     boxes = [(2, 3, 12, 33), (8, 9, 18, 39)]  # they overlap
     erasures = [(i, boxes, 40 + i) for i in (0, 2, 3)]
-    wanted = last_steps(paddle.to_tensor(pixels)).numpy().copy()
+    plain = last_steps(paddle.to_tensor(pixels)).numpy()
+    assert not copied
     got = last_steps(paddle.to_tensor(pixels), erasures).numpy()
-    for index, boxes, seed in erasures:
+    assert len(copied) == 2  # places and values, however many boxes
+    wanted = plain.copy()
+    for index, boxes, seed in erasures:  # box by box, the later over the earlier
         rng = np.random.default_rng(seed)
         for top, left, bottom, right in boxes:
             noise = rng.standard_normal(shape, np.float32) if shape else 0
             wanted[index, :, top:bottom, left:right] = noise
     np.testing.assert_array_equal(got, wanted)
+    monkeypatch.setattr(paddle, "to_tensor", lambda *_, **__: pytest.fail("copies a constant"))
+    last_steps(paddle.full([1, 4, 4, 3], 7, "uint8"))
 
 
 def test_raw_samples_become_those_of_the_whole_transform():
