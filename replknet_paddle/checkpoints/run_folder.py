@@ -32,6 +32,7 @@ from replknet_paddle.runtime.files import (
 logger = logging.getLogger(__name__)
 
 EXPORT_FILE = "export.json"  # in a folder with a config.yaml and a model for inference
+EXPORT_FILE_OF_0_2 = "replknet.json"  # of versions 0.1 and 0.2, in place of both
 
 PARTS = ("model", "model_ema", "optimizer")
 FOLDER = "checkpoints"

@@ -33,7 +33,7 @@ def config_from(
 ):
     """Return the configuration of -cfg, or else of the checkpoint, with -opts over it;
     MODEL.NUM_CLASSES may be None for what `reads_data`."""
-    from replknet_paddle.checkpoints.run_folder import config_of
+    from replknet_paddle.checkpoints.run_folder import EXPORT_FILE_OF_0_2, config_of
     from replknet_paddle.config import check_class_count, get_config, update_config
     from replknet_paddle.runtime.errors import InputError
 
@@ -41,7 +41,7 @@ def config_from(
         raise InputError("no configuration; give one by -cfg, e.g. -cfg=configs/replknet_31b.yaml")
     if args.cfg is not None:
         config = get_config(args.cfg)
-    elif os.path.isfile(os.path.join(checkpoint, "replknet.json")):  # an export of 0.1 or 0.2
+    elif os.path.isfile(os.path.join(checkpoint, EXPORT_FILE_OF_0_2)):
         from replknet_paddle.deploy.export import read_export
 
         config = read_export(checkpoint).config

@@ -320,10 +320,11 @@ def open_backend(
     threads = core_share() if threads is None else threads
     if threads < 1:
         raise InputError(f"threads is {threads}; allowed: an integer >= 1")
+    is_network = isinstance(source, nn.Layer)
+    if not is_network:
+        check_is_there(source, with_config=config is not None)
     with contextlib.ExitStack() as stack:
-        if not isinstance(source, nn.Layer):
-            check_is_there(source, with_config=config is not None)
-        if not isinstance(source, nn.Layer) and is_export(source):
+        if not is_network and is_export(source):
             info = read_export(source)
             precision = exported_precision(source, info, name, precision)
             info.verify(source)
@@ -331,9 +332,9 @@ def open_backend(
             path_for, formats, size = (lambda kind: path), [info.format], path.stat().st_size
         else:
             model = source
-            if not isinstance(source, nn.Layer):
-                given, pretrained = (source, True) if config is None else (config, source)
-                model = zoo.open_network(given, pretrained=pretrained, build=build)
+            if not is_network:
+                pretrained = True if config is None else source
+                model = zoo.open_network(config or source, pretrained=pretrained, build=build)
             config = config or getattr(model, "config", None)
             if config is None:
                 raise InputError(
@@ -345,7 +346,7 @@ def open_backend(
             if name == "eager":
                 check_precision(name, precision)
                 build_convolutions(model, config)
-                return open_eager(model, info, is_owner=model is not source)
+                return open_eager(model, info, is_owner=not is_network)
             path_for, formats = stack.enter_context(temporary_exports(model, info)), FORMATS
             size = sum(int(value.size) for value in model.state_dict().values())
 

@@ -20,6 +20,7 @@ from paddle.nn import functional as F
 
 import replknet_paddle.model
 from replknet_paddle.checkpoints.run_folder import EXPORT_FILE as FILE
+from replknet_paddle.checkpoints.run_folder import EXPORT_FILE_OF_0_2 as FILE_OF_0_2
 from replknet_paddle.config import check_class_count, get_config, override
 from replknet_paddle.data.class_names import CLASS_NAMES_FILE, read_class_names
 from replknet_paddle.deploy.fold import folded
@@ -40,7 +41,6 @@ from replknet_paddle.runtime.files import (
 paddle.jit.ignore_module([replknet_paddle.model])
 
 FORMAT_VERSION = 2
-FILE_OF_0_2 = "replknet.json"  # of exports of versions 0.1 and 0.2, whose format_version is 1
 CONFIG_FILE = "config.yaml"
 # Paddle 3 writes model.json; exports of version 0.2 may hold model.pdmodel, which Paddle 3 reads.
 MODEL_FILES = {

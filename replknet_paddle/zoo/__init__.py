@@ -158,18 +158,23 @@ def has_weights(source) -> bool:
 
 def is_published(name) -> bool:
     """Return whether a model is published under this name, which goes before a file of it."""
-    return any(str(name).lower() == known.lower() for model in MODELS for known in _names(model))
+    return _record(name) is not None
 
 
 def find_record(name: str) -> PublishedModel:
     """Return the record of a published model, by its name or mmpretrain's; case is ignored."""
-    for model in MODELS:
-        if name.lower() in (known.lower() for known in _names(model)):
-            return model
-    raise InputError(
-        f"{name} is not a published model; there are {', '.join(list_models())} "
-        "(and mmpretrain's names for the same)"
-    )
+    record = _record(name)
+    if record is None:
+        raise InputError(
+            f"{name} is not a published model; there are {', '.join(list_models())} "
+            "(and mmpretrain's names for the same)"
+        )
+    return record
+
+
+def _record(name) -> PublishedModel | None:
+    wanted = str(name).lower()
+    return next((m for m in MODELS if wanted in map(str.lower, _names(m))), None)
 
 
 def _names(model: PublishedModel) -> list[str]:
