@@ -8,8 +8,9 @@ import contextlib
 import difflib
 import logging
 import os
+import reprlib
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from yacs.config import CfgNode
@@ -22,9 +23,18 @@ from replknet_paddle.config_keys import (
 )
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import PROJECT_FOLDER, find_path, searched
+from replknet_paddle.runtime.terminal import printable
 
 CONFIG_FOLDER = PROJECT_FOLDER / "configs"
 RANDOM = "random"  # MODEL.PRETRAINED of an evaluation that is meant to have no weights
+
+MAX_PROBLEMS = 50  # that a message lists
+MAX_NODES = 20_000  # of a YAML file, aliases written out; a palette of 1,000 colours has 4,000
+
+# Values as messages show them: aliases make values of any size out of a few bytes.
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 200
+_REPR.maxlevel, _REPR.maxlist, _REPR.maxtuple, _REPR.maxdict = 2, 20, 20, 10
 
 _ALL_KEYS = KEYS | FIXED_KEYS
 _SECTIONS = {key.rsplit(".", n)[0] for key in _ALL_KEYS for n in range(1, key.count(".") + 1)}
@@ -72,7 +82,7 @@ class _Merged:
         if key in _SECTIONS:
             allowed = "a section with keys"
         elif key not in _ALL_KEYS:
-            self.problems.append(f"{source}: unknown key {key}{_nearest(key)}")
+            self.add(f"{source}: unknown key {printable(key[:200])}{_nearest(key)}")
             return
         else:
             default, rule = _ALL_KEYS[key]
@@ -84,9 +94,13 @@ class _Merged:
                 elif value != default:
                     self.without_effect.append(f"{source}: {key} {value} (always {default})")
                 return
-        shown = repr(value)
-        shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
-        self.problems.append(f"{source}: {key} is {shown}; allowed: {allowed}")
+        self.add(f"{source}: {key} is {_REPR.repr(value)}; allowed: {allowed}")
+
+    def add(self, problem: str) -> None:
+        """Note a problem; those after `MAX_PROBLEMS` are not looked for."""
+        self.problems.append(problem)
+        if len(self.problems) == MAX_PROBLEMS:
+            raise InputError("\n".join([*self.problems, "and perhaps more"]))
 
     def set_all(self, overrides: dict[str, Any]) -> None:
         """Set keys that are given as arguments: MODEL__NUM_CLASSES."""
@@ -131,19 +145,38 @@ class _ConfigLoader(yaml.SafeLoader):
     """YAML's safe loader, which builds no objects; refuses a key that is given twice."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
+        keys = set()
+        for key in [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+            if key in keys:
                 message = f"{key} is given twice"
                 raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
+            keys.add(key)
         return super().construct_mapping(node, deep)
+
+    nodes = 0
+
+    def compose_node(self, parent, index):
+        before = self.nodes
+        node = super().compose_node(parent, index)
+        is_alias = hasattr(node, "size")
+        self.nodes += node.size if is_alias else 1
+        node.size = node.size if is_alias else self.nodes - before
+        if self.nodes > MAX_NODES:
+            message = f"it holds more than {MAX_NODES:,} values, aliases written out"
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
+        return node
+
+
+def read_yaml(source: str | IO) -> Any:
+    """Return what a YAML text or file holds. YAMLError, ValueError, RecursionError: it is none."""
+    return _ConfigLoader(source).get_single_data()
 
 
 def _read_file(path: str, named_by: str) -> dict:
     """Return the tree of a YAML file; `named_by` says whose BASE it is, for messages."""
     try:
         with open(path, encoding="utf-8") as file:
-            tree = _ConfigLoader(file).get_single_data()
+            tree = read_yaml(file)
     except FileNotFoundError:
         names = sorted(os.listdir(CONFIG_FOLDER))
         near = difflib.get_close_matches(os.path.basename(path), names, n=1)
@@ -168,8 +201,8 @@ def _merge_file(merged: _Merged, path: str, chain: tuple[str, ...] = ()) -> None
     bases = tree.pop("BASE", None) or []
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        merged.problems.append(
-            f"{path}: BASE is {bases!r}; allowed: file names relative to this file"
+        merged.add(
+            f"{path}: BASE is {_REPR.repr(bases)}; allowed: file names relative to this file"
         )
         bases = []
     for base in filter(None, bases):
@@ -219,9 +252,9 @@ def check_class_count(config: CfgNode) -> None:
 
 def config_changes(before: str, after: str) -> list[str]:
     """Return the keys in which two dumped configurations differ, a line each."""
-    old, new = (dict(_leaves(yaml.safe_load(text))) for text in (before, after))
+    old, new = (dict(_leaves(read_yaml(text))) for text in (before, after))
     return [
-        f"{key} is {new.get(key)}, was {old.get(key)}"
+        f"{key} is {_REPR.repr(new.get(key))}, was {_REPR.repr(old.get(key))}"
         for key in sorted((old.keys() | new.keys()) - FIXED_KEYS.keys())
         if old.get(key) != new.get(key)
     ]
@@ -263,7 +296,7 @@ def update_config(config: CfgNode, args) -> CfgNode:
                 merged.set(key, value, f"-{flag}")
     opts = list(getattr(args, "opts", None) or [])
     if len(opts) % 2:
-        merged.problems.append(f"-opts: {opts[-1]} has no value; give KEY VALUE pairs")
+        merged.add(f"-opts: {opts[-1]} has no value; give KEY VALUE pairs")
     for key, value in zip(opts[::2], opts[1::2]):
         merged.set(key, value, "-opts")
     return merged.checked(getattr(args, "cfg", None) or "configuration")

@@ -17,6 +17,7 @@ by which the published weights were trained:
 
 import ast
 import operator
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -31,7 +32,10 @@ class Rule(NamedTuple):
 
 
 def decoded(value: Any) -> Any:
-    """Return the value that text such as 4e-3 and None means, which YAML 1.1 leaves text."""
+    """Return the value that text such as 4e-3 and None means, which YAML 1.1 leaves text, and
+    Python's own number or list for NumPy's."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
     try:
         return ast.literal_eval(value.strip()) if isinstance(value, str) else value
     except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -71,7 +75,11 @@ def boolean() -> Rule:
 
 
 def text() -> Rule:
-    return Rule(lambda value: _valid(value, isinstance(value, str) and value != ""), "text")
+    def read(value):
+        value = os.fspath(value)
+        return str(_valid(value, isinstance(value, str) and value != "" and "\0" not in value))
+
+    return Rule(read, "text")
 
 
 def palette() -> Rule:
@@ -91,6 +99,8 @@ def choice(*options: str) -> Rule:
 def several(item: Rule, count: int | None = None) -> Rule:
     def read(value):
         value = decoded(value)
+        if count is None and isinstance(value, (int, float)):
+            value = [value]
         is_list = isinstance(value, (list, tuple)) and len(value) == (count or len(value))
         return [item.read(v) for v in _valid(value, is_list)]
 

@@ -4,6 +4,7 @@ import argparse
 import logging
 import re
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import example, given, settings
@@ -185,7 +186,7 @@ def test_an_unknown_key_is_refused_and_suggests_the_nearest(complaint, text, key
         ("DATA.DATA_PATH", ["", ["a", "b"], 31], "text"),
         ("DATA.IMAGENET_MEAN", [[0.5, 0.5], [123.7, 116.3, 103.5]], "3 values, each a number from"),
         ("MODEL.LAYERS", [[2, 2, 18], [2, 2, 0, 2], 2, "2222"], "4 values, each an integer >= 1"),
-        ("MODEL.OUT_INDICES", [[4], [-1], 3], "a list of values, each an integer from 0 to 3"),
+        ("MODEL.OUT_INDICES", [[4], [-1], 4], "a list of values, each an integer from 0 to 3"),
         ("MODEL.SMALL_KERNEL", [False], "an integer >= 1, or None"),
         ("MODEL.SYNC_BN", [1, None, "yes"], "True or False"),
         (
@@ -208,6 +209,55 @@ def test_a_wrong_value_names_the_key_the_value_and_what_is_allowed(complaint, ke
         [line] = complaint(yaml.safe_dump(tree))
         found = re.search(rf"user\.yaml: {re.escape(key)} is (.*); allowed: (.*)", line)
         assert found and allowed in found[2] and len(found[1]) < 210, line
+
+
+LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        LAUGHS + "SEED: *a9\n",
+        LAUGHS.replace("[", "{k: ").replace("]", "}").replace(", ", ", k"),
+        "".join(f"k{i}: 1\n" for i in range(60_000)),
+        "".join(f"k{i}: 1\n" for i in range(9_000)),
+        "SEED: &a [*a]\n",
+        "TRAIN: &a {x: *a, SEED: *a}\nSEED: *a\n",
+        f"SEED: {'[' * 400}{']' * 400}\n",
+        f"SEED: '{'x' * 10**6}'\n",
+        f"? {'K' * 10**5}\n: 1\n",
+        f"SEED: [{', '.join(['[1, 2, 3]'] * 900)}]\n",
+        f"BASE: [{', '.join(['[1, 2, 3]'] * 900)}]\n",
+    ],
+    ids=range(11),
+)
+def test_a_small_file_gives_a_short_message(complaint, text):
+    """Aliases make a tree of any size out of a few bytes; and a message is for reading."""
+    lines = complaint(text)
+    assert 1 <= len(lines) <= 51 and sum(map(len, lines)) < 20_000
+
+
+def test_aliases_of_values_are_read(load):
+    config = load("DATA: {IMAGENET_MEAN: &m [0.5, 0.5, 0.5], IMAGENET_STD: *m}\n")
+    assert config.DATA.IMAGENET_STD == [0.5, 0.5, 0.5]
+
+
+def test_python_takes_numpys_numbers_paths_and_a_single_stage(tmp_path, load):
+    config = get_config(
+        MODEL__NUM_CLASSES=np.int64(5),
+        MODEL__LAYERS=np.array([1, 1, 2, 1]),
+        MODEL__CHANNELS=[np.int32(8)] * 4,
+        MODEL__OUT_INDICES=3,
+        MODEL__NAME=np.str_("n"),
+        MODEL__SYNC_BN=np.bool_(True),
+        TRAIN__BASE_LR=np.float32(0.5),
+        SAVE=tmp_path,
+    )
+    assert config.MODEL.LAYERS == [1, 1, 2, 1] and config.MODEL.OUT_INDICES == [3]
+    assert (config.SAVE, config.TRAIN.BASE_LR) == (str(tmp_path), 0.5)
+    assert load(config.dump()) == config  # plain YAML, without NumPy's types
 
 
 def test_all_problems_are_reported_at_once(complaint):

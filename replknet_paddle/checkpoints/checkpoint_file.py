@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import yaml
 from yacs.config import CfgNode
 
 from replknet_paddle.checkpoints.files import read_file
-from replknet_paddle.config import get_config, override
+from replknet_paddle.config import get_config, override, read_yaml
 from replknet_paddle.runtime.errors import InputError
 
 METADATA_KEY = "replknet_paddle"
@@ -39,15 +38,6 @@ START_KEYS = (
 )
 
 _CONFIG_CHARACTERS = 2**16  # ten times what a configuration has; objects of YAML weigh much more
-
-
-class _Yaml(yaml.SafeLoader):
-    """YAML's safe loader without aliases, by which a small text becomes a large tree."""
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("an alias")
-        return super().compose_node(parent, index)
 
 
 @dataclass(frozen=True)
@@ -124,7 +114,7 @@ class CheckpointFile:
         with self._parsing():
             if len(text) > _CONFIG_CHARACTERS:
                 raise ValueError
-            return dict(_leaves(CfgNode(_Yaml(text).get_single_data())))
+            return dict(_leaves(CfgNode(read_yaml(text))))
 
     @cached_property
     def config(self):

@@ -7,6 +7,7 @@ that: help answers at once, and Paddle is imported when the work begins.
 """
 
 import argparse
+import contextlib
 import importlib
 import inspect
 import logging
@@ -17,6 +18,7 @@ import warnings
 from collections.abc import Callable
 
 from replknet_paddle.runtime.errors import InputError, SystemFault
+from replknet_paddle.runtime.terminal import Terminal
 
 COMMANDS = {
     "train": "train",
@@ -65,6 +67,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_command(name: str, argv: list[str], prog: str | None = None) -> int:
     """Run one command, which the user called as `prog`; return its exit status."""
+    with (
+        contextlib.redirect_stdout(Terminal(sys.stdout)),
+        contextlib.redirect_stderr(Terminal(sys.stderr)),
+    ):
+        return run_on_terminal(name, argv, prog)
+
+
+def run_on_terminal(name: str, argv: list[str], prog: str | None) -> int:
+    """Return what `run_command` does, with streams that escape what must not reach a terminal."""
     description, examples = help_of(name)
     parser = argparse.ArgumentParser(
         prog=prog or f"replknet {name}",
@@ -83,7 +94,7 @@ def run_command(name: str, argv: list[str], prog: str | None = None) -> int:
     try:
         return command_function(name, "run_{}")(args)
     except BrokenPipeError:  # the reader of the output has seen enough
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  Python's last flush must not fail
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
         return 141
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

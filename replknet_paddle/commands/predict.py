@@ -11,7 +11,6 @@ from functools import partial
 from tqdm import tqdm
 
 from replknet_paddle.commands.flags import add_config_flags, add_flag, config_from
-from replknet_paddle.data.lists import printable
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import (
     PARTIAL_SUFFIX,
@@ -19,6 +18,7 @@ from replknet_paddle.runtime.files import (
     check_new_folder,
     find_path,
 )
+from replknet_paddle.runtime.terminal import Terminal, printable
 
 NAMED_PROBLEMS = 10
 
@@ -205,7 +205,7 @@ def results_alone_on_stdout():
     stdout = sys.stdout
     with os.fdopen(os.dup(number), "w", encoding=stdout.encoding, errors=stdout.errors) as results:
         os.dup2(sys.stderr.fileno(), number)
-        sys.stdout = results
+        sys.stdout = Terminal(results)
         try:
             yield
             results.flush()

@@ -19,7 +19,6 @@ from replknet_paddle.data.lists import (
     Line,
     describe,
     parse_labelled,
-    printable,
     read_list,
     resolve,
     retry_io,
@@ -30,6 +29,7 @@ from replknet_paddle.data.transforms.finish import FinishBatch, RawSample
 from replknet_paddle.data.transforms.image import open_image
 from replknet_paddle.runtime.errors import InputError, SampleError
 from replknet_paddle.runtime.files import searched
+from replknet_paddle.runtime.terminal import printable
 
 Result = TypeVar("Result")
 

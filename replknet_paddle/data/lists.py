@@ -25,6 +25,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from replknet_paddle.runtime.errors import InputError, SystemFault
+from replknet_paddle.runtime.terminal import printable
 
 LIST_FILES = {True: "train_list.txt", False: "val_list.txt"}
 LAYOUT = (
@@ -84,11 +85,6 @@ def describe(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return str(error) or type(error).__name__
-
-
-def printable(text: str) -> str:
-    """Return `text` on one line, whatever bytes a file's name was made of."""
-    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 class Line(NamedTuple):

@@ -21,7 +21,6 @@ from PIL import Image
 
 from replknet_paddle.analysis.outcomes import Outcomes
 from replknet_paddle.analysis.plots import new_figure, readable, save_figure
-from replknet_paddle.data.lists import printable
 from replknet_paddle.deploy.drawing import annotate, save
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import (
@@ -30,6 +29,7 @@ from replknet_paddle.runtime.files import (
     check_new_folder,
     path_in_error,
 )
+from replknet_paddle.runtime.terminal import printable
 
 logger = logging.getLogger(__name__)
 

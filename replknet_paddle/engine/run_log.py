@@ -35,6 +35,7 @@ from replknet_paddle.runtime.files import append_whole, command_line, path_in_er
 from replknet_paddle.runtime.launch import TERMINAL_VARIABLE, lost_peer
 from replknet_paddle.runtime.machines import is_launched
 from replknet_paddle.runtime.packages import import_extra
+from replknet_paddle.runtime.terminal import Terminal, escaped
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +177,7 @@ class Console(logging.StreamHandler):
         if is_main and terminal is not None:
             number = os.open(terminal, os.O_WRONLY | os.O_NOCTTY)
             stream = os.fdopen(number, "w", 1, encoding="utf-8", errors="replace")
-        super().__init__(stream)
+        super().__init__(Terminal(stream))
         self.setFormatter(logging.Formatter("%(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -186,6 +187,9 @@ class Console(logging.StreamHandler):
 
 class LogFile(logging.FileHandler):
     """log.txt. A line that cannot be written is left out: a full disk must not end the run here."""
+
+    def format(self, record) -> str:
+        return escaped(super().format(record))
 
     def handleError(self, record) -> None:
         pass
@@ -374,4 +378,4 @@ def append_to_log(folder: str, message: str) -> None:
         path = os.path.join(folder, LOG_FILE)
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
-            file.write(f"{now} ERROR the run ended: {message.rstrip()}\n")
+            file.write(escaped(f"{now} ERROR the run ended: {message.rstrip()}\n"))

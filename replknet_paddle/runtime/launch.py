@@ -34,6 +34,7 @@ from replknet_paddle.runtime.machines import (
     node_addresses,
     processes_on_this_machine,
 )
+from replknet_paddle.runtime.terminal import escaped
 
 FINAL = (0, 2, *STOPPED)  # the same again would not help, or is not wanted
 
@@ -357,4 +358,4 @@ def _note(folder: Path, text: str) -> None:
     """Print a line, and append it to the run's log, if there is one and the disk has room."""
     print(text, flush=True)
     with contextlib.suppress(OSError), open(folder / "log.txt", "a", encoding="utf-8") as file:
-        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} WARNING {text}\n")
+        file.write(escaped(f"{time.strftime('%Y-%m-%d %H:%M:%S')} WARNING {text}\n"))

@@ -23,7 +23,6 @@ from replknet_paddle.data.lists import (
     PAIRS_LAYOUT,
     Line,
     parse_pair,
-    printable,
 )
 from replknet_paddle.data.loader import Loader
 from replknet_paddle.data.transforms.finish import RawSample
@@ -31,6 +30,7 @@ from replknet_paddle.data.transforms.image import asks_for_a_quarter_turn, load,
 from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.machines import available_cores
+from replknet_paddle.runtime.terminal import printable
 
 SCALE_RANGE = (0.5, 2.0)
 MAX_CATEGORY_SHARE = 0.75

@@ -12,12 +12,12 @@ import paddle
 from paddle import nn
 from PIL import Image
 
-from replknet_paddle.data.lists import printable
 from replknet_paddle.data.transforms.image import normalize, to_rgb
 from replknet_paddle.deploy.backends import BackendLayer, open_backend
 from replknet_paddle.deploy.images import ImageFiles, decode
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import atomic_file
+from replknet_paddle.runtime.terminal import printable
 from replknet_paddle.segmentation.evaluate import build_inference
 from replknet_paddle.segmentation.upernet import build_upernet
 

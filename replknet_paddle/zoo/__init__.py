@@ -68,7 +68,7 @@ def get_model(
     if num_classes is not None:
         overrides["MODEL__NUM_CLASSES"] = num_classes
     if out_indices is not None:
-        overrides["MODEL__OUT_INDICES"] = list(out_indices)
+        overrides["MODEL__OUT_INDICES"] = out_indices
     return open_network(
         name,
         pretrained=has_weights(name) if pretrained in (None, False) else pretrained,

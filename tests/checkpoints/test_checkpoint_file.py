@@ -19,6 +19,10 @@ from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.zoo import get_model
 
 DAMAGE = "is damaged: what it holds is not what was written"
+# 2**30 sections
+ALIASES = "x0: &x0 {y: 1}\n" + "".join(
+    f"x{i}: &x{i} {{y: *x{i - 1}, z: *x{i - 1}}}\n" for i in range(1, 31)
+)
 NAMES = ("a", "é", "🐟", "d")
 
 
@@ -116,7 +120,7 @@ def test_files_of_other_programs_say_nothing():
         *({"config": text} for text in ("a: [", "- 1", "3", "DATE: 2020-01-01", "1: {2: 3}")),
         {"class_names": "[" * 100_000},
         {"config": "[" * 10_000},
-        {"config": "a: &a {b: 1}\nc: *a"},  # an alias, of which thirty make 2**30 sections
+        {"config": ALIASES},
     ],
     ids=lambda metadata: str(metadata)[:40],
 )
