@@ -224,7 +224,7 @@ def get_config(cfg_file: str | os.PathLike | None = None, **overrides: Any) -> C
         InputError: every unknown key, wrong value and contradiction, a line each.
     """
     merged = _Merged({key: default for key, (default, _) in KEYS.items()})
-    if cfg_file:
+    if cfg_file is not None:
         _merge_file(merged, find_path(str(cfg_file)))
     merged.set_all(overrides)
     return merged.checked(str(cfg_file or "defaults"))

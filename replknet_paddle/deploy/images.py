@@ -100,7 +100,7 @@ class ImageFiles:
         if not os.path.isdir(argument):
             if glob.has_magic(argument):
                 return FileNotFoundError(f"no file matches {argument}")
-            return FileNotFoundError(f"no image, folder or pattern {argument}")
+            return FileNotFoundError(f"no image, folder or pattern {argument or repr(argument)}")
         others = f"; it holds {self.other_files:,} other files" if self.other_files else ""
         return InputError(
             f"no image in the folder {argument}{others}. Files are taken for images whose names "

@@ -42,7 +42,7 @@ def find_path(path: Path_) -> str:
     """Return `path`, or the project's file or folder of that name where there is none here."""
     path = os.fspath(path)
     own = os.path.join(PROJECT_FOLDER, path)
-    is_missing = not os.path.isabs(path) and not os.path.lexists(path)
+    is_missing = path and not os.path.isabs(path) and not os.path.lexists(path)
     return own if is_missing and os.path.exists(own) else path
 
 
@@ -52,13 +52,13 @@ def searched(path: Path_) -> str:
     if os.path.isabs(path):
         return path
     places = dict.fromkeys([os.path.abspath(path), os.path.join(PROJECT_FOLDER, path)])
-    return f"{path} (tried {' and '.join(places)})"
+    return f"{path or repr(path)} (tried {' and '.join(places)})"
 
 
 def searched_weights(path: Path_) -> str:
     """Return `searched`, and a file of the same name and a suffix, if there is any."""
     names = []
-    for folder in (".", PROJECT_FOLDER):
+    for folder in (".", PROJECT_FOLDER) if path else ():
         own = os.path.join(folder, path)
         names += [
             os.fspath(path) + found[len(own) :] for found in glob.glob(glob.escape(own) + ".*")

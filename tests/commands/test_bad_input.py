@@ -35,6 +35,27 @@ CASES = [
     # configurations and flags
     ("train -cfg=configs/replknet_31c.yaml",
      "no config file configs/replknet_31c.yaml (tried ", "configs/replknet_31b.yaml"),
+    # an unset variable of the shell
+    *[(f"{line} -cfg=", "no config file '' (tried ")
+      for line in ("train", "eval", "predict {f}/made {p}", "page {f}/made --port={port}",
+                   EXPORT + " {f}/new", "merge -pretrained={f}/made/best {f}/new.safetensors",
+                   "convert {f}/made/best {f}/new.safetensors", "model-info",
+                   "benchmark inference", "benchmark train_loop", "benchmark data {p}",
+                   "benchmark network", "kernels -pretrained={f}/made/best -out={f}/new.png",
+                   "erf {x}/images -pretrained={f}/made/best -out={f}/new.npy", "segment train",
+                   "segment eval", "segment predict {f}/made {p} -output={f}/new")],
+    ("train -pretrained=", "no checkpoint '' (tried "),
+    ("eval -pretrained=", "no checkpoint '' (tried "),
+    (RUN + " -pretrained=", "MODEL.PRETRAINED is ''; allowed: text, or None"),
+    (RUN + " -output=", "SAVE is ''; allowed: text, or None"),
+    ("train -cfg={f}/tiny.yaml -data_path=", "DATA.DATA_PATH is ''; allowed: text"),
+    ("export -pretrained= {f}/new", "no checkpoint '' (tried "),
+    ("merge -pretrained= {f}/new.safetensors", "no checkpoint '' (tried "),
+    ("kernels -pretrained= -out={f}/new.png", "no checkpoint '' (tried "),
+    ("convert '' {f}/new.safetensors", "no checkpoint '' (tried "),
+    ("predict '' {p}", "no model '' (tried "),
+    ("predict {f}/made ''", "no image, folder or pattern ''"),
+    ("page '' --port={port}", "no model '' (tried "),
     ("train -eval", "no configuration; give one by -cfg, e.g. -cfg=configs/replknet_31b.yaml"),
     ("train -cfg={f}/misspelled.yaml",
      "{f}/misspelled.yaml: unknown key TRAIN.BASELR; did you mean TRAIN.BASE_LR?",
@@ -65,6 +86,12 @@ CASES = [
     *[(f"{name}={value} {RUN}", f"{name} is {value}; allowed: an integer >= 1")
       for name in ("NNODES", "NPROC_PER_NODE") for value in ("0", "-2", "two", "")],
     ("MAX_RESTARTS=many " + RUN, "MAX_RESTARTS is many; allowed: an integer >= 0"),
+    # what would steer the terminal
+    ("train -cfg={f}/steering.yaml", r"unknown key TRAIN.\x1b[2J", r"MODEL.TYPE is '\x1b[31mred"),
+    (RUN + " -data_path={f}/steering", r"steering/val_list.txt, line 9: ", r"\x1b]0;owned\x07.jpg"),
+    (PREDICT + " {f}/steering\x1b[2J\u202e.png", r"{f}/steering\x1b[2J\u202e.png"),
+    (RUN + " -pretrained={f}/steering.safetensors", r"\x1b[2J.weight"),
+    ("predict {f}/steering_record {p}", r"\x1b"),
     # data, and the run folder
     *[(line + f" -nproc={processes}" + what, *says)
       for processes in (1, 2)
@@ -233,17 +260,19 @@ def folder(tmp_path_factory):
         "other.yaml": TINY31.replace("24", "20"),
         "classes.yaml": TINY31.replace("NUM_CLASSES: 10", "NUM_CLASSES: 7"),
         "wrong.yaml": "MODLE: {NAME: x}",
+        "steering.yaml": r'TRAIN: {"\e[2J": 1}' + "\n" + r'MODEL: {TYPE: "\e[31mred"}',
     }.items():
         (folder / name).write_text(text)
     Image.new("1", (20_000, 20_000)).save(folder / "huge.png")
     make_run(folder / "made")
     assert command("export")([f"-pretrained={folder / 'made'}", str(folder / "exported")]) == 0
-    for name in ("no_record", "other_version", "no_json", "no_model"):
+    for name in ("no_record", "other_version", "no_json", "no_model", "steering_record"):
         shutil.copytree(folder / "exported", folder / name)
     (folder / "no_record" / FILE).unlink()
     newer = (folder / "exported" / FILE).read_text().replace('version": 2', 'version": 99')
     (folder / "other_version" / FILE).write_text(newer)
     (folder / "no_json" / FILE).write_text("{")
+    (folder / "steering_record" / FILE).write_text('{"format_version": "\\u001b[2J"}')
     (folder / "no_model" / "model.pdiparams").unlink()
     checkpoint = folder / "theirs" / "checkpoints" / "epoch_0001_step_00000003.safetensors"
     checkpoint.parent.mkdir(parents=True)
@@ -254,6 +283,7 @@ def folder(tmp_path_factory):
         ("word", "val/a.jpg cat"),
         ("large", "val/a.jpg 4"),
         ("negative", "val/a.jpg -1"),
+        ("steering", "val/\x1b]0;owned\x07.jpg"),
     ):
         make_data(folder / name, train=16, val=8)
         with open(folder / name / "val_list.txt", "a") as file:
@@ -265,6 +295,8 @@ def folder(tmp_path_factory):
     del state["head.bias"]
     state["stages.3.blocks.7.pw_conv_1.conv.weight"] = np.zeros((2, 2, 1, 1), "float32")
     write_safetensors(folder / "wider.safetensors", state, {})
+    state["\x1b[2J.weight"] = state.pop("head.weight")
+    write_safetensors(folder / "steering.safetensors", state, {})
     return folder
 
 
@@ -311,6 +343,7 @@ def test_bad_input_is_one_message_and_nothing_is_written(case, folder, monkeypat
     said = capfd.readouterr()
     assert status == 2, said
     assert "Traceback" not in said.err + said.out
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", said.err + said.out)
     assert said.out == "" or words[0] in ("train", "eval")  # whose log it is
     assert len(re.findall(r"^(?:\S+ \S+: )?error: ", said.err, re.M)) == 1, said.err
     for part in says:
