@@ -71,11 +71,24 @@ def run_command(name: str, argv: list[str], prog: str | None = None) -> int:
         contextlib.redirect_stdout(Terminal(sys.stdout)),
         contextlib.redirect_stderr(Terminal(sys.stderr)),
     ):
-        return run_on_terminal(name, argv, prog)
+        try:
+            return parse_and_run(name, argv, prog)
+        except BrokenPipeError:  # the reader of the output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
+            return 141
+        except (InputError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except SystemFault as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
 
 
-def run_on_terminal(name: str, argv: list[str], prog: str | None) -> int:
-    """Return what `run_command` does, with streams that escape what must not reach a terminal."""
+def parse_and_run(name: str, argv: list[str], prog: str | None) -> int:
+    """Parse the flags of one command, prepare logging and run it."""
     description, examples = help_of(name)
     parser = argparse.ArgumentParser(
         prog=prog or f"replknet {name}",
@@ -91,20 +104,7 @@ def run_on_terminal(name: str, argv: list[str], prog: str | None) -> int:
     warnings.filterwarnings("ignore", message="No ccache found")  # Paddle's, at every start
     logging.basicConfig(format="%(message)s")  # on standard error; libraries' warnings as well
     logging.getLogger("replknet_paddle").setLevel(logging.INFO)
-    try:
-        return command_function(name, "run_{}")(args)
-    except BrokenPipeError:  # the reader of the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
-        return 141
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except SystemFault as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return command_function(name, "run_{}")(args)
 
 
 def help_of(name: str) -> tuple[str, str | None]:

@@ -4,9 +4,12 @@ Paddle is imported in `why_gpus_fail` alone, which setup_env.sh calls once it is
 """
 
 import importlib
+import importlib.machinery
 import importlib.util
 import re
+import signal
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType
 
@@ -49,15 +52,34 @@ class UnsupportedPaddle(InputError, ImportError):
     """Paddle is missing, or of a version that this package does not support."""
 
 
-class _Refusal:
-    """A finder that raises where anything imports Paddle first, so that all else still works."""
+class _PaddleFinder:
+    """A finder of Paddle alone: raises where it is not supported, so that all else still works, and
+    lets Ctrl-C wait for the end of its import, in the midst of which C++ may crash on one."""
 
-    def __init__(self, message: str):
+    def __init__(self, message: str | None):
         self.message = message
 
-    def find_spec(self, name: str, path=None, target=None) -> None:
-        if name == "paddle":
+    def find_spec(self, name: str, path=None, target=None):
+        if name != "paddle":
+            return None
+        if self.message is not None:
             raise UnsupportedPaddle(self.message)
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        execute = spec.loader.exec_module
+
+        def execute_whole(module: ModuleType) -> None:
+            received = []
+            before = signal.signal(signal.SIGINT, lambda *_: received.append(True))
+            try:
+                execute(module)
+            finally:
+                signal.signal(signal.SIGINT, before)
+            if received:
+                signal.raise_signal(signal.SIGINT)
+
+        if threading.current_thread() is threading.main_thread():  # others get no signals
+            spec.loader.exec_module = execute_whole
+        return spec
 
 
 def refuse_other_paddles() -> None:
@@ -67,11 +89,10 @@ def refuse_other_paddles() -> None:
     Paddle 2 beside numpy 2 fails on import, in words of its own.
     """
     message = _why_unsupported(importlib.util.find_spec("paddle"))
-    if message is None:
-        return
-    if "paddle" in sys.modules:
+    if "paddle" not in sys.modules:
+        sys.meta_path.insert(0, _PaddleFinder(message))
+    elif message is not None:
         raise UnsupportedPaddle(message)
-    sys.meta_path.insert(0, _Refusal(message))
 
 
 def _why_unsupported(spec) -> str | None:
