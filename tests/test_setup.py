@@ -332,3 +332,40 @@ def test_an_old_paddle_is_refused_with_the_command_that_installs_a_right_one(
         assert done.returncode == status, done.stderr
         assert re.search(wanted, done.stderr.splitlines()[-1])
         assert status == 1 or re.fullmatch(f"error: {wanted}.*\n", done.stderr)
+
+
+# Ctrl-C at a moment: `replknet predict` in a process that gets SIGINT as it imports a module.
+INTERRUPTED = """
+import signal, sys
+from replknet_paddle.commands import run_command
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            sys.meta_path.remove(self)
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+sys.exit(run_command("model-info", ["-cfg=configs/replknet_nano.yaml"]))
+"""
+
+
+@pytest.mark.parametrize("module", ["yaml", "replknet_paddle.commands.analyze", "paddle"])
+def test_ctrl_c_during_imports_ends_a_command_in_a_word(module):
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, module], capture_output=True, text=True, cwd=ROOT
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_ctrl_c_waits_for_the_end_of_paddles_import():
+    """Its C++ turns one into an ImportError of its own, or crashes."""
+    code = INTERRUPTED.replace("SIGINT)", "SIGINT); print('went on')")
+    done = subprocess.run(
+        [sys.executable, "-c", code, "paddle.base.libpaddle"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert (done.returncode, done.stdout) == (130, "went on\n"), done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.endswith("interrupted\n")

@@ -116,6 +116,8 @@ def build_figure(runs: dict[str, list[dict]]):
     Its panels are the loss and the scores that some record has, top-1 if none has any.
     """
     names = [readable(os.path.basename(os.path.abspath(folder))) for folder in runs]
+    if len(set(names)) < len(names):
+        names = list(map(readable, runs))
     known = {key for records in runs.values() for record in records for key in record}
     scores = {title: keys for title, keys in SCORES.items() if keys.keys() & known}
     panels = LOSSES | (scores or {"top-1 (%)": SCORES["top-1 (%)"]})

@@ -7,7 +7,6 @@ that: help answers at once, and Paddle is imported when the work begins.
 """
 
 import argparse
-import contextlib
 import importlib
 import inspect
 import logging
@@ -67,24 +66,22 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_command(name: str, argv: list[str], prog: str | None = None) -> int:
     """Run one command, which the user called as `prog`; return its exit status."""
-    with (
-        contextlib.redirect_stdout(Terminal(sys.stdout)),
-        contextlib.redirect_stderr(Terminal(sys.stderr)),
-    ):
-        try:
-            return parse_and_run(name, argv, prog)
-        except BrokenPipeError:  # the reader of the output has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
-            return 141
-        except (InputError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except SystemFault as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
+    if not isinstance(sys.stdout, Terminal):
+        sys.stdout, sys.stderr = Terminal(sys.stdout), Terminal(sys.stderr)
+    try:
+        return parse_and_run(name, argv, prog)
+    except BrokenPipeError:  # the reader of the output has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  Python's last flush must not fail
+        return 141
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except SystemFault as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def parse_and_run(name: str, argv: list[str], prog: str | None) -> int:

@@ -151,7 +151,7 @@ def run_check_data(args) -> int:
             num_classes=args.num_classes,
             allow_outside=args.allow_outside,
             workers=args.workers,
-            progress=lambda found, total: tqdm(found, total=total, unit="file"),
+            progress=lambda found, total: tqdm(found, total=total, unit="file", disable=None),
         )
     except SystemFault as error:
         print(f"error: {error}", file=sys.stderr)

@@ -180,8 +180,10 @@ def predict(args) -> int:
         write = partial(print_prediction, names)
         if args.out is not None:
             write = stack.enter_context(results_file(args.out, names, topk))
-        for prediction in tqdm(predictions, total=total, unit="images", disable=None):
+        bar = stack.enter_context(tqdm(total=total, unit="images", disable=None))
+        for prediction in predictions:
             summary.add(prediction)
+            bar.update()  # an iterating bar does not count those that it does not draw
             write(prediction)
             if drawings is not None and prediction.problem is None:
                 drawings.add(prediction)

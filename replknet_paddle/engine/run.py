@@ -349,7 +349,8 @@ class Training:
                 self.log.show_step(
                     bar,
                     f"loss {step.loss:.4f}, lr {step.lr:.3g}, {images_here / seconds:.1f} "
-                    f"images/s, data wait {waited / seconds:.0%}, {left} left",
+                    f"images/s, data wait {waited / seconds:.0%}",
+                    left=left,
                     title=title,
                     batch=step.batch,
                     is_due=step.batch % config.REPORT_FREQ < accum_iter,

@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 LOG_FILE = "log.txt"
 CONFIG_FILE = "config.yaml"
+# The bar leaves room for the time left on 80 columns, and for all numbers on 120.
+STEP_BAR = "{l_bar}{bar:10}| {n_fmt}/{total_fmt}{postfix}"
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 # Bytes of RUN/lock: a launcher locks the first, rank 0 of what it launched the second, and a run in
@@ -313,14 +315,17 @@ class RunLog:
             **options,
         )
 
-    def show_step(self, bar: tqdm, text: str, *, title: str, batch: int, is_due: bool) -> None:
+    def show_step(
+        self, bar: tqdm, text: str, *, left: str, title: str, batch: int, is_due: bool
+    ) -> None:
         """Show one step of an epoch on its bar; without a terminal, in a line where one is due, or
         after the last `batch` of the epoch."""
         if not bar.disable:
+            bar.bar_format = STEP_BAR
             bar.update(batch - bar.n)
-            bar.set_postfix_str(text)
+            bar.set_postfix_str(f"{left} left, {text}")  # narrow terminals show the beginning
         elif is_due or batch == bar.total:
-            logger.info("%s, batch %d/%d, %s", title, batch, bar.total, text)
+            logger.info("%s, batch %d/%d, %s, %s left", title, batch, bar.total, text, left)
 
     def log_summary(self, config, progress: Progress, first_epoch: int, seconds: float) -> None:
         """Log what a finished run says last: how the epochs after `first_epoch` went in `seconds`,

@@ -1,11 +1,14 @@
 """Curves of runs, from metrics.jsonl to a picture."""
 
 import json
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
 from PIL import Image
-from tiny import command
+from tiny import ROOT, command
 
 from replknet_paddle.analysis.plots import best_record, build_figure, find_font, read_metrics
 
@@ -43,6 +46,35 @@ def test_every_panel_shows_its_curves(tmp_path):
     assert list(curves.get_ydata()) == [10.0, 20.0, 30.0]
     assert figure.get_suptitle() == "Training: a"
     assert best.get_label() == "a: best, 30.00 % at epoch 3" and best.get_marker() == "*"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "gbk", "utf-8:strict"])
+def test_a_name_that_the_console_cannot_show_is_escaped(tmp_path, encoding):
+    target = tmp_path / os.fsdecode("\u9c7c\U0001f41f\xe4".encode() + b"\xff.png")
+    done = subprocess.run(
+        [*(sys.executable, "-m", "replknet_paddle", "plot"), write_run(tmp_path / "a")]
+        + ["--out", target],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        cwd=ROOT,
+    )
+    shown = {
+        "ascii": rb"\u9c7c\U0001f41f\xe4",
+        "gbk": "\u9c7c".encode("gbk") + rb"\U0001f41f\xe4",
+        "utf-8:strict": "\u9c7c\U0001f41f\xe4".encode(),
+    }[encoding] + rb"\udcff.png"
+    assert done.returncode == 0 and target.is_file(), done.stderr
+    assert done.stdout == b"wrote " + bytes(tmp_path) + b"/" + shown + b"\n"
+
+
+def test_runs_whose_folders_share_a_name_are_told_apart_by_their_paths(tmp_path):
+    runs = []
+    for parent in ("x", "y"):
+        (tmp_path / parent).mkdir()
+        runs.append(str(write_run(tmp_path / parent / "run")))
+    loss, _ = build_figure({run: read_metrics(run) for run in runs}).axes
+    names = [line.get_label().rpartition(": ")[0] for line in loss.lines]
+    assert names == [runs[0], runs[0], runs[1], runs[1]]
 
 
 @pytest.mark.parametrize(

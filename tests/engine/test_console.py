@@ -15,7 +15,7 @@ import pytest
 from harness import finish, main_status, run_typed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import ROOT, make_data
+from tiny import ROOT, TINY, make_data
 
 from replknet_paddle.checkpoints.run_folder import Progress
 from replknet_paddle.engine import run
@@ -29,16 +29,13 @@ def messages(run_folder) -> list[str]:
     return [match[1] for line in lines if (match := LOG_LINE.fullmatch(line))]
 
 
-COLUMNS = 150
-
-
-def on_terminal(command) -> tuple[int, str]:
+def on_terminal(command, columns: int) -> tuple[int, str]:
     """Run a program with a terminal for its output: exit status, and all that it has written."""
     try:
         terminal, program_end = pty.openpty()
     except OSError as error:  # a bare root file system without devpts
         pytest.skip(f"no terminal can be made here: {error}")
-    fcntl.ioctl(program_end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, COLUMNS, 0, 0))
+    fcntl.ioctl(program_end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     program = subprocess.Popen(
         [str(word) for word in command],
         cwd=ROOT,
@@ -86,8 +83,10 @@ def screen(raw: str) -> list[str]:
 # ---- bars
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_bars_and_lines_on_a_terminal(tiny_config_file, tmp_path, processes):
+@pytest.mark.parametrize(
+    "processes, columns", [(1, 80), (1, 120), pytest.param(2, 120, marks=pytest.mark.slow)]
+)
+def test_bars_and_lines_on_a_terminal(tiny_config_file, tmp_path, processes, columns):
     folder, data = tmp_path / "run", tmp_path / "data"
     make_data(data, train=60, val=20)
     for number in (3, 30, 50):  # there is a line for each, in the middle of an epoch
@@ -97,10 +96,13 @@ def test_bars_and_lines_on_a_terminal(tiny_config_file, tmp_path, processes):
             *(sys.executable, ROOT / "main_multi_gpu.py", f"-cfg={tiny_config_file}"),
             *(f"-data_path={data}", f"-output={folder}"),
             *(f"-nproc={processes}", "-batch_size=4", "-opts", "TRAIN.NUM_EPOCHS", 2),
-        ]
+        ],
+        columns,
     )
     assert status == 0, raw
-    assert len(set(re.findall(r"epoch 2/2: +\d+%[^\r\n]*images/s[^\r\n]*left", raw))) > 1
+    bars = set(re.findall(r"epoch 2/2: +\d+%\|.{10}\| \d+/\d+, \d\d:\d\d left, loss [^\r\n]*", raw))
+    assert len(bars) > 1
+    assert columns == 80 or any(re.search(r"images/s, data wait \d+%", bar) for bar in bars)
     assert "evaluation: " in raw
     # Bars are gone at the end, and each line stands alone.
     logged = messages(folder)
@@ -152,6 +154,25 @@ def test_the_seconds_of_an_evaluation_are_those_of_the_last_one(run_flags, tmp_p
     by_epoch = {epoch: {s for e, s in times if e == epoch} for epoch in range(4)}
     assert by_epoch[0] == by_epoch[1] == {0.0}
     assert by_epoch[2] == by_epoch[3] != {0.0}
+
+
+def test_names_from_files_steer_no_terminal(tmp_path):
+    """Those of the network, of images and of folders, on the console and in log.txt."""
+    folder, data = tmp_path / "ru\x1b[31mn", tmp_path / "data"
+    make_data(data, train=16, val=8)
+    image = next((data / "train").rglob("*.jpg"))
+    image.with_name("b\x1b]0;owned\x07.jpg").write_bytes(b"no image")
+    with open(data / "train_list.txt", "a") as file:
+        file.write(f"{image.relative_to(data).parent}/b\x1b]0;owned\x07.jpg 0\n")
+    config = TINY.replace("NAME: tiny", r'NAME: "tiny\e[2J"').replace("EPOCHS: 4", "EPOCHS: 1")
+    (tmp_path / "config.yaml").write_text(config)
+    flags = [f"-cfg={tmp_path}/config.yaml", f"-data_path={data}", f"-output={folder}"]
+    command = [sys.executable, ROOT / "main_single_gpu.py", *flags]
+    status, raw = on_terminal([*command, "-batch_size=4"], 120)
+    assert status == 0, raw
+    for text in (raw.replace("\x1b[A", ""), (folder / "log.txt").read_text()):
+        assert r"b\x1b]0;owned\x07.jpg" in text and r"ru\x1b[31mn/best" in text
+        assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", text)
 
 
 # ---- the end
