@@ -239,6 +239,11 @@ def test_a_small_file_gives_a_short_message(complaint, text):
     assert 1 <= len(lines) <= 51 and sum(map(len, lines)) < 20_000
 
 
+def test_an_empty_name_is_no_file_of_the_project():
+    with pytest.raises(FileNotFoundError, match="no config file '' "):
+        get_config("")
+
+
 def test_aliases_of_values_are_read(load):
     config = load("DATA: {IMAGENET_MEAN: &m [0.5, 0.5, 0.5], IMAGENET_STD: *m}\n")
     assert config.DATA.IMAGENET_STD == [0.5, 0.5, 0.5]

@@ -96,6 +96,9 @@ def parse_and_run(name: str, argv: list[str], prog: str | None) -> int:
     )
     command_function(name, "add_{}_flags")(parser)
     args = parser.parse_args(argv)
+    for key, value in vars(args).items():
+        if value == "" or key != "opts" and isinstance(value, list) and "" in value:
+            raise InputError(f"{key} is empty; give a value (is a variable of the shell not set?)")
     args.argv = argv
     os.environ.setdefault("GLOG_minloglevel", "2")  # before Paddle: its notes on every export
     warnings.filterwarnings("ignore", message="No ccache found")  # Paddle's, at every start
