@@ -29,6 +29,7 @@ CONFIG_FOLDER = PROJECT_FOLDER / "configs"
 RANDOM = "random"  # MODEL.PRETRAINED of an evaluation that is meant to have no weights
 
 MAX_PROBLEMS = 50  # that a message lists
+MAX_FILES = 100  # that a file's BASE leads to; each may name many
 MAX_NODES = 20_000  # of a YAML file, aliases written out; a palette of 1,000 colours has 4,000
 
 # Values as messages show them: aliases make values of any size out of a few bytes.
@@ -76,6 +77,7 @@ class _Merged:
         self.values = values
         self.problems: list[str] = []
         self.without_effect: list[str] = []
+        self.files = 0
 
     def set(self, key: str, value: Any, source: str) -> None:
         """Set one key, or note why it cannot be set."""
@@ -198,6 +200,9 @@ def _merge_file(merged: _Merged, path: str, chain: tuple[str, ...] = ()) -> None
     here = os.path.realpath(path)
     if here in chain:
         raise InputError(f"{path}: BASE leads back to this file")
+    merged.files += 1
+    if merged.files > MAX_FILES:
+        raise InputError(f"{path}: BASE leads to more than {MAX_FILES} files")
     bases = tree.pop("BASE", None) or []
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):

@@ -69,6 +69,13 @@ def test_a_base_that_leads_back_is_refused(tmp_path, complaint, base):
     assert "user.yaml" in line and "BASE" in line
 
 
+def test_bases_of_bases_are_bounded(tmp_path, complaint):
+    for i in range(9):
+        (tmp_path / f"{i}.yaml").write_text(f"BASE: [{', '.join([f'{i + 1}.yaml'] * 10)}]\n")
+    (tmp_path / "9.yaml").write_text("SEED: 1\n")
+    assert "BASE leads to more than 100 files" in complaint("BASE: 0.yaml\n")[0]
+
+
 def test_a_missing_base_names_both_files(load, tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         load("BASE: [nowhere.yaml]\n")
