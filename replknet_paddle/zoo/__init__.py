@@ -35,7 +35,7 @@ def get_model(
     *,
     pretrained: bool | str | os.PathLike = False,
     num_classes: int | None = None,
-    out_indices: Sequence[int] | None = None,
+    out_indices: int | Sequence[int] | None = None,
     weights: str = "auto",
     **overrides: Any,
 ):
@@ -49,7 +49,8 @@ def get_model(
             file of any known format and layout.
         num_classes: size of the head. Where the weights have another one, the head stays freshly
             initialized, and a warning says so.
-        out_indices: stages, from 0 to 3, whose maps a backbone without a head returns.
+        out_indices: the stages, from 0 to 3, or the stage, whose maps a backbone without a head
+            returns, as a tuple.
         weights: 'model', 'model_ema' for the EMA weights of a training checkpoint, or 'auto' for
             those of the two that its run found better.
         overrides: keys of the configuration, as for `get_config`: `MODEL__DROPPATH=0.1`.
