@@ -1,14 +1,18 @@
 """A web page for this machine alone: drop a picture, see its classes and where the network looks.
 
 Gradio makes it (requirements/page.txt). Nothing is sent anywhere: no statistics of use, no public
-link, no fonts or scripts from elsewhere; uploads lie in a folder that ends with the program. Only
-requests of the page itself are answered: a page of another site can make a browser send requests to
-127.0.0.1, under its own name as Origin, or under a name of its own that it lets point to 127.0.0.1
-(DNS rebinding), which is then the Host.
+link, no fonts or scripts from elsewhere; uploads lie in a folder that ends with the program, or is
+removed by the next page where the program was killed. Only requests of the page itself are
+answered: a page of another site can make a browser send requests to 127.0.0.1, under its own name
+as Origin, or under a name of its own that it lets point to 127.0.0.1 (DNS rebinding), which is then
+the Host. A request names files by their paths, and only uploaded ones are opened.
 """
 
 import atexit
 import base64
+import contextlib
+import fcntl
+import glob
 import html
 import io
 import os
@@ -17,7 +21,7 @@ import socket
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +30,7 @@ from PIL import Image
 
 from replknet_paddle.data.dataset import get_dataset
 from replknet_paddle.data.lists import resolve
+from replknet_paddle.data.transforms.image import open_image
 from replknet_paddle.deploy.backends import evaluation_mode
 from replknet_paddle.deploy.drawing import HEAT_COLOURS, fitted, overlay
 from replknet_paddle.deploy.images import decode
@@ -42,6 +47,7 @@ LAST_STRIDE = 32  # pixels of the network's input for a position of its last sta
 MAX_UPLOAD_BYTES = 200 * 2**20
 ORIENTATION = 0x0112  # EXIF's entry; 1 is upright
 SEEN_PIXELS = 384  # side of the pictures of what the network saw
+UPLOADS = "replknet-page-{}-uploads"
 
 # Browsers turn pictures as their EXIF data say; the network, as in evaluation, does not.
 CSS = f"""
@@ -57,7 +63,8 @@ img {{ image-orientation: none !important; }}
 #seen .ends {{ display: flex; justify-content: space-between; max-width: {SEEN_PIXELS}px; }}
 :focus-visible {{ outline: 3px solid #1a5fb4 !important; outline-offset: 2px; }}
 """
-# Gradio gives the uploaded picture no description.
+# Gradio gives the uploaded picture no description, and where a browser cannot show it, as a damaged
+# file or a TIFF, a broken one.
 SCRIPT = """() => {
   document.documentElement.lang = "en";
   const describe = () => document.querySelectorAll("#picture img").forEach((image) => {
@@ -65,6 +72,10 @@ SCRIPT = """() => {
   });
   new MutationObserver(describe).observe(document.body, { childList: true, subtree: true });
   describe();
+  for (const event of ["error", "load"])
+    document.addEventListener(event, ({ target }) => {
+      if (target.closest?.("#picture")) target.style.visibility = event === "error" ? "hidden" : "";
+    }, true);
 }"""
 SCALE = (
     '<div class="scale" role="img" aria-label="Colours of the heat map, from no colour for nothing '
@@ -212,12 +223,11 @@ def validation_examples(config, class_names: Sequence[str], count: int) -> list[
     examples = []
     for index in np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int):
         path = dataset.path(int(index))
-        try:
+        with contextlib.suppress(InputError, OSError, UnicodeError):  # not to be read or shown
             full = resolve(dataset.root, path, allow_outside=dataset.allow_outside)
-        except InputError:
-            continue
-        if os.path.isfile(full):
-            examples.append((full, class_names[dataset.labels[index]]))
+            full.encode()  # as Gradio does, which knows no other names
+            with open_image(full):
+                examples.append((full, class_names[dataset.labels[index]]))
     return examples
 
 
@@ -227,12 +237,45 @@ def validation_examples(config, class_names: Sequence[str], count: int) -> list[
 def import_gradio():
     """Return Gradio, without telemetry or requests to other machines."""
     if "gradio" not in sys.modules:  # which reads these when it is imported
-        uploads = tempfile.mkdtemp(prefix="replknet-page-")
-        atexit.register(shutil.rmtree, uploads, ignore_errors=True)
-        os.environ["GRADIO_TEMP_DIR"] = uploads
+        os.environ["GRADIO_TEMP_DIR"] = make_upload_folder()
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+        os.environ["FASTAPI_OTEL_AUTO_CONFIGURE"] = "false"
     return import_extra("gradio", "page")
+
+
+def make_upload_folder() -> str:
+    """Return a new folder that ends with this process, and remove those of killed ones.
+
+    A process holds a lock of its folder, which the system releases however the process ends.
+    """
+    for path in glob.glob(os.path.join(glob.escape(tempfile.gettempdir()), UPLOADS.format("*"))):
+        with contextlib.suppress(OSError):  # locked by a living page, or not a folder
+            folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(folder).st_uid == os.geteuid():
+                    shutil.rmtree(path)
+            finally:
+                os.close(folder)
+    new = tempfile.mkdtemp()
+    with contextlib.suppress(OSError):  # without locks here, none is removed either
+        fcntl.flock(os.open(new, os.O_RDONLY), fcntl.LOCK_EX)  # open as long as the process is
+    path = os.path.join(os.path.dirname(new), UPLOADS.format(os.path.basename(new)))
+    os.rename(new, path)  # only now do others find it
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+def named_paths(data) -> Iterator[object]:
+    """Yield what the dictionaries in the data of a request name as "path", at any depth."""
+    if isinstance(data, dict):
+        if data.get("path") is not None:
+            yield data["path"]
+        data = list(data.values())
+    if isinstance(data, list):
+        for value in data:
+            yield from named_paths(value)
 
 
 def build_page(model: str, predictor: Predictor):
@@ -245,28 +288,30 @@ def build_page(model: str, predictor: Predictor):
     if network is not None and not is_published(model):
         examples = validation_examples(network.config, names, EXAMPLES)
 
-    def classify(path):
-        if path is None:
+    def classify(picture):
+        if picture is None or picture["path"] is None:
             return None, ""
         try:
-            result = look(predictor, path)
+            result = look(predictor, picture["path"])
         except InputError as error:
             # Not gradio.Error, which would leave the classes of the picture before.
-            gradio.Warning(f"This file cannot be classified: {error}", duration=None)
-            return None, ""
+            reason = html.escape(str(error))
+            return None, f'<p role="alert">This file cannot be classified: {reason}</p>'
         return result.classes, seen_html(result)
 
-    def uploaded(payload):
-        """Return the file that a request names, which must be one that came by the page: Gradio
-        checks only some of the forms in which a request can name a file."""
-        if payload is None or payload.path is None:
-            return None
-        path, folder = map(os.path.realpath, (payload.path, upload.GRADIO_CACHE))
-        if not path.startswith(folder + os.sep):
-            raise gradio.Error("allowed: files uploaded to this page", print_exception=False)
-        return path
+    class Page(gradio.Blocks):
+        async def preprocess_data(self, block_fn, inputs, *rest, **named):
+            """Refuse requests that name a file that was not uploaded. Gradio would copy or download
+            most of them for its components: it checks them only in servers of its own."""
+            folder = os.path.realpath(self.GRADIO_CACHE)
+            for path in named_paths(inputs):
+                if not os.path.realpath(path).startswith(folder + os.sep):
+                    raise gradio.Error(
+                        "allowed: files uploaded to this page", print_exception=False
+                    )
+            return await super().preprocess_data(block_fn, inputs, *rest, **named)
 
-    with gradio.Blocks(title=f"RepLKNet: {name}", analytics_enabled=False) as page:
+    with Page(title=f"RepLKNet: {name}", analytics_enabled=False) as page:
         gradio.HTML(f"<h1>{html.escape(name)}</h1><p>{html.escape(origin)}</p>")
         with gradio.Accordion(f"Its {len(names):,} classes", open=False):
             items = "".join(f"<li>{html.escape(name)}</li>" for name in names)
@@ -283,11 +328,8 @@ def build_page(model: str, predictor: Predictor):
                     buttons=[],
                     height=420,
                 )
-                # The file as it came: Gradio's own way fails on what is not an image. (A derived
-                # class would make Gradio write a .pyi file beside this one.)
-                upload.preprocess = uploaded
                 if examples:
-                    gradio.Examples(
+                    shown = gradio.Examples(
                         [[path] for path, _ in examples],
                         upload,
                         label="Validation images, with their true classes",
@@ -307,7 +349,12 @@ def build_page(model: str, predictor: Predictor):
                 f"Pictures of {predictor.transform.image_size} pixels become a single position in "
                 "the last stage: there is no heat map to show."
             )
-        upload.change(classify, upload, [classes, seen], show_progress="minimal")
+        # The file as it came: Gradio's own preprocessing fails on what is not an image.
+        answer = (classify, upload, [classes, seen])
+        options = {"show_progress": "minimal", "preprocess": False, "trigger_mode": "always_last"}
+        gradio.on([upload.upload, upload.clear], *answer, **options)
+        if examples:
+            shown.load_input_event.then(*answer, **options)
 
     import fastapi
 
@@ -318,6 +365,7 @@ def build_page(model: str, predictor: Predictor):
         server_name=ADDRESS,
         footer_links=[],
         max_file_size=MAX_UPLOAD_BYTES,
+        mcp_server=False,
         ssr_mode=False,
         show_error=False,
         run_history=False,
@@ -342,7 +390,8 @@ def reserve_port(port: int) -> socket.socket:
 
 
 class OwnRequestsOnly:
-    """An ASGI application that answers 403 to requests under a foreign Host or Origin.
+    """An ASGI application that answers 403 to requests under a foreign Host or Origin, and to those
+    for a file of another machine, which Gradio would fetch.
 
     Starlette's TrustedHostMiddleware checks no port and no Origin, and Gradio itself only withholds
     its answer from a foreign Origin, after it has done what was asked.
@@ -357,7 +406,10 @@ class OwnRequestsOnly:
         from starlette.responses import PlainTextResponse
 
         app = self.app
-        if scope["type"] != "lifespan" and not self.is_own(Headers(scope=scope)):
+        is_own = scope["type"] == "lifespan" or (
+            self.is_own(Headers(scope=scope)) and "://" not in scope["path"]
+        )
+        if not is_own:
             app = PlainTextResponse("allowed: requests of this page, under its own address\n", 403)
         await app(scope, receive, send)
 

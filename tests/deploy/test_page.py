@@ -3,8 +3,14 @@ page itself."""
 
 import argparse
 import asyncio
+import contextlib
+import multiprocessing
+import os
+import shutil
+import signal
 import socket
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +30,7 @@ from replknet_paddle.deploy.page import (
     distinct,
     grad_cam,
     look,
+    make_upload_folder,
     seen_html,
     validation_examples,
 )
@@ -115,7 +122,72 @@ def test_examples_are_spread_over_the_validation_list(tmp_path):
     assert validation_examples(config, "abcd", 5) == []
 
 
+def test_examples_that_cannot_be_shown_are_left_out(tmp_path):
+    """A missing file, a folder, what is no image, and names that are not UTF-8."""
+    make_data(tmp_path, train=2, val=1)
+    config = get_config(make_run(tmp_path, classes=4) / "config.yaml")
+    config = update_config(config, argparse.Namespace(opts=["DATA.DATA_PATH", str(tmp_path)]))
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "text.jpg").write_text("not a picture")
+    shutil.copyfile(PICTURE, tmp_path / "good.jpg")
+    shutil.copyfile(PICTURE, os.fsdecode(os.fsencode(tmp_path) + b"/gr\xfcn.jpg"))
+    (tmp_path / "val_list.txt").write_bytes(
+        b"missing.jpg 0\nfolder.jpg 0\ntext.jpg 1\ngr\xfcn.jpg 1\ngood.jpg 2\n"
+    )
+    assert validation_examples(config, "abcd", 5) == [(str(tmp_path / "good.jpg"), "c")]
+
+
+def hold_uploads(folder, pipe):
+    """A page without its server: its folder for uploads, held until it is told to end."""
+    tempfile.tempdir = folder
+    path = make_upload_folder()
+    pipe.send(path)
+    pipe.recv()
+
+
+@contextlib.contextmanager
+def holding(folder):
+    """The uploads of a page in a process of its own, and a way to kill it."""
+    context = multiprocessing.get_context("fork")
+    pipe, other = context.Pipe()
+    process = context.Process(target=hold_uploads, args=(str(folder), other))
+    process.start()
+    try:
+        yield Path(pipe.recv()), process
+    finally:
+        process.kill()
+        process.join()
+
+
+def test_uploads_of_killed_pages_are_removed_by_the_next_and_no_others(tmp_path):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "photo.jpg").touch()
+    (tmp_path / "replknet-page-link-uploads").symlink_to(kept)
+    (tmp_path / "replknet-page-old").mkdir()  # of version 0.2, which locked none
+    with holding(tmp_path) as (living, _):
+        with holding(tmp_path) as (killed, process):
+            (killed / "photo.jpg").touch()
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+        assert killed.exists() and living.exists()
+        with holding(tmp_path) as (new, _):
+            left = {"kept", "replknet-page-link-uploads", "replknet-page-old"}
+            assert {path.name for path in tmp_path.iterdir()} == {living.name, new.name, *left}
+            assert os.listdir(kept) == ["photo.jpg"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to make a folder of another user")
+def test_uploads_of_other_users_are_left_alone(tmp_path):
+    other = tmp_path / "replknet-page-other-uploads"
+    other.mkdir()
+    os.chown(other, 65534, 65534)
+    with holding(tmp_path) as (new, _):
+        assert other.exists() and new.exists()
+
+
 @pytest.mark.parametrize("kind", ["http", "websocket"])
+@pytest.mark.parametrize("path", ["/config", "/gradio_api/file=http://evil.example/x.jpg"])
 @pytest.mark.parametrize(
     "headers, allowed",
     [
@@ -129,7 +201,7 @@ def test_examples_are_spread_over_the_validation_list(tmp_path):
         ([(b"host", b"127.0.0.1:78600")], False),
     ],
 )
-def test_only_requests_of_this_page_come_through(kind, headers, allowed):
+def test_only_requests_of_this_page_come_through(kind, path, headers, allowed):
     pytest.importorskip("starlette", reason="requirements/page.txt")
     sent, passed = [], []
 
@@ -139,8 +211,9 @@ def test_only_requests_of_this_page_come_through(kind, headers, allowed):
     async def send(message):
         sent.append(message.get("status"))
 
-    scope = {"type": kind, "headers": headers}
+    scope = {"type": kind, "path": path, "headers": headers}
     asyncio.run(OwnRequestsOnly(app, 7860)(scope, None, send))
+    allowed = allowed and "://" not in path
     assert (passed, sent[:1]) == (([True], []) if allowed else ([], [403]))
 
 
