@@ -36,7 +36,6 @@ from replknet_paddle.data.transforms.finish import to_device
 from replknet_paddle.runtime.errors import InputError, SampleError, SystemFault
 from replknet_paddle.runtime.launch import end_with_parent
 
-MAX_REPLACEMENTS = 10  # images after an unreadable one that are tried in its place
 BATCHES_AHEAD = 2  # for each worker
 WARN_SECONDS = 30  # of waiting for a batch
 
@@ -90,7 +89,7 @@ class Loader:
             # One slot more than batches ahead: the one that was given last must stay as it is.
             slots=BATCHES_AHEAD * workers + 1 if workers else 0,
             slot_bytes=batch_bytes,
-            replace=max_bad_images is not None,
+            max_bad_images=max_bad_images,
         )
         self._pool: ProcessPoolExecutor | None = None
 
@@ -229,12 +228,12 @@ class _Reader:
     left behind by a process that is killed, and no limit of /dev/shm applies.
     """
 
-    def __init__(self, dataset, *, slots: int, slot_bytes: int, replace: bool):
+    def __init__(self, dataset, *, slots: int, slot_bytes: int, max_bad_images: int | None):
         self.dataset = dataset
         self.slots = slots
         self.slot_bytes = slot_bytes
         self.memory = mmap.mmap(-1, slots * slot_bytes) if slots else None
-        self.candidates = 1 + MAX_REPLACEMENTS if replace else 1
+        self.max_bad_images = max_bad_images
 
     def images_in(self, slot: int, shape: tuple[int, ...]) -> np.ndarray:
         """Return the uint8 array of this shape in one of the slots."""
@@ -258,18 +257,22 @@ class _Reader:
 
     def _read_sample(self, epoch: int, index: int, unreadable: list):
         """Return the sample, or the next readable one in its place."""
-        problem = None
-        for candidate in range(index, index + self.candidates):
-            candidate %= len(self.dataset)
+        problem, limit, length = None, self.max_bad_images, len(self.dataset)
+        tried = min(1 + (limit or 0), length)
+        for candidate in range(index, index + tried):
             try:
-                sample = self.dataset.read_sample(epoch, candidate)
+                sample = self.dataset.read_sample(epoch, candidate % length)
             except SampleError as error:
                 problem = problem or error
             else:
                 if problem is not None:
                     unreadable.append((index, str(problem)))
                 return sample
-        raise problem
+        if limit is None:
+            raise problem
+        raise SampleError(
+            f"{problem}. Unreadable images in a row: {tried}; DATA.MAX_BAD_IMAGES allows {limit}"
+        )
 
 
 _reader: _Reader | None = None  # in a worker

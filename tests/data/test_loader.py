@@ -235,9 +235,23 @@ def test_one_more_than_allowed_stops_training(loader_of, tmp_path, workers):
         assert len(loader.bad_images) == 3
 
 
+@pytest.mark.parametrize("allowed", [0, 11, 12])
+def test_unreadable_images_in_a_row_are_replaced_up_to_the_number_allowed(
+    loader_of, tmp_path, allowed
+):
+    data_with(tmp_path, dict.fromkeys(range(4, 16), b""))  # twelve
+    loader = loader_of(tmp_path, True, DATA__MAX_BAD_IMAGES=allowed, TRAIN__ACCUM_ITER=1)
+    if allowed == 12:
+        assert sum(len(labels) for _, labels in batches(loader)) == 24
+        assert loader.bad_images == set(range(4, 16))
+    else:
+        with pytest.raises(SampleError, match=rf"DATA\.MAX_BAD_IMAGES allows {allowed}$"):
+            batches(loader)
+
+
 def test_a_list_without_a_readable_image_stops_training(loader_of, tmp_path):
     data_with(tmp_path, dict.fromkeys(range(24), b""))
-    with pytest.raises(SampleError, match="cannot read image"):
+    with pytest.raises(SampleError, match="Unreadable images in a row: 24; DATA.MAX_BAD_IMAGES"):
         batches(loader_of(tmp_path, True, DATA__MAX_BAD_IMAGES=100))
 
 
