@@ -101,6 +101,7 @@ def parse_and_run(name: str, argv: list[str], prog: str | None) -> int:
             raise InputError(f"{key} is empty; give a value (is a variable of the shell not set?)")
     args.argv = argv
     os.environ.setdefault("GLOG_minloglevel", "2")  # before Paddle: its notes on every export
+    os.environ["MPLBACKEND"] = "agg"  # before matplotlib, which fails on a notebook's elsewhere
     warnings.filterwarnings("ignore", message="No ccache found")  # Paddle's, at every start
     logging.basicConfig(format="%(message)s")  # on standard error; libraries' warnings as well
     logging.getLogger("replknet_paddle").setLevel(logging.INFO)

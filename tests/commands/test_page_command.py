@@ -87,6 +87,7 @@ def serving(run_folder, folder):
         "TMPDIR": str(temporary),
         "GRADIO_ANALYTICS_ENABLED": "True",
         "GRADIO_MCP_SERVER": "True",
+        "MPLBACKEND": "of_a_notebook",
     }
     with open(folder / "stderr.txt", "w") as stderr:
         process = subprocess.Popen(

@@ -36,6 +36,17 @@ def test_several_runs_become_one_picture(tmp_path):
         assert len(image.convert("RGB").getcolors(1 << 24)) > 50  # something is drawn
 
 
+@pytest.mark.parametrize("encoding, shown", [("gbk", "猫\\xd6"), ("ascii", "\\u732b\\xd6")])
+def test_a_notebooks_backend_and_other_encodings_do_not_matter(tmp_path, encoding, shown):
+    run, target = write_run(tmp_path / "猫Ö"), tmp_path / "猫Ö.png"
+    command = [sys.executable, "-m", "replknet_paddle", "plot", run, "--out", target]
+    settings = {"MPLBACKEND": "of_a_notebook", "PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode(encoding).strip() == f"wrote {tmp_path}/{shown}.png"
+    assert target.is_file()
+
+
 def test_every_panel_shows_its_curves(tmp_path):
     run = write_run(tmp_path / "a", val_ema_top1_percent=5.0)
     figure = build_figure({str(run): read_metrics(run)})
