@@ -3,7 +3,9 @@
 import gc
 import os
 import resource
+import struct
 import time
+import zlib
 from io import BytesIO
 
 import numpy as np
@@ -21,6 +23,7 @@ from data_sets import (
 from PIL import Image, features
 
 from replknet_paddle.data.dataset import ListDataset, get_dataset
+from replknet_paddle.deploy.images import decode
 from replknet_paddle.runtime.errors import InputError, SampleError
 
 
@@ -35,6 +38,40 @@ def test_odd_names_open(tmp_path, name):
     pixels, label = data[0, 1]
     assert label == 1 and isinstance(label, np.int64)
     assert pixels.shape == (3, 4, 4) and (pixels == 100).all()
+
+
+def png_with(kind: bytes, data: bytes, before: bytes) -> bytes:
+    """A grey PNG file with one more chunk, before the first one of the kind `before`."""
+    file = BytesIO()
+    Image.new("RGB", (4, 4), (100, 100, 100)).save(file, "PNG")
+    chunk = kind + data
+    chunk = struct.pack(">I", len(data)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    head, mark, tail = file.getvalue().partition(before)
+    return head[:-4] + chunk + head[-4:] + mark + tail
+
+
+@pytest.mark.parametrize("before", [b"IDAT", b"IEND"])
+@pytest.mark.parametrize(
+    "kind, start, compressed",
+    [
+        (b"iCCP", b"profile\0\0", True),
+        (b"zTXt", b"Comment\0\0", True),
+        (b"tEXt", b"Comment\0", False),
+        (b"iTXt", b"Comment\0\1\0\0\0", True),
+    ],
+)
+def test_large_texts_and_profiles_of_png_files_are_no_damage(
+    tmp_path, kind, start, compressed, before
+):
+    def read(size):
+        content = bytes([65]) * size
+        content = zlib.compress(content) if compressed else content
+        (tmp_path / "image.png").write_bytes(png_with(kind, start + content, before))
+        return np.array(decode(tmp_path / "image.png"))
+
+    assert (read(2_000_000) == 100).all()
+    with pytest.raises(InputError, match="text or colour profile is larger than 64 MiB"):
+        read(2**26 + 1)
 
 
 def test_links_are_followed_inside_the_data_folder_and_not_out_of_it(tmp_path):

@@ -9,7 +9,7 @@ import os
 import stat
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, PngImagePlugin
 
 from replknet_paddle.runtime.errors import InputError
 
@@ -21,6 +21,10 @@ MAX_PIXELS = 89_478_485
 
 # Files are read into memory. As many pixels of 32 bits, stored without compression, take a third.
 MAX_FILE_BYTES = 2**30
+
+# Pillow takes 1 MiB of text or colour profile in a PNG file for an attack. What it allows for all
+# texts of a file, 64 MiB, may be a single one.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 def read_file(path: str) -> bytes:
@@ -48,12 +52,20 @@ def open_image(source: str | bytes) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # damaged files make Pillow's readers raise almost anything
-        raise InputError(f"damaged: {error or type(error).__name__}") from None
+        raise InputError(_damage(error)) from None
     if image.width * image.height > MAX_PIXELS:
         size = f"{image.width} x {image.height}"
         image.close()
         raise InputError(f"{size} pixels may be a decompression bomb; allowed: {MAX_PIXELS:,}")
     return image
+
+
+def _damage(error: Exception) -> str:
+    """Return why Pillow does not read a file that it has identified."""
+    if "MAX_TEXT" in str(error):
+        limit = PngImagePlugin.MAX_TEXT_MEMORY >> 20
+        return f"its text or colour profile is larger than {limit} MiB; save it without"
+    return f"damaged: {error or type(error).__name__}"
 
 
 def asks_for_a_quarter_turn(image: Image.Image) -> bool:
@@ -71,7 +83,7 @@ def load(image: Image.Image) -> None:
     except MemoryError:
         raise
     except Exception as error:  # damaged files make Pillow's decoders raise almost anything
-        raise InputError(f"damaged: {error or type(error).__name__}") from None
+        raise InputError(_damage(error)) from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
