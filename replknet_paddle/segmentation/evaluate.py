@@ -14,6 +14,7 @@ from replknet_paddle.segmentation.data import Box, resized_size
 from replknet_paddle.segmentation.upernet import resize
 
 AUXILIARY_WEIGHT = 0.4
+STRIP_VALUES = 2**27  # probabilities at once, of all classes and pixels: 512 MiB
 
 
 def segmentation_loss(
@@ -39,8 +40,21 @@ def segmentation_loss(
 
 
 def build_inference(config, network: Callable) -> Callable:
-    """Return the function of normalized images (N, 3, H, W) that gives the probabilities of their
-    classes, (N, num_classes, H, W) float32, as `config` says.
+    """Return the function of normalized images (N, 3, H, W) that gives the most probable class of
+    each pixel, (N, H, W) uint8, by the probabilities of `build_strips`."""
+    strips = build_strips(config, network)
+
+    @paddle.no_grad()
+    def classes(images: paddle.Tensor) -> paddle.Tensor:
+        return paddle.concat([x.argmax(axis=1).astype("uint8") for x in strips(images)], axis=1)
+
+    return classes
+
+
+def build_strips(config, network: Callable) -> Callable:
+    """Return the function of normalized images (N, 3, H, W) that yields the probabilities of their
+    classes, (N, num_classes, rows, W) float32, from top to bottom, as `config` says: in one piece,
+    or of a large image in pieces of `STRIP_VALUES`.
 
     Images of any size, whole or by sliding windows, at one scale or several, with or without mirror
     images: the official evaluation (mmsegmentation 0.x). Logits are resized to the image's own size
@@ -52,10 +66,9 @@ def build_inference(config, network: Callable) -> Callable:
     settings, crop_size = config.SEGMENTATION, config.DATA.IMAGE_SIZE
     turns = (False, True) if settings.EVAL_FLIP else (False,)
 
-    @paddle.no_grad()
-    def probabilities(images: paddle.Tensor) -> paddle.Tensor:
+    def logits_of(images: paddle.Tensor) -> Iterator[tuple[paddle.Tensor, bool]]:
+        """Yield logits at each scale, of the images and of mirror images."""
         size = images.shape[2:]
-        total = 0
         for ratio in settings.EVAL_RATIOS:
             new_size = resized_size(size, settings.RESIZE, ratio)
             resized = images
@@ -63,14 +76,47 @@ def build_inference(config, network: Callable) -> Callable:
                 resized = resize(images, new_size, align_corners=False)
             for mirrored in turns:
                 turned = resized.flip(3) if mirrored else resized
-                logits = image_logits(network, turned, crop_size, settings.SLIDE_STRIDE)
-                if logits.shape[2:] != size:
-                    logits = resize(logits, size, align_corners=settings.ALIGN_CORNERS)
+                yield image_logits(network, turned, crop_size, settings.SLIDE_STRIDE), mirrored
+
+    def strips(images: paddle.Tensor) -> Iterator[paddle.Tensor]:
+        count, _, height, width = images.shape
+        rows = max(1, STRIP_VALUES // (count * config.MODEL.NUM_CLASSES * width))
+        found = logits_of(images)
+        if rows < height:
+            found = list(found)  # small beside the image, which all of its strips need
+        for top in range(0, height, rows):
+            strip, total = range(top, min(top + rows, height)), 0
+            for logits, mirrored in found:
+                logits = resized_rows(
+                    logits, (height, width), strip, align_corners=settings.ALIGN_CORNERS
+                )
                 shares = F.softmax(logits, axis=1)
                 total = total + (shares.flip(3) if mirrored else shares)
-        return total / (len(settings.EVAL_RATIOS) * len(turns))
+            yield total / (len(settings.EVAL_RATIOS) * len(turns))
 
-    return probabilities
+    return strips
+
+
+def resized_rows(
+    x: paddle.Tensor, size: tuple[int, int], rows: range, *, align_corners: bool
+) -> paddle.Tensor:
+    """Return rows of what `resize` makes of `x`: all of them to the bit, others to rounding."""
+    if len(rows) == size[0]:
+        same = tuple(x.shape[2:]) == size
+        return x if same else resize(x, size, align_corners=align_corners)
+    height = x.shape[2]
+    if align_corners:
+        places = np.array(rows) * ((height - 1) / (size[0] - 1))
+    else:
+        places = np.maximum((np.array(rows) + 0.5) * (height / size[0]) - 0.5, 0)
+    first = np.minimum(places.astype(np.int64), height - 1)
+    north, south = (
+        x.gather(paddle.to_tensor(np.minimum(row, height - 1)), axis=2)
+        for row in (first, first + 1)
+    )
+    share = paddle.to_tensor((places - first).astype("float32")).reshape([-1, 1])
+    mixed = north + (south - north) * share
+    return resize(mixed, (len(rows), size[1]), align_corners=align_corners)
 
 
 def image_logits(
@@ -177,10 +223,9 @@ class ConfusionSums:
         self.confusion = np.zeros((num_classes, num_classes), np.int64)
         self.images = 0
 
-    def add(self, probabilities: paddle.Tensor, labels: paddle.Tensor) -> None:
-        """Count a batch: probabilities (N, num_classes, H, W), labels (N, H, W) with `IGNORED`."""
-        predicted = probabilities.argmax(axis=1).numpy()
-        labels = labels.numpy().astype(np.int64)
+    def add(self, predicted: paddle.Tensor, labels: paddle.Tensor) -> None:
+        """Count a batch: classes (N, H, W), and labels (N, H, W) with `IGNORED`."""
+        predicted, labels = predicted.numpy(), labels.numpy().astype(np.int64)
         counted = labels != IGNORED
         pairs = labels[counted] * self.num_classes + predicted[counted]
         counts = np.bincount(pairs, minlength=self.num_classes**2)

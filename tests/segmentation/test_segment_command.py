@@ -1,10 +1,14 @@
 """Prediction, exports and backends of segmentation, on a network that looks at its input."""
 
 import json
+import os
+import resource
+from pathlib import Path
 
 import numpy as np
 import paddle
 import pytest
+from harness import finish
 from PIL import Image
 
 from replknet_paddle.checkpoints.files import write_safetensors
@@ -129,6 +133,26 @@ def test_predict_writes_overlays_in_the_datasets_palette(run_folder, shapes, tmp
     assert np.abs(overlay - wanted).max() <= 0.5
     wanted_labels = SegmentationPredictor(run_folder, backend="eager").labels(inputs[0])
     assert (np.array(labels) == wanted_labels).mean() > 0.999
+
+
+def main_in_little_memory(arguments):
+    """The command, with 500 MB more than are taken when it starts."""
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 500 * 10**6,) * 2)
+    return main(arguments)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux")
+def test_a_picture_that_memory_does_not_hold_is_skipped(run_folder, shapes, tmp_path):
+    """Its values alone are 288 MB, twice."""
+    Image.new("RGB", (6000, 4000)).save(tmp_path / "large.jpg")
+    inputs = [tmp_path / "large.jpg", shapes / "images" / "0001.png"]
+    flags = ["-output", tmp_path / "out", "-backend", "eager"]
+    arguments = ["segment", "predict", run_folder, *inputs, *flags]
+    said = finish([str(a) for a in arguments], target=main_in_little_memory, status=1)
+    assert f"{tmp_path}/large.jpg: out of memory\n" in said and "0001.png: " in said
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"000002_0001.png", "000002_0001_labels.png"}
 
 
 def test_wrong_models_are_one_message(run_folder, shapes, tmp_path, capsys):

@@ -6,18 +6,31 @@ import pytest
 from numpy_heads import bilinear
 
 from replknet_paddle.config import get_config
-from replknet_paddle.segmentation.evaluate import build_inference, image_logits, windows
+from replknet_paddle.segmentation import evaluate
+from replknet_paddle.segmentation.evaluate import (
+    build_inference,
+    build_strips,
+    image_logits,
+    resized_rows,
+    windows,
+)
+from replknet_paddle.segmentation.upernet import resize
 
 SIDE, STRIDE = 16, 11
 
 
-def probabilities(network, images, **changes):
-    """What `network` gives by windows of `SIDE` and `STRIDE`, in the size of 40 x 24 pixels."""
+def config_of(**changes):
+    """A configuration of windows of `SIDE` and `STRIDE`, in the size of 40 x 24 pixels."""
     settings = {"RESIZE": [40, 24], "SLIDE_STRIDE": STRIDE} | changes
-    config = get_config(
-        DATA__IMAGE_SIZE=SIDE, **{f"SEGMENTATION__{key}": value for key, value in settings.items()}
-    )
-    return build_inference(config, network)(images).numpy()
+    settings = {f"SEGMENTATION__{key}": value for key, value in settings.items()}
+    return get_config(DATA__IMAGE_SIZE=SIDE, MODEL__NUM_CLASSES=4, **settings)
+
+
+@paddle.no_grad()
+def probabilities(network, images, **changes):
+    """What `network` gives, all strips in one array, and the rows of each."""
+    strips = [strip.numpy() for strip in build_strips(config_of(**changes), network)(images)]
+    return np.concatenate(strips, axis=2), [strip.shape[2] for strip in strips]
 
 
 def images(height, width, count=1):
@@ -70,7 +83,7 @@ def test_windows_cover_and_stay_inside():
 
 def test_scales_and_mirror_images_against_a_loop():
     x, net = images(19, 31), network()
-    got = probabilities(net, x, EVAL_RATIOS=[0.5, 1.0, 1.75], EVAL_FLIP=True)[0]
+    (got,), _ = probabilities(net, x, EVAL_RATIOS=[0.5, 1.0, 1.75], EVAL_FLIP=True)
     wanted = np.zeros((4, 19, 31))
     # 24 / 19 is less than 40 / 31, so the shorter side decides.
     for size in [(12, 20), (24, 39), (42, 69)]:
@@ -88,6 +101,35 @@ def test_scales_and_mirror_images_against_a_loop():
 def test_corners_are_aligned_where_the_dataset_wants_it():
     x, net = images(13, 21), network()
     one, other = (
-        probabilities(net, x, SLIDE_STRIDE=None, ALIGN_CORNERS=aligned) for aligned in (False, True)
+        probabilities(net, x, SLIDE_STRIDE=None, ALIGN_CORNERS=aligned)[0]
+        for aligned in (False, True)
     )
     assert np.abs(one - other).max() > 1e-3
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"EVAL_RATIOS": [0.5, 1.75], "EVAL_FLIP": True}])
+def test_large_images_go_by_strips_of_a_bounded_size(monkeypatch, aligned, changes):
+    x, net, changes = images(67, 41, count=2), network(), {"ALIGN_CORNERS": aligned} | changes
+    whole, rows = probabilities(net, x, **changes)
+    assert rows == [67]
+    classes = build_inference(config_of(**changes), net)(x).numpy()
+    assert classes.dtype == "uint8" and (classes == whole.argmax(axis=1)).all()
+    monkeypatch.setattr(evaluate, "STRIP_VALUES", 20 * whole.size // 67)
+    got, rows = probabilities(net, x, **changes)
+    assert rows == [20, 20, 20, 7]
+    np.testing.assert_allclose(got, whole, atol=1e-5)
+    assert (build_inference(config_of(**changes), net)(x).numpy() == classes).all()
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("size", [(31, 17), (90, 41), (16, 20), (5, 3)])
+def test_rows_of_a_resized_map_are_those_of_the_whole(size, aligned):
+    x = images(16, 20, count=2)
+    whole = resize(x, size, align_corners=aligned).numpy()
+    got = resized_rows(x, size, range(size[0]), align_corners=aligned).numpy()
+    assert (got == whole).all()
+    for top in range(size[0]):
+        rows = range(top, min(top + 4, size[0]))
+        got = resized_rows(x, size, rows, align_corners=aligned).numpy()
+        np.testing.assert_allclose(got, whole[:, :, top : rows.stop], atol=1e-5)
