@@ -258,10 +258,10 @@ def run_page(args) -> int:
     listener = reserve_port(args.port)  # before the model, which takes longer
 
     logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio calling itself
+    import_gradio()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which removes the uploads
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as `nohup` has it
         signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
-    import_gradio()
     backend = "auto" if is_export(args.model) else "eager"  # which has the network, for heat maps
     predictor = Predictor(args.model, backend=backend, config=config_given(args))
     serve(build_page(args.model, predictor), listener)
