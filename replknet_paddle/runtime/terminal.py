@@ -6,7 +6,7 @@ from typing import TextIO
 # Control characters, marks that turn the direction of a line, and bytes that are no UTF-8. Line
 # feeds and tabs stay, and the return at the start of a text, by which a progress bar begins.
 _STEERING = re.compile(
-    "(?!\\A)\r|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+    r"(?!\A)\r|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 
