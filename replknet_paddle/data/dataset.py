@@ -22,6 +22,7 @@ from replknet_paddle.data.lists import (
     read_list,
     resolve,
     retry_io,
+    scan_labelled,
 )
 from replknet_paddle.data.loader import Loader
 from replknet_paddle.data.transforms import build_eval_transform, build_train_transform
@@ -38,6 +39,7 @@ class ListedFiles(paddle.io.Dataset):
     """The lines of a list file, and the files below the folder `root` that they name.
 
     A child has `parse`, the grammar of a line, and `layout`, what to prepare if there is no list.
+    Lines that cannot be right are an error, or are left out and added to `problems`.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class ListedFiles(paddle.io.Dataset):
         num_classes: int | None,
         seed: int = 0,
         allow_outside: bool = False,
+        problems: list[Line] | None = None,
     ):
         super().__init__()
         if not os.path.isdir(root):
@@ -67,16 +70,19 @@ class ListedFiles(paddle.io.Dataset):
         # Bytes and arrays rather than lists of str: reading a list's items writes to their
         # reference counts, and that copies the whole list into every worker process.
         self._paths, self._ends, self._lines, self._labels = retry_io(
-            lambda: read_list(list_file, self.parse), list_file
+            lambda: read_list(list_file, self.parse, self.scan, problems=problems), list_file
         )
 
     def __len__(self) -> int:
         return len(self._ends)
 
+    def scan(self, block: bytes) -> None:
+        """Return None: `parse` reads each line of the list."""
+
     def path(self, index: int) -> str:
         """Return the path in line `index`, relative to the data folder."""
         start = self._ends[index - 1] if index else 0
-        return os.fsdecode(self._paths[start : self._ends[index]])
+        return os.fsdecode(bytes(self._paths[start : self._ends[index]]))
 
     def describe(self, index: int) -> str:
         """Return the path of image `index`, and the line that names it."""
@@ -136,6 +142,10 @@ class ListDataset(ListedFiles):
         """Return the path and label of a line."""
         return parse_labelled(line, self.num_classes, allow_outside=self.allow_outside)
 
+    def scan(self, block: bytes) -> tuple[bytes, np.ndarray, np.ndarray] | None:
+        """Return what `parse` finds in a block of lines; None where a line is odd."""
+        return scan_labelled(block, self.num_classes, allow_outside=self.allow_outside)
+
     @property
     def labels(self) -> np.ndarray:
         """The label of each image, int64 (number of images,)."""
@@ -145,7 +155,7 @@ class ListDataset(ListedFiles):
         """Yield the path below the data folder and the label of each image."""
         start = 0
         for end, label in zip(self._ends.tolist(), self.labels.tolist()):
-            yield self._paths[start:end], label
+            yield bytes(self._paths[start:end]), label
             start = end
 
     def absent_classes(self, count: int, **_) -> list[int]:
