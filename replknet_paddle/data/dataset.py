@@ -154,9 +154,11 @@ class ListDataset(ListedFiles):
     def paths_and_labels(self) -> Iterator[tuple[bytes, int]]:
         """Yield the path below the data folder and the label of each image."""
         start = 0
-        for end, label in zip(self._ends.tolist(), self.labels.tolist()):
-            yield bytes(self._paths[start:end]), label
-            start = end
+        for first in range(0, len(self), 2**16):  # lists of all numbers would take a gigabyte
+            part = slice(first, first + 2**16)
+            for end, label in zip(self._ends[part].tolist(), self.labels[part].tolist()):
+                yield bytes(self._paths[start:end]), label
+                start = end
 
     def absent_classes(self, count: int, **_) -> list[int]:
         """Return the classes in [0, count) that no image belongs to."""

@@ -307,8 +307,12 @@ def shifted_folders(
 def _labels_of_folders(lines: Iterable[tuple[bytes, int]]) -> dict[str, int]:
     """Return the one label of each folder that has only one, by the folder's name."""
     labels: dict[bytes, set[int]] = defaultdict(set)
+    prefix, known = b"", None
     for path, label in lines:
-        labels[path.rpartition(b"/")[0].rpartition(b"/")[2]].add(label)
+        # Most lines lie in the folder of the line before.
+        if label != known or not path.startswith(prefix) or b"/" in path[len(prefix) :]:
+            prefix, known = path[: path.rfind(b"/") + 1], label
+            labels[prefix[:-1].rpartition(b"/")[2]].add(label)
     return {
         unicodedata.normalize("NFC", os.fsdecode(name)): next(iter(found))
         for name, found in labels.items()
