@@ -5,7 +5,7 @@ import os
 import sys
 
 from replknet_paddle.commands.flags import add_flag
-from replknet_paddle.runtime.errors import InputError, SystemFault
+from replknet_paddle.runtime.errors import InputError, SystemFault, counted
 from replknet_paddle.runtime.files import atomic_file, check_file_target
 from replknet_paddle.runtime.machines import available_cores
 
@@ -76,7 +76,7 @@ def run_make_lists(args) -> int:
             overwrite=args.overwrite,
         )
     for name, count in written.items():
-        print(f"{name}: {count} lines")
+        print(f"{name}: {counted(count, 'line')}")
     return 0
 
 
