@@ -11,7 +11,7 @@ from functools import partial
 from tqdm import tqdm
 
 from replknet_paddle.commands.flags import add_config_flags, add_flag, config_from
-from replknet_paddle.runtime.errors import InputError, counted
+from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import (
     PARTIAL_SUFFIX,
     check_file_target,
@@ -95,7 +95,8 @@ class Summary:
             self.problems.append(f"{printable(prediction.path)}: {prediction.problem}")
 
     def text(self, passed_over: str) -> str:
-        lines = [f"classified {counted(self.classified, 'image')}, skipped {self.skipped:,}"]
+        images = "image" if self.classified == 1 else "images"
+        lines = [f"classified {self.classified:,} {images}, skipped {self.skipped:,}"]
         if passed_over:
             lines[0] += f", {passed_over}"
         if self.with_truth:

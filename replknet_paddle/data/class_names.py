@@ -48,14 +48,14 @@ def read_class_names(path: str, num_classes: int | None = None) -> list[str]:
     try:
         with open(path, "rb") as file:
             data = file.read()
-        refuse_utf16(path, data[:2**13])
+        refuse_utf16(path, data[: 2**13])
         # At line feeds only: str.splitlines would also end a name at U+2028 or a form feed.
         lines = data.decode("utf-8-sig").removesuffix("\n").split("\n") if data else []
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: {error}") from None
     names = [line.strip() for line in lines]
     if not all(names) or not names or num_classes not in (None, len(names)):
-        each = "each class" if num_classes is None else f"each of the {num_classes} classes"
+        each = "each class" if num_classes is None else f"each of {counted(num_classes, 'class')}"
         raise InputError(
             f"{path} has {counted(len(names), 'line')}, {names.count('')} of them empty; "
             f"allowed: one name for {each}"
@@ -69,8 +69,8 @@ def class_names_text(names: Sequence[str]) -> str:
         read_back = name.encode("utf-8", "replace").decode().strip()
         if read_back != name or not name or "\n" in name:
             raise InputError(
-                f"the class name {ascii(name)} cannot stand in {CLASS_NAMES_FILE}; allowed: one line "
-                "of UTF-8 text without blanks around it"
+                f"the class name {ascii(name)} cannot stand in {CLASS_NAMES_FILE}; allowed: one "
+                "line of UTF-8 text without blanks around it"
             )
     return "".join(f"{name}\n" for name in names)
 
@@ -79,7 +79,7 @@ def name_differences(ours: Sequence[str], theirs: Sequence[str]) -> list[str]:
     """Return a line for each class whose names differ, at most `LISTED_DIFFERENCES` and one."""
     lines = []
     if len(ours) != len(theirs):
-        lines.append(f"{len(ours)} classes and {len(theirs)}")
+        lines.append(f"{counted(len(ours), 'class')} and {len(theirs)}")
     for label in range(max(len(ours), len(theirs))):
         pair = [repr(names[label]) if label < len(names) else "none" for names in (ours, theirs)]
         if pair[0] != pair[1]:

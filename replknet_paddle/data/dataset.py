@@ -28,7 +28,7 @@ from replknet_paddle.data.loader import Loader
 from replknet_paddle.data.transforms import build_eval_transform, build_train_transform
 from replknet_paddle.data.transforms.finish import FinishBatch, RawSample
 from replknet_paddle.data.transforms.image import open_image
-from replknet_paddle.runtime.errors import InputError, SampleError
+from replknet_paddle.runtime.errors import InputError, SampleError, counted
 from replknet_paddle.runtime.files import searched
 from replknet_paddle.runtime.terminal import printable
 
@@ -84,6 +84,15 @@ class ListedFiles(paddle.io.Dataset):
         start = self._ends[index - 1] if index else 0
         return os.fsdecode(bytes(self._paths[start : self._ends[index]]))
 
+    def files(self, index: int) -> list[str]:
+        """Return the paths of the files that line `index` names, the image's first."""
+        return [self.path(index)]
+
+    def line(self, index: int) -> Line:
+        """Return the line of sample `index`, as it was parsed."""
+        path = os.fsencode(self.path(index))
+        return Line(int(self._lines[index]), path, int(self._labels[index]))
+
     def describe(self, index: int) -> str:
         """Return the path of image `index`, and the line that names it."""
         where = f"{self.list_file}, line {self._lines[index]}"
@@ -108,10 +117,13 @@ class ListedFiles(paddle.io.Dataset):
         try:
             return retry_io(read, self.describe(index), self.failures)
         except (OSError, InputError) as error:
+            hint = ""
+            if isinstance(error, OSError) and "\\" in path:
+                hint = "; folders are separated by / in a list, not by a backslash"
             raise SampleError(
                 f"{self.list_file}, line {self._lines[index]}: cannot read "
-                f"{printable(kind + path)}: {printable(describe(error))}"
-            ) from None
+                f"{printable(kind + path)}: {printable(describe(error))}{hint}"
+            ) from error
 
     def rng(self, epoch: int, index: int) -> np.random.Generator:
         """Return the random generator of sample (epoch, index)."""
@@ -261,8 +273,9 @@ class EvalBatches(paddle.io.Sampler):
             yield [(0, index) for index in self.indices[start : start + self.batch_size]]
 
 
-def get_dataset(config, is_train: bool) -> ListDataset:
-    """Return the training or the validation set that `config` names."""
+def get_dataset(config, is_train: bool, *, problems: list[Line] | None = None) -> ListDataset:
+    """Return the training or the validation set that `config` names, by its good lines where the
+    bad ones go to `problems`."""
     transform = build_train_transform(config) if is_train else build_eval_transform(config)
     root = config.DATA.DATA_PATH
     return ListDataset(
@@ -272,6 +285,7 @@ def get_dataset(config, is_train: bool) -> ListDataset:
         num_classes=config.MODEL.NUM_CLASSES,
         seed=config.SEED,
         allow_outside=config.DATA.ALLOW_OUTSIDE,
+        problems=problems,
     )
 
 
@@ -295,8 +309,9 @@ def get_dataloader(
         accum_iter=config.TRAIN.ACCUM_ITER,
     )
     if len(batches) == 0:
+        images = counted(len(dataset), "image")
         raise InputError(
-            f"{dataset.list_file} lists {len(dataset)} images, fewer than one global batch "
+            f"{dataset.list_file} lists {images}, fewer than one global batch "
             f"(DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} x TRAIN.ACCUM_ITER "
             f"{config.TRAIN.ACCUM_ITER} x {world_size} processes); "
             "give a smaller -batch_size or -accum_iter"

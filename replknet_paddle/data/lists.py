@@ -41,7 +41,7 @@ PAIRS_LAYOUT = (
     '"images/1.jpg annotations/1.png"; docs/segmentation.md says how to write them'
 )
 MAX_LISTED_PROBLEMS = 10
-BLOCK_BYTES = 2**18  # of a list at a time, which fit into a core's cache with all that is made of them
+BLOCK_BYTES = 2**18  # of a list at a time; all that is made of them fits into a core's cache
 
 UTF8_MARK = b"\xef\xbb\xbf"
 MAX_SCANNED_DIGITS = 9
@@ -197,7 +197,7 @@ def refuse_utf16(path: str, head: bytes) -> None:
     """Raise InputError where a text file begins as UTF-16 does: with its mark, or with NUL bytes in
     place of every second byte of ASCII."""
     if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or 16 * head.count(0) > len(head):
-        raise InputError(f"{path} seems to be text in UTF-16, with two bytes a letter; save it as UTF-8")
+        raise InputError(f"{path} seems to be text in UTF-16; save it as UTF-8")
 
 
 def scan_labelled(
@@ -285,7 +285,8 @@ def read_list(
         raise InputError("\n".join(listed[:MAX_LISTED_PROBLEMS]))
     if not ends and not bad:
         raise InputError(f"{list_file} lists no image")
-    return paths, *(np.frombuffer(part, part.typecode) for part in (ends, numbers, labels))
+    parts = (np.frombuffer(part, np.dtype(part.typecode).str) for part in (ends, numbers, labels))
+    return paths, *parts
 
 
 def shifted_folders(

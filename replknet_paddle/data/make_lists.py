@@ -2,6 +2,7 @@
 split, and small ready sets."""
 
 import colorsys
+import functools
 import logging
 import os
 import re
@@ -20,7 +21,7 @@ from replknet_paddle.runtime.packages import import_extra
 
 # What archives, file servers and Windows leave in folders, in lower case.
 SYSTEM_NAMES = ("__macosx", "@eadir", "thumbs.db", "desktop.ini")
-LISTED_NAMES = 10  # of a warning
+LISTED = 10  # names in a warning
 GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 META = "data/meta.mat"
 VAL_EVERY = 5  # every fifth image of a ready set goes to validation
@@ -30,10 +31,16 @@ Labelled = tuple[str, int]  # path of an image below the data folder, class
 logger = logging.getLogger(__name__)
 
 
-def image_suffixes() -> set[str]:
+@functools.cache
+def image_suffixes() -> frozenset[str]:
     """Return the file name suffixes, in lower case with their dot, of the formats that are read."""
     Image.init()
-    return {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+    suffixes = {s for s, name in Image.registered_extensions().items() if name in FORMATS}
+    return frozenset(suffixes - {".pfm"})  # always of floats, which are refused
+
+
+def is_image_name(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in image_suffixes()
 
 
 def is_system_name(name: str) -> bool:
@@ -50,7 +57,6 @@ def find_images(
     Images are the files with `image_suffixes`; the suffixes of others are counted in `passed_over`.
     Hidden names and `SYSTEM_NAMES` are neither. Links to folders are not followed.
     """
-    suffixes = image_suffixes()
     try:
         with os.scandir(folder) as entries:
             found = sorted((e.path, e.name, e.is_dir(follow_symlinks=False)) for e in entries)
@@ -60,24 +66,24 @@ def find_images(
     for path, name, is_folder in found:
         if is_system_name(name):
             continue
-        suffix = os.path.splitext(name)[1].lower()
         if is_folder:
             if not is_left_out(path):
                 yield from find_images(path, passed_over, is_left_out=is_left_out)
-        elif suffix in suffixes:
+        elif is_image_name(name):
             yield path, None
         else:
-            passed_over[suffix or "without a suffix"] += 1
+            passed_over[os.path.splitext(name)[1].lower() or "without a suffix"] += 1
 
 
 def say_passed_over(passed_over: Counter) -> str:
-    """Return how many files were not taken for images, and their most frequent suffixes; nothing
-    where all were."""
-    if not passed_over:
-        return ""
-    kinds = [f"{count} {suffix}" for suffix, count in passed_over.most_common(LISTED_NAMES)]
+    """Return how many files were not taken for images, by suffix; nothing where all were."""
+    kinds = _listed([f"{count} {suffix}" for suffix, count in passed_over.most_common()])
     files = counted(passed_over.total(), "file")
-    return f"passed over {files} not named as images are ({', '.join(kinds)})"
+    return f"passed over {files} not named as images are ({kinds})" if kinds else ""
+
+
+def _listed(items: list[str]) -> str:
+    return ", ".join([*items[:LISTED], "..."] if len(items) > LISTED else items)
 
 
 def make_lists(
@@ -85,8 +91,8 @@ def make_lists(
 ) -> dict[str, int]:
     """Write train_list.txt and val_list.txt into `root`, and class_names.txt.
 
-    Classes are the folders in `train` that hold images, numbered in the sorted order of their names,
-    which for ImageNet's synsets is that of the published weights. Their names become
+    Classes are the folders in `train` that hold images, numbered in the sorted order of their
+    names, which for ImageNet's synsets is that of the published weights. Their names become
     class_names.txt, unless they are synsets: for those the project has better ones, and all folders
     count, since one left out would shift the others. The folder `val` has some or all of the
     same classes; or, with `devkit` (ImageNet's ILSVRC2012_devkit_t12, whose ground truth has the
@@ -130,7 +136,7 @@ def split_lists(
     train = [image for i, image in enumerate(images) if i not in in_val]
     val = [image for i, image in enumerate(images) if i in in_val]
     written = _write_lists(root, train, val, classes, overwrite=overwrite)
-    _report(train, val, classes, passed_over, why=": too few of its images differ")
+    _report(train, val, classes, passed_over, why=" (too few of its images differ)")
     return written
 
 
@@ -188,7 +194,7 @@ def _write_lists(
     if not _are_synsets(classes):
         for name in classes:
             if len(name.splitlines()) > 1:
-                raise InputError(f"the folder {ascii(name)} has a line break in its name; rename it")
+                raise InputError(f"the folder name {ascii(name)} has a line break; rename it")
         class_names_text(classes)  # refuses other names that it cannot hold
         lists[CLASS_NAMES_FILE] = classes
     for name in lists:
@@ -208,13 +214,11 @@ def _report(
     train: list[Labelled], val: list[Labelled], classes: list[str], passed_over: Counter, why=""
 ) -> None:
     """Warn of classes without an image for validation, and of files that are in no list."""
-    counts = Counter(label for _, label in train)
-    absent = set(counts) - {label for _, label in val}
-    for label in sorted(absent)[:LISTED_NAMES]:
-        images = counted(counts[label], "training image")
-        logger.warning("class %s has no validation image, and %s%s", classes[label], images, why)
-    if len(absent) > LISTED_NAMES:
-        logger.warning("and %d more classes have none", len(absent) - LISTED_NAMES)
+    absent = sorted({label for _, label in train} - {label for _, label in val})
+    if absent:
+        names = _listed([classes[label] for label in absent])
+        count = counted(len(absent), "class")
+        logger.warning("%s without a validation image%s: %s", count, why, names)
     if passed_over:
         logger.warning("%s", say_passed_over(passed_over))
 
@@ -229,8 +233,12 @@ def _class_folders(root: str, part: str, passed_over: Counter) -> dict[str, list
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"no folder {folder}; it should hold a folder for each class")
     with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir())
-    names = [name for name in names if not is_system_name(name)]
+        entries = [entry for entry in entries if not is_system_name(entry.name)]
+    names = sorted(entry.name for entry in entries if entry.is_dir())
+    beside = [entry for entry in entries if entry.is_file() and is_image_name(entry.name)]
+    if beside:
+        images = counted(len(beside), "image")
+        logger.warning("%s in %s beside the folders of the classes: in no list", images, folder)
     if not names:
         raise InputError(f"{folder} holds no folders; it should hold one for each class")
     return {name: _images(root, os.path.join(part, name), passed_over) for name in names}
@@ -241,14 +249,10 @@ def _classes(folders: dict[str, list[str]]) -> list[str]:
     empty = [name for name, images in folders.items() if not images]
     are_synsets = _are_synsets(folders)
     if empty:
-        logger.warning(
-            "%s without an image%s: %s%s",
-            counted(len(empty), "folder"),
-            " will be a class all the same" if are_synsets else " will be no class",
-            ", ".join(empty[:LISTED_NAMES]),
-            ", ..." if len(empty) > LISTED_NAMES else "",
-        )
-    return list(folders) if are_synsets else [name for name, images in folders.items() if images]
+        count, names = counted(len(empty), "folder"), _listed(empty)
+        kept = "kept as classes" if are_synsets else "left out"
+        logger.warning("%s without an image, %s: %s", count, kept, names)
+    return [name for name, images in folders.items() if images or are_synsets]
 
 
 def _labelled(
@@ -270,7 +274,7 @@ def _images(root: str, part: str, passed_over: Counter) -> list[str]:
             raise InputError(f"{path}: {problem}")
         images.append(os.path.relpath(path, root))
     # The files of a folder before its folders: the choice of a share goes by this order.
-    return sorted(images, key=lambda path: [(1, part) for part in path.split("/")[:-1]] + [(0, path)])
+    return sorted(images, key=lambda path: [(1, up) for up in path.split("/")[:-1]] + [(0, path)])
 
 
 def _ground_truth_images(

@@ -37,13 +37,13 @@ class Frame:
 class ImageFiles:
     """The images that command-line arguments stand for, one after the other.
 
-    A folder stands for what `find_images` finds in it. A pattern such as 'photos/**/*.jpg' stands for the
-    files it matches, in sorted order. A film stands for frames of it, where `frame_seconds` is
-    given. Anything else is a file, whatever its name.
+    A folder stands for what `find_images` finds in it. A pattern such as 'photos/**/*.jpg' stands
+    for the files it matches, in sorted order. A film stands for frames of it, where `frame_seconds`
+    is given. Anything else is a file, whatever its name.
 
     `leave_out` is a folder that is not searched. `frame_seconds` lie between the frames of a film:
-    0 for all frames, None for no films. `passed_over` counts the suffixes of what the last iteration
-    did not take for images.
+    0 for all frames, None for no films. `passed_over` counts the suffixes of what the last
+    iteration did not take for images.
     """
 
     def __init__(
@@ -104,8 +104,8 @@ class ImageFiles:
             return FileNotFoundError(f"no image, folder or pattern {argument or repr(argument)}")
         others = say_passed_over(self.passed_over)
         return InputError(
-            f"no image in the folder {argument}{others and f'; {others}'}. Files are taken for images whose names "
-            f"end in {', '.join(sorted(image_suffixes()))}"
+            f"no image in the folder {argument}{others and f'; {others}'}. Files are taken for "
+            f"images whose names end in {', '.join(sorted(image_suffixes()))}"
         )
 
     def _files(self, argument: str) -> Iterator[tuple[str, str | None] | Frame]:

@@ -11,8 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from properties import same_examples
 
-from replknet_paddle.data.dataset import ListDataset, get_dataset
 from replknet_paddle.data import lists
+from replknet_paddle.data.dataset import ListDataset, get_dataset
 from replknet_paddle.data.lists import (
     parse_labelled,
     parse_list,
@@ -130,18 +130,30 @@ def looks_like_utf16(content: bytes) -> bool:
 
 
 # What decides on the way that a line is read, and on its label.
-TRICKY = [b"a", b"b.jpg", b"/", b".", b"..", b" ", b"\t", b"\r", b"\v", b"\n", b"\r\n", b" 0\n"]
-TRICKY += [b" 7\n", b"-", b"5", b"012", b"9" * 9, b"9" * 10, b"\xd9\xa3", b"\xe2\x80\xa8", b"\\"]
-TRICKY += [b"x/y.jpg 3\n", b"x y 4\r\n", b"\0" + b"z" * 40, b"\xef\xbb\xbf"]
+TRICKY_LINES = st.builds(
+    lambda *parts: b"".join(parts),
+    st.sampled_from([b"", b"", b" ", b"\t", b"\xef\xbb\xbf"]),
+    st.sampled_from([b"", b"a", b"x/y.jpg", b"x y", b"x\ry", b"x\\y", b"..", b"../x", b"x/..z"])
+    | st.sampled_from([b"/", b"/x", b"-", b"\0" + b"z" * 40]),
+    st.sampled_from([b" ", b" ", b"\t", b"  ", b"\v", b"", b"\xe2\x80\xa8"]),
+    st.sampled_from(
+        [b"0", b"007", b"9", b"10", b"", b"-1", b"x", b"9" * 9, b"9" * 10, b"\xd9\xa3"]
+    ),
+    st.sampled_from([b"\n", b"\n", b"\r\n", b"\r\r\n", b" \n", b"\n\n", b""]),
+)
 
 
 @same_examples
 @given(
-    st.lists(st.sampled_from(TRICKY), max_size=40).map(b"".join),
+    st.lists(TRICKY_LINES, min_size=1, max_size=6).map(b"".join),
     st.integers(1, 60),
     st.sampled_from([None, 10]),
     st.booleans(),
 )
+@example(b"x/y.jpg 10\n", 60, 10, False)
+@example(b"a 1\nx\0" + b"z" * 40 + b" 1\n", 60, 10, True)
+@example(b"a 1\n/x 1\n", 60, None, False)
+@example(b"a 1\nx \n", 60, None, False)
 def test_lists_are_read_in_blocks_as_they_are_line_by_line(
     tmp_path, content, block_bytes, num_classes, allow_outside
 ):

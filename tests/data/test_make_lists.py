@@ -134,7 +134,7 @@ def test_what_systems_leave_in_folders_and_empty_folders_are_no_images_and_no_cl
     assert images == ["cat/1.jpg", "cat/deep/2.jfif", "dog/3.JPE", "dog/4.pgm"]
     assert (tmp_path / "class_names.txt").read_text() == "cat\ndog\n"
     left_out, passed_over = caplog.messages
-    assert left_out == "2 folders without an image will be no class: nothing, texts"
+    assert left_out == "2 folders without an image, left out: nothing, texts"
     said = "passed over 4 files not named as images are (2 .heic, 1 .txt, 1 without a suffix)"
     assert passed_over == said
     assert files.passed_over == {".heic": 2, ".txt": 1, "without a suffix": 1}
@@ -148,8 +148,8 @@ def test_empty_folders_of_synsets_keep_their_number(tmp_path, caplog):
         make_lists(str(tmp_path), train="train", val="val")
     assert read(tmp_path, "val") == [("val/n00000003/3.jpg", 2)]
     assert caplog.messages == [
-        "1 folder without an image will be a class all the same: n00000002",
-        "class n00000001 has no validation image, and 1 training image",
+        "1 folder without an image, kept as classes: n00000002",
+        "1 class without a validation image: n00000001",
     ]
 
 
@@ -251,7 +251,8 @@ def test_a_class_that_cannot_spare_an_image_is_named(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         split_lists(str(tmp_path), folder=".", share=0.1)
     [record] = caplog.records
-    assert "class one has no validation image" in record.getMessage()
+    said = "1 class without a validation image (too few of its images differ): one"
+    assert record.getMessage() == said
 
 
 def test_the_classes_may_be_in_a_folder_below(tmp_path, capsys):
