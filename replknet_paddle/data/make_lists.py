@@ -229,7 +229,7 @@ def _are_synsets(names: Iterable[str]) -> bool:
 
 def _class_folders(root: str, part: str, passed_over: Counter) -> dict[str, list[str]]:
     """Return the images of each folder in `part`, a folder below `root`: sorted paths below it."""
-    folder = os.path.join(root, part)
+    folder = os.path.normpath(os.path.join(root, part))
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"no folder {folder}; it should hold a folder for each class")
     with os.scandir(folder) as entries:

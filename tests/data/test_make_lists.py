@@ -126,14 +126,17 @@ def test_what_systems_leave_in_folders_and_empty_folders_are_no_images_and_no_cl
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "nothing").mkdir()
+    image_tree(tmp_path, ["beside.jpg"])
     files = ImageFiles([str(tmp_path)])
     images = [os.path.relpath(path, tmp_path) for path, _ in files]
+    images.remove("beside.jpg")
     with caplog.at_level(logging.WARNING):
         split_lists(str(tmp_path), folder=".", share=0.5)
     assert sorted(path for split in ("train", "val") for path, _ in read(tmp_path, split)) == images
     assert images == ["cat/1.jpg", "cat/deep/2.jfif", "dog/3.JPE", "dog/4.pgm"]
     assert (tmp_path / "class_names.txt").read_text() == "cat\ndog\n"
-    left_out, passed_over = caplog.messages
+    beside, left_out, passed_over = caplog.messages
+    assert beside == f"1 image in {tmp_path} beside the folders of the classes: in no list"
     assert left_out == "2 folders without an image, left out: nothing, texts"
     said = "passed over 4 files not named as images are (2 .heic, 1 .txt, 1 without a suffix)"
     assert passed_over == said
