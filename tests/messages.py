@@ -21,7 +21,8 @@ def messages() -> list[str]:
     found = set()
     for path in (ROOT / "replknet_paddle").rglob("*.py"):
         found |= set(_texts(ast.parse(path.read_text())))
-    return sorted(" ".join(text.split()) for text in found if len(text.split()) > 1)
+    texts = (" ".join(text.split()) for text in found if len(text.split()) > 1)
+    return sorted(text if text.isprintable() else ascii(text)[1:-1] for text in texts)
 
 
 def _texts(tree: ast.AST) -> Iterator[str]:

@@ -87,7 +87,7 @@ def test_the_guide_from_its_first_command_to_its_last(tmp_path):
 
     assert "train_list.txt: 270 lines" in guide.run("make-lists", "photos")
     found = guide.run("check-data", "photos", status=1)
-    assert f"truncated: {CORRUPT}" in found and "Problems found: 1" in found
+    assert f"cannot read image {CORRUPT}: " in found and "Problems found: 1" in found
     (tmp_path / "photos" / CORRUPT).unlink()
     assert "train_list.txt: 269 lines" in guide.run("make-lists", "photos")
     assert "No problems found" in guide.run("check-data", "photos")

@@ -18,7 +18,7 @@ import paddle
 from paddle import nn
 from paddle.nn import functional as F
 
-from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.errors import InputError, counted
 from replknet_paddle.runtime.files import atomic_file
 
 # Shares of the total contribution that the paper's table reports.
@@ -133,7 +133,7 @@ def _check_same(before: Field, target, wanted: Field, names, num_images: int) ->
         (before.network != wanted.network, "it is of a network with other weights"),
         (size != wanted_size, f"it is of {size} x {size} pixels, not {wanted_size}"),
         (set(done) != set(names[: len(done)]), "it is of other images"),
-        (count > num_images, f"it holds {count} images, more than {num_images}"),
+        (count > num_images, f"it holds {counted(count, 'image')}, more than {num_images}"),
     ):
         if is_other:
             raise InputError(

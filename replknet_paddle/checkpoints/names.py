@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.errors import InputError, counted
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ def fitting_names(
 
 def _classes(shapes: Mapping[str, tuple]) -> str:
     bias = next((f"{layer}.bias" for layer in _CLASSIFIERS if f"{layer}.bias" in shapes), None)
-    return "none" if bias is None else f"{shapes[bias][0]} classes"
+    return "none" if bias is None else counted(shapes[bias][0], "class")
 
 
 def _listed(title: str, names: list[str], detail: Callable[[str], str] | None = None) -> list[str]:
@@ -287,4 +287,4 @@ def _title(architecture: dict[str, object]) -> str:
             name = f"RepLKNet-{variant}"
     form = "merged" if architecture["MODEL.SMALL_KERNEL_MERGED"] else "train form"
     classes = architecture.get("MODEL.NUM_CLASSES")
-    return f"{name} ({form}, {f'{classes} classes' if classes else 'no head'})"
+    return f"{name} ({form}, {counted(classes, 'class') if classes else 'no head'})"

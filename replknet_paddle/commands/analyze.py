@@ -5,6 +5,7 @@ import sys
 
 from replknet_paddle.commands.flags import add_config_flags, add_flag, config_from
 from replknet_paddle.commands.train import task_of
+from replknet_paddle.runtime.errors import InputError, counted
 
 
 def add_model_info_flags(parser) -> None:
@@ -22,7 +23,7 @@ def run_model_info(args) -> int:
 
     size = config.DATA.IMAGE_SIZE
     model = task_of(config).network(config)
-    print(f"{config.MODEL.NAME}: {size}x{size}, {config.MODEL.NUM_CLASSES} classes")
+    print(f"{config.MODEL.NAME}: {size}x{size}, {counted(config.MODEL.NUM_CLASSES, 'class')}")
     print(f"{'form':8}{'parameters':>16}{'multiply-adds':>20}")
     forms = [] if config.MODEL.SMALL_KERNEL_MERGED else ["train"]
     for form in [*forms, "merged"]:
@@ -125,7 +126,6 @@ def measure_folder(args, out: str):
 
     from replknet_paddle.data.transforms.pipelines import EvalTransform
     from replknet_paddle.deploy.images import ImageFiles, decode
-    from replknet_paddle.runtime.errors import InputError
     from replknet_paddle.runtime.files import check_file_target
 
     check_file_target(out, (".npy",))

@@ -4,8 +4,8 @@ import json
 import os
 import sys
 
-from replknet_paddle.commands.flags import add_flag
-from replknet_paddle.runtime.errors import InputError, SystemFault
+from replknet_paddle.commands.flags import add_config_flags, add_flag
+from replknet_paddle.runtime.errors import InputError, SystemFault, counted
 from replknet_paddle.runtime.files import atomic_file, check_file_target
 from replknet_paddle.runtime.machines import available_cores
 
@@ -76,7 +76,7 @@ def run_make_lists(args) -> int:
             overwrite=args.overwrite,
         )
     for name, count in written.items():
-        print(f"{name}: {count} lines")
+        print(f"{name}: {counted(count, 'line')}")
     return 0
 
 
@@ -104,11 +104,11 @@ SHOWN = 20  # problems on the console; the report has them all
 
 def add_check_data_flags(parser) -> None:
     parser.add_argument("data_path", metavar="DIR", help="folder of train_list.txt, val_list.txt")
+    add_config_flags(parser, without="without one, the defaults and what the data say")
     add_flag(
         parser,
         "num_classes",
-        "labels must be below N; default: the largest in train_list.txt, plus one, but no more "
-        "than it has lines",
+        "labels must be below N; default: by -cfg, class_names.txt or the labels of the lists",
         type=int,
         metavar="N",
     )
@@ -138,18 +138,32 @@ def run_check_data(args) -> int:
     """
     from tqdm import tqdm
 
-    from replknet_paddle.data.check_data import check_data
+    import replknet_paddle.segmentation.data as segmentation
+    from replknet_paddle.config import get_config, override, update_config
+    from replknet_paddle.data import dataset
+    from replknet_paddle.data.check_data import check_data, lists_pairs
 
     for name in ("num_classes", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"-{name} is {getattr(args, name)}; allowed: at least 1")
     if args.report:
         check_file_target(args.report)  # before hours of reading
+    if args.cfg is None:
+        # Any number of images makes a batch.
+        config = get_config(MODEL__NUM_CLASSES=None, DATA__BATCH_SIZE=1, TRAIN__ACCUM_ITER=1)
+        are_pairs = lists_pairs(args.data_path)
+    else:
+        config = get_config(args.cfg)
+        are_pairs = config.MODEL.TYPE == "UPerNet"
+    config = override(update_config(config, args), DATA__NUM_WORKERS=0)
+    if args.num_classes is not None:
+        config = override(config, MODEL__NUM_CLASSES=args.num_classes)
+    if args.allow_outside:
+        config = override(config, DATA__ALLOW_OUTSIDE=True)
     try:
         report = check_data(
-            args.data_path,
-            num_classes=args.num_classes,
-            allow_outside=args.allow_outside,
+            config,
+            (segmentation if are_pairs else dataset).get_dataset,
             workers=args.workers,
             progress=lambda found, total: tqdm(found, total=total, unit="file", disable=None),
         )
@@ -167,21 +181,20 @@ def _print(report: dict) -> None:
     from replknet_paddle.data.check_data import KINDS
 
     for name, part in report["lists"].items():
-        counts = part["images_per_class"]
-        print(
-            f"{name}: {part['images']} images of {len(counts)} classes, "
-            f"{min(counts)} to {max(counts)} of each"
-        )
+        classes = counted(report["num_classes"], "class")
+        line = f"{name}: {counted(part['images'], 'image')} of {classes}"
+        if "images_per_class" in part:
+            fewest, most = min(part["images_per_class"]), max(part["images_per_class"])
+            line += f", {fewest} of each" if fewest == most else f", {fewest} to {most} of each"
+        print(line)
     for problem in report["problems"][:SHOWN]:
-        print(
-            f"{problem['list']}, line {problem['line']}: {problem['kind']}: {problem['path']}: "
-            f"{problem['message']}"
-        )
+        place = f"{problem['list']}, line {problem['line']}: " if problem["line"] else ""
+        print(f"{place}{problem['message']}")
     if len(report["problems"]) > SHOWN:
         print(f"and {len(report['problems']) - SHOWN} more")
     for kind, count in report["counts"].items():
         if count:
-            print(f"{count:8} {KINDS[kind]}")
+            print(f"{KINDS[kind]}: {count}")
     found = sum(report["counts"].values())
     print(f"Problems found: {found}" if found else "No problems found")
 

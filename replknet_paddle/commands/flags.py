@@ -9,12 +9,18 @@ def add_flag(parser, name: str, help_text: str, **options) -> None:
     parser.add_argument(f"-{name}", f"--{name}", help=help_text, **options)
 
 
-def add_config_flags(parser: argparse.ArgumentParser, *, required=False, default=None) -> None:
+def add_config_flags(
+    parser: argparse.ArgumentParser,
+    *,
+    required=False,
+    default=None,
+    without="not needed for a checkpoint in its run folder",
+) -> None:
     """Add -cfg and -opts, which describe a network; -cfg is `required` where no checkpoint could
-    have the configuration."""
+    have the configuration. `without` says what holds without it."""
     text = "YAML file of the network"
     if not required and default is None:
-        text += "; not needed for a checkpoint in its run folder"
+        text += f"; {without}"
     elif default is not None:
         text += " (%(default)s)"
     add_flag(parser, "cfg", text, metavar="FILE", required=required, default=default)

@@ -94,10 +94,11 @@ class Summary:
         if self.skipped <= NAMED_PROBLEMS:
             self.problems.append(f"{printable(prediction.path)}: {prediction.problem}")
 
-    def text(self, other_files: int) -> str:
-        lines = [f"classified {self.classified:,} images, skipped {self.skipped:,}"]
-        if other_files:
-            lines[0] += f", passed over {other_files:,} files that are not named as images are"
+    def text(self, passed_over: str) -> str:
+        images = "image" if self.classified == 1 else "images"
+        lines = [f"classified {self.classified:,} {images}, skipped {self.skipped:,}"]
+        if passed_over:
+            lines[0] += f", {passed_over}"
         if self.with_truth:
             lines.append(
                 f"right: {self.right:,} of {self.with_truth:,} in folders named as classes "
@@ -137,6 +138,7 @@ def run_predict(args) -> int:
 
 def predict(args) -> int:
     """Classify the files; return the exit status."""
+    from replknet_paddle.data.make_lists import say_passed_over
     from replknet_paddle.deploy.drawing import PICTURE_FORMATS, PICTURE_HEIGHT, Drawings
     from replknet_paddle.deploy.images import ImageFiles
     from replknet_paddle.deploy.predict import (
@@ -191,7 +193,7 @@ def predict(args) -> int:
             raise InputError("nothing could be classified:\n" + "\n".join(summary.problems))
     if drawings is not None:
         drawings.finish()
-    print(summary.text(files.other_files), file=sys.stderr)
+    print(summary.text(say_passed_over(files.passed_over)), file=sys.stderr)
     return 1 if summary.skipped else 0
 
 

@@ -4,7 +4,8 @@ import os
 from collections.abc import Sequence
 
 from replknet_paddle.config import CONFIG_FOLDER
-from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.data.lists import refuse_utf16
+from replknet_paddle.runtime.errors import InputError, counted
 from replknet_paddle.runtime.files import searched
 
 CLASS_NAMES_FILE = "class_names.txt"
@@ -45,24 +46,40 @@ def read_class_names(path: str, num_classes: int | None = None) -> list[str]:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no file of class names {searched(path)}")
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            names = [line.strip() for line in file.read().splitlines()]
+        with open(path, "rb") as file:
+            data = file.read()
+        refuse_utf16(path, data[: 2**13])
+        # At line feeds only: str.splitlines would also end a name at U+2028 or a form feed.
+        lines = data.decode("utf-8-sig").removesuffix("\n").split("\n") if data else []
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: {error}") from None
+    names = [line.strip() for line in lines]
     if not all(names) or not names or num_classes not in (None, len(names)):
-        each = "each class" if num_classes is None else f"each of the {num_classes} classes"
+        each = "each class" if num_classes is None else f"each of {counted(num_classes, 'class')}"
         raise InputError(
-            f"{path} has {len(names)} lines, {names.count('')} of them empty; "
+            f"{path} has {counted(len(names), 'line')}, {names.count('')} of them empty; "
             f"allowed: one name for {each}"
         )
     return names
+
+
+def class_names_text(names: Sequence[str]) -> str:
+    """Return the text of class_names.txt; InputError names what cannot be read back from it."""
+    for name in names:
+        read_back = name.encode("utf-8", "replace").decode().strip()
+        if read_back != name or not name or "\n" in name:
+            raise InputError(
+                f"the class name {ascii(name)} cannot stand in {CLASS_NAMES_FILE}; allowed: one "
+                "line of UTF-8 text without blanks around it"
+            )
+    return "".join(f"{name}\n" for name in names)
 
 
 def name_differences(ours: Sequence[str], theirs: Sequence[str]) -> list[str]:
     """Return a line for each class whose names differ, at most `LISTED_DIFFERENCES` and one."""
     lines = []
     if len(ours) != len(theirs):
-        lines.append(f"{len(ours)} classes and {len(theirs)}")
+        lines.append(f"{counted(len(ours), 'class')} and {len(theirs)}")
     for label in range(max(len(ours), len(theirs))):
         pair = [repr(names[label]) if label < len(names) else "none" for names in (ours, theirs)]
         if pair[0] != pair[1]:

@@ -22,12 +22,13 @@ from replknet_paddle.data.lists import (
     read_list,
     resolve,
     retry_io,
+    scan_labelled,
 )
 from replknet_paddle.data.loader import Loader
 from replknet_paddle.data.transforms import build_eval_transform, build_train_transform
 from replknet_paddle.data.transforms.finish import FinishBatch, RawSample
 from replknet_paddle.data.transforms.image import open_image
-from replknet_paddle.runtime.errors import InputError, SampleError
+from replknet_paddle.runtime.errors import InputError, SampleError, counted
 from replknet_paddle.runtime.files import searched
 from replknet_paddle.runtime.terminal import printable
 
@@ -38,6 +39,7 @@ class ListedFiles(paddle.io.Dataset):
     """The lines of a list file, and the files below the folder `root` that they name.
 
     A child has `parse`, the grammar of a line, and `layout`, what to prepare if there is no list.
+    Lines that cannot be right are an error, or are left out and added to `problems`.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class ListedFiles(paddle.io.Dataset):
         num_classes: int | None,
         seed: int = 0,
         allow_outside: bool = False,
+        problems: list[Line] | None = None,
     ):
         super().__init__()
         if not os.path.isdir(root):
@@ -67,16 +70,28 @@ class ListedFiles(paddle.io.Dataset):
         # Bytes and arrays rather than lists of str: reading a list's items writes to their
         # reference counts, and that copies the whole list into every worker process.
         self._paths, self._ends, self._lines, self._labels = retry_io(
-            lambda: read_list(list_file, self.parse), list_file
+            lambda: read_list(list_file, self.parse, self.scan, problems=problems), list_file
         )
 
     def __len__(self) -> int:
         return len(self._ends)
 
+    def scan(self, block: bytes) -> None:
+        """Return None: `parse` reads each line of the list."""
+
     def path(self, index: int) -> str:
         """Return the path in line `index`, relative to the data folder."""
         start = self._ends[index - 1] if index else 0
-        return os.fsdecode(self._paths[start : self._ends[index]])
+        return os.fsdecode(bytes(self._paths[start : self._ends[index]]))
+
+    def files(self, index: int) -> list[str]:
+        """Return the paths of the files that line `index` names, the image's first."""
+        return [self.path(index)]
+
+    def line(self, index: int) -> Line:
+        """Return the line of sample `index`, as it was parsed."""
+        path = os.fsencode(self.path(index))
+        return Line(int(self._lines[index]), path, int(self._labels[index]))
 
     def describe(self, index: int) -> str:
         """Return the path of image `index`, and the line that names it."""
@@ -102,10 +117,13 @@ class ListedFiles(paddle.io.Dataset):
         try:
             return retry_io(read, self.describe(index), self.failures)
         except (OSError, InputError) as error:
+            hint = ""
+            if isinstance(error, OSError) and "\\" in path:
+                hint = "; folders are separated by / in a list, not by a backslash"
             raise SampleError(
                 f"{self.list_file}, line {self._lines[index]}: cannot read "
-                f"{printable(kind + path)}: {printable(describe(error))}"
-            ) from None
+                f"{printable(kind + path)}: {printable(describe(error))}{hint}"
+            ) from error
 
     def rng(self, epoch: int, index: int) -> np.random.Generator:
         """Return the random generator of sample (epoch, index)."""
@@ -136,6 +154,10 @@ class ListDataset(ListedFiles):
         """Return the path and label of a line."""
         return parse_labelled(line, self.num_classes, allow_outside=self.allow_outside)
 
+    def scan(self, block: bytes) -> tuple[bytes, np.ndarray, np.ndarray] | None:
+        """Return what `parse` finds in a block of lines; None where a line is odd."""
+        return scan_labelled(block, self.num_classes, allow_outside=self.allow_outside)
+
     @property
     def labels(self) -> np.ndarray:
         """The label of each image, int64 (number of images,)."""
@@ -144,9 +166,11 @@ class ListDataset(ListedFiles):
     def paths_and_labels(self) -> Iterator[tuple[bytes, int]]:
         """Yield the path below the data folder and the label of each image."""
         start = 0
-        for end, label in zip(self._ends.tolist(), self.labels.tolist()):
-            yield self._paths[start:end], label
-            start = end
+        for first in range(0, len(self), 2**16):  # lists of all numbers would take a gigabyte
+            part = slice(first, first + 2**16)
+            for end, label in zip(self._ends[part].tolist(), self.labels[part].tolist()):
+                yield bytes(self._paths[start:end]), label
+                start = end
 
     def absent_classes(self, count: int, **_) -> list[int]:
         """Return the classes in [0, count) that no image belongs to."""
@@ -249,8 +273,9 @@ class EvalBatches(paddle.io.Sampler):
             yield [(0, index) for index in self.indices[start : start + self.batch_size]]
 
 
-def get_dataset(config, is_train: bool) -> ListDataset:
-    """Return the training or the validation set that `config` names."""
+def get_dataset(config, is_train: bool, *, problems: list[Line] | None = None) -> ListDataset:
+    """Return the training or the validation set that `config` names, by its good lines where the
+    bad ones go to `problems`."""
     transform = build_train_transform(config) if is_train else build_eval_transform(config)
     root = config.DATA.DATA_PATH
     return ListDataset(
@@ -260,6 +285,7 @@ def get_dataset(config, is_train: bool) -> ListDataset:
         num_classes=config.MODEL.NUM_CLASSES,
         seed=config.SEED,
         allow_outside=config.DATA.ALLOW_OUTSIDE,
+        problems=problems,
     )
 
 
@@ -283,8 +309,9 @@ def get_dataloader(
         accum_iter=config.TRAIN.ACCUM_ITER,
     )
     if len(batches) == 0:
+        images = counted(len(dataset), "image")
         raise InputError(
-            f"{dataset.list_file} lists {len(dataset)} images, fewer than one global batch "
+            f"{dataset.list_file} lists {images}, fewer than one global batch "
             f"(DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} x TRAIN.ACCUM_ITER "
             f"{config.TRAIN.ACCUM_ITER} x {world_size} processes); "
             "give a smaller -batch_size or -accum_iter"

@@ -10,6 +10,7 @@
 Paths are relative to DATA_PATH. A label is what follows the last white space of its line.
 """
 
+import codecs
 import errno
 import functools
 import os
@@ -18,6 +19,7 @@ import stat
 import sys
 import time
 import unicodedata
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeVar
@@ -39,6 +41,11 @@ PAIRS_LAYOUT = (
     '"images/1.jpg annotations/1.png"; docs/segmentation.md says how to write them'
 )
 MAX_LISTED_PROBLEMS = 10
+BLOCK_BYTES = 2**18  # of a list at a time; all that is made of them fits into a core's cache
+
+UTF8_MARK = b"\xef\xbb\xbf"
+MAX_SCANNED_DIGITS = 9
+_IS_SPACE = np.isin(np.arange(256), list(b" \t\n\r\v\f"))  # as bytes.strip and bytes.split have it
 
 IGNORED = 255  # number in label images of pixels that neither the loss nor the metrics count
 
@@ -163,38 +170,123 @@ def _shortened(text: bytes) -> str:
 
 def parse_list(list_file: str, parse: Callable[[bytes], Line]) -> Iterator[Line]:
     """Yield the lines of a list file, good and bad, by the grammar `parse`."""
+    for first, block in _blocks(list_file):
+        yield from _parse_block(first, block, parse)
+
+
+def _parse_block(first: int, block: bytes, parse: Callable[[bytes], Line]) -> Iterator[Line]:
+    for number, line in enumerate(block.split(b"\n"), first):
+        if line.strip():
+            yield parse(line)._replace(number=number)
+
+
+def _blocks(list_file: str) -> Iterator[tuple[int, bytes]]:
+    """Yield whole lines of a list file, about `BLOCK_BYTES` at a time, each with its line feed, and
+    the number of the first one."""
     with open(list_file, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                yield parse(line)._replace(number=number)
+        refuse_utf16(list_file, file.peek())
+        file.seek(len(UTF8_MARK) if file.peek().startswith(UTF8_MARK) else 0)
+        number = 1
+        while block := file.read(BLOCK_BYTES) + file.readline():
+            block += b"" if block.endswith(b"\n") else b"\n"
+            yield number, block
+            number += block.count(b"\n")
+
+
+def refuse_utf16(path: str, head: bytes) -> None:
+    """Raise InputError where a text file begins as UTF-16 does: with its mark, or with NUL bytes in
+    place of every second byte of ASCII."""
+    if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or 16 * head.count(0) > len(head):
+        raise InputError(f"{path} seems to be text in UTF-16; save it as UTF-8")
+
+
+def scan_labelled(
+    block: bytes, num_classes: int | None, *, allow_outside: bool
+) -> tuple[bytes, np.ndarray, np.ndarray] | None:
+    """Return what `parse_labelled` finds in a block of lines, in a tenth of its time: the paths in
+    one piece, the end of each in it, and the labels.
+
+    None where any line is not plainly good: a path, one space or tab, a label of a few digits.
+    """
+    if b"\0" in block or (b".." in block and not allow_outside):
+        return None
+    data = np.frombuffer(block, np.uint8)
+    ends = np.flatnonzero(data == ord("\n"))
+    starts = np.append(0, ends[:-1] + 1)
+    ends -= data[ends - 1] == ord("\r")
+    path_ends, labels = ends - 1, np.zeros(len(ends), np.int64)
+    for power in range(MAX_SCANNED_DIGITS):  # from the last one; the line feed before stops all
+        digits = data[path_ends] - np.uint8(ord("0"))  # other characters wrap around
+        is_digit = digits < 10
+        labels += (digits * is_digit).astype(np.int64) * 10**power
+        path_ends -= is_digit
+    is_plain = (
+        (path_ends < ends - 1)
+        & np.isin(data[path_ends], (ord(" "), ord("\t")))
+        & ~_IS_SPACE[data.take(path_ends - 1, mode="wrap")]
+        & ~_IS_SPACE[data[starts]]
+    )
+    if not allow_outside:
+        is_plain &= data[starts] != ord("/")
+    if num_classes is not None:
+        is_plain &= labels < num_classes
+    if not is_plain.all():
+        return None
+    changes = np.zeros(len(data), np.int8)
+    changes[starts], changes[path_ends] = 1, -1
+    is_path = changes.cumsum(dtype=np.int8).view(bool)
+    return data[is_path].tobytes(), np.cumsum(path_ends - starts), labels
 
 
 def read_list(
-    list_file: str, parse: Callable[[bytes], Line]
-) -> tuple[bytes, np.ndarray, np.ndarray, np.ndarray]:
+    list_file: str,
+    parse: Callable[[bytes], Line],
+    scan: Callable[[bytes], tuple[bytes, np.ndarray, np.ndarray] | None] = lambda block: None,
+    *,
+    problems: list[Line] | None = None,
+) -> tuple[bytearray, np.ndarray, np.ndarray, np.ndarray]:
     """Read a list file of which every line must be good; the first ten that are not are an error.
 
+    `scan` may read a whole block of lines as `parse` reads them, or give None. Bad lines are left
+    out and added to `problems` where that is given.
+
     Returns:
-        All paths as one bytes object, the end of each path in it, the line number of each image,
-        and the labels: int64 arrays (number of images,).
+        All paths in one piece, and arrays (number of images,): the end of each path in it, the line
+        number of each image, and the labels, which are int64.
     """
-    paths, lines, labels, problems = [], [], [], []
-    for line in parse_list(list_file, parse):
-        if line.problem:
-            problems.append(f"{list_file}, line {line.number}: {line.problem}")
-            if len(problems) == MAX_LISTED_PROBLEMS:
+    # They grow in place; ImageNet-22K's 14 million lines take 0.7 GB.
+    paths, numbers, labels = bytearray(), array("i"), array("q")
+    ends = array("I" if os.path.getsize(list_file) < 2**32 else "q")
+    bad = [] if problems is None else problems
+    for first, block in _blocks(list_file):
+        scanned = scan(block)
+        if scanned is not None:
+            found, block_ends, block_labels = scanned
+            block_numbers = np.arange(first, first + len(block_labels))
+        else:
+            lines = list(_parse_block(first, block, parse))
+            bad += [line for line in lines if line.problem]
+            if len(bad) >= MAX_LISTED_PROBLEMS and problems is None:
                 break
-        paths.append(line.path)
-        lines.append(line.number)
-        labels.append(line.label)
-    if problems:
-        raise InputError("\n".join(problems))
-    if not paths:
+            lines = [line for line in lines if not line.problem]
+            found = b"".join(line.path for line in lines)
+            block_ends = np.cumsum([len(line.path) for line in lines], dtype=np.int64)
+            block_labels = [line.label for line in lines]
+            block_numbers = [line.number for line in lines]
+        for part, values in (
+            (ends, len(paths) + block_ends),
+            (numbers, block_numbers),
+            (labels, block_labels),
+        ):
+            part.frombytes(np.array(values, part.typecode).tobytes())
+        paths += found
+    if bad and problems is None:
+        listed = [f"{list_file}, line {line.number}: {line.problem}" for line in bad]
+        raise InputError("\n".join(listed[:MAX_LISTED_PROBLEMS]))
+    if not ends and not bad:
         raise InputError(f"{list_file} lists no image")
-    ends = np.cumsum([len(path) for path in paths], dtype="int64")
-    return b"".join(paths), ends, np.array(lines, "int64"), np.array(labels, "int64")
+    parts = (np.frombuffer(part, np.dtype(part.typecode).str) for part in (ends, numbers, labels))
+    return paths, *parts
 
 
 def shifted_folders(
@@ -216,8 +308,12 @@ def shifted_folders(
 def _labels_of_folders(lines: Iterable[tuple[bytes, int]]) -> dict[str, int]:
     """Return the one label of each folder that has only one, by the folder's name."""
     labels: dict[bytes, set[int]] = defaultdict(set)
+    prefix, known = b"", None
     for path, label in lines:
-        labels[path.rpartition(b"/")[0].rpartition(b"/")[2]].add(label)
+        # Most lines lie in the folder of the line before.
+        if label != known or not path.startswith(prefix) or b"/" in path[len(prefix) :]:
+            prefix, known = path[: path.rfind(b"/") + 1], label
+            labels[prefix[:-1].rpartition(b"/")[2]].add(label)
     return {
         unicodedata.normalize("NFC", os.fsdecode(name)): next(iter(found))
         for name, found in labels.items()

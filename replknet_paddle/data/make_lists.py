@@ -1,22 +1,27 @@
-"""Writing datasets' list files: from folders, from one tree that is split, and small ready sets."""
+"""Finding images in folders, and writing datasets' list files: from folders, from one tree that is
+split, and small ready sets."""
 
 import colorsys
+import functools
 import logging
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from replknet_paddle.data.class_names import CLASS_NAMES_FILE
+from replknet_paddle.data.class_names import CLASS_NAMES_FILE, class_names_text
 from replknet_paddle.data.lists import IGNORED, LIST_FILES
-from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.data.transforms.image import FORMATS
+from replknet_paddle.runtime.errors import InputError, counted
 from replknet_paddle.runtime.files import atomic_file, file_sha256, write_text
 from replknet_paddle.runtime.packages import import_extra
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+# What archives, file servers and Windows leave in folders, in lower case.
+SYSTEM_NAMES = ("__macosx", "@eadir", "thumbs.db", "desktop.ini")
+LISTED = 10  # names in a warning
 GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 META = "data/meta.mat"
 VAL_EVERY = 5  # every fifth image of a ready set goes to validation
@@ -26,24 +31,84 @@ Labelled = tuple[str, int]  # path of an image below the data folder, class
 logger = logging.getLogger(__name__)
 
 
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """Return the file name suffixes, in lower case with their dot, of the formats that are read."""
+    Image.init()
+    suffixes = {s for s, name in Image.registered_extensions().items() if name in FORMATS}
+    return frozenset(suffixes - {".pfm"})  # always of floats, which are refused
+
+
+def is_image_name(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in image_suffixes()
+
+
+def is_system_name(name: str) -> bool:
+    """Return whether a file or folder is hidden, or none of the user's own."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+def find_images(
+    folder: str, passed_over: Counter, *, is_left_out: Callable[[str], bool] = lambda folder: False
+) -> Iterator[tuple[str, str | None]]:
+    """Yield pairs of a path and None, of the images in a folder and below, in sorted order; or of a
+    folder and why it cannot be listed.
+
+    Images are the files with `image_suffixes`; the suffixes of others are counted in `passed_over`.
+    Hidden names and `SYSTEM_NAMES` are neither. Links to folders are not followed.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted((e.path, e.name, e.is_dir(follow_symlinks=False)) for e in entries)
+    except OSError as error:
+        yield folder, f"cannot list the folder: {error.strerror}"
+        return
+    for path, name, is_folder in found:
+        if is_system_name(name):
+            continue
+        if is_folder:
+            if not is_left_out(path):
+                yield from find_images(path, passed_over, is_left_out=is_left_out)
+        elif is_image_name(name):
+            yield path, None
+        else:
+            passed_over[os.path.splitext(name)[1].lower() or "without a suffix"] += 1
+
+
+def say_passed_over(passed_over: Counter) -> str:
+    """Return how many files were not taken for images, by suffix; nothing where all were."""
+    kinds = _listed([f"{count} {suffix}" for suffix, count in passed_over.most_common()])
+    files = counted(passed_over.total(), "file")
+    return f"passed over {files} not named as images are ({kinds})" if kinds else ""
+
+
+def _listed(items: list[str]) -> str:
+    return ", ".join([*items[:LISTED], "..."] if len(items) > LISTED else items)
+
+
 def make_lists(
     root: str, *, train: str, val: str, devkit: str | None = None, overwrite: bool = False
 ) -> dict[str, int]:
     """Write train_list.txt and val_list.txt into `root`, and class_names.txt.
 
-    Classes are the folders in `train`, numbered in the sorted order of their names, which for
-    ImageNet's synsets is that of the published weights. Their names become class_names.txt, unless
-    they are synsets: for those the project has better ones. The folder `val` has some or all of the
+    Classes are the folders in `train` that hold images, numbered in the sorted order of their
+    names, which for ImageNet's synsets is that of the published weights. Their names become
+    class_names.txt, unless they are synsets: for those the project has better ones, and all folders
+    count, since one left out would shift the others. The folder `val` has some or all of the
     same classes; or, with `devkit` (ImageNet's ILSVRC2012_devkit_t12, whose ground truth has the
     labels), ImageNet-1K's 50,000 validation images. Return the number of lines of each file.
     """
-    classes = _class_folders(os.path.join(root, train))
-    train_images = _tree_images(root, train, classes)
+    passed_over: Counter = Counter()
+    folders = _class_folders(root, train, passed_over)
+    classes = _classes(folders)
+    train_images = _labelled(root, train, folders, classes)
     if devkit is None:
-        val_images = _tree_images(root, val, classes)
+        val_images = _labelled(root, val, _class_folders(root, val, passed_over), classes)
     else:
-        val_images = _ground_truth_images(root, val, classes, devkit)
-    return _write_lists(root, train_images, val_images, classes, overwrite=overwrite)
+        val_images = _ground_truth_images(root, val, classes, devkit, passed_over)
+    written = _write_lists(root, train_images, val_images, classes, overwrite=overwrite)
+    _report(train_images, val_images, classes, passed_over)
+    return written
 
 
 def split_lists(
@@ -55,27 +120,24 @@ def split_lists(
     and never all. Files with the same bytes stay together, and in training if they are in several
     classes. The choice depends on nothing but the seed, the paths and identical files.
     """
-    classes = _class_folders(os.path.join(root, folder))
-    if len(classes) == 1:
+    passed_over: Counter = Counter()
+    folders = _class_folders(root, folder, passed_over)
+    if len(folders) == 1:
+        [name] = folders
         raise InputError(
-            f"{os.path.join(root, folder)} holds one folder, {classes[0]}, which would be the only "
-            f"class; if the classes are in it, add -train {classes[0]}"
+            f"{os.path.join(root, folder)} holds one folder, {name}, which would be the only "
+            f"class; if the classes are in it, add -train {name}"
         )
-    images = _tree_images(root, folder, classes)
+    classes = _classes(folders)
+    images = _labelled(root, folder, folders, classes)
     labels = [label for _, label in images]
     groups = identical_files([os.path.join(root, path) for path, _ in images])
     in_val = choose_validation(labels, groups, share=share, seed=seed)
-    counts, represented = Counter(labels), {labels[i] for i in in_val}
-    for label, name in enumerate(classes):
-        if label not in represented:
-            logger.warning(
-                "class %s has no validation image: it has too few images that differ (%d in all)",
-                name,
-                counts[label],
-            )
     train = [image for i, image in enumerate(images) if i not in in_val]
     val = [image for i, image in enumerate(images) if i in in_val]
-    return _write_lists(root, train, val, classes, overwrite=overwrite)
+    written = _write_lists(root, train, val, classes, overwrite=overwrite)
+    _report(train, val, classes, passed_over, why=" (too few of its images differ)")
+    return written
 
 
 def identical_files(paths: list[str]) -> list[list[int]]:
@@ -129,52 +191,95 @@ def _write_lists(
         name: [f"{path} {label}" for path, label in images]
         for name, images in zip(LIST_FILES.values(), (train, val))
     }
-    if not all(re.fullmatch(r"n\d{8}", name) for name in classes):
+    if not _are_synsets(classes):
+        for name in classes:
+            if len(name.splitlines()) > 1:
+                raise InputError(f"the folder name {ascii(name)} has a line break; rename it")
+        class_names_text(classes)  # refuses other names that it cannot hold
         lists[CLASS_NAMES_FILE] = classes
     for name in lists:
         if os.path.exists(os.path.join(root, name)) and not overwrite:
             raise InputError(f"{os.path.join(root, name)} is there; -overwrite replaces it")
     for name, lines in lists.items():
         if not lines:
-            raise InputError(f"no images ({', '.join(SUFFIXES)}) for {os.path.join(root, name)}")
+            suffixes = ", ".join(sorted(image_suffixes()))
+            raise InputError(f"no images ({suffixes}) for {os.path.join(root, name)}")
     for name, lines in lists.items():
         with atomic_file(os.path.join(root, name), errors="surrogateescape") as file:
             file.writelines(f"{line}\n" for line in lines)
     return {name: len(lines) for name, lines in lists.items()}
 
 
-def _class_folders(folder: str) -> list[str]:
-    """Return the names of the folders in `folder`, sorted."""
+def _report(
+    train: list[Labelled], val: list[Labelled], classes: list[str], passed_over: Counter, why=""
+) -> None:
+    """Warn of classes without an image for validation, and of files that are in no list."""
+    absent = sorted({label for _, label in train} - {label for _, label in val})
+    if absent:
+        names = _listed([classes[label] for label in absent])
+        count = counted(len(absent), "class")
+        logger.warning("%s without a validation image%s: %s", count, why, names)
+    if passed_over:
+        logger.warning("%s", say_passed_over(passed_over))
+
+
+def _are_synsets(names: Iterable[str]) -> bool:
+    return all(re.fullmatch(r"n\d{8}", name) for name in names)
+
+
+def _class_folders(root: str, part: str, passed_over: Counter) -> dict[str, list[str]]:
+    """Return the images of each folder in `part`, a folder below `root`: sorted paths below it."""
+    folder = os.path.normpath(os.path.join(root, part))
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"no folder {folder}; it should hold a folder for each class")
     with os.scandir(folder) as entries:
-        classes = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
-    if not classes:
+        entries = [entry for entry in entries if not is_system_name(entry.name)]
+    names = sorted(entry.name for entry in entries if entry.is_dir())
+    beside = [entry for entry in entries if entry.is_file() and is_image_name(entry.name)]
+    if beside:
+        images = counted(len(beside), "image")
+        logger.warning("%s in %s beside the folders of the classes: in no list", images, folder)
+    if not names:
         raise InputError(f"{folder} holds no folders; it should hold one for each class")
-    return classes
+    return {name: _images(root, os.path.join(part, name), passed_over) for name in names}
 
 
-def _tree_images(root: str, part: str, classes: list[str]) -> list[Labelled]:
-    """Return all images in the class folders of `part`, a folder below `root`."""
+def _classes(folders: dict[str, list[str]]) -> list[str]:
+    """Return the names of the classes: of folders with images, or of all if they are synsets."""
+    empty = [name for name, images in folders.items() if not images]
+    are_synsets = _are_synsets(folders)
+    if empty:
+        count, names = counted(len(empty), "folder"), _listed(empty)
+        kept = "kept as classes" if are_synsets else "left out"
+        logger.warning("%s without an image, %s: %s", count, kept, names)
+    return [name for name, images in folders.items() if images or are_synsets]
+
+
+def _labelled(
+    root: str, part: str, folders: dict[str, list[str]], classes: list[str]
+) -> list[Labelled]:
+    """Return the images in the class folders of `part` with their classes."""
     labels = {name: label for label, name in enumerate(classes)}
-    images = []
-    for name in _class_folders(os.path.join(root, part)):
-        if name not in labels:
+    for name, images in folders.items():
+        if images and name not in labels:
             raise InputError(f"{os.path.join(root, part, name)}: no such class in training")
-        images += [(path, labels[name]) for path in _images(root, os.path.join(part, name))]
-    return images
+    return [(image, labels[name]) for name, images in folders.items() for image in images]
 
 
-def _images(root: str, part: str) -> Iterator[str]:
-    """Yield the image files in a folder and those below, sorted, as paths relative to `root`."""
-    for folder, folders, files in os.walk(os.path.join(root, part)):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield os.path.relpath(os.path.join(folder, name), root)
+def _images(root: str, part: str, passed_over: Counter) -> list[str]:
+    """Return the image files in a folder and those below, sorted, as paths relative to `root`."""
+    images = []
+    for path, problem in find_images(os.path.join(root, part), passed_over):
+        if problem:
+            raise InputError(f"{path}: {problem}")
+        images.append(os.path.relpath(path, root))
+    # The files of a folder before its folders: the choice of a share goes by this order.
+    return sorted(images, key=lambda path: [(1, up) for up in path.split("/")[:-1]] + [(0, path)])
 
 
-def _ground_truth_images(root: str, part: str, classes: list[str], devkit: str) -> list[Labelled]:
+def _ground_truth_images(
+    root: str, part: str, classes: list[str], devkit: str, passed_over: Counter
+) -> list[Labelled]:
     """Return ImageNet's validation images, which its ground truth labels in sorted order."""
     folder, truth = os.path.join(root, part), os.path.join(devkit, GROUND_TRUTH)
     if not os.path.isdir(folder):
@@ -182,11 +287,14 @@ def _ground_truth_images(root: str, part: str, classes: list[str], devkit: str) 
     for path in (truth, os.path.join(devkit, META)):
         if not os.path.isfile(path):
             raise FileNotFoundError(f"no {path}; -devkit takes ImageNet's ILSVRC2012_devkit_t12")
-    images = list(_images(root, part))
+    images = _images(root, part, passed_over)
     with open(truth, encoding="ascii", errors="replace") as file:
         numbers = file.read().split()
     if len(numbers) != len(images):
-        raise InputError(f"{truth} has {len(numbers)} labels, {folder} has {len(images)} images")
+        raise InputError(
+            f"{truth} has {counted(len(numbers), 'label')}, {folder} has "
+            f"{counted(len(images), 'image')}"
+        )
     synsets = read_synsets(os.path.join(devkit, META))
     labels = {name: label for label, name in enumerate(classes)}
     labelled = []
@@ -237,7 +345,7 @@ def make_shapes(folder: str, *, count: int = 200, seed: int = 0) -> None:
         for path, image in zip(paths, draw_shapes(np.random.default_rng((seed, i)))):
             image.save(os.path.join(folder, path))
         lines.append(" ".join(paths) + "\n")
-    write_text(os.path.join(folder, CLASS_NAMES_FILE), "\n".join(SHAPES) + "\n")
+    write_text(os.path.join(folder, CLASS_NAMES_FILE), class_names_text(SHAPES))
     _write_ready_lists(folder, lines)
 
 

@@ -22,7 +22,7 @@ import replknet_paddle.model
 from replknet_paddle.checkpoints.run_folder import EXPORT_FILE as FILE
 from replknet_paddle.checkpoints.run_folder import EXPORT_FILE_OF_0_2 as FILE_OF_0_2
 from replknet_paddle.config import check_class_count, get_config, override
-from replknet_paddle.data.class_names import CLASS_NAMES_FILE, read_class_names
+from replknet_paddle.data.class_names import CLASS_NAMES_FILE, class_names_text, read_class_names
 from replknet_paddle.deploy.fold import folded
 from replknet_paddle.deploy.onnx_graph import INPUT, onnx_model
 from replknet_paddle.deploy.quantize import quantize
@@ -237,14 +237,7 @@ def write_record(info: ModelInfo, folder: str | os.PathLike) -> None:
     )
     write_text(folder / CONFIG_FILE, config.dump())
     if info.class_names is not None:
-        text = "".join(f"{name}\n" for name in info.class_names)
-        lines = text.encode("utf-8", "replace").decode().splitlines()
-        if tuple(line.strip() for line in lines) != info.class_names or "" in lines:
-            raise InputError(
-                f"class names that {CLASS_NAMES_FILE} cannot hold; allowed: a line of text each, "
-                "without blanks around it"
-            )
-        write_text(folder / CLASS_NAMES_FILE, text)
+        write_text(folder / CLASS_NAMES_FILE, class_names_text(info.class_names))
     files = sorted(path for path in folder.iterdir() if path.name != FILE)
     content = {
         "format_version": FORMAT_VERSION,

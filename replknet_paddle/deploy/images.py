@@ -8,13 +8,15 @@ ends nothing. OpenCV (requirements/video.txt) reads films.
 import glob
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from replknet_paddle.data.transforms.image import FORMATS, load, open_image
+from replknet_paddle.data.make_lists import find_images, image_suffixes, say_passed_over
+from replknet_paddle.data.transforms.image import load, open_image
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.packages import import_extra
 
@@ -35,13 +37,13 @@ class Frame:
 class ImageFiles:
     """The images that command-line arguments stand for, one after the other.
 
-    A folder stands for the files in and below it whose names end as those of images do, in sorted
-    order; links to folders are not followed. A pattern such as 'photos/**/*.jpg' stands for the
-    files it matches, in sorted order. A film stands for frames of it, where `frame_seconds` is
-    given. Anything else is a file, whatever its name.
+    A folder stands for what `find_images` finds in it. A pattern such as 'photos/**/*.jpg' stands
+    for the files it matches, in sorted order. A film stands for frames of it, where `frame_seconds`
+    is given. Anything else is a file, whatever its name.
 
     `leave_out` is a folder that is not searched. `frame_seconds` lie between the frames of a film:
-    0 for all frames, None for no films. `other_files` counts what the last iteration passed over.
+    0 for all frames, None for no films. `passed_over` counts the suffixes of what the last
+    iteration did not take for images.
     """
 
     def __init__(
@@ -54,12 +56,11 @@ class ImageFiles:
         self.arguments = list(arguments)
         self.leave_out = leave_out
         self.frame_seconds = frame_seconds
-        self.suffixes = image_suffixes()
-        self.other_files = 0
+        self.passed_over: Counter = Counter()
 
     def __iter__(self) -> Iterator[tuple[str, str | None] | Frame]:
         """Yield pairs of a path and None, or of a path and why it could not be read; or frames."""
-        self.other_files = 0
+        self.passed_over.clear()
         for argument in self.arguments:
             yield from self._files(argument)
 
@@ -75,7 +76,7 @@ class ImageFiles:
                 except InputError:  # reported in its place
                     total += 1
                 continue
-            self.other_files = 0
+            self.passed_over.clear()
             found = 0
             for path, problem in self._files(argument):
                 if problem is None:
@@ -101,10 +102,10 @@ class ImageFiles:
             if glob.has_magic(argument):
                 return FileNotFoundError(f"no file matches {argument}")
             return FileNotFoundError(f"no image, folder or pattern {argument or repr(argument)}")
-        others = f"; it holds {self.other_files:,} other files" if self.other_files else ""
+        others = say_passed_over(self.passed_over)
         return InputError(
-            f"no image in the folder {argument}{others}. Files are taken for images whose names "
-            "end in .jpg, .png or another suffix of an image format"
+            f"no image in the folder {argument}{others and f'; {others}'}. Files are taken for "
+            f"images whose names end in {', '.join(sorted(image_suffixes()))}"
         )
 
     def _files(self, argument: str) -> Iterator[tuple[str, str | None] | Frame]:
@@ -114,7 +115,7 @@ class ImageFiles:
             except InputError as error:
                 yield argument, str(error)
         elif os.path.isdir(argument):
-            yield from self._walk(argument)
+            yield from find_images(argument, self.passed_over, is_left_out=self._is_left_out)
         elif os.path.lexists(argument):
             yield argument, None
         elif glob.has_magic(argument):
@@ -122,37 +123,12 @@ class ImageFiles:
                 if not os.path.isdir(path):
                     yield path, None
 
-    def _walk(self, folder: str) -> Iterator[tuple[str, str | None]]:
-        try:
-            with os.scandir(folder) as entries:
-                found = sorted(
-                    (entry.path, entry.is_dir(follow_symlinks=False)) for entry in entries
-                )
-        except OSError as error:
-            yield folder, f"cannot list the folder: {error.strerror}"
-            return
-        for path, is_folder in found:
-            if is_folder:
-                if not self._is_left_out(path):
-                    yield from self._walk(path)
-            elif os.path.splitext(path)[1].lower() in self.suffixes:
-                yield path, None
-            else:
-                self.other_files += 1
-
     def _is_left_out(self, folder: str) -> bool:
         return (
             self.leave_out is not None
             and os.path.exists(self.leave_out)
             and os.path.samefile(folder, self.leave_out)
         )
-
-
-def image_suffixes() -> set[str]:
-    """Return the file name suffixes, in lower case with their dot, that folders are searched
-    for."""
-    Image.init()
-    return {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
 
 
 def decode(source) -> Image.Image:

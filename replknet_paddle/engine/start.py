@@ -34,7 +34,7 @@ from replknet_paddle.data.class_names import (
 from replknet_paddle.data.dataset import ListDataset, get_dataset
 from replknet_paddle.data.lists import shifted_folders
 from replknet_paddle.runtime import processes
-from replknet_paddle.runtime.errors import InputError, SystemFault
+from replknet_paddle.runtime.errors import InputError, SystemFault, counted
 from replknet_paddle.runtime.files import file_sha256, searched_weights
 
 logger = logging.getLogger(__name__)
@@ -224,7 +224,7 @@ def resolve_classes(config, start: Start):
         )
     if config.MODEL.NUM_CLASSES is None:
         config = override(config, MODEL__NUM_CLASSES=stored.count or count_classes(config))
-        logger.info("MODEL.NUM_CLASSES is None: %d classes", config.MODEL.NUM_CLASSES)
+        logger.info("MODEL.NUM_CLASSES is None: %s", counted(config.MODEL.NUM_CLASSES, "class"))
     return config, get_class_names(config, stored.names_for(config))
 
 
@@ -254,7 +254,7 @@ def check_labels(dataset, count: int) -> None:
     if largest >= count:
         raise InputError(
             f"{dataset.list_file} has label {largest}, outside [0, {count}): the network has "
-            f"{count} classes (MODEL.NUM_CLASSES)"
+            f"{counted(count, 'class')} (MODEL.NUM_CLASSES)"
         )
 
 
@@ -267,9 +267,9 @@ def report_shifted_folders(train, val) -> None:
         shown = [f"{name}: {one} and {other}" for name, one, other in shifted[:LISTED_CLASSES]]
         more = len(shifted) - len(shown)
         logger.warning(
-            "%d folders have another label in %s than in %s; unless they only share a name, the "
-            "accuracy means nothing: %s%s",
-            len(shifted),
+            "%s with another label in %s than in %s; unless they only share a name, the accuracy "
+            "means nothing: %s%s",
+            counted(len(shifted), "folder"),
             train.list_file,
             val.list_file,
             "; ".join(shown),

@@ -1,4 +1,4 @@
-"""The exceptions for mistakes in what a user gave: configs, lists, images, checkpoints.
+"""The exceptions for mistakes in what a user gave: configs, lists, images, checkpoints; plurals.
 
 Command lines print the message without a traceback and exit with status 2. A `SystemFault` is no
 mistake of the user: its message is printed as well, and the status is 1, after which `MAX_RESTARTS`
@@ -22,3 +22,8 @@ class SystemFault(RuntimeError):
 class PeerLost(SystemFault):
     """The connection to another process of this run is lost, which has left no exit status: it was
     killed, or has not answered for half a minute."""
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a count of things for a message: "1 class", "2 classes", "0 images"."""
+    return f"{count} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"

@@ -63,9 +63,13 @@ class SegmentationDataset(ListedFiles):
         """Return the two paths of a line."""
         return parse_pair(line, allow_outside=self.allow_outside)
 
+    def files(self, index: int) -> list[str]:
+        """Return the paths of image and labels `index`."""
+        return self.path(index).split("\t")
+
     def describe(self, index: int) -> str:
         """Return the paths of image and labels `index`, and the line that names them."""
-        image, labels = map(printable, self.path(index).split("\t"))
+        image, labels = map(printable, self.files(index))
         return f"image {image} with labels {labels} ({self.list_file}, line {self._lines[index]})"
 
     def read_sample(self, epoch: int, index: int) -> tuple[RawSample, np.ndarray]:
@@ -75,7 +79,7 @@ class SegmentationDataset(ListedFiles):
             load(image)
             return np.array(to_rgb(image)), asks_for_a_quarter_turn(image)
 
-        path, labels_path = self.path(index).split("\t")
+        path, labels_path = self.files(index)
         pixels, is_turned = self.read_file(index, path, pixels_and_turn)
         read = partial(self._read_labels, size=pixels.shape[1::-1], is_turned=is_turned)
         classes = self.read_file(index, labels_path, read)
@@ -99,14 +103,17 @@ class SegmentationDataset(ListedFiles):
     def _classes_in(self, index: int) -> list[int]:
         """Return the numbers in label image `index`; none where it cannot be read."""
         try:
-            with self.open(self.path(index).split("\t")[1]) as labels:
+            with self.open(self.files(index)[1]) as labels:
                 return np.unique(self._read_labels(labels, size=labels.size)).tolist()
         except (OSError, InputError):
             return []
 
 
-def get_dataset(config, is_train: bool) -> SegmentationDataset:
-    """Return the training or the validation set that `config` names."""
+def get_dataset(
+    config, is_train: bool, *, problems: list[Line] | None = None
+) -> SegmentationDataset:
+    """Return the training or the validation set that `config` names, by its good lines where the
+    bad ones go to `problems`."""
     settings, root = config.SEGMENTATION, config.DATA.DATA_PATH
     transform = whole_image
     if is_train:
@@ -119,6 +126,7 @@ def get_dataset(config, is_train: bool) -> SegmentationDataset:
         zero_is_ignored=settings.ZERO_IS_IGNORED,
         seed=config.SEED,
         allow_outside=config.DATA.ALLOW_OUTSIDE,
+        problems=problems,
     )
 
 

@@ -9,6 +9,7 @@ import paddle
 from paddle.nn import functional as F
 
 from replknet_paddle.data.lists import IGNORED
+from replknet_paddle.runtime.errors import counted
 from replknet_paddle.runtime.processes import sum_over_ranks
 from replknet_paddle.segmentation.data import Box, resized_size
 from replknet_paddle.segmentation.upernet import resize
@@ -206,7 +207,7 @@ class SegmentationMetrics:
         width = max(5, *map(len, names))
         lines = [
             f"mIoU {self.miou_percent:.2f} % ({(~np.isnan(ious)).sum()} of {len(ious)} classes), "
-            f"pixel accuracy {self.pixel_accuracy_percent:.2f} %, {self.images} images",
+            f"pixel accuracy {self.pixel_accuracy_percent:.2f} %, {counted(self.images, 'image')}",
             f"{'class':{width}}  IoU %  accuracy %",
         ]
         for name, iou, accuracy in zip(names, ious, accuracies):

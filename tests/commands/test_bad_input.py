@@ -105,6 +105,8 @@ CASES = [
       for name, says in (("no label", "'val/a.jpg'"), ("word", "'val/a.jpg cat' ends with 'cat'"),
                          ("large", "label 4 is outside [0, 4)"),
                          ("negative", "label -1 is outside [0, 4)"))],
+    ("train -cfg={f}/tiny.yaml -output={f}/run -data_path={f}/utf16",
+     "{f}/utf16/val_list.txt seems to be text in UTF-16; save it as UTF-8"),
     (f"train {NANO} -data_path=data/none", "no data folder data/none (tried "),
     # weights
     *[(RUN + f" -{flag}={{f}}/nothing.pdparams -nproc={processes}", "{f}/nothing.pdparams")
@@ -282,6 +284,8 @@ def folder(tmp_path_factory):
         make_data(folder / name, train=16, val=8)
         with open(folder / name / "val_list.txt", "a") as file:
             file.write(f"{line}\n")
+    make_data(folder / "utf16", train=16, val=8)
+    (folder / "utf16" / "val_list.txt").write_text("val/a.jpg 0\n", "utf-16-le")
     wider = RepLKNet(
         large_kernel_sizes=[7, 7, 5, 5], layers=[1, 1, 1, 1], channels=[5, 6, 8, 10], num_classes=4
     )

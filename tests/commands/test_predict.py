@@ -95,7 +95,7 @@ def test_a_folder_is_classified_and_what_does_not_decode_is_skipped_and_reported
     assert "truncated" in by_path[str(photos / "broken.jpg")]["problem"]
     assert "pred_label" in by_path[str(photos / "c.JPG")]
     error = capsys.readouterr().err
-    assert "classified 3 images, skipped 1, passed over 1 files" in error
+    assert "classified 3 images, skipped 1, passed over 1 file not named as images are (1 " in error
     assert f"  {photos / 'broken.jpg'}: " in error
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from io import BytesIO
 
 import faulty_storage
 import numpy as np
@@ -10,10 +11,24 @@ from data_sets import image_tree, picture, write
 from PIL import Image
 from tiny import command
 
-from replknet_paddle.data.check_data import KINDS, check_data
-from replknet_paddle.data.make_lists import make_lists
+from replknet_paddle.config import get_config
+from replknet_paddle.data import check_data as checking
+from replknet_paddle.data.check_data import KINDS
+from replknet_paddle.data.dataset import get_dataset
+from replknet_paddle.data.make_lists import make_lists, make_shapes
 
 check_data_command = command("check-data")
+
+
+def check_data(folder: str, *, num_classes=None, allow_outside=False, **options) -> dict:
+    config = get_config(
+        DATA__DATA_PATH=folder,
+        DATA__ALLOW_OUTSIDE=allow_outside,
+        DATA__BATCH_SIZE=1,
+        TRAIN__ACCUM_ITER=1,
+        MODEL__NUM_CLASSES=num_classes,
+    )
+    return checking.check_data(config, get_dataset, **options)
 
 
 def damaged(folder):
@@ -64,8 +79,9 @@ def damaged(folder):
         ("val/1.jpg one", "line"),
         ("val/odd/2.jpg 0", None),
     ]
+    (folder / "class_names.txt").write_text("a\nb\n")  # for 5 classes
     # Class 2 has no training image, class 3 no validation image, and `odd` another label there.
-    expected = [("empty class", "train_list.txt", 0)]
+    expected = [("empty class", "train_list.txt", 0), ("names", "class_names.txt", 0)]
     expected += [(kind, "val_list.txt", 0) for kind in ("no validation", "shifted")]
     for name, content in (("train_list.txt", train), ("val_list.txt", val)):
         (folder / name).write_text("".join(f"{line}\n" for line, _ in content))
@@ -78,16 +94,19 @@ def test_every_kind_of_damage_is_found_and_nothing_else(tmp_path):
     report = check_data(str(tmp_path / "data"), num_classes=5, workers=2)
     found = [(problem["kind"], problem["list"], problem["line"]) for problem in report["problems"]]
     assert sorted(found) == expected
-    assert {kind for kind, _, _ in found} == set(KINDS)
+    assert {kind for kind, _, _ in found} == set(KINDS) - {"list"}
     assert report["counts"] == {kind: [k for k, _, _ in found].count(kind) for kind in KINDS}
     assert report["lists"]["val_list.txt"]["images_per_class"] == [4, 1, 0, 0, 1]
     messages = {(problem["kind"], problem["message"]) for problem in report["problems"]}
     copied = "class 3; the same bytes have class 0 in line 1 of train_list.txt"
-    assert {("conflict", copied), ("overlap", "also in line 1 of train_list.txt")} <= messages
-    assert ("no validation", "class 3 has no image, and 2 in training") in messages
+    assert ("conflict", f"train/copy.jpg has {copied}") in messages
+    assert ("overlap", "train/0.jpg is also in line 1 of train_list.txt") in messages
+    assert ("no validation", "class 3 has training images and no validation image") in messages
+    assert ("missing", "cannot read image train/none.jpg: no such file or directory") in messages
     (tmp_path / "data" / "val_list.txt").unlink()
     kinds = check_data(str(tmp_path / "data"), num_classes=5)["counts"]
     assert not any(kinds[kind] for kind in ("overlap", "no validation", "shifted"))
+    assert kinds["list"] == 1  # evaluation needs it
 
 
 def test_command_line_reports_and_says_so_by_its_status(tmp_path, capsys):
@@ -95,15 +114,93 @@ def test_command_line_reports_and_says_so_by_its_status(tmp_path, capsys):
     report = tmp_path / "report.json"
     arguments = [str(tmp_path / "data"), "-num_classes", "5", "-workers", "1"]
     assert check_data_command([*arguments, "-report", str(report)]) == 1
-    assert len(json.loads(report.read_text())["problems"]) == 21
+    assert len(json.loads(report.read_text())["problems"]) == 22
     out = capsys.readouterr().out
-    assert "train_list.txt, line 3: line: " in out and out.endswith("Problems found: 21\n")
+    assert "train_list.txt, line 3: expected a path and a label, got 'train/2.jpg'" in out
+    assert "line 0" not in out and out.endswith("Problems found: 22\n")
 
     image_tree(tmp_path / "good", ["train/a/0.jpg"])
     image_tree(tmp_path / "good", ["other/b/0.jpg", "val/a/1.jpg"])
     make_lists(str(tmp_path / "good"), train="train", val="val")
     assert check_data_command([str(tmp_path / "good"), "-workers", "1"]) == 0
     assert capsys.readouterr().out.endswith("No problems found\n")
+
+
+def test_what_training_or_evaluation_refuses_is_a_problem(tmp_path, capsys):
+    """By their own words, with the sizes and classes of the configuration where one is given."""
+    write(tmp_path / "class_names.txt", b"cat\n\xe9\n")
+    long = BytesIO()
+    Image.new("L", (65_536, 1)).save(long, "PNG")
+    image_tree(tmp_path, ["train/a.jpg", "train/b.jpg", "val/a.jpg"])
+    write(tmp_path / "val" / "long.png", long.getvalue())
+    (tmp_path / "train_list.txt").write_text("train/a.jpg 0\ntrain/b.jpg 1\n")
+
+    def check(*arguments) -> str:
+        assert check_data_command([str(tmp_path), "-workers", "1", *arguments]) == 1
+        return capsys.readouterr().out
+
+    out = check()
+    assert f"{tmp_path}/class_names.txt is not UTF-8 text: " in out
+    assert f"\nno list file {tmp_path}/val_list.txt; " in out and "Problems found: 2\n" in out
+
+    (tmp_path / "class_names.txt").unlink()
+    (tmp_path / "val_list.txt").write_text("val/long.png 0\nval/a.jpg 1\n")
+    out = check()
+    assert "val_list.txt, line 1: cannot read image val/long.png: image of 65536 x 1 " in out
+    assert "Problems found: 1\n" in out
+    # Evaluation of this one makes a square of it, and its batch is of 64 images.
+    config = ["-cfg", "configs/replknet_nano.yaml", "-num_classes", "2"]
+    out = check(*config, "-opts", "DATA.RESIZE_MODE", "warp", "DATA.BATCH_SIZE", "64")
+    assert "train_list.txt lists 2 images, fewer than one global batch (DATA.BATCH_SIZE 64" in out
+    assert "Problems found: 1\n" in out
+    (tmp_path / "train_list.txt").write_text("train/a.jpg 0\ntrain/b.jpg 7\n")
+    out = check("-cfg", "configs/replknet_nano.yaml", "-opts", "MODEL.NUM_CLASSES", "3")
+    assert "train_list.txt, line 2: label 7 is outside [0, 3); MODEL.NUM_CLASSES" in out
+
+
+def test_lists_of_label_images_are_checked_as_segmentation_reads_them(tmp_path, capsys):
+    make_shapes(str(tmp_path), count=20)
+    arguments = [str(tmp_path), "-workers", "2"]
+    config = ["-cfg", "configs/upernet_nano_shapes.yaml"]
+    for more in ([], config):
+        assert check_data_command([*arguments, *more]) == 0
+        out = capsys.readouterr().out
+        assert "train_list.txt: 16 images of 4 classes\n" in out
+        assert out.endswith("No problems found\n")
+    Image.new("L", (65, 64)).save(tmp_path / "labels" / "0001.png")
+    Image.new("L", (64, 64), 9).save(tmp_path / "labels" / "0002.png")
+    write(tmp_path / "labels" / "0003.png", (tmp_path / "labels" / "0003.png").read_bytes()[:90])
+    (tmp_path / "images" / "0004.png").unlink()
+    for name in ("0000", "0005", "0010", "0015"):  # all of validation
+        Image.new("L", (64, 64), 0).save(tmp_path / "labels" / f"{name}.png")
+    with open(tmp_path / "val_list.txt", "a") as file:
+        file.write("images/0006.png\n")
+    for more in ([], config):
+        assert check_data_command([*arguments, *more, "-report", str(tmp_path / "r.json")]) == 1
+        report = json.loads((tmp_path / "r.json").read_text())
+        found = [(p["kind"], p["line"], p["path"]) for p in report["problems"]]
+        assert found == [
+            ("undecodable", 1, "images/0001.png"),
+            ("undecodable", 2, "images/0002.png"),
+            ("truncated", 3, "images/0003.png"),
+            ("missing", 4, "images/0004.png"),
+            ("line", 5, "images/0006.png"),
+            *[("no validation", 0, "")] * 3,
+        ]
+        messages = [p["message"] for p in report["problems"]]
+        assert messages[0].startswith("cannot read labels/0001.png: the label image has 65 x 64")
+        assert "4096 label pixels are of no class, the first is 9" in messages[1]
+    (tmp_path / "class_names.txt").unlink()
+    assert check_data_command(arguments) == 2
+    assert "give -num_classes or -cfg" in capsys.readouterr().err
+
+
+def test_paths_with_backslashes_are_named_so(tmp_path, capsys):
+    image_tree(tmp_path, ["a/1.jpg", "a/2.jpg"])
+    (tmp_path / "train_list.txt").write_text("a\\1.jpg 0\n")
+    (tmp_path / "val_list.txt").write_text("a/2.jpg 0\n")
+    assert check_data_command([str(tmp_path)]) == 1
+    assert "no such file or directory; folders are separated by /" in capsys.readouterr().out
 
 
 def test_folders_of_one_name_and_two_labels_are_one_problem_each(tmp_path):
@@ -118,8 +215,8 @@ def test_folders_of_one_name_and_two_labels_are_one_problem_each(tmp_path):
         (tmp_path / f"{name}_list.txt").write_text("".join(lines))
     problems = [p for p in check_data(str(tmp_path))["problems"] if p["kind"] == "shifted"]
     assert [(p["path"], p["message"]) for p in problems] == [
-        (house, "label 0, and 1 in train_list.txt"),
-        ("x", "label 1, and 2 in train_list.txt"),
+        (house, f"the folder {house} has label 0, and 1 in train_list.txt"),
+        ("x", "the folder x has label 1, and 2 in train_list.txt"),
     ]
 
 
@@ -146,6 +243,8 @@ def test_paths_outside_can_be_allowed(tmp_path):
     write(tmp_path / "data" / "a.jpg", picture(1))
     absolute = os.path.abspath(tmp_path / "outside.jpg")
     (tmp_path / "data" / "train_list.txt").write_text(f"a.jpg 0\n../outside.jpg 0\n{absolute} 0\n")
+    write(tmp_path / "data" / "b.jpg", picture(2))
+    (tmp_path / "data" / "val_list.txt").write_text("b.jpg 0\n")
     for allow, wrong in ((False, 2), (True, 0)):
         report = check_data(str(tmp_path / "data"), allow_outside=allow)
         assert len(report["problems"]) == wrong

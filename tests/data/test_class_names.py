@@ -4,7 +4,7 @@ import pytest
 from data_sets import configured
 
 from replknet_paddle.config import get_config
-from replknet_paddle.data.class_names import get_class_names
+from replknet_paddle.data.class_names import class_names_text, get_class_names, read_class_names
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.zoo import find_record, list_models
 
@@ -25,6 +25,23 @@ def test_class_names_come_from_the_config_or_beside_the_lists_or_the_project(
         get_class_names(named)
     with pytest.raises(FileNotFoundError, match="nothing"):
         get_class_names(configured(tiny_config_file, tmp_path, "DATA.CLASS_NAMES", "nothing"))
+
+
+def test_class_names_end_at_line_feeds_only_and_are_read_back(tmp_path):
+    names = ["a\u2028b", "c\x0cd", "e\x85f", "ḡ h", "猫"]
+    (tmp_path / "names.txt").write_bytes(class_names_text(names).encode())
+    assert read_class_names(str(tmp_path / "names.txt"), 5) == names
+    for wrong in ("", "a\nb", " a", "a\u2003", "caf\udce9"):
+        with pytest.raises(InputError) as caught:
+            class_names_text(["fine", wrong])
+        assert f"the class name {ascii(wrong)} cannot stand in class_names.txt" in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_class_names_in_utf16_are_named_so(tmp_path, encoding):
+    (tmp_path / "names.txt").write_bytes("cat\ndog\n".encode(encoding))
+    with pytest.raises(InputError, match="names.txt seems to be text in UTF-16.*UTF-8$"):
+        read_class_names(str(tmp_path / "names.txt"))
 
 
 def test_imagenet_names_are_in_the_order_of_the_synsets(tmp_path, tiny_config_file):

@@ -1,5 +1,6 @@
 """List files as people really have them: labelled images, and pairs of images."""
 
+import io
 import os
 from functools import partial
 
@@ -10,19 +11,26 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from properties import same_examples
 
+from replknet_paddle.data import lists
 from replknet_paddle.data.dataset import ListDataset, get_dataset
-from replknet_paddle.data.lists import parse_labelled, parse_list, parse_pair, read_list
+from replknet_paddle.data.lists import (
+    parse_labelled,
+    parse_list,
+    parse_pair,
+    read_list,
+    scan_labelled,
+)
 from replknet_paddle.runtime.errors import InputError
 
 
-def read(tmp_path, content: bytes, parse):
+def read(tmp_path, content: bytes, parse, *scan, **options):
     """[(path, label, line number)] of a list file's content."""
     file = tmp_path / "list.txt"
     file.write_bytes(content)
-    paths, ends, lines, labels = read_list(str(file), parse)
+    paths, ends, lines, labels = read_list(str(file), parse, *scan, **options)
     starts = [0, *ends[:-1]]
     return [
-        (paths[start:end], int(label), int(line))
+        (bytes(paths[start:end]), int(label), int(line))
         for start, end, label, line in zip(starts, ends, labels, lines)
     ]
 
@@ -94,6 +102,10 @@ def test_any_line_is_an_image_inside_or_a_problem_with_its_number(tmp_path, line
     file = tmp_path / "list.txt"
     file.write_bytes(b"\n".join(lines))
     for parse in (labelled(10), PAIRS):
+        if looks_like_utf16(file.read_bytes()):
+            with pytest.raises(InputError, match="UTF-16"):
+                read_list(str(file), parse)
+            continue
         good = [line for line in parse_list(str(file), parse) if not line.problem]
         bad = [line for line in parse_list(str(file), parse) if line.problem]
         for line in good:
@@ -110,6 +122,76 @@ def test_any_line_is_an_image_inside_or_a_problem_with_its_number(tmp_path, line
         for line, message in zip(bad, messages):
             assert message.startswith(f"{file}, line {line.number}: ") and len(message) < 1000
             assert message.isprintable()
+
+
+def looks_like_utf16(content: bytes) -> bool:
+    head = content[: io.DEFAULT_BUFFER_SIZE]
+    return head.startswith((b"\xff\xfe", b"\xfe\xff")) or head.count(b"\0") > len(head) / 16
+
+
+# What decides on the way that a line is read, and on its label.
+TRICKY_LINES = st.builds(
+    lambda *parts: b"".join(parts),
+    st.sampled_from([b"", b"", b" ", b"\t", b"\xef\xbb\xbf"]),
+    st.sampled_from([b"", b"a", b"x/y.jpg", b"x y", b"x\ry", b"x\\y", b"..", b"../x", b"x/..z"])
+    | st.sampled_from([b"/", b"/x", b"-", b"\0" + b"z" * 40]),
+    st.sampled_from([b" ", b" ", b"\t", b"  ", b"\v", b"", b"\xe2\x80\xa8"]),
+    st.sampled_from(
+        [b"0", b"007", b"9", b"10", b"", b"-1", b"x", b"9" * 9, b"9" * 10, b"\xd9\xa3"]
+    ),
+    st.sampled_from([b"\n", b"\n", b"\r\n", b"\r\r\n", b" \n", b"\n\n", b""]),
+)
+
+
+@same_examples
+@given(
+    st.lists(TRICKY_LINES, min_size=1, max_size=6).map(b"".join),
+    st.integers(1, 60),
+    st.sampled_from([None, 10]),
+    st.booleans(),
+)
+@example(b"x/y.jpg 10\n", 60, 10, False)
+@example(b"a 1\nx\0" + b"z" * 40 + b" 1\n", 60, 10, True)
+@example(b"a 1\n/x 1\n", 60, None, False)
+@example(b"a 1\nx \n", 60, None, False)
+def test_lists_are_read_in_blocks_as_they_are_line_by_line(
+    tmp_path, content, block_bytes, num_classes, allow_outside
+):
+    """With the same paths, labels, line numbers and problems, wherever a block ends."""
+    options = {"num_classes": num_classes, "allow_outside": allow_outside}
+    lines = [
+        parse_labelled(line, **options)._replace(number=number)
+        for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1)
+        if line.strip()
+    ]
+    good = [(line.path, line.label, line.number) for line in lines if not line.problem]
+    problems: list = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lists, "BLOCK_BYTES", block_bytes)
+        arguments = partial(parse_labelled, **options), partial(scan_labelled, **options)
+        if looks_like_utf16(content) or not lines:
+            with pytest.raises(InputError, match="UTF-16|lists no image"):
+                read(tmp_path, content, *arguments)
+            return
+        assert read(tmp_path, content, *arguments, problems=problems) == good
+    assert problems == [line for line in lines if line.problem]
+
+
+def test_the_usual_lines_are_scanned_and_not_parsed_one_by_one():
+    lines = [b"train/n01440764/n01440764_10026.JPEG 0", b"val/a b.jpg 12", "猫/1.jpg\t3".encode()]
+    for end in (b"\n", b"\r\n"):
+        block = b"".join(line + end for line in lines)
+        paths, ends, labels = scan_labelled(block, 21_841, allow_outside=False)
+        assert np.split(np.frombuffer(paths, "S1"), ends)[1].tobytes() == b"val/a b.jpg"
+        assert labels.tolist() == [0, 12, 3]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_a_list_in_utf16_is_named_so(tmp_path, encoding):
+    for text in ("train/a.jpg 0\ntrain/b.jpg 1\n", "训练/猫/图.jpg 0\r\n"):
+        for parse in (labelled(), PAIRS):
+            with pytest.raises(InputError, match="list.txt seems to be text in UTF-16.*UTF-8$"):
+                read(tmp_path, text.encode(encoding), parse)
 
 
 NO_NUMBERS = (b"three", b"photo.jpg", b"1.0", b"1e2", b"0x1", b"1_0")

@@ -1,15 +1,19 @@
 """Writing list files: from a folder for each part, or from one tree that is split (-val SHARE)."""
 
+import errno
 import hashlib
 import logging
+import os
 from collections import Counter
 
+import faulty_storage
 import numpy as np
 import pytest
 from data_sets import image_tree
 from tiny import command
 
 from replknet_paddle.data.make_lists import choose_validation, make_lists, read_synsets, split_lists
+from replknet_paddle.deploy.images import ImageFiles
 from replknet_paddle.runtime.errors import InputError
 
 main = command("make-lists")
@@ -94,10 +98,76 @@ def test_what_cannot_become_a_list_is_refused(tmp_path):
     assert not list(tmp_path.glob("*.txt*"))
 
 
+@pytest.mark.parametrize(
+    "name", [b"\xc4\xe3", b"caf\xe9", "a\u2028b".encode(), "a\x85b".encode(), b"a\x0bb", b"cat "]
+)
+def test_class_names_that_cannot_be_read_back_are_refused_by_name(tmp_path, capsys, name):
+    """Folders in GBK or Latin-1, with separators of lines that are no line feeds, with blanks."""
+    name = os.fsdecode(name)
+    for split in ("train", "val"):
+        make_tree(tmp_path / split, {name: 1, "other": 1})
+    assert main([str(tmp_path)]) == 2
+    assert ascii(name) in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.txt*"))
+
+
+JUNK = [
+    *("__MACOSX/cat/._1.jpg", "cat/.ipynb_checkpoints/1.jpg", "@eaDir/1.jpg", "cat/@eaDir/1.jpg"),
+    *("cat/._1.jpg", "cat/Thumbs.db", "cat/desktop.ini", ".DS_Store", "cat/.DS_Store"),
+]
+
+
+def test_what_systems_leave_in_folders_and_empty_folders_are_no_images_and_no_classes(
+    tmp_path, caplog
+):
+    """As `predict` has it, which searches folders by the same function."""
+    image_tree(tmp_path, ["cat/1.jpg", "cat/deep/2.jfif", "dog/3.JPE", "dog/4.pgm"])
+    for name in [*JUNK, "dog/5.heic", "dog/6.heic", "dog/a note.txt", "texts/README"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "nothing").mkdir()
+    image_tree(tmp_path, ["beside.jpg"])
+    files = ImageFiles([str(tmp_path)])
+    images = [os.path.relpath(path, tmp_path) for path, _ in files]
+    images.remove("beside.jpg")
+    with caplog.at_level(logging.WARNING):
+        split_lists(str(tmp_path), folder=".", share=0.5)
+    assert sorted(path for split in ("train", "val") for path, _ in read(tmp_path, split)) == images
+    assert images == ["cat/1.jpg", "cat/deep/2.jfif", "dog/3.JPE", "dog/4.pgm"]
+    assert (tmp_path / "class_names.txt").read_text() == "cat\ndog\n"
+    beside, left_out, passed_over = caplog.messages
+    assert beside == f"1 image in {tmp_path} beside the folders of the classes: in no list"
+    assert left_out == "2 folders without an image, left out: nothing, texts"
+    said = "passed over 4 files not named as images are (2 .heic, 1 .txt, 1 without a suffix)"
+    assert passed_over == said
+    assert files.passed_over == {".heic": 2, ".txt": 1, "without a suffix": 1}
+
+
+def test_empty_folders_of_synsets_keep_their_number(tmp_path, caplog):
+    """That of the published weights."""
+    image_tree(tmp_path, ["train/n00000001/1.jpg", "train/n00000003/2.jpg", "val/n00000003/3.jpg"])
+    (tmp_path / "train" / "n00000002").mkdir()
+    with caplog.at_level(logging.WARNING):
+        make_lists(str(tmp_path), train="train", val="val")
+    assert read(tmp_path, "val") == [("val/n00000003/3.jpg", 2)]
+    assert caplog.messages == [
+        "1 folder without an image, kept as classes: n00000002",
+        "1 class without a validation image: n00000001",
+    ]
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+    image_tree(tmp_path, ["train/a/1.jpg", "train/a/closed/2.jpg", "val/a/3.jpg"])
+    faults = faulty_storage.on("closed", faulty_storage.fail(errno.EACCES))
+    monkeypatch.setattr(os, "scandir", faulty_storage.faulty(os.scandir, faults))
+    with pytest.raises(InputError, match="closed: cannot list the folder: Permission denied"):
+        make_lists(str(tmp_path), train="train", val="val")
+
+
 def test_command_line_replaces_lists_only_when_reported(tmp_path, capsys):
     image_tree(tmp_path, ["train/a/1.jpg", "val/a/1.jpg"])
     assert main([str(tmp_path)]) == 0
-    assert "train_list.txt: 1 lines" in capsys.readouterr().out
+    assert "train_list.txt: 1 line\n" in capsys.readouterr().out
     assert main([str(tmp_path)]) == 2
     assert "-overwrite" in capsys.readouterr().err
     assert main([str(tmp_path), "-overwrite"]) == 0
@@ -109,7 +179,7 @@ def make_tree(folder, counts: dict[str, int], *, order=1):
     names = [f"{name}/{i}.jpg" for name, count in counts.items() for i in range(count)]
     for name in names[::order]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(name.encode())
+        (folder / name).write_bytes(os.fsencode(name))
 
 
 def test_each_class_gives_its_share_and_every_image_is_on_one_side(tmp_path, capsys):
@@ -184,7 +254,8 @@ def test_a_class_that_cannot_spare_an_image_is_named(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         split_lists(str(tmp_path), folder=".", share=0.1)
     [record] = caplog.records
-    assert "class one has no validation image" in record.getMessage()
+    said = "1 class without a validation image (too few of its images differ): one"
+    assert record.getMessage() == said
 
 
 def test_the_classes_may_be_in_a_folder_below(tmp_path, capsys):

@@ -13,7 +13,7 @@ from data_sets import batches, configured
 from tiny import make_data
 
 from replknet_paddle.data import lists
-from replknet_paddle.data.check_data import check_image
+from replknet_paddle.data.check_data import check_sample
 from replknet_paddle.data.dataset import ListDataset, get_dataloader, get_dataset
 from replknet_paddle.data.lists import PAUSES_SECONDS, retry_io
 from replknet_paddle.runtime.errors import InputError, SampleError, SystemFault
@@ -65,9 +65,12 @@ def test_anything_else_is_raised_at_once(slept, error):
 def one_image(tmp_path):
     make_data(tmp_path, train=1, val=1, classes=1)
     path = tmp_path / "train" / "class 0" / "0000.jpg"
-    return ListDataset(
-        str(tmp_path / "train_list.txt"), str(tmp_path), lambda image, _: image.size, num_classes=1
-    ), path
+
+    def size(image, _):
+        return image.size
+
+    size.raw = size
+    return ListDataset(str(tmp_path / "train_list.txt"), str(tmp_path), size, num_classes=1), path
 
 
 @pytest.mark.parametrize("call", ["open", "lstat", "stat"])
@@ -89,7 +92,7 @@ def test_each_call_on_the_way_to_the_pixels_may_fail(one_image, monkeypatch, sle
     with pytest.raises(SystemFault, match=r"0000\.jpg .*line 1.*input/output error"):
         data[0, 0]
     with pytest.raises(SystemFault):
-        check_image(data.root, data.path(0))
+        check_sample(data, 0)
     path.unlink()
     left = 0
     with pytest.raises(SampleError, match="no such file"):

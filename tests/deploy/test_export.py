@@ -103,7 +103,7 @@ def test_names_must_be_as_many_as_classes(config, names):
 
 @pytest.mark.parametrize("name", ["two\nlines", "", " blank", "half a letter \udc80"])
 def test_a_name_that_is_no_line_of_text_is_refused(tmp_path, config, name):
-    with pytest.raises(InputError, match="a line of text each"):
+    with pytest.raises(InputError, match="class_names.txt; allowed: one line of UTF-8"):
         write_record(ModelInfo(config, class_names=(name, *"bcde")), tmp_path)
 
 

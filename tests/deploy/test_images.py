@@ -14,12 +14,12 @@ from harness import make_run
 from PIL import Image
 from tiny import FIXTURES, command
 
+from replknet_paddle.data.make_lists import image_suffixes
 from replknet_paddle.deploy.images import (
     ImageFiles,
     count_frames,
     decode,
     frames,
-    image_suffixes,
 )
 from replknet_paddle.runtime.errors import InputError
 
@@ -52,7 +52,7 @@ def test_a_folder_is_searched_to_its_depths_for_names_of_images(tree):
     files = ImageFiles([str(tree)])
     names = sorted(os.path.relpath(path, tree) for path, _ in files)
     assert names == ["a.png", "b.JPG", "sub/a.png", "sub/deep/er/c.JpEg", "with space/d é.png"]
-    assert files.other_files == 4
+    assert files.passed_over == {".txt": 1, ".csv": 1, "without a suffix": 2}
     assert files.count() == 5
 
 
@@ -93,7 +93,7 @@ def test_a_folder_without_images_says_what_it_holds(tree):
     for name in ("texts/a.txt", "texts/below/b.md"):
         (tree / name).parent.mkdir(exist_ok=True, parents=True)
         (tree / name).touch()
-    says = f"no image in the folder {tree / 'texts'}; it holds 2 other files"
+    says = f"no image in the folder {tree / 'texts'}; passed over 2 files"
     with pytest.raises(InputError, match=says):
         ImageFiles([str(tree), str(tree / "texts")]).count()
 
@@ -397,7 +397,7 @@ def test_a_film_among_pictures_is_classified_frame_by_frame(film, tmp_path, caps
 def test_a_folder_does_not_stand_for_its_films(film, tmp_path):
     os.symlink(film, tmp_path / "film.mp4")
     files = ImageFiles([str(tmp_path)], frame_seconds=1)
-    assert list(files) == [] and files.other_files == 1
+    assert list(files) == [] and files.passed_over.total() == 1
 
 
 def test_where_films_are_not_asked_for_a_film_is_a_file_like_any_other(film):

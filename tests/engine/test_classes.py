@@ -165,7 +165,7 @@ def test_lists_that_do_not_fit_the_head_or_each_other_are_reported_before_traini
     absent = "has no label of 2 of the 6 classes (MODEL.NUM_CLASSES): 4, 5\n"
     for name in ("train_list.txt", "val_list.txt"):
         assert f"{data / name} {absent}" in before
-    assert "4 folders have another label in" in before
+    assert "4 folders with another label in" in before
     assert "class 0: 0 and 1; class 1: 1 and 2" in before
 
 
