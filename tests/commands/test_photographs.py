@@ -5,13 +5,14 @@ import logging
 
 import numpy as np
 from harness import finish, metrics
-from PIL import Image
+from PIL import Image, features
 from tiny import command
 
 # Of the formats that are read, by the names that Pillow knows for them.
 SUFFIXES = [
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".pnm"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
+    *([".avif", ".avifs"] if features.check("avif") else []),
 ]
 CLASSES = ["Pâté à l'été", "собака", "قطة", "猫 と 犬"]
 JUNK = ["__MACOSX/._a.jpg", ".ipynb_checkpoints/a.jpg", "@eaDir/a.jpg", "._b.jpg", "Thumbs.db"]

@@ -13,8 +13,14 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from replknet_paddle.runtime.errors import InputError
 
-# What data sets hold. Pillow reads many more, some of them by starting other programs (EPS).
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+# What data sets hold, where this Pillow reads it. It reads many more, some of them by starting other
+# programs (EPS).
+Image.init()
+FORMATS = tuple(
+    name
+    for name in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+    if name in Image.OPEN
+)
 
 # Pillow's own threshold for a warning: 270 MB as RGB. ImageNet's largest have 60 million.
 MAX_PIXELS = 89_478_485
