@@ -15,7 +15,12 @@ from small_networks import CONFIG, FORMS, assert_same, images, logits, small_con
 from replknet_paddle.checkpoints.files import write_safetensors
 from replknet_paddle.config import override
 from replknet_paddle.deploy import backends as module
-from replknet_paddle.deploy import inference_model, installed_backends, open_backend
+from replknet_paddle.deploy import (
+    get_model,
+    inference_model,
+    installed_backends,
+    open_backend,
+)
 from replknet_paddle.deploy.backends import (
     BACKENDS,
     Backend,
@@ -207,13 +212,17 @@ def test_the_record_must_list_what_is_opened(export, missing):
         open_backend(folder)
 
 
-@pytest.mark.parametrize("classes", [1, 4, 6])
-def test_the_model_has_the_last_word_on_its_classes(config, export, classes):
-    """Not a number in a file beside it."""
-    folder = export("paddle")
-    write_record(ModelInfo(override(config, MODEL__NUM_CLASSES=classes)), folder)
-    with pytest.raises(InputError, match=rf"outputs of shape \(2, 5\) .* {classes} classes"):
-        open_backend(folder, "paddle").run(images(2))
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("classes", [1, 4, 6, 2**31 - 1])
+def test_the_model_has_the_last_word_on_its_classes(config, export, name, classes):
+    """Not a number in a file beside it, and before anything makes as many names."""
+    folder = export(name)
+    config = override(config, MODEL__NUM_CLASSES=classes)
+    write_record(ModelInfo(config, BACKENDS[name].format), folder)
+    with pytest.raises(InputError, match=rf"shape \(1, 5\), .* MODEL.NUM_CLASSES {classes}; exp"):
+        open_backend(folder, name)
+    with pytest.raises(InputError, match="NUM_CLASSES|warnings above"):
+        get_model(folder)
 
 
 def test_an_export_of_other_preprocessing_is_not_evaluated(config, export):
@@ -326,8 +335,12 @@ def test_bfloat16_is_refused_where_the_processor_would_emulate_it(
 
 def test_processes_of_this_machine_alone_share_its_cores(monkeypatch, export):
     given = []
-    kind = BACKENDS["paddle"]._replace(opener=lambda path, threads, _: given.append(threads))
-    monkeypatch.setitem(BACKENDS, "paddle", kind)
+
+    def opened(path, threads, precision):
+        given.append(threads)
+        return lambda batch: np.zeros((len(batch), 5), "float32")
+
+    monkeypatch.setitem(BACKENDS, "paddle", BACKENDS["paddle"]._replace(opener=opened))
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(12))
     monkeypatch.setenv("LARGE_KERNEL_THREADS", "5")
     monkeypatch.setenv("PADDLE_TRAINERS_NUM", "6")
