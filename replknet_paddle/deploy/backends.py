@@ -366,10 +366,10 @@ def open_backend(
                 return opened
             except InputError:
                 raise
-            except Exception as error:  # whatever a program says of a file that it cannot read
+            except Exception as error:  # whatever a program says of a file that it cannot run
                 reason = " ".join(str(error).split())[:300]
                 raise InputError(
-                    f"{kind.title} cannot read {path}: {reason}; export it again"
+                    f"{kind.title} cannot run {path}: {reason}; export it again"
                 ) from None
 
         if name != "auto":
