@@ -193,6 +193,8 @@ def open_openvino(path: Path, threads: int, precision: str) -> Callable:
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+        # Of what it compiles for each input size. By default 5000, and memory grows for hours.
+        "CPU_RUNTIME_CACHE_CAPACITY": 100,
     }
     compiled = core.compile_model(core.read_model(str(path)), "CPU", settings)
     return lambda images: compiled(images)[0]

@@ -21,9 +21,9 @@ JSON_OPERATORS = {
     "p", "0.combine", "1.abs", "1.add", "1.arange", "1.assign_value_", "1.batch_norm_", "1.cast",
     "1.clip", "1.concat", "1.conv2d", "1.data", "1.depthwise_conv2d", "1.divide", "1.fetch",
     "1.flatten", "1.floor_divide", "1.full", "1.full_int_array", "1.gelu", "1.greater_equal",
-    "1.index_select", "1.less_than", "1.logical_and", "1.matmul", "1.mean", "1.minimum", "1.multiply",
-    "1.pad3d", "1.pool2d", "1.relu", "1.reshape", "1.scale", "1.shape64", "1.slice", "1.squeeze",
-    "1.stack", "1.subtract", "1.transpose", "1.unsqueeze",
+    "1.index_select", "1.less_than", "1.logical_and", "1.matmul", "1.mean", "1.minimum",
+    "1.multiply", "1.pad3d", "1.pool2d", "1.relu", "1.reshape", "1.scale", "1.shape64", "1.slice",
+    "1.squeeze", "1.stack", "1.subtract", "1.transpose", "1.unsqueeze",
 }  # fmt: skip
 PDMODEL_OPERATORS = {
     "abs", "assign_value", "batch_norm", "cast", "clip", "concat", "conv2d", "depthwise_conv2d",

@@ -3,7 +3,10 @@ takes the fastest one here, and measures it once."""
 
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import numpy as np
 import paddle
 import pytest
 from small_networks import CONFIG, FORMS, assert_same, images, logits, small_config, small_network
+from tiny import ROOT
 
 from replknet_paddle.checkpoints.files import write_safetensors
 from replknet_paddle.config import override
@@ -134,6 +138,31 @@ def test_a_network_keeps_its_mode_whatever_runs_it(config):
     inference_model(model, np.zeros((40, 40, 3), "uint8"))
     assert [layer.training for layer in model.sublayers(include_self=True)] == modes
     assert_same(backend.run(images(2)), expected)
+
+
+# Prints how many MiB a backend of an export takes for the second hundred of image sizes.
+GROWTH = """
+import sys
+import numpy as np
+from replknet_paddle.deploy import open_backend
+backend = open_backend(sys.argv[1], "openvino", threads=1)
+kibibytes = []
+for i in range(1, 201):
+    backend.run(np.zeros((1, 3, 64 + i, 264 - i), "float32"))
+    if i % 100 == 0:
+        status = open("/proc/self/status").read().split()
+        kibibytes.append(int(status[status.index("VmRSS:") + 1]))
+print((kibibytes[1] - kibibytes[0]) // 1024)
+"""
+
+
+def test_memory_does_not_grow_with_each_input_size(export):
+    """That of OpenVINO grew by 123 MiB here, and grows by 4 with a bounded cache."""
+    folder = export("openvino")
+    command = [sys.executable, "-c", GROWTH, str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    said = subprocess.run(command, env=environment, text=True, capture_output=True, check=True)
+    assert int(said.stdout) < 40
 
 
 # ---- what cannot be

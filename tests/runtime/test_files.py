@@ -9,7 +9,6 @@ from tiny import ROOT, make_data
 
 from replknet_paddle.config import get_config
 from replknet_paddle.runtime import files
-from replknet_paddle.runtime import files
 from replknet_paddle.runtime.files import (
     atomic_file,
     atomic_folder,
