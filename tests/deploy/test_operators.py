@@ -117,6 +117,17 @@ def test_a_program_that_writes_is_not_opened(folder, tmp_path, write, depth):
     assert victim.read_text() == "precious"
 
 
+def test_evaluation_does_not_open_it_either(folder, tmp_path, tiny_data, capfd):
+    victim = tmp_path / "victim"
+    write_json(folder, victim, 0)
+    sign(folder)
+    flags = [f"-pretrained={folder}", f"-data_path={tiny_data}", f"-output={tmp_path / 'run'}"]
+    assert command("eval")(flags) == 2
+    said = capfd.readouterr().err
+    assert said.count("holds what no export has: 1.save_combine") == 1 and "Traceback" not in said
+    assert not victim.exists()
+
+
 @pytest.mark.parametrize(
     "text",
     [
