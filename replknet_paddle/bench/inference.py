@@ -34,7 +34,7 @@ from replknet_paddle.deploy.export import (
     write_paddle_model,
     write_record,
 )
-from replknet_paddle.deploy.fold import largest_deviation, random_images
+from replknet_paddle.deploy.fold import check_finite, largest_deviation, random_images
 from replknet_paddle.model import RepLKNet, build_replknet
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import atomic_file, check_file_target
@@ -113,6 +113,7 @@ def report_inference(config, pretrained: str | None, plan: Plan, *, json_file: s
     size = config.DATA.IMAGE_SIZE
     if pretrained:
         model = open_network(config, pretrained=pretrained)
+        check_finite(model)
     else:
         paddle.seed(config.SEED)
         model = build_replknet(config)

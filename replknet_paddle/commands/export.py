@@ -110,6 +110,8 @@ def run_export(args) -> int:
 def compare_with_checkpoint(model, info, target, validation, count: int) -> None:
     """Print how far an export's outputs are from those of the network in Paddle's eager mode, and
     both accuracies on `count` images of the dataset `validation`, if there is one."""
+    import numpy as np
+
     from replknet_paddle.deploy.backends import candidates, open_backend, open_eager
     from replknet_paddle.deploy.fold import largest_deviation, random_images
     from replknet_paddle.deploy.quantize import compare, spread_batches
@@ -118,6 +120,8 @@ def compare_with_checkpoint(model, info, target, validation, count: int) -> None
     try:
         backend = open_backend(target, candidates([info.format], info.precision)[0])
         outputs = backend.run(images)
+        if not np.isfinite(outputs).all():
+            raise InputError(f"outputs on {backend.name} are not finite numbers")
     except Exception as error:  # whatever a library says of a network that it cannot run
         reason = " ".join(str(error).split())[:300]
         print(f"not compared with the checkpoint, since it does not run here: {reason}")

@@ -38,6 +38,7 @@ from replknet_paddle.deploy.export import (
     write_model,
 )
 from replknet_paddle.deploy.fold import random_images
+from replknet_paddle.deploy.operators import check_operators
 from replknet_paddle.ops import build_convolutions, cache_weights
 from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.errors import InputError
@@ -82,8 +83,8 @@ class Backend:
         count = self.info.config.MODEL.NUM_CLASSES
         if logits.shape[:2] != (len(images), count):
             raise InputError(
-                f"the model gives outputs of shape {logits.shape} for {len(images)} images and "
-                f"{count} classes (MODEL.NUM_CLASSES); {AGAIN}"
+                f"the model gives outputs of shape {logits.shape}, which does not fit "
+                f"MODEL.NUM_CLASSES {count}; {AGAIN}"
             )
         return logits
 
@@ -192,6 +193,8 @@ def open_openvino(path: Path, threads: int, precision: str) -> Callable:
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+        # Of what it compiles for each input size. By default 5000, and memory grows for hours.
+        "CPU_RUNTIME_CACHE_CAPACITY": 100,
     }
     compiled = core.compile_model(core.read_model(str(path)), "CPU", settings)
     return lambda images: compiled(images)[0]
@@ -218,6 +221,7 @@ BACKENDS = {
     "openvino": Kind("OpenVINO", open_openvino, "onnx", ("onnx", "openvino"), PRECISIONS),
 }
 NAMES_OF_0_2 = {"dygraph": "eager"}  # still accepted
+SMALLEST_SIDE = 32  # pixels, of images whose last map has one position
 
 
 def installed_backends() -> list[str]:
@@ -323,12 +327,14 @@ def open_backend(
     is_network = isinstance(source, nn.Layer)
     if not is_network:
         check_is_there(source, with_config=config is not None)
+    is_exported = not is_network and is_export(source)
     with contextlib.ExitStack() as stack:
-        if not is_network and is_export(source):
+        if is_exported:
             info = read_export(source)
             precision = exported_precision(source, info, name, precision)
             info.verify(source)
             path = info.model_path(Path(source))
+            check_operators(path)
             path_for, formats, size = (lambda kind: path), [info.format], path.stat().st_size
         else:
             model = source
@@ -355,13 +361,17 @@ def open_backend(
             kind = BACKENDS[backend]
             path = path_for(kind)
             try:
-                return Backend(backend, info, kind.opener(path, threads, precision))
+                opened = Backend(backend, info, kind.opener(path, threads, precision))
+                if is_exported:  # its outputs, not its files, say how many classes there are
+                    side = info.config.DATA.IMAGE_SIZE if info.fixed_size else SMALLEST_SIDE
+                    opened.run(np.zeros((1, 3, side, side), np.float32))
+                return opened
             except InputError:
                 raise
-            except Exception as error:  # whatever a program says of a file that it cannot read
+            except Exception as error:  # whatever a program says of a file that it cannot run
                 reason = " ".join(str(error).split())[:300]
                 raise InputError(
-                    f"{kind.title} cannot read {path}: {reason}; export it again"
+                    f"{kind.title} cannot run {path}: {reason}; export it again"
                 ) from None
 
         if name != "auto":

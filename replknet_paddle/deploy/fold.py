@@ -26,6 +26,7 @@ from replknet_paddle.model import (
     scale_and_shift,
     set_weight_and_bias,
 )
+from replknet_paddle.runtime.errors import InputError
 
 
 def merged(model: RepLKNet) -> RepLKNet:
@@ -33,7 +34,17 @@ def merged(model: RepLKNet) -> RepLKNet:
     result = copy.deepcopy(model)
     result.structural_reparam()
     result.eval()
+    check_finite(result)
     return result
+
+
+def check_finite(model: nn.Layer) -> None:
+    """Raise InputError for weights or statistics that are not finite."""
+    for name, value in model.state_dict().items():
+        if not bool(paddle.isfinite(value).all()):
+            raise InputError(
+                f"the network's weights are broken: {name} has values that are not finite numbers"
+            )
 
 
 def folded(model: RepLKNet) -> RepLKNet:
@@ -44,6 +55,9 @@ def folded(model: RepLKNet) -> RepLKNet:
 
     Args:
         model: any RepLKNet, of any form, or a network around one; stays as it is.
+
+    Raises:
+        InputError: weights are not finite, before or after.
     """
     result = merged(model)
     with paddle.no_grad():
@@ -59,6 +73,7 @@ def folded(model: RepLKNet) -> RepLKNet:
                 layer.pre_ffn_bn = fold_norm_before(layer.pre_ffn_bn, layer.pw_conv_1.conv)
         if isinstance(result, RepLKNet) and result.out_indices is None:
             fold_final_norm(result)
+    check_finite(result)  # negative variances are finite themselves
     return result
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from paddle import nn
 
 from replknet_paddle.model import ConvFFN, ConvNorm, RepLKNet
+from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.packages import import_extra
 
 OPSET = 20  # the first with Gelu
@@ -45,7 +46,10 @@ class GraphBuilder:
             self.initializers.append(onnx.numpy_helper.from_array(value, name))
             return name
         dtype = onnx.TensorProto.DataType.Value(self.half_weights)
-        half = value.astype(onnx.helper.tensor_dtype_to_np_dtype(dtype))
+        with np.errstate(over="ignore"):
+            half = value.astype(onnx.helper.tensor_dtype_to_np_dtype(dtype))
+        if not np.isfinite(half.astype(np.float32)).all():
+            raise InputError(f"{name} is too large for {self.half_weights}; allowed: fp32, bf16")
         self.initializers.append(
             onnx.helper.make_tensor(f"{name}:half", dtype, value.shape, half.tobytes(), raw=True)
         )

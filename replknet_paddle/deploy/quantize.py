@@ -129,6 +129,8 @@ class Agreement:
     same: int
 
     def __str__(self) -> str:
+        if not self.images:
+            return "not compared, since no image is readable"
         before, after = (100 * hits / self.images for hits in (self.before, self.after))
         return (
             f"top-1 {before:.2f} % ({self.before}/{self.images}) before, "

@@ -1,11 +1,13 @@
 """Files: where they are looked up, written whole or not at all, locked, checked, and digests."""
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import glob
 import hashlib
 import os
+import secrets
 import shlex
 import shutil
 import sys
@@ -111,26 +113,45 @@ def atomic_file(path: Path_, mode: str = "w", *, keep_partial=None, **options) -
 def atomic_folder(path: Path_) -> Iterator[Path]:
     """Make a folder that becomes `path`, no link, when the block ends without an exception.
 
-    Until then `path` stays as it was, or does not exist; a folder that is there is replaced.
+    Until then `path` stays as it was, or does not exist. A folder that is there is replaced at one
+    moment, where the file system can do that.
     """
     path = Path(path)
-    partial, old = _partial(path), path.with_name(f"{path.name}.{os.getpid()}.old")
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}")
     try:
         with path_in_error(path):
             partial.mkdir(parents=True)
             yield partial
-            is_there = path.exists()
-            if is_there:
-                os.rename(path, old)
-            try:
+            if path.exists():
+                _replace_folder(path, partial)
+            else:
                 os.rename(partial, path)
-            except BaseException:
-                if is_there:
-                    os.rename(old, path)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace_folder(path: Path, new: Path) -> None:
+    """Let the folder `new` take the name `path`; the one that has it ends as `new`, to be removed,
+    or goes at once."""
+    try:
+        _exchange(path, new)
+    except (OSError, AttributeError):  # of NFS, and of a C library without this call
+        old = new.with_suffix(".old")
+        os.rename(path, old)
+        try:
+            os.rename(new, path)
+        except BaseException:
+            os.rename(old, path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Let two files or folders have each other's names."""
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    names = os.fsencode(first), os.fsencode(second)
+    if ctypes.CDLL(None, use_errno=True).renameat2(here, names[0], here, names[1], exchange):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def _partial(path: Path) -> Path:

@@ -6,6 +6,7 @@ Paddle is imported in `why_gpus_fail` alone, which setup_env.sh calls once it is
 import importlib
 import importlib.machinery
 import importlib.util
+import os
 import re
 import signal
 import sys
@@ -39,7 +40,10 @@ def install_command(extra: str) -> str:
 
 def import_extra(name: str, extra: str) -> ModuleType:
     """Return the package or module `name`, which belongs to `extra`. An InputError has the pip
-    command where it is missing or does not load."""
+    command where it is missing or does not load. What such packages send to their makers is off."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime reads it when it is loaded
+    # OpenVINO sends when it is imported. It has a stub for where this package is missing.
+    sys.modules.setdefault("openvino_telemetry", None)
     try:
         return importlib.import_module(name)
     except ImportError as error:

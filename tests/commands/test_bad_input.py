@@ -19,6 +19,7 @@ from tiny import FIXTURES, ROOT, TINY, TINY31, command, make_data
 from replknet_paddle.checkpoints.files import write_safetensors
 from replknet_paddle.deploy.export import FILE
 from replknet_paddle.model import RepLKNet
+from replknet_paddle.runtime.files import file_sha256
 
 NANO = f"-cfg={ROOT}/configs/replknet_nano.yaml"
 CFG = "train -cfg={f}/tiny.yaml -data_path={f}/data"
@@ -185,6 +186,13 @@ CASES = [
     ("predict {f}/other_version {p}", "format_version 99"),
     ("predict {f}/no_json {p}", "not valid JSON"),
     ("predict {f}/no_model {p}", "model.pdiparams"),
+    *[(line, says)
+      for line_of in ("predict {f}/%s {p}", "page {f}/%s --port={port}")
+      for line, says in (
+        (line_of % "writes", "{f}/writes/model.json holds what no export has: 1.save_combine. "),
+        (line_of % "many_classes", "shape (1, 4), which does not fit MODEL.NUM_CLASSES 2147483647"),
+        (line_of % "few_classes", "shape (1, 4), which does not fit MODEL.NUM_CLASSES 2;"),
+    )],
     ("predict {p} {p}", "{p}"),
     ("predict {f}/exported {p} -cfg=x.yaml", "not a checkpoint or run folder"),
     ("predict {f}/exported {p} -opts SEED 1", "is not a checkpoint"),
@@ -264,6 +272,16 @@ def folder(tmp_path_factory):
     assert command("export")([f"-pretrained={folder / 'made'}", str(folder / "exported")]) == 0
     for name in ("no_record", "other_version", "no_json", "no_model", "steering_record"):
         shutil.copytree(folder / "exported", folder / name)
+    for name, file, before, after in (
+        ("writes", "model.json", '"1.relu"', '"1.save_combine"'),
+        ("many_classes", "config.yaml", "NUM_CLASSES: 4", f"NUM_CLASSES: {2**31 - 1}"),
+        ("few_classes", "config.yaml", "NUM_CLASSES: 4", "NUM_CLASSES: 2"),
+    ):
+        shutil.copytree(folder / "exported", folder / name)
+        path, record = folder / name / file, folder / name / FILE
+        digest = file_sha256(path)
+        path.write_text(path.read_text().replace(before, after))
+        record.write_text(record.read_text().replace(digest, file_sha256(path)))
     (folder / "no_record" / FILE).unlink()
     newer = (folder / "exported" / FILE).read_text().replace('version": 2', 'version": 99')
     (folder / "other_version" / FILE).write_text(newer)

@@ -122,6 +122,8 @@ def test_inference_times_each_backend_and_says_how_far_it_is_off(
     rows = content["rows"]
     assert {row["batch"] for row in rows} == {1, 2}
     assert {row["backend"] for row in rows} == {"eager", "paddle"}
+    assert {row["network"] for row in rows} == {"trained", "folded"} and "left out" not in out
+    assert ("paddle", "trained") in {(row["backend"], row["network"]) for row in rows}
     assert ("bf16" in {row["precision"] for row in rows}) == supports_bfloat16("cpu")
     for row in rows:
         assert 0 < row["min_ms"] <= row["median_ms"] <= row["max_ms"]

@@ -100,7 +100,55 @@ def test_a_network_that_no_backend_runs_is_exported_all_the_same(
 
     monkeypatch.setitem(BACKENDS, "paddle", BACKENDS["paddle"]._replace(opener=lambda *_: broken))
     assert export(["-pretrained", str(run_folder), str(tmp_path / "dst")]) == 0
-    assert "since it does not run here: bad combination\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert re.search("since it does not run here: .*: bad combination; export it again", out)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["head.weight", "stages.0.blocks.0.pw_conv_1.norm._variance"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "export {t}/dst",
+        "export -format onnx {t}/dst",
+        "export -format onnx -precision int8 -data_path={data} {t}/dst",
+        "merge {t}/dst.safetensors",
+        "benchmark inference --json {t}/dst.json",
+    ],
+)
+def test_broken_weights_are_refused_before_anything_is_written(
+    tmp_path, run_folder, tiny_data, capsys, line, name, value
+):
+    if "onnx" in line:
+        pytest.importorskip("onnx")
+    if "int8" in line:
+        pytest.importorskip("onnxruntime")
+    weights = dict(load_state(run_folder / "best"))
+    weights[name] = np.array(weights[name])
+    weights[name].flat[-1] = value
+    write_safetensors(tmp_path / "broken", weights, {})
+    (tmp_path / "config.yaml").write_text(TINY)
+    before = sorted(tmp_path.iterdir())
+    command_name, *words = line.format(t=tmp_path, data=tiny_data).split()
+    flags = [f"-cfg={tmp_path / 'config.yaml'}", f"-pretrained={tmp_path / 'broken'}"]
+    flags = [*words[:1], *flags, *words[1:]] if command_name == "benchmark" else [*flags, *words]
+    assert command(command_name)(flags) == 2
+    error = capsys.readouterr().err
+    assert "weights are broken" in error and "values that are not finite numbers" in error
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_weights_that_half_precision_cannot_hold_are_refused(tmp_path, run_folder, capsys):
+    pytest.importorskip("onnx")
+    weights = dict(load_state(run_folder / "best"))
+    weights["head.weight"] = np.full_like(weights["head.weight"], 1e5)
+    write_safetensors(tmp_path / "large", weights, {})
+    (tmp_path / "config.yaml").write_text(TINY)
+    flags = [f"-cfg={tmp_path / 'config.yaml'}", f"-pretrained={tmp_path / 'large'}"]
+    flags += ["-format=onnx", str(tmp_path / "dst")]
+    assert export([*flags, "-precision=fp16"]) == 2
+    assert "head.weight is too large for FLOAT16; allowed: fp32, bf16" in capsys.readouterr().err
+    assert not (tmp_path / "dst").exists()
 
 
 # ---- merge

@@ -3,7 +3,10 @@ takes the fastest one here, and measures it once."""
 
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -11,11 +14,17 @@ import numpy as np
 import paddle
 import pytest
 from small_networks import CONFIG, FORMS, assert_same, images, logits, small_config, small_network
+from tiny import ROOT
 
 from replknet_paddle.checkpoints.files import write_safetensors
 from replknet_paddle.config import override
 from replknet_paddle.deploy import backends as module
-from replknet_paddle.deploy import inference_model, installed_backends, open_backend
+from replknet_paddle.deploy import (
+    get_model,
+    inference_model,
+    installed_backends,
+    open_backend,
+)
 from replknet_paddle.deploy.backends import (
     BACKENDS,
     Backend,
@@ -131,6 +140,31 @@ def test_a_network_keeps_its_mode_whatever_runs_it(config):
     assert_same(backend.run(images(2)), expected)
 
 
+# Prints how many MiB a backend of an export takes for the second hundred of image sizes.
+GROWTH = """
+import sys
+import numpy as np
+from replknet_paddle.deploy import open_backend
+backend = open_backend(sys.argv[1], "openvino", threads=1)
+kibibytes = []
+for i in range(1, 201):
+    backend.run(np.zeros((1, 3, 64 + i, 264 - i), "float32"))
+    if i % 100 == 0:
+        status = open("/proc/self/status").read().split()
+        kibibytes.append(int(status[status.index("VmRSS:") + 1]))
+print((kibibytes[1] - kibibytes[0]) // 1024)
+"""
+
+
+def test_memory_does_not_grow_with_each_input_size(export):
+    """That of OpenVINO grew by 123 MiB here, and grows by 4 with a bounded cache."""
+    folder = export("openvino")
+    command = [sys.executable, "-c", GROWTH, str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    said = subprocess.run(command, env=environment, text=True, capture_output=True, check=True)
+    assert int(said.stdout) < 40
+
+
 # ---- what cannot be
 
 
@@ -207,13 +241,17 @@ def test_the_record_must_list_what_is_opened(export, missing):
         open_backend(folder)
 
 
-@pytest.mark.parametrize("classes", [1, 4, 6])
-def test_the_model_has_the_last_word_on_its_classes(config, export, classes):
-    """Not a number in a file beside it."""
-    folder = export("paddle")
-    write_record(ModelInfo(override(config, MODEL__NUM_CLASSES=classes)), folder)
-    with pytest.raises(InputError, match=rf"outputs of shape \(2, 5\) .* {classes} classes"):
-        open_backend(folder, "paddle").run(images(2))
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("classes", [1, 4, 6, 2**31 - 1])
+def test_the_model_has_the_last_word_on_its_classes(config, export, name, classes):
+    """Not a number in a file beside it, and before anything makes as many names."""
+    folder = export(name)
+    config = override(config, MODEL__NUM_CLASSES=classes)
+    write_record(ModelInfo(config, BACKENDS[name].format), folder)
+    with pytest.raises(InputError, match=rf"shape \(1, 5\), .* MODEL.NUM_CLASSES {classes}; exp"):
+        open_backend(folder, name)
+    with pytest.raises(InputError, match="NUM_CLASSES|warnings above"):
+        get_model(folder)
 
 
 def test_an_export_of_other_preprocessing_is_not_evaluated(config, export):
@@ -326,8 +364,12 @@ def test_bfloat16_is_refused_where_the_processor_would_emulate_it(
 
 def test_processes_of_this_machine_alone_share_its_cores(monkeypatch, export):
     given = []
-    kind = BACKENDS["paddle"]._replace(opener=lambda path, threads, _: given.append(threads))
-    monkeypatch.setitem(BACKENDS, "paddle", kind)
+
+    def opened(path, threads, precision):
+        given.append(threads)
+        return lambda batch: np.zeros((len(batch), 5), "float32")
+
+    monkeypatch.setitem(BACKENDS, "paddle", BACKENDS["paddle"]._replace(opener=opened))
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(12))
     monkeypatch.setenv("LARGE_KERNEL_THREADS", "5")
     monkeypatch.setenv("PADDLE_TRAINERS_NUM", "6")

@@ -282,6 +282,7 @@ def test_a_failed_export_leaves_the_earlier_one(
         monkeypatch.setattr("replknet_paddle.deploy.export.write_paddle_model", full)
     else:
         monkeypatch.setattr("os.rename", broken)
+        monkeypatch.setattr("replknet_paddle.runtime.files._exchange", full)
     with pytest.raises(OSError, match="No space"):
         export_model(small_network(config, seed=9), earlier, ModelInfo(config))
     assert contents(tmp_path) == before

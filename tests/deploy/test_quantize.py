@@ -113,3 +113,7 @@ def test_accuracy_before_and_after_is_counted():
     result = compare(Says(0, 1, 2), Says(0, 2, 2), batches)
     assert (result.images, result.before, result.after, result.same) == (3, 3, 2, 2)
     assert "100.00 % (3/3) before, 66.67 % (2/3) after" in str(result)
+
+
+def test_no_readable_image_is_nothing_to_compare():
+    assert str(compare(None, None, [])) == "not compared, since no image is readable"

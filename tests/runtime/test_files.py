@@ -100,6 +100,7 @@ def test_a_file_and_a_folder_are_written_whole_or_not_at_all(
     before = contents(tmp_path)
     if moment in ("fsync", "replace", "rename"):
         monkeypatch.setattr(os, moment, fail)
+        monkeypatch.setattr(files, "_exchange", fail)
     with contextlib.nullcontext() if moment == "never" else pytest.raises(type(error)):  # noqa: SIM117
         with write(path) as made:
             fill(made, "new")
@@ -111,3 +112,24 @@ def test_a_file_and_a_folder_are_written_whole_or_not_at_all(
     else:
         assert contents(tmp_path) == before
         assert isinstance(error, KeyboardInterrupt) or error.filename == str(path)
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_folder_is_replaced_at_one_moment_where_the_file_system_can(
+    tmp_path, monkeypatch, can_exchange
+):
+    path, moves, rename = tmp_path / "made", [], os.rename
+    with atomic_folder(path) as made:
+        (made / "old").touch()
+    monkeypatch.setattr(os, "rename", lambda *paths: moves.append(paths) or rename(*paths))
+    if not can_exchange:
+        monkeypatch.setattr(files, "_exchange", lambda *_: os.stat(tmp_path / "nothing"))
+    with atomic_folder(path) as made:
+        (made / "new").touch()
+    assert contents(tmp_path) == {path: True, path / "new": ""}
+    assert len(moves) == (0 if can_exchange else 2)  # no call takes the old folder's name away
+
+
+def test_a_name_that_can_be_foreseen_is_not_used(tmp_path):
+    with atomic_folder(tmp_path / "made") as first, atomic_folder(tmp_path / "made") as second:
+        assert first != second and str(os.getpid()) != first.name.split(".")[1]

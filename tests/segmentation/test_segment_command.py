@@ -14,8 +14,10 @@ from PIL import Image
 from replknet_paddle.checkpoints.files import write_safetensors
 from replknet_paddle.checkpoints.load import load_pretrained
 from replknet_paddle.commands import main
-from replknet_paddle.config import get_config
+from replknet_paddle.config import get_config, override
 from replknet_paddle.deploy.backends import open_backend
+from replknet_paddle.deploy.export import ModelInfo, export_model, write_record
+from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.segmentation.predict import SegmentationPredictor, palette_of
 from replknet_paddle.segmentation.upernet import build_upernet
 
@@ -173,3 +175,25 @@ def test_wrong_models_are_one_message(run_folder, shapes, tmp_path, capsys):
 def test_computed_colours_differ():
     palette = palette_of(None, 150)
     assert len(np.unique(palette, axis=0)) > 140 and palette.dtype == np.uint8
+
+
+@pytest.mark.parametrize("format", ["paddle", "onnx"])
+def test_broken_weights_are_not_exported(run_folder, tmp_path, format):
+    if format == "onnx":
+        pytest.importorskip("onnx")
+    network = network_of(run_folder)
+    weight = network.decode_head.conv_seg.weight
+    weight.set_value(np.full(weight.shape, np.nan, "float32"))
+    with pytest.raises(InputError, match="decode_head.conv_seg.weight has values that are not fin"):
+        export_model(network, tmp_path / "dst", ModelInfo(network.config, format))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("classes", [3, 5, 255])
+def test_the_model_decides_on_its_classes(run_folder, tmp_path, classes):
+    network = network_of(run_folder)
+    export_model(network, tmp_path / "dst", ModelInfo(network.config))
+    changes = {"MODEL__NUM_CLASSES": classes, "SEGMENTATION__PALETTE": None}
+    write_record(ModelInfo(override(network.config, **changes)), tmp_path / "dst")
+    with pytest.raises(InputError, match=rf"\(1, 4, 32, 32\), .* MODEL.NUM_CLASSES {classes}; exp"):
+        SegmentationPredictor(tmp_path / "dst")
