@@ -13,8 +13,8 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from replknet_paddle.runtime.errors import InputError
 
-# What data sets hold, where this Pillow reads it. It reads many more, some of them by starting other
-# programs (EPS).
+# What data sets hold, where this Pillow reads it. It reads many more, some of them by starting
+# other programs (EPS).
 Image.init()
 FORMATS = tuple(
     name
