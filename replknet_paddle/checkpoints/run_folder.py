@@ -24,6 +24,7 @@ from replknet_paddle.config import get_config
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import (
     PARTIAL_SUFFIX,
+    atomic_file,
     find_path,
     is_full_of_files,
     searched_weights,
@@ -275,8 +276,10 @@ def point_to(run_folder: str, name: str, path: str) -> None:
     try:
         os.symlink(os.path.relpath(path, run_folder), partial)
     except OSError:  # a file system without links
-        shutil.copyfile(path, partial)
-    os.replace(partial, link)
+        with open(path, "rb") as checkpoint, atomic_file(link, "wb") as copy:
+            shutil.copyfileobj(checkpoint, copy)
+    else:
+        os.replace(partial, link)
 
 
 def remove_superseded(run_folder: str, *, keep_every: int, keep_newest: int) -> None:

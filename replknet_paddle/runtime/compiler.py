@@ -2,8 +2,9 @@
 
 The name of a library holds a digest of its sources, flags and everything else it must match, so a
 library that does not fit is never loaded, and a digest of the compiler, so that another compiler
-makes another library, and one of its own bytes, so that a damaged one is not loaded either. Paddle's `cpp_extension` is not used: it carries on after a failed
-compilation (3.3), and includes Python's headers, which a system with Python alone does not have.
+makes another library, and one of its own bytes, so that no damaged one is loaded. Paddle's
+`cpp_extension` is not used: it carries on after a failed compilation (3.3), and includes Python's
+headers, which a system with Python alone does not have.
 
 This module imports the standard library alone: finding that a library is up to date takes 0.1 s.
 """
