@@ -366,6 +366,12 @@ class RepLKNet(nn.Layer):
             )
         if sync_bn:
             nn.SyncBatchNorm.convert_sync_batchnorm(self)
+        if self.out_indices is not None:  # frozen, because no gradient reaches them
+            last = max(self.out_indices)
+            norms = [stage.norm for i, stage in enumerate(self.stages) if i not in self.out_indices]
+            for layer in (*norms, *self.stages[last + 1 :], *self.transitions[last:]):
+                for parameter in layer.parameters():
+                    parameter.stop_gradient = True
 
     def forward_stages(self, x: paddle.Tensor) -> list[paddle.Tensor]:
         """Return each stage's map: strides 4, 8, 16 and 32 of the images (N, 3, H, W)."""

@@ -432,11 +432,11 @@ def whole_steps(run_folder) -> list[int]:
     return [int(re.search(r"step_(\d+)", path)[1]) for path in checkpoints(str(run_folder))]
 
 
-def unfinished(run_folder, suffix="") -> list[str]:
-    """Checkpoints that some process, or the one whose number is the suffix, has begun to write."""
+def unfinished(run_folder) -> set[str]:
+    """Checkpoints that some process has begun to write."""
     where = run_folder / "checkpoints"
     names = os.listdir(where) if where.exists() else []
-    return [name for name in names if name.endswith(f"{suffix}.unfinished")]
+    return {name for name in names if name.endswith(".unfinished")}
 
 
 def progress_of(run_folder):

@@ -121,7 +121,7 @@ def test_installed_beside_a_users_own_files_everything_works(built, tmp_path):
     assert "landscape_499x375.jpg: " in run(
         python, "-m", "replknet_paddle", "predict", "run", picture
     )
-    assert any((cache / "build").glob("*.so"))
+    assert any((cache / "compiled").glob("*.so"))
 
     subprocess.run([*pip, "uninstall", "--yes", "--quiet", "replknet-paddle"], check=True)
     assert list(venv.rglob("*replknet*")) == []

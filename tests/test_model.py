@@ -80,6 +80,18 @@ def test_backbone_has_no_head_and_its_maps_their_own_norms():
         assert not np.allclose(normalized.numpy(), plain.numpy())
 
 
+@pytest.mark.parametrize("indices", [[0], [0, 2], [2, 1], [1, 2, 3], [0, 1, 2, 3]])
+def test_every_parameter_that_a_backbone_trains_gets_a_gradient(indices):
+    model = RepLKNet(**SIZES, out_indices=indices, norm_inter_features=True)
+    sum(stage_map.sum() for stage_map in model(paddle.randn([2, 3, 64, 64]))).backward()
+    trained = {name: p for name, p in model.named_parameters() if not p.stop_gradient}
+    assert [name for name, parameter in trained.items() if parameter.grad is None] == []
+    last = max(indices)
+    assert f"stages.{last}.norm.weight" in trained and "stem.0.conv.weight" in trained
+    frozen = {p.name for p in model.parameters() if p.stop_gradient and "batch_norm" not in p.name}
+    assert bool(frozen) == (last < 3)
+
+
 @pytest.mark.parametrize("small_kernel, dw_ratio", [(5, 1.0), (3, 1.5), (None, 1.5)])
 def test_merging_keeps_logits_and_a_second_merge_changes_nothing(small_kernel, dw_ratio):
     model = RepLKNet(**SIZES, small_kernel=small_kernel, dw_ratio=dw_ratio, num_classes=10)

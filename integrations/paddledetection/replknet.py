@@ -48,6 +48,10 @@ class RepLKNet(nn.Layer):
         """inputs["image"] (N, 3, H, W) -> maps (N, C, H / stride, W / stride), rounded up."""
         return list(self.network(inputs["image"]))
 
+    def convert_to_deploy(self):
+        """Merge the small kernels; PaddleDetection calls this before it exports."""
+        self.network.structural_reparam()
+
     @property
     def out_shape(self):
         """Channels and stride of each map."""

@@ -114,7 +114,7 @@ class CheckpointFile:
         with self._parsing():
             if len(text) > _CONFIG_CHARACTERS:
                 raise ValueError
-            return dict(_leaves(CfgNode(read_yaml(text))))
+            return dict(_leaves(CfgNode({**read_yaml(text)})))
 
     @cached_property
     def config(self):
@@ -139,10 +139,13 @@ class CheckpointFile:
                 if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                     raise TypeError
                 names = tuple(names)
-        said = (self._settings or {}).get
-        return Classes(
-            said("MODEL__NUM_CLASSES"), names, said("DATA__CLASS_NAMES"), said("MODEL__TYPE")
-        )
+                "".join(names).encode()  # not half of a character, which cannot be written
+            said = (self._settings or {}).get
+            count, *paths = map(said, ("MODEL__NUM_CLASSES", "DATA__CLASS_NAMES", "MODEL__TYPE"))
+            is_count = count is None or type(count) is int and count > 0
+            if not is_count or not all(isinstance(path, (str, type(None))) for path in paths):
+                raise TypeError
+        return Classes(count, names, *paths)
 
     def ema_or_raw(self, weights: str) -> str:
         """Return which of 'model' and 'model_ema' to take.

@@ -11,6 +11,7 @@ is written under a temporary name and renamed when it is complete.
 
 import contextlib
 import logging
+import math
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ from replknet_paddle.config import get_config
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import (
     PARTIAL_SUFFIX,
+    atomic_file,
     find_path,
     is_full_of_files,
     searched_weights,
@@ -191,8 +193,7 @@ def load_checkpoint(path: str) -> Checkpoint:
     if not {"config", "progress", "scaler"} <= body.keys() <= {*_BODY} or not (
         {"model"} <= file.parts.keys() <= set(PARTS)
         and isinstance(body["config"], str)
-        and isinstance(body["scaler"], dict)
-        and all(isinstance(value, (int, float)) for value in body["scaler"].values())
+        and _is_scaler(body["scaler"])
     ):
         raise file.damaged()
     return Checkpoint(
@@ -217,7 +218,13 @@ def _progress_of(file: CheckpointFile) -> Progress:
         raise file.damaged()
     found = wanted | found
     is_like = all(_is_like(found[name], example) for name, example in wanted.items())
-    if not is_like or found["better_weights"] not in WEIGHTS:
+    if not is_like or not (
+        found["better_weights"] in WEIGHTS
+        and (found["best_checkpoint"] == "" or NAME.fullmatch(found["best_checkpoint"]))
+        and -1 <= found["best_score"] < 101  # percent
+        and found["batch"] < max(1, found["batches"])
+        and _is_record(found["record"])
+    ):
         raise file.damaged()
     return Progress(**found | {"epoch_sums": tuple(found["epoch_sums"])})
 
@@ -230,6 +237,21 @@ def _is_like(value: object, example: object) -> bool:
     if isinstance(example, float):
         return type(value) in (int, float)
     return type(value) is type(example) and not (isinstance(value, int) and value < 0)
+
+
+def _is_record(record: dict) -> bool:
+    """Return whether a record is empty, or numbers of an epoch."""
+    is_numbers = all(type(value) in (int, float) for value in record.values())
+    return not record or is_numbers and _is_like(record.get("epoch"), 0)
+
+
+def _is_scaler(state: object) -> bool:
+    """Return whether this is a loss scaler's state, which is empty where the loss is not scaled."""
+    if not isinstance(state, dict) or not state:
+        return state == {}
+    is_numbers = all(isinstance(value, (int, float)) for value in state.values())
+    is_scale = _is_like(state.get("scale"), 1.0) and 0 < state["scale"] < math.inf
+    return is_numbers and is_scale and _is_like(state.get("incr_count"), 0)
 
 
 def newest_whole_checkpoint(run_folder: str) -> Checkpoint | None:
@@ -275,8 +297,10 @@ def point_to(run_folder: str, name: str, path: str) -> None:
     try:
         os.symlink(os.path.relpath(path, run_folder), partial)
     except OSError:  # a file system without links
-        shutil.copyfile(path, partial)
-    os.replace(partial, link)
+        with open(path, "rb") as checkpoint, atomic_file(link, "wb") as copy:
+            shutil.copyfileobj(checkpoint, copy)
+    else:
+        os.replace(partial, link)
 
 
 def remove_superseded(run_folder: str, *, keep_every: int, keep_newest: int) -> None:

@@ -2,8 +2,9 @@
 
 The name of a library holds a digest of its sources, flags and everything else it must match, so a
 library that does not fit is never loaded, and a digest of the compiler, so that another compiler
-makes another library. Paddle's `cpp_extension` is not used: it carries on after a failed
-compilation (3.3), and includes Python's headers, which a system with Python alone does not have.
+makes another library, and one of its own bytes, so that no damaged one is loaded. Paddle's
+`cpp_extension` is not used: it carries on after a failed compilation (3.3), and includes Python's
+headers, which a system with Python alone does not have.
 
 This module imports the standard library alone: finding that a library is up to date takes 0.1 s.
 """
@@ -22,12 +23,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from replknet_paddle.runtime.files import cache_folder, locked
+from replknet_paddle.runtime.files import cache_folder, file_sha256, locked, sync_folder
 from replknet_paddle.runtime.machines import available_cores
 
 COMPILERS = ("c++", "g++", "clang++")
 COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC")
 LIMIT_SECONDS = 300  # of one compiler call
+SCRATCH_PREFIX = "unfinished-"
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +58,19 @@ class SharedLibrary:
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
         return hashlib.sha256(digest.digest() + self.must_match).hexdigest()[:16]
 
-    def find(self) -> Path | None:
-        """Return the library that fits; the newest, where several compilers made one."""
-        found = build_folder().glob(f"{self.name}-{self.key}-*.so")
-        return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    def find(self, compiler_key: str = "*") -> Path | None:
+        """Return the library that fits; the newest, where several compilers made one.
+
+        A damaged one is passed over. BuildError: others may write it, so it could be anything.
+        """
+        found = build_folder().glob(f"{self.name}-{self.key}-{compiler_key}-*.so")
+        for library in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+            refuse_if_others_may_write(library.parent)
+            refuse_if_others_may_write(library)
+            if library.stem.endswith(f"-{_digest(library)}"):
+                return library
+            logger.warning("%s is damaged and is not loaded", library)
+        return None
 
     def find_or_build(self) -> Path:
         """Return the library, built on first use; raise BuildError where there is none."""
@@ -82,16 +93,25 @@ class SharedLibrary:
         compiler = find_compiler()
         version = run([*compiler, "--version"])
         compiler_key = hashlib.sha256(repr((compiler, version)).encode()).hexdigest()[:8]
-        library = folder / f"{self.name}-{self.key}-{compiler_key}.so"
         start = time.perf_counter()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+            refuse_if_others_may_write(folder)
             with locked(folder / "lock"):
-                if library.exists():
+                for left in folder.glob(f"{SCRATCH_PREFIX}*"):  # by a build that was killed
+                    shutil.rmtree(left)
+                library = self.find(compiler_key)
+                if library is not None:
                     os.utime(library)  # from now on the newest, which `find` takes
                     return library, 0.0
-                with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                    os.replace(self._compile(compiler, Path(scratch)), library)
+                with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH_PREFIX) as scratch:
+                    made = self._compile(compiler, Path(scratch))
+                    with open(made, "rb") as file:
+                        os.fsync(file.fileno())
+                    made.chmod(0o755)
+                    name = f"{self.name}-{self.key}-{compiler_key}-{_digest(made)}.so"
+                    library = made.replace(folder / name)
+                sync_folder(folder)
         except OSError as error:
             raise BuildError(f"{folder}: {error}") from None
         return library, time.perf_counter() - start
@@ -110,7 +130,22 @@ class SharedLibrary:
 
 def build_folder() -> Path:
     """Return where compiled libraries are kept."""
-    return cache_folder() / "build"
+    return cache_folder() / "compiled"
+
+
+def refuse_if_others_may_write(path: Path) -> None:
+    """Raise BuildError where users other than this one and root may write a file or folder."""
+    status = path.stat()
+    if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
+        raise BuildError(
+            f"{path} may be written by other users (owner {status.st_uid}, mode "
+            f"{status.st_mode & 0o777:o}), so no code is loaded from there; allowed: this user or "
+            "root as its owner, and no write permission for others (chmod go-w)"
+        )
+
+
+def _digest(path: Path) -> str:
+    return file_sha256(path)[:16]
 
 
 def find_compiler() -> list[str]:

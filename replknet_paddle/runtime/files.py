@@ -95,7 +95,7 @@ def atomic_file(path: Path_, mode: str = "w", *, keep_partial=None, **options) -
         options.setdefault("encoding", "utf-8")
     try:
         with path_in_error(path):
-            with open(partial, mode, **options) as file:
+            with open(partial, mode.replace("w", "x"), **options) as file:  # never through a link
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -117,7 +117,7 @@ def atomic_folder(path: Path_) -> Iterator[Path]:
     moment, where the file system can do that.
     """
     path = Path(path)
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}")
+    partial = _partial(path)
     try:
         with path_in_error(path):
             partial.mkdir(parents=True)
@@ -155,7 +155,8 @@ def _exchange(first: Path, second: Path) -> None:
 
 
 def _partial(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    """Return a name beside `path` that nobody can foresee, and put a link there."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
 
 
 def write_text(path: Path_, text: str) -> None:
@@ -215,7 +216,7 @@ def sync_folder(folder: Path_) -> None:
 @contextlib.contextmanager
 def locked(path: Path_) -> Iterator[None]:
     """Let one process at a time into the block. The system releases the lock of one that dies."""
-    with open(path, "w") as file:
+    with open(path, "a") as file:  # which empties nothing, should it be a link
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -111,6 +111,10 @@ def open_network(
     from replknet_paddle.model import build_replknet
     from replknet_paddle.zoo.download import fetch
 
+    if not isinstance(pretrained, (bool, str, os.PathLike)):
+        raise InputError(
+            f"pretrained is {pretrained!r}; allowed: True, False, or the path of a checkpoint"
+        )
     record = None
     if not isinstance(source, (str, os.PathLike)):
         config = source

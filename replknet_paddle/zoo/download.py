@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
@@ -102,7 +103,9 @@ def _download_published(folder: Path, model: PublishedModel) -> Path:
             f"{folder / model.name}.pth or {folder / model.name}.pdparams"
         )
     path = folder / model.mmpretrain_file
-    download(model.url, path, sha256_start=model.sha256_start)
+    # Twice the weights in float32, and what a small model has beside them.
+    max_bytes = 8 * model.parameters + 2**20
+    download(model.url, path, sha256_start=model.sha256_start, max_bytes=max_bytes)
     return path
 
 
@@ -111,6 +114,7 @@ def download(
     path: Path,
     *,
     sha256_start: str,
+    max_bytes: int,
     timeout_seconds: float = 30.0,
     attempts: int = 5,
     pause_seconds: float = 1.0,
@@ -120,11 +124,11 @@ def download(
     Bytes arrive in `path` + '.part', which stays when the download fails and is continued by the
     next attempt or call. `path` appears when the file is whole and its SHA-256 begins as it should.
     The pause between two attempts doubles each time. InputError: the server refuses, the connection
-    keeps failing, or the file is another one.
+    keeps failing, or the file is another one, or longer than `max_bytes`.
     """
     part = path.with_name(path.name + ".part")
     for attempt in range(attempts):
-        trouble = _continue_download(url, part, timeout_seconds)
+        trouble = _continue_download(url, part, timeout_seconds, max_bytes)
         if trouble is None:
             break
         size = part.stat().st_size if part.exists() else 0
@@ -147,12 +151,28 @@ def download(
     os.replace(part, path)
 
 
-def _continue_download(url: str, part: Path, timeout_seconds: float) -> str | None:
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+class _SameScheme(urllib.request.HTTPRedirectHandler):
+    """Follows a redirect only where it stays in the scheme, so that https is never left."""
+
+    def redirect_request(self, request, answer, code, message, headers, url):
+        if urlsplit(url).scheme != request.type:
+            raise InputError(
+                f"{request.full_url}: the server redirects to {url}; allowed: {request.type}"
+            )
+        return super().redirect_request(request, answer, code, message, headers, url)
+
+
+def _continue_download(url: str, part: Path, timeout_seconds: float, max_bytes: int) -> str | None:
     """Append to `part` what it lacks of `url`; return what went wrong and may pass, or None."""
     start = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
-        response = urllib.request.urlopen(request, timeout=timeout_seconds)
+        opener = urllib.request.build_opener(_SameScheme)
+        response = opener.open(request, timeout=timeout_seconds)
     except urllib.error.HTTPError as error:
         if error.code == 416 and start:  # nothing comes after `start`: it was whole, or is too long
             if error.headers.get("Content-Range") == f"bytes */{start}":
@@ -167,14 +187,19 @@ def _continue_download(url: str, part: Path, timeout_seconds: float) -> str | No
         return f"no connection ({getattr(error, 'reason', error)})"
     if response.status != 206:  # the server sends the whole file instead
         start = 0
-    length = response.headers.get("Content-Length", "")
-    total = start + int(length) if length.isdigit() else None
+    total = None if response.length is None else start + response.length
     with (
         response,
-        open(part, "ab" if start else "wb") as file,
+        open(part, "ab" if start else "wb", opener=_open_no_link) as file,
         tqdm.wrapattr(file, "write", total=total, initial=start, desc=part.stem) as out,
     ):
         while True:
+            if max(total or 0, file.tell()) > max_bytes:
+                part.unlink()
+                raise InputError(
+                    f"{url}: more than {max_bytes} bytes, so it is not the published file; nothing "
+                    "of it is kept"
+                )
             try:
                 chunk = response.read(_CHUNK_BYTES)
             except (OSError, http.client.HTTPException) as error:

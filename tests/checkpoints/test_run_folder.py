@@ -1,5 +1,7 @@
 """Checkpoints of a run: whole or not there, resumed, linked, kept, and set aside."""
 
+import copy
+import functools
 import json
 import os
 import subprocess
@@ -106,7 +108,7 @@ def test_everything_returns_bit_for_bit(tmp_path):
 
 def test_parts_that_a_run_does_not_have_are_empty(tmp_path):
     path = str(tmp_path / "a.safetensors")
-    save_checkpoint(path, Checkpoint("", Progress(), {"w": np.ones(2, "float32")}))
+    save_checkpoint(path, Checkpoint("SEED: 1", Progress(), {"w": np.ones(2, "float32")}))
     got = load_checkpoint(path)
     assert got.model_ema == {} and got.optimizer == {} and got.scaler == {}
     assert got.progress == Progress()
@@ -210,7 +212,14 @@ GONE = "gone"
 # With a right checksum: fields and values that a defect of another version could write.
 WRONG_FIELDS = [
     *((field, GONE) for field in ("config", "progress", "scaler")),
-    *(("other", 1), ("config", 3), ("config", "a: ["), ("progress", []), ("scaler", [])),
+    *(
+        ("other", 1),
+        ("config", 3),
+        ("config", "a: ["),
+        ("config", ""),
+        ("progress", []),
+        ("scaler", []),
+    ),
     *(("scaler", {"scale": "x"}), ("class_names", "abc"), ("class_names", [1, 2])),
     *((f"progress.{key}", GONE) for key in ("epoch", "step", "best_score", "epoch_sums")),
     *(("progress.other", 1), ("progress.step", -1), ("progress.best_score", None)),
@@ -218,6 +227,15 @@ WRONG_FIELDS = [
     *(("progress.better_weights", value) for value in ("best", [])),
     *(("progress.epoch_sums", value) for value in ([1.0], 3)),
     *(("progress.best_checkpoint", 1), ("progress.record", [])),
+    *(("progress.best_checkpoint", name) for name in ("../../config.yaml", "\ud800", "a.pth")),
+    *(("progress.best_score", value) for value in (float("nan"), float("inf"), 101)),
+    *(("progress.batch", value) for value in (20, 10**30)),
+    *(("progress.record", value) for value in ({"epoch": 1, "a": "x"}, {"a": 1}, {"epoch": "1"})),
+    *(("scaler", {"incr_count": 3, "scale": value}) for value in (0, float("inf"), float("nan"))),
+    *(("scaler", {"scale": 2.0, "incr_count": value}) for value in (-1, 1.5)),
+    *(("scaler", {"scale": 2.0}), ("scaler", {"incr_count": 3}), ("class_names", ["\ud800"])),
+    *(("config", f"MODEL: {{NUM_CLASSES: {count}}}") for count in ("x", -1, 1.5, ".inf", "[1]")),
+    *(("config", text) for text in ("MODEL: {TYPE: 3}", "DATA: {CLASS_NAMES: [a]}")),
     ("tensors.other", np.ones(1, "f4")),
 ]
 
@@ -241,6 +259,46 @@ def test_wrong_fields_are_damage_and_the_checkpoint_before_it_is_resumed(
         load_checkpoint(path)
     assert newest_whole_checkpoint(str(tmp_path)).file.path == older
     assert "trying the one before it" in caplog.text
+
+
+def places(node, path=()):
+    """Keys and indices that lead to each value in nested dictionaries and lists."""
+    yield path
+    keys = node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
+    for key in keys:
+        yield from places(node[key], (*path, key))
+
+
+def test_every_field_that_is_missing_or_has_another_type_is_damage(tmp_path):
+    path = save_at(tmp_path, 2, 10)
+    original = {**CheckpointFile(path).body, "class_names": ["a", "b"]}
+    others = ["x", 1.5, -1, True, None, [], ["x"], {}, {"x": 1}, float("nan"), GONE]
+    taken = set()
+    for place in filter(None, places(original)):
+        for value in others:
+            body = copy.deepcopy(original)
+            *above, key = place
+            node = functools.reduce(lambda node, key: node[key], above, body)
+            before, node[key] = node[key], value
+            if value is GONE:
+                del node[key]
+            rewrite(path, lambda _, tensors, body=body: record_metadata(body, tensors))
+            try:
+                load_checkpoint(path)
+            except InputError as error:
+                assert "is damaged: its metadata" in str(error)
+            else:
+                like = (float, int) if type(before) is float else (type(before),)
+                if value is GONE or type(value) not in like:
+                    taken.add((place, repr(value)))
+    assert taken == {
+        *((("class_names",), repr(value)) for value in (None, GONE)),
+        *((("progress", name), repr(GONE)) for name in ("better_weights", "record")),
+        (("progress", "record", "train_loss"), repr(GONE)),
+        *((("class_names", i), repr(GONE)) for i in range(2)),
+        (("scaler", "use_dynamic_loss_scaling"), repr(GONE)),  # of version 0.1
+        *((("scaler", "use_dynamic_loss_scaling"), value) for value in ("1.5", "-1", "nan")),
+    }
 
 
 def test_checkpoints_of_version_0_1_are_resumed(tmp_path):

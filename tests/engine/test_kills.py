@@ -81,7 +81,7 @@ def test_runs_killed_at_random_moments_lose_nothing_saved(run_flags, straight, t
     flags = [*run_flags, f"-output={folder}", "-resume=auto", *EACH_STEP]
     halves = kills = 0
     while kills < KILLS:
-        saved, last = newest_step(folder), progress_of(folder)
+        saved, last, left = newest_step(folder), progress_of(folder), unfinished(folder)
         # The checkpoint of the last step is written once more when its epoch is evaluated.
         if last and last.step == 12 and not last.record:  # the run is through: once more
             assert_same_end(folder, straight)
@@ -91,10 +91,10 @@ def test_runs_killed_at_random_moments_lose_nothing_saved(run_flags, straight, t
         if rng.random() < 0.6:  # while a checkpoint is written, or soon after
             target = saved + rng.randrange(4)
             wait_for(
-                lambda run=run, target=target: (
+                lambda run=run, target=target, left=left: (
                     not run.process.is_alive()
                     or newest_step(folder) >= target
-                    and unfinished(folder, f".{run.pid}")
+                    and unfinished(folder) - left
                 ),
                 every=0.0005,
             )
@@ -105,7 +105,7 @@ def test_runs_killed_at_random_moments_lose_nothing_saved(run_flags, straight, t
         status = run.wait()
         assert status in (0, -signal.SIGKILL), f"seed {SEED}: {run.text()}"
         kills += status != 0
-        halves += bool(unfinished(folder, f".{run.pid}"))
+        halves += bool(unfinished(folder) - left)
         assert newest_step(folder) >= saved, f"seed {SEED}"
         if newest_step(folder):  # every file of a checkpoint's name is a whole one
             newest = load_checkpoint(checkpoints(str(folder))[-1])

@@ -4,8 +4,11 @@ import ctypes
 import multiprocessing
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from tiny import ROOT
@@ -19,11 +22,11 @@ from replknet_paddle.runtime.errors import InputError
 pytestmark = pytest.mark.paddle_version
 
 FAKE_COMPILER = """#!/bin/sh
-# Writes an empty file where a compiler would write its output, and counts.
+# Writes four letters where a compiler would write its output, and counts.
 [ "$1" = --version ] && { echo fake 1.0; exit 0; }
 echo call >> "$CALLS"
 while [ $# -gt 1 ]; do
-    [ "$1" = -o ] && : > "$2"
+    [ "$1" = -o ] && printf code > "$2"
     shift
 done
 sleep 0.1
@@ -109,6 +112,58 @@ def test_the_command_says_what_is_used_where_nothing_can_be_compiled(fake, monke
     assert images.startswith("no compiled image operations, so ")
 
 
+@pytest.mark.parametrize("damage", [b"", b"cod", b"cOde", b"codes"])
+def test_a_damaged_library_is_not_loaded_and_is_built_anew(fake, damage, caplog):
+    library, _ = operators_library().build()
+    library.write_bytes(damage)
+    assert operators_library().find() is None
+    assert caplog.messages == [f"{library} is damaged and is not loaded"]
+    assert operators_library().find_or_build() == library == operators_library().find()
+    assert library.read_bytes() == b"code"
+    library.write_bytes(damage)
+    assert run_command("build", []) == 0
+    assert library.read_bytes() == b"code"
+
+
+@pytest.mark.parametrize("change", ["group", "all", "owner"])
+@pytest.mark.parametrize("what", ["library", "folder"])
+def test_a_library_that_others_may_write_is_refused(fake, what, change, monkeypatch, capsys):
+    previous = os.umask(0o002)  # as many systems have it
+    try:
+        library, _ = operators_library().build()
+    finally:
+        os.umask(previous)
+    assert operators_library().find_or_build() == library
+    path = library if what == "library" else library.parent
+    if change != "owner":
+        path.chmod({"group": 0o775, "all": 0o757}[change])
+    elif os.geteuid() == 0:
+        os.chown(path, 12345, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+        path = library.parent
+    for use in ("find", "find_or_build", "build"):
+        with pytest.raises(BuildError, match=re.escape(f"{path} may be written by other users")):
+            getattr(operators_library(), use)()
+    assert run_command("build", []) == 1
+    assert f"used: {path} may be written by other users" in capsys.readouterr().out
+
+
+def test_what_a_killed_build_leaves_goes_with_the_next(fake, tmp_path):
+    compiler = tmp_path / "fake-c++"
+    compiler.write_text(FAKE_COMPILER.replace("sleep 0.1", "exec sleep 600"))
+    code = "from replknet_paddle.ops.library import operators_library as x; x().build()"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True) as build:
+        while not fake.exists():
+            assert build.poll() is None
+            time.sleep(0.01)
+        os.killpg(build.pid, signal.SIGKILL)
+    (left,) = build_folder().glob("unfinished-*")
+    compiler.write_text(FAKE_COMPILER)
+    library, _ = operators_library().build()
+    assert {path.name for path in build_folder().iterdir()} == {library.name, "lock"}
+
+
 CODE = """
 import logging
 logging.basicConfig(format="%(message)s")
@@ -124,7 +179,7 @@ assert model(paddle.randn([1, 3, 32, 32])).shape == [1, 1000]
 @pytest.mark.parametrize(
     "compiler, why",
     [("false", "false failed with status 1"), (None, "large_kernel.*file too short")],
-    ids=["no library", "an empty library"],
+    ids=["no library", "a library without code"],
 )
 def test_without_a_library_that_loads_all_works_and_one_line_says_why(fake, compiler, why):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -136,6 +191,21 @@ def test_without_a_library_that_loads_all_works_and_one_line_says_why(fake, comp
     assert done.returncode == 0, done.stderr
     (line,) = (line for line in done.stderr.splitlines() if "operator" in line)
     assert re.search(why, line)
+
+
+def test_a_truncated_library_does_not_end_the_process(operators, tmp_path):
+    folder = tmp_path / "cache" / "compiled"
+    folder.mkdir(parents=True)
+    copy = shutil.copy(operators.path, folder)
+    os.truncate(copy, os.path.getsize(copy) // 2)
+    variables = {"CXX": "false", "REPLKNET_PADDLE_CACHE": os.fspath(tmp_path / "cache")}
+    environment = {**os.environ, **variables, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", CODE]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{copy} is damaged and is not loaded" in done.stderr
 
 
 @pytest.mark.parametrize("change", [lambda v: v + 0.1, lambda v: float("nan")])

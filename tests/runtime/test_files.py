@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import subprocess
 
 import pytest
@@ -14,7 +15,9 @@ from replknet_paddle.runtime.files import (
     atomic_folder,
     command_line,
     find_path,
+    locked,
     searched,
+    write_text,
 )
 
 
@@ -133,3 +136,33 @@ def test_a_folder_is_replaced_at_one_moment_where_the_file_system_can(
 def test_a_name_that_can_be_foreseen_is_not_used(tmp_path):
     with atomic_folder(tmp_path / "made") as first, atomic_folder(tmp_path / "made") as second:
         assert first != second and str(os.getpid()) != first.name.split(".")[1]
+
+
+def test_a_temporary_name_cannot_be_foreseen_and_no_link_is_followed(tmp_path, monkeypatch):
+    path, victim = tmp_path / "made", tmp_path / "victim"
+    victim.write_text("theirs")
+    with atomic_file(path) as first, atomic_file(path) as second:
+        assert first.name != second.name
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "guessed")
+    (tmp_path / "made.guessed.unfinished").symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        write_text(path, "ours")
+    assert victim.read_text() == "theirs" and path.read_text() == ""
+
+
+def test_a_lock_that_is_a_link_empties_nothing(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("theirs")
+    (tmp_path / "lock").symlink_to(victim)
+    with locked(tmp_path / "lock"):
+        assert victim.read_text() == "theirs"
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_a_file_has_the_permissions_that_the_user_gives_to_new_ones(tmp_path, umask, mode):
+    previous = os.umask(umask)
+    try:
+        write_text(tmp_path / "made", "text")
+    finally:
+        os.umask(previous)
+    assert (tmp_path / "made").stat().st_mode & 0o777 == mode

@@ -3,6 +3,9 @@
 import contextlib
 import hashlib
 import os
+import shutil
+import ssl
+import subprocess
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,6 +32,7 @@ FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 CONTENT = (FIXTURES / "tiny31_mmpretrain.pth").read_bytes()
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 TIMES = {"timeout_seconds": 0.5, "pause_seconds": 0.01}
+LIMITS = {**TIMES, "max_bytes": len(CONTENT)}
 
 
 class Server:
@@ -36,7 +40,8 @@ class Server:
 
     'whole' is the last of them for good; 'cut' ends the connection in the middle; 'stall' stops
     sending there; 'no ranges' ignores the Range header; a number is an HTTP status; 'other' is
-    another file of the same size.
+    another file of the same size; 'long' has no end, 'says long' states a length that is too large;
+    a URL is redirected to.
     """
 
     def __init__(self):
@@ -61,6 +66,19 @@ class Server:
     def answer(self, handler, behaviour) -> None:
         if isinstance(behaviour, int):
             handler.send_error(behaviour)
+            return
+        if behaviour in ("long", "says long"):
+            handler.send_response(200)
+            if behaviour == "says long":
+                handler.send_header("Content-Length", str(len(CONTENT) + 1))
+            handler.end_headers()
+            while behaviour == "long":  # until nobody listens
+                handler.wfile.write(CONTENT)
+            return
+        if ":" in behaviour:
+            handler.send_response(302)
+            handler.send_header("Location", behaviour)
+            handler.end_headers()
             return
         asked = handler.headers.get("Range") if behaviour != "no ranges" else None
         start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
@@ -111,7 +129,7 @@ def test_a_download_goes_on_until_the_file_is_whole(
     server.behaviours = behaviours
     if part is not None:
         target.with_name("file.pth.part").write_bytes(part)
-    download(server.url, target, sha256_start=SHA256, **TIMES)
+    download(server.url, target, sha256_start=SHA256, **LIMITS)
     assert target.read_bytes() == CONTENT
     assert [path.name for path in target.parent.iterdir()] == [target.name]
     assert server.requests[: len(requests)] == requests
@@ -121,11 +139,11 @@ def test_a_download_goes_on_until_the_file_is_whole(
 def test_an_interrupted_download_is_resumed_by_the_next_call(server, target):
     server.behaviours = ["cut", "cut"]
     with pytest.raises(InputError, match="run the same command again") as caught:
-        download(server.url, target, sha256_start=SHA256, attempts=2, **TIMES)
+        download(server.url, target, sha256_start=SHA256, attempts=2, **LIMITS)
     assert not target.exists()
     kept = target.with_name("file.pth.part").stat().st_size
     assert str(kept) in str(caught.value) and 0 < kept < len(CONTENT)
-    download(server.url, target, sha256_start=SHA256, **TIMES)
+    download(server.url, target, sha256_start=SHA256, **LIMITS)
     assert target.read_bytes() == CONTENT and server.requests[-1] == f"bytes={kept}-"
 
 
@@ -142,14 +160,73 @@ def test_a_wrong_file_is_refused_at_once_and_deleted(part, behaviours, says, ser
     if part is not None:
         target.with_name("file.pth.part").write_bytes(part)
     with pytest.raises(InputError, match=says):
-        download(server.url, target, sha256_start=SHA256[:8], **TIMES)
+        download(server.url, target, sha256_start=SHA256[:8], **LIMITS)
     assert len(server.requests) == 1 and list(target.parent.iterdir()) == []
+
+
+def test_a_link_in_the_place_of_a_part_is_not_followed(server, target, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("theirs")
+    target.with_name("file.pth.part").symlink_to(victim)
+    server.behaviours = ["no ranges"]
+    with pytest.raises(OSError, match="file.pth.part"):
+        download(server.url, target, sha256_start=SHA256, **LIMITS)
+    assert victim.read_text() == "theirs"
+
+
+@pytest.mark.parametrize("behaviour", ["long", "says long"])
+def test_a_file_longer_than_the_published_one_is_not_stored(behaviour, server, target):
+    server.behaviours = [behaviour]
+    with pytest.raises(InputError, match=f"more than {len(CONTENT)} bytes"):
+        download(server.url, target, sha256_start=SHA256, **LIMITS)
+    assert len(server.requests) == 1 and list(target.parent.iterdir()) == []
+
+
+def test_a_redirect_stays_in_its_scheme(server, target):
+    server.behaviours = [server.url.replace("tiny", "moved")]
+    download(server.url, target, sha256_start=SHA256, **LIMITS)
+    assert target.read_bytes() == CONTENT
+    target.unlink()
+    for place in (f"file://{FIXTURES}/tiny31_mmpretrain.pth", "ftp://127.0.0.1:1/a", "https://a/b"):
+        server.behaviours = [place]
+        with pytest.raises(InputError, match=f"[Rr]edirect.* to .*{place}"):
+            download(server.url, target, sha256_start=SHA256, **LIMITS)
+        assert list(target.parent.iterdir()) == []
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate by openssl")
+def test_no_redirect_leaves_https(server, target, tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("certificate")
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key", "-out"]
+    made += [
+        "cert",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=127.0.0.1",
+        "-addext",
+        "subjectAltName=IP:127.0.0.1",
+    ]
+    subprocess.run(made, cwd=folder, check=True, capture_output=True)
+    monkeypatch.setenv("SSL_CERT_FILE", str(folder / "cert"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "cert", folder / "key")
+    secure = Server()
+    secure.http.socket = context.wrap_socket(secure.http.socket, server_side=True)
+    url = secure.url.replace("http", "https")
+    download(url, target, sha256_start=SHA256, **LIMITS)
+    secure.behaviours = [server.url]
+    with pytest.raises(InputError, match=f"redirects to {server.url}; allowed: https"):
+        download(url, target.with_name("other"), sha256_start=SHA256, **LIMITS)
+    assert server.requests == []
+    secure.http.shutdown()
+    secure.http.server_close()
 
 
 def test_no_server(server, target):
     server.http.server_close()
     with pytest.raises(InputError, match=r"no connection \(.*refused.*download the file in"):
-        download(server.url, target, sha256_start=SHA256, attempts=2, **TIMES)
+        download(server.url, target, sha256_start=SHA256, attempts=2, **LIMITS)
 
 
 # The cache
@@ -169,7 +246,7 @@ def published(server, config_file, tmp_path, monkeypatch):
         None,
         64,
         10,
-        0,
+        200_000,
         0,
         (),
         "id",

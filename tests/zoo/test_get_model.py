@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 import shutil
 
 import numpy as np
@@ -49,6 +50,12 @@ def test_the_head_of_the_file_is_kept_where_it_fits(config_file, caplog):
 def test_weights_of_other_classes_are_an_error_without_num_classes(config_file):
     with pytest.raises(InputError, match="set MODEL.NUM_CLASSES: 10"):
         get_model(config_file("tiny31"), pretrained=WEIGHTS, MODEL__NUM_CLASSES=3)
+
+
+@pytest.mark.parametrize("pretrained", [1, 2.5, b"x", ["x"]])
+def test_other_things_than_a_path_or_a_choice_are_named(config_file, pretrained):
+    with pytest.raises(InputError, match=f"pretrained is {re.escape(repr(pretrained))}; allowed:"):
+        get_model(config_file("tiny31"), pretrained=pretrained)
 
 
 def test_no_path_is_no_file(config_file):
