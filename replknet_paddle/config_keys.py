@@ -49,7 +49,7 @@ def _valid(value: Any, is_valid: bool) -> Any:
 
 
 def _numeric(kind: type, name: str, low: float, high: float | None = None) -> Rule:
-    largest = {int: sys.maxsize, float: sys.float_info.max}[kind] if high is None else high
+    largest = {int: 2**31 - 1, float: sys.float_info.max}[kind] if high is None else high
 
     def read(value):
         value = decoded(value)
@@ -172,7 +172,7 @@ KEYS: dict[str, tuple[Any, Rule]] = {
     # evaluated or resumed has, or the data: names in class_names.txt, else the largest label and 1
     "MODEL.DROPPATH": (0.5, number(0, 0.999)),  # stochastic depth of the last block
     "MODEL.LARGE_KERNEL_SIZES": ([31, 29, 27, 13], several(integer(1), 4)),  # odd, per stage
-    "MODEL.LAYERS": ([2, 2, 18, 2], several(integer(1), 4)),  # (RepLK block, ConvFFN) pairs
+    "MODEL.LAYERS": ([2, 2, 18, 2], several(integer(1, 1000), 4)),  # (RepLK block, ConvFFN) pairs
     "MODEL.CHANNELS": ([128, 256, 512, 1024], several(integer(1), 4)),
     "MODEL.DW_RATIO": (1.0, number(0.01)),  # channels of the large kernels over the stage's
     "MODEL.FFN_RATIO": (4.0, number(0.01)),  # hidden channels of ConvFFN over the stage's

@@ -192,7 +192,11 @@ def test_an_unknown_key_is_refused_and_suggests_the_nearest(complaint, text, key
         ("DATA.RESIZE_MODE", ["Warp"], "'short_crop' or 'warp'"),
         ("DATA.DATA_PATH", ["", ["a", "b"], 31], "text"),
         ("DATA.IMAGENET_MEAN", [[0.5, 0.5], [123.7, 116.3, 103.5]], "3 values, each a number from"),
-        ("MODEL.LAYERS", [[2, 2, 18], [2, 2, 0, 2], 2, "2222"], "4 values, each an integer >= 1"),
+        (
+            "MODEL.LAYERS",
+            [[2, 2, 18], [2, 2, 0, 2], 2, "2222", [1, 1, 1001, 1]],
+            "4 values, each an integer from 1 to 1000",
+        ),
         ("MODEL.OUT_INDICES", [[4], [-1], 4], "a list of values, each an integer from 0 to 3"),
         ("MODEL.SMALL_KERNEL", [False], "an integer >= 1, or None"),
         ("MODEL.SYNC_BN", [1, None, "yes"], "True or False"),

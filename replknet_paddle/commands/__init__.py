@@ -16,7 +16,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from replknet_paddle.runtime.errors import InputError, SystemFault
+from replknet_paddle.runtime.errors import OUT_OF_MEMORY, InputError, SystemFault
 from replknet_paddle.runtime.terminal import Terminal
 
 COMMANDS = {
@@ -78,6 +78,9 @@ def run_command(name: str, argv: list[str], prog: str | None = None) -> int:
         return 2
     except SystemFault as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except MemoryError:  # Paddle's comes with pages of C++ calls
+        print(f"error: {OUT_OF_MEMORY}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -10,7 +10,7 @@ from functools import partial
 
 from replknet_paddle.commands.flags import add_config_flags, add_flag, config_from
 from replknet_paddle.config import RANDOM, update_config
-from replknet_paddle.runtime.errors import InputError, PeerLost, SystemFault
+from replknet_paddle.runtime.errors import OUT_OF_MEMORY, InputError, PeerLost, SystemFault
 from replknet_paddle.runtime.files import (
     check_new_folder,
     check_place_is_writable,
@@ -108,6 +108,8 @@ def run_train(args) -> int:
         status, message = 2, f"error: {error}"
     except SystemFault as error:
         message = f"error: {error}"
+    except MemoryError:
+        message = f"error: {OUT_OF_MEMORY}"
     except Exception:
         message = traceback.format_exc()
     if message:

@@ -6,6 +6,8 @@ starts a run again. Any other exception that escapes is a defect of the program 
 traceback.
 """
 
+OUT_OF_MEMORY = "out of memory; smaller batches, images or networks take less"
+
 
 class InputError(ValueError):
     """Input that cannot be used. The message names the thing, its value, and what is allowed."""
