@@ -108,7 +108,7 @@ def all_ranks_states(arguments: list[str]) -> int:
         result = really_run(self)
         state = self.state
         checkpoint = Checkpoint(
-            "",
+            run.config_text(self.config),
             self.progress,
             run.float32_weights(state.model, state.optimizer),
             state.ema.state(),
