@@ -30,7 +30,7 @@ from replknet_paddle.checkpoints.run_folder import (
 from replknet_paddle.data.class_names import CLASS_NAMES_FILE
 from replknet_paddle.engine.signals import Stopped
 from replknet_paddle.engine.train import DivergedError
-from replknet_paddle.runtime.errors import InputError, SystemFault
+from replknet_paddle.runtime.errors import OUT_OF_MEMORY, InputError, SystemFault
 from replknet_paddle.runtime.files import append_whole, command_line, path_in_error, write_text
 from replknet_paddle.runtime.launch import TERMINAL_VARIABLE, lost_peer
 from replknet_paddle.runtime.machines import is_launched
@@ -266,6 +266,7 @@ class RunLog:
             if self.file is not None and not isinstance(error, Stopped):
                 is_message = isinstance(error, (InputError, OSError, SystemFault, DivergedError))
                 reason = str(error) if is_message else traceback.format_exc()
+                reason = OUT_OF_MEMORY if isinstance(error, MemoryError) else reason
                 values = (logging.ERROR, __file__, 0, "the run ended: %s", (reason,), None)
                 self.file.handle(logging.LogRecord(__name__, *values))
             raise
