@@ -110,7 +110,7 @@ class _Runs:
             self.train(name, f"{name}.yaml", "data")
         nano = ["-opts", "TRAIN.NUM_EPOCHS", "2", "TRAIN.MODEL_EMA", "True", "TRAIN.ACCUM_ITER"]
         nano += ["2", "TRAIN.MIXUP_ALPHA", "0.8", "TRAIN.CUTMIX_ALPHA", "1.0", "TRAIN.BASE_LR"]
-        nano += ["1e-4", "DATA.BATCH_SIZE", "8", "TRAIN.MODEL_EMA_DECAY", "0.9"]
+        nano += ["1e-6", "DATA.BATCH_SIZE", "8", "TRAIN.MODEL_EMA_DECAY", "0.9"]
         nano += ["MODEL.NUM_CLASSES", "None"]
         self.train("nano", self.checkout / "configs" / "replknet_nano.yaml", "data", *nano)
         self.train("upernet", "upernet.yaml", "shapes")
