@@ -42,6 +42,7 @@ GRACE_SECONDS = 5  # for the processes of this machine to end, once another mach
 
 # Paddle's launcher looks every second or two, and kills what is still there after three.
 LAUNCHER_SECONDS = 30
+ENDING_SECONDS = 2
 
 # Path of the terminal that a run was started on, for rank 0 of several processes.
 TERMINAL_VARIABLE = "REPLKNET_PADDLE_TERMINAL"
@@ -290,9 +291,16 @@ def wait_to_be_ended() -> None:
     It reports the status of the first process that is not 0: this one must not be it. Where all of
     this machine's are there, the one that is lost is another machine's.
     """
-    if os.environ.get("PADDLE_LOG_DIR") is not None and not _all_are_running():
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-        time.sleep(LAUNCHER_SECONDS)
+    if os.environ.get("PADDLE_LOG_DIR") is None:
+        return
+    # A process closes its connections a moment before it counts as ended.
+    deadline = time.monotonic() + ENDING_SECONDS
+    while _all_are_running():
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.05)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    time.sleep(LAUNCHER_SECONDS)
 
 
 def _all_are_running() -> bool:

@@ -256,3 +256,14 @@ def test_a_run_whose_node_is_killed_is_restarted_and_ends_the_same(
         for program in started:
             program.end()
     assert_same_end(run, straight_on_two)
+
+
+def test_a_process_that_is_still_ending_is_none_of_another_machine(monkeypatch):
+    """It has closed its connections, which the others notice, before it counts as ended."""
+    answers, handled = iter([True, True, False]), []
+    monkeypatch.setenv("PADDLE_LOG_DIR", "logs")
+    monkeypatch.setattr(launch_module, "_all_are_running", lambda: next(answers))
+    monkeypatch.setattr(launch_module, "LAUNCHER_SECONDS", 0)
+    monkeypatch.setattr(signal, "signal", lambda number, _: handled.append(number))
+    launch_module.wait_to_be_ended()
+    assert handled == [signal.SIGTERM]  # the launcher's, at which this process is silent
