@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 @functools.cache
 def image_suffixes() -> frozenset[str]:
     """Return the file name suffixes, in lower case with their dot, of the formats that are read."""
+    Image.init()
     suffixes = {s for s, name in Image.registered_extensions().items() if name in FORMATS}
     return frozenset(suffixes - {".pfm"})  # always of floats, which are refused
 

@@ -4,6 +4,7 @@ Everything geometric and photometric happens on 8-bit images; `normalize` is the
 and stands alone, so that a loader may ship 8-bit batches and do this step on the device.
 """
 
+import importlib.util
 import io
 import os
 import stat
@@ -13,14 +14,10 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from replknet_paddle.runtime.errors import InputError
 
-# What data sets hold, where this Pillow reads it. It reads many more, some of them by starting
-# other programs (EPS).
-Image.init()
-FORMATS = tuple(
-    name
-    for name in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
-    if name in Image.OPEN
-)
+# What data sets hold. Pillow reads many more, some of them by starting other programs (EPS).
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
+if importlib.util.find_spec("PIL.AvifImagePlugin") is not None:  # since Pillow 11.3
+    FORMATS += ("AVIF",)
 
 # Pillow's own threshold for a warning: 270 MB as RGB. ImageNet's largest have 60 million.
 MAX_PIXELS = 89_478_485
