@@ -116,10 +116,28 @@ def as_one_operation(target):
 def apply_layer(layer: type[PyLayer], *arguments):
     """Apply a layer with gradients of its own to tensors and constants, in a program, too."""
     if paddle.in_dynamic_mode():
-        return layer.apply(*arguments)
+        wanted = [a for a in arguments if isinstance(a, paddle.Tensor) and not a.stop_gradient]
+        return _OneArgument.apply(wanted, lambda: (layer, arguments))
     from paddle.jit.dy2static.py_layer import StaticPyLayer
 
     return StaticPyLayer(layer).apply(*arguments)
+
+
+class _OneArgument(PyLayer):
+    """A layer whose inputs are one argument, for `paddle.grad` by some of them.
+
+    With several arguments Paddle demands None for those that were not asked for, and does not say
+    which these are. From one argument it takes what it needs.
+    """
+
+    @staticmethod
+    def forward(ctx, wanted, layer_and_arguments):
+        ctx.layer, arguments = layer_and_arguments()
+        return ctx.layer.forward(ctx, *arguments)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return [gradient for gradient in ctx.layer.backward(ctx, dy) if gradient is not None]
 
 
 def run_operator(name: str, *arguments) -> paddle.Tensor:

@@ -57,8 +57,8 @@ def test_scores_are_those_of_the_official_script(double, merged):
         np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-8 * expected.max())
 
 
-@pytest.mark.parametrize("impl", ["direct", "fft"])
-def test_scores_by_the_compiled_operators_differ_by_rounding(impl, tiny31, operators):
+@pytest.mark.parametrize("impl", ["direct", "fft", "matmul"])
+def test_scores_by_our_operators_differ_by_rounding(impl, tiny31, operators):
     model = copy.deepcopy(tiny31)
     assert use_fast_depthwise_conv(model, impl) > 0
     scores, expected = contribution_scores(model, IMAGES[0]), OFFICIAL["scores"][0]

@@ -80,6 +80,17 @@ def official_preparation(model, path):
     return contribution_scores(model, normalized.transpose(2, 0, 1).astype(np.float32))
 
 
+def test_fields_by_products_are_those_by_the_compiled_operator(folder, flags, tmp_path, operators):
+    fields = []
+    for impl in ("matmul", "auto"):
+        out = tmp_path / f"{impl}.npy"
+        chosen = [*flags, "-opts", "MODEL.CONV_IMPL", impl]
+        assert erf(arguments(folder, chosen, out, num_images=2)) == 0
+        fields.append(load_field(out).scores)
+    assert np.linalg.norm(fields[0] - fields[1]) < 0.02 * np.linalg.norm(fields[1])
+    assert not np.array_equal(*fields)
+
+
 def test_fields_are_compared_side_by_side(folder, flags, tmp_path, capsys):
     first = tmp_path / "first.npy"
     assert erf(arguments(folder, flags, first, num_images=2)) == 0

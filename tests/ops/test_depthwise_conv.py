@@ -17,16 +17,21 @@ from double_precision import (
 )
 from paddle import nn
 
+from replknet_paddle.model import RepLKNet
 from replknet_paddle.ops import (
     dispatch,
     large_kernel_depthwise_conv2d,
     large_kernel_depthwise_conv2d_reference,
+    use_fast_depthwise_conv,
 )
 from replknet_paddle.ops.library import LibraryError, reference_passes
 from replknet_paddle.runtime.errors import InputError
 
 pytestmark = [pytest.mark.usefixtures("operators"), pytest.mark.numbers, pytest.mark.paddle_version]
 
+IMPLS = ["direct", "fft", "matmul", "paddle"]
+# Types of x and weight: without mixed precision, at level O1 or O2, and of halved networks.
+MIXED = [("float32", "float32"), ("bfloat16", "float32"), ("float16", "float16")]
 TOLERANCE = {"direct": 2e-6, "fft": 2e-5, "auto": 2e-5, "matmul": 2e-6}
 
 
@@ -98,6 +103,56 @@ def test_half_precision_is_float32_rounded_at_the_end(dtype):
         assert reference.dtype == x.dtype
         difference = (reference.astype("float32") - y.astype("float32")).abs().max()
         assert float(difference) < 0.02 * float(y.astype("float32").abs().max())
+
+
+@pytest.mark.parametrize("x_dtype, weight_dtype", MIXED, ids=" ".join)
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("is_leaf", [True, False])
+def test_gradients_by_some_of_the_inputs_are_those_by_all(is_leaf, impl, x_dtype, weight_dtype):
+    dtypes = (x_dtype, weight_dtype, weight_dtype)
+    *values, dy = map(paddle.to_tensor, arrays(2, 3, 9, 8, 7))
+    leaves = [value.astype(dtype) for value, dtype in zip(values, dtypes)]
+    for leaf in leaves:
+        leaf.stop_gradient = False
+
+    def convolution():
+        inputs = leaves if is_leaf else [1 * leaf for leaf in leaves]
+        return large_kernel_depthwise_conv2d(*inputs, impl=impl)
+
+    convolution().backward(dy.astype(x_dtype))
+    wanted = [leaf.grad.numpy() for leaf in leaves]
+    assert all(np.abs(gradient).max() > 0 for gradient in wanted)
+    for chosen in [[0], [1], [2], [0, 1], [1, 0], [2, 1], [0, 1, 2]]:
+        inputs = [leaves[i] for i in chosen]
+        got = paddle.grad(convolution(), inputs, dy.astype(x_dtype))
+        for i, gradient in zip(chosen, got):
+            assert np.array_equal(gradient.numpy(), wanted[i]), (chosen, i)
+    y = convolution()
+    twice = [paddle.grad(y, leaves[:1], dy.astype(x_dtype), retain_graph=True) for _ in range(2)]
+    assert np.array_equal(twice[0][0].numpy(), wanted[0])
+    assert np.array_equal(twice[1][0].numpy(), wanted[0])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("is_training", [True, False])
+def test_a_network_has_gradients_by_its_images_or_one_weight_alone(is_training, impl):
+    network = RepLKNet(large_kernel_sizes=[13, 11, 9, 7], layers=[1] * 4, channels=[4] * 4)
+    use_fast_depthwise_conv(network, impl)
+    network.train() if is_training else network.eval()
+    images = paddle.randn([2, 3, 64, 64])
+    images.stop_gradient = False
+    large = network.stages[0].blocks[0].large_kernel.large_kernel_origin.conv.weight
+    small = network.stages[1].blocks[0].large_kernel.small_kernel_conv.conv.weight
+
+    def loss():
+        paddle.seed(0)  # of dropped paths
+        return (network(images) ** 2).mean()
+
+    loss().backward()
+    for tensor in (images, large, small):
+        (alone,) = paddle.grad(loss(), [tensor])
+        assert float(alone.abs().max()) > 0
+        assert np.array_equal(alone.numpy(), tensor.grad.numpy())
 
 
 class Net(nn.Layer):
