@@ -58,7 +58,8 @@ class Gradients:
         for bucket, flat in zip(self.half_buckets or (), self.sums):
             pieces = paddle.split(flat, [p.size for p in bucket])
             for parameter, piece in zip(bucket, pieces):
-                parameter.grad = piece.reshape(parameter.shape)
+                # Without the underscore Paddle copies, through a stream that all others wait for.
+                parameter.grad_ = piece.reshape(parameter.shape)
         self.sums = []
         if loss_scale is None:
             return None

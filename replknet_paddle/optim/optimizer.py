@@ -205,7 +205,7 @@ def create_tensors(optimizer: paddle.optimizer.AdamW, model: nn.Layer) -> None:
     lr = optimizer.get_lr()
     optimizer.set_lr(0.0)
     for param in trainable_parameters(model).values():
-        param.grad = paddle.zeros_like(param)
+        param.grad_ = paddle.zeros_like(param)
     optimizer.step()
     optimizer.clear_grad(set_to_zero=False)
     optimizer.set_lr(lr)

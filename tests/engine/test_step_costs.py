@@ -21,6 +21,7 @@ from replknet_paddle.data.dataset import get_dataloader, get_dataset
 from replknet_paddle.data.transforms import build_mixup
 from replknet_paddle.engine.precision import Precision
 from replknet_paddle.optim.ema import ModelEma
+from replknet_paddle.optim.gradients import Gradients
 from replknet_paddle.optim.losses import SoftTargetCrossEntropy
 from replknet_paddle.runtime import processes
 
@@ -31,6 +32,7 @@ SYNCHRONIZATIONS += ("__bool__", "__index__", "__len__")
 REDUCTIONS = ("all_reduce", "broadcast", "all_gather", "barrier", "reduce")
 COPIES = ("copy_", "_copy_to", "cuda", "pin_memory", "set_value", "clone")
 FUNCTIONS = ("to_tensor", "assign", "concat", "split")
+SETTERS = ("grad", "grad_", "data")  # the first copies, through a stream that all others wait for
 
 # A step of one batch, with mixing, erasing, a loss scale, EMA weights and statistics to average.
 EXPECTED = {
@@ -62,6 +64,10 @@ def counted():
         ):
             for name in filter(partial(hasattr, owner), names):
                 patch.setattr(owner, name, counting(name, getattr(owner, name)))
+        for name in SETTERS:
+            plain = getattr(paddle.Tensor, name)
+            setter = counting(f"{name} =", plain.__set__)
+            patch.setattr(paddle.Tensor, name, property(plain.__get__, setter))
         yield calls
 
 
@@ -103,3 +109,17 @@ def test_a_step_waits_once_reduces_thrice_and_copies_nothing_but_its_batch(
     finish_ranks(arguments, target=count_steps)
     for rank in range(2):
         assert json.loads((tmp_path / f"counts.{rank}").read_text()) == EXPECTED
+
+
+def test_gradients_of_half_precision_weights_become_float32_without_a_copy():
+    weights = [paddle.create_parameter([size], "float32") for size in (3, 4)]
+    model = paddle.nn.ParameterList(weights)
+    model.to(dtype="bfloat16")
+    gradients = Gradients(model)
+    with counted() as calls:
+        for _ in range(2):
+            sum((weight * weight).astype("float32").sum() for weight in model).backward()
+            gradients.collect()
+        gradients.finish()
+    assert all(weight.grad.dtype == paddle.float32 for weight in model)
+    assert calls == {"concat": 2, "split": 1, "grad_ =": 2}
