@@ -4,7 +4,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from replknet_paddle.ops import large_kernel_layers
+from replknet_paddle.ops import fast_depthwise_layers
 from replknet_paddle.optim.optimizer import master_weights
 from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.errors import InputError
@@ -57,7 +57,7 @@ class Precision:
         if not self.half_weights:
             return
         # Paddle's own convolution needs large kernels in float32, and matrix products round them.
-        options = dict(level="O2", dtype=self.dtype, excluded_layers=large_kernel_layers(model))
+        options = dict(level="O2", dtype=self.dtype, excluded_layers=fast_depthwise_layers(model))
         if optimizer is None:
             paddle.amp.decorate(models=model, **options)
         else:

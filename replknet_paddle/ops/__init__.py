@@ -6,7 +6,7 @@ from replknet_paddle.ops.depthwise import (
     build_convolutions,
     describe_convolutions,
     large_kernel_depthwise_conv2d,
-    large_kernel_layers,
+    fast_depthwise_layers,
     use_fast_depthwise_conv,
     use_large_kernel_ops,
 )
@@ -28,7 +28,7 @@ __all__ = [
     "get_library",
     "large_kernel_depthwise_conv2d",
     "large_kernel_depthwise_conv2d_reference",
-    "large_kernel_layers",
+    "fast_depthwise_layers",
     "pointwise_conv2d",
     "thread_count",
     "use_fast_depthwise_conv",

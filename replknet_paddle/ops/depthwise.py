@@ -18,7 +18,9 @@ from replknet_paddle.ops.dispatch import (
     autocast_dtype,
     cast,
     check_impl,
+    depthwise_conv2d_in_float32,
     describe,
+    is_depthwise,
     is_on_cpu,
     is_same_conv,
     large_kernel_depthwise_conv2d_reference,
@@ -170,7 +172,8 @@ class FastDepthwiseConv2D(nn.Conv2D):
     """A depthwise `nn.Conv2D` that computes by `large_kernel_depthwise_conv2d`.
 
     Only the class of a layer changes (`use_fast_depthwise_conv`): parameters, their names, hooks
-    and settings stay those of `nn.Conv2D`.
+    and settings stay those of `nn.Conv2D`. With `impl` "paddle" it computes in float32 by Paddle's
+    own, and may have any stride, dilation and padding of zeros.
 
     While a program is captured (`to_static`, `jit.save`) in evaluation mode it is Paddle's
     convolution, so that exported models run where there is no such operator, or with `matmul` the
@@ -185,6 +188,16 @@ class FastDepthwiseConv2D(nn.Conv2D):
         is_paddles = captured and not self.training and self.impl != "matmul"
         if is_paddles or self.weight.dtype not in DTYPES:
             return nn.Conv2D.forward(self, x)
+        if self.impl == "paddle":
+            return depthwise_conv2d_in_float32(
+                x,
+                self.weight,
+                self.bias,
+                stride=self._stride,
+                padding=self._padding,
+                dilation=self._dilation,
+                groups=self._groups,
+            )
         if not captured and not x.is_contiguous():
             x = x.contiguous()
         check_arguments(x, self.weight, self.bias, None, self.impl)
@@ -201,12 +214,12 @@ class FastDepthwiseConv2D(nn.Conv2D):
 
 
 def is_eligible(layer: nn.Layer) -> bool:
-    """Return whether a layer is a convolution that `FastDepthwiseConv2D` can compute."""
+    """Return whether a depthwise layer is one that `large_kernel_depthwise_conv2d` can compute."""
     if not is_same_conv(layer, FastDepthwiseConv2D):
         return False
     height, width = layer._kernel_size
     return (
-        layer._groups == layer._in_channels == layer._out_channels
+        layer._in_channels == layer._out_channels
         and height == width
         and height >= 3
         and height % 2 == 1
@@ -219,7 +232,9 @@ def use_fast_depthwise_conv(
     """Choose what computes the depthwise convolutions of a built network, in place.
 
     Eligible are those with stride and dilation 1, "same" padding of zeros, and a square kernel of
-    odd size from 3 up. Parameters and their names stay as they are.
+    odd size from 3 up. Parameters and their names stay as they are. On GPU, all other depthwise
+    layers are computed in float32 by Paddle's own, and give maps in the type that they get, since
+    Paddle would accumulate in the type of the weights.
 
     Args:
         model: any network.
@@ -227,8 +242,7 @@ def use_fast_depthwise_conv(
             compiled operator for kernels up to 63, and `auto` leaves the layers to Paddle, and
             logs why, where it is unavailable. `matmul` on every device and `auto` on GPU are for
             kernels from 7 up; smaller ones are computed as with `auto` on CPU, and by Paddle on
-            GPU. `paddle` makes the layers Paddle's own again; on GPU large ones then stay in
-            float32 under mixed precision, because Paddle accumulates in the type of the tensors.
+            GPU. `paddle` makes the layers Paddle's own again, on GPU in float32.
         memory_bytes: bound of the products of a layer beside its inputs and outputs, and of what
             `cache_weights` keeps.
 
@@ -245,14 +259,14 @@ def use_fast_depthwise_conv(
     operator = use_operator(small, on_cpu)
     count = 0
     for layer in model.sublayers(include_self=True):
-        if not is_eligible(layer):
+        if not is_depthwise(layer, FastDepthwiseConv2D):
             continue
         kernel = layer._kernel_size[0]
         is_large = kernel >= SMALLEST_PRODUCT_KERNEL
-        by = None
-        if is_large and (impl == "matmul" or not on_cpu):
+        by = None if on_cpu else "paddle"
+        if is_eligible(layer) and is_large and (impl == "matmul" or not on_cpu):
             by = impl
-        elif operator and kernel in KERNEL_SIZES:
+        elif is_eligible(layer) and operator and kernel in KERNEL_SIZES:
             by = small
         layer.__class__ = nn.Conv2D if by is None else FastDepthwiseConv2D
         for name in ("impl", "memory_bytes"):
@@ -263,7 +277,7 @@ def use_fast_depthwise_conv(
     return count
 
 
-def large_kernel_layers(model: nn.Layer) -> list[nn.Layer]:
+def fast_depthwise_layers(model: nn.Layer) -> list[nn.Layer]:
     """Return the layers of `FastDepthwiseConv2D`, whose weights stay float32 in mixed precision."""
     return [x for x in model.sublayers(include_self=True) if isinstance(x, FastDepthwiseConv2D)]
 
@@ -274,7 +288,7 @@ def describe_convolutions(model: nn.Layer) -> str:
     names = {"matmul": "matrix products", "paddle": "Paddle's own convolution in float32"}
     counts = Counter(
         names.get(layer.impl, "the compiled operator" if on_cpu else "what is faster on this GPU")
-        for layer in large_kernel_layers(model)
+        for layer in fast_depthwise_layers(model)
     )
     return ", ".join(f"{count} by {name}" for name, count in counts.items()) or "all by Paddle"
 

@@ -20,6 +20,7 @@ from epochs import (
     trainable_weights,
 )
 from harness import finish_ranks
+from paddle.base import core
 from paddle.nn import functional
 from tiny import assert_identical, weights
 
@@ -28,7 +29,6 @@ from replknet_paddle.engine.train import DivergedError, check_synchronized
 from replknet_paddle.model import RepLKNet
 from replknet_paddle.ops import (
     large_kernel_depthwise_conv2d_reference,
-    large_kernel_layers,
     use_fast_depthwise_conv,
 )
 from replknet_paddle.optim.ema import ModelEma
@@ -205,30 +205,89 @@ def on_gpu(monkeypatch):
     monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda *_: (8, 0))
 
 
+def small_network():
+    """All kinds of layers of RepLKNet; of depthwise ones 4 with large kernels, 4 with 5x5 ones
+    beside them, and the 5 of the stem and the transitions, of which 4 have a stride of 2."""
+    return RepLKNet(
+        large_kernel_sizes=[13, 11, 9, 7], layers=[1] * 4, channels=[4] * 4, num_classes=3
+    )
+
+
+def depthwise_layers(model):
+    layers = [x for x in model.sublayers() if isinstance(x, paddle.nn.Conv2D) and x._groups > 1]
+    assert len(layers) == 13
+    return layers
+
+
 @pytest.mark.parametrize("impl", ["auto", "paddle", "matmul"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("level", ["O1", "O2"])
 @pytest.mark.parametrize("trained", [False, True])
 def test_types_of_all_layers(on_gpu, level, dtype, trained, impl):
-    """Batch norm keeps float32, for its sums over a batch need it, and so do large kernels, which
-    Paddle's own convolution would sum in half precision."""
-    model = RepLKNet(
-        large_kernel_sizes=[13, 11, 9, 7], layers=[1] * 4, channels=[4] * 4, num_classes=3
-    )
+    """Batch norm keeps float32, for its sums over a batch need it, and so do all depthwise
+    convolutions, which Paddle's own kernels would sum in half precision."""
+    model = small_network()
     use_fast_depthwise_conv(model, impl)
     optimizer = paddle.optimizer.AdamW(1e-3, parameters=model.parameters())
     precision = Precision(enabled=True, level=level, dtype=dtype)
     precision.prepare(model, optimizer if trained else None)
-    large = {id(layer) for layer in large_kernel_layers(model)}
-    assert len(large) == 4
+    depthwise = {id(layer) for layer in depthwise_layers(model)}
     half = getattr(paddle, dtype) if level == "O2" else paddle.float32
     for name, layer in model.named_sublayers(include_self=True):
-        is_full = isinstance(layer, paddle.nn.BatchNorm2D) or id(layer) in large
+        is_full = isinstance(layer, paddle.nn.BatchNorm2D) or id(layer) in depthwise
         own = dict(layer.named_parameters(include_sublayers=False))
         assert {p.dtype for p in own.values()} <= {paddle.float32 if is_full else half}, name
     assert optimizer._multi_precision == (level == "O2" and trained)
     assert (precision.loss_scale is None) == (dtype == "bfloat16")
     assert precision.half_weights == (level == "O2")
+
+
+@pytest.mark.parametrize("impl", ["paddle", "matmul"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("level", ["O1", "O2"])
+def test_depthwise_layers_sum_in_float32_and_give_the_type_that_they_get(
+    on_gpu, level, dtype, impl, monkeypatch
+):
+    """Each layer with half-precision maps: types at Paddle's own convolution, and gradients."""
+    model = small_network()
+    use_fast_depthwise_conv(model, impl)
+    Precision(enabled=True, level=level, dtype=dtype).prepare(model)
+    monkeypatch.undo()  # from here on this is a CPU
+    conv2d, seen = functional.conv2d, []
+
+    def spied(x, weight, bias, **options):
+        seen.append({x.dtype, weight.dtype})
+        return conv2d(x, weight, bias, **options)
+
+    monkeypatch.setattr(functional, "conv2d", spied)
+    for layer in depthwise_layers(model):
+        x = paddle.randn([4, layer._in_channels, 15, 14]).astype(dtype)
+        x.stop_gradient = False
+        y = layer(x)
+        assert y.dtype == x.dtype
+        dy = paddle.randn(y.shape).astype(dtype)
+        dx, dweight = paddle.grad(y, [x, layer.weight], dy)
+        assert (dx.dtype, dweight.dtype) == (x.dtype, paddle.float32)
+        exact = [t.astype("float64").detach() for t in (x, layer.weight)]
+        for tensor in exact:
+            tensor.stop_gradient = False
+        options = dict(stride=layer._stride, padding=layer._padding, groups=layer._groups)
+        wanted = paddle.grad(conv2d(*exact, **options), exact, dy.astype("float64"))
+        kernel, is_small = layer._kernel_size[0], layer._kernel_size[0] <= 5
+        # Products round T's gradient; Paddle's own is float32.
+        for got, right, bound in zip((dx, dweight), wanted, (0.01, 1e-6 if is_small else 0.01)):
+            error = (got.astype("float64") - right).abs().max() / right.abs().max()
+            assert float(error) < bound, kernel
+    assert seen == [{paddle.float32}] * (13 if impl == "paddle" else 9)
+
+
+def test_the_tape_keeps_no_float32_copy_of_half_precision_maps():
+    x, weight = paddle.randn([8, 16, 40, 40]).astype("bfloat16"), paddle.randn([16, 1, 5, 5])
+    x.stop_gradient = weight.stop_gradient = False
+    held = core.host_memory_stat_current_value("Allocated", 0)
+    y = large_kernel_depthwise_conv2d_reference(x, weight)
+    held = core.host_memory_stat_current_value("Allocated", 0) - held
+    assert y.dtype == x.dtype and held == 2 * y.size
 
 
 def test_bfloat16_on_a_gpu_without_it_is_refused(on_gpu, monkeypatch):

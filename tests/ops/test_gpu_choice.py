@@ -157,13 +157,17 @@ def test_measuring_leaves_the_hook_of_master_gradients_registered(seconds, monke
 
 def test_layers_on_gpu(monkeypatch, seconds):
     monkeypatch.setattr(paddle.device, "get_device", lambda: "gpu:0")
-    model = nn.Sequential(*(nn.Conv2D(4, 4, k, padding=k // 2, groups=4) for k in (3, 5, 7, 31)))
-    assert use_fast_depthwise_conv(model) == 2
-    assert [type(x) for x in model] == 2 * [nn.Conv2D] + 2 * [FastDepthwiseConv2D]
-    assert use_fast_depthwise_conv(model, "matmul") == 2
-    assert use_fast_depthwise_conv(model, "paddle") == 0
-    # Large ones stay of the class that keeps Paddle's own in float32.
-    assert [type(x) for x in model] == 2 * [nn.Conv2D] + 2 * [FastDepthwiseConv2D]
+    model = nn.Sequential(
+        *(nn.Conv2D(4, 4, k, padding=k // 2, groups=4) for k in (3, 5, 7, 31)),
+        nn.Conv2D(4, 4, 9, padding=4, groups=4, stride=2),
+        nn.Conv2D(4, 8, 9, padding=4, groups=4),
+        nn.Conv2D(8, 8, 9, padding=4, groups=2),
+    )
+    for impl, swapped in (("auto", 2), ("matmul", 2), ("paddle", 0)):
+        assert use_fast_depthwise_conv(model, impl) == swapped
+        # All that are depthwise are of the class that has float32 sums.
+        assert [type(x) for x in model] == 6 * [FastDepthwiseConv2D] + [nn.Conv2D]
+        assert [x.impl for x in model[:6]] == 2 * ["paddle"] + 2 * [impl] + 2 * ["paddle"]
     with pytest.raises(ValueError, match="needs the compiled operator: it computes on CPU alone"):
         use_fast_depthwise_conv(model, "fft")
 
