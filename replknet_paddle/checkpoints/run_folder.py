@@ -116,7 +116,7 @@ class Progress:
 
 
 _SINCE_0_2 = {"better_weights", "record"}  # which checkpoints of version 0.1 lack
-_BODY = ("config", "progress", "scaler", "class_names")
+_BODY = ("config", "progress", "scaler", "class_names", "convolutions")
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,7 @@ class Checkpoint:
     optimizer: dict[str, np.ndarray] = field(default_factory=dict)
     scaler: dict[str, float] = field(default_factory=dict)  # of the loss, with float16
     class_names: tuple[str, ...] | None = None
+    convolutions: dict[str, str] = field(default_factory=dict)  # what was chosen on a GPU, by shape
     file: CheckpointFile | None = None  # what it was read from
 
     def progress_with(self, **batches: int) -> Progress:
@@ -162,6 +163,7 @@ def save_checkpoint(path: str, checkpoint: Checkpoint) -> None:
         "progress": asdict(checkpoint.progress),
         "scaler": checkpoint.scaler,
         "class_names": checkpoint.class_names,
+        "convolutions": checkpoint.convolutions,
     }
     folder = os.path.dirname(path)
     try:
@@ -194,6 +196,7 @@ def load_checkpoint(path: str) -> Checkpoint:
         {"model"} <= file.parts.keys() <= set(PARTS)
         and isinstance(body["config"], str)
         and _is_scaler(body["scaler"])
+        and _is_texts(body.get("convolutions", {}))
     ):
         raise file.damaged()
     return Checkpoint(
@@ -202,6 +205,7 @@ def load_checkpoint(path: str) -> Checkpoint:
         **{part: file.parts.get(part, {}) for part in PARTS},
         scaler=body["scaler"],
         class_names=file.classes.names,
+        convolutions=body.get("convolutions", {}),
         file=file,
     )
 
@@ -243,6 +247,11 @@ def _is_record(record: dict) -> bool:
     """Return whether a record is empty, or numbers of an epoch."""
     is_numbers = all(type(value) in (int, float) for value in record.values())
     return not record or is_numbers and _is_like(record.get("epoch"), 0)
+
+
+def _is_texts(texts: object) -> bool:
+    """Return whether this is a dictionary of strings."""
+    return isinstance(texts, dict) and all(isinstance(text, str) for text in texts.values())
 
 
 def _is_scaler(state: object) -> bool:

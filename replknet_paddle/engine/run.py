@@ -45,7 +45,7 @@ from replknet_paddle.engine.train import (
     check_synchronized,
     train_epoch,
 )
-from replknet_paddle.ops import build_convolutions
+from replknet_paddle.ops import build_convolutions, gpu_choice
 from replknet_paddle.optim.ema import ModelEma
 from replknet_paddle.optim.optimizer import load_optimizer_state, optimizer_state
 from replknet_paddle.optim.schedule import base_learning_rate
@@ -230,6 +230,7 @@ class Training:
             self.progress = start.resumed.progress_with(**epoch_like)
             load_optimizer_state(optimizer, model, start.resumed.optimizer)
             precision.load_state(start.resumed.scaler)
+            gpu_choice.restore_choices(start.resumed.convolutions)
             if ema is not None:
                 ema.load_state(start.resumed.model_ema)
         self.evaluation_seconds = 0.0
@@ -445,6 +446,7 @@ class Training:
             optimizer=optimizer_state(state.optimizer, state.model),
             scaler=state.precision.state(),
             class_names=self.class_names,
+            convolutions=gpu_choice.choices(),
         )
         check_is_finite(checkpoint)
         save_checkpoint(path, checkpoint)

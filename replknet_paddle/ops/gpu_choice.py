@@ -1,13 +1,13 @@
 """On GPU: matrix products or Paddle's own convolution, whichever is faster where it runs.
 
 Measured once for each shape and type, when a layer first meets it, on the tensors at hand. Nothing
-is chosen that does not agree with Paddle's own convolution in float32.
+is chosen that does not agree with Paddle's own convolution in float32. A run that is to be
+deterministic measures nothing: it takes products for all that they agree on.
 """
 
 import logging
 import os
 import statistics
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,13 +17,17 @@ from replknet_paddle.ops.dispatch import large_kernel_depthwise_conv2d_reference
 from replknet_paddle.ops.dispatch import type_name
 from replknet_paddle.ops.matmul_conv import convolve, weight_gradient
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.processes import rank, sum_over_ranks
+from replknet_paddle.runtime.processes import is_deterministic, rank, sum_over_ranks
 
 logger = logging.getLogger(__name__)
 
 # Largest deviation from Paddle's own over its largest value: 8 units of the type's last place.
 TOLERANCE = {"float32": 2e-5, "tf32": 2**-8, "float16": 2**-8, "bfloat16": 2**-5}
 REPEATS = 3
+CALLS = 5  # of a repeat: the device's time for one is theirs over their number
+MOST_PRODUCTS = 128  # that calls are queued behind, 0.3 to 3 ms each
+# What the next choice must take of the time of the one before it: noise alone changes nothing.
+MARGIN = 0.95
 
 
 class Choice(NamedTuple):
@@ -38,10 +42,11 @@ class Choice(NamedTuple):
 
 
 CHOICES = (Choice("paddle", "paddle"), Choice("paddle", "matmul"), Choice("matmul", "matmul"))
-PADDLE = CHOICES[0]
+PADDLE, _, PRODUCTS = CHOICES
 
-_trained: dict[tuple, Choice] = {}  # by shape and type
-_evaluated: dict[tuple, Choice] = {}  # by channels, kernel and type
+# By what a convolution is: of training with its shape and type, of evaluation with its channels,
+# kernel and type.
+_choices: dict[str, Choice] = {}
 
 
 def choose(x: paddle.Tensor, weight: paddle.Tensor, memory_bytes: int, *, training: bool) -> Choice:
@@ -52,58 +57,93 @@ def choose(x: paddle.Tensor, weight: paddle.Tensor, memory_bytes: int, *, traini
     from rank to rank, a shape that training has not met takes the choice that was measured first
     for its channels, kernel and type.
     """
-    dtype, kernel = type_name(x), weight.shape[-1]
-    key, coarse = (*x.shape, kernel, dtype), (x.shape[1], kernel, dtype)
-    if training and key not in _trained:
-        choice, agrees = _measure(x, weight, memory_bytes, gradients=True)
+    what = f"kernel {weight.shape[-1]}, {type_name(x)}"
+    exact, coarse = f"{'x'.join(map(str, x.shape))}, {what}", f"{x.shape[1]} channels, {what}"
+    if training and exact not in _choices:
+        choice, agrees = _measure(exact, x, weight, memory_bytes, gradients=True)
         wanted = CHOICES.index(choice) if rank() == 0 else 0
         wanted, vetoes = sum_over_ranks([wanted, not agrees])
-        _trained[key] = PADDLE if vetoes else CHOICES[round(wanted)]
-        logger.info("%s: %s", _describe(key), _trained[key])
-    elif key not in _trained and coarse not in _evaluated:
-        _evaluated[coarse], _ = _measure(x, weight, memory_bytes, gradients=False)
-        logger.info("%s in evaluation: %s", _describe(key), _evaluated[coarse])
-    return _trained[key] if key in _trained else _evaluated[coarse]
+        _choices[exact] = PADDLE if vetoes else CHOICES[round(wanted)]
+        logger.info("depthwise convolution %s: %s", exact, _choices[exact])
+    elif exact not in _choices and coarse not in _choices:
+        _choices[coarse], _ = _measure(exact, x, weight, memory_bytes, gradients=False)
+        logger.info("depthwise convolution %s in evaluation: %s", exact, _choices[coarse])
+    return _choices[exact] if exact in _choices else _choices[coarse]
 
 
-def _measure(x, weight, memory_bytes: int, *, gradients: bool) -> tuple[Choice, bool]:
-    """Return the fastest choice on this device, and whether both compute the same."""
-    with paddle.no_grad(), paddle.amp.auto_cast(enable=False):
-        x, weight = x.detach(), weight.detach()
-        passes = _passes(x, weight, memory_bytes, gradients)
-        what = _describe((*x.shape, weight.shape[-1], type_name(x)))
-        tolerance, seconds = _tolerance(x), {}
-        for name, by in passes.items():
-            try:
-                deviation = _deviation(by["matmul"](), by["paddle"]())
-            except InputError as error:  # no tiles fit into the memory allowed
-                logger.warning("%s; using Paddle's own convolution", error)
-                return PADDLE, True
-            if not deviation <= tolerance:  # nor where it is NaN
-                logger.warning(
-                    "%s: matrix products deviate from Paddle's own convolution by %.2g of the "
-                    "largest value (%s; allowed: %.2g); using Paddle's own",
-                    what,
-                    deviation,
-                    name,
-                    tolerance,
-                )
-                return PADDLE, False
-            seconds[name] = {impl: _seconds(call, x) for impl, call in by.items()}
-    # paddle.grad has run and removed the hook that makes O2's master gradients; entering any
-    # autocast context registers it again.
-    with paddle.amp.auto_cast(enable=False):
-        pass
+def choices() -> dict[str, str]:
+    """Return all choices so far, for a run to be resumed with."""
+    return {what: " ".join(choice) for what, choice in _choices.items()}
+
+
+def restore_choices(recorded: dict[str, str]) -> None:
+    """Choose what `choices` returned; what it says of other things is measured."""
+    by_name = {" ".join(choice): choice for choice in CHOICES}
+    _choices.update({k: by_name[name] for k, name in recorded.items() if name in by_name})
+
+
+def _measure(what, x, weight, memory_bytes: int, *, gradients: bool) -> tuple[Choice, bool]:
+    """Return the fastest choice on this device, and whether products are possible and right."""
+    try:
+        with paddle.no_grad(), paddle.amp.auto_cast(enable=False):
+            x, weight = x.detach(), weight.detach()
+            passes = _passes(x, weight, memory_bytes, gradients)
+            _check_agreement(what, passes, _tolerance(x))
+            if is_deterministic():
+                return PRODUCTS, True
+            seconds = {
+                name: {impl: _seconds(call) for impl, call in by.items()}
+                for name, by in passes.items()
+            }
+    except InputError as error:  # no tiles fit into the memory allowed, or results deviate
+        logger.warning("%s; using Paddle's own convolution", error)
+        return PADDLE, False
+    except MemoryError:
+        logger.warning(
+            "depthwise convolution %s: memory ran out while matrix products were tried; using "
+            "Paddle's own convolution",
+            what,
+        )
+        return PADDLE, False
+    finally:
+        # paddle.grad has run and removed the hook that makes O2's master gradients; entering any
+        # autocast context registers it again.
+        with paddle.amp.auto_cast(enable=False):
+            pass
     for name, by in seconds.items():
         ours, theirs = 1e3 * by["matmul"], 1e3 * by["paddle"]
         logger.info(
-            "%s, %s: matrix products %.3f ms, Paddle's own %.3f ms", what, name, ours, theirs
+            "depthwise convolution %s, %s: matrix products %.3f ms, Paddle's own %.3f ms",
+            what,
+            name,
+            ours,
+            theirs,
         )
+    return _fastest(seconds), True
+
+
+def _fastest(seconds: dict[str, dict[str, float]]) -> Choice:
+    """Return the last of `CHOICES` that is faster by the margin than the one kept before it."""
 
     def total(choice: Choice) -> float:
         return sum(by[getattr(choice, name)] for name, by in seconds.items())
 
-    return min(CHOICES, key=total), True
+    kept = PADDLE
+    for choice in CHOICES:
+        if total(choice) < MARGIN * total(kept):
+            kept = choice
+    return kept
+
+
+def _check_agreement(what, passes, tolerance: float) -> None:
+    """Raise InputError where the implementations deviate."""
+    for name, by in passes.items():
+        deviation = _deviation(by["matmul"](), by["paddle"]())
+        if not deviation <= tolerance:  # nor where it is NaN
+            raise InputError(
+                f"depthwise convolution {what}: matrix products deviate from Paddle's own by "
+                f"{deviation:.2g} of the largest value ({name}; allowed: {tolerance:.2g})"
+            )
 
 
 def _passes(x, weight, memory_bytes, gradients) -> dict[str, dict[str, Callable]]:
@@ -145,21 +185,29 @@ def _deviation(ours: list, wanted: list) -> float:
     return worst
 
 
-def _seconds(call: Callable, x) -> float:
-    """Return the median seconds of a call that has been made before."""
-    seconds = []
-    for _ in range(REPEATS):
-        _wait_for(x)
-        start = time.perf_counter()
-        call()
-        _wait_for(x)
-        seconds.append(time.perf_counter() - start)
+def _seconds(call: Callable) -> float:
+    """Return the median seconds that the GPU takes for a call that has been made before.
+
+    The calls are queued behind other work, so that the time of the host, which in training is ahead
+    of the GPU, does not count.
+    """
+    square = paddle.ones([4096, 4096])
+    start, end = (paddle.device.Event(enable_timing=True) for _ in range(2))
+    seconds, products = [], 1
+    while len(seconds) < REPEATS:
+        for _ in range(products):
+            paddle.matmul(square, square)
+        start.record()
+        for _ in range(CALLS):
+            call()
+        is_behind = not start.query()  # the GPU has not come to the calls yet
+        end.record()
+        end.synchronize()
+        if is_behind or products == MOST_PRODUCTS:
+            seconds.append(start.elapsed_time(end) / 1e3 / CALLS)
+        else:
+            products *= 2
     return statistics.median(seconds)
-
-
-def _wait_for(x) -> None:
-    if not x.place.is_cpu_place():
-        paddle.device.synchronize()
 
 
 def _tolerance(x) -> float:
@@ -173,8 +221,3 @@ def _tolerance(x) -> float:
     ):
         dtype = "tf32"
     return TOLERANCE[dtype]
-
-
-def _describe(key: tuple) -> str:
-    *shape, kernel, dtype = key
-    return f"depthwise convolution {'x'.join(map(str, shape))}, kernel {kernel}, {dtype}"

@@ -33,6 +33,14 @@ DETERMINISTIC_FLAGS = {
 }
 
 
+_deterministic = False
+
+
+def is_deterministic() -> bool:
+    """Return whether `init` was asked for the same bits each time."""
+    return _deterministic
+
+
 def rank() -> int:
     """Return this process's number, from 0."""
     return dist.get_rank()
@@ -49,6 +57,8 @@ def init(*, deterministic: bool = False) -> None:
     `deterministic` lets GPUs use only algorithms that give the same bits each time, where Paddle
     has a choice.
     """
+    global _deterministic
+    _deterministic = deterministic
     paddle.set_device("gpu" if visible_devices() else "cpu")
     if deterministic and on_gpu():
         paddle.set_flags(DETERMINISTIC_FLAGS)

@@ -236,6 +236,7 @@ WRONG_FIELDS = [
     *(("scaler", {"scale": 2.0}), ("scaler", {"incr_count": 3}), ("class_names", ["\ud800"])),
     *(("config", f"MODEL: {{NUM_CLASSES: {count}}}") for count in ("x", -1, 1.5, ".inf", "[1]")),
     *(("config", text) for text in ("MODEL: {TYPE: 3}", "DATA: {CLASS_NAMES: [a]}")),
+    *(("convolutions", value) for value in (None, [], "x", {"1x4x9x9, kernel 9, float32": 1})),
     ("tensors.other", np.ones(1, "f4")),
 ]
 
@@ -293,6 +294,7 @@ def test_every_field_that_is_missing_or_has_another_type_is_damage(tmp_path):
                     taken.add((place, repr(value)))
     assert taken == {
         *((("class_names",), repr(value)) for value in (None, GONE)),
+        (("convolutions",), repr(GONE)),
         *((("progress", name), repr(GONE)) for name in ("better_weights", "record")),
         (("progress", "record", "train_loss"), repr(GONE)),
         *((("class_names", i), repr(GONE)) for i in range(2)),
@@ -305,7 +307,8 @@ def test_checkpoints_of_version_0_1_are_resumed(tmp_path):
     path = save_at(tmp_path, 2, 10)
 
     def as_version_0_1(body, tensors):
-        del body["class_names"], body["progress"]["better_weights"], body["progress"]["record"]
+        del body["class_names"], body["convolutions"]
+        del body["progress"]["better_weights"], body["progress"]["record"]
         body["progress"]["best_top1_percent"] = body["progress"].pop("best_score")
         return record_metadata(body, tensors)
 

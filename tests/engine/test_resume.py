@@ -3,6 +3,7 @@
 tests/engine/test_faults.py has what ends a run, and resumes it with the same settings.
 """
 
+import itertools
 import os
 import re
 
@@ -18,6 +19,8 @@ from harness import (
     progress_of,
     whole_steps,
 )
+
+from replknet_paddle.ops import depthwise, gpu_choice
 
 KILLED_AT_STEP_4 = ("step 4", "SIGKILL")
 
@@ -67,6 +70,35 @@ def test_a_finished_run_that_is_resumed_changes_nothing(run_flags, straight, tmp
     said = finish([*run_flags, f"-output={folder}", "-resume=auto"])
     assert "all 4 epochs of TRAIN.NUM_EPOCHS are done" in said
     assert_same_end(folder, straight)
+
+
+def as_on_gpu(arguments: list[str]) -> int:
+    """A run that chooses large kernels as on a GPU, on which the first argument is the faster."""
+    faster, *flags = arguments
+    depthwise.is_on_cpu = lambda x: False
+    times = itertools.cycle((2, 1) if faster == "products" else (1, 2))
+    gpu_choice._seconds = lambda call: next(times)
+    return main_status(flags)
+
+
+@pytest.mark.parametrize("is_deterministic", [False, True])
+def test_a_resumed_run_computes_by_what_was_chosen_at_its_start(
+    run_flags, tmp_path, is_deterministic
+):
+    """Another time, another implementation is the faster, and it has other rounding."""
+    straight, killed, other = (tmp_path / name for name in ("straight", "killed", "other"))
+    flags = [*run_flags, "-opts", "DETERMINISTIC", str(is_deterministic)]
+    finish(["products", *flags, f"-output={straight}"], target=as_on_gpu)
+    flags = [*flags, f"-output={killed}"]
+    finish(["products", *flags], target=as_on_gpu, status=-9, fault=KILLED_AT_STEP_4)
+    finish(["paddle", *flags, "-resume=auto"], target=as_on_gpu)
+    assert_same_end(killed, straight)
+    finish(["paddle", *flags, f"-output={other}"], target=as_on_gpu)
+    if is_deterministic:  # and nothing is timed
+        assert_same_end(other, straight)
+    else:
+        with pytest.raises(AssertionError, match="differ"):
+            assert_same_end(other, straight)
 
 
 # ---- other settings than before

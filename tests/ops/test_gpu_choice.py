@@ -1,5 +1,6 @@
 """How `auto` chooses on GPU, with CPU tensors taken for those of a GPU and times given by hand."""
 
+import json
 import logging
 import sys
 
@@ -35,15 +36,14 @@ FASTEST = {
 def gpu(monkeypatch):
     """`auto` measures as on a GPU, afresh."""
     monkeypatch.setattr(depthwise, "is_on_cpu", lambda x: False)
-    monkeypatch.setattr(gpu_choice, "_trained", {})
-    monkeypatch.setattr(gpu_choice, "_evaluated", {})
+    monkeypatch.setattr(gpu_choice, "_choices", {})
 
 
 @pytest.fixture
 def seconds(monkeypatch):
     """Sets what the next measurements take, in order; counts them."""
     left = []
-    monkeypatch.setattr(gpu_choice, "_seconds", lambda call, x: left.pop(0))
+    monkeypatch.setattr(gpu_choice, "_seconds", lambda call: left.pop(0))
     return left
 
 
@@ -58,7 +58,7 @@ def test_each_pass_is_computed_by_what_was_faster(choice, seconds, monkeypatch):
     seconds += FASTEST[choice]
     x, weight, dy = tensors()
     y = large_kernel_depthwise_conv2d(x, weight)
-    assert gpu_choice._trained == {(*SHAPE, 9, "float32"): choice} and not seconds
+    assert gpu_choice._choices == {"2x4x12x10, kernel 9, float32": choice} and not seconds
     used = calls_of(
         monkeypatch,
         (matmul_conv, "convolve"),
@@ -77,11 +77,119 @@ def test_each_pass_is_computed_by_what_was_faster(choice, seconds, monkeypatch):
         assert relative_error(got.numpy(), right) < 5e-6
 
 
+@pytest.mark.parametrize(
+    "times, choice",
+    [
+        # Times of two runs that differ by noise.
+        ((1.00, 1.01, 2.00, 2.02), CHOICES[0]),
+        ((1.01, 1.00, 2.02, 2.00), CHOICES[0]),
+        ((1.00, 1.00, 3.00, 2.82), CHOICES[0]),  # less than 5 % of all
+        ((1.00, 1.00, 3.00, 2.78), CHOICES[1]),
+        ((1.00, 0.86, 9.00, 2.00), CHOICES[1]),
+        ((1.00, 0.84, 9.00, 2.00), CHOICES[2]),
+        ((1.00, 0.96, 3.00, 2.82), CHOICES[2]),  # together, though neither alone
+        ((9.00, 1.00, 1.00, 2.00), CHOICES[2]),
+        ((1.00, 9.00, 2.00, 1.00), CHOICES[1]),
+        ((1.00, 2.00, 3.00, 3.50), CHOICES[0]),
+    ],
+)
+def test_nothing_is_chosen_that_is_not_faster_by_a_margin(times, choice, seconds):
+    seconds += times
+    x, weight, _ = tensors()
+    assert choose(x, weight, 2**29, training=True) == choice and not seconds
+
+
+class Queue:
+    """A GPU's events, with a queue that takes so many products to stay ahead of the host."""
+
+    def __init__(self, monkeypatch, *, products_needed, milliseconds):
+        self.done, self.needed, self.milliseconds = [], products_needed, list(milliseconds)
+        self.waits = 0
+        queue = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                queue.done.append("event")
+
+            def query(self):  # of the first event, once the calls are queued
+                products = queue.done[: queue.done.index("event")]
+                return len(products) < queue.needed
+
+            def synchronize(self):
+                queue.waits += 1
+                queue.queued, queue.done = queue.done, []
+
+            def elapsed_time(self, end):
+                return queue.milliseconds.pop(0)
+
+        monkeypatch.setattr(paddle.device, "Event", Event)
+        monkeypatch.setattr(paddle, "matmul", lambda *_: self.done.append("product"))
+
+
+@pytest.mark.parametrize("needed", [1, 5, 1000])
+def test_the_time_of_several_calls_behind_other_work_is_taken(needed, monkeypatch):
+    queue = Queue(monkeypatch, products_needed=needed, milliseconds=[10, 70, 30])
+    assert gpu_choice._seconds(lambda: queue.done.append("call")) == pytest.approx(0.006)
+    products = next(n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n >= min(needed, 128))
+    assert queue.queued == ["product"] * products + ["event"] + ["call"] * 5 + ["event"]
+    assert queue.waits == 3 + products.bit_length() - 1  # as many as were too short
+
+
+@pytest.mark.parametrize("broken", ["convolve", "weight_gradient", "paddle_conv", "_seconds"])
+def test_memory_that_runs_out_means_paddles_own(broken, monkeypatch, caplog):
+    def run_out(*_, **__):
+        raise MemoryError("pages of what Paddle says of it")
+
+    monkeypatch.setattr(gpu_choice, broken, run_out)
+    x, weight, dy = tensors()
+    y = large_kernel_depthwise_conv2d(x, weight)
+    y.backward(dy)
+    assert list(gpu_choice._choices.values()) == [PADDLE]
+    (warning,) = (r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
+    assert warning == (
+        "depthwise convolution 2x4x12x10, kernel 9, float32: memory ran out while matrix products "
+        "were tried; using Paddle's own convolution"
+    )
+
+
+def test_a_deterministic_run_takes_products_and_times_nothing(seconds, monkeypatch, caplog):
+    monkeypatch.setattr(processes, "_deterministic", True)
+    x, weight, _ = tensors()
+    assert choose(x, weight, 2**29, training=True) == CHOICES[2]
+    assert choose(tensors((1, 4, 9, 9))[0], weight, 2**29, training=False) == CHOICES[2]
+    assert choose(tensors((1, 4, 8, 9))[0], weight, 1000, training=True) == PADDLE
+    function = gpu_choice.weight_gradient
+    monkeypatch.setattr(gpu_choice, "weight_gradient", lambda *a, **k: 1.01 * function(*a, **k))
+    assert choose(tensors((1, 4, 9, 8))[0], weight, 2**29, training=True) == PADDLE
+
+
+def test_what_was_chosen_is_chosen_again(seconds, monkeypatch):
+    x, weight, _ = tensors()
+    other = tensors((1, 4, 30, 20))[0]
+    seconds += FASTEST[CHOICES[1]] + (2, 1)
+    chosen = [choose(x, weight, 2**29, training=True)]
+    chosen += [choose(other, weight.astype("bfloat16"), 2**29, training=False)]
+    recorded = json.loads(json.dumps(gpu_choice.choices()))
+    assert recorded == {
+        "2x4x12x10, kernel 9, float32": "paddle matmul",
+        "4 channels, kernel 9, float32": "matmul matmul",
+    }
+    monkeypatch.setattr(gpu_choice, "_choices", {})
+    gpu_choice.restore_choices({**recorded, "1x4x30x20, kernel 9, float32": "cudnn cudnn"})
+    assert [choose(t, weight, 2**29, training=t is x) for t in (x, other)] == chosen
+    assert not seconds
+    seconds += FASTEST[PADDLE]
+    assert choose(other, weight, 2**29, training=True) == PADDLE  # that name is unknown here
+
+
 def test_a_shape_and_type_is_measured_and_logged_once(seconds, caplog):
     caplog.set_level(logging.INFO)
     x, weight, _ = tensors()
     for _ in range(3):
-        seconds += FASTEST[CHOICES[2]] if not gpu_choice._trained else ()
+        seconds += FASTEST[CHOICES[2]] if not gpu_choice._choices else ()
         choose(x, weight, 2**29, training=True)
     lines = [record.getMessage() for record in caplog.records]
     assert lines == [
@@ -97,7 +205,7 @@ def test_a_shape_and_type_is_measured_and_logged_once(seconds, caplog):
     seconds += FASTEST[CHOICES[1]]
     half, half_weight, _ = tensors(dtype="bfloat16")
     assert choose(half, half_weight, 2**29, training=True) == CHOICES[1]
-    assert len(gpu_choice._trained) == 3 and not seconds
+    assert len(gpu_choice._choices) == 3 and not seconds
 
 
 def test_evaluation_takes_the_choice_of_training_or_of_its_first_shape(seconds):
@@ -180,24 +288,33 @@ def test_training_mode_without_gradients_is_measured_as_training(monkeypatch, se
     seconds += FASTEST[CHOICES[2]]
     with paddle.no_grad():
         layer(paddle.randn(SHAPE))
-    assert list(gpu_choice._trained.values()) == [CHOICES[2]]
+    assert list(gpu_choice._choices.values()) == [CHOICES[2]]
 
 
 def choose_on_a_rank(arguments) -> int:
     """Prints the choice; rank 0 measures that products are faster, the other the opposite."""
     processes.init()
-    is_first, veto = processes.rank() == 0, arguments == ["veto"]
+    is_first, trouble = processes.rank() == 0, arguments[0]
     left = [2, 1, 9, 4] if is_first else [1, 2, 3, 4]
-    gpu_choice._seconds = lambda call, x: left.pop(0)
-    if veto and not is_first:
+    gpu_choice._seconds = lambda call: left.pop(0)
+    if trouble != "none" and not is_first:
         convolve = gpu_choice.convolve
-        gpu_choice.convolve = lambda *a, **k: 2 * convolve(*a, **k)
+
+        def troubled(*arguments, **options):
+            if trouble == "memory":
+                raise MemoryError
+            return 2 * convolve(*arguments, **options)
+
+        gpu_choice.convolve = troubled
     x, weight, _ = tensors()
     print("chose", *choose(x, weight, 2**29, training=True))
     return 0
 
 
-@pytest.mark.parametrize("veto, chosen", [("no", "matmul matmul"), ("veto", "paddle paddle")])
-def test_all_ranks_take_the_choice_of_rank_0_unless_products_deviate_on_one(veto, chosen, tmp_path):
-    for output in finish_ranks([veto], folder=tmp_path, target=choose_on_a_rank):
+@pytest.mark.parametrize(
+    "trouble, chosen",
+    [("none", "matmul matmul"), ("deviation", "paddle paddle"), ("memory", "paddle paddle")],
+)
+def test_all_ranks_take_the_choice_of_rank_0_unless_products_fail_on_one(trouble, chosen, tmp_path):
+    for output in finish_ranks([trouble], folder=tmp_path, target=choose_on_a_rank):
         assert f"chose {chosen}" in output
