@@ -30,7 +30,7 @@ from replknet_paddle.ops.dispatch import (
 from replknet_paddle.ops.gpu_choice import choose
 from replknet_paddle.ops.library import ALGORITHMS, get_library
 from replknet_paddle.ops.matmul_conv import add_bias, convolve, matmul_conv
-from replknet_paddle.ops.matmul_plan import DEFAULT_MEMORY_BYTES
+DEFAULT_MEMORY_BYTES = 2**29
 from replknet_paddle.ops.pointwise import use_fast_pointwise_conv
 
 KERNEL_SIZES = range(3, 64, 2)  # of the compiled operator

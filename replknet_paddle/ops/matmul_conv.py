@@ -7,6 +7,7 @@ again instead of keeping it, and add the weight's up in a fixed order without at
 that the same inputs give the same bits.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from replknet_paddle.ops.dispatch import (
     large_kernel_depthwise_conv2d_reference,
     without_autocast,
 )
-from replknet_paddle.ops.matmul_plan import Axis, Plan, make_plan
+from replknet_paddle.ops.matmul_plan import WORD_BYTES, Axis, Plan, make_plan, word_values
 
 # F.pad is called with four numbers, left, right, top, bottom: programs with its other form, which
 # is another operation, destroy memory in Paddle Inference 3.3.1.
@@ -107,7 +108,7 @@ def convolve(
     parts = []
     for i, chunk in enumerate(_chunks(plan)):
         matrix = kept.of_chunks[i] if kept else _make_matrix(weight[chunk], plan, flipped)
-        parts.append(_convolve_chunk(x[:, chunk], matrix, plan, dtype))
+        parts.append(_convolve_chunk(x, chunk, matrix, plan, dtype))
         del matrix
     y = parts[0] if len(parts) == 1 else paddle.concat(parts, axis=1)
     return cast(y, dtype)
@@ -132,7 +133,7 @@ def weight_gradient(
     """Return the gradient by the weight, float32 (C, 1, K, K), of the convolution of x."""
     plan = plan_for("weight gradient", x, kernel, memory_bytes)
     dtype, x, dy = x.dtype, _compute_form(x), _compute_form(dy)
-    parts = [_weight_gradient_chunk(x[:, c], dy[:, c], plan, dtype) for c in _chunks(plan)]
+    parts = [_weight_gradient_chunk(x, dy, chunk, plan, dtype) for chunk in _chunks(plan)]
     return parts[0] if len(parts) == 1 else paddle.concat(parts, axis=0)
 
 
@@ -172,59 +173,123 @@ def _make_matrix(weight, plan: Plan, flipped: bool):
     taps = F.pad(weight, [0, 1, 0, 1]).reshape([channels, kernel + 1, kernel + 1])
     strips = _select(taps, 2, _matrix_columns, columns, flipped)  # (C, K + 1, t q)
     strips = strips.reshape([channels, kernel + 1, columns.tile, columns.window])
-    strips = strips.transpose([0, 2, 1, 3]).reshape([channels, -1, columns.window])
-    matrix = _select(strips, 1, _matrix_rows, rows, columns.tile, flipped)  # (C, s t r, q)
+    strips = _reordered(strips, [0, 2, 1, 3]).reshape([channels, -1, columns.window])
+    matrix = _select_rows(strips, 1, _matrix_rows, rows, columns.tile, flipped)  # (C, s t r, q)
     outputs, inputs = rows.tile * columns.tile, rows.window * columns.window
     return matrix.reshape([channels, outputs, inputs])
 
 
-def _cut(x, plan: Plan):
-    """Maps (N, C, H, W) -> windows (C, N n, r q)."""
-    rows, columns, channels = plan.rows, plan.columns, x.shape[1]
-    padding = [*columns.padding, *rows.padding]
-    x = x.transpose([1, 0, 2, 3])
-    if any(padding):
-        x = F.pad(x, padding)
+def _channels_first(x, channels: slice):
+    """Maps (N, C, H, W) -> those of some channels (C', N, H, W)."""
+    *_, height, width = x.shape
+    planes = _in_words(
+        lambda planes, _: planes[:, channels].transpose([1, 0, 2]),
+        x.reshape([0, 0, height * width]),
+    )
+    return planes.reshape([0, 0, height, width])
+
+
+def _padded(x, left: int, right: int, top: int, bottom: int):
+    """Return maps with zeros around them."""
+    if not any((left, right, top, bottom)):
+        return x
+    return _in_words(lambda x, n: F.pad(x, [left // n, right // n, top, bottom]), x, left, right)
+
+
+def _cut(x, chunk: slice, plan: Plan):
+    """Maps (N, C, H, W) -> windows (C', N n, r q) of a chunk of channels."""
+    rows, columns = plan.rows, plan.columns
+    x = _channels_first(x, chunk)
+    channels = x.shape[0]
+    x = _padded(x, *columns.padding, 0, 0)  # at first, which makes rows of whole words
+    x = _padded(x, 0, 0, *rows.padding)
     if columns.count > 1:
-        x = _select(x, 3, _window_positions, columns)
+        x = _in_words(
+            lambda x, n: _select(x, 3, _window_positions, columns, n),
+            x,
+            columns.tile,
+            columns.window,
+        )
         x = x.reshape([channels, -1, rows.padded, columns.count, columns.window])
-        x = x.transpose([0, 1, 3, 2, 4])
+        x = _reordered(x, [0, 1, 3, 2, 4])
     x = x.reshape([channels, -1, rows.padded, columns.window])
     if rows.count > 1:
-        x = _select(x, 2, _window_positions, rows)
+        x = _select_rows(x, 2, _window_positions, rows, 1)
     return x.reshape([channels, -1, rows.window * columns.window])
 
 
-def _convolve_chunk(x, matrix, plan: Plan, dtype):
-    rows, columns, channels = plan.rows, plan.columns, x.shape[1]
-    y = _rounded(paddle.matmul(_cut(x, plan), matrix, transpose_y=True), dtype)
-    y = y.reshape([channels, -1, columns.count, rows.count, rows.tile, columns.tile])
-    y = y.transpose([1, 0, 3, 4, 2, 5])  # (N, C, tiles, s, tiles, t)
+def _convolve_chunk(x, chunk, matrix, plan: Plan, dtype):
+    rows, columns, channels = plan.rows, plan.columns, matrix.shape[0]
+    y = _rounded(paddle.matmul(_cut(x, chunk, plan), matrix, transpose_y=True), dtype)
+    if columns.count == 1:
+        y = _reordered(y.reshape([channels, -1, rows.outputs * columns.tile]), [1, 0, 2])
+    else:
+        y = y.reshape([channels, -1, columns.count, rows.count, rows.tile, columns.tile])
+        y = _reordered(y, [1, 0, 3, 4, 2, 5])  # (N, C, tiles, s, tiles, t)
     y = y.reshape([-1, channels, rows.outputs, columns.outputs])
     if (rows.outputs, columns.outputs) != (rows.size, columns.size):
         y = y[:, :, : rows.size, : columns.size]
     return y.contiguous() if paddle.in_dynamic_mode() else y
 
 
-def _weight_gradient_chunk(x, dy, plan: Plan, dtype):
-    rows, columns, channels = plan.rows, plan.columns, x.shape[1]
-    kernel = rows.kernel
-    beyond = [0, columns.outputs - columns.size, 0, rows.outputs - rows.size]
-    if any(beyond):
-        dy = F.pad(dy, beyond)
-    dy = dy.reshape([-1, channels, rows.count, rows.tile, columns.count, columns.tile])
-    dy = dy.transpose([1, 0, 4, 2, 3, 5])  # (C, N, tiles, tiles, s, t)
-    dy = dy.reshape([channels, -1, rows.tile * columns.tile])
-    dmatrix = _rounded(paddle.matmul(dy, _cut(x, plan), transpose_x=True), dtype)
-    del x, dy
+def _tiles(dy, chunk: slice, plan: Plan):
+    """Maps (N, C, H, W) -> tiles (C', N n, s t) of a chunk of channels."""
+    rows, columns = plan.rows, plan.columns
+    dy = _channels_first(dy, chunk)
+    channels = dy.shape[0]
+    dy = _padded(dy, 0, columns.outputs - columns.size, 0, rows.outputs - rows.size)
+    if columns.count > 1:
+        dy = dy.reshape([channels, -1, rows.count, rows.tile, columns.count, columns.tile])
+        dy = _reordered(dy, [0, 1, 4, 2, 3, 5])  # (C', N, tiles, tiles, s, t)
+    return dy.reshape([channels, -1, rows.tile * columns.tile])
+
+
+def _weight_gradient_chunk(x, dy, chunk, plan: Plan, dtype):
+    rows, columns, kernel = plan.rows, plan.columns, plan.rows.kernel
+    dmatrix = paddle.matmul(_tiles(dy, chunk, plan), _cut(x, chunk, plan), transpose_x=True)
+    dmatrix = _rounded(dmatrix, dtype)
+    channels = dmatrix.shape[0]
     dmatrix = dmatrix.reshape([channels, -1, columns.window])  # (C, s t r, q)
-    dmatrix = _select(dmatrix, 1, _row_diagonals, rows, columns.tile)
-    dmatrix = dmatrix.reshape([channels, rows.tile, -1])
-    dstrips = cast(_rounded(dmatrix.sum(1), dtype), paddle.float32)
-    dstrips = dstrips.reshape([channels, columns.tile, kernel, columns.window])
-    dstrips = dstrips.transpose([0, 2, 1, 3]).reshape([channels, kernel, -1])
+    dmatrix = _select_rows(dmatrix, 1, _row_diagonals, rows, columns.tile)
+    dmatrix = cast(dmatrix.reshape([channels, rows.tile, -1]), paddle.float32)
+    dstrips = dmatrix.sum(1).reshape([channels, columns.tile, kernel, columns.window])
+    del dmatrix
+    dstrips = _reordered(dstrips, [0, 2, 1, 3]).reshape([channels, kernel, -1])
     dtaps = _select(dstrips, 2, _column_diagonals, columns)
     return dtaps.reshape([channels, 1, kernel, kernel, columns.tile]).sum(4)
+
+
+# Words of several values, in which values are moved about; see matmul_plan.py.
+
+WORDS = {4: "float32", 8: "float64"}  # by their bytes
+
+
+def _in_words(move: Callable, x, *lengths: int):
+    """Return move(x, 1), computed as move(x in words, values of a word), as contiguous values.
+
+    `move` only moves what it gets along the last axis, and makes zeros: words hold values of
+    another type side by side. They consist of as many as the last axis and `lengths` allow.
+    """
+    values = _word_values(x, *lengths)
+    if values == 1:
+        moved = move(x, 1)
+        return moved.contiguous() if paddle.in_dynamic_mode() else moved
+    words = x.view(WORDS[values * x.element_size()])
+    return move(words, values).contiguous().view(x.dtype)
+
+
+def _word_values(x, *lengths: int) -> int:
+    """Return how many values of x a word may have; 1 in programs, and where gradients of the
+    movement itself may be asked for."""
+    if not paddle.in_dynamic_mode() or paddle.is_grad_enabled() and not x.stop_gradient:
+        return 1
+    is_aligned = x.is_contiguous() and x.data_ptr() % WORD_BYTES == 0
+    return word_values(x.element_size(), x.shape[-1], *lengths) if is_aligned else 1
+
+
+def _reordered(x, axes: list[int]):
+    """Return x with its axes, but for the last, in another order."""
+    return _in_words(lambda x, _: x.transpose(axes), x)
 
 
 # The index arrays. The kernel's taps have a zero after them: tap K.
@@ -240,8 +305,10 @@ def _matrix_rows(axis: Axis, strips: int, flipped: bool):
     return starts + _matrix_columns(axis, flipped)[:, None]
 
 
-def _window_positions(axis: Axis):
-    return np.arange(axis.count)[:, None] * axis.tile + np.arange(axis.window)
+def _window_positions(axis: Axis, values: int):
+    """Of words, where they have several values."""
+    tile, window = axis.tile // values, axis.window // values
+    return np.arange(axis.count)[:, None] * tile + np.arange(window)
 
 
 def _row_diagonals(axis: Axis, strips: int):
@@ -260,6 +327,11 @@ def _select(x, axis: int, positions, *arguments):
     else:
         index = paddle.to_tensor(_index(positions, *arguments))
     return paddle.index_select(x, index, axis)
+
+
+def _select_rows(x, axis: int, positions, *arguments):
+    """Return what `_select` does along another axis than the last."""
+    return _in_words(lambda x, _: _select(x, axis, positions, *arguments), x)
 
 
 @lru_cache(maxsize=1024)
