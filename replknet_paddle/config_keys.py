@@ -186,8 +186,9 @@ KEYS: dict[str, tuple[Any, Rule]] = {
     # computes convolutions. auto: on CPU the compiled operators where there are any, on GPU matrix
     # products or Paddle's own for each large kernel, as measured; paddle: Paddle's own; direct,
     # fft: the compiled operators, with that algorithm for depthwise ones; matmul: matrix products
-    "MODEL.CONV_MEMORY_MB": (512, integer(1)),  # (+) MiB that the matrix products of a layer may
-    # use beside its input and output, and that evaluation keeps of the weights of all layers
+    "MODEL.CONV_MEMORY_MB": (None, optional(integer(1))),  # (+) MiB that the matrix products of a
+    # layer may use beside its input and output, and that evaluation and TRAIN.ACCUM_ITER keep of
+    # the weights of all layers; None: a 32nd of the GPU's memory, 512 on CPU
     "TRAIN.LAST_EPOCH": (0, integer(0)),  # epochs already trained, where weights do not tell
     "TRAIN.NUM_EPOCHS": (300, integer(1)),
     "TRAIN.WARMUP_EPOCHS": (10, integer(0)),

@@ -26,6 +26,7 @@ from replknet_paddle.ops import (
     get_library,
     large_kernel_depthwise_conv2d,
 )
+from replknet_paddle.ops.matmul_conv import memory_of
 from replknet_paddle.ops.matmul_plan import make_plan
 from replknet_paddle.runtime.errors import InputError
 
@@ -81,7 +82,7 @@ class ConvCase:
         if impl.startswith("matmul"):
             by_input, by_weight = PASSES[name] or (True, False)
             kinds = by_input * ["convolution"] + by_weight * ["weight gradient"]
-            plans = [make_plan(kind, self.shape, itemsize) for kind in kinds]
+            plans = [make_plan(kind, self.shape, itemsize, memory_of(None)) for kind in kinds]
             return sum(plan.flops for plan in plans), sum(plan.bytes_moved for plan in plans)
         passes = sum(PASSES[name]) or 1
         maps = self.batch * self.channels * self.side**2

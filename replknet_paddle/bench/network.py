@@ -20,7 +20,12 @@ from replknet_paddle.data.dataset import TrainBatches
 from replknet_paddle.engine.precision import Precision
 from replknet_paddle.engine.train import TrainState, train_epoch
 from replknet_paddle.model import build_replknet
-from replknet_paddle.ops import LibraryError, get_library, use_large_kernel_ops
+from replknet_paddle.ops import (
+    LibraryError,
+    build_convolutions,
+    get_library,
+    use_large_kernel_ops,
+)
 from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy
 from replknet_paddle.optim.optimizer import build_optimizer
 from replknet_paddle.runtime.errors import InputError
@@ -55,9 +60,11 @@ def time_train_loop(config, *, steps: int, rounds: int) -> dict[str, list[float]
     batch = config.DATA.BATCH_SIZE
     loader = Batches([random_batch(config, batch, seed=step) for step in range(steps)])
     criterion = LabelSmoothingCrossEntropy(config.TRAIN.SMOOTHING)
-    memory_bytes = config.MODEL.CONV_MEMORY_MB * 2**20
-    impl = config.MODEL.CONV_IMPL
-    models = [network_with(config, impl, memory_bytes=memory_bytes) for _ in range(2)]
+    models = []
+    for _ in range(2):
+        paddle.seed(config.SEED)
+        models.append(build_replknet(config))
+        build_convolutions(models[-1], config)
     optimizers = [build_optimizer(config, model, lr=1e-4) for model in models]
     state = TrainState(
         model=models[0],
@@ -83,11 +90,11 @@ def time_train_loop(config, *, steps: int, rounds: int) -> dict[str, list[float]
     return {name: [s / steps for s in values] for name, values in seconds.items()}
 
 
-def network_with(config, impl: str, **options) -> nn.Layer:
+def network_with(config, impl: str) -> nn.Layer:
     """Return the network of a config, always the same, whose convolutions `impl` computes."""
     paddle.seed(config.SEED)
     model = build_replknet(config)
-    use_large_kernel_ops(model, impl, **options)
+    use_large_kernel_ops(model, impl)
     return model
 
 

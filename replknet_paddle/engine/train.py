@@ -5,6 +5,7 @@ and, where the loss is scaled, whether the gradients overflowed. By then the nex
 way to the device.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from paddle import nn
 from replknet_paddle.checkpoints.run_folder import Checkpoint
 from replknet_paddle.data.loader import Loader
 from replknet_paddle.engine.precision import LossScaleError, Precision
+from replknet_paddle.ops import cache_weights
 from replknet_paddle.optim.ema import ModelEma
 from replknet_paddle.optim.gradients import Gradients
 from replknet_paddle.optim.optimizer import master_weights
@@ -119,58 +121,60 @@ def train_epoch(
     if state.average_statistics:
         statistics = [b for b in model.state_dict().values() if b.stop_gradient]
     step = first_step
-    loss_sum, images_done = 0.0, 0
 
     ahead = Prefetcher(loader)
     ahead.fetch()
-    for batch in range(first_batch, total):
-        images, labels = ahead.take()
-        # Everything random here depends on the place in the run, not on what came before it.
-        batch_seed = random_seed(seed, epoch, batch, rank())
-        paddle.seed(batch_seed)
-        if state.mixup is not None:
-            images, labels = state.mixup(images, labels, np.random.default_rng(batch_seed))
+    for first in range(first_batch, total, accum_iter):
+        batches = range(first, min(first + accum_iter, total))
+        loss_sum, images_done = 0.0, 0
+        # What layers make of their weights serves all forward and backward passes of a step.
+        with cache_weights(model) if len(batches) > 1 else contextlib.nullcontext():
+            for batch in batches:
+                images, labels = ahead.take()
+                # Everything random here depends on the place in the run, not on what came before.
+                batch_seed = random_seed(seed, epoch, batch, rank())
+                paddle.seed(batch_seed)
+                if state.mixup is not None:
+                    images, labels = state.mixup(images, labels, np.random.default_rng(batch_seed))
 
-        with precision.autocast():
-            loss = state.criterion(model(images), labels)
-        group_start = batch // accum_iter * accum_iter
-        precision.backward(loss / min(accum_iter, total - group_start))
-        gradients.collect()
-        loss_sum = loss_sum + loss.detach().astype("float64") * images.shape[0]
-        images_done += images.shape[0]
-        ahead.fetch()
+                with precision.autocast():
+                    loss = state.criterion(model(images), labels)
+                precision.backward(loss / len(batches))
+                gradients.collect()
+                loss_sum = loss_sum + loss.detach().astype("float64") * images.shape[0]
+                images_done += images.shape[0]
+                ahead.fetch()
 
-        if (batch + 1) % accum_iter == 0 or batch + 1 == total:
-            totals = sum_on_device([loss_sum, images_done, *requests()])
-            finite = gradients.finish(precision.loss_scale)
-            average_over_ranks(statistics)
-            if finite is not None:
-                totals = paddle.concat([finite.astype("float64").reshape([1]), totals])
-            # The one place where a step waits for the device. All processes learn of a loss that
-            # is not finite here, before it does harm.
-            values = totals.numpy().tolist()
-            gradients_finite = bool(values.pop(0)) if finite is not None else True
-            all_loss, all_images, *requested = values
-            lr = state.learning_rate(step)
-            here = (
-                f"epoch {epoch + 1}, step {step}, loss {all_loss / all_images:g}, "
-                f"learning rate {lr:.3g}"
-            )
-            if not np.isfinite(all_loss):
-                raise DivergedError(f"{here}: the loss is no longer finite. {ADVICE}")
-            state.optimizer.set_lr(lr)
-            try:
-                precision.step(state.optimizer, finite=gradients_finite)
-            except LossScaleError as error:
-                raise DivergedError(f"{here}: {error}. {ADVICE}") from None
-            state.optimizer.clear_grad(set_to_zero=False)
-            if state.ema is not None:
-                masters = master_weights(state.optimizer, model) if precision.half_weights else None
-                state.ema.update(model, masters)
-            step += 1
-            mean_loss, image_count = all_loss / all_images, int(all_images)
-            yield Step(batch + 1, mean_loss, image_count, lr, ahead.seconds, requested)
-            loss_sum, images_done, ahead.seconds = 0.0, 0, 0.0
+        totals = sum_on_device([loss_sum, images_done, *requests()])
+        finite = gradients.finish(precision.loss_scale)
+        average_over_ranks(statistics)
+        if finite is not None:
+            totals = paddle.concat([finite.astype("float64").reshape([1]), totals])
+        # The one place where a step waits for the device. All processes learn of a loss that is
+        # not finite here, before it does harm.
+        values = totals.numpy().tolist()
+        gradients_finite = bool(values.pop(0)) if finite is not None else True
+        all_loss, all_images, *requested = values
+        lr = state.learning_rate(step)
+        here = (
+            f"epoch {epoch + 1}, step {step}, loss {all_loss / all_images:g}, "
+            f"learning rate {lr:.3g}"
+        )
+        if not np.isfinite(all_loss):
+            raise DivergedError(f"{here}: the loss is no longer finite. {ADVICE}")
+        state.optimizer.set_lr(lr)
+        try:
+            precision.step(state.optimizer, finite=gradients_finite)
+        except LossScaleError as error:
+            raise DivergedError(f"{here}: {error}. {ADVICE}") from None
+        state.optimizer.clear_grad(set_to_zero=False)
+        if state.ema is not None:
+            masters = master_weights(state.optimizer, model) if precision.half_weights else None
+            state.ema.update(model, masters)
+        step += 1
+        mean_loss, image_count = all_loss / all_images, int(all_images)
+        yield Step(batches.stop, mean_loss, image_count, lr, ahead.seconds, requested)
+        ahead.seconds = 0.0
 
 
 def check_is_finite(checkpoint: Checkpoint) -> None:

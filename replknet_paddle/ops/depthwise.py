@@ -29,8 +29,7 @@ from replknet_paddle.ops.dispatch import (
 )
 from replknet_paddle.ops.gpu_choice import choose
 from replknet_paddle.ops.library import ALGORITHMS, get_library
-from replknet_paddle.ops.matmul_conv import add_bias, convolve, matmul_conv
-DEFAULT_MEMORY_BYTES = 2**29
+from replknet_paddle.ops.matmul_conv import add_bias, matmul_conv, memory_of
 from replknet_paddle.ops.pointwise import use_fast_pointwise_conv
 
 KERNEL_SIZES = range(3, 64, 2)  # of the compiled operator
@@ -45,7 +44,7 @@ def large_kernel_depthwise_conv2d(
     bias: paddle.Tensor | None = None,
     padding: int | tuple[int, int] | None = None,
     impl: str = "auto",
-    memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    memory_bytes: int | None = None,
 ) -> paddle.Tensor:
     """Return the depthwise convolution with stride 1 and "same" padding, with gradients.
 
@@ -58,7 +57,8 @@ def large_kernel_depthwise_conv2d(
             matrix products, on every device; `paddle` for Paddle's own convolution. `auto`: on CPU
             the compiled operator where there is one; on GPU, for kernels above 5, the faster of
             `matmul` and `paddle`, as measured when a shape first comes.
-        memory_bytes: that products may use beside their inputs and outputs.
+        memory_bytes: that products may use beside their inputs and outputs; None for a 32nd of
+            the GPU's memory, or 512 MiB on CPU.
 
     Returns:
         (N, C, H, W) in the type of x. Sums are in float32, whatever the types. Under autocast,
@@ -83,6 +83,7 @@ def compute(
     are to have the gradients of `matmul_conv`; others differentiate its operations.
     """
     forward = gradients = impl
+    memory_bytes = memory_of(memory_bytes)
     # `auto` measures on GPU, outside of programs, where Paddle has no kernel for the size.
     is_large = weight.shape[-1] >= SMALLEST_PRODUCT_KERNEL
     if impl == "auto" and is_large and not is_on_cpu(x) and paddle.in_dynamic_mode():
@@ -91,18 +92,16 @@ def compute(
     elif impl == "matmul":
         x = cast(x, autocast_dtype(x))
     elif use_operator(impl, is_on_cpu(x)):
-        return _by_operator(x, weight, bias, impl, cache)
+        return _by_operator(
+            x, weight, bias, impl, None if training or paddle.is_grad_enabled() else cache
+        )
     else:
         forward = gradients = "paddle"
     if not wants_gradients(x, weight):
         gradients = forward
     if (forward, gradients) == ("paddle", "paddle"):
         return large_kernel_depthwise_conv2d_reference(x, weight, bias)
-    matrices = None if cache is None else cache.matrices(x, weight, memory_bytes)
-    if matrices is None:
-        y = matmul_conv(x, weight, memory_bytes, forward=forward, training=training)
-    else:
-        y = convolve(x, weight, memory_bytes, kept=matrices)
+    y = matmul_conv(x, weight, memory_bytes, forward=forward, training=training, cache=cache)
     return y if bias is None else add_bias(y, bias)
 
 
@@ -181,7 +180,7 @@ class FastDepthwiseConv2D(nn.Conv2D):
     """
 
     impl = "auto"
-    memory_bytes = DEFAULT_MEMORY_BYTES
+    memory_bytes = None
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         captured = not paddle.in_dynamic_mode()
@@ -227,7 +226,7 @@ def is_eligible(layer: nn.Layer) -> bool:
 
 
 def use_fast_depthwise_conv(
-    model: nn.Layer, impl: str = "auto", *, memory_bytes: int = DEFAULT_MEMORY_BYTES
+    model: nn.Layer, impl: str = "auto", *, memory_bytes: int | None = None
 ) -> int:
     """Choose what computes the depthwise convolutions of a built network, in place.
 
@@ -244,7 +243,7 @@ def use_fast_depthwise_conv(
             kernels from 7 up; smaller ones are computed as with `auto` on CPU, and by Paddle on
             GPU. `paddle` makes the layers Paddle's own again, on GPU in float32.
         memory_bytes: bound of the products of a layer beside its inputs and outputs, and of what
-            `cache_weights` keeps.
+            `cache_weights` keeps; see `large_kernel_depthwise_conv2d`.
 
     Returns:
         How many layers are computed otherwise than by Paddle's own convolution, with `auto` on GPU
@@ -295,13 +294,13 @@ def describe_convolutions(model: nn.Layer) -> str:
 
 def build_convolutions(model: nn.Layer, config) -> str:
     """Let `model` compute as MODEL.CONV_IMPL says, in place; return what computes, for the log."""
-    return use_large_kernel_ops(
-        model, config.MODEL.CONV_IMPL, memory_bytes=config.MODEL.CONV_MEMORY_MB * 2**20
-    )
+    megabytes = config.MODEL.CONV_MEMORY_MB
+    memory_bytes = None if megabytes is None else megabytes * 2**20
+    return use_large_kernel_ops(model, config.MODEL.CONV_IMPL, memory_bytes=memory_bytes)
 
 
 def use_large_kernel_ops(
-    model: nn.Layer, impl: str = "auto", *, memory_bytes: int = DEFAULT_MEMORY_BYTES
+    model: nn.Layer, impl: str = "auto", *, memory_bytes: int | None = None
 ) -> str:
     """Choose what computes all convolutions of a built network, in place.
 

@@ -24,7 +24,7 @@ from replknet_paddle.ops.dispatch import (
     large_kernel_depthwise_conv2d_reference,
     without_autocast,
 )
-from replknet_paddle.ops.matmul_plan import WORD_BYTES, Axis, Plan, make_plan, word_values
+from replknet_paddle.ops.matmul_plan import Axis, Plan, make_plan, word_values
 
 # F.pad is called with four numbers, left, right, top, bottom: programs with its other form, which
 # is another operation, destroy memory in Paddle Inference 3.3.1.
@@ -42,52 +42,58 @@ def matmul_conv(
     *,
     forward: str = "matmul",
     training: bool = True,
+    cache=None,
 ) -> paddle.Tensor:
     """Return the depthwise convolution of x, in its type, with gradients.
 
     The weight is rounded to the type of x. `forward` is `matmul`, or `paddle` for Paddle's own
     convolution with gradients by products. `training` says whether a program that is being captured
-    is to have these gradients: a program to export has no use for them.
+    is to have these gradients: a program to export has no use for them. `cache` is the layer's
+    `WeightCache`, if any.
     """
     needs = (not x.stop_gradient, not weight.stop_gradient)
     wanted = paddle.is_grad_enabled() and any(needs)
     if not paddle.in_dynamic_mode():
         needs, wanted = (True, True), training
     if not wanted:
-        return _forward(x, weight, memory_bytes, forward)
-    return apply_layer(_MatmulConv, x, weight, memory_bytes, forward, needs)
+        return _forward(x, weight, memory_bytes, forward, cache)
+    return apply_layer(_MatmulConv, x, weight, memory_bytes, forward, needs, cache)
 
 
 class _MatmulConv(PyLayer):
     """`matmul_conv` for the tape."""
 
     @staticmethod
-    def forward(ctx, x, weight, memory_bytes, forward, needs):
+    def forward(ctx, x, weight, memory_bytes, forward, needs, cache):
         ctx.save_for_backward(x, weight)
         ctx.memory_bytes = memory_bytes
         ctx.needs = needs
-        return _forward(x, weight, memory_bytes, forward)
+        ctx.cache = cache
+        return _forward(x, weight, memory_bytes, forward, cache)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensor()
-        return _gradients(x, weight, dy, ctx.memory_bytes, ctx.needs)
+        return _gradients(x, weight, dy, ctx.memory_bytes, ctx.needs, ctx.cache)
 
 
 @as_one_operation
-def _forward(x, weight, memory_bytes, forward):
+def _forward(x, weight, memory_bytes, forward, cache):
     if forward == "paddle":
         return large_kernel_depthwise_conv2d_reference(x, weight)
-    return convolve(x, weight, memory_bytes)
+    return convolve(x, weight, memory_bytes, cache=cache)
 
 
 @as_one_operation
-def _gradients(x, weight, dy, memory_bytes, needs):
+def _gradients(x, weight, dy, memory_bytes, needs, cache):
     with without_autocast():  # which would compute float32 ones in half precision
-        dy = cast(dy, x.dtype)
-        dx = convolve(dy, weight, memory_bytes, flipped=True) if needs[0] else None
-        dweight = weight_gradient(x, dy, weight.shape[-1], memory_bytes) if needs[1] else None
-        return dx, None if dweight is None else cast(dweight, weight.dtype)
+        dy, dx, dweight = cast(dy, x.dtype), None, None
+        if needs[0]:
+            dx = convolve(dy, weight, memory_bytes, flipped=True, cache=cache)
+        if needs[1]:
+            dweight = weight_gradient(x, dy, weight.shape[-1], memory_bytes)
+            dweight = cast(dweight, weight.dtype)
+        return dx, dweight
 
 
 def convolve(
@@ -96,12 +102,10 @@ def convolve(
     memory_bytes: int,
     *,
     flipped: bool = False,
-    kept: "Matrices | None" = None,
+    cache=None,
 ) -> paddle.Tensor:
-    """Return the convolution of x; with `flipped` the gradient by the input, x being that of y.
-
-    `kept` is `make_matrices` of this weight, for maps of this size and type and at least so many.
-    """
+    """Return the convolution of x; with `flipped` the gradient by the input, x being that of y."""
+    kept = None if cache is None else cache.matrices(x, weight, memory_bytes, flipped=flipped)
     plan = kept.plan if kept else plan_for("convolution", x, weight.shape[-1], memory_bytes)
     dtype, x = x.dtype, _compute_form(x)
     weight = _compute_form(cast(weight, dtype))
@@ -121,10 +125,10 @@ class Matrices(NamedTuple):
     of_chunks: list[paddle.Tensor]
 
 
-def make_matrices(plan: Plan, weight: paddle.Tensor, dtype) -> Matrices:
+def make_matrices(plan: Plan, weight: paddle.Tensor, dtype, flipped: bool) -> Matrices:
     """Return T of a weight rounded to the type `dtype`."""
     weight = _compute_form(cast(weight, dtype))
-    return Matrices(plan, [_make_matrix(weight[chunk], plan, False) for chunk in _chunks(plan)])
+    return Matrices(plan, [_make_matrix(weight[chunk], plan, flipped) for chunk in _chunks(plan)])
 
 
 def weight_gradient(
@@ -141,6 +145,18 @@ def add_bias(y: paddle.Tensor, bias: paddle.Tensor) -> paddle.Tensor:
     """(N, C, H, W) and (C,) -> their sum in the type of y."""
     biased = _compute_form(y) + _compute_form(cast(bias, y.dtype)).reshape([1, -1, 1, 1])
     return cast(biased, y.dtype)
+
+
+def memory_of(memory_bytes: int | None) -> int:
+    """Return what products may use here; by default a 32nd of a GPU's memory, 512 MiB on CPU."""
+    return memory_bytes or _default_memory_bytes(paddle.device.get_device())
+
+
+@lru_cache
+def _default_memory_bytes(device: str) -> int:
+    if device == "cpu":
+        return 512 * 2**20
+    return paddle.device.cuda.get_device_properties(device).total_memory // 32
 
 
 def plan_for(kind: str, x: paddle.Tensor, kernel: int, memory_bytes: int) -> Plan:
@@ -271,11 +287,11 @@ def _in_words(move: Callable, x, *lengths: int):
     another type side by side. They consist of as many as the last axis and `lengths` allow.
     """
     values = _word_values(x, *lengths)
-    if values == 1:
-        moved = move(x, 1)
-        return moved.contiguous() if paddle.in_dynamic_mode() else moved
-    words = x.view(WORDS[values * x.element_size()])
-    return move(words, values).contiguous().view(x.dtype)
+    if values > 1:
+        words = x.view(WORDS[values * x.element_size()])
+        return move(words, values).contiguous().view(x.dtype)
+    moved = move(x, 1)
+    return moved.contiguous() if paddle.in_dynamic_mode() else moved
 
 
 def _word_values(x, *lengths: int) -> int:
@@ -283,8 +299,10 @@ def _word_values(x, *lengths: int) -> int:
     movement itself may be asked for."""
     if not paddle.in_dynamic_mode() or paddle.is_grad_enabled() and not x.stop_gradient:
         return 1
-    is_aligned = x.is_contiguous() and x.data_ptr() % WORD_BYTES == 0
-    return word_values(x.element_size(), x.shape[-1], *lengths) if is_aligned else 1
+    # Paddle 3.1 to 3.3 misplaces a view of another type where x does not begin its memory.
+    if x.offset != 0 or not x.is_contiguous():
+        return 1
+    return word_values(x.element_size(), x.shape[-1], *lengths)
 
 
 def _reordered(x, axes: list[int]):

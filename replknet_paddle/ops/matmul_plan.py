@@ -197,6 +197,7 @@ class Plan:
         inner = columns.tile if columns.count > 1 else rows.outputs * columns.tile
         if self.kind == "convolution":
             steps = [
+                self._moved((rows.kernel + 1) ** 2, PAD, 1),
                 self._moved(self.kernel_strip_values, GATHER, 1),
                 self._moved(self.kernel_strip_values, REORDER, columns.window),
                 self._moved(self.matrix_values, GATHER, columns.window),

@@ -9,6 +9,7 @@ from tiny import FIXTURES, command
 from replknet_paddle.bench import conv, data, inference, network
 from replknet_paddle.bench.conv import ConvCase
 from replknet_paddle.bench.timing import median_ratio, summarize, time_in_turn
+from replknet_paddle.ops import matmul_conv
 from replknet_paddle.ops.matmul_plan import make_plan
 from replknet_paddle.runtime.processes import supports_bfloat16
 
@@ -70,7 +71,7 @@ def test_conv_prints_every_pass_and_implementation(operators, capsys, monkeypatc
     # Forward has two layers with frozen weights besides.
     assert len(rows) == 2 * (4 + 4 + 4 + 4 + 2)
     assert "Paddle" in out and "peak" in out and any("(auto)" in impl for *_, impl in rows)
-    plan = make_plan("convolution", (1, 3, 6, 6, 13), 4)
+    plan = make_plan("convolution", (1, 3, 6, 6, 13), 4, 2**29)
     columns = rows["1x3x6x6", "K13", "forward", "matmul"]
     assert columns[3:5] == [f"{plan.flops / 1e9:.2f}", f"{plan.bytes_moved / 1e6:.1f}"]
 
@@ -81,13 +82,14 @@ def test_conv_on_a_gpu_prints_shares_of_its_measured_rates(capsys, monkeypatch):
     monkeypatch.setattr(conv.paddle.device, "get_device", lambda: "gpu:0")
     monkeypatch.setattr(conv.paddle.device, "synchronize", lambda: None)
     monkeypatch.setattr(conv.paddle.device.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(matmul_conv, "_default_memory_bytes", lambda device: 2**29)
     monkeypatch.setattr(conv, "device_rates", lambda dtype: (1e9, 1e12))
     assert main(["conv", "--shapes", "stages", "--rounds", "1", "--dtype", "bfloat16"]) == 0
     out = capsys.readouterr().out
     assert "bfloat16, Some GPU: a copy moves 1 GB/s, a product of matrices does 1.0 TFLOP/s" in out
     rows = conv_rows(out)
     assert {impl for *_, impl in rows} == {"paddle", "matmul", "matmul, kept"}
-    plan = make_plan("weight gradient", (1, 3, 6, 6, 13), 2)
+    plan = make_plan("weight gradient", (1, 3, 6, 6, 13), 2, 2**29)
     columns = rows["1x3x6x6", "K13", "weight gradient", "matmul"]
     share = plan.bytes_moved / (float(columns[0]) / 1e3) / 1e9
     assert float(columns[6]) == pytest.approx(share, abs=0.02, rel=0.02)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import paddle
@@ -15,10 +16,12 @@ from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy
 CLASSES = 4
 
 
-def make_model(*, seed=0, drop_path_rate=0.0) -> RepLKNet:
+def make_model(
+    *, seed=0, drop_path_rate=0.0, large_kernel_sizes: Sequence[int] = (5, 5, 3, 3)
+) -> RepLKNet:
     paddle.seed(seed)
     return RepLKNet(
-        large_kernel_sizes=[5, 5, 3, 3],
+        large_kernel_sizes=list(large_kernel_sizes),
         layers=[1, 1, 1, 1],
         channels=[4, 4, 6, 6],
         small_kernel=3,

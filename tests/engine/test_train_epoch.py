@@ -20,6 +20,7 @@ from tiny import assert_identical, weights
 
 from replknet_paddle.data.transforms.mixup import Mixup
 from replknet_paddle.engine.train import DivergedError
+from replknet_paddle.ops import cache, matmul_conv, use_fast_depthwise_conv
 from replknet_paddle.optim.ema import ModelEma
 from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
@@ -72,6 +73,24 @@ def test_a_group_that_began_elsewhere_in_the_epoch_keeps_its_size():
     assert [(step.batch, step.images) for step in steps] == [(5, 2)]
     assert second.rates == [0.1 / 12]
     assert len(second.gradients) == 1 and not np.array_equal(weight, resumed.head.weight.numpy())
+
+
+def test_matrices_of_large_kernels_are_made_once_a_step(monkeypatch):
+    """Two for each layer, forward and for the gradient by its input; with the same bits."""
+    made, results = [], []
+    make = matmul_conv._make_matrix
+    monkeypatch.setattr(matmul_conv, "_make_matrix", lambda *a: made.append(1) or make(*a))
+    for memory_bytes in (2**29, 1):  # what has no room is made each time
+        made.clear()
+        model = make_model(large_kernel_sizes=[9, 7, 7, 3])
+        use_fast_depthwise_conv(model, "matmul", memory_bytes=2**29)
+        monkeypatch.setattr(cache, "memory_of", lambda _, memory_bytes=memory_bytes: memory_bytes)
+        optimizer = sgd(model)
+        train(model, make_batches([2] * 5), optimizer, accum_iter=2)
+        results.append((len(made), weights(model)))
+    (kept, got), (anew, wanted) = results
+    assert (kept, anew) == (3 * 2 * 3, 3 * 2 * 5)  # layers x directions x steps, or batches
+    assert_identical(got, wanted)
 
 
 def test_no_gradient_is_left_over_from_one_step_to_the_next():

@@ -37,6 +37,7 @@ def gpu(monkeypatch):
     """`auto` measures as on a GPU, afresh."""
     monkeypatch.setattr(depthwise, "is_on_cpu", lambda x: False)
     monkeypatch.setattr(gpu_choice, "_choices", {})
+    monkeypatch.setattr(matmul_conv, "_default_memory_bytes", lambda device: 2**29)
 
 
 @pytest.fixture

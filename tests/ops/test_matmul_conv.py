@@ -7,8 +7,18 @@ import numpy as np
 import paddle
 import pytest
 from double_precision import arrays, calls_of, conv_and_gradients, relative_error
+from paddle.nn import functional as F
 
 from replknet_paddle.ops import large_kernel_depthwise_conv2d, matmul_conv
+from replknet_paddle.ops.matmul_plan import (
+    GATHER,
+    PAD,
+    PASSES,
+    REORDER,
+    Axis,
+    Plan,
+    make_plan,
+)
 
 pytestmark = [pytest.mark.numbers, pytest.mark.paddle_version]
 
@@ -74,6 +84,140 @@ def test_the_gradients_of_inputs_that_need_none_are_not_computed(monkeypatch):
     with paddle.no_grad():
         assert large_kernel_depthwise_conv2d(x, weight, impl="matmul").stop_gradient
     assert calls == ["convolve"]
+
+
+@pytest.fixture
+def half_on_cpu(monkeypatch):
+    """Paddle's moves of half-precision values, which its CPU lacks, by way of integers."""
+    for owner, name in ((paddle, "index_select"), (F, "pad")):
+        function = getattr(owner, name)
+
+        def move(x, *arguments, function=function):
+            if x.element_size() > 2:
+                return function(x, *arguments)
+            moved = function(x.view("int16").astype("int32"), *arguments)
+            return moved.astype("int16").view(x.dtype)
+
+        monkeypatch.setattr(owner, name, move)
+
+
+@pytest.mark.usefixtures("half_on_cpu")
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("shift", [0, 1, 3, 4])  # of the first value in its memory
+@pytest.mark.parametrize("width, padding", [(56, (0, 4)), (14, (0, 2)), (12, (3, 1)), (7, (0, 1))])
+def test_values_moved_in_words_are_the_same_bits(width, padding, shift, dtype):
+    """Any bits, of values that are not finite and of words of such, too."""
+    rng = np.random.default_rng(width + shift)
+    bits = f"uint{32 if dtype == 'float32' else 16}"
+    shape, (left, right) = (3, 5, 6, width), padding
+    # numpy's copies are of unsigned integers, Paddle's of its own types.
+    values = rng.integers(0, np.iinfo(bits).max, 3 * 5 * 6 * width, dtype=bits, endpoint=True)
+    tensor = paddle.to_tensor(np.concatenate([np.zeros(shift, bits), values]).view(f"int{bits[4:]}"))
+    tensor = tensor.view(dtype)[shift:].reshape(shape)
+    values = values.reshape(shape)
+    assert tensor.data_ptr() % 64 == shift * values.itemsize % 64
+
+    def assert_same(got, wanted):
+        assert got.dtype == tensor.dtype and got.is_contiguous()
+        assert np.array_equal(got.view(f"int{bits[4:]}").numpy().view(bits), wanted)
+
+    axis = Axis.of(6, 5, 2, spare=False)  # 3 windows of 6 rows
+    rows = np.array([0, 1, 2, 3, 2, 3, 4, 5][: axis.count * axis.window])
+    got = matmul_conv._select_rows(tensor, 2, lambda a: rows, axis)
+    assert_same(got, values[:, :, rows])
+    got = matmul_conv._select_rows(tensor[:, :, 1:5], 2, lambda a: rows % 4, axis)
+    assert_same(got, values[:, :, 1 + rows % 4])
+    assert_same(matmul_conv._reordered(tensor, [2, 0, 1, 3]), values.transpose(2, 0, 1, 3))
+    assert_same(
+        matmul_conv._channels_first(tensor, slice(1, 4)), values[:, 1:4].transpose(1, 0, 2, 3)
+    )
+    wanted = np.pad(values, [(0, 0), (0, 0), (2, 1), (left, right)])
+    assert_same(matmul_conv._padded(tensor, left, right, 2, 1), wanted)
+
+
+@pytest.mark.parametrize("width, tile", [(56, 16), (24, 8), (20, 4)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_windows_of_whole_words_are_cut_in_words(width, tile, dtype, monkeypatch):
+    plan = Plan("convolution", 2, 3, 2, *(Axis.of(width, 9, tile, spare=False, multiple=4),) * 2, 3)
+    x = paddle.randn([2, 3, width, width]).astype(dtype)
+    seen, select = [], paddle.index_select
+    monkeypatch.setattr(
+        paddle, "index_select", lambda x, *rest: seen.append(x.dtype) or select(x, *rest)
+    )
+    windows = matmul_conv._cut(x, slice(0, 3), plan)
+    assert seen == 2 * [paddle.float64]
+    axis = plan.columns
+    before, after = axis.padding
+    padded = np.pad(x.astype("float32").numpy(), [(0, 0), (0, 0), (before, after), (before, after)])
+    starts = [tile * i for i in range(axis.count)]
+    wanted = np.stack(
+        [
+            padded[:, :, row : row + axis.window, column : column + axis.window]
+            for column in starts
+            for row in starts
+        ]
+    )  # (n, N, C, r, q)
+    wanted = wanted.transpose(2, 1, 0, 3, 4).reshape(3, -1, axis.window**2)
+    assert np.array_equal(windows.astype("float32").numpy(), wanted)
+
+
+# A word of Paddle's kernels that move values about, by what is called; `test_the_cost_model_...`.
+MOVES = {"index_select": GATHER, "pad": PAD, "contiguous": REORDER}
+
+
+@pytest.fixture
+def moved(monkeypatch):
+    """Words that are moved, by the operation."""
+    words = dict.fromkeys(MOVES, 0)
+
+    def count(owner, name):
+        function = getattr(owner, name)
+
+        def counting(x, *arguments, **options):
+            is_move = name != "contiguous" or not x.is_contiguous()
+            result = function(x, *arguments, **options)
+            words[name] += is_move * result.size
+            return result
+
+        monkeypatch.setattr(owner, name, counting)
+
+    for owner, name in ((paddle, "index_select"), (F, "pad"), (paddle.Tensor, "contiguous")):
+        count(owner, name)
+    return words
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 4, 56, 56, 31), (8, 3, 28, 28, 29), (2, 3, 14, 14, 27), (2, 5, 7, 7, 13)]
+    + [(1, 2, 64, 96, 31), (2, 2, 30, 41, 13), (1, 3, 128, 128, 29), (3, 2, 9, 50, 7)],
+)  # fmt: skip
+def test_the_cost_model_counts_the_words_that_are_moved(shape, moved):
+    x, weight, _, dy = (paddle.to_tensor(a) for a in arrays(*shape))
+    for kind in PASSES:
+        moved.update(dict.fromkeys(moved, 0))
+        plan = make_plan(kind, shape, 4, 2**29)
+        assert plan.chunk == plan.channels
+        if kind == "convolution":
+            matmul_conv.convolve(x, weight, 2**29)
+        else:
+            matmul_conv.weight_gradient(x, dy, shape[-1], 2**29)
+        assert plan.instructions == sum(MOVES[name] * words for name, words in moved.items()), kind
+
+
+def test_gradients_of_gradients_are_those_of_a_dense_convolution():
+    """Whose weight has the kernels on its diagonal, since Paddle's depthwise one has none."""
+    x, weight, _, _ = (paddle.to_tensor(a) for a in arrays(2, 3, 9, 8, 7))
+    x.stop_gradient = weight.stop_gradient = False
+
+    def dense(x, weight):
+        return F.conv2d(x, weight * paddle.eye(3).reshape([3, 3, 1, 1]), padding=3)
+
+    results = []
+    for conv in (dense, lambda x, weight: large_kernel_depthwise_conv2d(x, weight, impl="matmul")):
+        first = paddle.grad((conv(x, weight) ** 3).sum(), [x, weight], create_graph=True)
+        second = paddle.grad(sum((g**2).sum() for g in first), [x, weight])
+        results.append([g.numpy() for g in second])
+    for got, wanted in zip(*results[::-1]):
+        assert relative_error(got, wanted) < 1e-5
 
 
 PEAK = """
