@@ -74,6 +74,10 @@ def boolean() -> Rule:
     return Rule(read, "True or False")
 
 
+def boolean_or(word: str) -> Rule:
+    return Rule(lambda v: v if v == word else boolean().read(v), f"True, False or {word!r}")
+
+
 def text() -> Rule:
     def read(value):
         value = os.fspath(value)
@@ -180,7 +184,8 @@ KEYS: dict[str, tuple[Any, Rule]] = {
     "MODEL.SMALL_KERNEL_MERGED": (False, boolean()),  # build the re-parameterized form
     "MODEL.NORM_INTER_FEATURES": (False, boolean()),  # batch norm on each map of OUT_INDICES
     "MODEL.OUT_INDICES": (None, optional(several(integer(0, 3)))),  # stages; None: a classifier
-    "MODEL.SYNC_BN": (False, boolean()),  # batch statistics over all GPUs of a training run
+    "MODEL.SYNC_BN": (False, boolean_or("auto")),  # batch statistics over all GPUs of a training
+    # run; (+) auto: where Paddle's layer computes them so, with a warning where it does not
     "MODEL.RECOMPUTE": (False, boolean()),  # (+) less memory in training, about a third more time
     "MODEL.CONV_IMPL": ("auto", choice("auto", "paddle", "direct", "fft", "matmul")),  # (+) what
     # computes convolutions. auto: on CPU the compiled operators where there are any, on GPU matrix

@@ -199,7 +199,7 @@ def test_an_unknown_key_is_refused_and_suggests_the_nearest(complaint, text, key
         ),
         ("MODEL.OUT_INDICES", [[4], [-1], 4], "a list of values, each an integer from 0 to 3"),
         ("MODEL.SMALL_KERNEL", [False], "an integer >= 1, or None"),
-        ("MODEL.SYNC_BN", [1, None, "yes"], "True or False"),
+        ("MODEL.SYNC_BN", [1, None, "yes"], "True, False or 'auto'"),
         (
             "TRAIN.BASE_LR",
             [-1e-3, float("nan"), float("inf"), "1e999", "1+2j", 10**400],

@@ -304,7 +304,7 @@ def test_a_gpu_that_works_at_the_next_set_up_is_used(with_a_gpu):
     [
         ("2.5.2", "False", "pip install -r .*/requirements/cpu.txt"),
         ("2.5.2", "11.8", "pip install -r .*/requirements/gpu.txt --extra-index-url https"),
-        ("3.0.0", "False", "pip install -r .*/requirements/cpu.txt"),
+        ("3.1.0", "False", "pip install -r .*/requirements/cpu.txt"),
     ],
 )
 def test_an_old_paddle_is_refused_with_the_command_that_installs_a_right_one(
@@ -316,7 +316,7 @@ def test_an_old_paddle_is_refused_with_the_command_that_installs_a_right_one(
     (tmp_path / "paddle" / "version" / "__init__.py").write_text(
         f"full_version     = '{version}'\ncuda_version     = '{cuda}'\n"
     )
-    wanted = f"Paddle {re.escape(version)} is installed; this needs Paddle 3.1 or later: {command}"
+    wanted = f"Paddle {re.escape(version)} is installed; this needs Paddle 3.1.1 or later: {command}"
     for status, *arguments in (
         (2, "-m", "replknet_paddle", "predict", "x", "y"),
         (2, ROOT / "main_multi_gpu.py", "-cfg=configs/replknet_nano.yaml"),

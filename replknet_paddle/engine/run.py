@@ -42,7 +42,7 @@ from replknet_paddle.engine.train import (
     DivergedError,
     TrainState,
     check_is_finite,
-    check_synchronized,
+    is_synchronized,
     train_epoch,
 )
 from replknet_paddle.ops import build_convolutions, gpu_choice
@@ -50,7 +50,7 @@ from replknet_paddle.optim.ema import ModelEma
 from replknet_paddle.optim.optimizer import load_optimizer_state, optimizer_state
 from replknet_paddle.optim.schedule import base_learning_rate
 from replknet_paddle.runtime import processes
-from replknet_paddle.runtime.errors import SystemFault
+from replknet_paddle.runtime.errors import InputError, SystemFault
 
 logger = logging.getLogger(__name__)
 
@@ -158,22 +158,32 @@ def build_precision(config) -> Precision:
 
 
 def synchronizes_batch_norm(config) -> bool:
-    """Return whether this run computes batch statistics over all its GPUs."""
-    several_gpus = processes.on_gpu() and processes.world_size() > 1
-    return config.MODEL.SYNC_BN and several_gpus and not config.EVAL
-
-
-def build_network(config, task: ClassificationTask) -> paddle.nn.Layer:
-    """Return the network on this process's device, with the fast convolutions and synchronized
-    batch norm where those apply."""
-    sync_bn = synchronizes_batch_norm(config)
-    if sync_bn:
-        check_synchronized()
-    if config.MODEL.SYNC_BN and processes.world_size() > 1 and not processes.on_gpu():
-        logger.warning(
-            "MODEL.SYNC_BN needs GPUs: each process normalizes by its own batches, "
-            "and running statistics are averaged over the processes"
+    """Return whether a training run computes batch statistics over all its GPUs, and warn where it
+    does not though it should. All ranks ask alike. InputError: MODEL.SYNC_BN is True in vain."""
+    wanted = config.MODEL.SYNC_BN
+    if not wanted or processes.world_size() == 1:
+        return False
+    reason = "it needs GPUs"
+    if processes.on_gpu():
+        if is_synchronized():
+            return True
+        reason = (
+            f"Paddle {paddle.__version__} computes batch statistics on each GPU by itself here, "
+            "though asked to synchronize them, and says nothing"
         )
+        if wanted != "auto":
+            raise InputError(f"MODEL.SYNC_BN is True: {reason}; allowed here: auto or False")
+    logger.warning(
+        "MODEL.SYNC_BN: %s; each process normalizes by its own %d images, and running statistics "
+        "are averaged over the processes",
+        reason,
+        config.DATA.BATCH_SIZE,
+    )
+    return False
+
+
+def build_network(config, task: ClassificationTask, *, sync_bn: bool = False) -> paddle.nn.Layer:
+    """Return the network on this process's device, with the fast convolutions."""
     model = task.network(config, sync_bn=sync_bn)
     logger.info(build_convolutions(model, config))
     return model
@@ -201,7 +211,8 @@ class Training:
         )
         steps_per_epoch = epoch_like["batches"] // train.ACCUM_ITER
         mixup, criterion = task.mixup(config), task.criterion(config)
-        model = build_network(config, task)
+        sync_bn = synchronizes_batch_norm(config)
+        model = build_network(config, task, sync_bn=sync_bn)
         load_start(model, config, task.load_weights, start)
         learning_rate = task.schedule(config, self.peak_rate(steps_per_epoch), steps_per_epoch)
         precision = build_precision(config)
@@ -218,7 +229,7 @@ class Training:
             precision=precision,
             mixup=mixup,
             ema=ema,
-            average_statistics=not synchronizes_batch_norm(config),
+            average_statistics=not sync_bn,
         )
 
         self.resumed_path = None

@@ -267,9 +267,9 @@ def _weight_gradient_chunk(x, dy, chunk, plan: Plan, dtype):
     channels = dmatrix.shape[0]
     dmatrix = dmatrix.reshape([channels, -1, columns.window])  # (C, s t r, q)
     dmatrix = _select_rows(dmatrix, 1, _row_diagonals, rows, columns.tile)
-    dmatrix = cast(dmatrix.reshape([channels, rows.tile, -1]), paddle.float32)
-    dstrips = dmatrix.sum(1).reshape([channels, columns.tile, kernel, columns.window])
+    dstrips = dmatrix.reshape([channels, rows.tile, -1]).sum(1, dtype=paddle.float32)
     del dmatrix
+    dstrips = dstrips.reshape([channels, columns.tile, kernel, columns.window])
     dstrips = _reordered(dstrips, [0, 2, 1, 3]).reshape([channels, kernel, -1])
     dtaps = _select(dstrips, 2, _column_diagonals, columns)
     return dtaps.reshape([channels, 1, kernel, kernel, columns.tile]).sum(4)

@@ -19,8 +19,9 @@ from replknet_paddle.runtime.errors import InputError
 # Beside the package in a checkout; an installed package has none.
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements"
 
-# 3.0 has no public way to tell program capture what to take as one operation.
-OLDEST_PADDLE = (3, 1)
+# 3.0 has no public way to tell program capture what to take as one operation; in 3.1.0 the view of a
+# tensor in a wider type ends the process.
+OLDEST_PADDLE = (3, 1, 1)
 GPU_INDEX = "https://www.paddlepaddle.org.cn/packages/stable/cu126/"
 
 # Largest error over the largest value: TensorFloat-32 keeps ten bits of each factor.
@@ -105,9 +106,9 @@ def _why_unsupported(spec) -> str | None:
         return f"this needs Paddle: {install_command('cpu')}; docs/gpu.md has the command for GPUs"
     file = Path(spec.origin).with_name("version") / "__init__.py"
     content = file.read_text() if file.is_file() else ""
-    version = re.search(r"full_version\s*=\s*'((\d+)\.(\d+)[^']*)'", content)
+    version = re.search(r"full_version\s*=\s*'((\d+)\.(\d+)\.(\d+)[^']*)'", content)
     # Builds of Paddle's development branch report version 0.0.0.
-    if version is None or not (0, 0) < (int(version[2]), int(version[3])) < OLDEST_PADDLE:
+    if version is None or not (0, 0, 0) < tuple(map(int, version.group(2, 3, 4))) < OLDEST_PADDLE:
         return None
     command = install_command("cpu")
     if re.search(r"cuda_version\s*=\s*'\d", content):

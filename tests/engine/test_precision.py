@@ -1,6 +1,8 @@
 """What a CPU can show of mixed precision: the loss scale, its state, and the types of layers."""
 
+import json
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,10 +24,12 @@ from epochs import (
 from harness import finish_ranks
 from paddle.base import core
 from paddle.nn import functional
-from tiny import assert_identical, weights
+from tiny import assert_identical, flags, weights
 
+from replknet_paddle.config import get_config, update_config
+from replknet_paddle.engine import run
 from replknet_paddle.engine.precision import LOSS_SCALE_FLOOR, Precision
-from replknet_paddle.engine.train import DivergedError, check_synchronized
+from replknet_paddle.engine.train import DivergedError, is_synchronized
 from replknet_paddle.model import RepLKNet
 from replknet_paddle.ops import (
     large_kernel_depthwise_conv2d_reference,
@@ -327,17 +331,33 @@ class Averaging(paddle.nn.BatchNorm2D):
 
 
 def check_layers(arguments: list[str]) -> int:
-    """On each rank: what is said of a layer that averages, and of one that does not."""
+    """On each rank: what is found of a layer that averages, and of one that does not, and what a
+    run makes of it."""
     processes.init()
-    check_synchronized(Averaging)
-    try:
-        check_synchronized(paddle.nn.BatchNorm2D)
-    except RuntimeError as error:
-        print(error)
+    found = [is_synchronized(layer) for layer in (Averaging, paddle.nn.BatchNorm2D)]
+    processes.on_gpu = lambda: True
+    for wanted in (False, True, "auto"):
+        config = update_config(get_config(), flags(opts=["MODEL.SYNC_BN", wanted]))
+        for layer in (Averaging, paddle.nn.BatchNorm2D):
+            run.is_synchronized = partial(is_synchronized, layer)
+            try:
+                found.append(run.synchronizes_batch_norm(config))
+            except InputError as error:
+                found.append(str(error))
+    processes.on_gpu = lambda: False
+    found.append(run.synchronizes_batch_norm(config))
+    print("found", json.dumps(found))
     return 0
 
 
 @pytest.mark.parametrize("ranks", [2, 3])  # of three, one has the mean of all
 def test_batch_norm_that_stays_local_is_found_on_every_rank(tmp_path, ranks):
     for said in finish_ranks([], ranks=ranks, target=check_layers):
-        assert "MODEL.SYNC_BN" in said and "each GPU by itself" in said
+        found = json.loads(said.partition("found ")[2].splitlines()[0])
+        error = found.pop(5)
+        assert found == [True, False, False, False, True, True, False, False]
+        assert error.startswith("MODEL.SYNC_BN is True: Paddle") and "each GPU by itself" in error
+        assert error.endswith("allowed here: auto or False")
+        warnings = [line for line in said.splitlines() if "MODEL.SYNC_BN: " in line]
+        assert len(warnings) == 2 and "each GPU by itself" in warnings[0]
+        assert "it needs GPUs; each process normalizes by its own 64 images" in warnings[1]

@@ -1,9 +1,11 @@
 """The rule that chooses tiles: what it takes for the published networks, and its arithmetic."""
 
 import math
+import re
 
 import numpy as np
 import pytest
+from tiny import ROOT
 
 from replknet_paddle.ops.matmul_plan import (
     ALIGNED_BYTES,
@@ -135,3 +137,48 @@ def test_less_memory_makes_chunks_of_channels_and_in_the_end_a_message():
     assert chunks[0] == 64 and chunks == sorted(chunks, reverse=True) and chunks[-1] < 16
     with pytest.raises(InputError, match=r"1000 bytes.*at least \d+ \(MODEL.CONV_MEMORY_MB\)"):
         make_plan("convolution", shape, 4, 1000)
+
+
+# Bytes and instructions per second, operations per second in half precision.
+GPUS = {"A100": (1.3e12, 1.5e13, 2e14), "H100": (2.7e12, 2.4e13, 5.5e14)}
+GPUS |= {"H200": (4.0e12, 2.4e13, 5.5e14)}
+
+
+def predicted(plan, bandwidth, instructions, flops) -> float:
+    """Seconds of a pass on a GPU, by the rule of docs/kernels.md."""
+    sides = (plan.rows.tile * plan.columns.tile, plan.batch * plan.tiles)
+    sides += (plan.rows.window * plan.columns.window,)
+    products = 2 * math.prod(64 * math.ceil(side / 64) for side in sides) / flops
+    moves = sum(
+        max((step.read + step.written) / bandwidth, step.instructions / instructions)
+        for step in plan.steps
+    )
+    return plan.channels * (products + moves)
+
+
+def table_of_docs():
+    """Rows of docs/kernels.md: network, height, width, batch, figures."""
+    text = (ROOT / "docs" / "kernels.md").read_text()
+    pattern = r"\| (31B|31L|XL), (\d+)(?: x (\d+))?, batch (\d+) \| ([\d. |]+) \|\n"
+    for network, height, width, batch, figures in re.findall(pattern, text):
+        yield network, int(height), int(width or height), int(batch), figures.split(" | ")
+
+
+def test_the_table_of_the_docs_is_what_the_model_predicts():
+    rows = list(table_of_docs())
+    assert len(rows) == 9
+    for network, *image, batch, figures in rows:
+        largest, sums, milliseconds = 0, np.zeros(3), np.zeros(3)
+        for shape, layers in zip(stages(network, image), (2, 2, 18, 2)):
+            for kind, passes in zip(PASSES, (2, 1)):
+                plan = make_plan(kind, (batch, *shape), 2, 2**32)
+                moved = (plan.bytes_moved, plan.instructions, plan.flops)
+                sums += layers * passes * np.array(moved) / (1e9, 1e12, 1e12)
+                seconds = [predicted(plan, *rates) for rates in GPUS.values()]
+                assert seconds[0] == pytest.approx(plan.seconds)
+                milliseconds += 1e3 * layers * passes * np.array(seconds)
+                if kind == PASSES[0]:
+                    largest = max(largest, 2e-6 * plan.matrix_values * plan.channels)
+        for shown, figure in zip(figures, [largest, *sums, *milliseconds], strict=True):
+            digits = len(shown.partition(".")[2])
+            assert shown == f"{figure:.{digits}f}", (network, image, batch)
