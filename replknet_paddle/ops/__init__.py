@@ -5,8 +5,8 @@ from replknet_paddle.ops.depthwise import (
     FastDepthwiseConv2D,
     build_convolutions,
     describe_convolutions,
-    large_kernel_depthwise_conv2d,
     fast_depthwise_layers,
+    large_kernel_depthwise_conv2d,
     use_fast_depthwise_conv,
     use_large_kernel_ops,
 )

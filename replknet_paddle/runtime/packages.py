@@ -19,8 +19,8 @@ from replknet_paddle.runtime.errors import InputError
 # Beside the package in a checkout; an installed package has none.
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements"
 
-# 3.0 has no public way to tell program capture what to take as one operation; in 3.1.0 the view of a
-# tensor in a wider type ends the process.
+# 3.0 has no public way to tell program capture what to take as one operation; in 3.1.0 the view of
+# a tensor in a wider type ends the process.
 OLDEST_PADDLE = (3, 1, 1)
 GPU_INDEX = "https://www.paddlepaddle.org.cn/packages/stable/cu126/"
 

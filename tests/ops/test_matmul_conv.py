@@ -112,7 +112,9 @@ def test_values_moved_in_words_are_the_same_bits(width, padding, shift, dtype):
     shape, (left, right) = (3, 5, 6, width), padding
     # numpy's copies are of unsigned integers, Paddle's of its own types.
     values = rng.integers(0, np.iinfo(bits).max, 3 * 5 * 6 * width, dtype=bits, endpoint=True)
-    tensor = paddle.to_tensor(np.concatenate([np.zeros(shift, bits), values]).view(f"int{bits[4:]}"))
+    tensor = paddle.to_tensor(
+        np.concatenate([np.zeros(shift, bits), values]).view(f"int{bits[4:]}")
+    )
     tensor = tensor.view(dtype)[shift:].reshape(shape)
     values = values.reshape(shape)
     assert tensor.data_ptr() % 64 == shift * values.itemsize % 64

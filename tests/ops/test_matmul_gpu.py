@@ -4,8 +4,11 @@ import numpy as np
 import paddle
 import pytest
 from double_precision import STAGES, conv_and_gradients_by_fft, relative_error
+from figures import report
 from paddle import nn
 
+from replknet_paddle.engine.precision import Precision
+from replknet_paddle.model import RepLKNet
 from replknet_paddle.ops import (
     gpu_choice,
     large_kernel_depthwise_conv2d,
@@ -69,11 +72,62 @@ def test_peak_memory_is_within_the_bound(megabytes):
         return paddle.grad(y, [x, weight], dy)
 
     run()  # makes the index arrays, and cuBLAS its workspace
-    before = paddle.device.cuda.memory_allocated()
     paddle.device.cuda.empty_cache()
+    before = paddle.device.cuda.memory_allocated()
+    paddle.device.cuda.reset_max_memory_allocated()  # what other tests have taken
     run()
     peak = paddle.device.cuda.max_memory_allocated() - before
     assert peak <= megabytes * 2**20 + 3 * size  # y, dx, and chunks until they are joined
+
+
+def test_the_time_of_a_call_is_the_gpus():
+    square = paddle.randn([4096, 4096])
+    seconds = gpu_choice._seconds(lambda: paddle.matmul(square, square))
+    assert seconds > 0
+    rate = 2 * 4096**3 / seconds / 1e12
+    report("a float32 product of 4096 x 4096, by events", f"{rate:.1f} TFLOP/s")
+
+
+@pytest.mark.parametrize("level", ["O1", "O2"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("impl", ["auto", "paddle"])
+def test_depthwise_layers_give_the_type_that_they_get_and_sum_in_float32(impl, level, dtype):
+    """In a network under real autocasting; the weight gradient of each layer against float64."""
+    paddle.seed(0)
+    network = RepLKNet(large_kernel_sizes=[13, 11, 9, 7], layers=[1] * 4, channels=[16] * 4)
+    use_fast_depthwise_conv(network, impl)
+    precision = Precision(enabled=True, level=level, dtype=dtype)
+    precision.prepare(network, paddle.optimizer.AdamW(parameters=network.parameters()))
+    seen = []
+    for layer in network.sublayers():
+        if isinstance(layer, nn.Conv2D) and layer._groups > 1:
+            layer.register_forward_post_hook(lambda *call: seen.append(call))
+    with precision.autocast():
+        network(paddle.randn([16, 3, 64, 64]))
+    assert len(seen) == 13
+    for layer, (x,), y in seen:
+        assert layer.weight.dtype == paddle.float32 and x.dtype == y.dtype == getattr(paddle, dtype)
+        x, dy = x.detach(), paddle.randn(y.shape).astype(dtype)
+        with precision.autocast():
+            (got,) = paddle.grad(layer(x), [layer.weight], dy)
+        assert got.dtype == paddle.float32
+        paddle.set_device("cpu")
+        exact = [paddle.to_tensor(t.astype("float64").numpy()) for t in (x, layer.weight, dy)]
+        exact[1].stop_gradient = False
+        options = dict(stride=layer._stride, padding=layer._padding, groups=layer._groups)
+        y = paddle.nn.functional.conv2d(*exact[:2], **options)
+        (wanted,) = paddle.grad(y, [exact[1]], exact[2])
+        paddle.set_device("gpu")
+        bound = 1e-4 if layer.impl == "paddle" else gpu_choice.TOLERANCE[dtype]
+        assert relative_error(got.numpy(), wanted.numpy()) < bound, layer
+
+
+def test_gradients_by_one_input_alone():
+    _, (x, weight, dy) = case(4, 64, 28, 29, "bfloat16")
+    both = paddle.grad(large_kernel_depthwise_conv2d(x, weight, impl="matmul"), [x, weight], dy)
+    for tensor, wanted in zip((x, weight), both):
+        (alone,) = paddle.grad(large_kernel_depthwise_conv2d(x, weight, impl="matmul"), tensor, dy)
+        assert np.array_equal(alone.astype("float32").numpy(), wanted.astype("float32").numpy())
 
 
 @pytest.mark.parametrize("level", ["O1", "O2"])
