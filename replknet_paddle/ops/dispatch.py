@@ -176,15 +176,18 @@ def depthwise_conv2d_in_float32(x, weight, bias, **options):
     weight gradients of 3x3 and 5x5 ones. The tape keeps x as it is, not a float32 copy.
     """
     dtype, wide = paddle.float32, cast(x, paddle.float32)
-    keeping = contextlib.nullcontext()
-    if paddle.in_dynamic_mode() and wide is not x:
-        copy = wide.data_ptr()
-        keeping = saved_tensors_hooks(
-            lambda tensor: x if tensor.data_ptr() == copy else tensor,
-            lambda tensor: cast(tensor, dtype),
-        )
-    with without_autocast():
-        bias = None if bias is None else cast(bias, dtype)
-        with keeping:
-            y = F.conv2d(wide, cast(weight, dtype), bias, **options)
+    with without_autocast(), contextlib.ExitStack() as hooks:
+        weight, bias = cast(weight, dtype), None if bias is None else cast(bias, dtype)
+        if paddle.in_dynamic_mode() and wide is not x:
+            copy = wide.data_ptr()
+            # There may be one pair alone: others' are recomputation's, which keeps neither.
+            with contextlib.suppress(ValueError):
+                hooks.enter_context(
+                    saved_tensors_hooks(
+                        lambda tensor: x if tensor.data_ptr() == copy else tensor,
+                        lambda tensor: cast(tensor, dtype),
+                    )
+                )
+        y = F.conv2d(wide, weight, bias, **options)
+        hooks.close()
         return cast(y, x.dtype)

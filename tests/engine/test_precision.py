@@ -23,6 +23,7 @@ from epochs import (
 )
 from harness import finish_ranks
 from paddle.base import core
+from paddle.distributed.fleet.utils import recompute
 from paddle.nn import functional
 from tiny import assert_identical, flags, weights
 
@@ -292,6 +293,21 @@ def test_the_tape_keeps_no_float32_copy_of_half_precision_maps():
     y = large_kernel_depthwise_conv2d_reference(x, weight)
     held = core.host_memory_stat_current_value("Allocated", 0) - held
     assert y.dtype == x.dtype and held == 2 * y.size
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_paddles_own_in_float32_is_recomputed_in_both_ways(use_reentrant):
+    """The second has hooks for what the tape keeps, of which there may be one pair at a time."""
+    x, weight = paddle.randn([2, 4, 12, 12]).astype("bfloat16"), paddle.randn([4, 1, 5, 5])
+    x.stop_gradient = weight.stop_gradient = False
+
+    def squared(x):
+        return large_kernel_depthwise_conv2d_reference(x, weight).astype("float32") ** 2
+
+    wanted = paddle.grad(squared(x).sum(), [x, weight])
+    recompute(squared, x, use_reentrant=use_reentrant).sum().backward()
+    for got, gradient in zip((x.grad, weight.grad), wanted):
+        assert got.dtype == gradient.dtype and (got == gradient).all()
 
 
 def test_bfloat16_on_a_gpu_without_it_is_refused(on_gpu, monkeypatch):
