@@ -263,10 +263,11 @@ def use_fast_depthwise_conv(
         kernel = layer._kernel_size[0]
         is_large = kernel >= SMALLEST_PRODUCT_KERNEL
         by = None if on_cpu else "paddle"
-        if is_eligible(layer) and is_large and (impl == "matmul" or not on_cpu):
-            by = impl
-        elif is_eligible(layer) and operator and kernel in KERNEL_SIZES:
-            by = small
+        if is_eligible(layer):
+            if is_large and (impl == "matmul" or not on_cpu):
+                by = impl
+            elif operator and kernel in KERNEL_SIZES:
+                by = small
         layer.__class__ = nn.Conv2D if by is None else FastDepthwiseConv2D
         for name in ("impl", "memory_bytes"):
             layer.__dict__.pop(name, None)

@@ -277,7 +277,7 @@ def _weight_gradient_chunk(x, dy, chunk, plan: Plan, dtype):
 
 # Words of several values, in which values are moved about; see matmul_plan.py.
 
-WORDS = {4: "float32", 8: "float64"}  # by their bytes
+WORDS = {4: "int32", 8: "int64"}  # by their bytes; autocasting leaves integers alone
 
 
 def _in_words(move: Callable, x, *lengths: int):

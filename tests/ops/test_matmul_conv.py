@@ -144,7 +144,7 @@ def test_windows_of_whole_words_are_cut_in_words(width, tile, dtype, monkeypatch
         paddle, "index_select", lambda x, *rest: seen.append(x.dtype) or select(x, *rest)
     )
     windows = matmul_conv._cut(x, slice(0, 3), plan)
-    assert seen == 2 * [paddle.float64]
+    assert seen == 2 * [paddle.int64]
     axis = plan.columns
     before, after = axis.padding
     padded = np.pad(x.astype("float32").numpy(), [(0, 0), (0, 0), (before, after), (before, after)])
