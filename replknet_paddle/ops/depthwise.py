@@ -82,6 +82,7 @@ def compute(
     `training` says whether `auto` is to find what is fastest with gradients, and whether programs
     are to have the gradients of `matmul_conv`; others differentiate its operations.
     """
+    impl = "paddle" if x.shape[0] == 0 else impl  # no images, no plan
     forward = gradients = impl
     memory_bytes = memory_of(memory_bytes)
     # `auto` measures on GPU, outside of programs, where Paddle has no kernel for the size.

@@ -3,8 +3,8 @@
 For GPUs, whose tensor cores do the products (docs/kernels.md); it computes on every device.
 `matmul_plan` has the idea and the choice of tiles, this module the tensors. Values are of the
 compute type, and products and sums are accumulated in float32. The gradients make the matrix T
-again instead of keeping it, and add the weight's up in a fixed order without atomic operations, so
-that the same inputs give the same bits.
+again where no cache keeps it, and add the weight's up in a fixed order without atomic operations,
+so that the same inputs give the same bits.
 """
 
 from collections.abc import Callable

@@ -242,9 +242,13 @@ def test_bad_input_is_a_value_error_that_shows_it(arguments, told):
     assert told in str(error.value)
 
 
-def test_no_images_give_no_images():
-    x, weight = zeros(0, 4, 9, 9), zeros(4, 1, 3, 3)
-    assert large_kernel_depthwise_conv2d(x, weight).shape == [0, 4, 9, 9]
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_images_give_no_images(impl):
+    x, weight = zeros(0, 4, 9, 9), zeros(4, 1, 7, 7)
+    x.stop_gradient = weight.stop_gradient = False
+    y = large_kernel_depthwise_conv2d(x, weight, impl=impl)
+    dx, dweight = paddle.grad(y.sum(), [x, weight])
+    assert y.shape == dx.shape == [0, 4, 9, 9] and not dweight.any()
 
 
 def test_without_the_operator_auto_falls_back_and_says_so_once(monkeypatch, caplog):

@@ -134,6 +134,44 @@ def test_values_moved_in_words_are_the_same_bits(width, padding, shift, dtype):
     assert_same(matmul_conv._padded(tensor, left, right, 2, 1), wanted)
 
 
+@pytest.mark.usefixtures("half_on_cpu")
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("seed", range(6))
+def test_passes_in_words_of_four_values_are_those_of_single_values(seed, dtype, monkeypatch):
+    """Half-precision tensors all the way, as on a GPU, whose products are summed in float32,
+    beside those that the CPU computes in float32 and rounds in between."""
+    rng = np.random.default_rng(seed)
+    shapes = [(2, 4, 56, 56, 31), (3, 5, 14, 14, 27)] if seed == 0 else []
+    for _ in range(8):
+        batch, channels = rng.integers(1, 4), rng.integers(1, 6)
+        (height, width), kernel = rng.integers(1, 60, 2), 2 * rng.integers(0, 16) + 1
+        shapes.append(tuple(map(int, (batch, channels, height, width, kernel))))
+    for shape in shapes:
+        x, weight, _, dy = (paddle.to_tensor(a).astype(dtype) for a in arrays(*shape, seed=seed))
+        memory = int(rng.choice([2**21, 2**29]))
+        wanted = passes(x, weight, dy, memory)
+        with monkeypatch.context() as patch:
+            patch.setattr(matmul_conv, "is_on_cpu", lambda x: False)
+            patch.setattr(paddle, "matmul", matmul_in_float32)
+            for got, right in zip(passes(x, weight, dy, memory), wanted):
+                assert got.dtype == right.dtype
+                assert np.array_equal(got.numpy(), right.numpy()), shape
+
+
+def passes(x, weight, dy, memory) -> list[paddle.Tensor]:
+    """Output and gradients by x and weight."""
+    return [
+        matmul_conv.convolve(x, weight, memory),
+        matmul_conv.convolve(dy, weight, memory, flipped=True),
+        matmul_conv.weight_gradient(x, dy, weight.shape[-1], memory),
+    ]
+
+
+def matmul_in_float32(a, b, *, matmul=paddle.matmul, **options):
+    """A half-precision product as a GPU has it."""
+    return matmul(a.astype("float32"), b.astype("float32"), **options).astype(a.dtype)
+
+
 @pytest.mark.parametrize("width, tile", [(56, 16), (24, 8), (20, 4)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_windows_of_whole_words_are_cut_in_words(width, tile, dtype, monkeypatch):
@@ -165,7 +203,7 @@ MOVES = {"index_select": GATHER, "pad": PAD, "contiguous": REORDER}
 
 
 @pytest.fixture
-def moved(monkeypatch):
+def moved(monkeypatch, half_on_cpu):
     """Words that are moved, by the operation."""
     words = dict.fromkeys(MOVES, 0)
 
@@ -189,11 +227,14 @@ def moved(monkeypatch):
     "shape", [(2, 4, 56, 56, 31), (8, 3, 28, 28, 29), (2, 3, 14, 14, 27), (2, 5, 7, 7, 13)]
     + [(1, 2, 64, 96, 31), (2, 2, 30, 41, 13), (1, 3, 128, 128, 29), (3, 2, 9, 50, 7)],
 )  # fmt: skip
-def test_the_cost_model_counts_the_words_that_are_moved(shape, moved):
-    x, weight, _, dy = (paddle.to_tensor(a) for a in arrays(*shape))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_cost_model_counts_the_words_that_are_moved(dtype, shape, moved, monkeypatch):
+    x, weight, _, dy = (paddle.to_tensor(a).astype(dtype) for a in arrays(*shape))
+    monkeypatch.setattr(matmul_conv, "is_on_cpu", lambda x: False)
+    monkeypatch.setattr(paddle, "matmul", matmul_in_float32)
     for kind in PASSES:
         moved.update(dict.fromkeys(moved, 0))
-        plan = make_plan(kind, shape, 4, 2**29)
+        plan = make_plan(kind, shape, x.element_size(), 2**29)
         assert plan.chunk == plan.channels
         if kind == "convolution":
             matmul_conv.convolve(x, weight, 2**29)
