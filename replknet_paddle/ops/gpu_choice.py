@@ -1,8 +1,8 @@
 """On GPU: matrix products or Paddle's own convolution, whichever is faster where it runs.
 
 Measured once for each shape and type, when a layer first meets it, on the tensors at hand. Nothing
-is chosen that does not agree with Paddle's own convolution in float32. A run that is to be
-deterministic measures nothing: it takes products for all that they agree on.
+is chosen that does not agree with Paddle's own convolution in float32. A deterministic run times
+nothing: it takes products wherever they agree.
 """
 
 import logging
