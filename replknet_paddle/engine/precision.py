@@ -56,7 +56,7 @@ class Precision:
         """
         if not self.half_weights:
             return
-        # Paddle's depthwise kernels sum in the type of the weights, and matrix products round them.
+        # Paddle's depthwise kernels may sum in the type of the weights; matrix products round them.
         options = dict(level="O2", dtype=self.dtype, excluded_layers=fast_depthwise_layers(model))
         if optimizer is None:
             paddle.amp.decorate(models=model, **options)

@@ -90,6 +90,7 @@ def run(
         for loader in loaders.values():
             loader.start()
         processes.init(deterministic=config.DETERMINISTIC)
+        gpu_choice.start_run({})
         paddle.seed(processes.random_seed(config.SEED))
         logger.info(
             "%s, %d process(es) on %s, Paddle %s, run folder %s",
@@ -159,7 +160,8 @@ def build_precision(config) -> Precision:
 
 def synchronizes_batch_norm(config) -> bool:
     """Return whether a training run computes batch statistics over all its GPUs, and warn where it
-    does not though it should. All ranks ask alike. InputError: MODEL.SYNC_BN is True in vain."""
+    does not though it should. All ranks ask alike. InputError: MODEL.SYNC_BN is True, and Paddle
+    does not synchronize on these GPUs."""
     wanted = config.MODEL.SYNC_BN
     if not wanted or processes.world_size() == 1:
         return False
@@ -241,7 +243,7 @@ class Training:
             self.progress = start.resumed.progress_with(**epoch_like)
             load_optimizer_state(optimizer, model, start.resumed.optimizer)
             precision.load_state(start.resumed.scaler)
-            gpu_choice.restore_choices(start.resumed.convolutions)
+            gpu_choice.start_run(start.resumed.convolutions)
             if ema is not None:
                 ema.load_state(start.resumed.model_ema)
         self.evaluation_seconds = 0.0

@@ -143,6 +143,7 @@ def train_epoch(
                 gradients.collect()
                 loss_sum = loss_sum + loss.detach().astype("float64") * images.shape[0]
                 images_done += images.shape[0]
+                del loss  # and what is kept for its gradients, before the next forward pass
                 ahead.fetch()
 
         totals = sum_on_device([loss_sum, images_done, *requests()])

@@ -43,7 +43,10 @@ class WeightCache:
     def matrices(
         self, x: paddle.Tensor, weight: paddle.Tensor, memory_bytes: int, *, flipped: bool = False
     ):
-        """Return T of a weight for maps like x, for `convolve`; None where it does not fit."""
+        """Return T of a weight for maps like x, for `convolve`; None where it does not fit, or the
+        tape records how it is made."""
+        if paddle.is_grad_enabled() and not weight.stop_gradient:
+            return None
         key = ("matrices", flipped, *x.shape[2:], x.dtype)
         if key in self.items and self.items[key][1].plan.batch < x.shape[0]:
             self._forget(key)
@@ -91,7 +94,8 @@ def cache_weights(model: nn.Layer) -> Iterator[None]:
 
     Nobody may change the weights until it ends. Matrices are kept in training, too, those for the
     gradients as well; spectra in evaluation without gradients. Those of all layers together take at
-    most the layers' `memory_bytes`; what does not fit is made each time, with the same bits.
+    most the layers' `memory_bytes`; what does not fit is made each time, with the same bits where
+    batches have one size.
     """
     layers = [x for x in model.sublayers(include_self=True) if hasattr(x, "memory_bytes")]
     layers = [layer for layer in layers if layer not in _caches]  # others belong to one around this

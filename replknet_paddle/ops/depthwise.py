@@ -56,7 +56,8 @@ def large_kernel_depthwise_conv2d(
         impl: `direct` or `fft` for an algorithm of the compiled operator, on CPU; `matmul` for
             matrix products, on every device; `paddle` for Paddle's own convolution. `auto`: on CPU
             the compiled operator where there is one; on GPU, for kernels above 5, the faster of
-            `matmul` and `paddle`, as measured when a shape first comes.
+            `matmul` and `paddle`, as measured when a shape first comes. In training on several
+            GPUs all ranks measure together, and must come with the same shapes in the same order.
         memory_bytes: that products may use beside their inputs and outputs; None for a 32nd of
             the GPU's memory, or 512 MiB on CPU.
 

@@ -36,11 +36,16 @@ def is_on_cpu(x) -> bool:
     return paddle.device.get_device() == "cpu"
 
 
-def without_autocast():
-    """Return the context in which nothing is cast; a program being captured stays as it is."""
-    if paddle.in_dynamic_mode():
-        return paddle.amp.auto_cast(enable=False)
-    return contextlib.nullcontext()
+def without_autocast(x):
+    """Return the context in which nothing is cast; a program being captured stays as it is.
+
+    Paddle keeps the last context's type, by which its `GradScaler` decides whether to scale: it
+    stays that of x, where this is half precision.
+    """
+    if not paddle.in_dynamic_mode():
+        return contextlib.nullcontext()
+    dtype = "bfloat16" if x.dtype == paddle.bfloat16 else "float16"
+    return paddle.amp.auto_cast(enable=False, dtype=dtype)
 
 
 def autocast_dtype(x):
@@ -53,7 +58,7 @@ def autocast_dtype(x):
 
 @functools.cache
 def _one_value(place: str) -> paddle.Tensor:
-    return paddle.ones([1, 1])
+    return paddle.ones([1, 1], dtype="float32")
 
 
 _reported: set[str] = set()
@@ -151,6 +156,15 @@ class _OneArgument(PyLayer):
         return [gradient for gradient in ctx.layer.backward(ctx, dy) if gradient is not None]
 
 
+def keeps_by_hooks() -> bool:
+    """Return whether others' hooks decide what the tape keeps: there is one pair at a time."""
+    try:
+        with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+            return False
+    except ValueError:
+        return True
+
+
 def run_operator(name: str, *arguments) -> paddle.Tensor:
     """Return the output of a registered operator, or its place in the program being captured.
 
@@ -173,21 +187,21 @@ def depthwise_conv2d_in_float32(x, weight, bias, **options):
 
     In half precision, and so under autocast at level O2, Paddle's kernels for GPUs accumulate in
     half precision: an rms error of 2.6 % in bfloat16 with a kernel of 31, and of up to 2.7 % in
-    weight gradients of 3x3 and 5x5 ones. The tape keeps x as it is, not a float32 copy.
+    weight gradients of 3x3 and 5x5 ones. The tape keeps x as it is, not a float32 copy, until the
+    graph is gone: after a backward pass, too, while the loss is alive.
     """
     dtype, wide = paddle.float32, cast(x, paddle.float32)
-    with without_autocast(), contextlib.ExitStack() as hooks:
+    with without_autocast(x), contextlib.ExitStack() as hooks:
         weight, bias = cast(weight, dtype), None if bias is None else cast(bias, dtype)
-        if paddle.in_dynamic_mode() and wide is not x:
+        # Others' hooks are those of recomputation, which keeps neither.
+        if paddle.in_dynamic_mode() and wide is not x and not keeps_by_hooks():
             copy = wide.data_ptr()
-            # There may be one pair alone: others' are recomputation's, which keeps neither.
-            with contextlib.suppress(ValueError):
-                hooks.enter_context(
-                    saved_tensors_hooks(
-                        lambda tensor: x if tensor.data_ptr() == copy else tensor,
-                        lambda tensor: cast(tensor, dtype),
-                    )
+            hooks.enter_context(
+                saved_tensors_hooks(
+                    lambda tensor: x if tensor.data_ptr() == copy else tensor,
+                    lambda tensor: cast(tensor, dtype),
                 )
+            )
         y = F.conv2d(wide, weight, bias, **options)
         hooks.close()
         return cast(y, x.dtype)

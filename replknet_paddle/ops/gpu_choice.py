@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import paddle
 
+from replknet_paddle.ops.dispatch import keeps_by_hooks, type_name, without_autocast
 from replknet_paddle.ops.dispatch import large_kernel_depthwise_conv2d_reference as paddle_conv
-from replknet_paddle.ops.dispatch import type_name
 from replknet_paddle.ops.matmul_conv import convolve, weight_gradient
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.processes import is_deterministic, rank, sum_over_ranks
@@ -47,6 +47,7 @@ PADDLE, _, PRODUCTS = CHOICES
 # By what a convolution is: of training with its shape and type, of evaluation with its channels,
 # kernel and type.
 _choices: dict[str, Choice] = {}
+_recorded: dict[str, Choice] = {}  # of the run that is resumed
 
 
 def choose(x: paddle.Tensor, weight: paddle.Tensor, memory_bytes: int, *, training: bool) -> Choice:
@@ -59,38 +60,48 @@ def choose(x: paddle.Tensor, weight: paddle.Tensor, memory_bytes: int, *, traini
     """
     what = f"kernel {weight.shape[-1]}, {type_name(x)}"
     exact, coarse = f"{'x'.join(map(str, x.shape))}, {what}", f"{x.shape[1]} channels, {what}"
+    measured = (exact, x, weight, memory_bytes)
     if training and exact not in _choices:
-        choice, agrees = _measure(exact, x, weight, memory_bytes, gradients=True)
+        choice, is_possible = _measure(*measured, gradients=True, recorded=_recorded.get(exact))
         wanted = CHOICES.index(choice) if rank() == 0 else 0
-        wanted, vetoes = sum_over_ranks([wanted, not agrees])
+        wanted, vetoes = sum_over_ranks([wanted, not is_possible])
         _choices[exact] = PADDLE if vetoes else CHOICES[round(wanted)]
         logger.info("depthwise convolution %s: %s", exact, _choices[exact])
     elif exact not in _choices and coarse not in _choices:
-        _choices[coarse], _ = _measure(exact, x, weight, memory_bytes, gradients=False)
+        recorded = _recorded.get(coarse)
+        _choices[coarse], _ = _measure(*measured, gradients=False, recorded=recorded)
         logger.info("depthwise convolution %s in evaluation: %s", exact, _choices[coarse])
     return _choices[exact] if exact in _choices else _choices[coarse]
 
 
 def choices() -> dict[str, str]:
-    """Return all choices so far, for a run to be resumed with."""
-    return {what: " ".join(choice) for what, choice in _choices.items()}
+    """Return all choices of this run so far, for it to be resumed with."""
+    return {what: " ".join(choice) for what, choice in (_recorded | _choices).items()}
 
 
-def restore_choices(recorded: dict[str, str]) -> None:
-    """Choose what `choices` returned; what it says of other things is measured."""
+def start_run(recorded: dict[str, str]) -> None:
+    """Forget the choices of another run of this process; choose what `choices` returned, where it
+    is still possible. What that says of other things is measured."""
     by_name = {" ".join(choice): choice for choice in CHOICES}
-    _choices.update({k: by_name[name] for k, name in recorded.items() if name in by_name})
+    _choices.clear()
+    _recorded.clear()
+    _recorded.update({k: by_name[name] for k, name in recorded.items() if name in by_name})
 
 
-def _measure(what, x, weight, memory_bytes: int, *, gradients: bool) -> tuple[Choice, bool]:
-    """Return the fastest choice on this device, and whether products are possible and right."""
+def _measure(
+    what, x, weight, memory_bytes: int, *, gradients: bool, recorded: Choice | None
+) -> tuple[Choice, bool]:
+    """Return the fastest choice on this device, or without timing the one that is recorded, and
+    whether products are possible and right."""
+    # Others' hooks for what the tape keeps are those of recomputation, which would measure again.
+    gradients = gradients and not keeps_by_hooks()
     try:
-        with paddle.no_grad(), paddle.amp.auto_cast(enable=False):
+        with paddle.no_grad(), without_autocast(x):
             x, weight = x.detach(), weight.detach()
             passes = _passes(x, weight, memory_bytes, gradients)
             _check_agreement(what, passes, _tolerance(x))
-            if is_deterministic():
-                return PRODUCTS, True
+            if recorded is not None or is_deterministic():
+                return recorded or PRODUCTS, True
             seconds = {
                 name: {impl: _seconds(call) for impl, call in by.items()}
                 for name, by in passes.items()
@@ -108,7 +119,7 @@ def _measure(what, x, weight, memory_bytes: int, *, gradients: bool) -> tuple[Ch
     finally:
         # paddle.grad has run and removed the hook that makes O2's master gradients; entering any
         # autocast context registers it again.
-        with paddle.amp.auto_cast(enable=False):
+        with without_autocast(x):
             pass
     for name, by in seconds.items():
         ours, theirs = 1e3 * by["matmul"], 1e3 * by["paddle"]
@@ -160,7 +171,9 @@ def _passes(x, weight, memory_bytes, gradients) -> dict[str, dict[str, Callable]
             leaf.stop_gradient = False
         with paddle.enable_grad():
             y = paddle_conv(*leaves)
-        dy = y.detach()  # as good as any other
+        # As good as any other, and small enough for the sums of float16.
+        dy = y.detach().astype("float32")
+        dy = (dy / (dy.abs().max() + 1e-6)).astype(y.dtype)
         passes["gradients"] = {
             "paddle": lambda: paddle.grad(y, leaves, dy, retain_graph=True),
             "matmul": lambda: [
@@ -191,7 +204,7 @@ def _seconds(call: Callable) -> float:
     The calls are queued behind other work, so that the time of the host, which in training is ahead
     of the GPU, does not count.
     """
-    square = paddle.ones([4096, 4096])
+    square = paddle.ones([4096, 4096], dtype="float32")
     start, end = (paddle.device.Event(enable_timing=True) for _ in range(2))
     seconds, products = [], 1
     while len(seconds) < REPEATS:

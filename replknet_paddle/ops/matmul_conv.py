@@ -24,7 +24,7 @@ from replknet_paddle.ops.dispatch import (
     large_kernel_depthwise_conv2d_reference,
     without_autocast,
 )
-from replknet_paddle.ops.matmul_plan import Axis, Plan, make_plan, word_values
+from replknet_paddle.ops.matmul_plan import WORD_BYTES, Axis, Plan, make_plan, word_values
 
 # F.pad is called with four numbers, left, right, top, bottom: programs with its other form, which
 # is another operation, destroy memory in Paddle Inference 3.3.1.
@@ -86,7 +86,7 @@ def _forward(x, weight, memory_bytes, forward, cache):
 
 @as_one_operation
 def _gradients(x, weight, dy, memory_bytes, needs, cache):
-    with without_autocast():  # which would compute float32 ones in half precision
+    with without_autocast(x):  # which would compute float32 ones in half precision
         dy, dx, dweight = cast(dy, x.dtype), None, None
         if needs[0]:
             dx = convolve(dy, weight, memory_bytes, flipped=True, cache=cache)
@@ -299,8 +299,9 @@ def _word_values(x, *lengths: int) -> int:
     movement itself may be asked for."""
     if not paddle.in_dynamic_mode() or paddle.is_grad_enabled() and not x.stop_gradient:
         return 1
-    # Paddle 3.1 to 3.3 misplaces a view of another type where x does not begin its memory.
-    if x.offset != 0 or not x.is_contiguous():
+    # Paddle 3.1 to 3.3 misplaces a view of another type where x does not begin its memory. Memory
+    # that others have given may begin anywhere.
+    if x.offset != 0 or x.data_ptr() % WORD_BYTES or not x.is_contiguous():
         return 1
     return word_values(x.element_size(), x.shape[-1], *lengths)
 

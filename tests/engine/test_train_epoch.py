@@ -1,5 +1,7 @@
 """The training loop itself: accumulation, what advances when, what stops it, what is drawn."""
 
+import weakref
+
 import numpy as np
 import pytest
 from epochs import (
@@ -91,6 +93,22 @@ def test_matrices_of_large_kernels_are_made_once_a_step(monkeypatch):
     (kept, got), (anew, wanted) = results
     assert (kept, anew) == (3 * 2 * 3, 3 * 2 * 5)  # layers x directions x steps, or batches
     assert_identical(got, wanted)
+
+
+@pytest.mark.parametrize("accum_iter", [1, 2])
+def test_nothing_of_a_batch_is_kept_while_the_next_one_runs_forward(accum_iter):
+    """What hooks have packed for the gradients lives as long as the loss."""
+    model, losses, alive = make_model(), [], []
+    criterion = LabelSmoothingCrossEntropy(0.1)
+
+    def watched(logits, labels):
+        alive.append([loss() for loss in losses if loss() is not None])
+        loss = criterion(logits, labels)
+        losses.append(weakref.ref(loss))
+        return loss
+
+    train(model, make_batches([2] * 4), sgd(model), criterion=watched, accum_iter=accum_iter)
+    assert len(losses) == 4 and alive == [[]] * 4
 
 
 def test_no_gradient_is_left_over_from_one_step_to_the_next():

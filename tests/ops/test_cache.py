@@ -144,6 +144,25 @@ def test_matrices_serve_all_passes_of_a_step_with_the_same_bits(memory_bytes, mo
     case.check()
 
 
+def test_gradients_of_gradients_keep_nothing(monkeypatch):
+    """T would belong to the graph of the first ones."""
+    case = Case("matmul", monkeypatch)
+    x = case.x.detach()
+    x.stop_gradient = False
+
+    def gradient_of_penalty():
+        (gradient,) = paddle.grad((case.layer(x) ** 2).sum(), [x], create_graph=True)
+        (gradient**2).sum().backward()
+        result = case.layer.weight.grad.numpy()
+        case.layer.clear_gradients()
+        return result
+
+    wanted = gradient_of_penalty()
+    with cache_weights(case.layer):
+        for _ in range(2):
+            assert np.array_equal(gradient_of_penalty(), wanted)
+
+
 def test_nothing_is_kept_after_the_end_by_a_graph_that_still_lives(monkeypatch):
     case = Case("matmul", monkeypatch)
     case.layer.train()

@@ -1,5 +1,6 @@
 """How `auto` chooses on GPU, with CPU tensors taken for those of a GPU and times given by hand."""
 
+import functools
 import json
 import logging
 import sys
@@ -9,6 +10,7 @@ import pytest
 from double_precision import arrays, calls_of, conv_and_gradients, relative_error
 from harness import finish_ranks
 from paddle import nn
+from paddle.distributed.fleet.utils import recompute
 
 from replknet_paddle.ops import (
     FastDepthwiseConv2D,
@@ -36,7 +38,7 @@ FASTEST = {
 def gpu(monkeypatch):
     """`auto` measures as on a GPU, afresh."""
     monkeypatch.setattr(depthwise, "is_on_cpu", lambda x: False)
-    monkeypatch.setattr(gpu_choice, "_choices", {})
+    gpu_choice.start_run({})
     monkeypatch.setattr(matmul_conv, "_default_memory_bytes", lambda device: 2**29)
 
 
@@ -167,7 +169,7 @@ def test_a_deterministic_run_takes_products_and_times_nothing(seconds, monkeypat
     assert choose(tensors((1, 4, 9, 8))[0], weight, 2**29, training=True) == PADDLE
 
 
-def test_what_was_chosen_is_chosen_again(seconds, monkeypatch):
+def test_what_was_chosen_is_chosen_again(seconds):
     x, weight, _ = tensors()
     other = tensors((1, 4, 30, 20))[0]
     seconds += FASTEST[CHOICES[1]] + (2, 1)
@@ -178,12 +180,68 @@ def test_what_was_chosen_is_chosen_again(seconds, monkeypatch):
         "2x4x12x10, kernel 9, float32": "paddle matmul",
         "4 channels, kernel 9, float32": "matmul matmul",
     }
-    monkeypatch.setattr(gpu_choice, "_choices", {})
-    gpu_choice.restore_choices({**recorded, "1x4x30x20, kernel 9, float32": "cudnn cudnn"})
+    unknown = {"1x4x30x20, kernel 9, float32": "cudnn cudnn"}
+    gpu_choice.start_run({**recorded, **unknown})
+    assert gpu_choice.choices() == recorded  # for the next checkpoint, whatever comes first
     assert [choose(t, weight, 2**29, training=t is x) for t in (x, other)] == chosen
-    assert not seconds
+    assert not seconds and gpu_choice.choices() == recorded
     seconds += FASTEST[PADDLE]
     assert choose(other, weight, 2**29, training=True) == PADDLE  # that name is unknown here
+
+
+@pytest.mark.parametrize("trouble", ["memory", "deviation"])
+def test_what_was_chosen_is_dropped_where_it_is_impossible_now(trouble, seconds, monkeypatch):
+    """With less memory allowed, or on a GPU whose products are wrong."""
+    x, weight, _ = tensors()
+    gpu_choice.start_run({"2x4x12x10, kernel 9, float32": "matmul matmul"})
+    if trouble == "deviation":
+        convolve = gpu_choice.convolve
+        monkeypatch.setattr(gpu_choice, "convolve", lambda *a, **k: 2 * convolve(*a, **k))
+    memory = 1000 if trouble == "memory" else 2**29
+    assert choose(x, weight, memory, training=True) == PADDLE
+    y = large_kernel_depthwise_conv2d(x, weight, memory_bytes=memory)
+    assert y.shape == x.shape and not seconds
+
+
+def test_a_run_knows_nothing_of_another_in_its_process(seconds, monkeypatch):
+    x, weight, _ = tensors()
+    seconds += FASTEST[PADDLE]
+    assert choose(x, weight, 2**29, training=True) == PADDLE
+    gpu_choice.start_run({})
+    assert gpu_choice.choices() == {}
+    monkeypatch.setattr(processes, "_deterministic", True)
+    assert choose(x, weight, 2**29, training=True) == CHOICES[2] and not seconds
+
+
+def conv_by(weight, impl, x):
+    return large_kernel_depthwise_conv2d(x, weight, impl=impl)
+
+
+def test_shapes_that_are_met_within_recomputation_are_measured_forward_alone(seconds):
+    """Its hooks for what the tape keeps would run, and measure, again and again."""
+    x, weight, dy = tensors()
+    seconds += (2, 1)
+    for use_reentrant, impl in ((False, "auto"), (False, "matmul"), (True, "auto")):
+        x.clear_gradient()
+        weight.clear_gradient()
+        conv = functools.partial(conv_by, weight, impl)
+        recompute(conv, x, use_reentrant=use_reentrant).backward(dy)
+        assert list(gpu_choice._choices.values()) == [CHOICES[2]] and not seconds
+        wanted = conv_and_gradients(*(t.numpy() for t in (x, weight, dy)))[1:]
+        for got, right in zip((x.grad, weight.grad), wanted):
+            assert relative_error(got.numpy(), right) < 5e-6
+
+
+def test_large_activations_of_float16_are_no_deviation(seconds):
+    """The sums of a weight's gradient stay finite where real ones would."""
+    seconds += FASTEST[CHOICES[2]]
+    x, weight, _ = tensors((64, 2, 14, 14), 13, "float16")
+    large = (8 * x.detach().astype("float32")).astype("float16")
+    assert choose(large, weight, 2**29, training=True) == CHOICES[2]
+    gpu_choice.start_run({})
+    seconds += FASTEST[CHOICES[2]]
+    zeros = paddle.zeros(SHAPE)
+    assert choose(zeros, tensors()[1], 2**29, training=True) == CHOICES[2]
 
 
 def test_a_shape_and_type_is_measured_and_logged_once(seconds, caplog):

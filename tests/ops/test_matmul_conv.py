@@ -134,6 +134,14 @@ def test_values_moved_in_words_are_the_same_bits(width, padding, shift, dtype):
     assert_same(matmul_conv._padded(tensor, left, right, 2, 1), wanted)
 
 
+def test_memory_that_begins_within_a_word_is_not_taken_for_words():
+    """A GPU cannot read such words. The tensor is NumPy's memory."""
+    values = np.random.default_rng(0).standard_normal(2 * 3 * 8 * 8 + 1, "float32")
+    x = paddle.utils.dlpack.from_dlpack(values[1:].reshape(2, 3, 8, 8))
+    assert (x.offset, x.data_ptr() % 8) == (0, 4)
+    assert matmul_conv._word_values(x) == 1 and matmul_conv._word_values(x.clone()) == 2
+
+
 @pytest.mark.usefixtures("half_on_cpu")
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("seed", range(6))
