@@ -119,12 +119,13 @@ def test_training_and_gradients_keep_matrices_alone(case):
 
 
 def gradients(layer, x):
-    """Of three passes, the second of fewer images, by a weight that is not the same each time."""
-    x, collected = x.detach(), []
-    x.stop_gradient = False
-    for batch in (x, x[:1].contiguous(), x):
-        y = layer(batch)
-        collected += [g.numpy() for g in paddle.grad((y * y).sum(), [x, layer.weight])]
+    """Of the images and of the weight, in three passes over batches of one size."""
+    collected = []
+    for factor in (1.0, 2.0, -0.5):
+        images = factor * x.detach()
+        images.stop_gradient = False
+        y = layer(images)
+        collected += [g.numpy() for g in paddle.grad((y * y).sum(), [images, layer.weight])]
     return collected
 
 
