@@ -45,9 +45,10 @@ CHOICES = (Choice("paddle", "paddle"), Choice("paddle", "matmul"), Choice("matmu
 PADDLE, _, PRODUCTS = CHOICES
 
 # By what a convolution is: of training with its shape and type, of evaluation with its channels,
-# kernel and type.
-_choices: dict[str, Choice] = {}
-_recorded: dict[str, Choice] = {}  # of the run that is resumed
+# kernel and type, or with its shape where it was trained before the run was resumed.
+_trained: dict[str, Choice] = {}
+_evaluated: dict[str, Choice] = {}
+_recorded: dict[str, Choice] = {}  # of the run that is resumed, both kinds
 
 
 def choose(x: paddle.Tensor, weight: paddle.Tensor, memory_bytes: int, *, training: bool) -> Choice:
@@ -59,32 +60,35 @@ def choose(x: paddle.Tensor, weight: paddle.Tensor, memory_bytes: int, *, traini
     for its channels, kernel and type.
     """
     what = f"kernel {weight.shape[-1]}, {type_name(x)}"
-    exact, coarse = f"{'x'.join(map(str, x.shape))}, {what}", f"{x.shape[1]} channels, {what}"
+    exact = f"{'x'.join(map(str, x.shape))}, {what}"
     measured = (exact, x, weight, memory_bytes)
-    if training and exact not in _choices:
+    if exact in _trained:
+        return _trained[exact]
+    if training:
         choice, is_possible = _measure(*measured, gradients=True, recorded=_recorded.get(exact))
         wanted = CHOICES.index(choice) if rank() == 0 else 0
         wanted, vetoes = sum_over_ranks([wanted, not is_possible])
-        _choices[exact] = PADDLE if vetoes else CHOICES[round(wanted)]
-        logger.info("depthwise convolution %s: %s", exact, _choices[exact])
-    elif exact not in _choices and coarse not in _choices:
-        recorded = _recorded.get(coarse)
-        _choices[coarse], _ = _measure(*measured, gradients=False, recorded=recorded)
-        logger.info("depthwise convolution %s in evaluation: %s", exact, _choices[coarse])
-    return _choices[exact] if exact in _choices else _choices[coarse]
+        _trained[exact] = PADDLE if vetoes else CHOICES[round(wanted)]
+        logger.info("depthwise convolution %s: %s", exact, _trained[exact])
+        return _trained[exact]
+    key = exact if exact in _recorded else f"{x.shape[1]} channels, {what}"
+    if key not in _evaluated:
+        _evaluated[key], _ = _measure(*measured, gradients=False, recorded=_recorded.get(key))
+        logger.info("depthwise convolution %s in evaluation: %s", exact, _evaluated[key])
+    return _evaluated[key]
 
 
 def choices() -> dict[str, str]:
     """Return all choices of this run so far, for it to be resumed with."""
-    return {what: " ".join(choice) for what, choice in (_recorded | _choices).items()}
+    return {what: " ".join(by) for what, by in (_recorded | _evaluated | _trained).items()}
 
 
 def start_run(recorded: dict[str, str]) -> None:
     """Forget the choices of another run of this process; choose what `choices` returned, where it
     is still possible. What that says of other things is measured."""
     by_name = {" ".join(choice): choice for choice in CHOICES}
-    _choices.clear()
-    _recorded.clear()
+    for known in (_trained, _evaluated, _recorded):
+        known.clear()
     _recorded.update({k: by_name[name] for k, name in recorded.items() if name in by_name})
 
 

@@ -61,7 +61,7 @@ def test_each_pass_is_computed_by_what_was_faster(choice, seconds, monkeypatch):
     seconds += FASTEST[choice]
     x, weight, dy = tensors()
     y = large_kernel_depthwise_conv2d(x, weight)
-    assert gpu_choice._choices == {"2x4x12x10, kernel 9, float32": choice} and not seconds
+    assert gpu_choice._trained == {"2x4x12x10, kernel 9, float32": choice} and not seconds
     used = calls_of(
         monkeypatch,
         (matmul_conv, "convolve"),
@@ -150,7 +150,7 @@ def test_memory_that_runs_out_means_paddles_own(broken, monkeypatch, caplog):
     x, weight, dy = tensors()
     y = large_kernel_depthwise_conv2d(x, weight)
     y.backward(dy)
-    assert list(gpu_choice._choices.values()) == [PADDLE]
+    assert list(gpu_choice._trained.values()) == [PADDLE]
     (warning,) = (r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
     assert warning == (
         "depthwise convolution 2x4x12x10, kernel 9, float32: memory ran out while matrix products "
@@ -183,6 +183,8 @@ def test_what_was_chosen_is_chosen_again(seconds):
     unknown = {"1x4x30x20, kernel 9, float32": "cudnn cudnn"}
     gpu_choice.start_run({**recorded, **unknown})
     assert gpu_choice.choices() == recorded  # for the next checkpoint, whatever comes first
+    # A resumed run may begin with an evaluation, of the shape of training, too.
+    assert choose(x, weight, 2**29, training=False) == chosen[0]
     assert [choose(t, weight, 2**29, training=t is x) for t in (x, other)] == chosen
     assert not seconds and gpu_choice.choices() == recorded
     seconds += FASTEST[PADDLE]
@@ -226,7 +228,7 @@ def test_shapes_that_are_met_within_recomputation_are_measured_forward_alone(sec
         weight.clear_gradient()
         conv = functools.partial(conv_by, weight, impl)
         recompute(conv, x, use_reentrant=use_reentrant).backward(dy)
-        assert list(gpu_choice._choices.values()) == [CHOICES[2]] and not seconds
+        assert list(gpu_choice._trained.values()) == [CHOICES[2]] and not seconds
         wanted = conv_and_gradients(*(t.numpy() for t in (x, weight, dy)))[1:]
         for got, right in zip((x.grad, weight.grad), wanted):
             assert relative_error(got.numpy(), right) < 5e-6
@@ -248,7 +250,7 @@ def test_a_shape_and_type_is_measured_and_logged_once(seconds, caplog):
     caplog.set_level(logging.INFO)
     x, weight, _ = tensors()
     for _ in range(3):
-        seconds += FASTEST[CHOICES[2]] if not gpu_choice._choices else ()
+        seconds += FASTEST[CHOICES[2]] if not gpu_choice._trained else ()
         choose(x, weight, 2**29, training=True)
     lines = [record.getMessage() for record in caplog.records]
     assert lines == [
@@ -264,7 +266,7 @@ def test_a_shape_and_type_is_measured_and_logged_once(seconds, caplog):
     seconds += FASTEST[CHOICES[1]]
     half, half_weight, _ = tensors(dtype="bfloat16")
     assert choose(half, half_weight, 2**29, training=True) == CHOICES[1]
-    assert len(gpu_choice._choices) == 3 and not seconds
+    assert len(gpu_choice._trained) == 3 and not seconds
 
 
 def test_evaluation_takes_the_choice_of_training_or_of_its_first_shape(seconds):
@@ -347,7 +349,7 @@ def test_training_mode_without_gradients_is_measured_as_training(monkeypatch, se
     seconds += FASTEST[CHOICES[2]]
     with paddle.no_grad():
         layer(paddle.randn(SHAPE))
-    assert list(gpu_choice._choices.values()) == [CHOICES[2]]
+    assert list(gpu_choice._trained.values()) == [CHOICES[2]]
 
 
 def choose_on_a_rank(arguments) -> int:
