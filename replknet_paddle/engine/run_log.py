@@ -91,6 +91,8 @@ class RunLock:
         continues = resume == "auto" or (
             resume is not None and is_same(run_folder_of(resume), folder)
         )
+        if self._made_folder and checkpoints(folder):  # another run came first, and has ended
+            self._made_folder = self._made_file = False
         if checkpoints(folder) and not continues:
             self.withdraw()
             raise InputError(

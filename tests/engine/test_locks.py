@@ -147,6 +147,28 @@ def test_a_run_takes_up_what_the_one_before_it_saved_while_ending(run_flags, str
     assert_same_end(folder, straight)
 
 
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_a_run_that_made_the_folder_and_came_second_removes_nothing(resume, tmp_path, monkeypatch):
+    """The first one locked it at once, trained, and ended."""
+    folder, wait = tmp_path / "run", RunLock._wait
+    names = ["config.yaml", "log.txt", "checkpoints/epoch_0001_step_00000003.safetensors"]
+
+    def wait_for_the_first(lock):
+        (folder / "checkpoints").mkdir()
+        for name in names:
+            (folder / name).write_text("of the first run")
+        wait(lock)
+
+    monkeypatch.setattr(RunLock, "_wait", wait_for_the_first)
+    if resume is None:
+        with pytest.raises(InputError, match="checkpoints of another run"):
+            RunLock(str(folder))
+    else:  # continues it, and fails when it writes
+        RunLock(str(folder), resume=resume).withdraw()
+    assert all((folder / name).read_text() == "of the first run" for name in names)
+    assert (folder / "lock").exists()
+
+
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_of_three_runs_of_one_moment_one_trains(
     run_flags, straight, straight_on_two, tmp_path, processes
