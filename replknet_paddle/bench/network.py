@@ -1,6 +1,7 @@
 """What the training loop costs beside the network, and what the network's convolutions cost."""
 
 import time
+from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -16,16 +17,12 @@ from replknet_paddle.bench.timing import (
     summarize,
     time_in_turn,
 )
+from replknet_paddle.config import update_config
 from replknet_paddle.data.dataset import TrainBatches
 from replknet_paddle.engine.precision import Precision
 from replknet_paddle.engine.train import TrainState, train_epoch
 from replknet_paddle.model import build_replknet
-from replknet_paddle.ops import (
-    LibraryError,
-    build_convolutions,
-    get_library,
-    use_large_kernel_ops,
-)
+from replknet_paddle.ops import LibraryError, build_convolutions, get_library
 from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy
 from replknet_paddle.optim.optimizer import build_optimizer
 from replknet_paddle.runtime.errors import InputError
@@ -60,11 +57,7 @@ def time_train_loop(config, *, steps: int, rounds: int) -> dict[str, list[float]
     batch = config.DATA.BATCH_SIZE
     loader = Batches([random_batch(config, batch, seed=step) for step in range(steps)])
     criterion = LabelSmoothingCrossEntropy(config.TRAIN.SMOOTHING)
-    models = []
-    for _ in range(2):
-        paddle.seed(config.SEED)
-        models.append(build_replknet(config))
-        build_convolutions(models[-1], config)
+    models = [network_with(config, config.MODEL.CONV_IMPL) for _ in range(2)]
     optimizers = [build_optimizer(config, model, lr=1e-4) for model in models]
     state = TrainState(
         model=models[0],
@@ -92,9 +85,10 @@ def time_train_loop(config, *, steps: int, rounds: int) -> dict[str, list[float]
 
 def network_with(config, impl: str) -> nn.Layer:
     """Return the network of a config, always the same, whose convolutions `impl` computes."""
+    config = update_config(config, Namespace(opts=["MODEL.CONV_IMPL", impl]))
     paddle.seed(config.SEED)
     model = build_replknet(config)
-    use_large_kernel_ops(model, impl)
+    build_convolutions(model, config)
     return model
 
 

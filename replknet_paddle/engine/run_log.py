@@ -91,9 +91,10 @@ class RunLock:
         continues = resume == "auto" or (
             resume is not None and is_same(run_folder_of(resume), folder)
         )
-        if self._made_folder and checkpoints(folder):  # another run came first, and has ended
+        others = checkpoints(folder)
+        if self._made_folder and others:  # another run came first, and has ended
             self._made_folder = self._made_file = False
-        if checkpoints(folder) and not continues:
+        if others and not continues:
             self.withdraw()
             raise InputError(
                 f"{folder} holds the checkpoints of another run; -resume {folder} continues "

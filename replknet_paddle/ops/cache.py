@@ -41,7 +41,12 @@ class WeightCache:
         return self._keep(key, 4 * floats, make) if floats else None
 
     def matrices(
-        self, x: paddle.Tensor, weight: paddle.Tensor, memory_bytes: int, *, flipped: bool = False
+        self,
+        x: paddle.Tensor,
+        weight: paddle.Tensor,
+        memory_bytes: int | None,
+        *,
+        flipped: bool = False,
     ):
         """Return T of a weight for maps like x, for `convolve`; None where it does not fit, or the
         tape records how it is made."""
@@ -105,6 +110,4 @@ def cache_weights(model: nn.Layer) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            cache = _caches.pop(layer, None)
-            if cache is not None:
-                cache.close()
+            _caches.pop(layer).close()

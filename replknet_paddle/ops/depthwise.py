@@ -29,7 +29,7 @@ from replknet_paddle.ops.dispatch import (
 )
 from replknet_paddle.ops.gpu_choice import choose
 from replknet_paddle.ops.library import ALGORITHMS, get_library
-from replknet_paddle.ops.matmul_conv import add_bias, matmul_conv, memory_of
+from replknet_paddle.ops.matmul_conv import add_bias, matmul_conv
 from replknet_paddle.ops.pointwise import use_fast_pointwise_conv
 
 KERNEL_SIZES = range(3, 64, 2)  # of the compiled operator
@@ -85,7 +85,6 @@ def compute(
     """
     impl = "paddle" if x.shape[0] == 0 else impl  # no images, no plan
     forward = gradients = impl
-    memory_bytes = memory_of(memory_bytes)
     # `auto` measures on GPU, outside of programs, where Paddle has no kernel for the size.
     is_large = weight.shape[-1] >= SMALLEST_PRODUCT_KERNEL
     if impl == "auto" and is_large and not is_on_cpu(x) and paddle.in_dynamic_mode():

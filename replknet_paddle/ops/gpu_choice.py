@@ -51,7 +51,9 @@ _evaluated: dict[str, Choice] = {}
 _recorded: dict[str, Choice] = {}  # of the run that is resumed, both kinds
 
 
-def choose(x: paddle.Tensor, weight: paddle.Tensor, memory_bytes: int, *, training: bool) -> Choice:
+def choose(
+    x: paddle.Tensor, weight: paddle.Tensor, memory_bytes: int | None, *, training: bool
+) -> Choice:
     """Return the fastest choice for tensors like these; measure where none is known.
 
     In training every shape and type is measured, and rank 0's choice is that of all ranks, which
@@ -93,7 +95,7 @@ def start_run(recorded: dict[str, str]) -> None:
 
 
 def _measure(
-    what, x, weight, memory_bytes: int, *, gradients: bool, recorded: Choice | None
+    what, x, weight, memory_bytes: int | None, *, gradients: bool, recorded: Choice | None
 ) -> tuple[Choice, bool]:
     """Return the fastest choice on this device, or without timing the one that is recorded, and
     whether products are possible and right."""

@@ -38,7 +38,7 @@ ASSUMED_BATCH = 1
 def matmul_conv(
     x: paddle.Tensor,
     weight: paddle.Tensor,
-    memory_bytes: int,
+    memory_bytes: int | None,
     *,
     forward: str = "matmul",
     training: bool = True,
@@ -99,7 +99,7 @@ def _gradients(x, weight, dy, memory_bytes, needs, cache):
 def convolve(
     x: paddle.Tensor,
     weight: paddle.Tensor,
-    memory_bytes: int,
+    memory_bytes: int | None,
     *,
     flipped: bool = False,
     cache=None,
@@ -132,7 +132,7 @@ def make_matrices(plan: Plan, weight: paddle.Tensor, dtype, flipped: bool) -> Ma
 
 
 def weight_gradient(
-    x: paddle.Tensor, dy: paddle.Tensor, kernel: int, memory_bytes: int
+    x: paddle.Tensor, dy: paddle.Tensor, kernel: int, memory_bytes: int | None
 ) -> paddle.Tensor:
     """Return the gradient by the weight, float32 (C, 1, K, K), of the convolution of x."""
     plan = plan_for("weight gradient", x, kernel, memory_bytes)
@@ -159,12 +159,12 @@ def _default_memory_bytes(device: str) -> int:
     return paddle.device.cuda.get_device_properties(device).total_memory // 32
 
 
-def plan_for(kind: str, x: paddle.Tensor, kernel: int, memory_bytes: int) -> Plan:
+def plan_for(kind: str, x: paddle.Tensor, kernel: int, memory_bytes: int | None) -> Plan:
     """Return the plan of a pass over a tensor of the shape and type of x."""
     batch, *rest = x.shape
     itemsize = 4 if x.dtype == paddle.float32 else 2
     batch = ASSUMED_BATCH if batch == -1 else batch
-    return make_plan(kind, (batch, *rest, kernel), itemsize, memory_bytes)
+    return make_plan(kind, (batch, *rest, kernel), itemsize, memory_of(memory_bytes))
 
 
 def _chunks(plan: Plan) -> list[slice]:
