@@ -5,7 +5,6 @@ one `InputError`.
 """
 
 import contextlib
-import difflib
 import logging
 import os
 import reprlib
@@ -21,7 +20,7 @@ from replknet_paddle.config_keys import (
     KEYS,
     SEGMENTATION_CONTRADICTIONS,
 )
-from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.errors import InputError, did_you_mean
 from replknet_paddle.runtime.files import PROJECT_FOLDER, find_path, searched
 from replknet_paddle.runtime.terminal import printable
 
@@ -136,11 +135,9 @@ def _contradictions(values: dict[str, Any]) -> Iterator[str]:
 
 
 def _nearest(key: str) -> str:
-    by_upper = {known.upper(): known for known in KEYS}
     leaf = key.upper().rsplit(".", 1)[-1]  # the right name under the wrong section?
-    near = [upper for upper in by_upper if upper.rsplit(".", 1)[-1] == leaf]
-    near = near or difflib.get_close_matches(key.upper(), by_upper, n=1)
-    return f"; did you mean {by_upper[near[0]]}?" if near else ""
+    near = [known for known in KEYS if known.upper().rsplit(".", 1)[-1] == leaf]
+    return did_you_mean(near[0] if near else key, KEYS)
 
 
 class _ConfigLoader(yaml.SafeLoader):
@@ -181,9 +178,9 @@ def _read_file(path: str, named_by: str) -> dict:
             tree = read_yaml(file)
     except FileNotFoundError:
         names = sorted(os.listdir(CONFIG_FOLDER))
-        near = difflib.get_close_matches(os.path.basename(path), names, n=1)
-        hint = f"did you mean configs/{near[0]}?" if near else "the ones here are in configs/"
-        message = f"no config file {searched(path)}{named_by}; {hint}"
+        near = did_you_mean(os.path.basename(path), names, "configs/")
+        hint = near or "; the ones here are in configs/"
+        message = f"no config file {searched(path)}{named_by}{hint}"
         raise FileNotFoundError(message) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: e.g. 2024-02-30
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None

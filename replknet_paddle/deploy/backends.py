@@ -440,7 +440,7 @@ def check_is_there(source: str | os.PathLike, *, with_config: bool) -> None:
     if not is_published and not os.path.exists(source):
         raise FileNotFoundError(
             f"no model {searched_weights(source)}; allowed: an exported folder, a run folder, a "
-            f"checkpoint in one, or one of {', '.join(zoo.list_models())}"
+            f"checkpoint in one, or one of {', '.join(zoo.list_models())}{zoo.nearest(source)}"
         )
     if with_config and (is_published or is_export(source)):
         raise InputError(

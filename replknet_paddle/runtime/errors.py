@@ -6,6 +6,9 @@ starts a run again. Any other exception that escapes is a defect of the program 
 traceback.
 """
 
+import difflib
+from collections.abc import Iterable
+
 OUT_OF_MEMORY = "out of memory; smaller batches, images or networks take less"
 
 
@@ -29,3 +32,11 @@ class PeerLost(SystemFault):
 def counted(count: int, noun: str) -> str:
     """Return a count of things for a message: "1 class", "2 classes", "0 images"."""
     return f"{count} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
+def did_you_mean(word: str, allowed: Iterable[str], place: str = "") -> str:
+    """Return the end of a message, "; did you mean NAME?", with the allowed name that is most like
+    `word`, whatever the case, after `place`; or "" if none is like it."""
+    by_upper = {name.upper(): name for name in allowed}
+    near = difflib.get_close_matches(word.upper(), by_upper, n=1)
+    return f"; did you mean {place}{by_upper[near[0]]}?" if near else ""

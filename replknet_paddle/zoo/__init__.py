@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.errors import InputError, did_you_mean
 from replknet_paddle.zoo.records import MODELS, PublishedModel
 
 
@@ -172,9 +172,14 @@ def find_record(name: str) -> PublishedModel:
     if record is None:
         raise InputError(
             f"{name} is not a published model; there are {', '.join(list_models())} "
-            "(and mmpretrain's names for the same)"
+            f"(and mmpretrain's names for the same){nearest(name)}"
         )
     return record
+
+
+def nearest(name: str | os.PathLike) -> str:
+    """Return the end of a message about an unknown name: the published one that may be meant."""
+    return did_you_mean(str(name), [known for model in MODELS for known in _names(model)])
 
 
 def _record(name) -> PublishedModel | None:

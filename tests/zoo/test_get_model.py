@@ -88,6 +88,23 @@ def test_keys_are_overridden_and_checked(config_file):
         get_model(config_file("tiny31"), num_classes=0)
 
 
+@pytest.mark.parametrize(
+    "typed, meant",
+    [
+        ("replknet-31b-1k-244", "replknet-31b-1k-224"),
+        ("RepLKNet_31B_22k", "replknet-31b-22k"),
+        ("replknet-31l-3rdparty_in1k-384px", "replknet-31B_3rdparty_in1k-384px"),
+        ("output/run", None),
+    ],
+)
+@pytest.mark.parametrize("open_it", [get_model, open_backend])
+def test_a_mistyped_name_suggests_the_nearest(open_it, typed, meant):
+    with pytest.raises((InputError, FileNotFoundError)) as caught:
+        open_it(typed)
+    assert "replknet-xl-73m1k-320" in str(caught.value)
+    assert str(caught.value).partition("; did you mean ")[2] == (f"{meant}?" if meant else "")
+
+
 def test_configs_of_the_project_are_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert get_config("configs/replknet_nano.yaml").MODEL.NUM_CLASSES == 10
