@@ -213,6 +213,11 @@ def _merge_file(merged: _Merged, path: str, chain: tuple[str, ...] = ()) -> None
         merged.set(key, value, path)
 
 
+def is_yaml(path: str | os.PathLike) -> bool:
+    """Return whether a file is a configuration by its name."""
+    return os.path.splitext(path)[1] in (".yaml", ".yml")
+
+
 def get_config(cfg_file: str | os.PathLike | None = None, **overrides: Any) -> CfgNode:
     """Return the configuration of a YAML file, or the defaults; frozen.
 
@@ -271,6 +276,10 @@ _FLAGS = {
     "batch_size_eval": ["DATA.BATCH_SIZE_EVAL"],
     "image_size": ["DATA.IMAGE_SIZE"],
     "accum_iter": ["TRAIN.ACCUM_ITER"],
+    "epochs": ["TRAIN.NUM_EPOCHS"],
+    "lr": ["TRAIN.BASE_LR"],
+    "seed": ["SEED"],
+    "workers": ["DATA.NUM_WORKERS"],
     "pretrained": ["MODEL.PRETRAINED"],
     "resume": ["MODEL.RESUME"],
     "last_epoch": ["TRAIN.LAST_EPOCH"],

@@ -245,25 +245,24 @@ class _Runs:
                     continue
                 out = self.folder / f"{path.name}.{layout}.safetensors"
                 config = ["-cfg", self.folder / f"{name}.yaml", *is_merged]
-                self.call("convert", path, out, "-to", layout, *config)
+                self.call("convert", path, "-output", out, "-to", layout, *config)
                 self.add_tensors(f"{path.name} as {layout}", out)
         merged = self.folder / "merged.safetensors"
-        self.call("merge", f"-pretrained={self.folder / 'runs' / 'nano' / 'best'}", merged)
+        self.call("merge", self.folder / "runs" / "nano" / "best", "-output", merged)
         self.add_tensors("nano merged", merged)
 
     def export_and_predict(self) -> None:
         """Predictions by the run folder, and by exports of official weights, as result files."""
         models = {"run paddle": self.folder / "runs" / "nano"}
-        official = ["-cfg", self.folder / "tiny31.yaml", "-pretrained"]
-        official += [FIXTURES / "tiny31_official.pth"]
+        official = [FIXTURES / "tiny31_official.pth", "-cfg", self.folder / "tiny31.yaml"]
         for kind, backends in {"paddle": ["paddle"], "onnx": ["onnxruntime", "openvino"]}.items():
             exported = self.folder / f"exported_{kind}"
-            self.call("export", *official, "-format", kind, exported)
+            self.call("export", *official, "-format", kind, "-output", exported)
             models |= {f"export {backend}": exported for backend in backends}
         for name, model in models.items():
             out = self.folder / f"{name}.jsonl"
             backend = name.split()[1]
-            self.call("predict", model, self.folder / "photos", "--out", out, "-backend", backend)
+            self.call("predict", model, self.folder / "photos", "-output", out, "-backend", backend)
             self.found[f"predictions {name}"] = _facts(out)
 
     def analyze(self) -> None:
@@ -276,15 +275,15 @@ class _Runs:
         with np.load(out) as found:
             self.found |= {f"api {name}": found[name] for name in found.files}
         field = self.folder / "field.npy"
-        images = [self.folder / "data" / "val", "-cfg", config, "-pretrained", weights]
-        table = self.call("erf", *images, "-num_images", 3, "-input_size", 64, "-out", field)
+        images = [weights, self.folder / "data" / "val", "-cfg", config]
+        table = self.call("erf", *images, "-num_images", 3, "-image_size", 64, "-output", field)
         self.found["erf"] = np.load(field)
         self.found["erf table"] = np.array(table.replace(str(self.folder), "").splitlines()[:-1])
         for name in COMMANDS:
-            words = self.call(name, "-h").split()  # lines may break elsewhere
+            words = self.call(*name.split(), "-h").split()  # lines may break elsewhere
             self.found[f"help {name}"] = np.array(words)
         for name in ("replknet_31b", "replknet_xl"):
-            text = self.call("model-info", "-cfg", f"configs/{name}.yaml")
+            text = self.call("model-info", f"configs/{name}.yaml")
             self.found[f"model-info {name}"] = np.array(text.splitlines())
 
     def segment(self) -> None:
@@ -300,7 +299,7 @@ class _Runs:
             self.call("segment", "eval", *flags, data, f"-output={out}")
             self.found[f"segment eval {name} metrics"] = _facts(out / "metrics.jsonl")
         exported = self.folder / "upernet_exported"
-        self.call("export", *official, "-pretrained", weights, "-format", "onnx", exported)
+        self.call("export", weights, *official, "-format", "onnx", "-output", exported)
         for name, model in {"weights": [*official, weights], "export": [exported]}.items():
             out = self.folder / f"segments_{name}"
             pictures = self.folder / "photos" / "[l-p]*.*"

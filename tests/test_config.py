@@ -1,6 +1,5 @@
 """Configuration files, BASE, flags, and everything that a user can get wrong."""
 
-import argparse
 import logging
 import re
 
@@ -11,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import ROOT, flags, leaves
 
-from replknet_paddle.commands.flags import add_config_flags
+from replknet_paddle.commands.flags import CommandParser, add_config_flags
 from replknet_paddle.config import config_changes, get_config, update_config
 from replknet_paddle.config_keys import FIXED_KEYS, KEYS
 from replknet_paddle.runtime.errors import InputError
@@ -510,10 +509,10 @@ def test_opts_are_read_as_their_keys_types_and_survive_dump_and_load(load):
 
 
 def test_opts_go_over_flags_and_the_later_one_wins():
-    parser = argparse.ArgumentParser()
-    add_config_flags(parser, required=True)
+    parser = CommandParser("any")
+    add_config_flags(parser, "")
     epochs, seed = ["-opts", "TRAIN.NUM_EPOCHS", "20", "SEED", "1"], ["--opts", "SEED", "7"]
-    args = parser.parse_args(["-cfg=x", *epochs, *seed, "-opts", "DATA.BATCH_SIZE", "4"])
+    args, _ = parser.parse(["-cfg=x", *epochs, *seed, "-opts", "DATA.BATCH_SIZE", "4"])
     args.batch_size = 32
     config = update_config(get_config(), args)
     assert (config.TRAIN.NUM_EPOCHS, config.SEED) == (20, 7)

@@ -117,7 +117,7 @@ def test_the_snippets_of_a_page_run(page, workplace, monkeypatch):
     if "import" not in code:
         pytest.skip("no snippets on this page")
     if "exported" in code:
-        assert run_command("export", ["-pretrained", "output/RUN/best", "exported"]) == 0
+        assert run_command("export", ["output/RUN/best", "-output", "exported"]) == 0
     # As written, but for what takes long and does not matter: values at random, and large images.
     zeros = paddle.ParamAttr(initializer=nn.initializer.Constant(0.0))
     monkeypatch.setattr(replknet, "uniform", lambda fan_in: zeros)

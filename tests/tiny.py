@@ -4,14 +4,13 @@ Not in conftest.py, for there are several of that name, and forked processes imp
 """
 
 import argparse
-import functools
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from yacs.config import CfgNode
 
-from replknet_paddle.commands import run_command
+from replknet_paddle.commands import main
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -95,7 +94,7 @@ def make_patterns(folder) -> None:
 
 def command(name: str):
     """`replknet NAME` as a function: arguments -> exit status, in this process."""
-    return functools.partial(run_command, name)
+    return lambda arguments: main([name, *arguments])
 
 
 def weights(model) -> dict[str, np.ndarray]:

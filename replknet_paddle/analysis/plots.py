@@ -58,11 +58,12 @@ def new_figure(width: float, height: float, names: Sequence[str]) -> Iterator:
         yield figures.Figure(figsize=(width, height), layout="constrained")
 
 
-def check_figure_target(target: str) -> None:
-    """Raise InputError or OSError before work starts, if `save_figure` cannot write `target`."""
+def check_figure_target(target: str, *, must_be_new: bool = False) -> None:
+    """Raise InputError or OSError before work starts, if `save_figure` cannot write `target`, or it
+    exists though it `must_be_new`."""
     figures = import_extra("matplotlib.figure", "plots")
     kinds = sorted(figures.Figure().canvas.get_supported_filetypes())
-    check_file_target(target, [f".{kind}" for kind in kinds])
+    check_file_target(target, [f".{kind}" for kind in kinds], must_be_new=must_be_new)
 
 
 def save_figure(figure, target: str) -> None:
@@ -106,7 +107,6 @@ def plot_metrics(run_folders: list[str], target: str) -> None:
 
     A star marks the best epoch of each run.
     """
-    check_figure_target(target)
     save_figure(build_figure({folder: read_metrics(folder) for folder in run_folders}), target)
 
 

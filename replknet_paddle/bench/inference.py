@@ -19,6 +19,7 @@ from replknet_paddle.bench.timing import (
     summarize,
     time_in_turn,
 )
+from replknet_paddle.config import RANDOM
 from replknet_paddle.deploy.backends import (
     BACKENDS,
     NAMES_OF_0_2,
@@ -37,7 +38,7 @@ from replknet_paddle.deploy.export import (
 from replknet_paddle.deploy.fold import check_finite, largest_deviation, random_images
 from replknet_paddle.model import RepLKNet, build_replknet
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.files import atomic_file, check_file_target
+from replknet_paddle.runtime.files import atomic_file
 from replknet_paddle.zoo import open_network
 
 # What there is to time besides eager mode, as (backend, precision); fp16 on GPU alone.
@@ -76,8 +77,8 @@ class Plan:
         threads = 1 if self.threads is None else self.threads
         check_counts(rounds=self.rounds, batch_sizes=min(self.batch_sizes), threads=threads)
         for flag, given, allowed in (
-            ("--backends", [NAMES_OF_0_2.get(b, b) for b in self.backends or ()], BACKENDS),
-            ("--precisions", self.precisions, PRECISIONS),
+            ("-backends", [NAMES_OF_0_2.get(b, b) for b in self.backends or ()], BACKENDS),
+            ("-precisions", self.precisions, PRECISIONS),
         ):
             unknown = sorted(set(given) - set(allowed))
             if unknown:
@@ -96,11 +97,11 @@ class Plan:
         ]
 
 
-def report_inference(config, pretrained: str | None, plan: Plan, *, json_file: str | None) -> None:
+def report_inference(config, plan: Plan, *, json_file: str | None) -> None:
     """Print how fast each backend runs a network, in each precision and batch size.
 
-    `pretrained` is a checkpoint or run folder; None for random weights. What has been measured is
-    written to `json_file` after each batch size.
+    Its weights are those of MODEL.PRETRAINED, or random. What has been measured is written to
+    `json_file` after each batch size.
     """
     if config.MODEL.OUT_INDICES is not None:
         raise InputError(
@@ -108,18 +109,18 @@ def report_inference(config, pretrained: str | None, plan: Plan, *, json_file: s
             "head; allowed: None"
         )
     plan.check()
-    if json_file:
-        check_file_target(json_file, [".json"])
     size = config.DATA.IMAGE_SIZE
-    if pretrained:
-        model = open_network(config, pretrained=pretrained)
+    has_weights = config.MODEL.PRETRAINED not in (None, RANDOM)
+    if has_weights:
+        model = open_network(config)
         check_finite(model)
     else:
         paddle.seed(config.SEED)
         model = build_replknet(config)
         set_statistics(model, random_images(max(4, 2 * (256 // size) ** 2), size))
     print(machine())
-    title = f"{config.MODEL.NAME}, {size} x {size} pixels, {pretrained or 'random weights'}"
+    weights = config.MODEL.PRETRAINED if has_weights else "random weights"
+    title = f"{config.MODEL.NAME}, {size} x {size} pixels, {weights}"
     print(f"{title}, {plan.threads or 'all'} threads")
     table, rows = Table(COLUMNS), []
     for of_batch in time_backends(model, config, plan):
@@ -135,7 +136,7 @@ def report_inference(config, pretrained: str | None, plan: Plan, *, json_file: s
         if json_file:
             facts = {"machine": machine(), "network": title, "threads": plan.threads}
             with atomic_file(json_file) as file:
-                json.dump({**facts, "rows": rows}, file, indent=2)
+                json.dump({**facts, "rows": rows}, file, indent=2, ensure_ascii=False)
 
 
 def set_statistics(model: RepLKNet, images: np.ndarray) -> None:

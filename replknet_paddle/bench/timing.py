@@ -88,7 +88,7 @@ def median_ratio(seconds: list[float], baseline: list[float]) -> float:
 def check_counts(**counts: int) -> None:
     """Raise InputError for a number of rounds or images below 1, by the name of its flag."""
     if min(counts.values()) < 1:
-        given = " ".join(f"--{name} {value}" for name, value in counts.items())
+        given = " ".join(f"-{name} {value}" for name, value in counts.items())
         raise InputError(f"{given}; allowed: integers >= 1")
 
 

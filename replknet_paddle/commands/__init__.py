@@ -6,17 +6,19 @@ For the command NAME, the module that `COMMANDS` names has `add_NAME_flags(parse
 that: help answers at once, and Paddle is imported when the work begins.
 """
 
-import argparse
 import importlib
 import inspect
 import logging
 import os
+import platform
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from replknet_paddle.runtime.errors import OUT_OF_MEMORY, InputError, SystemFault
+import replknet_paddle
+from replknet_paddle.commands.flags import CommandParser
+from replknet_paddle.runtime.errors import OUT_OF_MEMORY, InputError, SystemFault, did_you_mean
 from replknet_paddle.runtime.terminal import Terminal
 
 COMMANDS = {
@@ -27,7 +29,6 @@ COMMANDS = {
     "export": "export",
     "merge": "export",
     "convert": "export",
-    "benchmark": "benchmark",
     "make-lists": "data",
     "check-data": "data",
     "make-digits": "data",
@@ -36,8 +37,15 @@ COMMANDS = {
     "erf": "analyze",
     "kernels": "analyze",
     "build": "export",
-    "segment": "segment",
+    "segment train": "segment",
+    "segment eval": "segment",
+    "segment predict": "segment",
     "make-shapes": "data",
+    "benchmark conv": "benchmark",
+    "benchmark network": "benchmark",
+    "benchmark train_loop": "benchmark",
+    "benchmark inference": "benchmark",
+    "benchmark data": "benchmark",
 }
 
 DESCRIPTION = """\
@@ -49,19 +57,45 @@ RepLKNet in PaddlePaddle: train, evaluate, predict, export and measure large-ker
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; return its exit status: 0; 2 for bad input; others as commands say."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in COMMANDS:
-        return run_command(argv[0], argv[1:])
-    parser = argparse.ArgumentParser(
-        prog="replknet",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: replknet predict output/RUN/best photos",
-    )
-    names = parser.add_subparsers(metavar="NAME", required=True)
-    for name in COMMANDS:
-        names.add_parser(name, help=help_of(name)[0].splitlines()[0], add_help=False)
-    parser.parse_args(argv)  # prints help, or says what is wrong
+    for words in (1, 2):
+        name = " ".join(argv[:words])
+        if name in COMMANDS:
+            return run_command(name, argv[words:])
+    if argv in (["--version"], ["-version"]):
+        print(version())
+        return 0
+    group = [name for name in COMMANDS if name.split()[:-1] == argv[:1]]
+    if argv and argv[-1] in ("-h", "-help", "--help"):
+        print(overview(group or COMMANDS))
+        return 0
+    words = " ".join(word for word in argv[: 2 if group else 1] if not word.startswith("-"))
+    near = did_you_mean(words, group or COMMANDS) or "; `replknet -h` lists the commands"
+    what = f"unknown command {words}{near}" if words else "no command; `replknet -h` lists them"
+    print(f"replknet: error: {what}", file=sys.stderr)
     return 2
+
+
+def overview(names: Iterable[str]) -> str:
+    """Return the help on some commands."""
+    width = max(map(len, names))
+    lines = [f"  {name:{width}}  {help_of(name)[0].splitlines()[0]}" for name in names]
+    return "\n".join([DESCRIPTION, "", *lines, "", "example: replknet predict output/RUN photos"])
+
+
+def version() -> str:
+    """Return the versions of this package, Paddle and Python, and the device in use."""
+    silence_paddle()
+
+    import paddle
+
+    from replknet_paddle.runtime.machines import processor_name
+    from replknet_paddle.runtime.processes import on_gpu
+
+    device = paddle.device.cuda.get_device_name() if on_gpu() else f"CPU, {processor_name()}"
+    return (
+        f"replknet_paddle {replknet_paddle.__version__}, Paddle {paddle.__version__}, "
+        f"Python {platform.python_version()}, {device}"
+    )
 
 
 def run_command(name: str, argv: list[str], prog: str | None = None) -> int:
@@ -90,25 +124,26 @@ def run_command(name: str, argv: list[str], prog: str | None = None) -> int:
 def parse_and_run(name: str, argv: list[str], prog: str | None) -> int:
     """Parse the flags of one command, prepare logging and run it."""
     description, examples = help_of(name)
-    parser = argparse.ArgumentParser(
-        prog=prog or f"replknet {name}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog=examples,
+    parser = CommandParser(
+        name, prog=prog or f"replknet {name}", description=description, epilog=examples
     )
     command_function(name, "add_{}_flags")(parser)
-    args = parser.parse_args(argv)
+    args, words = parser.parse(argv)
     for key, value in vars(args).items():
         if value == "" or key != "opts" and isinstance(value, list) and "" in value:
             raise InputError(f"{key} is empty; give a value (is a variable of the shell not set?)")
-    args.argv = argv
-    os.environ.setdefault("GLOG_minloglevel", "2")  # before Paddle: its notes on every export
+    args.command, args.words = name.split(), words  # for processes to be started
+    silence_paddle()
     os.environ["MPLBACKEND"] = "agg"  # before matplotlib, which fails on a notebook's elsewhere
-    warnings.filterwarnings("ignore", message="No ccache found")  # Paddle's, at every start
     logging.basicConfig(format="%(message)s")  # on standard error; libraries' warnings as well
     logging.getLogger("replknet_paddle").setLevel(logging.INFO)
     return command_function(name, "run_{}")(args)
+
+
+def silence_paddle() -> None:
+    """Leave out Paddle's notes at its import and on every export."""
+    os.environ.setdefault("GLOG_minloglevel", "2")
+    warnings.filterwarnings("ignore", message="No ccache found")
 
 
 def help_of(name: str) -> tuple[str, str | None]:
@@ -121,4 +156,4 @@ def help_of(name: str) -> tuple[str, str | None]:
 def command_function(name: str, pattern: str) -> Callable:
     """Return a function of a command, such as "run_{}"."""
     module = importlib.import_module(f"replknet_paddle.commands.{COMMANDS[name]}")
-    return getattr(module, pattern.format(name.replace("-", "_")))
+    return getattr(module, pattern.format(re.sub("[- ]", "_", name)))

@@ -3,19 +3,25 @@
 import os
 import sys
 
-from replknet_paddle.commands.flags import add_config_flags, add_flag, config_from
+from replknet_paddle.commands.flags import (
+    MODEL_FORMS,
+    add_flag,
+    add_model,
+    add_output_flags,
+    config_from,
+)
 from replknet_paddle.commands.train import task_of
 from replknet_paddle.runtime.errors import InputError, counted
 
 
 def add_model_info_flags(parser) -> None:
-    add_config_flags(parser, required=True)
+    add_model(parser, weights=False)
 
 
 def run_model_info(args) -> int:
-    """Print the parameters and multiply-adds of the network that a config describes.
+    """Print the parameters and multiply-adds of a network.
 
-    example: replknet model-info -cfg configs/replknet_xl.yaml
+    example: replknet model-info replknet-xl-73m1k-320
     """
     config = config_from(args)  # before Paddle is imported, which takes longer
 
@@ -35,29 +41,36 @@ def run_model_info(args) -> int:
 
 def add_plot_flags(parser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
-    parser.add_argument(
-        "--out", default="metrics.png", metavar="FILE", help="picture to write (%(default)s)"
+    add_output_flags(
+        parser, "picture to write (%(default)s)", default="metrics.png", metavar="FILE"
     )
 
 
 def run_plot(args) -> int:
-    """Draw the loss and accuracy curves of one or several training runs.
+    """Draw the loss and accuracy curves of training runs.
 
-    example: replknet plot output/a output/b --out curves.png
+    example: replknet plot output/a output/b -output curves.png
     """
-    from replknet_paddle.analysis.plots import plot_metrics
+    from replknet_paddle.analysis.plots import check_figure_target, plot_metrics
 
-    plot_metrics(args.runs, args.out)
-    print(f"wrote {args.out}")
+    check_figure_target(args.output, must_be_new=not args.overwrite)
+    plot_metrics(args.runs, args.output)
+    print(f"wrote {args.output}")
     return 0
 
 
 def add_erf_flags(parser) -> None:
+    add_model(parser, help_text=f"{MODEL_FORMS}; or a .npy file, with others, to compare them")
     parser.add_argument(
-        "paths", nargs="+", metavar="PATH", help="a folder of images, or .npy files of earlier runs"
+        "images", nargs="*", metavar="DIR", help="folder of images; or more .npy files"
     )
-    add_config_flags(parser)
-    add_flag(parser, "pretrained", "trained weights, in any known layout", metavar="FILE")
+    add_output_flags(
+        parser,
+        "the .npy file to write or continue, and the name of the picture beside it (erf.npy); with "
+        ".npy files, the picture (erf.png)",
+        overwrite="replace what -output names; a .npy file is begun anew",
+        metavar="FILE",
+    )
     add_flag(
         parser,
         "num_images",
@@ -68,32 +81,25 @@ def add_erf_flags(parser) -> None:
     )
     add_flag(
         parser,
-        "input_size",
+        "image_size",
         "images are resized to this many pixels in both directions (%(default)s)",
         type=int,
         default=1024,
+        dest="input_size",  # not DATA.IMAGE_SIZE
         metavar="N",
-    )
-    add_flag(
-        parser,
-        "out",
-        "with a folder, the .npy file to write or continue, and the name of the picture beside it "
-        "(erf.npy); with .npy files, the picture (erf.png)",
-        metavar="FILE",
     )
 
 
 def run_erf(args) -> int:
-    r"""Measure and draw the effective receptive field of a network.
+    r"""Measure and draw the effective receptive field.
 
     With a folder of images: compute the contribution of each input pixel, averaged over images,
     into a .npy file, which the same command continues after an interruption; print the table; draw
     the heat map. With .npy files of earlier runs: print one table and draw them side by side.
 
     examples:
-      replknet erf images -cfg configs/replknet_31b.yaml -pretrained replknet_31b.pdparams \
-          -out 31b.npy
-      replknet erf 31b.npy 13.npy -out both.png
+      replknet erf output/RUN photos -output run.npy -num_images 2 -image_size 256
+      replknet erf run.npy other.npy -output both.png
 
     In the table, "side" is that of the smallest centred square, in pixels, which has more than the
     given share of the total contribution, and r is the square's share of the input's area.
@@ -101,15 +107,16 @@ def run_erf(args) -> int:
     from replknet_paddle.analysis.plots import check_figure_target, draw_heat_maps, save_figure
     from replknet_paddle.analysis.receptive_field import load_field, rescaled
 
-    if len(args.paths) == 1 and os.path.isdir(args.paths[0]):
-        out = args.out or "erf.npy"
-        picture = os.path.splitext(out)[0] + ".png"
-        check_figure_target(picture)
-        fields = {out: measure_folder(args, out)}
+    words = [word for word in (args.model, *args.images) if word is not None]
+    if words and all(word.endswith(".npy") for word in words):
+        picture = args.output or "erf.png"
+        check_figure_target(picture, must_be_new=not args.overwrite)
+        fields = {path: load_field(path) for path in words}
     else:
-        picture = args.out or "erf.png"
+        output = args.output or "erf.npy"
+        picture = os.path.splitext(output)[0] + ".png"
         check_figure_target(picture)
-        fields = {path: load_field(path) for path in args.paths}
+        fields = {output: measure_folder(args, output)}
     names = [os.path.splitext(os.path.basename(path))[0] for path in fields]
     if len(set(names)) < len(names):
         names = list(fields)
@@ -120,32 +127,32 @@ def run_erf(args) -> int:
     return 0
 
 
-def measure_folder(args, out: str):
-    """Return the field over the images of the folder, by the network of the flags."""
+def measure_folder(args, output: str):
+    """Return the field of MODEL over the images of the folder."""
     from tqdm import tqdm
 
     from replknet_paddle.data.transforms.pipelines import EvalTransform
     from replknet_paddle.deploy.images import ImageFiles, decode
     from replknet_paddle.runtime.files import check_file_target
 
-    check_file_target(out, (".npy",))
+    check_file_target(output, (".npy",))
     for flag, value, least in (
         ("num_images", args.num_images, 1),
-        ("input_size", args.input_size, 32),
+        ("image_size", args.input_size, 32),
     ):
         if value < least:
             raise InputError(f"-{flag} is {value}; allowed: an integer >= {least}")
-    if args.pretrained is None:
-        raise InputError("-pretrained is missing; give trained weights")
-    (folder,) = args.paths
+    if len(args.images) != 1:
+        raise InputError(f"{counted(len(args.images), 'folder')} of images; allowed: one")
+    (folder,) = args.images
     files = ImageFiles([folder])
     files.count()  # raises where there is no image
     names = sorted(os.path.relpath(path, folder) for path, problem in files if problem is None)
-    config = config_from(args, args.pretrained)
+    config = config_from(args)
 
     from replknet_paddle.analysis.receptive_field import measure
     from replknet_paddle.ops import build_convolutions
-    from replknet_paddle.zoo import get_model
+    from replknet_paddle.zoo import get_model, weights_file
 
     transform = EvalTransform(
         image_size=args.input_size,
@@ -162,7 +169,9 @@ def measure_folder(args, out: str):
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
 
-    model = get_model(config, pretrained=args.pretrained)
+    model = get_model(config, pretrained=weights_file(config.MODEL.PRETRAINED))
+    if args.overwrite and os.path.exists(output):
+        os.unlink(output)
     build_convolutions(model, config)
     with tqdm(total=args.num_images, unit="images", disable=None) as bar:
 
@@ -177,7 +186,7 @@ def measure_folder(args, out: str):
             read,
             num_images=args.num_images,
             input_size=args.input_size,
-            target=out,
+            target=output,
             on_image=on_image,
         )
 
@@ -202,34 +211,35 @@ def print_table(fields) -> None:
 
 
 def add_kernels_flags(parser) -> None:
-    add_config_flags(parser)
-    add_flag(parser, "pretrained", "weights, in any known layout", metavar="FILE", required=True)
-    add_flag(parser, "out", "picture (%(default)s)", metavar="FILE", default="kernels.png")
+    add_model(parser)
+    add_output_flags(
+        parser, "picture to write (%(default)s)", metavar="FILE", default="kernels.png"
+    )
 
 
 def run_kernels(args) -> int:
-    """Draw how strong each position of the large kernels is, by stage, from weights alone.
+    """Draw how strong each position of the kernels is.
 
     Kernels are merged first, so a picture shows what the network computes with: the large kernel
     and its parallel small one, each scaled by its batch norm. A value is the mean absolute weight
     over channels and blocks, relative to the largest of its stage.
 
-    example: replknet kernels -pretrained output/RUN/best -out kernels.png
+    example: replknet kernels output/RUN -output kernels.png
     """
     from replknet_paddle.analysis.plots import check_figure_target, save_figure
 
-    check_figure_target(args.out)
-    config = config_from(args, args.pretrained)  # before Paddle is imported, which takes longer
+    check_figure_target(args.output, must_be_new=not args.overwrite)
+    config = config_from(args)  # before Paddle is imported, which takes longer
 
     from replknet_paddle.analysis.plots import draw_heat_maps, kernel_magnitudes
-    from replknet_paddle.zoo import get_model
+    from replknet_paddle.zoo import get_model, weights_file
 
-    model = get_model(config, pretrained=args.pretrained)
+    model = get_model(config, pretrained=weights_file(config.MODEL.PRETRAINED))
     model.structural_reparam()
     maps = {
         f"stage {i}, {len(values)} x {len(values)}": values
         for i, values in enumerate(kernel_magnitudes(model), start=1)
     }
-    save_figure(draw_heat_maps(maps, label="mean |weight| / its maximum"), args.out)
-    print(f"wrote {args.out}")
+    save_figure(draw_heat_maps(maps, label="mean |weight| / its maximum"), args.output)
+    print(f"wrote {args.output}")
     return 0

@@ -1,136 +1,102 @@
-"""`replknet benchmark`."""
+"""`replknet benchmark`: speed on this machine, medians with their spread, both sides of a
+comparison in one run."""
 
-from replknet_paddle.commands.flags import add_config_flags, add_flag, config_from
-from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.commands.flags import (
+    MODEL_FORMS,
+    add_config_flags,
+    add_flag,
+    add_model,
+    add_output_flags,
+    config_from,
+)
+from replknet_paddle.config import override
+from replknet_paddle.runtime.files import check_file_target
+from replknet_paddle.zoo import is_published
 
 NANO, BASE = "configs/replknet_nano.yaml", "configs/replknet_31b.yaml"
 
 
-def add_benchmark_flags(parser) -> None:
-    what = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-    loop = what.add_parser(
-        "train_loop",
-        help="cost of the training loop over a bare forward-backward-step",
-        epilog="example: replknet benchmark train_loop -cfg configs/replknet_nano.yaml",
-    )
-    add_config_flags(loop, default=NANO)
-    loop.add_argument("--steps", type=int, default=10, help="of one run (%(default)s)")
-    loop.add_argument("--rounds", type=int, default=9, help="runs of each side (%(default)s)")
-
-    data = what.add_parser(
-        "data",
-        help="throughput of the input pipeline beside plain JPEG decoding",
-        epilog="example: replknet benchmark data --workers 2 photos/*.jpg",
-    )
-    add_config_flags(data, default=BASE)
-    data.add_argument(
-        "photographs", nargs="+", metavar="PHOTO", help="pictures of about 500x375 pixels"
-    )
-    data.add_argument("--rounds", type=int, default=50, help="of 20 images (%(default)s)")
-    data.add_argument(
-        "--workers",
-        type=int,
-        default=0,
-        help="also compare a dataloader of N workers with one of one; needs N free cores",
-        metavar="N",
-    )
-    data.add_argument("--epochs", type=int, default=9, help="of each dataloader (%(default)s)")
-
-    inference = what.add_parser(
-        "inference",
-        help="latency and throughput of every installed backend",
-        epilog="example: replknet benchmark inference -cfg configs/replknet_31b.yaml "
-        "--threads 2 --json inference.json",
-    )
-    add_config_flags(inference)
-    add_flag(inference, "pretrained", "weights; default random ones", metavar="FILE")
-    inference.add_argument(
-        "--backends", nargs="+", metavar="NAME", help="default: all that are installed"
-    )
-    inference.add_argument(
-        "--precisions",
-        nargs="+",
-        default=["fp32", "fp16", "bf16", "int8"],
-        metavar="NAME",
-        help="(%(default)s)",
-    )
-    inference.add_argument(
-        "--batch_sizes", nargs="+", type=int, default=[1, 8], metavar="N", help="(%(default)s)"
-    )
-    inference.add_argument("--threads", type=int, metavar="N", help="default: all cores")
-    inference.add_argument("--rounds", type=int, default=9, metavar="N", help="(%(default)s)")
-    inference.add_argument("--json", metavar="FILE", help="write the figures to FILE")
-
-    conv = what.add_parser(
-        "conv",
-        help="depthwise convolutions, by pass and implementation, beside Paddle's",
-        epilog="example: replknet benchmark conv --shapes stages --batch 64 --dtype bfloat16",
-    )
-    conv.add_argument(
-        "--shapes",
-        choices=("stages", "grid", "all"),
-        default="all",
-        help="the stages of RepLKNet-31B at 224, the grid of the paper's Table 5, or both",
-    )
-    conv.add_argument("--batch", type=int, default=1, help="images (%(default)s)")
-    conv.add_argument(
-        "--dtype",
-        choices=("float32", "float16", "bfloat16"),
-        default="float32",
-        help="of the tensors; half precision on GPU only (%(default)s)",
-    )
-    conv.add_argument("--rounds", type=int, default=5, help="of each (%(default)s)")
-
-    network = what.add_parser(
-        "network",
-        help="a network on CPU with and without the compiled operators, and where its time goes",
-        epilog="example: replknet benchmark network -cfg configs/replknet_31b.yaml",
-    )
-    add_config_flags(network, default=BASE)
-    network.add_argument("--rounds", type=int, default=5, help="of each (%(default)s)")
-    network.add_argument("--forward_batch", type=int, default=1, help="images (%(default)s)")
-    network.add_argument("--step_batch", type=int, default=4, help="images (%(default)s)")
+def add_count(parser, name: str, default: int, what: str, **options) -> None:
+    options = {"type": int, "default": default, "metavar": "N", **options}
+    add_flag(parser, name, f"{what} (%(default)s)", **options)
 
 
-def run_benchmark(args) -> int:
-    """Measure speed on this machine.
+def add_benchmark_train_loop_flags(parser) -> None:
+    add_model(parser, weights=False, default=NANO)
+    add_count(parser, "steps", 10, "optimizer steps of one run")
+    add_count(parser, "rounds", 9, "runs of each side")
 
-    Medians with their spread, both sides of a comparison in one run.
+
+def run_benchmark_train_loop(args) -> int:
+    """Measure the cost of the training loop.
+
+    example: replknet benchmark train_loop configs/replknet_nano.yaml -steps 2 -rounds 1
     """
-    {
-        "train_loop": train_loop,
-        "data": data,
-        "inference": inference,
-        "conv": conv,
-        "network": network,
-    }[args.what](args)
-    return 0
-
-
-def train_loop(args) -> None:
     from replknet_paddle.bench.network import report_train_loop
 
     report_train_loop(config_from(args), steps=args.steps, rounds=args.rounds)
+    return 0
 
 
-def data(args) -> None:
+def add_benchmark_data_flags(parser) -> None:
+    parser.add_argument(
+        "photographs", nargs="+", metavar="PHOTO", help="pictures of about 500x375 pixels"
+    )
+    add_config_flags(parser, f"{BASE} by default")
+    add_count(parser, "rounds", 50, "rounds of 20 images")
+    # Flags of other commands that set keys have the same names.
+    text = "also compare a dataloader of N workers, on N free cores, with one"
+    add_count(parser, "workers", 0, text, dest="compared_workers")
+    add_count(parser, "epochs", 9, "epochs of each dataloader", dest="compared_epochs")
+
+
+def run_benchmark_data(args) -> int:
+    """Measure the input pipeline beside plain decoding.
+
+    example: replknet benchmark data photo.jpg -rounds 1
+    """
     from replknet_paddle.bench.data import report_data
 
+    args.cfg = args.cfg or BASE
     report_data(
         config_from(args),
         args.photographs,
         rounds=args.rounds,
-        workers=args.workers,
-        epochs=args.epochs,
+        workers=args.compared_workers,
+        epochs=args.compared_epochs,
     )
+    return 0
 
 
-def inference(args) -> None:
-    if args.cfg is None and args.pretrained is None:
-        raise InputError(
-            "nothing to measure; name a network by -cfg or a checkpoint by -pretrained"
-        )
-    config = config_from(args, args.pretrained)
+def add_benchmark_inference_flags(parser) -> None:
+    add_model(parser, help_text=f"{MODEL_FORMS}; of the first two, with random weights")
+    add_flag(parser, "backends", "by default all that are installed", nargs="+", metavar="NAME")
+    add_flag(
+        parser,
+        "precisions",
+        "(%(default)s)",
+        nargs="+",
+        default=["fp32", "fp16", "bf16", "int8"],
+        metavar="NAME",
+    )
+    add_flag(
+        parser, "batch_sizes", "(%(default)s)", nargs="+", type=int, default=[1, 8], metavar="N"
+    )
+    add_flag(parser, "threads", "by default all cores", type=int, metavar="N")
+    add_count(parser, "rounds", 9, "of each")
+    add_output_flags(parser, ".json file for the figures", metavar="FILE")
+
+
+def run_benchmark_inference(args) -> int:
+    """Measure a network on every installed backend.
+
+    example: replknet benchmark inference output/RUN -backends eager -precisions fp32 -rounds 1
+    """
+    if args.output is not None:
+        check_file_target(args.output, [".json"], must_be_new=not args.overwrite)
+    config = config_from(args)
+    if is_published(config.MODEL.PRETRAINED):  # no download for a measurement
+        config = override(config, MODEL__PRETRAINED=None)
 
     from replknet_paddle.bench.inference import Plan, report_inference
 
@@ -141,16 +107,52 @@ def inference(args) -> None:
         threads=args.threads,
         rounds=args.rounds,
     )
-    report_inference(config, args.pretrained, plan, json_file=args.json)
+    report_inference(config, plan, json_file=args.output)
+    if args.output is not None:
+        print(f"wrote {args.output}")
+    return 0
 
 
-def conv(args) -> None:
+def add_benchmark_conv_flags(parser) -> None:
+    parser.add_argument(
+        "-shapes",
+        choices=("stages", "grid", "all"),
+        default="all",
+        help="the stages of RepLKNet-31B at 224, the grid of the paper's Table 5, or both",
+    )
+    add_count(parser, "batch", 1, "images")
+    parser.add_argument(
+        "-dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="of the tensors; half precision on GPU only (%(default)s)",
+    )
+    add_count(parser, "rounds", 5, "of each")
+
+
+def run_benchmark_conv(args) -> int:
+    """Measure depthwise convolutions beside Paddle's.
+
+    example: replknet benchmark conv -shapes stages -batch 2 -rounds 1
+    """
     from replknet_paddle.bench.conv import report_conv
 
     report_conv(shapes=args.shapes, batch=args.batch, rounds=args.rounds, dtype=args.dtype)
+    return 0
 
 
-def network(args) -> None:
+def add_benchmark_network_flags(parser) -> None:
+    add_model(parser, weights=False, default=BASE)
+    add_count(parser, "rounds", 5, "of each")
+    add_count(parser, "forward_batch", 1, "images")
+    add_count(parser, "step_batch", 4, "images")
+
+
+def run_benchmark_network(args) -> int:
+    """Measure a network with and without fast operators.
+
+    example: replknet benchmark network configs/replknet_nano.yaml -rounds 1
+    """
     from replknet_paddle.bench.network import report_network
 
     report_network(
@@ -159,3 +161,4 @@ def network(args) -> None:
         step_batch=args.step_batch,
         rounds=args.rounds,
     )
+    return 0

@@ -4,10 +4,11 @@ import json
 import os
 import sys
 
-from replknet_paddle.commands.flags import add_config_flags, add_flag
+from replknet_paddle.commands.flags import add_config_flags, add_flag, add_output_flags
 from replknet_paddle.runtime.errors import InputError, SystemFault, counted
-from replknet_paddle.runtime.files import atomic_file, check_file_target
+from replknet_paddle.runtime.files import atomic_file, check_file_target, check_new_folder
 from replknet_paddle.runtime.machines import available_cores
+from replknet_paddle.runtime.terminal import printable
 
 
 def add_make_lists_flags(parser) -> None:
@@ -52,7 +53,7 @@ def run_make_lists(args) -> int:
     by -seed, and identical files never end up on both sides.
 
     examples:
-      replknet make-lists photos --val 0.1        photos/CLASS/...: a tenth to validation
+      replknet make-lists photos -val 0.1         photos/CLASS/...: a tenth to validation
       replknet make-lists data/flowers            data/flowers/train/CLASS/..., val/CLASS/...
       replknet make-lists /dataset/imagenet -devkit /dataset/ILSVRC2012_devkit_t12
     """
@@ -76,7 +77,7 @@ def run_make_lists(args) -> int:
             overwrite=args.overwrite,
         )
     for name, count in written.items():
-        print(f"{name}: {counted(count, 'line')}")
+        print(f"wrote {printable(os.path.join(args.data_path, name))}: {counted(count, 'line')}")
     return 0
 
 
@@ -104,7 +105,7 @@ SHOWN = 20  # problems on the console; the report has them all
 
 def add_check_data_flags(parser) -> None:
     parser.add_argument("data_path", metavar="DIR", help="folder of train_list.txt, val_list.txt")
-    add_config_flags(parser, without="without one, the defaults and what the data say")
+    add_config_flags(parser, "without one, the defaults and what the data say")
     add_flag(
         parser,
         "num_classes",
@@ -126,15 +127,15 @@ def add_check_data_flags(parser) -> None:
         "paths may lead out of DIR, as with DATA.ALLOW_OUTSIDE",
         action="store_true",
     )
-    add_flag(parser, "report", "write everything found as JSON", metavar="FILE")
+    add_output_flags(parser, ".json file for everything that is found", metavar="FILE")
 
 
 def run_check_data(args) -> int:
-    """Read a whole dataset and report everything that is wrong with it.
+    """Read a whole dataset and report what is wrong with it.
 
     Exit status: 0 if nothing is, 1 if something is, 2 if it could not be checked.
 
-    example: replknet check-data /dataset/imagenet -num_classes 1000
+    example: replknet check-data data/digits -output report.json
     """
     from tqdm import tqdm
 
@@ -146,8 +147,8 @@ def run_check_data(args) -> int:
     for name in ("num_classes", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"-{name} is {getattr(args, name)}; allowed: at least 1")
-    if args.report:
-        check_file_target(args.report)  # before hours of reading
+    if args.output:  # before hours of reading
+        check_file_target(args.output, must_be_new=not args.overwrite)
     if args.cfg is None:
         # Any number of images makes a batch.
         config = get_config(MODEL__NUM_CLASSES=None, DATA__BATCH_SIZE=1, TRAIN__ACCUM_ITER=1)
@@ -170,10 +171,11 @@ def run_check_data(args) -> int:
     except SystemFault as error:
         print(f"error: {error}", file=sys.stderr)
         return 2  # 1 is for problems of the data
-    if args.report:
-        with atomic_file(args.report) as file:
-            json.dump(report, file, indent=1)
     _print(report)
+    if args.output:
+        with atomic_file(args.output) as file:
+            json.dump(report, file, indent=1, ensure_ascii=False)
+        print(f"wrote {printable(args.output)}")
     return 1 if report["problems"] else 0
 
 
@@ -199,12 +201,16 @@ def _print(report: dict) -> None:
     print(f"Problems found: {found}" if found else "No problems found")
 
 
-def add_make_digits_flags(parser) -> None:
-    parser.add_argument("folder", metavar="DIR", help="where to write")
+def add_new_dataset_flags(parser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="folder of the dataset, new or empty")
+    add_flag(parser, "overwrite", "write into a folder that is not empty", action="store_true")
+
+
+add_make_digits_flags = add_new_dataset_flags
 
 
 def run_make_digits(args) -> int:
-    """Write scikit-learn's handwritten digits as a dataset in ImageNet's list-file layout.
+    """Write a small dataset: handwritten digits.
 
     1,797 grey scans of 8x8 pixels (UCI "Optical Recognition of Handwritten Digits", CC BY 4.0),
     which scikit-learn carries, so nothing is downloaded. Every fifth goes to validation: 1,437 /
@@ -214,26 +220,29 @@ def run_make_digits(args) -> int:
     """
     from replknet_paddle.data.make_lists import make_digits
 
+    check_new_folder(args.folder, is_kept=args.overwrite)
     make_digits(args.folder)
+    print(f"wrote {printable(args.folder)}: 1,437 images to train on, 360 to validate with")
     return 0
 
 
 def add_make_shapes_flags(parser) -> None:
-    parser.add_argument("folder", metavar="DIR", help="where to write")
+    add_new_dataset_flags(parser)
     add_flag(parser, "count", "images (%(default)s)", type=int, default=200, metavar="N")
 
 
 def run_make_shapes(args) -> int:
-    """Write synthetic shapes with their labels, a dataset to try segmentation on.
+    """Write a small segmentation dataset: drawn shapes.
 
     Images of 64 x 64 pixels with circles, squares and triangles; every fifth goes to validation.
 
     example: replknet make-shapes data/shapes
     """
     from replknet_paddle.data.make_lists import VAL_EVERY, make_shapes
-    from replknet_paddle.runtime.errors import InputError
 
     if args.count < VAL_EVERY:
         raise InputError(f"-count is {args.count}; allowed: an integer >= {VAL_EVERY}")
+    check_new_folder(args.folder, is_kept=args.overwrite)
     make_shapes(args.folder, count=args.count)
+    print(f"wrote {printable(args.folder)}: {counted(args.count, 'image')} and their labels")
     return 0

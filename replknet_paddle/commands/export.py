@@ -3,9 +3,9 @@
 import os
 import sys
 
-from replknet_paddle.commands.flags import add_config_flags, add_flag, config_from
+from replknet_paddle.commands.flags import add_flag, add_model, add_output_flags, config_from
 from replknet_paddle.commands.train import task_of
-from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.errors import InputError, counted
 from replknet_paddle.runtime.files import check_file_target, file_sha256
 
 
@@ -13,8 +13,13 @@ def add_export_flags(parser) -> None:
     def flag(name, help_text, **options):
         add_flag(parser, name, help_text, **options)
 
-    add_config_flags(parser)
-    flag("pretrained", "checkpoint or run folder to export", required=True, metavar="FILE")
+    add_model(parser)
+    flag(
+        "output",
+        "folder to write; an earlier export there is replaced",
+        metavar="DIR",
+        required=True,
+    )
     flag("format", "paddle or onnx (%(default)s)", default="paddle", metavar="NAME")
     flag("precision", "fp32, fp16, bf16 or int8 (%(default)s)", default="fp32", metavar="NAME")
     flag(
@@ -41,27 +46,23 @@ def add_export_flags(parser) -> None:
         default=1000,
         metavar="N",
     )
-    parser.add_argument(
-        "target", metavar="DST", help="folder to write; replaces an earlier export there"
-    )
 
 
 def run_export(args) -> int:
-    r"""Write a checkpoint for fast inference: a folder with the model and what it takes to use it.
+    r"""Write a network for fast inference.
 
     The folder is enough to predict with, and docs/deployment.md says what runs it. INT8 is
     calibrated on images of the training list, and its accuracy is compared on images of the
     validation list.
 
-    examples: replknet export -pretrained output/RUN/best -format onnx exported
-              replknet export -pretrained output/RUN/best -format onnx -precision int8 \
-                  -data_path data/digits exported_int8
+    examples: replknet export output/RUN -output exported
+              replknet export output/RUN -output exported_int8 -format onnx -precision int8 \
+                  -data_path data/digits
     """
     if args.class_names is not None:
         args.opts = [*(args.opts or ()), "DATA.CLASS_NAMES", args.class_names]
-    config = config_from(args, args.pretrained)
+    config = config_from(args)
 
-    from replknet_paddle.checkpoints.run_folder import checkpoint_path
     from replknet_paddle.data.class_names import get_class_names
     from replknet_paddle.deploy.export import (
         ModelInfo,
@@ -70,12 +71,12 @@ def run_export(args) -> int:
         export_model,
     )
     from replknet_paddle.deploy.quantize import calibration_set, spread_batches, validation_set
-    from replknet_paddle.zoo import open_network
+    from replknet_paddle.zoo import open_network, weights_file
 
-    source = checkpoint_path(args.pretrained)
     is_classifier = config.MODEL.TYPE == "RepLKNet"
     check_combination(args.format, args.precision, args.conv_impl, is_classifier=is_classifier)
-    target = check_target(args.target)
+    target = check_target(args.output)
+    source = weights_file(config.MODEL.PRETRAINED)
     for name in ("calibration_images", "validation_images"):
         if getattr(args, name) < 1:
             raise InputError(f"-{name} {getattr(args, name)}; allowed: an integer >= 1")
@@ -139,33 +140,30 @@ def compare_with_checkpoint(model, info, target, validation, count: int) -> None
 
 
 def add_merge_flags(parser) -> None:
-    add_config_flags(parser)
-    add_flag(parser, "pretrained", "weights to merge", required=True, metavar="FILE")
-    parser.add_argument("target", metavar="DST", help=".safetensors file to write")
+    add_model(parser)
+    add_output_flags(parser, ".safetensors file to write", metavar="FILE", required=True)
 
 
 def run_merge(args) -> int:
-    r"""Merge the small kernels of a checkpoint into its large ones, for inference.
+    r"""Merge the small kernels into the large ones.
 
     The result carries its configuration and class names, so every command opens it. What folding
     every batch norm besides would give, as replknet export does, is reported too: sizes, and the
     largest deviation of the outputs on random images.
 
-    example: replknet merge -cfg configs/replknet_31b.yaml -pretrained replknet_31b.pdparams \
-                 merged.safetensors
+    example: replknet merge output/RUN -output merged.safetensors
     """
-    config = config_from(args, args.pretrained)
+    check_file_target(args.output, [".safetensors"], must_be_new=not args.overwrite)
+    config = config_from(args)
 
     from replknet_paddle.checkpoints.checkpoint_file import weights_metadata
     from replknet_paddle.checkpoints.files import write_safetensors
-    from replknet_paddle.checkpoints.run_folder import checkpoint_path
     from replknet_paddle.config import override
     from replknet_paddle.data.class_names import get_class_names
     from replknet_paddle.deploy.fold import compare_forms, random_images
-    from replknet_paddle.zoo import open_network
+    from replknet_paddle.zoo import open_network, weights_file
 
-    source, target = checkpoint_path(args.pretrained), args.target
-    check_file_target(target, [".safetensors"])
+    source, target = weights_file(config.MODEL.PRETRAINED), args.output
     if os.path.exists(target) and os.path.samefile(source, target):
         raise InputError(f"{target} is the checkpoint to merge; name another file")
     model = open_network(config, pretrained=source)
@@ -184,13 +182,10 @@ def run_merge(args) -> int:
 
 
 def add_convert_flags(parser) -> None:
-    parser.add_argument(
-        "source",
-        metavar="SRC",
-        help="run folder, or .pth, .pdparams or .safetensors file in any known layout",
+    add_model(parser)
+    add_output_flags(
+        parser, ".safetensors or .pdparams file to write", metavar="FILE", required=True
     )
-    parser.add_argument("destination", metavar="DST", help=".safetensors or .pdparams file")
-    add_config_flags(parser)
     add_flag(
         parser,
         "to",
@@ -209,28 +204,28 @@ def add_convert_flags(parser) -> None:
 
 
 def run_convert(args) -> int:
-    """Convert a checkpoint to another format, or to the parameter names of another framework.
+    """Convert weights to another format or naming.
 
-    example: replknet convert output/RUN/best replknet.safetensors -to mmpretrain
+    example: replknet convert output/RUN -output replknet.safetensors -to mmpretrain
     """
-    check_file_target(args.destination)
-    config = config_from(args, args.source)
+    check_file_target(args.output, must_be_new=not args.overwrite)
+    config = config_from(args)
     is_segmentation = config.MODEL.TYPE == "UPerNet"
     if is_segmentation and args.to == "mmpretrain":
         raise InputError("-to mmpretrain of a segmentation network; allowed: native, official")
 
     from replknet_paddle.checkpoints.load import convert_file
-    from replknet_paddle.checkpoints.run_folder import checkpoint_path
+    from replknet_paddle.zoo import weights_file
 
     count = convert_file(
-        checkpoint_path(args.source),
-        args.destination,
+        weights_file(config.MODEL.PRETRAINED),
+        args.output,
         config,
         weights=args.weights,
         layout={"native": "upernet", "official": "mmseg"}[args.to] if is_segmentation else args.to,
         build=task_of(config).network,
     )
-    print(f"{args.destination}: {count} tensors under {args.to} names")
+    print(f"wrote {args.output}: {counted(count, 'tensor')} under {args.to} names")
     return 0
 
 
@@ -239,10 +234,12 @@ def add_build_flags(parser) -> None:
 
 
 def run_build(args) -> int:
-    """Compile the operators and image operations, which otherwise happens on first use.
+    """Compile the fast operators, else built on first use.
 
     They go into the user's cache: ~/.cache/replknet_paddle, or the folder that
     REPLKNET_PADDLE_CACHE names. Nothing happens where they are up to date.
+
+    example: replknet build
     """
     from replknet_paddle.data.transforms.pixels import pixels_library
     from replknet_paddle.ops.library import operators_library

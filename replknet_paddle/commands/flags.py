@@ -1,29 +1,142 @@
-"""Flags that several commands share, each declared here once, and what they amount to."""
+"""The grammar of command lines: flags and the argument MODEL, as all commands have them.
+
+A flag has one name. It is typed with one dash or two, with `_` or `-` between its words, and takes
+its value after a blank or after `=`. MODEL is the first argument wherever a command has one.
+"""
 
 import argparse
 import os
+import re
+import sys
+
+from replknet_paddle.runtime.errors import InputError, did_you_mean
+
+MODEL_FORMS = (
+    "published name, YAML file, checkpoint file, run folder (output/RUN), or export folder"
+)
+OVERWRITE = "replace what -output names"
+
+# What 0.2 called flags, by command. These spellings go with the release after the next.
+MODEL = "MODEL"
+FLAGS_OF_0_2 = {
+    "predict": {"out": "output"},
+    "plot": {"out": "output"},
+    "erf": {"pretrained": MODEL, "out": "output", "input_size": "image_size"},
+    "kernels": {"pretrained": MODEL, "out": "output"},
+    "export": {"pretrained": MODEL},
+    "merge": {"pretrained": MODEL},
+    "convert": {},
+    "check-data": {"report": "output"},
+    "model-info": {"cfg": MODEL},
+    "benchmark inference": {"pretrained": MODEL, "json": "output"},
+    "benchmark network": {"cfg": MODEL},
+    "benchmark train_loop": {"cfg": MODEL},
+}
+LAST_WORD_WAS_OUTPUT = ("export", "merge", "convert")
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The parser of the command `name`: `parse` is `parse_args` for the grammar above."""
+
+    def __init__(self, name: str, **options):
+        super().__init__(
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options
+        )
+        self.name = name
+
+    def parse(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Return the values, and the words in today's spelling, for processes to be started."""
+        flags, arguments = self._split(argv)
+        if self.name in LAST_WORD_WAS_OUTPUT and len(arguments) == 2:
+            self._say("the argument DST", "-output")
+            flags.append(f"-output={arguments.pop()}")
+        words = [*flags, "--", *arguments] if arguments else flags
+        several = {"+": " ...", "*": " ..."}
+        places = [f"{a.metavar}{several.get(a.nargs, '')}" for a in self._get_positional_actions()]
+        self.usage = " ".join([self.prog, *places, "[FLAG ...]"])
+        return self.parse_args(words), words
+
+    def _split(self, argv: list[str]) -> tuple[list[str], list[str]]:
+        """Return the flags, in their own spelling and with their values, and the other words."""
+        known = {flag.lstrip("-"): action for flag, action in self._option_string_actions.items()}
+        known |= {"o": known["output"]} if "output" in known else {}
+        old = FLAGS_OF_0_2.get(self.name, {})
+        flags, arguments, words = [], [], list(argv)
+        while words:
+            word = words.pop(0)
+            if word == "--":
+                return flags, arguments + words
+            match = re.fullmatch(r"--?([A-Za-z][\w-]*)(?:=(.*))?", word, re.DOTALL)
+            if match is None:
+                arguments.append(word)
+                continue
+            name, value = match[1].replace("-", "_"), match[2]
+            if name in old:
+                is_model = old[name] is MODEL
+                self._say(f"-{name}", "MODEL, the first argument" if is_model else f"-{old[name]}")
+                if is_model:
+                    arguments[:0] = words[:1] if value is None else [value]
+                    words = words[value is None :]
+                    continue
+                name = old[name]
+            if name not in known:
+                near = did_you_mean(name, known, "-")
+                self.error(f"unknown flag {word}{near or f'; {self.prog} -h lists the flags'}")
+            takes = known[name].nargs  # None: one value
+            if value is None and takes is None and words and not _is_flag(words[0]):
+                value = words.pop(0)
+            spelled = known[name].option_strings[-1]
+            flags.append(spelled if value is None else f"{spelled}={value}")
+            while takes == "+" and words and not _is_flag(words[0]):
+                flags.append(words.pop(0))
+        return flags, arguments
+
+    def _say(self, old: str, new: str) -> None:
+        print(f"note: {old} of {self.prog} is now {new}; see {self.prog} -h", file=sys.stderr)
+
+    def error(self, message: str):
+        """Print one message, without the usage, which can fill a screen, and exit with 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _is_flag(word: str) -> bool:
+    return re.match("--?[A-Za-z]", word) is not None
 
 
 def add_flag(parser, name: str, help_text: str, **options) -> None:
-    """Add a flag in PaddleViT's style, -NAME, with its twin --NAME."""
-    parser.add_argument(f"-{name}", f"--{name}", help=help_text, **options)
+    """Add the flag -NAME."""
+    parser.add_argument(f"-{name}", help=help_text, **options)
 
 
-def add_config_flags(
-    parser: argparse.ArgumentParser,
-    *,
-    required=False,
-    default=None,
-    without="not needed for a checkpoint in its run folder",
+def add_output_flags(parser, help_text: str, *, overwrite: str = OVERWRITE, **options) -> None:
+    """Add -output, and -overwrite, without which nothing is replaced."""
+    add_flag(parser, "output", help_text, **options)
+    add_flag(parser, "overwrite", overwrite, action="store_true")
+
+
+def add_model(
+    parser, *, weights: bool = True, help_text: str = MODEL_FORMS, default: str | None = None
 ) -> None:
-    """Add -cfg and -opts, which describe a network; -cfg is `required` where no checkpoint could
-    have the configuration. `without` says what holds without it."""
-    text = "YAML file of the network"
-    if not required and default is None:
-        text += f"; {without}"
-    elif default is not None:
-        text += " (%(default)s)"
-    add_flag(parser, "cfg", text, metavar="FILE", required=required, default=default)
+    """Add MODEL, the first argument, and -opts, which go over its configuration; where its weights
+    are read, also -cfg, for those that carry no configuration."""
+    if default is not None:
+        help_text += " (%(default)s)"
+    parser.add_argument("model", metavar="MODEL", nargs="?", default=default, help=help_text)
+    if weights:
+        without = "needed for a checkpoint that does not carry its configuration"
+        add_config_flags(parser, without)
+    else:
+        parser.set_defaults(cfg=None)
+        add_opts(parser)
+
+
+def add_config_flags(parser, without: str) -> None:
+    """Add -cfg and -opts, which describe a network; `without` says when -cfg may be left out."""
+    add_flag(parser, "cfg", f"YAML file of the network; {without}", metavar="FILE")
+    add_opts(parser)
+
+
+def add_opts(parser) -> None:
     add_flag(
         parser,
         "opts",
@@ -37,16 +150,33 @@ def add_config_flags(
 def config_from(
     args: argparse.Namespace, checkpoint: str | None = None, *, reads_data: bool = False
 ):
-    """Return the configuration of -cfg, or else of the checkpoint, with -opts over it;
-    MODEL.NUM_CLASSES may be None for what `reads_data`."""
+    """Return the configuration of -cfg, or else of `checkpoint`, which is MODEL where a command has
+    one, with the flags over it; MODEL.NUM_CLASSES may be None for what `reads_data`."""
     from replknet_paddle.checkpoints.run_folder import EXPORT_FILE_OF_0_2, config_of
-    from replknet_paddle.config import check_class_count, get_config, update_config
-    from replknet_paddle.runtime.errors import InputError
+    from replknet_paddle.config import check_class_count, get_config, is_yaml, update_config
+    from replknet_paddle.zoo import config_of_published, is_published
 
-    if args.cfg is None and checkpoint is None:
-        raise InputError("no configuration; give one by -cfg, e.g. -cfg=configs/replknet_31b.yaml")
+    named = vars(args).get("pretrained"), vars(args).get("model")
+    if named[1] is not None:
+        if named[0] not in (None, named[1]):
+            raise InputError(f"MODEL {named[1]} and -pretrained {named[0]}; allowed: one of them")
+        checkpoint = args.pretrained = named[1]
+    if checkpoint is not None and is_yaml(checkpoint):
+        if args.cfg not in (None, checkpoint):
+            raise InputError(f"MODEL {checkpoint} and -cfg {args.cfg}; allowed: one configuration")
+        args.cfg, args.pretrained = checkpoint, None
     if args.cfg is not None:
         config = get_config(args.cfg)
+    elif checkpoint is None:
+        what = "MODEL" if hasattr(args, "model") else "configuration"
+        how = (
+            f"the first argument is a {MODEL_FORMS}"
+            if hasattr(args, "model")
+            else ("give one by -cfg, e.g. -cfg=configs/replknet_31b.yaml")
+        )
+        raise InputError(f"no {what}; {how}")
+    elif is_published(checkpoint):
+        config = config_of_published(checkpoint)
     elif os.path.isfile(os.path.join(checkpoint, EXPORT_FILE_OF_0_2)):
         from replknet_paddle.deploy.export import read_export
 

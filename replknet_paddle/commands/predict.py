@@ -10,8 +10,8 @@ from functools import partial
 
 from tqdm import tqdm
 
-from replknet_paddle.commands.flags import add_config_flags, add_flag, config_from
-from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.commands.flags import add_flag, add_model, add_output_flags, config_from
+from replknet_paddle.runtime.errors import InputError, counted
 from replknet_paddle.runtime.files import (
     PARTIAL_SUFFIX,
     check_file_target,
@@ -24,32 +24,34 @@ NAMED_PROBLEMS = 10
 
 
 def add_predict_flags(parser) -> None:
-    parser.add_argument("model", metavar="MODEL")
+    add_model(parser)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder or pattern")
-    parser.add_argument(
-        "--topk", type=int, default=5, metavar="K", help="classes to give (%(default)s)"
-    )
-    parser.add_argument(
-        "--out",
+    add_output_flags(
+        parser,
+        "results, as .jsonl or .csv by its name; without it they are printed",
+        overwrite="replace what the flags for files and folders name",
         metavar="FILE",
-        help="results, as .jsonl or .csv by its name; without it they are printed",
     )
-    parser.add_argument(
-        "--save-pictures",
+    add_flag(
+        parser,
+        "save_pictures",
+        "new or empty folder for the pictures with their classes drawn beside",
         metavar="DIR",
-        help="new or empty folder for the pictures with their classes drawn beside",
     )
-    parser.add_argument(
-        "--save-grid",
+    add_flag(
+        parser,
+        "save_grid",
+        "new .png or .jpg file for the first 12 of them in one",
         metavar="FILE",
-        help="new .png or .jpg file for the first 12 of them in one",
     )
-    parser.add_argument(
-        "--every",
+    add_flag(parser, "topk", "classes to give (%(default)s)", type=int, default=5, metavar="K")
+    add_flag(
+        parser,
+        "every",
+        "between the frames of films; 0: all frames (%(default)s)",
         type=float,
         default=1.0,
         metavar="SECONDS",
-        help="between the frames of films; 0: all frames (%(default)s)",
     )
     add_flag(
         parser,
@@ -59,19 +61,13 @@ def add_predict_flags(parser) -> None:
         metavar="NAME",
     )
     add_flag(parser, "batch_size", "images at once (%(default)s)", type=int, default=8, metavar="N")
-    add_config_flags(parser)
 
 
 def config_given(args):
-    """Return the configuration that -cfg and -opts give args.model, a checkpoint; None without
-    both."""
-    if args.cfg is None and args.opts is None:
-        return None
-
-    from replknet_paddle.deploy.backends import check_is_there
-
-    check_is_there(args.model, with_config=True)
-    return config_from(args, args.model)
+    """Return the configuration that -cfg and -opts give MODEL; None without both."""
+    if args.model is None or args.cfg is not None or args.opts is not None:
+        return config_from(args)
+    return None
 
 
 class Summary:
@@ -95,8 +91,7 @@ class Summary:
             self.problems.append(f"{printable(prediction.path)}: {prediction.problem}")
 
     def text(self, passed_over: str) -> str:
-        images = "image" if self.classified == 1 else "images"
-        lines = [f"classified {self.classified:,} {images}, skipped {self.skipped:,}"]
+        lines = [f"classified {counted(self.classified, 'image')}, skipped {self.skipped:,}"]
         if passed_over:
             lines[0] += f", {passed_over}"
         if self.with_truth:
@@ -113,13 +108,10 @@ class Summary:
 def run_predict(args) -> int:
     """Classify pictures and films.
 
-    MODEL is an exported folder, a run folder or a checkpoint in one (output/RUN/best), or the name
-    of a published model. A folder stands for the images in and below it, in sorted order; a pattern
-    in quotes, such as 'photos/**/*.jpg', for the files that it matches. A film (film.mp4) stands
-    for a frame a second.
+    A folder stands for the images in and below it, in sorted order; a pattern in quotes, such as
+    'photos/**/*.jpg', for the files that it matches. A film (film.mp4) stands for a frame a second.
 
-    examples: replknet predict output/RUN/best photos --out results.jsonl
-              replknet predict output/RUN/best film.mp4 --every 0.5 --save-pictures frames
+    example: replknet predict output/RUN photos -output results.jsonl -save_pictures drawn
 
     exit status: 0 all were classified; 1 some were skipped, which are named at the end and in the
     results; 2 bad input, or nothing that could be classified; 130 interrupted: the results so far
@@ -130,7 +122,7 @@ def run_predict(args) -> int:
         with results_alone_on_stdout():
             return predict(args)
     except KeyboardInterrupt:
-        unfinished = f"{args.out}{PARTIAL_SUFFIX}"
+        unfinished = f"{args.output}{PARTIAL_SUFFIX}"
         kept = f"; the results so far are in {unfinished}" if os.path.exists(unfinished) else ""
         print(f"interrupted{kept}", file=sys.stderr)
         return 130
@@ -148,20 +140,21 @@ def predict(args) -> int:
         results_file,
     )
 
-    for flag, value in (("--topk", args.topk), ("-batch_size", args.batch_size)):
+    for flag, value in (("-topk", args.topk), ("-batch_size", args.batch_size)):
         if value < 1:
             raise InputError(f"{flag} is {value}; allowed: an integer >= 1")
     if not 0 <= args.every < float("inf"):
-        raise InputError(f"--every is {args.every}; allowed: a number of seconds >= 0")
-    args.model = find_path(args.model)
+        raise InputError(f"-every is {args.every}; allowed: a number of seconds >= 0")
     files = ImageFiles(args.images, leave_out=args.save_pictures, frame_seconds=args.every)
-    if args.out is not None:
-        check_file_target(args.out, RESULTS_SUFFIXES)
+    is_new = not args.overwrite
+    if args.output is not None:
+        check_file_target(args.output, RESULTS_SUFFIXES, must_be_new=is_new)
     if args.save_pictures is not None:
-        check_new_folder(args.save_pictures)
+        check_new_folder(args.save_pictures, is_kept=args.overwrite)
     if args.save_grid is not None:
-        check_file_target(args.save_grid, tuple(PICTURE_FORMATS), must_be_new=True)
+        check_file_target(args.save_grid, tuple(PICTURE_FORMATS), must_be_new=is_new)
     config = config_given(args)
+    args.model = find_path(args.model)
     total = files.count()
     predictor = Predictor(
         args.model, backend=args.backend, config=config, batch_size=args.batch_size
@@ -180,8 +173,8 @@ def predict(args) -> int:
     summary = Summary()
     with contextlib.ExitStack() as stack:
         write = partial(print_prediction, names)
-        if args.out is not None:
-            write = stack.enter_context(results_file(args.out, names, topk))
+        if args.output is not None:
+            write = stack.enter_context(results_file(args.output, names, topk))
         bar = stack.enter_context(tqdm(total=total, unit="images", disable=None))
         for prediction in predictions:
             summary.add(prediction)
@@ -194,6 +187,9 @@ def predict(args) -> int:
     if drawings is not None:
         drawings.finish()
     print(summary.text(say_passed_over(files.passed_over)), file=sys.stderr)
+    written = [path for path in (args.output, args.save_pictures, args.save_grid) if path]
+    if written:
+        print(f"wrote {', '.join(map(printable, written))}", file=sys.stderr)
     return 1 if summary.skipped else 0
 
 
@@ -233,29 +229,25 @@ def print_prediction(class_names, prediction) -> None:
 
 
 def add_page_flags(parser) -> None:
-    parser.add_argument("model", metavar="MODEL")
-    parser.add_argument(
-        "--port", type=int, default=7860, metavar="N", help="of 127.0.0.1 (%(default)s)"
-    )
-    add_config_flags(parser)
+    add_model(parser)
+    add_flag(parser, "port", "of 127.0.0.1 (%(default)s)", type=int, default=7860, metavar="N")
 
 
 def run_page(args) -> int:
-    """
-    Serve a web page on this machine: drop a picture, see its classes and where the network looks.
+    """Serve a page on this machine that classifies pictures.
 
-    MODEL is a run folder or a checkpoint in one (output/RUN/best), the name of a published model,
-    or an exported folder, which gives no heat map.
+    An export folder gives no heat map.
 
-    example: replknet page output/RUN/best
+    example: replknet page output/RUN
     """
     if not 1 <= args.port <= 65535:
-        raise InputError(f"--port is {args.port}; allowed: an integer from 1 to 65535")
+        raise InputError(f"-port is {args.port}; allowed: an integer from 1 to 65535")
 
     from replknet_paddle.deploy.export import is_export
     from replknet_paddle.deploy.page import build_page, import_gradio, reserve_port, serve
     from replknet_paddle.deploy.predict import Predictor
 
+    config = config_given(args)
     args.model = find_path(args.model)
     listener = reserve_port(args.port)  # before the model, which takes longer
 
@@ -265,6 +257,6 @@ def run_page(args) -> int:
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as `nohup` has it
         signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     backend = "auto" if is_export(args.model) else "eager"  # which has the network, for heat maps
-    predictor = Predictor(args.model, backend=backend, config=config_given(args))
+    predictor = Predictor(args.model, backend=backend, config=config)
     serve(build_page(args.model, predictor), listener)
     return 0

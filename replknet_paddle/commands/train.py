@@ -1,14 +1,16 @@
 """Training and evaluation: `replknet train` and `replknet eval`."""
 
+import contextlib
 import os
 import re
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from functools import partial
 
-from replknet_paddle.commands.flags import add_config_flags, add_flag, config_from
+from replknet_paddle.commands.flags import add_config_flags, add_flag, add_model, config_from
 from replknet_paddle.config import RANDOM, update_config
 from replknet_paddle.runtime.errors import OUT_OF_MEMORY, InputError, PeerLost, SystemFault
 from replknet_paddle.runtime.files import (
@@ -28,7 +30,7 @@ from replknet_paddle.runtime.launch import (
 from replknet_paddle.runtime.machines import STOPPED, is_launched
 
 # What runs in each process, in the same environment.
-PROGRAM = (sys.executable, "-u", "-m", "replknet_paddle", "train")
+PROGRAM = (sys.executable, "-u", "-m", "replknet_paddle")
 
 
 # By their groups in the help: name, what stands for the value (None: a switch), what it does.
@@ -40,41 +42,49 @@ FLAGS = {
         ("batch_size", "N", "images per process, in training and in evaluation"),
         ("batch_size_eval", "N", "images per process in evaluation"),
         ("image_size", "N", "side of the network input, pixels"),
+        ("workers", "N", "processes that read images, for each process of the run"),
     ],
-    "what to do": [
-        ("eval", None, "evaluate -pretrained and stop"),
-        (
-            "pretrained",
-            "FILE",
-            "weights to evaluate, or to start training from; with -eval, random for none",
-        ),
+    "training": [
+        ("epochs", "N", "epochs of the whole run"),
+        ("lr", "RATE", "peak learning rate"),
+        ("seed", "N", "of weights, order and augmentation"),
+        ("accum_iter", "N", "forward passes per optimizer step"),
         (
             "resume",
             "PATH",
             "checkpoint or run folder to continue; auto: the newest whole checkpoint of -output",
         ),
         ("last_epoch", "N", "epochs that the -pretrained weights were trained for"),
+        ("eval", None, "evaluate -pretrained and stop"),
+    ],
+    "weights and results": [
+        (
+            "pretrained",
+            "MODEL",
+            "weights to start training from, or to evaluate: a published name, checkpoint or run "
+            "folder; in evaluation also an export folder, or random for fresh ones",
+        ),
         (
             "output",
             "DIR",
-            "run folder; default that of -resume, or output/NAME-train-TIME-PID or "
-            "output/NAME-eval-TIME-PID",
+            "run folder; by default that of -resume, or output/NAME-train-TIME-PID. An evaluation "
+            "keeps its log and figures only where this is given",
         ),
         (
             "report",
             "DIR",
-            "with -eval: new folder for a report: accuracy of each class, confusion matrix, "
+            "of an evaluation: new folder for a report: figures of each class, confusion matrix, "
             "mistakes",
         ),
+        ("overwrite", None, "replace an earlier report in -report"),
         (
             "backend",
             "NAME",
-            "with -eval: what runs the network, auto for the fastest here; docs/deployment.md "
-            "names them. -pretrained may then be an export folder",
+            "of an evaluation: what runs the network, auto for the fastest here; "
+            "docs/deployment.md names them",
         ),
     ],
     "how": [
-        ("accum_iter", "N", "forward passes per optimizer step"),
         ("amp", None, "automatic mixed precision"),
         ("nproc", "N", "processes on this machine; default one per visible GPU, or one on CPU"),
     ],
@@ -83,8 +93,18 @@ FLAGS = {
 
 def add_train_flags(parser) -> None:
     """Add the flags. A flag that is not given leaves the configuration's value."""
-    add_config_flags(parser)
-    for title, rows in FLAGS.items():
+    add_config_flags(parser, "not needed for a checkpoint that carries its configuration")
+    add_groups(parser, FLAGS)
+
+
+def add_eval_flags(parser) -> None:
+    add_model(parser)
+    add_groups(parser, {title: rows for title, rows in FLAGS.items() if title != "training"})
+    parser.set_defaults(resume=None)
+
+
+def add_groups(parser, groups: dict) -> None:
+    for title, rows in groups.items():
         group = parser if title is None else parser.add_argument_group(title)
         for name, value, text in rows:
             options = {"action": "store_true"} if value is None else {"metavar": value}
@@ -92,13 +112,30 @@ def add_train_flags(parser) -> None:
 
 
 def run_train(args) -> int:
-    r"""Train a network, or with -eval evaluate one, on every visible device.
+    r"""Train a network, or with -eval evaluate one.
 
-    The flags are PaddleViT's, each with a --double-dash twin. `main_multi_gpu.py` is this command.
+    The flags are PaddleViT's. `main_multi_gpu.py` is this command.
 
-    example: python main_multi_gpu.py -cfg=./configs/replknet_31b.yaml -batch_size=256 \
-                 -data_path=/dataset/imagenet -eval -pretrained=./replknet_31b.pdparams -amp
+    example: python main_multi_gpu.py -cfg=configs/replknet_nano.yaml -data_path=data/digits \
+                 -epochs=2 -output=output/digits
     """
+    return run_to_the_end(args)
+
+
+def run_eval(args) -> int:
+    """Evaluate a classifier, each image exactly once.
+
+    `-pretrained MODEL` says the same as MODEL, as `main_multi_gpu.py -eval` has it.
+
+    example: replknet eval output/RUN -data_path data/digits -report report
+    """
+    args.eval = True
+    return run_to_the_end(args)
+
+
+def run_to_the_end(args) -> int:
+    """Train or evaluate; print what ends it, leave it to the process that started this one, and
+    return the exit status."""
     if is_launched():  # before Paddle is imported, which takes seconds
         end_with_parent()
     status, message = 1, ""
@@ -127,10 +164,12 @@ def train_or_evaluate(args) -> tuple[int, str]:
     if config.SAVE is None:
         args.output = default_run_folder(config)
         config = update_config(config, args)
-    check_place_is_writable(config.SAVE)
+    if config.SAVE is not None:
+        check_place_is_writable(config.SAVE)
     restarts = whole_number("MAX_RESTARTS", os.environ.get("MAX_RESTARTS", 0))
     check_flags(args, config)
-    command = [*PROGRAM, *args.argv, f"-output={config.SAVE}"]
+    folder = [] if config.SAVE is None else [f"-output={config.SAVE}"]
+    command = [*PROGRAM, *args.command, *folder, *args.words]
     if is_launched():
         return run_here(args, config)
     if restarts and not config.EVAL:
@@ -149,8 +188,8 @@ def check_flags(args, config) -> None:
     nobody has named."""
     if config.EVAL and config.MODEL.PRETRAINED is None:
         raise InputError(
-            "-eval without weights; name them by -pretrained. -pretrained=random evaluates a "
-            "freshly initialized network"
+            "evaluation without weights; name them by MODEL or -pretrained. -pretrained=random "
+            "evaluates a freshly initialized network"
         )
     for name in ("backend", "report"):
         value = getattr(args, name)
@@ -161,7 +200,7 @@ def check_flags(args, config) -> None:
             raise InputError(
                 f"-report for MODEL.TYPE {config.MODEL.TYPE}; allowed: for classifiers"
             )
-        check_new_folder(args.report)
+        check_new_folder(args.report, replaces="report.html" if args.overwrite else None)
 
 
 def run_in_processes(command: list[str], config, where: dict) -> tuple[int, str]:
@@ -169,15 +208,16 @@ def run_in_processes(command: list[str], config, where: dict) -> tuple[int, str]
     from replknet_paddle.engine.run_log import LAUNCHER, RunLock, append_to_log
 
     check_inputs(config)
-    lock, log_dir = None, os.path.join(config.SAVE, "workers")
-    if where["nodes"] == 1:
-        lock = RunLock(config.SAVE, LAUNCHER, resume=config.MODEL.RESUME)
-    else:  # only the machine of rank 0 locks the folder, and each has its own logs in it
-        log_dir = os.path.join(log_dir, f"{socket.gethostname()}-{os.getpid()}")
-    launched = LaunchedRun(command, log_dir=log_dir, **where)
-    status, message = launched.wait(partial(append_to_log, config.SAVE))
-    if lock is not None:
-        lock.release()
+    with contextlib.ExitStack() as stack:
+        folder = config.SAVE or stack.enter_context(tempfile.TemporaryDirectory(prefix="replknet-"))
+        log_dir = os.path.join(folder, "workers")
+        if where["nodes"] > 1:  # the machine of rank 0 locks the folder, and each has its own logs
+            log_dir = os.path.join(log_dir, f"{socket.gethostname()}-{os.getpid()}")
+        elif config.SAVE is not None:
+            lock = RunLock(folder, LAUNCHER, resume=config.MODEL.RESUME)
+            stack.callback(lock.release)
+        launched = LaunchedRun(command, log_dir=log_dir, **where)
+        status, message = launched.wait(partial(append_to_log, folder))
     if status in STOPPED and not message:
         message = how_to_resume(config, where["processes"])
     return status, message
@@ -200,14 +240,14 @@ def run_here(args, config) -> tuple[int, str]:
     if backend is not None:
         build = task_of(config).network
         open_network = partial(open_for_evaluation, name=backend, build=build)
-    report = None if args.report is None else partial(write_evaluation, args.report)
+    report = None if args.report is None else partial(write_evaluation, args.report, args.overwrite)
     try:
         run_config(config, task=task_of(config), open_network=open_network, report=report)
     except PeerLost as error:
         if another_failed():  # and has said why
             return 1, ""
         wait_to_be_ended()
-        if rank() == 0:
+        if rank() == 0 and config.SAVE is not None:
             append_to_log(config.SAVE, f"error: {error}")
         raise
     except DivergedError as error:
@@ -228,7 +268,9 @@ def task_of(config):
     return CLASSIFICATION
 
 
-def write_evaluation(folder: str, outcomes, *, config, class_names, dataset) -> None:
+def write_evaluation(
+    folder: str, overwrite: bool, outcomes, *, config, class_names, dataset
+) -> None:
     """Write the report of an evaluation, whose `outcomes` have the answers image by image."""
     from replknet_paddle.data.transforms.image import to_rgb
     from replknet_paddle.deploy.report import Evaluated, write_report
@@ -243,7 +285,7 @@ def write_evaluation(folder: str, outcomes, *, config, class_names, dataset) -> 
         path=dataset.path,
         picture=lambda index: dataset.read(0, index, lambda image, _: to_rgb(image).copy()),
     )
-    write_report(folder, evaluated)
+    write_report(folder, evaluated, overwrite=overwrite)
 
 
 def how_to_resume(config, processes: int) -> str:
@@ -277,9 +319,10 @@ def read_config(args):
     return config_from(args, checkpoint, reads_data=True)
 
 
-def default_run_folder(config) -> str:
+def default_run_folder(config) -> str | None:
     """Return the run folder of MODEL.RESUME, or a new one, whose process id keeps apart runs that
-    start in the same second. Several machines, whose clocks and processes differ, need -output."""
+    start in the same second; None for an evaluation. Several machines, whose clocks and processes
+    differ, need -output."""
     from replknet_paddle.checkpoints.run_folder import run_folder_of
 
     if config.MODEL.RESUME is not None:  # not auto, which needs SAVE
@@ -292,9 +335,10 @@ def default_run_folder(config) -> str:
             f"NNODES is {nodes} and there is no -output; give it on each machine, a folder that "
             "they share"
         )
-    kind = "eval" if config.EVAL else "train"
+    if config.EVAL:
+        return None
     now = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    return os.path.join("output", f"{config.MODEL.NAME}-{kind}-{now}")
+    return os.path.join("output", f"{config.MODEL.NAME}-train-{now}")
 
 
 def processes_from_environment(nproc: str | None) -> dict:
@@ -333,26 +377,13 @@ def whole_number(name: str, value: str | int, least: int = 0) -> int:
 
 def check_inputs(config) -> None:
     """Check the input once, so that not every process reports the same mistake."""
+    from replknet_paddle.zoo import is_published
+
     path = config.MODEL.RESUME or config.MODEL.PRETRAINED
-    if path not in (None, "auto", RANDOM) and not os.path.exists(path):
+    if path not in (None, "auto", RANDOM) and not (os.path.exists(path) or is_published(path)):
         raise FileNotFoundError(
             f"no checkpoint {searched_weights(path)}; docs/model_zoo.md says where the published "
             "ones are"
         )
     for is_train in [False] if config.EVAL else [True, False]:
         task_of(config).dataset(config, is_train)
-
-
-add_eval_flags = add_train_flags
-
-
-def run_eval(args) -> int:
-    """Evaluate -pretrained on every visible device, each image exactly once.
-
-    `replknet train -eval` does the same.
-
-    example: replknet eval -pretrained=output/RUN/best -data_path=data/digits --report report
-    """
-    args.eval = True
-    args.argv = ["-eval", *args.argv]  # for the processes that are started
-    return run_train(args)

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from replknet_paddle.data.class_names import CLASS_NAMES_FILE, class_names_text
 from replknet_paddle.data.lists import IGNORED, LIST_FILES
 from replknet_paddle.data.transforms.image import FORMATS
-from replknet_paddle.runtime.errors import InputError, counted
+from replknet_paddle.runtime.errors import InputError, counted, did_you_mean
 from replknet_paddle.runtime.files import atomic_file, file_sha256, write_text
 from replknet_paddle.runtime.packages import import_extra
 
@@ -262,7 +262,8 @@ def _labelled(
     labels = {name: label for label, name in enumerate(classes)}
     for name, images in folders.items():
         if images and name not in labels:
-            raise InputError(f"{os.path.join(root, part, name)}: no such class in training")
+            near = did_you_mean(name, classes)
+            raise InputError(f"{os.path.join(root, part, name)}: no such class in training{near}")
     return [(image, labels[name]) for name, images in folders.items() for image in images]
 
 

@@ -25,6 +25,7 @@ import paddle
 from paddle import inference, nn
 
 from replknet_paddle import zoo
+from replknet_paddle.config import is_yaml
 from replknet_paddle.data.class_names import get_class_names
 from replknet_paddle.deploy.export import (
     AGAIN,
@@ -296,13 +297,13 @@ def open_backend(
     """Return `source` ready to run.
 
     Args:
-        source: an export folder; a checkpoint, a run folder, or the name of a published model; or
-            a network, which keeps its mode and its numbers. `eager` runs this very network: its
-            convolutions become the compiled operators where MODEL.CONV_IMPL says so.
+        source: an export folder; a checkpoint, a run folder, the name of a published model, or a
+            YAML file whose MODEL.PRETRAINED names one of these; or a network, which keeps its mode
+            and its numbers. `eager` runs this very network: its convolutions become the compiled
+            operators where MODEL.CONV_IMPL says so.
         name: a backend, or `auto` for the fastest installed one that can run `source`, which is
             measured the first time.
-        config: of a network or checkpoint, instead of the one that it carries; exports and
-            published models have theirs.
+        config: instead of the one that `source` carries; exports keep theirs.
         threads: that compute, on CPU; None for the cores that this process may use, divided among
             the processes of the run on this machine. Without effect on `eager`, whose compiled
             operators take their number from LARGE_KERNEL_THREADS, and Paddle's own from
@@ -339,7 +340,8 @@ def open_backend(
         else:
             model = source
             if not is_network:
-                pretrained = True if config is None else source
+                has_own = config is None or is_yaml(source)  # its MODEL.PRETRAINED
+                pretrained = True if has_own else source
                 model = zoo.open_network(config or source, pretrained=pretrained, build=build)
             config = config or getattr(model, "config", None)
             if config is None:
@@ -442,10 +444,10 @@ def check_is_there(source: str | os.PathLike, *, with_config: bool) -> None:
             f"no model {searched_weights(source)}; allowed: an exported folder, a run folder, a "
             f"checkpoint in one, or one of {', '.join(zoo.list_models())}{zoo.nearest(source)}"
         )
-    if with_config and (is_published or is_export(source)):
+    if with_config and not is_published and not is_yaml(source) and is_export(source):
         raise InputError(
-            f"a configuration (-cfg, -opts) for {source}, which is not a checkpoint or run folder; "
-            "allowed: for these alone, since an export and a published model have theirs"
+            f"a configuration (-cfg, -opts) for {source}, an export, which is as it was made; "
+            "allowed: for checkpoints, run folders and published models"
         )
 
 

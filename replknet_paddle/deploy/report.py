@@ -58,6 +58,8 @@ img { max-width: 100%; } figure { margin: 0 0 1rem; }
 figcaption { color: #555; font-size: .9rem; overflow-wrap: anywhere; }
 """
 
+REPORT_FILE = "report.html"
+
 
 @dataclass(frozen=True)
 class Evaluated:
@@ -73,17 +75,21 @@ class Evaluated:
     picture: Callable[[int], Image.Image]  # RGB, as the network sees it
 
 
-def write_report(folder: str | os.PathLike, evaluated: Evaluated) -> None:
-    """Write the report to `folder`, new or empty, which appears when it is whole."""
-    check_new_folder(folder)
+def write_report(
+    folder: str | os.PathLike, evaluated: Evaluated, *, overwrite: bool = False
+) -> None:
+    """Write the report to `folder`, new or empty or, to `overwrite`, with an earlier report, which
+    appears when it is whole."""
+    replaces = REPORT_FILE if overwrite else None
+    check_new_folder(folder, replaces=replaces)
     target = Path(os.path.realpath(folder))
     with atomic_folder(target) as written:
         sections = [_classes(written, evaluated), _matrix(written, evaluated)]
         sections += [_confusions(evaluated), _mistakes(written, evaluated)]
-        with atomic_file(written / "report.html", errors="replace") as file:
+        with atomic_file(written / REPORT_FILE, errors="replace") as file:
             file.write(_page(evaluated, "\n".join(sections)))
-        check_new_folder(target)  # what came meanwhile
-    logger.info("report: %s", os.path.join(folder, "report.html"))
+        check_new_folder(target, replaces=replaces)  # what came meanwhile
+    logger.info("report: %s", os.path.join(folder, REPORT_FILE))
 
 
 def _page(evaluated: Evaluated, sections: str) -> str:

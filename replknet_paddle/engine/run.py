@@ -50,7 +50,7 @@ from replknet_paddle.optim.ema import ModelEma
 from replknet_paddle.optim.optimizer import load_optimizer_state, optimizer_state
 from replknet_paddle.optim.schedule import base_learning_rate
 from replknet_paddle.runtime import processes
-from replknet_paddle.runtime.errors import InputError, SystemFault
+from replknet_paddle.runtime.errors import InputError, SystemFault, counted
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def run(
     """Train or evaluate as `config` says, in this process and those launched beside it.
 
     Args:
-        config: of config.py, with SAVE, the run folder, set.
+        config: of config.py; SAVE is the run folder, without which an evaluation writes nothing.
         task: what the network is for: this one, or another class with its methods.
         open_network: config -> what to evaluate instead of the network in Paddle's eager mode, with
             the weights of MODEL.PRETRAINED: a layer with the network's inputs and outputs.
@@ -93,12 +93,12 @@ def run(
         gpu_choice.start_run({})
         paddle.seed(processes.random_seed(config.SEED))
         logger.info(
-            "%s, %d process(es) on %s, Paddle %s, run folder %s",
+            "%s, %s on %s, Paddle %s%s",
             config.MODEL.NAME,
-            processes.world_size(),
+            counted(processes.world_size(), "process"),
             paddle.device.get_device(),
             paddle.__version__,
-            config.SAVE,
+            "" if config.SAVE is None else f", run folder {config.SAVE}",
         )
         if config.AMP and not processes.on_gpu():
             logger.warning("-amp has no effect on CPU: computing in float32")

@@ -203,13 +203,15 @@ class LogFile(logging.FileHandler):
 class RunLog:
     """Writes one run's folder and console. Ranks other than 0 log only errors, to the console.
 
-    Nothing is written to disk before `open`, which is called once all input has been checked.
+    Nothing is written to disk before `open`, which is called once all input has been checked, and
+    nothing at all where there is no folder.
     """
 
-    def __init__(self, folder: str, *, resume: str | None = None, is_main: bool):
+    def __init__(self, folder: str | None, *, resume: str | None = None, is_main: bool):
         self.folder, self.resume, self.is_main = folder, resume, is_main
+        self.writes = is_main and folder is not None
+        self.metrics_file = os.path.join(folder or "", "metrics.jsonl")
         self.file = self.step_file = self.visualdl = self.run_lock = None
-        self.metrics_file = os.path.join(folder, "metrics.jsonl")
         self.early = logging.handlers.MemoryHandler(capacity=10**6, flushOnClose=False)
         self.console = Console(is_main=is_main)
         root = logging.getLogger()
@@ -227,7 +229,9 @@ class RunLog:
         To be called before it is read which checkpoint is the newest: a run that is just ending
         may still write one. A folder that does not exist yet is locked by `open`.
         """
-        if self.is_main and self.run_lock is None and (makes_folder or os.path.isdir(self.folder)):
+        if not self.writes or self.run_lock is not None:
+            return
+        if makes_folder or os.path.isdir(self.folder):
             part = LAUNCHED if is_launched() else ALONE
             self.run_lock = RunLock(self.folder, part, resume=self.resume)
 
@@ -236,7 +240,7 @@ class RunLog:
         the classes, where there are any, in class_names.txt."""
         root = logging.getLogger()
         root.removeHandler(self.early)
-        if not self.is_main:
+        if not self.writes:
             return
         self.lock(makes_folder=True)
         try:
@@ -276,7 +280,7 @@ class RunLog:
 
     def write_metrics(self, record: dict) -> None:
         """Append one object to metrics.jsonl, and its numbers to VisualDL's scalars."""
-        if not self.is_main:
+        if not self.writes:
             return
         append_whole(self.metrics_file, json_text(record) + "\n")
         if self.visualdl is not None:

@@ -36,6 +36,7 @@ from replknet_paddle.data.lists import shifted_folders
 from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.errors import InputError, SystemFault, counted
 from replknet_paddle.runtime.files import file_sha256, searched_weights
+from replknet_paddle.zoo import weights_file
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +68,10 @@ def find_start(config, *, is_opened: bool = False) -> Start:
     if config.MODEL.PRETRAINED in (None, RANDOM):
         return Start()
     # 3. An export, which a backend opens.
-    path = from_rank_0(lambda: checkpoint_path(config.MODEL.PRETRAINED))
-    if is_opened and os.path.isdir(path):
+    if is_opened and os.path.isdir(checkpoint_path(config.MODEL.PRETRAINED)):
         return Start()
     # 4. The weights of a file, to evaluate them or to start from them; with its classes or others.
+    path = from_rank_0(lambda: weights_file(config.MODEL.PRETRAINED))
     wait_for_file(path)
     file = CheckpointFile(path)
     has_new_head = config.MODEL.DROP_HEAD and not config.EVAL

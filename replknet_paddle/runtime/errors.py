@@ -31,7 +31,7 @@ class PeerLost(SystemFault):
 
 def counted(count: int, noun: str) -> str:
     """Return a count of things for a message: "1 class", "2 classes", "0 images"."""
-    return f"{count} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
+    return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 def did_you_mean(word: str, allowed: Iterable[str], place: str = "") -> str:

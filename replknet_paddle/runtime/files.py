@@ -232,25 +232,27 @@ def file_sha256(path: Path_) -> str:
 
 def check_file_target(path: Path_, suffixes: Sequence[str] = (), *, must_be_new=False) -> None:
     """Raise, before work starts, where the file `path` cannot be written, does not end in one of
-    the `suffixes`, where there are any, or is to be new and exists."""
+    the `suffixes`, where there are any, or exists though it `must_be_new`."""
     path = os.fspath(path)
     if suffixes and os.path.splitext(path)[1].lower() not in suffixes:
         raise InputError(f"{path}: the name must end in {' or '.join(suffixes)}")
     if os.path.isdir(path):
         raise InputError(f"{path} is a folder; name a file")
     if must_be_new and os.path.lexists(path):
-        raise InputError(f"{path} exists; name a new file")
+        raise InputError(f"{path} exists; name a new file, or replace it by -overwrite")
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"no folder {folder} to write {os.path.basename(path)} into")
     check_place_is_writable(folder)
 
 
-def check_new_folder(path: Path_) -> None:
-    """Raise InputError, before work starts, where `path` is no empty folder and cannot be one."""
+def check_new_folder(path: Path_, *, replaces: str | None = None, is_kept: bool = False) -> None:
+    """Raise InputError, before work starts, where `path` is no empty folder and cannot be one; a
+    folder may hold something where it `is_kept`, or has a file `replaces`."""
     if os.path.isdir(path):
-        if os.listdir(path):
-            raise InputError(f"folder {path} is not empty; name a new one")
+        is_replaced = replaces is not None and os.path.isfile(os.path.join(path, replaces))
+        if not is_kept and not is_replaced and os.listdir(path):
+            raise InputError(f"folder {path} is not empty; name a new one, or add -overwrite")
     elif os.path.lexists(path):
         raise InputError(f"{path} is a file; name a new folder")
     check_place_is_writable(path)

@@ -10,9 +10,16 @@ model = get_model('replknet-31B_3rdparty_in1k', pretrained='my_weights.pth')
 import fnmatch
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+from replknet_paddle.config import (
+    CONFIG_FOLDER,
+    RANDOM,
+    check_class_count,
+    get_config,
+    is_yaml,
+    override,
+)
 from replknet_paddle.runtime.errors import InputError, did_you_mean
 from replknet_paddle.zoo.records import MODELS, PublishedModel
 
@@ -97,8 +104,8 @@ def open_network(
 
     Args:
         source, overrides: as `name` and `overrides` of `get_model`.
-        pretrained: True for the weights of `source`; False for fresh ones; or a run folder or
-            checkpoint file.
+        pretrained: True for the weights of `source` or, of a YAML file or configuration, those of
+            its MODEL.PRETRAINED; False for fresh ones; or what `weights_file` takes.
         weights: as of `get_model`; None for MODEL.PRETRAINED_WEIGHTS.
         drop_head: a head of another size stays fresh.
         build: configuration -> network; None for classifiers alone.
@@ -106,25 +113,21 @@ def open_network(
     # Here because they import Paddle, which takes seconds that `list_models` can do without.
     from replknet_paddle.checkpoints.checkpoint_file import CheckpointFile
     from replknet_paddle.checkpoints.load import load_pretrained
-    from replknet_paddle.checkpoints.run_folder import checkpoint_path, config_of
-    from replknet_paddle.config import CONFIG_FOLDER, check_class_count, get_config, override
+    from replknet_paddle.checkpoints.run_folder import config_of
     from replknet_paddle.model import build_replknet
-    from replknet_paddle.zoo.download import fetch
 
     if not isinstance(pretrained, (bool, str, os.PathLike)):
         raise InputError(
             f"pretrained is {pretrained!r}; allowed: True, False, or the path of a checkpoint"
         )
-    record = None
     if not isinstance(source, (str, os.PathLike)):
         config = source
     elif has_weights(source):
         config = config_of(source)
-    elif Path(source).suffix in (".yaml", ".yml"):
+    elif is_yaml(source):
         config = get_config(source)
     else:
-        record = find_record(str(source))
-        config = get_config(CONFIG_FOLDER / record.config)
+        config = config_of_published(source)
     config = override(config, **overrides)
     # Of a segmentation network, `get_model` makes the backbone, for weights of a classifier.
     is_classifier = build is None or build is build_replknet and pretrained is True
@@ -134,19 +137,16 @@ def open_network(
         )
     if build is not build_replknet or config.MODEL.OUT_INDICES is None:
         check_class_count(config)
-    if pretrained is True and record is not None:
-        pretrained = fetch(record)
-    elif pretrained is True:
-        if not has_weights(source):
-            raise InputError(
-                "pretrained=True is for the published models, by name; give the "
-                f"checkpoint file instead. Published: {', '.join(list_models())}"
-            )
-        pretrained = source
+    if pretrained is True:
+        has_own = isinstance(source, (str, os.PathLike)) and not is_yaml(source)
+        pretrained = source if has_own else config.MODEL.PRETRAINED
+        pretrained = False if pretrained == RANDOM else pretrained
+    if pretrained is not False:
+        path = weights_file(pretrained)
     model = (build or build_replknet)(config)
     model.class_names = None
     if pretrained is not False:
-        file = CheckpointFile(checkpoint_path(pretrained))
+        file = CheckpointFile(path)
         weights = weights or config.MODEL.PRETRAINED_WEIGHTS
         load_pretrained(model, file, weights=weights, drop_head=drop_head)
         model.class_names = None if drop_head else file.classes.names_for(config)
@@ -154,11 +154,37 @@ def open_network(
     return model
 
 
+def weights_file(source: str | os.PathLike | None) -> str:
+    """Return the checkpoint file of `source`: a published model, whose weights are downloaded where
+    the cache has none; a run folder; or such a file."""
+    from replknet_paddle.checkpoints.run_folder import checkpoint_path
+    from replknet_paddle.zoo.download import fetch
+
+    if source in (None, RANDOM):
+        raise InputError(
+            f"no weights: MODEL.PRETRAINED is {source}; name a checkpoint, a run folder, or one of "
+            f"{', '.join(list_models())}"
+        )
+    if is_published(source):
+        return os.fspath(fetch(find_record(str(source))))
+    path = checkpoint_path(source)
+    if os.path.isdir(path):
+        raise InputError(
+            f"{path} is a folder without a checkpoint; allowed: a run folder, a checkpoint file, "
+            "or a published name (an export folder runs, but its weights cannot be loaded)"
+        )
+    return path
+
+
+def config_of_published(name: str | os.PathLike):
+    """Return the configuration of a published model."""
+    return get_config(CONFIG_FOLDER / find_record(str(name)).config)
+
+
 def has_weights(source) -> bool:
     """Return whether `source` is the path of a run folder or checkpoint file."""
     is_path = isinstance(source, (str, os.PathLike)) and os.path.exists(source)
-    is_yaml = is_path and Path(source).suffix in (".yaml", ".yml")
-    return is_path and not is_yaml and not is_published(source)
+    return is_path and not is_yaml(source) and not is_published(source)
 
 
 def is_published(name) -> bool:

@@ -68,9 +68,9 @@ def test_one_changed_bit_is_found(damaged, reader):
 @pytest.mark.parametrize(
     "line",
     [
-        "export -pretrained {source} {out}",
-        "merge -pretrained {source} {out}.safetensors",
-        "convert {source} {out}.safetensors",
+        "export {source} -output {out}",
+        "merge {source} -output {out}.safetensors",
+        "convert {source} -output {out}.safetensors",
     ],
 )
 def test_commands_refuse_it(damaged, tmp_path, capsys, line):
@@ -90,7 +90,8 @@ def test_evaluation_and_fine_tuning_refuse_it(damaged, tiny_data, tmp_path, flag
 
 
 @pytest.mark.parametrize(
-    "line", ["merge -pretrained {source} {copy}", "convert {source} {copy} -to official", None]
+    "line",
+    ["merge {source} -output {copy}", "convert {source} -output {copy} -to official", None],
 )
 def test_a_file_copied_out_of_its_run_folder_explains_itself(run_folder, tmp_path, line):
     source, copy = run_folder / "best", tmp_path / "elsewhere" / "copy.safetensors"

@@ -1,6 +1,5 @@
 """Any flags with any values: a command does its work, or says in one message why it does not."""
 
-import argparse
 import contextlib
 import io
 import re
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from tiny import FIXTURES, TINY, make_data
 
 from replknet_paddle.commands import COMMANDS, command_function, run_command
+from replknet_paddle.commands.flags import CommandParser
 from replknet_paddle.config_keys import KEYS
 
 PICTURE = str(FIXTURES / "images" / "landscape_499x375.jpg")
@@ -21,21 +21,24 @@ TRAIN = ["-cfg=tiny.yaml", "-data_path=data", "-output=new", "-nproc=1", "-print
 # Words that each command works with, in a folder of these files.
 LINES = {
     "train": TRAIN,
-    "eval": [*TRAIN, "-pretrained=run/best"],
-    "predict": ["run", PICTURE, "-backend=eager", "--out=new.csv"],
-    "export": ["-pretrained=run/best", "new", "-validation_images=0"],
-    "merge": ["-pretrained=run/best", "new.safetensors"],
-    "convert": ["run/best", "new.safetensors"],
+    "eval": [*TRAIN, "run/best"],
+    "predict": ["run", PICTURE, "-backend=eager", "-output=new.csv"],
+    "export": ["run/best", "-output=new", "-validation_images=0"],
+    "merge": ["run/best", "-output=new.safetensors"],
+    "convert": ["run/best", "-output=new.safetensors"],
     "make-lists": ["data"],
     "check-data": ["data", "-workers=1"],
     "make-shapes": ["new", "-count=5"],
-    "model-info": ["-cfg=tiny.yaml"],
-    "plot": ["run", "--out=new.png"],
-    "erf": ["data/val", "-pretrained=run/best", "-num_images=1", "-input_size=32", "-out=new.npy"],
-    "kernels": ["-pretrained=run/best", "-out=new.png"],
+    "model-info": ["tiny.yaml"],
+    "plot": ["run", "-output=new.png"],
+    "erf": ["run/best", "data/val", "-num_images=1", "-image_size=32", "-output=new.npy"],
+    "kernels": ["run/best", "-output=new.png"],
+    "segment eval": [*TRAIN, "run/best"],
+    "segment predict": ["run", PICTURE, "-backend=eager", "-output=new"],
 }
-# Starts a server, builds libraries, measures, has actions of its own, or takes no flag.
-LEFT_OUT = {"page", "build", "benchmark", "segment", "make-digits"}
+# Starts a server, builds libraries, measures, trains for long, or takes no flag.
+LEFT_OUT = {"page", "build", "make-digits", "segment train"}
+LEFT_OUT |= {name for name in COMMANDS if name.startswith("benchmark")}
 
 VALUES = st.one_of(
     st.integers(1, 5).map(str),
@@ -49,8 +52,8 @@ VALUES = st.one_of(
 )
 
 
-def parser_of(name: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser()
+def parser_of(name: str) -> CommandParser:
+    parser = CommandParser(name)
     command_function(name, "add_{}_flags")(parser)
     return parser
 

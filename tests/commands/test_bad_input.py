@@ -25,9 +25,9 @@ NANO = f"-cfg={ROOT}/configs/replknet_nano.yaml"
 CFG = "train -cfg={f}/tiny.yaml -data_path={f}/data"
 RUN = CFG + " -output={f}/run"
 EVAL = " -eval -pretrained=random"
-EXPORT = "export -pretrained={f}/made/best"
+EXPORT = "export {f}/made/best"
 INT8 = EXPORT + " -format onnx -precision int8"
-MERGE = "merge -cfg={f}/tiny31.yaml -pretrained="
+MERGE = "merge -cfg={f}/tiny31.yaml "
 WEIGHTS = "{x}/tiny31_paddlevit.pdparams"
 PREDICT = "predict {f}/made"
 EVAL_EXPORT = "eval -cfg={f}/made/config.yaml -data_path={f}/data -pretrained={f}/exported"
@@ -40,16 +40,16 @@ CASES = [
     *[(f"{line}=", f"{line.rpartition('-')[2]} is empty; give a value")
       for line in ("train -cfg", "eval -pretrained", RUN + " -output", RUN + " -pretrained",
                    "predict {f}/made {p} -cfg", "page {f}/made --port={port} -cfg",
-                   "export {f}/new -pretrained", "merge {f}/new.safetensors -pretrained",
-                   "model-info -cfg",
-                   "convert {f}/made/best {f}/new.safetensors -cfg", "benchmark inference -cfg",
-                   "check-data {f}/data -report", "make-lists {f}/data -val",
-                   "erf {x}/images -out", "kernels -pretrained={f}/made/best -out",
+                   "export {f}/made -output", "merge {f}/made -output",
+                   "convert {f}/made -output {f}/new.safetensors -cfg", "benchmark inference -cfg",
+                   "check-data {f}/data -output", "make-lists {f}/data -val",
+                   "erf {f}/made {x}/images -output", "kernels {f}/made/best -output",
                    "segment train -cfg", "segment predict {f}/made {p} -output",
                    EVAL_EXPORT + " -backend")],
     *[(line, says) for line, says in (
         ("predict '' {p}", "model is empty"), ("predict {f}/made ''", "images is empty"),
-        ("page ''", "model is empty"), ("make-digits ''", "folder is empty"),
+        ("page ''", "model is empty"), ("model-info ''", "model is empty"),
+        ("make-digits ''", "folder is empty"),
         ("plot {f}/made ''", "runs is empty"), (PREDICT + " {p} --save-pictures=", "is empty"))],
     (RUN + " -opts SAVE ''", "SAVE is ''; allowed: text, or None"),
     ("train -eval", "no configuration; give one by -cfg, e.g. -cfg=configs/replknet_31b.yaml"),
@@ -128,22 +128,22 @@ CASES = [
                    f"train -nproc=2 {NANO} -resume=weights/p4")],
     # exports
     *[(EXPORT + line, says) for line, says in (
-        (" -format tflite {f}/new", "allowed: paddle, onnx"),
-        (" -precision fp8 {f}/new", "allowed: fp32, fp16, bf16, int8"),
-        (" -precision int8 {f}/new", "allowed: -format onnx"),
-        (" -cfg {f}/other_run.yaml {f}/new", "does not fit"),
-        (" {f}/full", "not an earlier export"),
-        (" {f}/no/where", "no folder"),
-        (" -class_names {f}/names.txt {f}/new", "has 3 lines"),
-        (" -class_names {f}/latin.txt {f}/new", "UTF-8"),
-        (" -class_names {f}/none.txt {f}/new", "none.txt"),
+        (" -format tflite -output {f}/new", "allowed: paddle, onnx"),
+        (" -precision fp8 -output {f}/new", "allowed: fp32, fp16, bf16, int8"),
+        (" -precision int8 -output {f}/new", "allowed: -format onnx"),
+        (" -cfg {f}/other_run.yaml -output {f}/new", "does not fit"),
+        (" -output {f}/full", "not an earlier export"),
+        (" -output {f}/no/where", "no folder"),
+        (" -class_names {f}/names.txt -output {f}/new", "has 3 lines"),
+        (" -class_names {f}/latin.txt -output {f}/new", "UTF-8"),
+        (" -class_names {f}/none.txt -output {f}/new", "none.txt"),
         (" -validation_images -1 {f}/new", "-validation_images -1"),
     )],
-    (INT8 + " -data_path {f}/no_data {f}/new", "no_data"),
-    (INT8 + " -calibration_images 0 {f}/new", "calibration_images 0"),
-    (INT8 + " -validation_images 0 {f}/new", "-validation_images 0; al"),
-    ("export -pretrained {f}/nowhere {f}/new", "nowhere"),
-    ("export -pretrained {f}/empty_run {f}/new", "neither"),
+    (INT8 + " -data_path {f}/no_data -output {f}/new", "no_data"),
+    (INT8 + " -calibration_images 0 -output {f}/new", "calibration_images 0"),
+    (INT8 + " -validation_images 0 -output {f}/new", "-validation_images 0; al"),
+    ("export {f}/nowhere -output {f}/new", "nowhere"),
+    ("export {f}/empty_run -output {f}/new", "neither"),
     *[(EVAL_EXPORT + flags, says) for flags, says in (
         (" -backend=tensorrt", "allowed: auto, eager, paddle"),
         (" -backend=onnxruntime", "format paddle"),
@@ -152,34 +152,35 @@ CASES = [
     )],
     # merged and converted files
     *[(MERGE + line, says) for line, says in (
-        ("{f}/nowhere {f}/new.safetensors", "nowhere"),
-        (WEIGHTS + " -cfg {f}/no.yaml {f}/new.safetensors", "no.yaml"),
-        (WEIGHTS + " -cfg {f}/wrong.yaml {f}/new.safetensors", "MODEL.NAME"),
-        (WEIGHTS + " -cfg {f}/other.yaml {f}/new.safetensors", "tiny31_paddlevit"),
-        (WEIGHTS + " -cfg {f}/classes.yaml {f}/new.safetensors", "head"),
-        ("{f}/garbage.pdparams {f}/new.safetensors", "garbage.pdparams"),
-        ("{f}/empty.pdparams {f}/new.safetensors", "empty.pdparams"),
-        ("{f}/cut.pdparams {f}/new.safetensors", "cut.pdparams"),
-        ("{f}/full {f}/new.safetensors", "full"),
-        ("{x}/tinyxl_paddlevit.pdparams {f}/new.safetensors", "tinyxl_paddlevit"),
-        ("{x}/tinyxl_paddlevit.pdparams {f}/older.safetensors", "fit"),
-        (WEIGHTS + " {f}/nowhere/out.safetensors", "nowhere"),
-        (WEIGHTS + " {f}/file/out.safetensors", "file"),
-        (WEIGHTS + " {f}/folder.safetensors", "folder.safetensors"),
-        (WEIGHTS + " {f}/out.pdparams", ".safetensors"),
+        ("{f}/nowhere -output {f}/new.safetensors", "nowhere"),
+        (WEIGHTS + " -cfg {f}/no.yaml -output {f}/new.safetensors", "no.yaml"),
+        (WEIGHTS + " -cfg {f}/wrong.yaml -output {f}/new.safetensors", "MODEL.NAME"),
+        (WEIGHTS + " -cfg {f}/other.yaml -output {f}/new.safetensors", "tiny31_paddlevit"),
+        (WEIGHTS + " -cfg {f}/classes.yaml -output {f}/new.safetensors", "head"),
+        ("{f}/garbage.pdparams -output {f}/new.safetensors", "garbage.pdparams"),
+        ("{f}/empty.pdparams -output {f}/new.safetensors", "empty.pdparams"),
+        ("{f}/cut.pdparams -output {f}/new.safetensors", "cut.pdparams"),
+        ("{f}/full -output {f}/new.safetensors", "full"),
+        ("{x}/tinyxl_paddlevit.pdparams -output {f}/new.safetensors", "tinyxl_paddlevit"),
+        ("{x}/tinyxl_paddlevit.pdparams -output {f}/older.safetensors", "safetensors exists"),
+        ("{x}/tinyxl_paddlevit.pdparams -overwrite -output {f}/older.safetensors", "fit"),
+        (WEIGHTS + " -output {f}/nowhere/out.safetensors", "nowhere"),
+        (WEIGHTS + " -output {f}/file/out.safetensors", "file"),
+        (WEIGHTS + " -output {f}/folder.safetensors", "folder.safetensors"),
+        (WEIGHTS + " -output {f}/out.pdparams", ".safetensors"),
     )],
-    ("merge -pretrained {f}/nowhere {f}/new.safetensors", "nowhere"),
-    (f"merge -pretrained {WEIGHTS} {{f}}/new.safetensors", "-cfg"),
+    ("merge {f}/nowhere -output {f}/new.safetensors", "nowhere"),
+    (f"merge {WEIGHTS} -output {{f}}/new.safetensors", "-cfg"),
     *[(f"convert {line} -cfg={{f}}/tiny31.yaml", says) for line, says in (
-        ("{x}/tiny31_official.pth {f}/x.pth", "allowed: .safetensors, .pdparams"),
-        ("{x}/tiny31_official.pth {f}/x.pdparams -to official", "native names"),
-        ("{x}/tinyxl_official.pth {f}/x.pdparams", "MODEL.DW_RATIO: 1.5"),
-        ("{x}/tiny31_official_merged.pth {f}/x.pdparams", "_KERNEL_MERGED: True"),
-        ("{f}/absent.pth {f}/x.pdparams", "no such file"),
-        ("{x}/tiny31_official.pth {f}/absent/x.pdparams", "no folder"),
-        ("{x}/tiny31_official.pth {f}/x.pdparams -opts MODEL.NAMES x", "NAMES"),
+        ("{x}/tiny31_official.pth -output {f}/x.pth", "allowed: .safetensors, .pdparams"),
+        ("{x}/tiny31_official.pth -output {f}/x.pdparams -to official", "native names"),
+        ("{x}/tinyxl_official.pth -output {f}/x.pdparams", "MODEL.DW_RATIO: 1.5"),
+        ("{x}/tiny31_official_merged.pth -output {f}/x.pdparams", "_KERNEL_MERGED: True"),
+        ("{f}/absent.pth -output {f}/x.pdparams", "no such file"),
+        ("{x}/tiny31_official.pth -output {f}/absent/x.pdparams", "no folder"),
+        ("{x}/tiny31_official.pth -output {f}/x.pdparams -opts MODEL.NAMES x", "NAMES"),
     )],
-    ("convert {x}/tiny31_official.pth {f}/x.pdparams", "-cfg"),
+    ("convert {x}/tiny31_official.pth -output {f}/x.pdparams", "-cfg"),
     # predictions
     ("predict {f}/nowhere {p}", "no model {f}/nowhere; allowed: "),
     ("predict {f}/no_record {p}", "neither best nor last is there"),
@@ -194,9 +195,12 @@ CASES = [
         (line_of % "few_classes", "shape (1, 4), which does not fit MODEL.NUM_CLASSES 2;"),
     )],
     ("predict {p} {p}", "{p}"),
-    ("predict {f}/exported {p} -cfg=x.yaml", "not a checkpoint or run folder"),
-    ("predict {f}/exported {p} -opts SEED 1", "is not a checkpoint"),
-    ("predict replknet-31b-1k-224 {p} -opts SEED 1", "published model"),
+    ("predict {f}/exported {p} -cfg={f}/tiny.yaml", "an export, which is as it was made"),
+    ("predict {f}/exported {p} -opts SEED 1", "an export, which is as it was made"),
+    ("predict {f}/tiny.yaml {p}", "no weights: MODEL.PRETRAINED is None; name a checkpoint, a run"),
+    ("predict {f}/tiny.yaml {p} -cfg={f}/other.yaml", "-cfg {f}/other.yaml; allowed: one"),
+    ("eval {f}/made -pretrained={f}/other -data_path={f}/data", "allowed: one of them"),
+    ("predict replknet-31b-1k-225 {p}", "did you mean replknet-31b-1k-224?"),
     *[(PREDICT + line, says) for line, says in (
         (" {f}/nowhere.png", "no image, folder or pattern {f}/nowhere.png"),
         (" '{f}/*.gif'", "no file matches {f}/*.gif"),
@@ -204,14 +208,14 @@ CASES = [
         (" {f}/names.txt", "names.txt: cannot identify it as any of"),
         (" {f}/huge.png", "could be decompression bomb"),
         (" {f}/text.mp4", "OpenCV cannot open it as a film"),
-        (" {p} --topk=0", "--topk is 0; allowed: an integer >= 1"),
+        (" {p} --topk=0", "-topk is 0; allowed: an integer >= 1"),
         (" {p} -batch_size=0", "-batch_size is 0; allowed"),
-        (" {p} --every=-1", "--every is -1.0; allowed"),
-        (" {p} --every=nan", "--every is nan; allowed"),
+        (" {p} --every=-1", "-every is -1.0; allowed"),
+        (" {p} --every=nan", "-every is nan; allowed"),
         (" {p} -backend=fastest", "fastest"),
-        (" {p} --out={f}/r.txt", "must end in .jsonl or .csv"),
-        (" {p} --out={f}/folder.csv", "is a folder"),
-        (" {p} --out={f}/no/r.csv", "no folder"),
+        (" {p} -output={f}/r.txt", "must end in .jsonl or .csv"),
+        (" {p} -output={f}/folder.csv", "is a folder"),
+        (" {p} -output={f}/no/r.csv", "no folder"),
         (" {p} --save-pictures={f}/full", "is not empty"),
         (" {p} --save-pictures={f}/names.txt", "is a file"),
         (" {p} --save-grid={f}/there.png", "there.png exists"),
@@ -220,10 +224,10 @@ CASES = [
         (" {p} -cfg={f}/no.yaml", "no.yaml"),
     )],
     # the page
-    *[(f"page model --port={port}", f"--port is {port}; allowed: an integer from 1 to 65535")
+    *[(f"page model --port={port}", f"-port is {port}; allowed: an integer from 1 to 65535")
       for port in (0, -1, 65536)],
     ("page nowhere --port={port}", "no model nowhere (tried "),
-    ("page {f}/exported --port={port} -opts SEED 1", "which is not a checkpoint or run folder; al"),
+    ("page {f}/exported --port={port} -opts SEED 1", "an export, which is as it was made"),
     # datasets
     ("make-digits {f}/file/digits", "{f}/file"),
     ("make-shapes {f}/run -count 4", "-count is 4; allowed: an integer >= 5"),
@@ -269,7 +273,7 @@ def folder(tmp_path_factory):
         (folder / name).write_text(text)
     Image.new("1", (20_000, 20_000)).save(folder / "huge.png")
     make_run(folder / "made")
-    assert command("export")([f"-pretrained={folder / 'made'}", str(folder / "exported")]) == 0
+    assert command("export")([str(folder / "made"), "-output", str(folder / "exported")]) == 0
     for name in ("no_record", "other_version", "no_json", "no_model", "steering_record"):
         shutil.copytree(folder / "exported", folder / name)
     for name, file, before, after in (
@@ -348,7 +352,7 @@ def test_bad_input_is_one_message_and_nothing_is_written(case, folder, monkeypat
     while re.fullmatch("[A-Z_]+=.*", words[0]):
         monkeypatch.setenv(*words.pop(0).split("=", 1))
     if words[0] == "predict":  # with every output that it could write
-        outputs = {"--out": "r.csv", "--save-pictures": "drawn", "--save-grid": "grid.png"}
+        outputs = {"-output": "r.csv", "--save-pictures": "drawn", "--save-grid": "grid.png"}
         words[3:3] = [f"{flag}={name}" for flag, name in outputs.items() if flag not in line]
     before = snapshot(folder)
     capfd.readouterr()

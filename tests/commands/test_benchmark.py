@@ -34,7 +34,7 @@ def test_summary_and_ratio():
 
 
 def test_train_loop_prints_both_sides_and_their_ratio(tiny_config_file, capsys):
-    status = main(["train_loop", "-cfg", str(tiny_config_file), "--steps", "2", "--rounds", "2"])
+    status = main(["train_loop", str(tiny_config_file), "-steps", "2", "-rounds", "2"])
     out = capsys.readouterr().out
     assert status == 0
     assert "loop: median" in out and "bare: median" in out and "of the bare step's time" in out
@@ -43,7 +43,7 @@ def test_train_loop_prints_both_sides_and_their_ratio(tiny_config_file, capsys):
 
 def test_data_prints_each_pipeline_beside_plain_decoding(capsys):
     photograph = str(FIXTURES / "images" / "landscape_499x375.jpg")
-    arguments = ["data", photograph, "--rounds", "1", "--epochs", "1", "--workers", "1"]
+    arguments = ["data", photograph, "-rounds", "1", "-epochs", "1", "-workers", "1"]
     assert main([*arguments, "-opts", "DATA.IMAGE_SIZE", "32"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "photographs of 500x375 pixels, quality 90" in lines[1]
@@ -65,7 +65,7 @@ def conv_rows(out):
 
 def test_conv_prints_every_pass_and_implementation(operators, capsys, monkeypatch):
     monkeypatch.setattr(conv, "STAGES", ((4, 9, 5), (3, 6, 13)))
-    assert main(["conv", "--shapes", "stages", "--rounds", "1"]) == 0
+    assert main(["conv", "-shapes", "stages", "-rounds", "1"]) == 0
     out = capsys.readouterr().out
     rows = conv_rows(out)
     # Forward has two layers with frozen weights besides.
@@ -84,7 +84,7 @@ def test_conv_on_a_gpu_prints_shares_of_its_measured_rates(capsys, monkeypatch):
     monkeypatch.setattr(conv.paddle.device.cuda, "get_device_name", lambda: "Some GPU")
     monkeypatch.setattr(matmul_conv, "_default_memory_bytes", lambda device: 2**29)
     monkeypatch.setattr(conv, "device_rates", lambda dtype: (1e9, 1e12))
-    assert main(["conv", "--shapes", "stages", "--rounds", "1", "--dtype", "bfloat16"]) == 0
+    assert main(["conv", "-shapes", "stages", "-rounds", "1", "-dtype", "bfloat16"]) == 0
     out = capsys.readouterr().out
     assert "bfloat16, Some GPU: a copy moves 1 GB/s, a product of matrices does 1.0 TFLOP/s" in out
     rows = conv_rows(out)
@@ -102,7 +102,7 @@ def test_useful_work_leaves_taps_outside_the_map_out():
 
 
 def test_network_prints_both_sides_and_the_parts(operators, tiny_config_file, capsys):
-    status = main(["network", "-cfg", str(tiny_config_file), "--rounds", "1", "--step_batch", "2"])
+    status = main(["network", str(tiny_config_file), "-rounds", "1", "-step_batch", "2"])
     out = capsys.readouterr().out
     assert status == 0
     for words in ("forward, batch 1, operators: median", "training step, batch 2, Paddle's own"):
@@ -115,9 +115,9 @@ def test_network_prints_both_sides_and_the_parts(operators, tiny_config_file, ca
 def test_inference_times_each_backend_and_says_how_far_it_is_off(
     tiny_config_file, tmp_path, capsys
 ):
-    files = ["--json", str(tmp_path / "b.json")]
-    flags = ["--backends", "dygraph", "paddle", "--batch_sizes", "1", "2", "--rounds", "1"]
-    assert main(["inference", "-cfg", str(tiny_config_file), *flags, *files]) == 0
+    files = ["-output", str(tmp_path / "b.json")]
+    flags = ["-backends", "dygraph", "paddle", "-batch_sizes", "1", "2", "-rounds", "1"]
+    assert main(["inference", str(tiny_config_file), *flags, *files]) == 0
     out = capsys.readouterr().out
     assert "Paddle" in out and "x eager" in out and "images/s" in out
     content = json.loads((tmp_path / "b.json").read_text())
@@ -138,22 +138,22 @@ def test_inference_times_each_backend_and_says_how_far_it_is_off(
 @pytest.mark.parametrize(
     "flags, says",
     [
-        (["train_loop", "-cfg", "none.yaml"], "no config file none.yaml"),
-        (["data", "photo.jpg", "--rounds", "0"], "--rounds 0"),
-        (["conv", "--rounds", "0"], "--rounds 0"),
-        (["conv", "--dtype", "float16"], "--dtype float16 on CPU; allowed: float32"),
-        (["network", "--rounds", "0"], "--rounds 0"),
-        (["inference"], "-cfg"),
+        (["train_loop", "none.yaml"], "no config file none.yaml"),
+        (["data", "photo.jpg", "-rounds", "0"], "-rounds 0"),
+        (["conv", "-rounds", "0"], "-rounds 0"),
+        (["conv", "-dtype", "float16"], "-dtype float16 on CPU; allowed: float32"),
+        (["network", "-rounds", "0"], "-rounds 0"),
+        (["inference"], "no MODEL"),
         *(
-            (["inference", "-cfg", "TINY", *flags], says)
+            (["inference", "TINY", *flags], says)
             for flags, says in (
-                (["--backends", "tensorrt"], "allowed: eager paddle"),
-                (["--precisions", "fp8"], "--precisions fp8; allowed: fp32 fp16 bf16 int8"),
-                (["--rounds", "0"], "integers >= 1"),
-                (["--batch_sizes", "1", "0"], "integers >= 1"),
+                (["-backends", "tensorrt"], "allowed: eager paddle"),
+                (["-precisions", "fp8"], "-precisions fp8; allowed: fp32 fp16 bf16 int8"),
+                (["-rounds", "0"], "integers >= 1"),
+                (["-batch_sizes", "1", "0"], "integers >= 1"),
                 (["-opts", "MODEL.OUT_INDICES", "[3]"], "MODEL.OUT_INDICES"),
-                (["--json", "b.txt"], "b.txt: the name must end in .json"),
-                (["--json", "nowhere/b.json"], "no folder nowhere"),
+                (["-output", "b.txt"], "b.txt: the name must end in .json"),
+                (["-output", "nowhere/b.json"], "no folder nowhere"),
             )
         ),
     ],
@@ -191,9 +191,9 @@ def test_a_candidate_that_fails_is_reported_and_the_others_are_written(
         return backend
 
     monkeypatch.setattr(inference, "open_backend", open_backend)
-    flags = ["--backends", "onnxruntime", "openvino", "--precisions", "fp32", "bf16"]
-    flags += ["--batch_sizes", "1", "2", "--rounds", "1", "--json", str(tmp_path / "b.json")]
-    assert main(["inference", "-cfg", str(tiny_config_file), *flags]) == 0
+    flags = ["-backends", "onnxruntime", "openvino", "-precisions", "fp32", "bf16"]
+    flags += ["-batch_sizes", "1", "2", "-rounds", "1", "-output", str(tmp_path / "b.json")]
+    assert main(["inference", str(tiny_config_file), *flags]) == 0
     out = capsys.readouterr().out
     assert "left out: openvino in bf16: no such kernel" in out
     assert "left out: onnxruntime in fp32 at batch 2: out of registers" in out
@@ -218,7 +218,7 @@ def test_what_was_measured_is_written_if_a_later_batch_is_interrupted(
         return real(eager, opened, batch, *rest)
 
     monkeypatch.setattr(inference, "time_batch", time_batch)
-    flags = ["--backends", "eager", "--batch_sizes", "1", "2", "--rounds", "1"]
-    flags += ["--json", str(tmp_path / "b.json")]
-    assert main(["inference", "-cfg", str(tiny_config_file), *flags]) == 130
+    flags = ["-backends", "eager", "-batch_sizes", "1", "2", "-rounds", "1"]
+    flags += ["-output", str(tmp_path / "b.json")]
+    assert main(["inference", str(tiny_config_file), *flags]) == 130
     assert [r["batch"] for r in json.loads((tmp_path / "b.json").read_text())["rows"]] == [1]

@@ -1,6 +1,7 @@
 """`replknet erf` and `replknet kernels`: pictures, tables, and a killed run that goes on."""
 
 import os
+import shutil
 import signal
 import time
 from unittest import mock
@@ -38,11 +39,11 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def flags(config_file):
     cfg = str(config_file("tiny31"))
-    return ["-cfg", cfg, "-pretrained", str(WEIGHTS), "-input_size", str(SIZE)]
+    return ["-cfg", cfg, "-image_size", str(SIZE)]
 
 
 def arguments(folder, flags, out, num_images=COUNT):
-    return [str(folder), *flags, "-num_images", str(num_images), "-out", str(out)]
+    return [str(WEIGHTS), str(folder), *flags, "-num_images", str(num_images), "-output", str(out)]
 
 
 def assert_picture(path, panels):
@@ -81,14 +82,21 @@ def official_preparation(model, path):
 
 
 def test_fields_by_products_are_those_by_the_compiled_operator(folder, flags, tmp_path, operators):
-    fields = []
-    for impl in ("matmul", "auto"):
-        out = tmp_path / f"{impl}.npy"
-        chosen = [*flags, "-opts", "MODEL.CONV_IMPL", impl]
-        assert erf(arguments(folder, chosen, out, num_images=2)) == 0
-        fields.append(load_field(out).scores)
-    assert np.linalg.norm(fields[0] - fields[1]) < 0.02 * np.linalg.norm(fields[1])
-    assert not np.array_equal(*fields)
+    """Image by image: a rounding error that turns a ReLU on or off moves a field by percents, which
+    ones depends on the processor."""
+    deviations = []
+    for name in ("1.png", "2.png", "3.png"):
+        (tmp_path / name).mkdir()
+        shutil.copy(folder / name, tmp_path / name)
+        fields = []
+        for impl in ("matmul", "auto"):
+            out = tmp_path / f"{name} {impl}.npy"
+            chosen = [*flags, "-opts", "MODEL.CONV_IMPL", impl]
+            assert erf(arguments(tmp_path / name, chosen, out, num_images=1)) == 0
+            fields.append(load_field(out).scores)
+        assert not np.array_equal(*fields)
+        deviations.append(np.linalg.norm(fields[0] - fields[1]) / np.linalg.norm(fields[1]))
+    assert min(deviations) < 1e-5 and max(deviations) < 0.1
 
 
 def test_fields_are_compared_side_by_side(folder, flags, tmp_path, capsys):
@@ -98,7 +106,7 @@ def test_fields_are_compared_side_by_side(folder, flags, tmp_path, capsys):
     np.save(uniform, np.ones((1024, 1024), np.float32))  # as the official script saves
     both = tmp_path / "both.png"
     capsys.readouterr()
-    assert erf([str(first), str(uniform), "-out", str(both)]) == 0
+    assert erf([str(first), str(uniform), "-output", str(both)]) == 0
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
     assert " ".join(rows["uniform"]) == "- - 459 20.1% 561 30.0% 725 50.1% 1019 99.0%"
     assert rows["first"][:2] == ["2", "0"]
@@ -135,13 +143,14 @@ def test_a_killed_run_goes_on_and_gives_the_same_array(folder, flags, tmp_path, 
     [
         (lambda a: [*a, "-num_images", "9"], "there are 8 images; 9 are needed"),
         (lambda a: [*a, "-num_images", "0"], "-num_images is 0"),
-        (lambda a: [*a, "-input_size", "16"], "-input_size is 16"),
-        (lambda a: [*a, "-out", "x.npz"], "must end in .npy"),
-        (lambda a: [*a, "-pretrained", "none.pth"], "none.pth"),
-        (lambda a: a[:1], "-pretrained"),
+        (lambda a: [*a, "-image_size", "16"], "-image_size is 16"),
+        (lambda a: [*a, "-output", "x.npz"], "must end in .npy"),
+        (lambda a: ["none.pth", *a[1:]], "none.pth"),
+        (lambda a: a[:1], "0 folders of images; allowed: one"),
+        (lambda a: [*a, a[1]], "2 folders of images; allowed: one"),
         (lambda a: ["none.npy"], ".npy file none.npy"),
-        (lambda a: [a[0], a[0]], "Is a directory"),
-        (lambda a: [str(FIXTURES), *a[1:], "-opts", "MODEL.NUM_CLASSES", "3"], "does not fit"),
+        (lambda a: [a[1], *a[1:]], "is a folder without a checkpoint"),
+        (lambda a: [a[0], str(FIXTURES), *a[2:], "-opts", "MODEL.NUM_CLASSES", "3"], "not fit"),
     ],
 )
 def test_bad_input_is_one_message(change, message, folder, flags, tmp_path, capsys, monkeypatch):
@@ -164,7 +173,7 @@ def test_kernels_are_drawn_by_stage(config_file, tmp_path, network):
     from replknet_paddle.analysis.plots import kernel_magnitudes
 
     cfg, out = str(config_file("tiny31")), tmp_path / "kernels.png"
-    assert kernels(["-cfg", cfg, "-pretrained", str(WEIGHTS), "-out", str(out)]) == 0
+    assert kernels(["-cfg", cfg, str(WEIGHTS), "-output", str(out)]) == 0
     assert_picture(out, panels=4)
 
     model = network("tiny31")

@@ -59,8 +59,8 @@ def test_a_checkpoint_in_its_run_folder_becomes_a_folder_that_predicts(
     target = tmp_path / "dst"
     names = tmp_path / "names.txt"
     names.write_text("zero\none\ntwo\nthree\n")
-    arguments = ["-format", format, "-class_names", str(names), str(target)]
-    assert export(["-pretrained", str(run_folder / "best"), *arguments]) == 0
+    arguments = ["-format", format, "-class_names", str(names), "-output", str(target)]
+    assert export([str(run_folder / "best"), *arguments]) == 0
     out = capsys.readouterr().out
     assert f"exported {run_folder / 'best'}" in out and f"({format}, fp32, " in out
     if format == "paddle":
@@ -83,7 +83,7 @@ def test_int8_is_calibrated_on_a_list_and_its_accuracy_reported(
     target = tmp_path / "dst"
     flags = ["-format", "onnx", "-precision", "int8", f"-data_path={tiny_data}"]
     flags += ["-calibration_images", "12", "-validation_images", "30"]
-    assert export(["-pretrained", str(run_folder), *flags, str(target)]) == 0
+    assert export([str(run_folder), *flags, "-output", str(target)]) == 0
     out = capsys.readouterr().out
     assert re.search(r"top-1 [0-9.]+ % \(\d+/30\) before, [0-9.]+ % \(\d+/30\) after", out), out
     assert "of 30 get the same label" in out
@@ -99,7 +99,7 @@ def test_a_network_that_no_backend_runs_is_exported_all_the_same(
         raise RuntimeError("bad\n combination")
 
     monkeypatch.setitem(BACKENDS, "paddle", BACKENDS["paddle"]._replace(opener=lambda *_: broken))
-    assert export(["-pretrained", str(run_folder), str(tmp_path / "dst")]) == 0
+    assert export([str(run_folder), "-output", str(tmp_path / "dst")]) == 0
     out = capsys.readouterr().out
     assert re.search("since it does not run here: .*: bad combination; export it again", out)
 
@@ -109,11 +109,11 @@ def test_a_network_that_no_backend_runs_is_exported_all_the_same(
 @pytest.mark.parametrize(
     "line",
     [
-        "export {t}/dst",
-        "export -format onnx {t}/dst",
-        "export -format onnx -precision int8 -data_path={data} {t}/dst",
-        "merge {t}/dst.safetensors",
-        "benchmark inference --json {t}/dst.json",
+        "export -output {t}/dst",
+        "export -format onnx -output {t}/dst",
+        "export -format onnx -precision int8 -data_path={data} -output {t}/dst",
+        "merge -output {t}/dst.safetensors",
+        "benchmark inference -output {t}/dst.json",
     ],
 )
 def test_broken_weights_are_refused_before_anything_is_written(
@@ -130,9 +130,8 @@ def test_broken_weights_are_refused_before_anything_is_written(
     (tmp_path / "config.yaml").write_text(TINY)
     before = sorted(tmp_path.iterdir())
     command_name, *words = line.format(t=tmp_path, data=tiny_data).split()
-    flags = [f"-cfg={tmp_path / 'config.yaml'}", f"-pretrained={tmp_path / 'broken'}"]
-    flags = [*words[:1], *flags, *words[1:]] if command_name == "benchmark" else [*flags, *words]
-    assert command(command_name)(flags) == 2
+    flags = [f"-cfg={tmp_path / 'config.yaml'}", str(tmp_path / "broken")]
+    assert command(command_name)([*words, *flags]) == 2
     error = capsys.readouterr().err
     assert "weights are broken" in error and "values that are not finite numbers" in error
     assert sorted(tmp_path.iterdir()) == before
@@ -144,8 +143,8 @@ def test_weights_that_half_precision_cannot_hold_are_refused(tmp_path, run_folde
     weights["head.weight"] = np.full_like(weights["head.weight"], 1e5)
     write_safetensors(tmp_path / "large", weights, {})
     (tmp_path / "config.yaml").write_text(TINY)
-    flags = [f"-cfg={tmp_path / 'config.yaml'}", f"-pretrained={tmp_path / 'large'}"]
-    flags += ["-format=onnx", str(tmp_path / "dst")]
+    flags = [f"-cfg={tmp_path / 'config.yaml'}", str(tmp_path / "large")]
+    flags += ["-format=onnx", f"-output={tmp_path / 'dst'}"]
     assert export([*flags, "-precision=fp16"]) == 2
     assert "head.weight is too large for FLOAT16; allowed: fp32, bf16" in capsys.readouterr().err
     assert not (tmp_path / "dst").exists()
@@ -168,7 +167,7 @@ def merged_logits(weights):
 @pytest.mark.parametrize("source", ["tiny31_paddlevit.pdparams", "tiny31_official.pth"])
 def test_the_merged_file_gives_the_reference_logits(tmp_path, cfg, source, capsys):
     target = tmp_path / "merged.safetensors"
-    assert merge([cfg, "-pretrained", str(FIXTURES / source), str(target)]) == 0
+    assert merge([cfg, str(FIXTURES / source), "-output", str(target)]) == 0
     out = capsys.readouterr().out
     assert str(target) in out
     assert re.search(r"folded: [0-9,]+ numbers, .*; outputs differ by at most \d", out)
@@ -183,8 +182,8 @@ def test_the_merged_file_gives_the_reference_logits(tmp_path, cfg, source, capsy
 
 def test_merged_weights_merge_again_to_the_same(tmp_path, cfg):
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
-    assert merge([cfg, "-pretrained", str(SOURCE), str(first)]) == 0
-    assert merge([cfg, "-pretrained", str(first), str(second), *MERGED]) == 0
+    assert merge([cfg, str(SOURCE), "-output", str(first)]) == 0
+    assert merge([cfg, str(first), "-output", str(second), *MERGED]) == 0
     assert np.array_equal(*(merged_logits(path)[0] for path in (first, second)))
 
 
@@ -193,17 +192,17 @@ def test_a_checkpoint_in_its_run_folder_needs_no_config(tmp_path, cfg):
     (tmp_path / "run" / "config.yaml").write_text(TINY31)
     (tmp_path / "run" / "best").write_bytes(SOURCE.read_bytes())
     target = tmp_path / "merged.safetensors"
-    assert merge(["-pretrained", str(tmp_path / "run" / "best"), str(target)]) == 0
+    assert merge([str(tmp_path / "run" / "best"), "-output", str(target)]) == 0
     np.testing.assert_allclose(*merged_logits(target), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["source.safetensors", "link.safetensors"])
 def test_the_source_is_not_overwritten(tmp_path, cfg, capsys, name):
     source = tmp_path / "source.safetensors"
-    assert merge([cfg, "-pretrained", str(SOURCE), str(source)]) == 0
+    assert merge([cfg, str(SOURCE), "-output", str(source)]) == 0
     os.link(source, tmp_path / "link.safetensors")
     before = source.read_bytes()
-    assert merge([cfg, "-pretrained", str(source), str(tmp_path / name), *MERGED]) == 2
+    assert merge([cfg, str(source), "-output", str(tmp_path / name), "-overwrite", *MERGED]) == 2
     assert f"{tmp_path / name} is the checkpoint to merge" in capsys.readouterr().err
     assert source.read_bytes() == before
 
@@ -213,7 +212,7 @@ def test_bad_targets_are_reported_before_anything_is_computed(tmp_path, cfg, mon
         "replknet_paddle.zoo.open_network", lambda *_, **__: pytest.fail("computes")
     )
     for target in ("out.pdparams", "nowhere/out.safetensors", "."):
-        assert merge([cfg, "-pretrained", str(SOURCE), str(tmp_path / target)]) == 2
+        assert merge([cfg, str(SOURCE), "-output", str(tmp_path / target)]) == 2
 
 
 # ---- convert
@@ -234,7 +233,7 @@ def test_bad_targets_are_reported_before_anything_is_computed(tmp_path, cfg, mon
 )
 def test_every_source_to_every_destination(source, options, cfg, tmp_path, capsys):
     source, destination = str(FIXTURES / f"tiny31_{source}"), str(tmp_path / options[0])
-    assert convert([source, destination, cfg, *options[1:]]) == 0
+    assert convert([source, "-output", destination, cfg, *options[1:]]) == 0
     assert "tensors" in capsys.readouterr().out
     found, wanted = load_state(destination), load_state(source)
     assert sorted(found) == sorted(wanted)
@@ -244,7 +243,7 @@ def test_every_source_to_every_destination(source, options, cfg, tmp_path, capsy
 
 def test_names_and_framework_of_the_other_project(cfg, tmp_path):
     destination = str(tmp_path / "x.safetensors")
-    convert([str(SOURCE), destination, cfg, "-to", "official"])
+    convert([str(SOURCE), "-output", destination, cfg, "-to", "official"])
     original = read_checkpoint(FIXTURES / "tiny31_official.pth")
     converted = read_checkpoint(destination)
     assert {name: value.shape for name, value in converted.items()} == {
@@ -255,12 +254,12 @@ def test_names_and_framework_of_the_other_project(cfg, tmp_path):
 
 def test_ema_weights_and_other_keys(cfg, tmp_path):
     source, destination = FIXTURES / "tiny31_official_train_ckpt.pth", str(tmp_path / "x.pdparams")
-    assert convert([str(source), destination, cfg, "-weights", "model_ema"]) == 0
+    assert convert([str(source), "-output", destination, cfg, "-weights", "model_ema"]) == 0
     np.testing.assert_array_equal(
         load_state(destination)["head.bias"], load_state(source, weights="model_ema")["head.bias"]
     )
     merged = str(FIXTURES / "tiny31_official_merged.pth")
-    assert convert([merged, destination, cfg, *MERGED]) == 0
+    assert convert([merged, "-output", destination, "-overwrite", cfg, *MERGED]) == 0
 
 
 # ---- from the shell
@@ -269,11 +268,9 @@ def test_ema_weights_and_other_keys(cfg, tmp_path):
 @pytest.mark.parametrize(
     "line, status",
     [
-        pytest.param(
-            "merge {cfg} -pretrained {source} {t}/x.safetensors", 0, marks=pytest.mark.slow
-        ),
-        ("export --format onnx -pretrained {run} {t}/dst", 0),
-        ("convert {source} {t}/x.txt {cfg}", 2),
+        pytest.param("merge {source} {cfg} -output {t}/x.safetensors", 0, marks=pytest.mark.slow),
+        ("export {run} --format onnx --output {t}/dst", 0),
+        ("convert {source} -o {t}/x.txt {cfg}", 2),
     ],
 )
 def test_the_commands_run_from_the_shell(run_folder, cfg, tmp_path, line, status):

@@ -13,16 +13,16 @@ BENCHMARK = "benchmark inference -cfg {run}/config.yaml --backends eager --round
 
 # A command line without the file that it writes, the name of that, and what the command needs.
 CASES = [
-    (f"{PREDICT} --out", "results.jsonl", "numpy"),
-    (f"{PREDICT} --out", "results.csv", "numpy"),
+    (f"{PREDICT} -output", "results.jsonl", "numpy"),
+    (f"{PREDICT} -output", "results.csv", "numpy"),
     (f"{PREDICT} --save-pictures", "drawn", "numpy"),
     (f"{PREDICT} --save-grid", "grid.png", "numpy"),
-    ("export -pretrained {run}", "exported", "numpy"),
-    ("export -pretrained {run} -format onnx", "exported", "onnx"),
-    ("merge -pretrained {run}", "merged.safetensors", "numpy"),
-    ("convert {run}", "weights.pdparams", "numpy"),
-    ("plot {run} --out", "curves.png", "matplotlib"),
-    (f"{BENCHMARK} --json", "figures.json", "numpy"),
+    ("export {run} -output", "exported", "numpy"),
+    ("export {run} -format onnx -output", "exported", "onnx"),
+    ("merge {run} -output", "merged.safetensors", "numpy"),
+    ("convert {run} -output", "weights.pdparams", "numpy"),
+    ("plot {run} -output", "curves.png", "matplotlib"),
+    (f"{BENCHMARK} -output", "figures.json", "numpy"),
 ]
 
 

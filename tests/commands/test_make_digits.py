@@ -74,7 +74,8 @@ def test_a_second_run_writes_the_same_bytes(digits, tmp_path):
     before = fingerprint(digits)
     assert main([str(tmp_path)]) == 0
     assert fingerprint(tmp_path) == before
-    assert main([str(digits)]) == 0  # over itself
+    assert main([str(digits)]) == 2
+    assert main([str(digits), "-overwrite"]) == 0  # over itself
     assert fingerprint(digits) == before
 
 

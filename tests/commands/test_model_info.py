@@ -23,13 +23,13 @@ def figures(text):
 def test_figures_of_31b_are_the_papers(capsys, monkeypatch):
     zeros = paddle.ParamAttr(initializer=nn.initializer.Constant(0.0))  # in no time
     monkeypatch.setattr(replknet, "uniform", lambda fan_in: zeros)
-    assert main(["-cfg", str(ROOT / "configs" / "replknet_31b.yaml")]) == 0
+    assert main([str(ROOT / "configs" / "replknet_31b.yaml")]) == 0
     printed = capsys.readouterr().out
     assert figures(printed) == {
         "train": (79_864_168, 15_431_298_048),
         "merged": (79_527_272, 15_353_525_248),
     }
-    assert "replknet_31b" in printed and "224" in printed and "1000" in printed
+    assert "replknet_31b" in printed and "224" in printed and "1,000 classes" in printed
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def figures_with(tiny_config_file, capsys):
     """What is printed for keys and values over the tiny configuration."""
 
     def figures_of(*opts):
-        assert main(["-cfg", str(tiny_config_file), *(["-opts", *opts] if opts else [])]) == 0
+        assert main([str(tiny_config_file), *(["-opts", *opts] if opts else [])]) == 0
         return figures(capsys.readouterr().out)
 
     return figures_of
@@ -67,12 +67,14 @@ def test_a_merged_or_single_kernel_network_prints_what_it_is(figures_with):
         (["-opts", "MODLE.NAME", "x"], "did you mean MODEL.NAME?"),
         (["-opts", "MODEL.LARGE_KERNEL_SIZES", "[30, 29, 27, 13]"], "odd"),
         (["-opts", "SEED"], "SEED has no value"),
-        (["-cfg", "."], "'.'"),
-        (["-cfg", "nowhere.yaml"], "no config file nowhere.yaml"),
+        (["."], "carries no configuration"),
+        (["nowhere.yaml"], "no config file nowhere.yaml"),
+        ([], "no MODEL; the first argument is a published name, YAML file"),
     ],
 )
 def test_a_wrong_config_is_one_message(tiny_config_file, capsys, arguments, says):
-    assert main(["-cfg", str(tiny_config_file), *arguments]) == 2
+    model = [str(tiny_config_file)] if "-opts" in arguments else []
+    assert main([*model, *arguments]) == 2
     captured = capsys.readouterr()
     [line] = captured.err.splitlines()
     assert captured.out == "" and line.startswith("error: ") and says in line

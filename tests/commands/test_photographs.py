@@ -73,7 +73,7 @@ def test_the_commands_agree_on_what_is_an_image(tmp_path, tiny_config_file, capl
     assert metrics(run)[-1]["epoch"] == 1
 
     results = tmp_path / "results.jsonl"
-    assert command("predict")([str(run / "last"), str(photos), "--out", str(results)]) == 0
+    assert command("predict")([str(run / "last"), str(photos), "-output", str(results)]) == 0
     others += 3  # the lists and the names of the classes
     assert f"passed over {others} files not named as images are (" in capsys.readouterr().err
     predicted = [json.loads(line) for line in results.read_text("utf-8").splitlines()]

@@ -30,7 +30,7 @@ def write_run(folder, epochs=3, **extra):
 def test_several_runs_become_one_picture(tmp_path):
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", val_ema_top1_percent=5.0)]
     target = tmp_path / "curves.png"
-    assert main([*map(str, runs), "--out", str(target)]) == 0
+    assert main([*map(str, runs), "-output", str(target)]) == 0
     with Image.open(target) as image:
         assert image.format == "PNG" and image.width > 1000
         assert len(image.convert("RGB").getcolors(1 << 24)) > 50  # something is drawn
@@ -39,7 +39,7 @@ def test_several_runs_become_one_picture(tmp_path):
 @pytest.mark.parametrize("encoding, shown", [("gbk", "猫\\xd6"), ("ascii", "\\u732b\\xd6")])
 def test_a_notebooks_backend_and_other_encodings_do_not_matter(tmp_path, encoding, shown):
     run, target = write_run(tmp_path / "猫Ö"), tmp_path / "猫Ö.png"
-    command = [sys.executable, "-m", "replknet_paddle", "plot", run, "--out", target]
+    command = [sys.executable, "-m", "replknet_paddle", "plot", run, "-output", target]
     settings = {"MPLBACKEND": "of_a_notebook", "PYTHONIOENCODING": encoding}
     done = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True)
     assert done.returncode == 0, done.stderr
@@ -64,7 +64,7 @@ def test_a_name_that_the_console_cannot_show_is_escaped(tmp_path, encoding):
     target = tmp_path / os.fsdecode("\u9c7c\U0001f41f\xe4".encode() + b"\xff.png")
     done = subprocess.run(
         [*(sys.executable, "-m", "replknet_paddle", "plot"), write_run(tmp_path / "a")]
-        + ["--out", target],
+        + ["-output", target],
         capture_output=True,
         env={**os.environ, "PYTHONIOENCODING": encoding},
         cwd=ROOT,
@@ -129,7 +129,7 @@ def test_what_is_no_run_is_refused(content, message, tmp_path, capsys):
     run.mkdir()
     if content is not None:
         (run / "metrics.jsonl").write_text(content)
-    assert main([str(run), "--out", str(tmp_path / "x.png")]) == 2
+    assert main([str(run), "-output", str(tmp_path / "x.png")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()
 

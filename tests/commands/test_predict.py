@@ -61,7 +61,7 @@ def records(path):
 
 def test_results_are_those_of_inference_model(run_folder, tmp_path, capsys):
     out = tmp_path / "results.jsonl"
-    flags = ["-backend", "eager", "--topk", "3", "--out", str(out)]
+    flags = ["-backend", "eager", "--topk", "3", "-output", str(out)]
     assert main([str(run_folder), *PICTURES, *flags]) == 0
     expected = deploy.inference_model(open_network(run_folder), PICTURES)
     for record, path, result in zip(records(out), PICTURES, expected, strict=True):
@@ -72,12 +72,12 @@ def test_results_are_those_of_inference_model(run_folder, tmp_path, capsys):
         assert [entry["label"] for entry in record["topk"]] == list(order)
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.endswith(f"classified {len(PICTURES)} images, skipped 0\n")
+    assert captured.err.endswith(f"classified {len(PICTURES)} images, skipped 0\nwrote {out}\n")
 
 
 def test_an_export_is_all_it_takes_and_brings_the_names_of_the_classes(export, tmp_path):
     out = tmp_path / "results.csv"
-    assert main([str(export), PICTURES[0], "--out", str(out), "--topk", "100"]) == 0
+    assert main([str(export), PICTURES[0], "-output", str(out), "--topk", "100"]) == 0
     with open(out, newline="") as file:
         (row,) = csv.DictReader(file)
     assert sorted(row[f"class_{i}"] for i in range(1, 10)) == [f"class {c}" for c in "abcdefghi"]
@@ -89,7 +89,7 @@ def test_a_folder_is_classified_and_what_does_not_decode_is_skipped_and_reported
     run_folder, photos, tmp_path, capsys
 ):
     out = tmp_path / "results.jsonl"
-    assert main([str(run_folder), str(photos), "--out", str(out), "-backend", "eager"]) == 1
+    assert main([str(run_folder), str(photos), "-output", str(out), "-backend", "eager"]) == 1
     by_path = {record["path"]: record for record in records(out)}
     assert len(by_path) == 4
     assert "truncated" in by_path[str(photos / "broken.jpg")]["problem"]
@@ -120,8 +120,8 @@ def test_without_a_file_the_results_are_printed_alone(run_folder, photos):
 
 def test_a_merged_checkpoint_is_predicted_with_its_configuration(run_folder, tmp_path):
     merged, out = tmp_path / "merged.safetensors", tmp_path / "results.jsonl"
-    assert command("merge")(["-pretrained", str(run_folder), str(merged)]) == 0
-    flags = ["-cfg", str(run_folder / "config.yaml"), "-backend", "eager", "--out", str(out)]
+    assert command("merge")([str(run_folder), "-output", str(merged)]) == 0
+    flags = ["-cfg", str(run_folder / "config.yaml"), "-backend", "eager", "-output", str(out)]
     assert main([str(merged), *PICTURES, *flags, "-opts", *MERGED]) == 0
     expected = deploy.inference_model(open_network(run_folder), PICTURES)
     for record, result in zip(records(out), expected, strict=True):
@@ -202,7 +202,7 @@ def test_an_interruption_says_where_the_results_are(run_folder, tmp_path, monkey
 
     monkeypatch.setattr("replknet_paddle.commands.predict.Summary", Interrupted)
     out = tmp_path / "r.jsonl"
-    flags = ["--out", str(out), "-backend", "eager"]
+    flags = ["-output", str(out), "-backend", "eager"]
     assert main([str(run_folder), *PICTURES, *flags]) == 130
     assert f"interrupted; the results so far are in {out}.unfinished" in capsys.readouterr().err
     assert len(records(tmp_path / "r.jsonl.unfinished")) == 2 and not out.exists()
@@ -232,7 +232,7 @@ import resource, sys
 from replknet_paddle.commands import run_command
 for name in ("few", "many"):
     assert run_command("predict", [sys.argv[1], f"{sys.argv[2]}/{name}", "-backend=eager",
-        f"--out={sys.argv[2]}/{name}.jsonl", "-batch_size=50"]) == 0
+        f"-output={sys.argv[2]}/{name}.jsonl", "-batch_size=50"]) == 0
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
     done = subprocess.run(

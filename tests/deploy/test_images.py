@@ -383,7 +383,7 @@ def test_a_film_among_pictures_is_classified_frame_by_frame(film, tmp_path, caps
     run = make_run(tmp_path)
     out = tmp_path / "results.jsonl"
     (tmp_path / "broken.mp4").write_text("no film")
-    arguments = [str(run), film, str(tmp_path / "broken.mp4"), "--out", str(out)]
+    arguments = [str(run), film, str(tmp_path / "broken.mp4"), "-output", str(out)]
     assert main([*arguments, "-backend", "eager"]) == 1
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert [r["path"] for r in records] == [

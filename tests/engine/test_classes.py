@@ -115,7 +115,7 @@ def test_names_of_the_checkpoint_win(trained, other_data, tmp_path):
     (moved / "config.yaml").write_text(yaml.safe_dump(settings))
     assert Predictor(str(moved / "best"), backend="eager").class_names == NAMES
     merged = tmp_path / "merged.safetensors"
-    assert command("merge")(["-pretrained", str(moved / "best"), str(merged)]) == 0
+    assert command("merge")([str(moved / "best"), "-output", str(merged)]) == 0
     settings["MODEL"]["SMALL_KERNEL_MERGED"] = True
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     assert Predictor(str(merged), backend="eager").class_names == NAMES
@@ -193,5 +193,5 @@ def test_differences_of_names():
 
 
 def test_a_number_of_classes_is_needed_where_nothing_gives_one(open_config, capsys):
-    assert command("model-info")([f"-cfg={open_config}"]) == 2
+    assert command("model-info")([str(open_config)]) == 2
     assert "error: MODEL.NUM_CLASSES is None" in capsys.readouterr().err

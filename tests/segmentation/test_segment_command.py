@@ -98,7 +98,7 @@ def test_an_export_predicts_as_its_checkpoint(
 
 def test_evaluating_on_a_backend_or_an_export_gives_the_same_counts(run_folder, shapes, tmp_path):
     exported = str(tmp_path / "exported")
-    assert main(["export", "-pretrained", str(run_folder), "-format", "onnx", exported]) == 0
+    assert main(["export", str(run_folder), "-format", "onnx", "-output", exported]) == 0
     cfg = ["-cfg", str(run_folder / "config.yaml")]
     records = {}
     for name, flags in {

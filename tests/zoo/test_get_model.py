@@ -126,8 +126,8 @@ def sources(tmp_path_factory):
     (folder / "out").mkdir()
     made = {name: folder / "out" / name for name in ("copied", "merged.safetensors", "exported")}
     shutil.copy(run / "best", made["copied"])
-    assert command("merge")([f"-pretrained={run}", str(made["merged.safetensors"])]) == 0
-    assert command("export")([f"-pretrained={run}", str(made["exported"])]) == 0
+    assert command("merge")([str(run), "-output", str(made["merged.safetensors"])]) == 0
+    assert command("export")([str(run), "-output", str(made["exported"])]) == 0
     return {"run": run, "best": run / "best", **made}
 
 
