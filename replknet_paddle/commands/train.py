@@ -67,8 +67,8 @@ FLAGS = {
         (
             "output",
             "DIR",
-            "run folder; by default that of -resume, or output/NAME-train-TIME-PID. An evaluation "
-            "keeps its log and figures only where this is given",
+            "run folder, by default a new one in output/; of an evaluation, a folder for its log and "
+            "figures, which are not kept without it",
         ),
         (
             "report",

@@ -1,0 +1,310 @@
+"""One grammar for all commands: MODEL, flags, suggestions, destinations, and help that is true."""
+
+import dataclasses
+import os
+import re
+import shlex
+import shutil
+
+import pytest
+import yaml
+from harness import make_run
+from tiny import FIXTURES, ROOT, make_data
+
+from replknet_paddle.commands import COMMANDS, command_function, help_of, main
+from replknet_paddle.commands.flags import FLAGS_OF_0_2, CommandParser
+from replknet_paddle.zoo import find_record
+
+PICTURE = str(FIXTURES / "images" / "landscape_499x375.jpg")
+NAME = "replknet-31b-1k-224"
+
+
+def parser_of(name: str) -> CommandParser:
+    parser = CommandParser(name, prog=f"replknet {name}")
+    command_function(name, "add_{}_flags")(parser)
+    return parser
+
+
+def flags_of(name: str) -> dict:
+    """{name of the flag: its action} of a command."""
+    actions = parser_of(name)._actions
+    return {a.option_strings[-1].lstrip("-"): a for a in actions if a.option_strings}
+
+
+# ---- flags
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_flag_has_one_name_in_four_spellings(command):
+    places = [a for a in parser_of(command)._actions if not a.option_strings]
+    arguments = ["x"] * sum(a.nargs != "*" for a in places)
+    for name, action in flags_of(command).items():
+        if name == "help":
+            continue
+        required = [f"-{n}=r" for n, a in flags_of(command).items() if a.required and n != name]
+        value = [] if action.nargs == 0 else [next(c for c in action.choices or ["7"] if c != action.default)]
+        parsed = []
+        for dashes in ("-", "--"):
+            for spelled in {name, name.replace("_", "-")}:
+                for words in ([dashes + spelled, *value], ["=".join([dashes + spelled, *value])]):
+                    # Before the arguments, where they would not be taken for its values; or after.
+                    lines = [[*required, *arguments, *words]]
+                    lines += [[*words, *required, *arguments]] * (action.nargs != "+")
+                    parsed += [parser_of(command).parse(line)[0] for line in lines]
+        assert all(found == parsed[0] for found in parsed), name
+        assert getattr(parsed[0], action.dest) not in (None, False, action.default), name
+        assert len(parsed) >= 4
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if len(flags_of(name)) > 1])
+def test_a_mistyped_flag_is_told_the_right_one(command, capsys):
+    for name in flags_of(command):
+        if len(name) < 4:
+            continue
+        for wrong in (name[:-1], name[:2] + name[1:], name[0] + name[2] + name[1] + name[3:]):
+            if wrong in flags_of(command) or wrong in FLAGS_OF_0_2.get(command, {}):
+                continue
+            with pytest.raises(SystemExit, match="2"):
+                parser_of(command).parse([f"--{wrong}=1"])
+            said = capsys.readouterr().err
+            [line] = said.splitlines()
+            assert f"unknown flag --{wrong}=1; did you mean -" in line
+            if len(name) > 6 and wrong == name[:-1]:
+                assert f"did you mean -{name}?" in line
+
+
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("predct x", "unknown command predct; did you mean predict?"),
+        ("segment predct x", "unknown command segment predct; did you mean segment predict?"),
+        ("benchmark", "unknown command benchmark; did you mean benchmark"),
+        ("", "no command"),
+        ("zzz", "unknown command zzz; `replknet -h` lists"),
+        ("-verbose", "no command"),
+    ],
+)
+def test_a_mistyped_command_is_told_the_right_one(line, says, capsys):
+    assert main(shlex.split(line)) == 2
+    [said] = capsys.readouterr().err.splitlines()
+    assert says in said
+
+
+def test_the_version_names_everything_that_a_report_of_a_fault_needs(capsys):
+    import paddle
+
+    import replknet_paddle
+
+    assert main(["--version"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"replknet_paddle {replknet_paddle.__version__}, ")
+    assert f"Paddle {paddle.__version__}, Python 3." in said and "PU" in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["--help"], ["segment", "-h"], ["benchmark", "-h"]])
+def test_the_list_of_commands_fits_the_screen(arguments, capsys):
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 80 for line in lines[2:])
+    names = [name for name in COMMANDS if len(arguments) == 1 or name.split()[0] == arguments[0]]
+    assert [line[2:].split("  ")[0] for line in lines if line.startswith("  ")] == names
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_begins_with_a_sentence_and_lists_only_flags_that_are_used(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([*command.split(), "-h"])
+    said = capsys.readouterr().out
+    usage, sentence = said.split("\n\n")[:2]
+    assert usage.startswith(f"usage: replknet {command}") and len(usage.splitlines()) == 1
+    assert re.fullmatch(r"[A-Z][^.]+\.", sentence.splitlines()[0])
+    assert max(map(len, said.splitlines())) <= 100
+    if command.endswith("eval"):
+        for name in ("resume", "last_epoch", "accum_iter", "epochs", "lr"):
+            assert f"-{name}" not in said
+
+
+# ---- MODEL
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A run folder, an export of it, a YAML file that names its weights, and data."""
+    folder = tmp_path_factory.mktemp("original")
+    (folder / "run").mkdir()
+    make_run(folder / "run")
+    make_data(folder / "data", train=16, val=8)
+    (folder / "run" / "metrics.jsonl").write_text('{"epoch": 1, "train_loss": 1.0}\n')
+    config = yaml.safe_load((folder / "run" / "config.yaml").read_text())
+    config["MODEL"]["PRETRAINED"] = str(folder / "run" / "best")
+    (folder / "own.yaml").write_text(yaml.safe_dump(config))
+    config["MODEL"]["PRETRAINED"] = None
+    (folder / "fresh.yaml").write_text(yaml.safe_dump(config))
+    assert main(["export", str(folder / "run"), "-output", str(folder / "exported")]) == 0
+    return folder
+
+
+@pytest.fixture
+def folder(original, tmp_path, monkeypatch):
+    """A copy of it, which this process is in, where NAME is published with these weights."""
+    shutil.copytree(original, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    record = dataclasses.replace(find_record(NAME), config=str(original / "run" / "config.yaml"))
+    monkeypatch.setattr("replknet_paddle.zoo.MODELS", (record,))
+    monkeypatch.setattr("replknet_paddle.zoo.download.fetch", lambda _: original / "run" / "best")
+    return tmp_path / "copy"
+
+
+FORMS = (NAME, "own.yaml", "run/best", "run", "exported")
+INFERENCE = "-backends eager -precisions fp32 -batch_sizes 1 -rounds 1"
+# What follows MODEL.
+USES = {
+    "eval": "-data_path=data -nproc=1",
+    "predict": f"{PICTURE} -backend=paddle",
+    "page": "-port=7860",
+    "export": "-output=new",
+    "merge": "-output=new.safetensors",
+    "convert": "-output=new.safetensors",
+    "erf": "data/val -num_images=1 -image_size=32 -output=new.npy",
+    "kernels": "-output=new.png",
+    "model-info": "",
+    "benchmark inference": INFERENCE,
+    "benchmark network": "-rounds 1 -step_batch 1",
+    "benchmark train_loop": "-steps 1 -rounds 1",
+}
+TAKES_WEIGHTS = ("export", "merge", "convert", "erf", "kernels", "benchmark inference")
+
+
+def test_each_command_with_a_model_is_here():
+    def has_model(name):
+        return any(a.dest == "model" for a in parser_of(name)._actions)
+
+    others = {"segment eval", "segment predict"}  # tests/segmentation/test_segment_command.py
+    assert set(USES) | others == set(filter(has_model, COMMANDS))
+
+
+@pytest.mark.parametrize("command", USES)
+def test_a_model_has_five_forms(command, folder, monkeypatch, capfd):
+    if command == "page":
+        pytest.importorskip("gradio")
+        monkeypatch.setattr("replknet_paddle.deploy.page.serve", lambda page, listener: None)
+        monkeypatch.setattr("replknet_paddle.deploy.page.reserve_port", lambda port: None)
+        monkeypatch.setattr("replknet_paddle.commands.predict.signal.signal", lambda *_: None)
+    if command in ("erf", "kernels"):
+        pytest.importorskip("matplotlib")
+    found = {}
+    for form in FORMS:
+        status = main([*command.split(), form, *USES[command].split()])
+        said = capfd.readouterr()
+        if form == "exported" and command in TAKES_WEIGHTS:
+            assert status == 2 and "an export folder runs, but its weights cannot" in said.err
+            continue
+        assert status == 0, (form, said)
+        if command in ("eval", "predict", "model-info"):
+            found[form] = re.search("top-1 [^,]*|.*%.*|merged.*", said.out)[0]
+        for path in folder.glob("new*"):
+            if command in ("convert", "merge"):
+                found[form] = path.read_bytes()[-1000:]  # of the tensors
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert len(set(found.values())) <= 1 and len(found) in (0, 4, 5)
+
+
+@pytest.mark.parametrize("command", ["eval", "predict", *TAKES_WEIGHTS[:-1]])
+def test_a_yaml_file_without_weights_is_refused(command, folder, capfd):
+    if command in ("erf", "kernels"):
+        pytest.importorskip("matplotlib")
+    before = sorted(folder.rglob("*"))
+    assert main([*command.split(), "fresh.yaml", *USES[command].split()]) == 2
+    assert re.search("error: .*(no weights: MODEL.PRETRAINED is None|without weights)",
+                     capfd.readouterr().err)  # fmt: skip
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_published_names_are_weights_to_start_from(folder, tmp_path):
+    flags = ["-data_path=data", "-epochs=1", f"-output={tmp_path / 'tuned'}", "-nproc=1"]
+    assert main(["train", "-cfg=fresh.yaml", f"-pretrained={NAME}", *flags]) == 0
+    log = (tmp_path / "tuned" / "log.txt").read_text()
+    assert re.search(r"loaded \d+ tensors from the .* of .*run/best", log)
+    assert "/1, " in log  # epochs
+
+
+# ---- destinations
+
+TARGETS = {
+    "predict": f"run {PICTURE} -backend=eager -output=new.jsonl",
+    "predict ": f"run {PICTURE} -backend=eager -save_grid=new.png",
+    "predict  ": f"run {PICTURE} -backend=eager -save_pictures=new",
+    "eval": "run -data_path=data -nproc=1 -report=new",
+    "merge": "run -output=new.safetensors",
+    "convert": "run -o new.pdparams",
+    "kernels": "run -output=new.png",
+    "plot": "run -output=new.png",
+    "check-data": "data -workers=1 -output=new.json",
+    "benchmark inference": f"run {INFERENCE} -output=new.json",
+    "make-digits": "new",
+    "make-shapes": "new -count=5",
+    "make-lists": "data",
+}
+OPTIONAL = {"kernels": "matplotlib", "plot": "matplotlib", "make-digits": "sklearn"}
+
+
+@pytest.mark.parametrize("command", TARGETS)
+def test_what_is_there_stays_unless_overwrite_is_given(command, folder, capfd):
+    pytest.importorskip(OPTIONAL.get(command.strip(), "numpy"))
+    words = [*command.split(), *TARGETS[command].split()]
+
+    def snapshot():
+        found = [*folder.glob("new*"), *folder.glob("new/**/*")]
+        found += folder.glob("data/*.txt") if command == "make-lists" else []
+        return {path: (path.stat().st_mtime_ns, path.is_dir()) for path in found}
+
+    if command == "make-lists":
+        for path in folder.glob("data/*.txt"):
+            path.unlink()
+    assert main(words) == 0
+    said = capfd.readouterr()
+    assert re.search("^(?:wrote|report: |merged .* into ).*(?:new|data)", said.out + said.err, re.MULTILINE)
+    before = snapshot()
+    assert before
+    assert main(words) == 2
+    assert "-overwrite" in capfd.readouterr().err
+    assert snapshot() == before
+    assert main([*words, "-overwrite"]) == 0
+    files = [path for path, (_, is_folder) in before.items() if not is_folder]
+    assert all(snapshot()[path] != before[path] for path in files)
+
+
+def test_a_folder_that_is_no_report_is_never_replaced(folder, capfd):
+    words = ["eval", "run", "-data_path=data", "-nproc=1", "-report=data", "-overwrite"]
+    assert main(words) == 2
+    assert "folder data is not empty" in capfd.readouterr().err
+    assert (folder / "data" / "val_list.txt").exists()
+
+
+def test_an_evaluation_writes_a_folder_only_where_one_is_named(folder, monkeypatch):
+    before = sorted(folder.rglob("*"))
+    for flags in (["-nproc=1"], ["-nproc=2"], ["-nproc=2", "-batch_size=no"]):
+        main(["eval", "run", "-data_path=data", *flags])
+        assert sorted(folder.rglob("*")) == before
+    assert main(["eval", "run", "-data_path=data", "-nproc=1", "-output=kept"]) == 0
+    names = {"lock", "log.txt", "metrics.jsonl", "config.yaml"}
+    assert set(os.listdir(folder / "kept")) - {"class_names.txt"} == names
+
+
+# ---- examples and old spellings
+
+
+def test_each_command_has_an_example():
+    for name in COMMANDS:
+        _, examples = help_of(name)
+        assert f"replknet {name}" in examples or "main_multi_gpu.py" in examples, name
+
+
+def test_spellings_of_0_2_are_told_the_new_ones(folder, capfd):
+    assert main(["export", "-pretrained", "run/best", "--format", "paddle", "new"]) == 0
+    said = capfd.readouterr().err.splitlines()
+    assert said[0].startswith("note: -pretrained of replknet export is now MODEL, the first argum")
+    assert said[1].startswith("note: the argument DST of replknet export is now -output; see ")
+    assert (folder / "new" / "export.json").exists()
+    assert ROOT.joinpath("docs").exists()
