@@ -19,6 +19,7 @@ from replknet_paddle.segmentation.pictures import palette_of
 from replknet_paddle.segmentation.report import compare, write_segmentation_report
 
 NAMES = ["background", "circle", "square", "triangle"]
+PALETTE = palette_of("202020 e6194b 3cb44b 4363d8", 4)  # that of `run_folder`
 IMAGES = 7  # over three processes: 3, 2 and 2
 
 
@@ -130,21 +131,43 @@ def test_the_worst_images_are_those_of_the_lowest_iou(reports, maps, data):
     assert [path.name for path in files] == [f"{i:02d}.jpg" for i in range(1, IMAGES)]
 
 
+def test_what_is_drawn_is_what_was_counted(reports, maps, data):
+    """The prediction and the label of the files, but for what JPEG does to them."""
+    order = re.findall(
+        r", labels/(\d+)\.png</bdi>", (reports / "report_of2/report.html").read_text()
+    )
+    lines = (data / "val_list.txt").read_text().splitlines()
+    colours = np.concatenate([PALETTE, np.full((252, 3), 255)])
+    for number, name in enumerate(order, start=1):
+        labels, predicted = maps[[name in line for line in lines].index(True)]
+        assert np.mean(labels == predicted) < 0.5
+        with Image.open(reports / "report_of2" / "mistakes" / f"{number:02d}.jpg") as sheet:
+            height, width = labels.shape
+            shown = round(width * 240 / height)
+            for left, classes in (
+                (shown + 12, np.where(labels == 255, 255, predicted)),
+                (2 * (shown + 12), labels),
+            ):
+                panel = sheet.crop((left, 28, left + shown, 28 + 240))
+                pixels = np.asarray(panel.resize((width, height), Image.Resampling.NEAREST))
+                is_same = np.abs(pixels.astype(int) - colours[classes]).max(axis=-1) < 50
+                assert is_same.mean() > 0.95
+
+
 def test_an_image_its_prediction_and_its_label_are_side_by_side():
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (24, 32, 3), "uint8")
     labels = rng.choice([0, 1, 3, 255], (24, 32)).astype("uint8")
     predicted = rng.integers(0, 4, (24, 32)).astype("uint8")
-    palette = palette_of("202020 e6194b 3cb44b 4363d8", 4)
-    sheet = np.asarray(compare(pixels, predicted, labels, NAMES, palette))
+    sheet = np.asarray(compare(pixels, predicted, labels, NAMES, PALETTE))
     # Ten times as large, below the titles, 12 pixels apart.
     panels = [sheet[28 + 5 : 28 + 240 : 10, left + 5 : left + 320 : 10] for left in (0, 332, 664)]
-    colours = np.concatenate([palette, np.full((252, 3), 255)])
+    colours = np.concatenate([PALETTE, np.full((252, 3), 255)])
     np.testing.assert_array_equal(panels[0], pixels)
     np.testing.assert_array_equal(panels[1], colours[np.where(labels == 255, 255, predicted)])
     np.testing.assert_array_equal(panels[2], colours[labels])
     legend = sheet[:, 996:]
-    assert all((legend == colour).all(axis=-1).sum() > 100 for colour in palette)
+    assert all((legend == colour).all(axis=-1).sum() > 100 for colour in PALETTE)
 
 
 class FakeDataset:
