@@ -304,9 +304,13 @@ class _Runs:
             out = self.folder / f"segments_{name}"
             pictures = self.folder / "photos" / "[l-p]*.*"
             self.call("segment", "predict", *model, pictures, "-output", out)
-            for path in sorted(out.rglob("*.png")):
-                with Image.open(path) as image:
-                    self.found[f"segments {name}: {path.relative_to(out)}"] = np.asarray(image)
+            for path in sorted(out.glob("*_labels.png")):
+                labels = np.asarray(Image.open(path))
+                overlay = path.with_name(path.name.replace("_labels", ""))
+                height, width = labels.shape  # the legend is to the right
+                pixels = np.asarray(Image.open(overlay))[:height, :width]
+                self.found[f"segments {name}: {overlay.name}"] = pixels
+                self.found[f"segments {name}: {path.name}"] = labels
 
 
 def _facts(path: Path) -> np.ndarray:

@@ -196,10 +196,6 @@ def check_flags(args, config) -> None:
         if value is not None and not config.EVAL:
             raise InputError(f"-{name} {value} without -eval; allowed: with -eval")
     if args.report is not None:
-        if config.MODEL.TYPE != "RepLKNet":
-            raise InputError(
-                f"-report for MODEL.TYPE {config.MODEL.TYPE}; allowed: for classifiers"
-            )
         check_new_folder(args.report, replaces="report.html" if args.overwrite else None)
 
 
@@ -269,9 +265,15 @@ def task_of(config):
 
 
 def write_evaluation(
-    folder: str, overwrite: bool, outcomes, *, config, class_names, dataset
+    folder: str, overwrite: bool, outcomes, *, config, class_names, dataset, infer
 ) -> None:
     """Write the report of an evaluation, whose `outcomes` have the answers image by image."""
+    if config.MODEL.TYPE == "UPerNet":
+        from replknet_paddle.segmentation.report import write_segmentation_report
+
+        evaluation = dict(config=config, class_names=class_names, dataset=dataset, infer=infer)
+        return write_segmentation_report(folder, outcomes, overwrite=overwrite, **evaluation)
+
     from replknet_paddle.data.transforms.image import to_rgb
     from replknet_paddle.deploy.report import Evaluated, write_report
 

@@ -52,6 +52,7 @@ table { border-collapse: collapse; }
 th, td { padding: .2rem .8rem; border-bottom: 1px solid #dde3ea; text-align: left; }
 thead th { position: sticky; top: 0; background: #fff; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
+td:has(meter) { white-space: nowrap; }
 img { max-width: 100%; } figure { margin: 0 0 1rem; }
 .mistakes { display: grid; gap: 1rem;
             grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)); }
@@ -78,33 +79,82 @@ class Evaluated:
 def write_report(
     folder: str | os.PathLike, evaluated: Evaluated, *, overwrite: bool = False
 ) -> None:
-    """Write the report to `folder`, new or empty or, to `overwrite`, with an earlier report, which
-    appears when it is whole."""
+    """Write the report to `folder`, as `write_page`."""
+    names, outcomes = evaluated.class_names, evaluated.outcomes
+
+    def sections(written: Path) -> list[str]:
+        matrix = None
+        if len(names) <= MATRIX_CLASSES:
+            matrix = outcomes.confusion_matrix(len(names))
+        return [
+            _classes(written, evaluated),
+            matrix_section(written, matrix, names, "image"),
+            confusions_section(outcomes.confusions(CONFUSIONS), names, "image"),
+            _mistakes(written, evaluated),
+        ]
+
+    write_page(
+        folder,
+        model=evaluated.model,
+        weights=evaluated.weights,
+        data=evaluated.data,
+        metrics=evaluated.metrics,
+        figures=_figures(evaluated),
+        sections=sections,
+        overwrite=overwrite,
+    )
+
+
+def write_page(
+    folder: str | os.PathLike,
+    *,
+    model: str,
+    weights: str,
+    data: str,
+    metrics: str,
+    figures: dict[str, str],
+    sections: Callable[[Path], list[str]],
+    overwrite: bool,
+) -> None:
+    """Write a report to `folder`, which appears when it is whole: new or empty or, to `overwrite`,
+    with an earlier report.
+
+    Args:
+        model, weights, data, metrics: as in `Evaluated`.
+        figures: what is shown on top, by its name.
+        sections: the folder that is being written -> the HTML below that, once the files that
+            belong to it are in the folder.
+    """
     replaces = REPORT_FILE if overwrite else None
     check_new_folder(folder, replaces=replaces)
     target = Path(os.path.realpath(folder))
     with atomic_folder(target) as written:
-        sections = [_classes(written, evaluated), _matrix(written, evaluated)]
-        sections += [_confusions(evaluated), _mistakes(written, evaluated)]
+        content = "\n".join(sections(written))
         with atomic_file(written / REPORT_FILE, errors="replace") as file:
-            file.write(_page(evaluated, "\n".join(sections)))
+            file.write(_page(model, weights, data, metrics, figures, content))
         check_new_folder(target, replaces=replaces)  # what came meanwhile
     logger.info("report: %s", os.path.join(folder, REPORT_FILE))
 
 
-def _page(evaluated: Evaluated, sections: str) -> str:
-    """Return the page, with the figures of the evaluation on top."""
+def _figures(evaluated: Evaluated) -> dict[str, str]:
+    """Return the figures of a classifier's evaluation by their names."""
     outcomes, count = evaluated.outcomes, len(evaluated.class_names)
     images, right = outcomes.images_per_class(count), outcomes.right_per_class(count)
     there = images > 0
-    figures = {
+    return {
         "images": f"{len(outcomes.labels):,}",
         "top-1": f"{100 * outcomes.is_right.mean():.2f} %",
         "mean of the classes' accuracies": f"{100 * np.mean(right[there] / images[there]):.2f} %",
         "classes with images": f"{there.sum():,} of {count:,}",
     }
+
+
+def _page(
+    model: str, weights: str, data: str, metrics: str, figures: dict[str, str], sections: str
+) -> str:
+    """Return the page, with the figures of the evaluation on top."""
     boxes = "".join(f"<div><strong>{v}</strong>{k}</div>" for k, v in figures.items())
-    title = f"Evaluation of {html.escape(evaluated.model)}"
+    title = f"Evaluation of {html.escape(model)}"
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy"
@@ -112,9 +162,9 @@ def _page(evaluated: Evaluated, sections: str) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>{STYLE}</style></head>
 <body><h1>{title}</h1>
-<p>Weights: {_text(printable(evaluated.weights))}<br>
-Images: {_text(printable(evaluated.data))}<br>
-{_text(evaluated.metrics)}</p>
+<p>Weights: {html_text(printable(weights))}<br>
+Images: {html_text(printable(data))}<br>
+{html_text(metrics)}</p>
 <div class="figures">{boxes}</div>
 {sections}
 </body></html>
@@ -130,42 +180,54 @@ def _classes(folder: Path, evaluated: Evaluated) -> str:
         [label, name, count, good, f"{100 * good / count:.2f}" if count else ""]
         for label, (name, count, good) in enumerate(zip(names, images, right))
     ]
-    _write_csv(
+    write_csv(
         folder / "per_class.csv", ["label", "class", "images", "right", "accuracy_percent"], rows
     )
-    instead = {}
-    for label, given, count in outcomes.confusions(len(outcomes.labels)):
-        instead.setdefault(label, f"{names[given]} ({count})")
-    table = _table(
+    instead = taken_for(outcomes.confusions(len(outcomes.labels)), names)
+    table = html_table(
         ["label", "class", "images", "right", "accuracy", "most often taken for"],
         (
-            (label, _text(name), count, good, _bar(percent), _text(instead.get(label, "")))
+            (label, html_text(name), count, good, bar(percent), html_text(instead.get(label, "")))
             for label, name, count, good, percent in rows
         ),
     )
     return f'<h2>Accuracy of each class</h2><div class="scroll">{table}</div>'
 
 
-def _matrix(folder: Path, evaluated: Evaluated) -> str:
-    """Write the confusion matrix as numbers and as a picture; return its section."""
-    names, title = evaluated.class_names, "<h2>Confusion matrix</h2>"
-    if len(names) > MATRIX_CLASSES:
+def taken_for(confusions: Iterable[tuple[int, int, int]], names: Sequence[str]) -> dict[int, str]:
+    """Return the class that each label is most often taken for, and how often: of (label, class,
+    count), the most first."""
+    instead = {}
+    for label, given, count in confusions:
+        instead.setdefault(label, f"{names[given]} ({count:,})")
+    return instead
+
+
+def matrix_section(folder: Path, counts: np.ndarray | None, names: Sequence[str], unit: str) -> str:
+    """Write the confusion matrix as numbers and as a picture; return its section.
+
+    `counts` (classes, classes) by true class (row) are of a `unit`, image or pixel; None: too many.
+    """
+    title = "<h2>Confusion matrix</h2>"
+    if counts is None:
         return f"{title}<p>Left out: there are more than {MATRIX_CLASSES:,} classes.</p>"
-    counts = evaluated.outcomes.confusion_matrix(len(names))
     rows = ([name, *row] for name, row in zip(names, counts.tolist()))
-    _write_csv(folder / "confusion_matrix.csv", ["true class", *names], rows)
+    write_csv(folder / "confusion_matrix.csv", ["true class", *names], rows)
     picture = folder / "confusion_matrix.png"
     try:
-        save_figure(draw_confusion_matrix(counts, names), picture)
+        save_figure(draw_confusion_matrix(counts, names, unit), picture)
     except InputError as error:  # without matplotlib: an evaluation may have taken hours
         logger.warning("confusion_matrix.png is left out: %s", error)
         return f"{title}<p>confusion_matrix.csv has it; no picture: {html.escape(str(error))}</p>"
     return title + _image(picture, "Confusion matrix; confusion_matrix.csv has its numbers")
 
 
-def draw_confusion_matrix(counts: np.ndarray, names: Sequence[str]):
+def draw_confusion_matrix(counts: np.ndarray, names: Sequence[str], unit: str = "image"):
     """Return a figure of integers (classes, classes): each row is a true class, each column a
-    predicted one, and the shade is the share of the row."""
+    predicted one, and the shade is the share of the row.
+
+    Cells have the counts or, of a `unit` of which there are millions, pixel, the shares in percent.
+    """
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     has_names = len(names) <= LABELLED_CLASSES
     labels = list(map(_label, names)) if has_names else []
@@ -174,7 +236,7 @@ def draw_confusion_matrix(counts: np.ndarray, names: Sequence[str]):
         axes = figure.subplots()
         image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         axes.set(xlabel="predicted class", ylabel="true class")
-        figure.colorbar(image, shrink=0.5, label="share of the true class's images")
+        figure.colorbar(image, shrink=0.5, label=f"share of the true class's {unit}s")
         if has_names:
             places = range(len(labels))
             axes.set_xticks(places, labels, rotation="vertical", parse_math=False)
@@ -182,6 +244,8 @@ def draw_confusion_matrix(counts: np.ndarray, names: Sequence[str]):
             for row, column in np.argwhere(counts):
                 colour = "white" if shares[row, column] > 0.5 else "black"
                 text = str(counts[row, column])
+                if unit == "pixel":
+                    text = f"{100 * shares[row, column]:.1f}"
                 axes.text(column, row, text, ha="center", va="center", color=colour, size=8)
     return figure
 
@@ -192,14 +256,15 @@ def _label(name: str) -> str:
     return name if len(name) <= LABEL_LETTERS else name[: LABEL_LETTERS - 3] + "..."
 
 
-def _confusions(evaluated: Evaluated) -> str:
+def confusions_section(
+    confusions: Sequence[tuple[int, int, int]], names: Sequence[str], unit: str
+) -> str:
     """Return the section of the pairs of classes that are taken for each other most often."""
-    title, names = "<h2>Most frequent mistakes</h2>", evaluated.class_names
-    confusions = evaluated.outcomes.confusions(CONFUSIONS)
+    title = "<h2>Most frequent mistakes</h2>"
     if not confusions:
-        return f"{title}<p>None: every image is right.</p>"
-    rows = ((_text(names[label]), _text(names[given]), n) for label, given, n in confusions)
-    return title + _table(["true class", "predicted", "images"], rows)
+        return f"{title}<p>None: every {unit} is right.</p>"
+    rows = ((html_text(names[label]), html_text(names[given]), n) for label, given, n in confusions)
+    return title + html_table(["true class", "predicted", f"{unit}s"], rows)
 
 
 def _mistakes(folder: Path, evaluated: Evaluated) -> str:
@@ -217,15 +282,8 @@ def _mistakes(folder: Path, evaluated: Evaluated) -> str:
             height=PICTURE_HEIGHT,
             truth=truth,
         )
-        file = folder / "mistakes" / f"{number:02d}.jpg"
-        with path_in_error(file.parent):
-            file.parent.mkdir(exist_ok=True)
-        save(drawn, file)
         said = f"{truth}, taken for {texts[0]} ({100 * outcomes.scores[index, 0]:.1f} %)"
-        figures.append(
-            f"<figure>{_image(file, said)}<figcaption>{_text(said)}<br>{_text(printable(path))}"
-            "</figcaption></figure>"
-        )
+        figures.append(mistake_figure(folder, number, drawn, said, path))
     if not figures:
         return ""
     return (
@@ -235,7 +293,19 @@ def _mistakes(folder: Path, evaluated: Evaluated) -> str:
     )
 
 
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable) -> None:
+def mistake_figure(folder: Path, number: int, drawn: Image.Image, said: str, path: str) -> str:
+    """Write the picture of a mistake; return it with its caption, which has the image's path."""
+    file = folder / "mistakes" / f"{number:02d}.jpg"
+    with path_in_error(file.parent):
+        file.parent.mkdir(exist_ok=True)
+    save(drawn, file)
+    return (
+        f"<figure>{_image(file, said)}<figcaption>{html_text(said)}<br>{html_text(printable(path))}"
+        "</figcaption></figure>"
+    )
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable) -> None:
     """Write a table that has its name when it is whole."""
     with atomic_file(path, newline="", errors="replace") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -243,7 +313,7 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable) -> None:
         writer.writerows(rows)
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence]) -> str:
+def html_table(columns: Sequence[str], rows: Iterable[Sequence]) -> str:
     """Return a table of cells that are HTML or numbers."""
     head = "".join(f"<th>{column}</th>" for column in columns)
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
@@ -253,12 +323,12 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence]) -> str:
 def _cell(content: str | int) -> str:
     """Return a cell of a table."""
     kind = ' class="number"' if isinstance(content, int) else ""
-    return f"<td{kind}>{content}</td>"
+    return f"<td{kind}>{f'{content:,}' if kind else content}</td>"
 
 
-def _bar(percent: str) -> str:
-    """Return a bar of this accuracy, and its number; "" is that of a class without images."""
-    return f'<meter max="100" value="{percent}"></meter> {percent} %' if percent else "no images"
+def bar(percent: str, absent: str = "no images") -> str:
+    """Return a bar of this accuracy, and its number; "" is that of a class that is `absent`."""
+    return f'<meter max="100" value="{percent}"></meter> {percent} %' if percent else absent
 
 
 def _image(path: Path, alt: str) -> str:
@@ -268,6 +338,6 @@ def _image(path: Path, alt: str) -> str:
     return f'<img src="data:image/{kind};base64,{data}" alt="{html.escape(alt)}">'
 
 
-def _text(text: str) -> str:
+def html_text(text: str) -> str:
     """Return a text of the user's as HTML, in whichever direction it is written."""
     return f"<bdi>{html.escape(text)}</bdi>" if text else ""

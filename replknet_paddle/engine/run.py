@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import paddle
 
 from replknet_paddle.checkpoints.checkpoint_file import WEIGHTS, config_text
@@ -23,7 +24,8 @@ from replknet_paddle.checkpoints.run_folder import (
     save_checkpoint,
 )
 from replknet_paddle.data.loader import Loader
-from replknet_paddle.engine.evaluate import OutcomeSums, evaluate
+from replknet_paddle.data.transforms.finish import to_device
+from replknet_paddle.engine.evaluate import evaluate
 from replknet_paddle.engine.precision import Precision, float32_weights
 from replknet_paddle.engine.run_log import RunLog, time_left
 from replknet_paddle.engine.signals import STOPPING, Stopped, StopSignals
@@ -72,8 +74,9 @@ def run(
         task: what the network is for: this one, or another class with its methods.
         open_network: config -> what to evaluate instead of the network in Paddle's eager mode, with
             the weights of MODEL.PRETRAINED: a layer with the network's inputs and outputs.
-        report: (outcomes, config=, class_names=, dataset=), called on rank 0 with what the
-            evaluation of a classifier found, image by image in the order of the dataset.
+        report: (metrics, config=, class_names=, dataset=, infer=), called on rank 0 with what an
+            evaluation found, also of each image in the order of the dataset, and with the function
+            that gives the outputs for pixels (H, W, 3) uint8 once more.
 
     Raises:
         InputError, FileNotFoundError: what the configuration names cannot be used.
@@ -130,17 +133,15 @@ def run_evaluation(
         precision.prepare(model)
     log.open(config, class_names=class_names)
     logger.info("evaluating the images of %s", os.path.abspath(loader.dataset.list_file))
-    sums = task.metric_sums(config)
-    if report is not None:
-        sums = OutcomeSums(loader, config.MODEL.NUM_CLASSES)
+    inference = task.inference(config, model)
     began = time.perf_counter()
     with loader:
         metrics = evaluate(
             model=model,
-            inference=task.inference(config, model),
+            inference=inference,
             loader=loader,
             precision=precision,
-            sums=sums,
+            sums=task.metric_sums(config, None if report is None else loader),
             progress=log.bar,
         )
     seconds = time.perf_counter() - began
@@ -149,8 +150,14 @@ def run_evaluation(
         "%d images in %.1f s, %.1f images/s", metrics.images, seconds, metrics.images / seconds
     )
     logger.info("%s", metrics)
+
+    @paddle.no_grad()
+    def infer(pixels: np.ndarray):
+        with precision.autocast():
+            return inference(loader.finish(to_device(pixels[None])))
+
     if report is not None and processes.rank() == 0:
-        report(metrics, config=config, class_names=class_names, dataset=loader.dataset)
+        report(metrics, config=config, class_names=class_names, dataset=loader.dataset, infer=infer)
 
 
 def build_precision(config) -> Precision:

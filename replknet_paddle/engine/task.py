@@ -78,10 +78,11 @@ class ClassificationTask:
         """Return the function from images to what the metrics are computed from."""
         return model
 
-    def metric_sums(self, config) -> OutcomeSums:
+    def metric_sums(self, config, loader: Loader | None = None) -> OutcomeSums:
         """Return empty sums over batches: `add(outputs, labels)`, and `total()`, which has a
-        `score`, a `record(prefix)` and a text."""
-        return OutcomeSums()
+        `score`, a `record(prefix)` and a text. With a `loader`, that of an evaluation, `total()`
+        has what a report needs of each image as well."""
+        return OutcomeSums(loader, config.MODEL.NUM_CLASSES)
 
 
 CLASSIFICATION = ClassificationTask()

@@ -9,6 +9,7 @@ import paddle
 from paddle.nn import functional as F
 
 from replknet_paddle.data.lists import IGNORED
+from replknet_paddle.data.loader import Loader
 from replknet_paddle.runtime.errors import counted
 from replknet_paddle.runtime.processes import sum_over_ranks
 from replknet_paddle.segmentation.data import Box, resized_size
@@ -161,13 +162,13 @@ class SegmentationMetrics:
     images: int  # how many were evaluated
     confusion: np.ndarray  # (num_classes, num_classes) pixels by label (row) and prediction
     class_names: tuple[str, ...] | None = None  # None: numbers
+    # Where they were asked for: `image_iou_percent` of each image, (images,) in the list's order.
+    image_ious: np.ndarray | None = None
 
     @property
     def class_iou_percent(self) -> np.ndarray:
         """Intersection over union of each class; NaN for one that no label or prediction has."""
-        hits = np.diag(self.confusion)
-        union = self.confusion.sum(axis=0) + self.confusion.sum(axis=1) - hits
-        return np.where(union > 0, 100.0 * hits / np.maximum(union, 1), np.nan)
+        return iou_percent(self.confusion)
 
     @property
     def class_accuracy_percent(self) -> np.ndarray:
@@ -191,6 +192,18 @@ class SegmentationMetrics:
         """The mIoU, by which the best weights of a run are chosen."""
         return self.miou_percent
 
+    def confusions(self, limit: int | None = None) -> list[tuple[int, int, int]]:
+        """Return the most frequent mistakes: (label, prediction, pixels), the most first."""
+        wrong = self.confusion - np.diag(np.diag(self.confusion))
+        pairs = np.argwhere(wrong)
+        order = np.argsort(-wrong[tuple(pairs.T)], kind="stable")[:limit]
+        return [(*pair, int(wrong[tuple(pair)])) for pair in pairs[order].tolist()]
+
+    def worst_images(self, limit: int) -> list[int]:
+        """Return the indices of images that are not all right, the one of the lowest IoU first."""
+        order = np.argsort(self.image_ious, kind="stable")[:limit]
+        return [i for i in order.tolist() if self.image_ious[i] < 100]  # which NaN is not
+
     def record(self, prefix: str) -> dict:
         """Return the entries of metrics.jsonl, each key beginning with `prefix`."""
         return {
@@ -201,42 +214,81 @@ class SegmentationMetrics:
             ],
         }
 
+    @property
+    def summary(self) -> str:
+        """The figures over all classes, on one line."""
+        ious = self.class_iou_percent
+        return (
+            f"mIoU {self.miou_percent:.2f} % ({(~np.isnan(ious)).sum()} of {len(ious)} classes), "
+            f"pixel accuracy {self.pixel_accuracy_percent:.2f} %, {counted(self.images, 'image')}"
+        )
+
     def __str__(self) -> str:
         ious, accuracies = self.class_iou_percent, self.class_accuracy_percent
         names = self.class_names or [str(i) for i in range(len(ious))]
         width = max(5, *map(len, names))
-        lines = [
-            f"mIoU {self.miou_percent:.2f} % ({(~np.isnan(ious)).sum()} of {len(ious)} classes), "
-            f"pixel accuracy {self.pixel_accuracy_percent:.2f} %, {counted(self.images, 'image')}",
-            f"{'class':{width}}  IoU %  accuracy %",
-        ]
-        for name, iou, accuracy in zip(names, ious, accuracies):
-            lines.append(f"{name:{width}}  {iou:5.2f}  {accuracy:10.2f}")
+        lines = [self.summary, f"{'class':{width}}  IoU %  accuracy %"]
+        for name, *figures in zip(names, ious, accuracies):
+            iou, accuracy = ("-" if np.isnan(x) else f"{x:.2f}" for x in figures)
+            lines.append(f"{name:{width}}  {iou:>5}  {accuracy:>10}")
         return "\n".join(lines)
 
 
 class ConfusionSums:
     """Sums over the images of one process; `total` adds up the processes."""
 
-    def __init__(self, num_classes: int, class_names: tuple[str, ...] | None = None):
+    def __init__(
+        self,
+        num_classes: int,
+        class_names: tuple[str, ...] | None = None,
+        loader: Loader | None = None,
+    ):
         self.num_classes = num_classes
         self.class_names = class_names
         self.confusion = np.zeros((num_classes, num_classes), np.int64)
         self.images = 0
+        self.image_ious = None
+        if loader is not None:
+            self.indices = iter(loader.batch_sampler.indices)
+            self.image_ious = np.zeros(len(loader.dataset))
 
     def add(self, predicted: paddle.Tensor, labels: paddle.Tensor) -> None:
         """Count a batch: classes (N, H, W), and labels (N, H, W) with `IGNORED`."""
-        predicted, labels = predicted.numpy(), labels.numpy().astype(np.int64)
-        counted = labels != IGNORED
-        pairs = labels[counted] * self.num_classes + predicted[counted]
-        counts = np.bincount(pairs, minlength=self.num_classes**2)
-        self.confusion += counts.reshape(self.confusion.shape)
-        self.images += len(labels)
+        for found, wanted in zip(predicted.numpy(), labels.numpy().astype(np.int64)):
+            counted = wanted != IGNORED
+            pairs = wanted[counted] * self.num_classes + found[counted]
+            counts = np.bincount(pairs, minlength=self.num_classes**2)
+            counts = counts.reshape(self.confusion.shape)
+            self.confusion += counts
+            self.images += 1
+            if self.image_ious is not None:
+                self.image_ious[next(self.indices)] = image_iou_percent(counts)
 
     def total(self) -> SegmentationMetrics:
         """Return the metrics over all processes. Counts are exact up to 2**53 pixels."""
         sums = sum_over_ranks(np.append(self.confusion.ravel(), self.images).astype("float64"))
         *confusion, images = sums.astype(np.int64)
         return SegmentationMetrics(
-            int(images), np.array(confusion).reshape(self.confusion.shape), self.class_names
+            int(images),
+            np.array(confusion).reshape(self.confusion.shape),
+            self.class_names,
+            None if self.image_ious is None else sum_over_ranks(self.image_ious),
         )
+
+
+def iou_percent(confusion: np.ndarray) -> np.ndarray:
+    """Return the intersection over union of each class of a confusion matrix; NaN for a class of
+    which there is nothing."""
+    hits = np.diag(confusion)
+    union = confusion.sum(axis=0) + confusion.sum(axis=1) - hits
+    return np.where(union > 0, 100.0 * hits / np.maximum(union, 1), np.nan)
+
+
+def image_iou_percent(confusion: np.ndarray) -> float:
+    """Return the mean IoU of the classes that one image's label has; NaN where no pixel counts.
+
+    Classes that are only predicted have no IoU here: one stray pixel would weigh as much as all of
+    the image. It counts against the class whose pixel it is.
+    """
+    ious = iou_percent(confusion)[confusion.any(axis=1)]
+    return float(ious.mean()) if ious.size else np.nan

@@ -1,8 +1,7 @@
 """From pictures to label maps, by any backend, and the files that show them."""
 
-import colorsys
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,10 +18,17 @@ from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import atomic_file
 from replknet_paddle.runtime.terminal import printable
 from replknet_paddle.segmentation.evaluate import build_inference
+from replknet_paddle.segmentation.pictures import (
+    class_shares,
+    label_picture,
+    largest_first,
+    legend_rows,
+    palette_of,
+    tinted,
+    with_legend,
+)
 from replknet_paddle.segmentation.upernet import build_upernet
 
-GOLDEN_RATIO = 0.618033988749895
-OVERLAY_SHARE = 0.5  # of the class's colour in an overlay
 NAMED_CLASSES = 5  # of a picture's, in `SegmentedFile.__str__`
 
 
@@ -100,9 +106,10 @@ def predict_files(
 ) -> Iterator[SegmentedFile]:
     """Write an overlay and a label image of each picture into `folder`.
 
-    NUMBER_NAME.png is the picture tinted by its classes, NUMBER_NAME_labels.png a palette image
-    whose numbers are the classes.
+    NUMBER_NAME.png is the picture tinted by its classes, with a legend on the right, and
+    NUMBER_NAME_labels.png a palette image whose numbers are the classes.
     """
+    names, palette = predictor.class_names, predictor.palette
     files = ImageFiles(arguments, leave_out=folder)
     files.count()
     os.makedirs(folder, exist_ok=True)
@@ -115,51 +122,20 @@ def predict_files(
         try:
             image = to_rgb(decode(path))
             labels = predictor.labels(image)
-            overlay = tinted(np.array(image), labels, predictor.palette)
+            shares = class_shares(labels, len(names))
+            rows = legend_rows(shares[:, None], names, palette)
+            overlay = with_legend(tinted(np.array(image), labels, palette), rows)
             save_png(overlay, Path(folder, f"{name}.png"))
-            save_png(label_picture(labels, predictor.palette), Path(folder, f"{name}_labels.png"))
+            save_png(label_picture(labels, palette), Path(folder, f"{name}_labels.png"))
         except InputError as error:
             yield SegmentedFile(path, problem=str(error))
         except MemoryError:  # Paddle's comes with pages of C++ calls
             yield SegmentedFile(path, problem="out of memory")
         else:
-            yield SegmentedFile(path, shares=class_shares(labels, predictor.class_names))
+            found = tuple((names[i], shares[i]) for i in largest_first(shares))
+            yield SegmentedFile(path, shares=found)
 
 
 def save_png(picture: Image.Image, path: Path) -> None:
     with atomic_file(path, "wb") as file:
         picture.save(file, "PNG")
-
-
-def class_shares(labels: np.ndarray, names: Sequence[str]) -> tuple[tuple[str, float], ...]:
-    """Return name and share of each class that is there, the largest first."""
-    counts = np.bincount(labels.ravel(), minlength=len(names))
-    order = np.argsort(-counts, kind="stable")
-    return tuple((names[i], counts[i] / labels.size) for i in order if counts[i])
-
-
-def palette_of(colours: str | None, num_classes: int) -> np.ndarray:
-    """Return the colour of each class, uint8 (num_classes, 3): those of SEGMENTATION.PALETTE, or
-    ones whose neighbours differ: hues by the golden ratio, three levels of value."""
-    if colours is not None:
-        return np.array([list(bytes.fromhex(colour)) for colour in colours.split()], np.uint8)
-    computed = [
-        colorsys.hsv_to_rgb(i * GOLDEN_RATIO % 1, 0.75, (1.0, 0.8, 0.6)[i % 3])
-        for i in range(num_classes)
-    ]
-    return np.round(255 * np.array(computed)).astype(np.uint8)
-
-
-def label_picture(labels: np.ndarray, palette: np.ndarray) -> Image.Image:
-    """Return a palette image of a label map (H, W) uint8: its numbers are the classes."""
-    picture = Image.frombytes("P", labels.shape[::-1], np.ascontiguousarray(labels).tobytes())
-    picture.putpalette(palette.tobytes())
-    return picture
-
-
-def tinted(pixels: np.ndarray, labels: np.ndarray, palette: np.ndarray) -> Image.Image:
-    """Return the image (H, W, 3) uint8 tinted by the classes of its pixels (H, W)."""
-    mixed = np.empty_like(pixels)
-    for row, of_row, classes in zip(mixed, pixels, labels):  # at once would take 24 bytes a value
-        row[:] = np.round((1 - OVERLAY_SHARE) * of_row + OVERLAY_SHARE * palette[classes])
-    return Image.fromarray(mixed)

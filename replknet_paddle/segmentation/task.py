@@ -9,6 +9,7 @@ from paddle import nn
 from replknet_paddle.checkpoints.checkpoint_file import CheckpointFile
 from replknet_paddle.checkpoints.load import layout_of, load_pretrained
 from replknet_paddle.data.class_names import get_class_names
+from replknet_paddle.data.loader import Loader
 from replknet_paddle.optim.optimizer import ParameterGroup, adamw
 from replknet_paddle.optim.schedule import get_poly_lr
 from replknet_paddle.runtime.errors import InputError
@@ -86,9 +87,10 @@ class SegmentationTask:
         """Return the mean loss of (logits of both heads, labels)."""
         return partial(segmentation_loss, align_corners=config.SEGMENTATION.ALIGN_CORNERS)
 
-    def metric_sums(self, config) -> ConfusionSums:
-        """Return an empty confusion matrix with the names of the classes."""
-        return ConfusionSums(config.MODEL.NUM_CLASSES, get_class_names(config))
+    def metric_sums(self, config, loader: Loader | None = None) -> ConfusionSums:
+        """Return an empty confusion matrix with the names of the classes; with a `loader`, that of
+        an evaluation, the IoU of each image is kept as well."""
+        return ConfusionSums(config.MODEL.NUM_CLASSES, get_class_names(config), loader)
 
 
 SEGMENTATION = SegmentationTask()

@@ -11,37 +11,15 @@ import pytest
 from harness import finish
 from PIL import Image
 
-from replknet_paddle.checkpoints.files import write_safetensors
 from replknet_paddle.checkpoints.load import load_pretrained
 from replknet_paddle.commands import main
 from replknet_paddle.config import get_config, override
 from replknet_paddle.deploy.backends import open_backend
 from replknet_paddle.deploy.export import ModelInfo, export_model, write_record
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.segmentation.predict import SegmentationPredictor, palette_of
+from replknet_paddle.segmentation.pictures import legend_rows, palette_of, with_legend
+from replknet_paddle.segmentation.predict import SegmentationPredictor
 from replknet_paddle.segmentation.upernet import build_upernet
-
-
-@pytest.fixture(scope="module")
-def run_folder(tiny_upernet_file, shapes, tmp_path_factory):
-    """A run folder with weights that tell classes apart, and sliding windows."""
-    folder = tmp_path_factory.mktemp("run")
-    text = tiny_upernet_file.read_text()
-    (folder / "config.yaml").write_text(
-        f"{text}  SLIDE_STRIDE: 21\n  PALETTE: 202020 e6194b 3cb44b 4363d8\n"
-    )
-    config = get_config(folder / "config.yaml")
-    paddle.seed(3)
-    network = build_upernet(config)
-    rng = np.random.default_rng(0)
-    network.train()
-    for _ in range(40):
-        network(paddle.to_tensor(rng.normal(size=(4, 3, 32, 32)).astype("float32")))
-    weight = network.decode_head.conv_seg.weight
-    weight.set_value(rng.normal(0, 2, weight.shape).astype("float32"))
-    state = {name: value.numpy() for name, value in network.state_dict().items()}
-    write_safetensors(folder / "best", state, {})
-    return folder
 
 
 def network_of(run_folder):
@@ -108,7 +86,8 @@ def test_evaluating_on_a_backend_or_an_export_gives_the_same_counts(run_folder, 
     }.items():
         folder = tmp_path / name
         flags += ["-data_path", str(shapes), "-output", str(folder)]
-        assert main(["segment", "eval", *flags]) == 0
+        assert main(["segment", "eval", *flags, "-report", f"{folder}_report"]) == 0
+        assert len(list((tmp_path / f"{name}_report" / "mistakes").iterdir())) == 4
         records[name] = json.loads((folder / "metrics.jsonl").read_text())["val_class_iou_percent"]
     assert any(iou for iou in records["eager"])
     for name in ("backend", "export"):
@@ -130,9 +109,17 @@ def test_predict_writes_overlays_in_the_datasets_palette(run_folder, shapes, tmp
     palette = np.array(labels.getpalette()[:12]).reshape(4, 3)
     assert labels.mode == "P" and palette.tolist()[1] == [0xE6, 0x19, 0x4B]
     pixels = np.array(Image.open(inputs[0])).astype(float)
-    overlay = np.array(Image.open(out / "000001_0001.png"))
+    drawn = np.array(Image.open(out / "000001_0001.png"))
+    overlay, legend = drawn[:64, :64], drawn[:, 64:]
     wanted = (pixels + palette[np.array(labels)]) / 2
     assert np.abs(overlay - wanted).max() <= 0.5
+    rows = [np.flatnonzero((legend == colour).all(axis=-1).any(axis=1)) for colour in palette]
+    counts = np.bincount(np.array(labels).ravel(), minlength=4)
+    assert np.count_nonzero(counts) > 1
+    assert [len(found) > 0 for found in rows] == [count > 0 for count in counts]
+    order = [i for i in np.argsort(-counts, kind="stable") if counts[i]]
+    tops = [rows[i].min() for i in order]
+    assert tops == sorted(tops)  # the largest share on top
     wanted_labels = SegmentationPredictor(run_folder, backend="eager").labels(inputs[0])
     assert (np.array(labels) == wanted_labels).mean() > 0.999
 
@@ -175,6 +162,30 @@ def test_wrong_models_are_one_message(run_folder, shapes, tmp_path, capsys):
 def test_computed_colours_differ():
     palette = palette_of(None, 150)
     assert len(np.unique(palette, axis=0)) > 140 and palette.dtype == np.uint8
+
+
+def test_a_legend_names_what_is_there_by_its_share():
+    names, palette = ["sky", "sea", "Gebäude", "path"], palette_of(None, 4)
+    shares = np.array([[0.25, 0.5], [0, 0], [0.7496, 0.5], [0.0004, 0]])
+    assert legend_rows(shares, names, palette) == [
+        ("Gebäude", palette[2].tolist(), "75.0 / 50.0 %"),
+        ("sky", palette[0].tolist(), "25.0 / 50.0 %"),
+        ("path", palette[3].tolist(), "0.0 / 0.0 %"),
+    ]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (64, 64), (40, 3000), (3000, 40), (1500, 1000)])
+def test_a_legend_of_many_classes_has_a_row_for_the_rest(size):
+    count = 50
+    shares = np.full((count, 1), 1 / count)
+    rows = legend_rows(shares, ["a long name of a class" * 5] * count, palette_of(None, count))
+    assert len(rows) == 20 and rows[-1] == ("31 others", None, "62.0 %")
+    drawn = with_legend(Image.new("RGB", size, "red"), rows)
+    pixels = np.asarray(drawn)
+    assert (pixels[: size[1], : size[0]] == (255, 0, 0)).all()
+    assert (pixels[size[1] :, : size[0]] == 255).all() and (pixels[:, -3:] == 255).all()
+    if min(size) >= 450:
+        assert drawn.height == size[1]  # nothing is higher than the picture
 
 
 @pytest.mark.parametrize("format", ["paddle", "onnx"])

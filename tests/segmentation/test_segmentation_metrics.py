@@ -4,7 +4,11 @@ import numpy as np
 import paddle
 import pytest
 
-from replknet_paddle.segmentation.evaluate import ConfusionSums
+from replknet_paddle.segmentation.evaluate import (
+    ConfusionSums,
+    SegmentationMetrics,
+    image_iou_percent,
+)
 
 
 def sums_of(*pairs, classes=3):
@@ -37,6 +41,28 @@ def test_a_class_that_nothing_has_is_left_out_of_the_mean():
     assert metrics.miou_percent == pytest.approx((50 + 200 / 3) / 2)
     assert metrics.record("val")["val_class_iou_percent"][2] is None
     assert "2 of 3 classes" in str(metrics)
+    assert str(metrics).splitlines()[-1].split() == ["2", "-", "-"]  # not 0, nor nan
+
+
+def test_confusions_come_by_their_pixels():
+    metrics = sums_of(([[0, 0, 0, 1, 1, 2, 255]], [[1, 1, 0, 2, 1, 2, 0]])).total()
+    assert metrics.confusions() == [(0, 1, 2), (1, 2, 1)]
+    assert metrics.confusions(1) == [(0, 1, 2)]
+    assert sums_of(([[0, 255]], [[0, 1]])).total().confusions() == []
+
+
+def test_the_worst_images_come_by_the_iou_of_what_their_labels_have():
+    ious = np.array([50.0, np.nan, 100.0, 20.0, 50.0, 0.0])
+    metrics = SegmentationMetrics(6, np.eye(2, dtype=int), None, ious)
+    assert metrics.worst_images(10) == [5, 3, 0, 4]  # neither what is right nor what has no label
+    assert metrics.worst_images(2) == [5, 3]
+
+
+def test_the_iou_of_an_image_leaves_out_classes_that_are_only_predicted():
+    # Label 0: 3 pixels, 2 of them right, one taken for the absent class 2; label 1: all right.
+    confusion = np.array([[2, 0, 1], [0, 4, 0], [0, 0, 0]])
+    assert image_iou_percent(confusion) == pytest.approx((100 * 2 / 3 + 100) / 2)
+    assert np.isnan(image_iou_percent(np.zeros((3, 3), int)))
 
 
 def test_a_class_only_ever_predicted_counts_as_zero():
