@@ -67,14 +67,14 @@ FLAGS = {
         (
             "output",
             "DIR",
-            "run folder, by default a new one in output/; of an evaluation, a folder for its log and "
-            "figures, which are not kept without it",
+            "run folder, by default a new one in output/; of an evaluation, a folder for its log "
+            "and figures, which are not kept without it",
         ),
         (
             "report",
             "DIR",
-            "of an evaluation: new folder for a report: figures of each class, confusion matrix, "
-            "mistakes",
+            "of an evaluation: new folder for a report: accuracy or IoU of each class, confusion "
+            "matrix, mistakes",
         ),
         ("overwrite", None, "replace an earlier report in -report"),
         (
