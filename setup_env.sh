@@ -112,7 +112,7 @@ if [ -n "${PYTHON:-}" ]; then
     fi
     modules='paddle, yacs, yaml, numpy, PIL, tqdm'
     case "$*" in *demo*) modules="$modules, sklearn" ;; esac
-    case "$*" in *test*) modules="$modules, sklearn, pytest, xdist, ruff, importlinter" ;; esac
+    case "$*" in *test*) modules="$modules, sklearn, pytest, xdist, ruff, importlinter, mypy" ;; esac
     "$PYTHON" -c "import $modules" >&2 ||
         fail "PYTHON=$PYTHON lacks the package named above; install there what" \
             "requirements/common.txt ${*:-} list, or unset PYTHON to have" \

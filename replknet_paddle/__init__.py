@@ -11,6 +11,7 @@ takes no time.
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
 from replknet_paddle.runtime.packages import refuse_other_paddles
 
@@ -26,13 +27,30 @@ _PLACES = {
     "list_models": "replknet_paddle.zoo",
     "load_pretrained": "replknet_paddle.checkpoints.load",
 }
-__all__ = ["__version__", *_PLACES]
+
+if TYPE_CHECKING:  # the same for editors and type checkers
+    from replknet_paddle.checkpoints.load import load_pretrained
+    from replknet_paddle.config import get_config
+    from replknet_paddle.deploy import get_model, inference_model
+    from replknet_paddle.model import build_replknet
+    from replknet_paddle.zoo import list_models
+else:
+
+    def __getattr__(name: str):
+        if name not in _PLACES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(_PLACES[name]), name)
 
 
-def __getattr__(name: str):
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_PLACES[name]), name)
+__all__ = [
+    "__version__",
+    "build_replknet",
+    "get_config",
+    "get_model",
+    "inference_model",
+    "list_models",
+    "load_pretrained",
+]
 
 
 def __dir__() -> list[str]:

@@ -218,7 +218,7 @@ def is_yaml(path: str | os.PathLike) -> bool:
     return os.path.splitext(path)[1] in (".yaml", ".yml")
 
 
-def get_config(cfg_file: str | os.PathLike | None = None, **overrides: Any) -> CfgNode:
+def get_config(cfg_file: str | os.PathLike[str] | None = None, **overrides: Any) -> CfgNode:
     """Return the configuration of a YAML file, or the defaults; frozen.
 
     Args:
@@ -288,7 +288,7 @@ _FLAGS = {
 }
 
 
-def update_config(config: CfgNode, args) -> CfgNode:
+def update_config(config: CfgNode, args: object) -> CfgNode:
     """Return `config` with the command-line flags in `args` over it; frozen.
 
     Args:

@@ -172,8 +172,9 @@ KEYS: dict[str, tuple[Any, Rule]] = {
     # better, which are the weights for files without that record
     "MODEL.DROP_HEAD": (False, boolean()),  # (+) start with a fresh head where PRETRAINED has other
     # classes
-    "MODEL.NUM_CLASSES": (1000, optional(integer(1))),  # None: as many as the checkpoint that is
-    # evaluated or resumed has, or the data: names in class_names.txt, else the largest label and 1
+    "MODEL.NUM_CLASSES": (1000, optional(integer(0))),  # None: as many as the checkpoint that is
+    # evaluated or resumed has, or the data: names in class_names.txt, else the largest label and 1;
+    # (+) 0: no head, and the network gives pooled features
     "MODEL.DROPPATH": (0.5, number(0, 0.999)),  # stochastic depth of the last block
     "MODEL.LARGE_KERNEL_SIZES": ([31, 29, 27, 13], several(integer(1), 4)),  # odd, per stage
     "MODEL.LAYERS": ([2, 2, 18, 2], several(integer(1, 1000), 4)),  # (RepLK block, ConvFFN) pairs

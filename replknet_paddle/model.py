@@ -12,10 +12,12 @@ network gives feature maps of any list of stages.
 """
 
 import math
+from collections.abc import Sequence
 
 import paddle
 from paddle import nn
 from paddle.nn import functional as F
+from yacs.config import CfgNode
 
 NUM_STAGES = 4
 
@@ -46,6 +48,18 @@ def conv2d(
         groups=groups,
         weight_attr=uniform(fan_in),
         bias_attr=uniform(fan_in) if bias else False,
+    )
+
+
+def classifier(in_channels: int, num_classes: int) -> nn.Layer:
+    """Return a linear head, or for 0 classes none: what gives back its input."""
+    if num_classes == 0:
+        return nn.Identity()
+    return nn.Linear(
+        in_channels,
+        num_classes,
+        weight_attr=uniform(in_channels),
+        bias_attr=uniform(in_channels),
     )
 
 
@@ -282,7 +296,7 @@ class RepLKNet(nn.Layer):
         dw_ratio: channels of the large convolutions over those of the stage.
         ffn_ratio: hidden channels of a ConvFFN over those of the stage.
         in_channels: channels of the images.
-        num_classes: size of the head.
+        num_classes: size of the head; 0 for none, so that `forward` returns pooled features.
         out_indices: None for a classifier; else the stages, counted from 0, whose maps
             `forward` returns, in this order. A backbone has neither final norm nor head.
         small_kernel_merged: build the form that `structural_reparam` produces.
@@ -293,28 +307,35 @@ class RepLKNet(nn.Layer):
     Attributes:
         feature_channels: channels of each map that `extract_feat` returns.
         feature_strides: of the same maps, input pixels per position.
+        num_features: channels of the last map, and so of the pooled features.
+        config: the configuration, where `build_replknet` made the network of one.
+        class_names: one for each class, where the weights came with them.
     """
+
+    config: CfgNode
+    class_names: Sequence[str] | None = None
 
     def __init__(
         self,
         *,
-        large_kernel_sizes: list[int],
-        layers: list[int],
-        channels: list[int],
+        large_kernel_sizes: Sequence[int],
+        layers: Sequence[int],
+        channels: Sequence[int],
         drop_path_rate: float = 0.0,
         small_kernel: int | None = 5,
         dw_ratio: float = 1.0,
         ffn_ratio: float = 4.0,
         in_channels: int = 3,
         num_classes: int = 1000,
-        out_indices: list[int] | None = None,
+        out_indices: Sequence[int] | None = None,
         small_kernel_merged: bool = False,
         norm_inter_features: bool = False,
         sync_bn: bool = False,
         recompute: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         self.out_indices = None if out_indices is None else tuple(out_indices)
+        self.num_features = channels[-1]
         indices = range(NUM_STAGES) if out_indices is None else out_indices
         self.feature_channels = tuple(channels[i] for i in indices)
         self.feature_strides = tuple(4 * 2**i for i in indices)
@@ -359,11 +380,8 @@ class RepLKNet(nn.Layer):
                 )
 
         if self.out_indices is None:
-            last = channels[-1]
-            self.norm = nn.BatchNorm2D(last)
-            self.head = nn.Linear(
-                last, num_classes, weight_attr=uniform(last), bias_attr=uniform(last)
-            )
+            self.norm = nn.BatchNorm2D(self.num_features)
+            self.head = classifier(self.num_features, num_classes)
         if sync_bn:
             nn.SyncBatchNorm.convert_sync_batchnorm(self)
         if self.out_indices is not None:  # frozen, because no gradient reaches them
@@ -394,13 +412,38 @@ class RepLKNet(nn.Layer):
         indices = range(NUM_STAGES) if self.out_indices is None else self.out_indices
         return tuple(self.stages[i].norm(maps[i]) for i in indices)
 
-    def forward(self, x: paddle.Tensor):
+    def forward_features(self, x: paddle.Tensor) -> paddle.Tensor:
+        """Return a classifier's last map, normalized: (N, 3, H, W) -> (N, C, H/32, W/32)."""
+        return self.norm(self.forward_stages(x)[-1])
+
+    def forward_head(self, x: paddle.Tensor, pre_logits: bool = False) -> paddle.Tensor:
+        """Return the logits (N, num_classes) of the map that `forward_features` returned.
+
+        With `pre_logits`, and where there is no head, these are the pooled features (N, C).
+        """
+        x = x.mean(axis=[2, 3])  # (N, C, H/32, W/32) -> (N, C)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor | tuple[paddle.Tensor, ...]:
         """Images (N, 3, H, W) -> logits (N, num_classes), or the maps of `out_indices`."""
         if self.out_indices is not None:
             return self.extract_feat(x)
-        x = self.norm(self.forward_stages(x)[-1])
-        x = x.mean(axis=[2, 3])  # (N, C, H/32, W/32) -> (N, C)
-        return self.head(x)
+        return self.forward_head(self.forward_features(x))
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Give a classifier a fresh head; 0 takes it away, and `forward` returns pooled features.
+
+        The number in `config` changes as well, and what names the classes is forgotten.
+        """
+        if self.out_indices is not None:
+            raise ValueError(f"out_indices is {self.out_indices}: a backbone has no head to reset")
+        self.head = classifier(self.num_features, num_classes)
+        self.class_names = None
+        if hasattr(self, "config"):
+            self.config = self.config.clone()
+            self.config.defrost()
+            self.config.MODEL.NUM_CLASSES, self.config.DATA.CLASS_NAMES = num_classes, None
+            self.config.freeze()
 
     def structural_reparam(self) -> None:
         """Merge every small kernel and batch norm into its large kernel, in place, for inference.
@@ -416,7 +459,7 @@ class RepLKNet(nn.Layer):
         self.structural_reparam()
 
 
-def build_replknet(config, *, sync_bn: bool = False) -> RepLKNet:
+def build_replknet(config: CfgNode, *, sync_bn: bool = False) -> RepLKNet:
     """Return the network that `config` (see config.py) describes, freshly initialized.
 
     It carries that configuration as `config`, for what comes before and after the network.

@@ -52,6 +52,7 @@ def test_the_wheel_holds_configs_and_sources_and_no_tests(built):
                 assert name.replace("configs/", "replknet_paddle/configs/", 1) in names or (
                     name in names
                 )
+    assert "replknet_paddle/py.typed" in names  # by which type checkers believe our annotations
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"replknet_paddle"}
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "replknet_paddle").rglob("*.py")}
@@ -63,6 +64,7 @@ def test_the_sdist_holds_what_a_wheel_is_built_from(built):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     wanted = {"configs/replknet_31b.yaml", "configs/imagenet1k_class_names.txt", "README.md"}
+    wanted |= {"replknet_paddle/py.typed"}
     wanted |= {"requirements/common.txt", "replknet_paddle/ops/csrc/cpu/kernels.inc", "setup.py"}
     assert wanted <= names
 
@@ -110,7 +112,7 @@ def test_installed_beside_a_users_own_files_everything_works(built, tmp_path):
         "print(*replknet_paddle.list_models())\n"
         "with paddle.LazyGuard():\n"
         "    model = replknet_paddle.get_model('replknet-31b-1k-224')\n"
-        "config = replknet_paddle.get_config('configs/replknet_nano.yaml')\n"
+        "config = replknet_paddle.get_config('./configs/replknet_nano.yaml')\n"
         "model = replknet_paddle.build_replknet(config)\n"
         "print(model(paddle.zeros([1, 3, 64, 64])).shape)\n",
     )

@@ -66,6 +66,83 @@ def test_out_indices_give_the_listed_stages_in_order(name, indices, reference):
         np.testing.assert_allclose(stage_map.numpy(), expected[f"stage{index}"], atol=1e-4)
 
 
+@pytest.mark.parametrize("name", REFERENCES)
+def test_features_and_head_are_the_two_halves_of_a_classifier(name, reference):
+    model, images, expected = reference(name)
+    weight, bias = model.head.weight.numpy(), model.head.bias.numpy()
+    for _ in ("train form", "merged"):
+        with paddle.no_grad():
+            maps, logits = model.forward_features(images), model(images).numpy()
+            pooled = model.forward_head(maps, pre_logits=True).numpy()
+            assert np.array_equal(model.forward_head(maps).numpy(), logits)
+            normalized = model.norm(paddle.to_tensor(expected["stage3"]))
+        np.testing.assert_allclose(maps.numpy(), normalized.numpy(), atol=1e-4)
+        np.testing.assert_allclose(pooled, maps.numpy().mean((2, 3)), atol=1e-5)
+        np.testing.assert_allclose(pooled @ weight + bias, expected["logits"], atol=1e-4)
+        assert pooled.shape == (len(images), model.num_features)
+        model.structural_reparam()
+
+
+def state_of(model):
+    return {name: value.numpy() for name, value in model.state_dict().items()}
+
+
+def test_a_network_of_no_classes_is_the_classifier_without_its_head():
+    paddle.seed(0)
+    with_head = RepLKNet(**SIZES, num_classes=10)
+    randomize_statistics(with_head)
+    without = RepLKNet(**SIZES, num_classes=0)
+    assert with_head.num_features == without.num_features == SIZES["channels"][-1]
+    state = with_head.state_dict()
+    assert [*without.state_dict()] == [n for n in state if n not in ("head.weight", "head.bias")]
+    without.set_state_dict({name: state[name] for name in without.state_dict()})
+    images = paddle.randn([2, 3, 32, 32])
+    for mode in ("train", "eval"):
+        getattr(with_head, mode)(), getattr(without, mode)()
+        pooled = with_head.forward_head(with_head.forward_features(images), pre_logits=True)
+        assert np.array_equal(without(images).numpy(), pooled.numpy())
+
+
+@pytest.mark.parametrize("before, after", [(10, 0), (10, 3), (0, 3)])
+def test_a_head_is_replaced_and_nothing_else(before, after):
+    keys = {name.upper(): value for name, value in SIZES.items()} | {"NUM_CLASSES": before}
+    config = get_config(None, **{f"MODEL__{name}": value for name, value in keys.items()})
+    model = build_replknet(config)
+    old = state_of(model)
+    model.class_names = ["some"]
+    model.reset_classifier(after)
+    new = state_of(model)
+    assert [value.shape for name, value in new.items() if name.startswith("head.")] == (
+        [(12, after), (after,)] if after else []
+    )
+    assert model(paddle.zeros([1, 3, 32, 32])).shape == [1, after or 12]
+    for name in old.keys() | new.keys():
+        assert name.startswith("head.") or np.array_equal(old[name], new[name])
+    assert (config.MODEL.NUM_CLASSES, model.config.MODEL.NUM_CLASSES) == (before, after)
+    assert model.config.is_frozen() and model.class_names is None
+
+
+def test_a_backbone_has_no_head_to_replace():
+    with pytest.raises(ValueError, match="a backbone has no head"):
+        RepLKNet(**SIZES, out_indices=[3]).reset_classifier(3)
+
+
+@pytest.mark.parametrize("keys", [{}, {"num_classes": 0}, {"out_indices": [0, 3]}], ids=str)
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_captured_program_computes_the_same(keys, merge):
+    model = RepLKNet(**SIZES, **keys)
+    randomize_statistics(model)
+    model.eval()
+    if merge:
+        model.structural_reparam()
+    images = paddle.randn([2, 3, 32, 32])
+    with paddle.no_grad():
+        wanted = model(images)
+        found = paddle.jit.to_static(model, full_graph=True)(images)
+    for one, other in zip(*(x if isinstance(x, tuple) else (x,) for x in (wanted, found))):
+        np.testing.assert_allclose(one.numpy(), other.numpy(), atol=1e-5)
+
+
 def test_backbone_has_no_head_and_its_maps_their_own_norms():
     model = RepLKNet(**SIZES, out_indices=[0, 2], norm_inter_features=True)
     names = set(model.state_dict())

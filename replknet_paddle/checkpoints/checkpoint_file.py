@@ -50,7 +50,10 @@ class Classes:
     model_type: str | None = None  # MODEL.TYPE of that run
 
     def names_for(self, config) -> tuple[str, ...] | None:
-        """Return the names, unless `config` names another file of class names than the run did."""
+        """Return the names, unless `config` names another file of class names than the run did, or
+        has no classes."""
+        if config.MODEL.NUM_CLASSES == 0:
+            return None
         given = config.DATA.CLASS_NAMES
         is_same = given is None or self.names_file in (given, os.path.abspath(given))
         return self.names if is_same else None
@@ -142,7 +145,7 @@ class CheckpointFile:
                 "".join(names).encode()  # not half of a character, which cannot be written
             said = (self._settings or {}).get
             count, *paths = map(said, ("MODEL__NUM_CLASSES", "DATA__CLASS_NAMES", "MODEL__TYPE"))
-            is_count = count is None or type(count) is int and count > 0
+            is_count = count is None or type(count) is int and count >= 0
             if not is_count or not all(isinstance(path, (str, type(None))) for path in paths):
                 raise TypeError
         return Classes(count, names, *paths)

@@ -54,8 +54,8 @@ _WRAPPERS = re.compile(r"(module\.|_orig_mod\.)*")
 
 
 def load_pretrained(
-    model,
-    source: str | os.PathLike | CheckpointFile,
+    model: paddle.nn.Layer,
+    source: str | os.PathLike[str] | CheckpointFile,
     *,
     weights: str = "auto",
     drop_head: bool = False,

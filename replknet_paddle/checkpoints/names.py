@@ -162,7 +162,8 @@ def fitting_names(
 
     head = {name for name in wanted if name.rpartition(".")[0] in _CLASSIFIERS}
     if not head:
-        found = without({name for name in found if name.startswith(("norm.", "head."))}, found)
+        unused = {name for name in found if name.startswith(("norm.", "head."))} - wanted.keys()
+        found = without(unused, found)
     elif drop_head and (other_classes or any(found.get(name) != wanted[name] for name in head)):
         logger.warning(
             "the head of %s (%s) is not loaded; the network keeps its fresh one for %s",

@@ -24,6 +24,8 @@ def get_class_names(config, stored: Sequence[str] | None = None) -> list[str] | 
     In this order: those `stored` in the checkpoint in use; what DATA.CLASS_NAMES says;
     class_names.txt beside the lists; with DATA.IMAGENET_NAMES and 1000 classes, ImageNet-1K's.
     """
+    if config.MODEL.NUM_CLASSES == 0:
+        return None
     if stored is not None:
         return list(stored)
     path = names_file(config)

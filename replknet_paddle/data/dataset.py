@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 import paddle
 from PIL import Image
+from yacs.config import CfgNode
 
 from replknet_paddle.data.lists import (
     LAYOUT,
@@ -273,7 +274,9 @@ class EvalBatches(paddle.io.Sampler):
             yield [(0, index) for index in self.indices[start : start + self.batch_size]]
 
 
-def get_dataset(config, is_train: bool, *, problems: list[Line] | None = None) -> ListDataset:
+def get_dataset(
+    config: CfgNode, is_train: bool, *, problems: list[Line] | None = None
+) -> ListDataset:
     """Return the training or the validation set that `config` names, by its good lines where the
     bad ones go to `problems`."""
     transform = build_train_transform(config) if is_train else build_eval_transform(config)
@@ -290,7 +293,7 @@ def get_dataset(config, is_train: bool, *, problems: list[Line] | None = None) -
 
 
 def get_dataloader(
-    config, dataset: ListDataset, is_train: bool, *, rank: int = 0, world_size: int = 1
+    config: CfgNode, dataset: ListDataset, is_train: bool, *, rank: int = 0, world_size: int = 1
 ) -> Loader:
     """Return the loader of one rank: images (N, 3, H, W) float32, labels (N,) int64.
 

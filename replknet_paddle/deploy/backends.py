@@ -18,11 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import paddle
+from numpy.typing import NDArray
 from paddle import inference, nn
+from yacs.config import CfgNode
 
 from replknet_paddle import zoo
 from replknet_paddle.config import is_yaml
@@ -40,12 +42,14 @@ from replknet_paddle.deploy.export import (
 )
 from replknet_paddle.deploy.fold import random_images
 from replknet_paddle.deploy.operators import check_operators
+from replknet_paddle.model import RepLKNet
 from replknet_paddle.ops import build_convolutions, cache_weights
 from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import cache_folder, locked, searched_weights, write_text
 from replknet_paddle.runtime.machines import available_cores, core_share, processor_name
 from replknet_paddle.runtime.packages import import_extra, install_command, is_installed
+from replknet_paddle.zoo.records import ModelName
 
 logger = logging.getLogger(__name__)
 
@@ -66,26 +70,27 @@ class Backend:
         compute: Callable[[np.ndarray], np.ndarray],
         close: Callable[[], object] = lambda: None,
         network: nn.Layer | None = None,
-    ):
+    ) -> None:
         self.name = name
         self.info = info
         self.network = network
         self._compute = compute
         self._close = close
 
-    def run(self, images: np.ndarray) -> np.ndarray:
+    def run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the logits, float32 (N, num_classes), or (N, num_classes, H, W) in segmentation,
-        of images, float32 (N, 3, H, W).
+        of images, float32 (N, 3, H, W); of a network without a head the features (N, C).
 
         Raises:
             InputError: images of another shape or type, or a model that has other classes.
         """
         logits = self._compute(check_images(images, self.info))
-        count = self.info.config.MODEL.NUM_CLASSES
+        model = self.info.config.MODEL
+        count = model.NUM_CLASSES or model.CHANNELS[-1]
         if logits.shape[:2] != (len(images), count):
             raise InputError(
                 f"the model gives outputs of shape {logits.shape}, which does not fit "
-                f"MODEL.NUM_CLASSES {count}; {AGAIN}"
+                f"MODEL.NUM_CLASSES {model.NUM_CLASSES}; {AGAIN}"
             )
         return logits
 
@@ -284,15 +289,15 @@ def candidates(formats: Sequence[str], precision: str) -> list[str]:
 
 
 def open_backend(
-    source,
+    source: str | os.PathLike[str] | nn.Layer,
     name: str = "auto",
     *,
-    config=None,
+    config: CfgNode | None = None,
     threads: int | None = None,
     precision: str | None = None,
     class_names: Sequence[str] | None = None,
     batch_size: int = 1,
-    build: Callable | None = None,
+    build: Callable[..., nn.Layer] | None = None,
 ) -> Backend:
     """Return `source` ready to run.
 
@@ -551,7 +556,10 @@ def version(name: str) -> str:
 class BackendLayer(nn.Layer):
     """A backend in the place of a network: tensor (N, 3, H, W) -> tensor of logits."""
 
-    def __init__(self, backend: Backend):
+    config: CfgNode
+    class_names: Sequence[str] | None
+
+    def __init__(self, backend: Backend) -> None:
         super().__init__()
         self.backend = backend
 
@@ -559,7 +567,31 @@ class BackendLayer(nn.Layer):
         return paddle.to_tensor(self.backend.run(images.numpy()))
 
 
-def get_model(name, **options) -> nn.Layer:
+@overload
+def get_model(
+    name: ModelName,
+    *,
+    pretrained: bool | str | os.PathLike[str] = False,
+    num_classes: int | None = None,
+    features_only: bool = False,
+    out_indices: int | Sequence[int] | None = None,
+    drop_path_rate: float | None = None,
+    weights: str = "auto",
+    **overrides: Any,
+) -> RepLKNet: ...
+@overload
+def get_model(
+    name: str | os.PathLike[str] | CfgNode,
+    *,
+    pretrained: bool | str | os.PathLike[str] = False,
+    num_classes: int | None = None,
+    features_only: bool = False,
+    out_indices: int | Sequence[int] | None = None,
+    drop_path_rate: float | None = None,
+    weights: str = "auto",
+    **overrides: Any,
+) -> RepLKNet | BackendLayer: ...
+def get_model(name: str | os.PathLike[str] | CfgNode, **options: Any) -> RepLKNet | BackendLayer:
     """Return what `zoo.get_model` returns or, for an export folder, a layer that runs it.
 
     The layer takes and gives what the network does, on the fastest backend that is installed. It

@@ -17,6 +17,7 @@ import numpy as np
 import paddle
 from paddle import nn
 from paddle.nn import functional as F
+from yacs.config import CfgNode
 
 import replknet_paddle.model
 from replknet_paddle.checkpoints.run_folder import EXPORT_FILE as FILE
@@ -89,7 +90,7 @@ class ModelInfo:
         InputError: not one class name for each class.
     """
 
-    config: Any
+    config: CfgNode
     format: str = "paddle"
     precision: str = "fp32"
     fixed_size: bool = False
@@ -354,7 +355,7 @@ class InferenceForm(nn.Layer):
         self.model = model
 
     def forward(self, images: paddle.Tensor) -> paddle.Tensor:
-        x = self.model.norm(self.model.forward_stages(images)[-1])
+        x = self.model.forward_features(images)
         return self.model.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 

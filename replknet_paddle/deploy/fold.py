@@ -98,10 +98,13 @@ def fold_norm_before(norm: nn.Layer, conv: nn.Conv2D) -> nn.Layer:
 
 
 def fold_final_norm(model: RepLKNet) -> None:
-    """Move the final norm behind the global average, into the head."""
+    """Move the final norm behind the global average, into the head, or into one that is made."""
     if isinstance(model.norm, nn.Identity):
         return
     scale, shift = (value.numpy() for value in scale_and_shift(model.norm))
+    if isinstance(model.head, nn.Identity):
+        model.head = nn.Linear(len(scale), len(scale))  # with a bias of 0
+        model.head.weight.set_value(paddle.eye(len(scale)))
     weight = model.head.weight.numpy().astype("float64")  # (in, out)
     bias = model.head.bias.numpy().astype("float64")
     dtype = model.head.weight.dtype

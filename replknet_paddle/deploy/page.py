@@ -150,7 +150,7 @@ def grad_cam(
     """
     with evaluation_mode(network):
         features = network.forward_stages(paddle.to_tensor(image))[-1]  # (1, C, h, w)
-        logits = network.head(network.norm(features).mean(axis=[2, 3]))[0]
+        logits = network.forward_head(network.norm(features))[0]
     label = int(logits.argmax()) if label is None else label
     norm = network.norm
     scale = norm.weight / paddle.sqrt(norm._variance + norm._epsilon)

@@ -13,9 +13,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import TypedDict, TypeVar, overload
 
 import numpy as np
+from numpy.typing import NDArray
+from paddle import nn
 from PIL import Image
+from yacs.config import CfgNode
 
 from replknet_paddle.data.transforms import build_eval_transform
 from replknet_paddle.data.transforms.image import to_rgb
@@ -28,6 +32,10 @@ from replknet_paddle.runtime.files import atomic_file, check_file_target
 BATCH_SIZE = 8  # of a list of images; larger ones gain nothing on a CPU
 MAX_DECODERS = 8  # threads
 RESULTS_SUFFIXES = (".jsonl", ".csv")
+
+Openable = str | os.PathLike[str] | nn.Layer | Backend
+Picture = str | os.PathLike[str] | NDArray[np.uint8] | Image.Image
+EachPicture = TypeVar("EachPicture", bound=Picture)
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,15 @@ class Prediction:
         return None if self.truth is None or not self.labels else self.labels[0] == self.truth
 
 
+class Classification(TypedDict):
+    """What `inference_model` returns for an image."""
+
+    pred_scores: NDArray[np.float32]  # the probabilities of all classes (num_classes,)
+    pred_label: int  # the number of the most probable one
+    pred_score: float  # its probability
+    pred_class: str  # its name, or its number as text where the model brings no names
+
+
 class Predictor:
     """An open model with what goes before and after it.
 
@@ -77,7 +94,14 @@ class Predictor:
         InputError: it cannot be opened.
     """
 
-    def __init__(self, model, *, backend: str = "auto", config=None, batch_size: int = 1):
+    def __init__(
+        self,
+        model: Openable,
+        *,
+        backend: str = "auto",
+        config: CfgNode | None = None,
+        batch_size: int = 1,
+    ) -> None:
         if isinstance(model, Backend):
             self.backend = model
         else:
@@ -88,7 +112,12 @@ class Predictor:
                 f"{model} is a segmentation network; `replknet segment predict` runs it"
             )
         self.transform = build_eval_transform(info.config)
-        self.num_classes = info.config.MODEL.NUM_CLASSES
+        self.num_classes: int = info.config.MODEL.NUM_CLASSES
+        if self.num_classes == 0:
+            raise InputError(
+                "a network without a head (MODEL.NUM_CLASSES is 0) gives features, not classes; "
+                "open_backend(model).run(images) returns them"
+            )
         names = info.class_names or map(str, range(self.num_classes))
         # JSON has text that no file can hold: halves of letters.
         self.class_names = [name.encode("utf-8", "replace").decode() for name in names]
@@ -97,12 +126,12 @@ class Predictor:
             name: label for label, name in enumerate(info.class_names or ()) if counts[name] == 1
         }
 
-    def preprocess(self, image) -> np.ndarray:
+    def preprocess(self, image: Picture) -> NDArray[np.float32]:
         """Return an image of any kind as the network's input, float32 (3, size, size); InputError:
         it cannot be decoded or preprocessed."""
         return self.transform(decode(image))
 
-    def scores(self, images: np.ndarray) -> np.ndarray:
+    def scores(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the probabilities (N, num_classes), float32, of preprocessed images (N, 3, H, W);
         InputError: the network's outputs are not finite."""
         return probabilities(self.backend.run(images), self.backend.name)
@@ -124,7 +153,15 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
-def inference_model(model, image):
+@overload
+def inference_model(model: Openable | Predictor, image: Picture) -> Classification: ...
+@overload
+def inference_model(
+    model: Openable | Predictor, image: list[EachPicture] | tuple[EachPicture, ...]
+) -> list[Classification]: ...
+def inference_model(
+    model: Openable | Predictor, image: Picture | list[EachPicture] | tuple[EachPicture, ...]
+) -> Classification | list[Classification]:
     """Classify an image, or a list of them: mmpretrain's function of this name.
 
     Args:
@@ -135,9 +172,7 @@ def inference_model(model, image):
         image: a path, an array (H, W, 3) uint8 in RGB, a Pillow image, or a list of these.
 
     Returns:
-        A dict, or for a list a list of them: `pred_label`, the number of the most probable class;
-        `pred_score`, its probability; `pred_scores`, those of all classes, float32 (num_classes,);
-        `pred_class`, its name, or its number as text where the model brings no names.
+        A dict with the keys of `Classification`, or for a list a list of them.
 
     Raises:
         FileNotFoundError, InputError: the model cannot be opened, or an image cannot be decoded.
@@ -149,7 +184,7 @@ def inference_model(model, image):
         predictor = model if isinstance(model, Predictor) else Predictor(model)
     several = isinstance(image, (list, tuple))
     images = image if several else [image]
-    results = []
+    results: list[Classification] = []
     for start in range(0, len(images), BATCH_SIZE):
         arrays = []
         for i, one in enumerate(images[start : start + BATCH_SIZE], start):

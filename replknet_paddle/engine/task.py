@@ -35,6 +35,11 @@ class ClassificationTask:
                 f"MODEL.OUT_INDICES is {config.MODEL.OUT_INDICES}, which makes a backbone "
                 "without a head; training and evaluation need it to be None"
             )
+        if config.MODEL.NUM_CLASSES == 0:
+            raise InputError(
+                "MODEL.NUM_CLASSES is 0, which makes a network without a head; training and "
+                "evaluation need the number of classes, or None for that of the data"
+            )
 
     def loader(self, config, is_train: bool) -> Loader:
         """Return this process's loader of the training or the validation set."""

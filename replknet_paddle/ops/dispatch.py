@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+from typing import TypeVar
 
 import paddle
 from paddle import nn
@@ -14,6 +15,8 @@ from replknet_paddle.runtime.errors import InputError
 
 IMPLS = ("auto", "paddle", "direct", "fft", "matmul")
 DTYPES = (paddle.float32, paddle.float16, paddle.bfloat16)
+
+Target = TypeVar("Target")
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +127,7 @@ def is_same_conv(layer: nn.Layer, fast: type[nn.Conv2D]) -> bool:
     )
 
 
-def as_one_operation(target):
+def as_one_operation(target: Target) -> Target:
     """Let program capture take a function or a layer as a whole, not follow its Python code."""
     return paddle.jit.marker.unified(target)
 

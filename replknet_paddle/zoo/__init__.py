@@ -10,7 +10,9 @@ model = get_model('replknet-31B_3rdparty_in1k', pretrained='my_weights.pth')
 import fnmatch
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from yacs.config import CfgNode
 
 from replknet_paddle.config import (
     CONFIG_FOLDER,
@@ -22,6 +24,9 @@ from replknet_paddle.config import (
 )
 from replknet_paddle.runtime.errors import InputError, did_you_mean
 from replknet_paddle.zoo.records import MODELS, PublishedModel
+
+if TYPE_CHECKING:  # Paddle takes seconds, which `list_models` can do without
+    from replknet_paddle.model import RepLKNet
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -38,14 +43,16 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def get_model(
-    name,
+    name: str | os.PathLike[str] | CfgNode,
     *,
-    pretrained: bool | str | os.PathLike = False,
+    pretrained: bool | str | os.PathLike[str] = False,
     num_classes: int | None = None,
+    features_only: bool = False,
     out_indices: int | Sequence[int] | None = None,
+    drop_path_rate: float | None = None,
     weights: str = "auto",
     **overrides: Any,
-):
+) -> "RepLKNet":
     """Return a RepLKNet, with weights if asked for.
 
     Args:
@@ -55,9 +62,12 @@ def get_model(
             the published ones (downloaded on first use, from the cache afterwards); or a checkpoint
             file of any known format and layout.
         num_classes: size of the head. Where the weights have another one, the head stays freshly
-            initialized, and a warning says so.
-        out_indices: the stages, from 0 to 3, or the stage, whose maps a backbone without a head
-            returns, as a tuple.
+            initialized, and a warning says so. 0 for no head: the network returns the features
+            that are the head's input, (N, `num_features`).
+        features_only: make a backbone without a head, which returns the maps of `out_indices`, or
+            else of all four stages, as a tuple.
+        out_indices: the stages, from 0 to 3, or the stage, of such a backbone.
+        drop_path_rate: stochastic depth of the last block in training, in [0, 1).
         weights: 'model', 'model_ema' for the EMA weights of a training checkpoint, or 'auto' for
             those of the two that its run found better.
         overrides: keys of the configuration, as for `get_config`: `MODEL__DROPPATH=0.1`.
@@ -73,10 +83,10 @@ def get_model(
     """
     from replknet_paddle.model import build_replknet
 
-    if num_classes is not None:
-        overrides["MODEL__NUM_CLASSES"] = num_classes
-    if out_indices is not None:
-        overrides["MODEL__OUT_INDICES"] = out_indices
+    if features_only and out_indices is None:
+        out_indices = (0, 1, 2, 3)
+    given = {"NUM_CLASSES": num_classes, "OUT_INDICES": out_indices, "DROPPATH": drop_path_rate}
+    overrides |= {f"MODEL__{key}": value for key, value in given.items() if value is not None}
     return open_network(
         name,
         pretrained=has_weights(name) if pretrained in (None, False) else pretrained,
@@ -110,7 +120,7 @@ def open_network(
         drop_head: a head of another size stays fresh.
         build: configuration -> network; None for classifiers alone.
     """
-    # Here because they import Paddle, which takes seconds that `list_models` can do without.
+    # Here because they import Paddle.
     from replknet_paddle.checkpoints.checkpoint_file import CheckpointFile
     from replknet_paddle.checkpoints.load import load_pretrained
     from replknet_paddle.checkpoints.run_folder import config_of

@@ -8,6 +8,7 @@ does.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 OFFICIAL_PAGE = "https://github.com/DingXiaoH/RepLKNet-pytorch#results-and-pre-trained-models"
 PADDLEVIT_PAGE = "https://github.com/BR-IDL/PaddleViT/tree/develop/image_classification/RepLKNet"
@@ -15,6 +16,19 @@ MMPRETRAIN_FILES = "https://download.openmmlab.com/mmclassification/v0/replknet/
 
 # Licences of the repositories that publish the files.
 LICENCES = {"official": "MIT", "mmpretrain": "Apache-2.0", "PaddleViT": "Apache-2.0"}
+
+
+# The names, for editors to offer.
+ModelName = Literal[
+    "replknet-31b-1k-224",
+    "replknet-31b-1k-384",
+    "replknet-31b-22k1k-224",
+    "replknet-31b-22k1k-384",
+    "replknet-31l-22k1k-384",
+    "replknet-xl-73m1k-320",
+    "replknet-31b-22k",
+    "replknet-31l-22k",
+]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from replknet_paddle.checkpoints.run_folder import (
     point_to,
     save_checkpoint,
 )
-from replknet_paddle.deploy import open_backend
+from replknet_paddle.deploy import Predictor, open_backend
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.zoo import find_record
 
@@ -84,8 +84,41 @@ def test_keys_are_overridden_and_checked(config_file):
     assert get_config(config_file("tiny31"), SEED=7, MODEL__NUM_CLASSES=5).SEED == 7
     with pytest.raises(InputError, match="unknown key MODEL.DROP_PATH; did you mean MODEL.DROPP"):
         get_model(config_file("tiny31"), MODEL__DROP_PATH=0.25)
-    with pytest.raises(InputError, match="MODEL.NUM_CLASSES is 0; allowed: an integer >= 1"):
-        get_model(config_file("tiny31"), num_classes=0)
+    with pytest.raises(InputError, match="MODEL.NUM_CLASSES is -1; allowed: an integer >= 0"):
+        get_model(config_file("tiny31"), num_classes=-1)
+
+
+def test_no_classes_give_the_features_that_the_head_of_the_file_takes(config_file, caplog):
+    expected = np.load(FIXTURES / "tiny31_expected.npz")
+    head = load_state(WEIGHTS)
+    with caplog.at_level(logging.WARNING):
+        model = get_model(config_file("tiny31"), pretrained=WEIGHTS, num_classes=0)
+    assert caplog.text == ""
+    with paddle.no_grad():
+        features = model(paddle.to_tensor(expected["images"])).numpy()
+    assert features.shape == (len(expected["images"]), model.num_features)
+    logits = features @ head["head.weight"] + head["head.bias"]
+    np.testing.assert_allclose(logits, expected["logits"], atol=1e-4)
+    model.reset_classifier(3)  # to be trained
+    assert model.config.MODEL.NUM_CLASSES == 3
+
+
+def test_the_words_of_timm_mean_the_keys_of_the_configuration(config_file):
+    images = paddle.to_tensor(np.load(FIXTURES / "tiny31_expected.npz")["images"])
+    by_timm, by_key = (
+        get_model(config_file("tiny31"), pretrained=WEIGHTS, **keys)
+        for keys in (
+            {"features_only": True, "drop_path_rate": 0.3},
+            {"out_indices": (0, 1, 2, 3), "MODEL__DROPPATH": 0.3},
+        )
+    )
+    assert by_timm.config == by_key.config and len(by_timm(images)) == 4
+    for one, other in zip(by_timm(images), by_key(images)):
+        assert np.array_equal(one.numpy(), other.numpy())
+    chosen = get_model(config_file("tiny31"), features_only=True, out_indices=(1, 3))
+    assert chosen.out_indices == (1, 3)
+    rates = [block.drop_path.rate for stage in by_timm.stages for block in stage.blocks]
+    assert (rates[0], rates[-1]) == (0, 0.3)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +162,40 @@ def sources(tmp_path_factory):
     assert command("merge")([str(run), "-output", str(made["merged.safetensors"])]) == 0
     assert command("export")([str(run), "-output", str(made["exported"])]) == 0
     return {"run": run, "best": run / "best", **made}
+
+
+@pytest.fixture(scope="module")
+def features(sources, tmp_path_factory):
+    """The run folder without its head: the network, and what commands made of it, by name."""
+    folder = tmp_path_factory.mktemp("features")
+    for name, target in (("merge", "merged.safetensors"), ("export", "exported")):
+        arguments = ["-output", str(folder / target), "-opts", "MODEL.NUM_CLASSES", "0"]
+        assert command(name)([str(sources["run"]), *arguments]) == 0
+    model = get_model(sources["run"], num_classes=0)
+    return {"network": model, **{path.name: path for path in folder.iterdir()}}
+
+
+@pytest.mark.parametrize("backend", ["eager", "paddle", "onnxruntime", "openvino"])
+def test_features_are_exported_and_merged_like_logits(features, backend):
+    images = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype("float32")
+    with paddle.no_grad():
+        wanted = features["network"](paddle.to_tensor(images)).numpy()
+    assert features["network"].class_names is None
+    names = ["network", "merged.safetensors"] + ["exported"] * (backend == "paddle")
+    for name in names:
+        found = open_backend(features[name], backend).run(images)
+        assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max(), name
+    assert get_model(features["merged.safetensors"]).class_names is None
+
+
+def test_what_needs_classes_refuses_a_network_of_none(features, sources, capsys):
+    for name in features:
+        with pytest.raises(InputError, match="gives features, not classes"):
+            Predictor(features[name], backend="eager" if name == "network" else "auto")
+    arguments = ["-cfg", str(sources["run"] / "config.yaml"), "-pretrained", str(sources["best"])]
+    for name in ("train", "eval"):
+        assert command(name)([*arguments, "-opts", "MODEL.NUM_CLASSES", "0"]) == 2
+        assert "MODEL.NUM_CLASSES is 0, which makes a network without a" in capsys.readouterr().err
 
 
 CLASSES = ("cat", "dog", "fish", "bird")
