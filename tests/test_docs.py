@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+from pathlib import Path
 
 import paddle
 import pytest
@@ -17,7 +18,10 @@ from PIL import Image
 from tiny import FIXTURES, ROOT, make_data
 
 from replknet_paddle import model as replknet
-from replknet_paddle.commands import main, run_command
+from replknet_paddle.checkpoints.files import write_safetensors
+from replknet_paddle.commands import COMMANDS, help_of, main, run_command
+from replknet_paddle.config import get_config
+from replknet_paddle.segmentation.upernet import build_upernet
 
 PAGES = sorted(
     str(path.relative_to(ROOT))
@@ -56,7 +60,7 @@ def furnished(tmp_path_factory):
         (folder / name).symlink_to(ROOT / name)
     for data in ("flowers", "digits"):
         (folder / "data" / data).mkdir(parents=True)
-        make_data(folder / "data" / data, train=16, val=8)
+        make_data(folder / "data" / data, train=32, val=8)
     for listing in (folder / "data" / "flowers").glob("*_list.txt"):
         listing.unlink()  # make-lists writes them
     (folder / "output" / "RUN").mkdir(parents=True)
@@ -86,19 +90,88 @@ def test_every_command_of_a_page_runs(page, workplace):
         words = shlex.split(line, comments=True)
         if words[:2] == ["pip", "install"]:
             check_installable(words[2:])
-            continue
-        if words[0] == "replknet":
-            arguments = words[1:]
         else:
-            assert words[0] == "python" and words[1].startswith("main_"), line
-            arguments = ["train", *words[2:]]
-        try:
-            status = main(arguments)
-        except SystemExit as stop:  # -h
-            status = stop.code
-        # 1: check-data has found something, predict has skipped something.
-        allowed = (0, 1) if arguments[0] in ("check-data", "predict") else (0,)
-        assert status in allowed, f"{page}: {line}"
+            run_line(line)
+
+
+def run_line(line: str) -> None:
+    """Run a command line here; it has to succeed."""
+    words = shlex.split(line, comments=True)
+    if words[0] == "replknet":
+        arguments = words[1:]
+    else:
+        assert words[0] == "python" and words[1].startswith("main_"), line
+        arguments = ["train", *words[2:]]
+    try:
+        status = main(arguments)
+    except SystemExit as stop:  # -h
+        status = stop.code
+    # 1: check-data has found something, predict has skipped something.
+    allowed = (0, 1) if arguments[0] in ("check-data", "predict") else (0,)
+    assert status in allowed, line
+
+
+def test_the_commands_of_0_2_run_and_name_the_new_spelling(workplace, capfd):
+    """Each command line of the README and docs of 0.2 that a flag or argument has changed in, and
+    others; those that did are told the new one."""
+    lines = (FIXTURES / "commands_of_0_2.txt").read_text().splitlines()
+    old = r" -(pretrained [^-]|-out |out |-json |report report.json)"
+    for line in lines:
+        capfd.readouterr()
+        run_line(line)
+        said = capfd.readouterr().err
+        is_old = re.search(old, line) is not None and "eval" not in line
+        is_old |= line.startswith(("replknet convert", "replknet model-info -cfg"))
+        is_old |= "export -pretrained" in line
+        is_old |= "benchmark" in line and "-cfg" in line and "inference" not in line
+        assert (re.search("^note: .* is now ", said, re.MULTILINE) is not None) == is_old, line
+
+
+EXAMPLES = [
+    line
+    for name in COMMANDS
+    for line in help_of(name)[1].replace("\\\n", " ").splitlines()
+    if re.search("replknet |python ", line)
+]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda line: " ".join(line.split()[:4]))
+def test_the_examples_of_help_run(example, workplace):
+    line = re.sub(" {2,}[a-z].*", "", re.sub("^ *(examples?:)? *", "", example))
+    line = re.sub(" {2,}", " ", line)
+    if line.startswith("replknet page"):
+        pytest.skip("a server; test_page_command.py starts one")
+    if line.startswith("replknet benchmark conv") or "devkit" in line:
+        pytest.skip("takes minutes, or ImageNet")
+    for package in ("matplotlib",) if re.search("erf|kernels|plot", line) else ():
+        pytest.importorskip(package)
+    if re.search("make-digits|make-shapes", line):
+        shutil.rmtree(line.split()[2], ignore_errors=True)
+    if "segment" in line:
+        run_line("replknet make-shapes data/shapes -count 20")
+        make_upernet(Path("output/shapes"))
+    if "other.npy" in line:
+        run_line("replknet erf output/RUN photos -num_images 1 -image_size 64 -o run.npy")
+        shutil.copy("run.npy", "other.npy")
+    if line.startswith("replknet make-lists"):
+        (listed,) = [word for word in line.split() if word in ("photos", "data/flowers")]
+        if listed == "photos":
+            shutil.rmtree("photos")
+            shutil.copytree("data/flowers/train", "photos")
+    if "segment train" in line:
+        line = f"{line} -batch_size 4 -opts SEGMENTATION.EPOCH_STEPS 2"
+        line += " SEGMENTATION.WARMUP_STEPS 1"
+        shutil.rmtree("output/shapes")
+    run_line(line)
+
+
+def make_upernet(folder: Path) -> None:
+    """Write a run folder of a tiny UPerNet with fresh weights."""
+    folder.mkdir()
+    config = get_config("configs/upernet_nano_shapes.yaml", MODEL__CHANNELS=[4, 6, 8, 10])
+    (folder / "config.yaml").write_text(config.dump())
+    state = build_upernet(config).state_dict()
+    write_safetensors(folder / "best", {k: v.numpy() for k, v in state.items()}, {})
 
 
 def check_installable(words: list[str]) -> None:

@@ -16,7 +16,7 @@ MODEL_FORMS = (
 )
 OVERWRITE = "replace what -output names"
 
-# What 0.2 called flags, by command. These spellings go with the release after the next.
+# What 0.2 called flags, by command; None: a flag that is gone. To be deleted after one release.
 MODEL = "MODEL"
 FLAGS_OF_0_2 = {
     "predict": {"out": "output"},
@@ -28,7 +28,7 @@ FLAGS_OF_0_2 = {
     "convert": {},
     "check-data": {"report": "output"},
     "model-info": {"cfg": MODEL},
-    "benchmark inference": {"pretrained": MODEL, "json": "output"},
+    "benchmark inference": {"pretrained": MODEL, "json": "output", "chart": None},
     "benchmark network": {"cfg": MODEL},
     "benchmark train_loop": {"cfg": MODEL},
 }
@@ -72,10 +72,12 @@ class CommandParser(argparse.ArgumentParser):
                 continue
             name, value = match[1].replace("-", "_"), match[2]
             if name in old:
-                is_model = old[name] is MODEL
-                self._say(f"-{name}", "MODEL, the first argument" if is_model else f"-{old[name]}")
-                if is_model:
-                    arguments[:0] = words[:1] if value is None else [value]
+                is_flag = old[name] not in (MODEL, None)
+                model_now = "MODEL, the first argument" if old[name] else "gone, without effect"
+                self._say(f"-{name}", f"-{old[name]}" if is_flag else model_now)
+                if not is_flag:
+                    given = words[:1] if value is None else [value]
+                    arguments[:0] = given if old[name] else []
                     words = words[value is None :]
                     continue
                 name = old[name]
