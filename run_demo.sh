@@ -14,8 +14,7 @@ accuracy() { # of the run folder $1: its last top-1, e.g. 98.06 % (353/360)
 }
 
 echo "== data"
-"$python" -m replknet_paddle make-digits data/digits
-echo "1437 training and 360 validation images in data/digits"
+"$python" -m replknet_paddle make-digits data/digits -overwrite
 
 echo "== train"
 "$python" main_multi_gpu.py -cfg=configs/replknet_nano.yaml -data_path=data/digits -output="$run"
@@ -25,15 +24,14 @@ echo "== evaluate the saved checkpoint"
     -output="$run/reloaded"
 
 echo "== merge the small kernels into the large ones, and evaluate that"
-"$python" -m replknet_paddle merge -pretrained="$run/last" "$run/merged.safetensors"
+"$python" -m replknet_paddle merge "$run/last" -output="$run/merged.safetensors"
 "$python" main_multi_gpu.py -eval -pretrained="$run/merged.safetensors" -data_path=data/digits \
     -output="$run/merged" -opts MODEL.SMALL_KERNEL_MERGED True
 
 echo "== export, and classify 12 of the 360 digits with what was exported"
-"$python" -m replknet_paddle export -pretrained="$run/last" "$run/exported"
+"$python" -m replknet_paddle export "$run/last" -output="$run/exported"
 "$python" -m replknet_paddle predict "$run/exported" data/digits/val/*/12[0-5]?.png \
-    --out "$run/predictions.csv" --save-grid "$run/predictions.png"
-echo "drawn in $run/predictions.png, listed in $run/predictions.csv"
+    -output="$run/predictions.csv" -save_grid="$run/predictions.png"
 
 trained=$(accuracy "$run")
 reloaded=$(accuracy "$run/reloaded")
