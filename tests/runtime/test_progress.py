@@ -15,7 +15,7 @@ import unicodedata
 import numpy as np
 import pytest
 from harness import screen
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from replknet_paddle.runtime import progress
@@ -144,6 +144,7 @@ LETTERS = st.text(
 )
 
 
+@example("写真", ["写真" * 18], 3, 80)
 @given(LETTERS, st.lists(LETTERS, max_size=6), st.integers(0, 7), st.sampled_from([80, 120, 20, 4]))
 def test_no_line_is_wider_than_the_terminal(title, parts, done, columns):
     """Nor does the "^C" that a terminal writes behind it break it."""
@@ -249,8 +250,9 @@ def test_log_lines_stand_above_it(terminal, clock):
 def test_results_that_go_elsewhere_do_not_redraw_it(terminal, clock, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stderr", terminal.stream)
     with open(tmp_path / "results", "w") as results, Bar("check", total=9, unit="files"):
+        monkeypatch.setattr(sys, "stdout", results)
         before = terminal.raw()
-        print_above("a line", results)
+        print_above("a line")
         assert terminal.raw() == before
     assert (tmp_path / "results").read_text() == "a line\n"
 
