@@ -188,7 +188,7 @@ def test_the_summary_names_the_best_and_a_command_that_works(straight, tiny_data
 def test_evaluation_without_weights_has_to_be_asked_for(run_flags, validation_images, tmp_path):
     flags = [*run_flags, "-eval", f"-output={tmp_path / 'run'}"]
     said = finish(flags, status=2)
-    assert "-eval without weights" in said and "-pretrained=random" in said
+    assert "evaluation without weights" in said and "-pretrained=random" in said
     assert not (tmp_path / "run").exists()
     said = finish([*flags, "-pretrained=random"])
     assert f"{validation_images} images" in said
