@@ -6,19 +6,23 @@ fork can be signalled and killed like any other process, and so can its loader w
 """
 
 import contextlib
+import fcntl
 import functools
 import json
 import multiprocessing
 import os
+import pty
 import re
 import resource
 import shlex
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -203,6 +207,60 @@ def run_typed(line: str, timeout: float = 180) -> subprocess.CompletedProcess:
         capture_output=True,
         timeout=timeout,
     )
+
+
+# ---- terminals
+
+
+def on_terminal(command, columns: int) -> tuple[int, str]:
+    """Run a program with a terminal for its output: exit status, and all that it has written."""
+    try:
+        terminal, program_end = pty.openpty()
+    except OSError as error:  # a bare root file system without devpts
+        pytest.skip(f"no terminal can be made here: {error}")
+    fcntl.ioctl(program_end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    program = subprocess.Popen(
+        [str(word) for word in command],
+        cwd=ROOT,
+        stdout=program_end,
+        stderr=program_end,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    os.close(program_end)
+    raw = b""
+    with contextlib.suppress(OSError):  # EIO: nobody has it open any more
+        while piece := os.read(terminal, 65536):
+            raw += piece
+    os.close(terminal)
+    return program.wait(), raw.decode("utf-8", "replace")
+
+
+def screen(raw: str) -> list[str]:
+    """The lines that a terminal shows after carriage returns and cursor movements, but for empty
+    ones."""
+    lines, row, column = [[]], 0, 0
+    for part in re.findall(r"\x1b\[[0-9;]*[A-Za-z]|[^\x1b]", raw):
+        if part == "\x1b[A":
+            row = max(0, row - 1)
+        elif part == "\x1b[K":
+            del lines[row][column:]
+        elif part.startswith("\x1b["):
+            assert part.endswith("m"), f"unknown control sequence {part!r}"
+        elif part == "\r":
+            column = 0
+        elif part == "\n":
+            row += 1
+            if row == len(lines):
+                lines.append([])
+        else:
+            line = lines[row]
+            line.extend(" " * (column + 1 - len(line)))
+            line[column] = part
+            column += 1
+    texts = ["".join(line).rstrip() for line in lines]
+    return [text for text in texts if text]
 
 
 # ---- faults

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 import replknet_paddle
 from replknet_paddle.commands.flags import CommandParser
 from replknet_paddle.runtime.errors import OUT_OF_MEMORY, InputError, SystemFault, did_you_mean
+from replknet_paddle.runtime.progress import LogLines
 from replknet_paddle.runtime.terminal import Terminal
 
 COMMANDS = {
@@ -135,7 +136,8 @@ def parse_and_run(name: str, argv: list[str], prog: str | None) -> int:
     args.command, args.words = name.split(), words  # for processes to be started
     silence_paddle()
     os.environ["MPLBACKEND"] = "agg"  # before matplotlib, which fails on a notebook's elsewhere
-    logging.basicConfig(format="%(message)s")  # on standard error; libraries' warnings as well
+    # On standard error; libraries' warnings as well.
+    logging.basicConfig(format="%(message)s", handlers=[LogLines()])
     logging.getLogger("replknet_paddle").setLevel(logging.INFO)
     return command_function(name, "run_{}")(args)
 

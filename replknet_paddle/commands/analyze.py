@@ -129,11 +129,10 @@ def run_erf(args) -> int:
 
 def measure_folder(args, output: str):
     """Return the field of MODEL over the images of the folder."""
-    from tqdm import tqdm
-
     from replknet_paddle.data.transforms.pipelines import EvalTransform
     from replknet_paddle.deploy.images import ImageFiles, decode
     from replknet_paddle.runtime.files import check_file_target
+    from replknet_paddle.runtime.progress import Bar, print_above
 
     check_file_target(output, (".npy",))
     for flag, value, least in (
@@ -173,12 +172,12 @@ def measure_folder(args, output: str):
     if args.overwrite and os.path.exists(output):
         os.unlink(output)
     build_convolutions(model, config)
-    with tqdm(total=args.num_images, unit="images", disable=None) as bar:
+    with Bar("receptive field", total=args.num_images, unit="images") as bar:
 
         def on_image(name, used, images_used):
-            bar.update(images_used - bar.n)
+            bar.show(images_used)
             if not used:
-                tqdm.write(f"skipped {name}: its scores are not finite", file=sys.stderr)
+                print_above(f"skipped {name}: its scores are not finite", sys.stderr)
 
         return measure(
             model,

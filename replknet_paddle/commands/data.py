@@ -137,12 +137,11 @@ def run_check_data(args) -> int:
 
     example: replknet check-data data/digits -output report.json
     """
-    from tqdm import tqdm
-
     import replknet_paddle.segmentation.data as segmentation
     from replknet_paddle.config import get_config, override, update_config
     from replknet_paddle.data import dataset
     from replknet_paddle.data.check_data import check_data, lists_pairs
+    from replknet_paddle.runtime.progress import Bar
 
     for name in ("num_classes", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -166,7 +165,7 @@ def run_check_data(args) -> int:
             config,
             (segmentation if are_pairs else dataset).get_dataset,
             workers=args.workers,
-            progress=lambda found, total: tqdm(found, total=total, unit="file", disable=None),
+            progress=lambda found, total: Bar("check", total=total, unit="files").over(found),
         )
     except SystemFault as error:
         print(f"error: {error}", file=sys.stderr)

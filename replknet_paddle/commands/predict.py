@@ -8,8 +8,6 @@ import sys
 import warnings
 from functools import partial
 
-from tqdm import tqdm
-
 from replknet_paddle.commands.flags import add_flag, add_model, add_output_flags, config_from
 from replknet_paddle.runtime.errors import InputError, counted
 from replknet_paddle.runtime.files import (
@@ -18,6 +16,7 @@ from replknet_paddle.runtime.files import (
     check_new_folder,
     find_path,
 )
+from replknet_paddle.runtime.progress import Bar, print_above
 from replknet_paddle.runtime.terminal import Terminal, printable
 
 NAMED_PROBLEMS = 10
@@ -175,10 +174,10 @@ def predict(args) -> int:
         write = partial(print_prediction, names)
         if args.output is not None:
             write = stack.enter_context(results_file(args.output, names, topk))
-        bar = stack.enter_context(tqdm(total=total, unit="images", disable=None))
-        for prediction in predictions:
+        bar = stack.enter_context(Bar("prediction", total=total, unit="images"))
+        for done, prediction in enumerate(predictions, start=1):
             summary.add(prediction)
-            bar.update()  # an iterating bar does not count those that it does not draw
+            bar.show(done)
             write(prediction)
             if drawings is not None and prediction.problem is None:
                 drawings.add(prediction)
@@ -222,7 +221,7 @@ def print_prediction(class_names, prediction) -> None:
             f"{printable(class_names[label])} {100 * score:.1f} %"
             for label, score in zip(prediction.labels, prediction.scores)
         )
-    tqdm.write(f"{printable(prediction.path)}: {said}")
+    print_above(f"{printable(prediction.path)}: {said}")
 
 
 # ---- the page

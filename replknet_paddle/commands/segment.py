@@ -69,15 +69,19 @@ def run_segment_predict(args) -> int:
     if args.model is None or args.cfg is not None or args.opts is not None:
         config = config_from(args)
 
+    from replknet_paddle.deploy.images import ImageFiles
     from replknet_paddle.runtime.files import check_new_folder, find_path
+    from replknet_paddle.runtime.progress import Bar, print_above
     from replknet_paddle.segmentation.predict import SegmentationPredictor, predict_files
 
     check_new_folder(args.output, is_kept=args.overwrite)
     model = find_path(args.model)
     predictor = SegmentationPredictor(model, backend=args.backend, config=config)
-    problems = 0
-    for prediction in predict_files(predictor, args.images, args.output):
-        problems += prediction.problem is not None
-        print(prediction)
+    files, problems = ImageFiles(args.images, leave_out=args.output), 0
+    with Bar("segmentation", total=files.count(), unit="images") as bar:
+        for done, prediction in enumerate(predict_files(predictor, files, args.output), start=1):
+            problems += prediction.problem is not None
+            bar.show(done)
+            print_above(prediction)
     print(f"wrote {args.output}")
     return 1 if problems else 0

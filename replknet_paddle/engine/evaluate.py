@@ -10,7 +10,7 @@ from replknet_paddle.analysis.outcomes import Outcomes
 from replknet_paddle.data.loader import Loader
 from replknet_paddle.engine.precision import Precision
 from replknet_paddle.ops import cache_weights
-from replknet_paddle.runtime.processes import sum_over_ranks
+from replknet_paddle.runtime.processes import sum_over_ranks, world_size
 
 KEPT_CLASSES = 5  # of each image, where the answers are kept
 
@@ -29,15 +29,18 @@ def evaluate(
     lengths may differ.
 
     `model` is left in evaluation mode; `inference` is `model` itself, or a way to use it, which
-    gives what `sums` takes. `progress` (loader, desc=text) gives the same batches and shows how far
-    it is.
+    gives what `sums` takes. `progress` (title, total=, unit=) gives the `Bar` that shows how far it
+    is.
     """
     model.eval()
-    with cache_weights(model):
-        for images, labels in progress(loader, desc="evaluation"):
+    total, done = len(loader.dataset), 0
+    with cache_weights(model), progress("evaluation", total=total, unit="images") as bar:
+        for images, labels in loader:
             with precision.autocast():
                 outputs = inference(images)
             sums.add(outputs, labels)
+            done += len(images) * world_size()
+            bar.show(min(done, total))
     return sums.total()
 
 

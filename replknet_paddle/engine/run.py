@@ -53,6 +53,7 @@ from replknet_paddle.optim.optimizer import load_optimizer_state, optimizer_stat
 from replknet_paddle.optim.schedule import base_learning_rate
 from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.errors import InputError, SystemFault, counted
+from replknet_paddle.runtime.progress import per_second
 
 logger = logging.getLogger(__name__)
 
@@ -338,7 +339,7 @@ class Training:
         accum_iter, batches = config.TRAIN.ACCUM_ITER, start.batches
         started, waited, images_here = time.perf_counter(), 0.0, 0
         title = f"epoch {start.epoch + 1}/{config.TRAIN.NUM_EPOCHS}"
-        with self.log.bar(total=batches, initial=start.batch, desc=title) as bar:
+        with self.log.bar(title, total=batches, unit="batches", done=start.batch) as bar:
             steps = train_epoch(
                 self.state,
                 self.train_loader,
@@ -369,13 +370,18 @@ class Training:
                 )
                 self.log.show_step(
                     bar,
-                    f"loss {step.loss:.4f}, lr {step.lr:.3g}, {images_here / seconds:.1f} "
-                    f"images/s, data wait {waited / seconds:.0%}",
+                    [
+                        f"loss {step.loss:.4f}",
+                        f"lr {step.lr:.3g}",
+                        per_second(images_here / seconds, "images"),
+                        f"data wait {waited / seconds:.0%}",
+                    ],
                     left=left,
-                    title=title,
                     batch=step.batch,
                     is_due=step.batch % config.REPORT_FREQ < accum_iter,
                 )
+                if any(step.requests):
+                    bar.close()  # what is said of an interruption stands alone
                 self.log.write_step(self.progress.step)
                 if step.batch < batches:  # after the last one, train_epochs does this
                     every = config.SAVE_STEPS

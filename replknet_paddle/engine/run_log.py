@@ -15,9 +15,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-
-from tqdm import tqdm
+from collections.abc import Iterator, Sequence
 
 from replknet_paddle.checkpoints.checkpoint_file import WEIGHTS, CheckpointFile, config_text
 from replknet_paddle.checkpoints.run_folder import (
@@ -35,14 +33,13 @@ from replknet_paddle.runtime.files import append_whole, command_line, path_in_er
 from replknet_paddle.runtime.launch import TERMINAL_VARIABLE, lost_peer
 from replknet_paddle.runtime.machines import is_launched
 from replknet_paddle.runtime.packages import import_extra
+from replknet_paddle.runtime.progress import Bar, LogLines, duration
 from replknet_paddle.runtime.terminal import Terminal, escaped
 
 logger = logging.getLogger(__name__)
 
 LOG_FILE = "log.txt"
 CONFIG_FILE = "config.yaml"
-# The bar leaves room for the time left on 80 columns, and for all numbers on 120.
-STEP_BAR = "{l_bar}{bar:10}| {n_fmt}/{total_fmt}{postfix}"
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 # Bytes of RUN/lock: a launcher locks the first, rank 0 of what it launched the second, and a run in
@@ -169,7 +166,7 @@ class RunLock:
         self.release()
 
 
-class Console(logging.StreamHandler):
+class Console(LogLines):
     """Log lines on the terminal or on standard output, each above the bar, if one is shown.
 
     Of a run in several processes, Paddle's launcher copies what rank 0 prints, line by line and
@@ -184,10 +181,6 @@ class Console(logging.StreamHandler):
             stream = os.fdopen(number, "w", 1, encoding="utf-8", errors="replace")
         super().__init__(Terminal(stream))
         self.setFormatter(logging.Formatter("%(message)s"))
-
-    def emit(self, record: logging.LogRecord) -> None:
-        with tqdm.external_write_mode(file=self.stream):
-            super().emit(record)
 
 
 class LogFile(logging.FileHandler):
@@ -310,30 +303,23 @@ class RunLog:
                     self.step_file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
                 os.pwrite(self.step_file, b"%-12d\n" % step, 0)
 
-    def bar(self, batches=None, **options) -> tqdm:
-        """Return tqdm's progress bar over batches; invisible where there is no terminal."""
-        stream = self.console.stream
-        return tqdm(
-            batches,
-            unit="batch",
-            leave=False,
-            dynamic_ncols=True,
-            file=stream,
-            disable=not stream.isatty(),
-            **options,
+    def bar(self, title: str, *, total: int, unit: str, done: int = 0) -> Bar:
+        """Return a progress bar on the console; without a terminal, its lines are logged."""
+        return Bar(
+            title, total=total, unit=unit, done=done, stream=self.console.stream, say=logger.info
         )
 
     def show_step(
-        self, bar: tqdm, text: str, *, left: str, title: str, batch: int, is_due: bool
+        self, bar: Bar, numbers: Sequence[str], *, left: str, batch: int, is_due: bool
     ) -> None:
-        """Show one step of an epoch on its bar; without a terminal, in a line where one is due, or
-        after the last `batch` of the epoch."""
-        if not bar.disable:
-            bar.bar_format = STEP_BAR
-            bar.update(batch - bar.n)
-            bar.set_postfix_str(f"{left} left, {text}")  # narrow terminals show the beginning
+        """Show one step of an epoch on its bar, the last of `numbers` where there is room; without
+        a terminal, in a line where one is due, or after the last `batch` of the epoch."""
+        if bar.is_on_terminal:
+            count = f"{batch:,}/{bar.total:,} batches"
+            bar.show(batch, [f"{left} left", *numbers[:-1], count, numbers[-1]])
         elif is_due or batch == bar.total:
-            logger.info("%s, batch %d/%d, %s, %s left", title, batch, bar.total, text, left)
+            text = ", ".join(numbers)
+            logger.info("%s, batch %d/%d, %s, %s left", bar.title, batch, bar.total, text, left)
 
     def log_summary(self, config, progress: Progress, first_epoch: int, seconds: float) -> None:
         """Log what a finished run says last: how the epochs after `first_epoch` went in `seconds`,
@@ -343,7 +329,7 @@ class RunLog:
         trained = "no epoch was left to train"
         if progress.epoch > first_epoch:
             epochs = f"trained epochs {first_epoch + 1} to {progress.epoch}"
-            trained = f"{epochs} in {tqdm.format_interval(seconds)}"
+            trained = f"{epochs} in {duration(seconds)}"
         logger.info("finished: %s", trained)
         best = os.path.join(self.folder, "best")
         match = NAME.fullmatch(progress.best_checkpoint)
@@ -376,7 +362,7 @@ def time_left(
     evaluations = 0
     if progress.epoch < epochs:
         evaluations = epochs // every - progress.epoch // every + (epochs % every != 0)
-    return tqdm.format_interval(batches * batch_seconds + evaluations * evaluation_seconds)
+    return duration(batches * batch_seconds + evaluations * evaluation_seconds)
 
 
 def json_text(record: dict) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from replknet_paddle.data.transforms.image import normalize, to_rgb
 from replknet_paddle.deploy.backends import BackendLayer, open_backend
-from replknet_paddle.deploy.images import ImageFiles, decode
+from replknet_paddle.deploy.images import decode
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import atomic_file
 from replknet_paddle.runtime.terminal import printable
@@ -102,16 +102,14 @@ class SegmentedFile:
 
 
 def predict_files(
-    predictor: SegmentationPredictor, arguments: Iterable[str], folder: str
+    predictor: SegmentationPredictor, files: Iterable[tuple[str, str | None]], folder: str
 ) -> Iterator[SegmentedFile]:
-    """Write an overlay and a label image of each picture into `folder`.
+    """Write an overlay and a label image of each of `ImageFiles` into `folder`.
 
     NUMBER_NAME.png is the picture tinted by its classes, with a legend on the right, and
     NUMBER_NAME_labels.png a palette image whose numbers are the classes.
     """
     names, palette = predictor.class_names, predictor.palette
-    files = ImageFiles(arguments, leave_out=folder)
-    files.count()
     os.makedirs(folder, exist_ok=True)
     for number, (path, problem) in enumerate(files, start=1):
         if problem is not None:

@@ -17,13 +17,12 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from tqdm import tqdm
-
 from replknet_paddle.checkpoints.checkpoint_file import CheckpointFile
 from replknet_paddle.checkpoints.files import write_safetensors
 from replknet_paddle.checkpoints.load import load_state
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import cache_folder, file_sha256, locked
+from replknet_paddle.runtime.progress import Bar
 from replknet_paddle.zoo.records import PublishedModel
 
 logger = logging.getLogger(__name__)
@@ -127,6 +126,7 @@ def download(
     keeps failing, or the file is another one, or longer than `max_bytes`.
     """
     part = path.with_name(path.name + ".part")
+    logger.info("downloading %s", url)
     for attempt in range(attempts):
         trouble = _continue_download(url, part, timeout_seconds, max_bytes)
         if trouble is None:
@@ -191,7 +191,7 @@ def _continue_download(url: str, part: Path, timeout_seconds: float, max_bytes: 
     with (
         response,
         open(part, "ab" if start else "wb", opener=_open_no_link) as file,
-        tqdm.wrapattr(file, "write", total=total, initial=start, desc=part.stem) as out,
+        Bar("download", total=total, unit="MB", per_unit=10**6) as bar,
     ):
         while True:
             if max(total or 0, file.tell()) > max_bytes:
@@ -206,7 +206,8 @@ def _continue_download(url: str, part: Path, timeout_seconds: float, max_bytes: 
                 return f"the connection broke ({error or type(error).__name__})"
             if not chunk:
                 break
-            out.write(chunk)
+            file.write(chunk)
+            bar.show(file.tell())
     if total is not None and part.stat().st_size < total:
         return f"the connection ended before byte {total}"
     return None

@@ -1,21 +1,14 @@
 """What people see of a run: bars, lines, the time left, the summary."""
 
-import contextlib
-import fcntl
 import json
-import os
-import pty
 import re
-import struct
-import subprocess
 import sys
-import termios
 
 import pytest
-from harness import finish, main_status, run_typed
+from harness import finish, main_status, on_terminal, run_typed, screen
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import ROOT, TINY, make_data
+from tiny import FIXTURES, ROOT, TINY, make_data
 
 from replknet_paddle.checkpoints.run_folder import Progress
 from replknet_paddle.engine import run
@@ -29,57 +22,6 @@ def messages(run_folder) -> list[str]:
     return [match[1] for line in lines if (match := LOG_LINE.fullmatch(line))]
 
 
-def on_terminal(command, columns: int) -> tuple[int, str]:
-    """Run a program with a terminal for its output: exit status, and all that it has written."""
-    try:
-        terminal, program_end = pty.openpty()
-    except OSError as error:  # a bare root file system without devpts
-        pytest.skip(f"no terminal can be made here: {error}")
-    fcntl.ioctl(program_end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    program = subprocess.Popen(
-        [str(word) for word in command],
-        cwd=ROOT,
-        stdout=program_end,
-        stderr=program_end,
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    os.close(program_end)
-    raw = b""
-    with contextlib.suppress(OSError):  # EIO: nobody has it open any more
-        while piece := os.read(terminal, 65536):
-            raw += piece
-    os.close(terminal)
-    return program.wait(), raw.decode("utf-8", "replace")
-
-
-def screen(raw: str) -> list[str]:
-    """The lines that a terminal shows after carriage returns and cursor movements, but for empty
-    ones."""
-    lines, row, column = [[]], 0, 0
-    for part in re.findall(r"\x1b\[[0-9;]*[A-Za-z]|[^\x1b]", raw):
-        if part == "\x1b[A":
-            row = max(0, row - 1)
-        elif part == "\x1b[K":
-            del lines[row][column:]
-        elif part.startswith("\x1b["):
-            assert part.endswith("m"), f"unknown control sequence {part!r}"
-        elif part == "\r":
-            column = 0
-        elif part == "\n":
-            row += 1
-            if row == len(lines):
-                lines.append([])
-        else:
-            line = lines[row]
-            line.extend(" " * (column + 1 - len(line)))
-            line[column] = part
-            column += 1
-    texts = ["".join(line).rstrip() for line in lines]
-    return [text for text in texts if text]
-
-
 # ---- bars
 
 
@@ -88,7 +30,7 @@ def screen(raw: str) -> list[str]:
 )
 def test_bars_and_lines_on_a_terminal(tiny_config_file, tmp_path, processes, columns):
     folder, data = tmp_path / "run", tmp_path / "data"
-    make_data(data, train=60, val=20)
+    make_data(data, train=120, val=20)
     for number in (3, 30, 50):  # there is a line for each, in the middle of an epoch
         next((data / "train").rglob(f"{number:04d}.jpg")).write_bytes(b"no image")
     status, raw = on_terminal(
@@ -100,10 +42,10 @@ def test_bars_and_lines_on_a_terminal(tiny_config_file, tmp_path, processes, col
         columns,
     )
     assert status == 0, raw
-    bars = set(re.findall(r"epoch 2/2: +\d+%\|.{10}\| \d+/\d+, \d\d:\d\d left, loss [^\r\n]*", raw))
-    assert len(bars) > 1
-    assert columns == 80 or any(re.search(r"images/s, data wait \d+%", bar) for bar in bars)
-    assert "evaluation: " in raw
+    numbers = r"epoch 2/2  \d:\d\d:\d\d left  loss [\d.]+  lr \S+  [\d.,]+ images/s"
+    numbers += "" if columns == 80 else r"  \d+/\d+ batches  data wait \d+%"
+    assert re.search(numbers + r" \|#* *\|", raw), raw
+    assert re.search(r"evaluation  \d+/20 images", raw), raw
     # Bars are gone at the end, and each line stands alone.
     logged = messages(folder)
     assert sum("cannot read image" in line for line in logged) == 3 or processes == 2
@@ -116,8 +58,8 @@ def test_bars_and_lines_on_a_terminal(tiny_config_file, tmp_path, processes, col
 def test_without_a_terminal_there_are_lines_with_the_time_left(straight):
     lines = [line for line in messages(straight) if ", batch " in line]
     assert len(lines) == 4
-    assert all(re.search(r", data wait \d+%, \d\d:\d\d left$", line) for line in lines)
-    assert lines[-1].endswith("data wait 0%, 00:00 left") or "epoch 4/4" in lines[-1]
+    assert all(re.search(r", data wait \d+%, \d:\d\d:\d\d left$", line) for line in lines)
+    assert lines[-1].endswith("data wait 0%, 0:00:00 left") or "epoch 4/4" in lines[-1]
 
 
 @settings(deadline=None)
@@ -177,10 +119,60 @@ def test_names_from_files_steer_no_terminal(tmp_path):
 
 # ---- the end
 
+# Runs a command that gets a signal once it has shown that two are done.
+INTERRUPTED = """
+import os, sys
+from replknet_paddle.runtime.progress import Bar
+show = Bar.show
+
+def show_and_interrupt(bar, done, parts=None):
+    show(bar, done, parts)
+    if done >= 2 and bar.title.startswith(sys.argv[1]):
+        print("^C", end="", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), 2)
+
+Bar.show = show_and_interrupt
+from replknet_paddle.commands import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    "title, words, message",
+    [
+        ("check", "check-data DATA -workers=1", "interrupted"),
+        ("check", "check-data DATA -workers=2", "interrupted"),
+        ("prediction", "predict RUN PICTURES -backend=eager", "interrupted"),
+        ("evaluation", "eval -pretrained=RUN/best -data_path=DATA -output=NEW", "interrupted"),
+        (
+            "epoch 1/4",
+            "train -cfg=CONFIG -data_path=DATA -output=NEW",
+            "to continue: replknet train -resume=NEW",
+        ),
+    ],
+)
+def test_an_interruption_clears_the_bar(
+    title, words, message, straight, tiny_data, tiny_config_file, tmp_path
+):
+    """The message is the last line, and no bar is anywhere."""
+    places = {"DATA": tiny_data, "RUN": straight, "PICTURES": FIXTURES / "images"}
+    places |= {"CONFIG": tiny_config_file, "NEW": tmp_path / "new"}
+
+    def placed(text: str) -> str:
+        return re.sub("|".join(places), lambda found: str(places[found[0]]), text)
+
+    command = [sys.executable, "-c", INTERRUPTED, title, *map(placed, words.split())]
+    status, raw = on_terminal(command, 120)
+    assert status == 130, raw
+    shown = screen(raw)
+    assert shown[-1].endswith(placed(message)), raw
+    assert "|" in raw and not [line for line in shown if "|" in line or "^C" in line], raw
+    assert "Traceback" not in raw
+
 
 def test_the_summary_names_the_best_and_a_command_that_works(straight, tiny_data, tmp_path):
     lines = messages(straight)[-4:]
-    assert re.fullmatch(r"finished: trained epochs 1 to 4 in \d\d:\d\d", lines[0])
+    assert re.fullmatch(r"finished: trained epochs 1 to 4 in \d:\d\d:\d\d", lines[0])
     best = re.fullmatch(
         rf"best: epoch (\d), (EMA )?weights, top-1 ([\d.]+) %, in {straight}/best", lines[1]
     )
@@ -196,7 +188,7 @@ def test_the_summary_names_the_best_and_a_command_that_works(straight, tiny_data
 def test_evaluation_without_weights_has_to_be_asked_for(run_flags, validation_images, tmp_path):
     flags = [*run_flags, "-eval", f"-output={tmp_path / 'run'}"]
     said = finish(flags, status=2)
-    assert "-eval without weights" in said and "-pretrained=random" in said
+    assert "evaluation without weights" in said and "-pretrained=random" in said
     assert not (tmp_path / "run").exists()
     said = finish([*flags, "-pretrained=random"])
     assert f"{validation_images} images" in said
