@@ -264,14 +264,14 @@ class Training:
         images = len(self.train_loader.dataset)
         logger.info(
             "%d training and %d validation images; global batch %d = %d x %d accumulated "
-            "x %d process(es); %d steps per epoch, which leave %d images out of each epoch; "
+            "x %s; %d steps per epoch, which leave %d images out of each epoch; "
             "peak learning rate %.4g",
             images,
             len(self.val_loader.dataset),
             global_batch,
             batch_size,
             train.ACCUM_ITER,
-            processes.world_size(),
+            counted(processes.world_size(), "process"),
             steps_per_epoch,
             max(0, images - steps_per_epoch * global_batch),
             peak,

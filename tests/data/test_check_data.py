@@ -113,11 +113,11 @@ def test_command_line_reports_and_says_so_by_its_status(tmp_path, capsys):
     damaged(tmp_path / "data")
     report = tmp_path / "report.json"
     arguments = [str(tmp_path / "data"), "-num_classes", "5", "-workers", "1"]
-    assert check_data_command([*arguments, "-report", str(report)]) == 1
+    assert check_data_command([*arguments, "-output", str(report)]) == 1
     assert len(json.loads(report.read_text())["problems"]) == 22
     out = capsys.readouterr().out
     assert "train_list.txt, line 3: expected a path and a label, got 'train/2.jpg'" in out
-    assert "line 0" not in out and out.endswith("Problems found: 22\n")
+    assert "line 0:" not in out and out.endswith(f"Problems found: 22\nwrote {report}\n")
 
     image_tree(tmp_path / "good", ["train/a/0.jpg"])
     image_tree(tmp_path / "good", ["other/b/0.jpg", "val/a/1.jpg"])
@@ -176,7 +176,12 @@ def test_lists_of_label_images_are_checked_as_segmentation_reads_them(tmp_path, 
     with open(tmp_path / "val_list.txt", "a") as file:
         file.write("images/0006.png\n")
     for more in ([], config):
-        assert check_data_command([*arguments, *more, "-report", str(tmp_path / "r.json")]) == 1
+        assert (
+            check_data_command(
+                [*arguments, *more, "-output", str(tmp_path / "r.json"), "-overwrite"]
+            )
+            == 1
+        )
         report = json.loads((tmp_path / "r.json").read_text())
         found = [(p["kind"], p["line"], p["path"]) for p in report["problems"]]
         assert found == [
