@@ -52,6 +52,13 @@ _README_COLUMNS: tuple[tuple[str, Callable[[PublishedModel], str]], ...] = (
     ("PaddleViT's", lambda model: _accuracy_by(model, "PaddleViT")),
     ("config", lambda model: f"[{model.config}](configs/{model.config})"),
 )
+_CHINESE_HEADINGS = (
+    "模型", "预训练数据", "输入", "类别数", "参数量", "乘加次数", "官方 top-1 / top-5 %",
+    "PaddleViT 的数据", "配置",
+)  # fmt: skip
+_CHINESE_COLUMNS = tuple(
+    (heading, content) for heading, (_, content) in zip(_CHINESE_HEADINGS, _README_COLUMNS)
+)
 _ZOO_COLUMNS: tuple[tuple[str, Callable[[PublishedModel], str]], ...] = (
     ("model", lambda model: f"`{model.name}`"),
     ("mmpretrain calls it", lambda model: f"`{model.alias}`" if model.alias else "-"),
@@ -74,7 +81,7 @@ def _table(columns: tuple[tuple[str, Callable[[PublishedModel], str]], ...]) -> 
 
 TABLES = {
     _ROOT / "README.md": _table(_README_COLUMNS),
-    _ROOT / "README_zh.md": _table(_README_COLUMNS),
+    _ROOT / "README_zh.md": _table(_CHINESE_COLUMNS),
     _ROOT / "docs" / "model_zoo.md": f"{_table(_ZOO_COLUMNS)}\n\n"
     f"All files: [official PyTorch]({OFFICIAL_PAGE}), [PaddleViT]({PADDLEVIT_PAGE}).",
 }

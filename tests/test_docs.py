@@ -209,6 +209,14 @@ def test_the_translation_has_the_same_commands_and_snippets():
     assert programs(TRANSLATION) == programs(ORIGINAL)
 
 
+def test_the_translation_is_set_as_chinese_text_is():
+    """With full-width punctuation, and without the blanks that line breaks become."""
+    text = re.sub(r"^```.*?^```$|`[^`]*`", "", (ROOT / TRANSLATION).read_text(), flags=re.M | re.S)
+    assert not re.search(r"[\u4e00-\u9fff][,.:;!?()]|[,:;!?(][\u4e00-\u9fff]", text)
+    assert not re.search(r"[\u4e00-\u9fff，。；：、]\n[^\n|#*>]", text)
+    assert not re.search(r"^#+ [^\u4e00-\u9fff]*$", text, re.M)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_of_a_page_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")

@@ -98,7 +98,7 @@ def report_conv(*, shapes: str, batch: int, rounds: int, dtype: str) -> None:
     check_counts(batch=batch, rounds=rounds)
     on_cpu = paddle.device.get_device() == "cpu"
     if on_cpu and dtype != "float32":
-        raise InputError(f"--dtype {dtype} on CPU; allowed: float32")
+        raise InputError(f"-dtype {dtype} on CPU; allowed: float32")
     print(describe_machine())
     library = operators_here()
     bandwidth, peak = (None, None) if on_cpu else device_rates(dtype)

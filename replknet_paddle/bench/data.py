@@ -40,7 +40,7 @@ def report_data(config, photographs: list[str], *, rounds: int, workers: int, ep
     """
     check_counts(rounds=rounds, epochs=epochs)
     if workers < 0:
-        raise InputError(f"--workers {workers}; allowed: an integer >= 0")
+        raise InputError(f"-workers {workers}; allowed: an integer >= 0")
     with tempfile.TemporaryDirectory() as folder:
         paths = make_photographs(photographs, folder)
         for name in LIST_FILES.values():

@@ -347,9 +347,7 @@ class RunLog:
         there = [name for name in names if os.path.isfile(os.path.join(self.folder, name))]
         logger.info("in %s: %s", self.folder, ", ".join(there))
         folder = os.path.abspath(self.folder)  # the command can be typed anywhere
-        words = ["eval", f"-pretrained={os.path.join(folder, 'best')}"]
-        if config.MODEL.TYPE == "RepLKNet":
-            words.append(f"-report={os.path.join(folder, 'report')}")
+        words = ["eval", folder, f"-report={os.path.join(folder, 'report')}"]
         logger.info("next: %s", command_line(*words))
 
 
