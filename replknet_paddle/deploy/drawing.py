@@ -24,6 +24,7 @@ GREY = (110, 115, 120)
 # Blue-green and vermilion, which colour-blind people tell apart; words say the same.
 RIGHT = (0, 130, 110)
 WRONG = (205, 75, 0)
+PALE = 0.75  # of TRACK, over what the network does not see
 
 # Dark blue, violet, orange, light yellow: brightness grows all the way.
 HEAT_COLOURS = ("#0a0832", "#5a146e", "#be3755", "#f57d14", "#faf5a0")
@@ -143,19 +144,14 @@ def draw_text(draw, place, text: str, pixels: int, colour, *, room: float, ancho
     draw.text(place, text, colour, font, anchor=anchor)
 
 
-def overlay(pixels: np.ndarray, heat: np.ndarray) -> Image.Image:
-    """Return a heat map (h, w), >= 0, over the pixels (H, W, 3) uint8 that the network saw, in the
-    same shape with a longer side of at least 384 pixels; 0 shows the bare picture."""
-    peak = float(heat.max())
-    strength = Image.fromarray((heat / peak if peak > 0 else heat).astype(np.float32))
-    picture = Image.fromarray(pixels)
-    if max(picture.size) < 384:
-        picture = fitted(picture, (384, 384))
-    strength = np.asarray(strength.resize(picture.size, Image.Resampling.BICUBIC)).clip(0, 1)
+def overlay(picture: Image.Image, strength: np.ndarray, is_seen: np.ndarray) -> Image.Image:
+    """Return a picture, RGB, with heat over it: `strength` (height, width) in [0, 1], where 0 shows
+    the bare picture. Where `is_seen` (height, width) is False, the picture is pale."""
+    pixels = np.asarray(picture, np.float32)
     steps = np.linspace(0, 1, len(_HEAT))
     colours = np.stack([np.interp(strength, steps, _HEAT[:, c]) for c in range(3)], axis=-1)
-    opacity = 0.7 * strength[..., None]
-    mixed = (1 - opacity) * np.asarray(picture, np.float32) + opacity * colours
+    opacity = np.where(is_seen, 0.7 * strength, PALE)[..., None]
+    mixed = (1 - opacity) * pixels + opacity * np.where(is_seen[..., None], colours, TRACK)
     return Image.fromarray(np.round(mixed).astype(np.uint8))
 
 

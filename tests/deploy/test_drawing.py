@@ -13,6 +13,7 @@ from replknet_paddle.analysis import plots
 from replknet_paddle.deploy.drawing import (
     BAR,
     RIGHT,
+    TRACK,
     WRONG,
     Drawings,
     annotate,
@@ -100,16 +101,17 @@ def test_a_grid_has_each_of_the_first_pictures_in_its_place(tmp_path, count, siz
 
 
 def test_heat_is_where_the_map_is_hot_and_cold_stays_the_picture():
-    pixels = np.full((64, 96, 3), 128, np.uint8)
-    heat = np.zeros((2, 3), np.float32)
-    heat[0, 2] = 5
-    drawn = np.asarray(overlay(pixels, heat)).astype(int)
-    assert drawn.shape == (256, 384, 3)
-    changed = np.abs(drawn - 128).sum(axis=-1)
-    assert changed[20, 370] > 100 and changed[200:, :100].max() == 0
-    np.testing.assert_array_equal(drawn, np.asarray(overlay(pixels, 100 * heat)))
-    pixels = np.random.default_rng(0).integers(0, 256, (400, 400, 3)).astype("uint8")
-    np.testing.assert_array_equal(overlay(pixels, np.zeros((13, 13), np.float32)), pixels)
+    picture = Image.effect_noise((96, 64), 80).convert("RGB")
+    strength = np.zeros((64, 96))
+    strength[:, 90:] = np.linspace(0, 1, 6)
+    is_seen = np.ones((64, 96), bool)
+    is_seen[:8] = False
+    drawn, pixels = np.asarray(overlay(picture, strength, is_seen), int), np.asarray(picture, int)
+    np.testing.assert_array_equal(drawn[8:, :91], pixels[8:, :91])
+    hottest = 0.3 * pixels[8:, -1] + 0.7 * np.array([250, 245, 160])
+    np.testing.assert_allclose(drawn[8:, -1], hottest, atol=0.5)
+    pale = 0.25 * pixels[:8] + 0.75 * np.array(TRACK)
+    np.testing.assert_allclose(drawn[:8], pale, atol=0.5)
 
 
 def test_a_picture_file_appears_when_it_is_whole(tmp_path, monkeypatch):
