@@ -91,7 +91,7 @@ def annotate(
 
     The result is `height` pixels high and three times as wide. The picture is as large as fits,
     small ones without smoothing, so that their pixels can be seen. Where the true class is known, a
-    frame and a line of text say whether the first of `texts` is right.
+    frame and a line of text say whether the first of `texts` is right, and else both classes.
     """
     margin = MARGIN * height // 240
     small, large = height // 16, height // 13  # of the letters
@@ -106,13 +106,13 @@ def annotate(
     canvas.paste(shown, (left, top))
     middle = margin + width / 2
     if truth is not None:
-        is_right = bool(texts) and texts[0] == truth
+        is_right = texts[0] == truth
         colour = RIGHT if is_right else WRONG
         edge = max(2, margin // 4)
         right, bottom = left + shown.width + edge - 1, top + shown.height + edge - 1
         frame = (left - edge, top - edge, right, bottom)
         draw.rectangle(frame, outline=colour, width=edge)
-        verdict = "right" if is_right else f"wrong: {truth}"
+        verdict = "right" if is_right else f"is {truth}; taken for {texts[0]}"
         place = (middle, height - margin - small - margin // 2)
         draw_text(draw, place, verdict, small, colour, room=width, anchor="ms")
     draw_text(draw, (middle, height - margin), caption, small, GREY, room=width, anchor="ms")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from replknet_paddle.analysis import plots
+from replknet_paddle.deploy import drawing
 from replknet_paddle.deploy.drawing import (
     BAR,
     RIGHT,
@@ -84,6 +85,18 @@ def test_right_and_wrong_are_told_apart_by_colours_and_words():
         assert [(d == colour).all(axis=-1).sum() > 0 for d in drawn] == counts
     below = [d[190:, :336].mean(axis=-1) < 200 for d in drawn]
     assert (below[0] != below[1]).sum() > 30
+
+
+@pytest.mark.parametrize(
+    "truth, said",
+    [("Gebäude", ["right"]), ("people", ["is people; taken for Gebäude"]), (None, [])],
+)
+def test_a_mistake_names_both_classes(monkeypatch, truth, said):
+    texts = []
+    monkeypatch.setattr(drawing, "draw_text", lambda _, __, text, *___, **____: texts.append(text))
+    picture, names = Image.new("RGB", (60, 40)), ["Gebäude", "people"]
+    annotate(picture, names, [0.9, 0.1], caption="x.jpg", truth=truth)
+    assert texts == [*said, "x.jpg", "Gebäude", "90.0 %", "people", "10.0 %"]
 
 
 @pytest.mark.parametrize("count, size", [(5, (1440, 320)), (2, (960, 160)), (20, (1440, 640))])
