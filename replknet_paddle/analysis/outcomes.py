@@ -13,6 +13,7 @@ class Outcomes:
     top1: int  # images whose label is the largest logit
     top5: int  # images whose label is among the 5 largest
     loss: float  # mean cross entropy, in nats
+    num_classes: int  # that the network tells apart
     labels: np.ndarray | None = None  # (N,) int64, the true classes in the list's order
     classes: np.ndarray | None = None  # (N, k) int64, the most probable classes, best first
     scores: np.ndarray | None = None  # (N, k) float64, their probabilities
@@ -39,30 +40,29 @@ class Outcomes:
         }
 
     def __str__(self) -> str:
-        return (
-            f"top-1 {self.top1_percent:.2f} % ({self.top1}/{self.images}), "
-            f"top-5 {self.top5_percent:.2f} % ({self.top5}/{self.images}), "
-            f"loss {self.loss:.6f}"
-        )
+        figures = [f"top-1 {self.top1_percent:.2f} % ({self.top1}/{self.images})"]
+        if self.num_classes > 5:  # else every image is right
+            figures.append(f"top-5 {self.top5_percent:.2f} % ({self.top5}/{self.images})")
+        return ", ".join([*figures, f"loss {self.loss:.6f}"])
 
     @property
     def is_right(self) -> np.ndarray:
         """(N,) bool: whether the first class is the label."""
         return self.classes[:, 0] == self.labels
 
-    def images_per_class(self, num_classes: int) -> np.ndarray:
+    def images_per_class(self) -> np.ndarray:
         """Return (num_classes,) int64: how many images have each label."""
-        return np.bincount(self.labels, minlength=num_classes)
+        return np.bincount(self.labels, minlength=self.num_classes)
 
-    def right_per_class(self, num_classes: int) -> np.ndarray:
+    def right_per_class(self) -> np.ndarray:
         """Return (num_classes,) int64: how many of these images are right."""
-        return np.bincount(self.labels[self.is_right], minlength=num_classes)
+        return np.bincount(self.labels[self.is_right], minlength=self.num_classes)
 
-    def confusion_matrix(self, num_classes: int) -> np.ndarray:
+    def confusion_matrix(self) -> np.ndarray:
         """Return (num_classes, num_classes) int64: images by label (row) and first class."""
-        cells = self.labels * num_classes + self.classes[:, 0]
-        counts = np.bincount(cells, minlength=num_classes**2)
-        return counts.reshape(num_classes, num_classes)
+        cells = self.labels * self.num_classes + self.classes[:, 0]
+        counts = np.bincount(cells, minlength=self.num_classes**2)
+        return counts.reshape(self.num_classes, self.num_classes)
 
     def confusions(self, limit: int) -> list[tuple[int, int, int]]:
         """Return the most frequent mistakes: (label, first class, images), the most first."""

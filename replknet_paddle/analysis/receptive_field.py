@@ -142,7 +142,7 @@ def _check_same(before: Field, target, wanted: Field, names, num_images: int) ->
 
 
 def _too_few(result: Field, names: Sequence[str], num_images: int) -> str:
-    text = f"there are {len(names)} images"
+    text = f"there {'is' if len(names) == 1 else 'are'} {counted(len(names), 'image')}"
     if result.skipped:
         first = ", ".join(result.skipped[:5])
         text += f", and {len(result.skipped)} of them have no finite scores: {first}"

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.metadata
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,8 +36,8 @@ from replknet_paddle.deploy.export import (
 )
 from replknet_paddle.deploy.fold import check_finite, largest_deviation, random_images
 from replknet_paddle.model import RepLKNet, build_replknet
-from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.files import atomic_file
+from replknet_paddle.runtime.errors import InputError, counted
+from replknet_paddle.runtime.files import atomic_file, json_text
 from replknet_paddle.zoo import open_network
 
 # What there is to time besides eager mode, as (backend, precision); fp16 on GPU alone.
@@ -121,7 +120,7 @@ def report_inference(config, plan: Plan, *, json_file: str | None) -> None:
     print(machine())
     weights = config.MODEL.PRETRAINED if has_weights else "random weights"
     title = f"{config.MODEL.NAME}, {size} x {size} pixels, {weights}"
-    print(f"{title}, {plan.threads or 'all'} threads")
+    print(f"{title}, {counted(plan.threads, 'thread') if plan.threads else 'all threads'}")
     table, rows = Table(COLUMNS), []
     for of_batch in time_backends(model, config, plan):
         rows += of_batch
@@ -136,7 +135,7 @@ def report_inference(config, plan: Plan, *, json_file: str | None) -> None:
         if json_file:
             facts = {"machine": machine(), "network": title, "threads": plan.threads}
             with atomic_file(json_file) as file:
-                json.dump({**facts, "rows": rows}, file, indent=2, ensure_ascii=False)
+                file.write(json_text({**facts, "rows": rows}, indent=2) + "\n")
 
 
 def set_statistics(model: RepLKNet, images: np.ndarray) -> None:

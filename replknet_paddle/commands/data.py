@@ -1,12 +1,16 @@
 """Datasets: their lists, their faults, and two to try things on."""
 
-import json
 import os
 import sys
 
 from replknet_paddle.commands.flags import add_config_flags, add_flag, add_output_flags
 from replknet_paddle.runtime.errors import InputError, SystemFault, counted
-from replknet_paddle.runtime.files import atomic_file, check_file_target, check_new_folder
+from replknet_paddle.runtime.files import (
+    atomic_file,
+    check_file_target,
+    check_new_folder,
+    json_text,
+)
 from replknet_paddle.runtime.machines import available_cores
 from replknet_paddle.runtime.terminal import printable
 
@@ -173,7 +177,7 @@ def run_check_data(args) -> int:
     _print(report)
     if args.output:
         with atomic_file(args.output) as file:
-            json.dump(report, file, indent=1, ensure_ascii=False)
+            file.write(json_text(report, indent=1) + "\n")
         print(f"wrote {printable(args.output)}")
     return 1 if report["problems"] else 0
 

@@ -24,6 +24,7 @@ GREY = (110, 115, 120)
 # Blue-green and vermilion, which colour-blind people tell apart; words say the same.
 RIGHT = (0, 130, 110)
 WRONG = (205, 75, 0)
+PALE = 0.75  # of TRACK, over what the network does not see
 
 # Dark blue, violet, orange, light yellow: brightness grows all the way.
 HEAT_COLOURS = ("#0a0832", "#5a146e", "#be3755", "#f57d14", "#faf5a0")
@@ -90,7 +91,7 @@ def annotate(
 
     The result is `height` pixels high and three times as wide. The picture is as large as fits,
     small ones without smoothing, so that their pixels can be seen. Where the true class is known, a
-    frame and a line of text say whether the first of `texts` is right.
+    frame and a line of text say whether the first of `texts` is right, and else both classes.
     """
     margin = MARGIN * height // 240
     small, large = height // 16, height // 13  # of the letters
@@ -105,13 +106,13 @@ def annotate(
     canvas.paste(shown, (left, top))
     middle = margin + width / 2
     if truth is not None:
-        is_right = bool(texts) and texts[0] == truth
+        is_right = texts[0] == truth
         colour = RIGHT if is_right else WRONG
         edge = max(2, margin // 4)
         right, bottom = left + shown.width + edge - 1, top + shown.height + edge - 1
         frame = (left - edge, top - edge, right, bottom)
         draw.rectangle(frame, outline=colour, width=edge)
-        verdict = "right" if is_right else f"wrong: {truth}"
+        verdict = "right" if is_right else f"is {truth}; taken for {texts[0]}"
         place = (middle, height - margin - small - margin // 2)
         draw_text(draw, place, verdict, small, colour, room=width, anchor="ms")
     draw_text(draw, (middle, height - margin), caption, small, GREY, room=width, anchor="ms")
@@ -143,19 +144,14 @@ def draw_text(draw, place, text: str, pixels: int, colour, *, room: float, ancho
     draw.text(place, text, colour, font, anchor=anchor)
 
 
-def overlay(pixels: np.ndarray, heat: np.ndarray) -> Image.Image:
-    """Return a heat map (h, w), >= 0, over the pixels (H, W, 3) uint8 that the network saw, in the
-    same shape with a longer side of at least 384 pixels; 0 shows the bare picture."""
-    peak = float(heat.max())
-    strength = Image.fromarray((heat / peak if peak > 0 else heat).astype(np.float32))
-    picture = Image.fromarray(pixels)
-    if max(picture.size) < 384:
-        picture = fitted(picture, (384, 384))
-    strength = np.asarray(strength.resize(picture.size, Image.Resampling.BICUBIC)).clip(0, 1)
+def overlay(picture: Image.Image, strength: np.ndarray, is_seen: np.ndarray) -> Image.Image:
+    """Return a picture, RGB, with heat over it: `strength` (height, width) in [0, 1], where 0 shows
+    the bare picture. Where `is_seen` (height, width) is False, the picture is pale."""
+    pixels = np.asarray(picture, np.float32)
     steps = np.linspace(0, 1, len(_HEAT))
     colours = np.stack([np.interp(strength, steps, _HEAT[:, c]) for c in range(3)], axis=-1)
-    opacity = 0.7 * strength[..., None]
-    mixed = (1 - opacity) * np.asarray(picture, np.float32) + opacity * colours
+    opacity = np.where(is_seen, 0.7 * strength, PALE)[..., None]
+    mixed = (1 - opacity) * pixels + opacity * np.where(is_seen[..., None], colours, TRACK)
     return Image.fromarray(np.round(mixed).astype(np.uint8))
 
 

@@ -16,6 +16,7 @@ import glob
 import html
 import io
 import os
+import re
 import shutil
 import socket
 import sys
@@ -30,7 +31,8 @@ from PIL import Image
 
 from replknet_paddle.data.dataset import get_dataset
 from replknet_paddle.data.lists import resolve
-from replknet_paddle.data.transforms.image import open_image
+from replknet_paddle.data.transforms.image import to_rgb
+from replknet_paddle.data.transforms.pipelines import EvalTransform
 from replknet_paddle.deploy.backends import evaluation_mode
 from replknet_paddle.deploy.drawing import HEAT_COLOURS, fitted, overlay
 from replknet_paddle.deploy.images import decode
@@ -43,24 +45,31 @@ from replknet_paddle.zoo import find_record, is_published
 ADDRESS = "127.0.0.1"
 CLASSES_SHOWN = 5
 EXAMPLES = 6
+PICTURE_HEIGHT = 420  # pixels, of which Gradio's buttons take 42
 LAST_STRIDE = 32  # pixels of the network's input for a position of its last stage
 MAX_UPLOAD_BYTES = 200 * 2**20
 ORIENTATION = 0x0112  # EXIF's entry; 1 is upright
-SEEN_PIXELS = 384  # side of the pictures of what the network saw
+SHOWN_PIXELS = (384, 1600)  # least and most of a heat map's longer side
+THUMBNAIL_PIXELS = 96
 UPLOADS = "replknet-page-{}-uploads"
 
 # Browsers turn pictures as their EXIF data say; the network, as in evaluation, does not.
 CSS = f"""
 img {{ image-orientation: none !important; }}
+h1, figcaption, #classes, #classes *, #classes-list {{ overflow-wrap: anywhere; }}
 #picture img {{ object-fit: contain !important; width: 100%; height: 100%; }}
 #classes-list ol {{ max-height: 16em; overflow-y: auto; }}
-#seen figure {{ margin: 0 0 1em; }}
-#seen img {{ width: 100%; max-width: {SEEN_PIXELS}px; }}
-#seen .scale {{
-  height: 1em; max-width: {SEEN_PIXELS}px;
-  background: linear-gradient(to right, transparent, {", ".join(HEAT_COLOURS)});
+#heat figure, #seen figure {{ margin: 0; }}
+#heat .html-container {{ padding: 0; }}
+#heat img {{ width: 100%; max-height: {PICTURE_HEIGHT - 42}px; object-fit: contain; }}
+#seen img {{ width: 100%; max-width: {SHOWN_PIXELS[0]}px; }}
+#heat .scale {{
+  height: 1em; background: linear-gradient(to right, transparent, {", ".join(HEAT_COLOURS)});
 }}
-#seen .ends {{ display: flex; justify-content: space-between; max-width: {SEEN_PIXELS}px; }}
+#heat .ends {{ display: flex; justify-content: space-between; }}
+#examples {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); }}
+#examples button {{ flex-direction: column; white-space: normal; overflow-wrap: anywhere; }}
+#examples img {{ width: {THUMBNAIL_PIXELS}px; height: {THUMBNAIL_PIXELS}px; margin: 0; }}
 :focus-visible {{ outline: 3px solid #1a5fb4 !important; outline-offset: 2px; }}
 """
 # Gradio gives the uploaded picture no description, and where a browser cannot show it, as a damaged
@@ -93,7 +102,8 @@ class Look:
 
     classes: dict[str, float]  # probabilities, the largest first
     seen: np.ndarray  # what the network saw of the picture, (size, size, 3) uint8
-    heat: Image.Image | None  # where it looked for the first class, over `seen`
+    heat: Image.Image | None  # where it looked for the first class, over the whole picture
+    is_cropped: bool  # whether it did not see all of the picture
     is_turned: bool  # whether the file asks to be shown turned, which the network does not do
 
 
@@ -101,20 +111,23 @@ def look(predictor: Predictor, path: str) -> Look:
     """Return the classes of a picture, and where the network looks, unless it is an export.
     InputError: it cannot be decoded, or the outputs are not finite."""
     image = decode(path)
-    array = predictor.transform(image)[None]
-    seen, heat = predictor.transform.pixels(image), None
+    transform = predictor.transform
+    array, seen, heat = transform(image)[None], transform.pixels(image), None
     network = predictor.backend.network
     if network is None:
         scores = predictor.scores(array)[0]
     else:
         logits, strengths = grad_cam(network, array)
         scores = probabilities(logits[None], "eager")[0]
-        if predictor.transform.image_size > LAST_STRIDE:  # else a single position
-            heat = overlay(seen, strengths)
+        if transform.image_size > LAST_STRIDE:  # else a single position
+            heat = heat_over(to_rgb(image), strengths, transform)
     names = distinct(predictor.class_names)
     top = np.argsort(-scores, kind="stable")[:CLASSES_SHOWN]
     classes = {names[label]: float(scores[label]) for label in top}
-    return Look(classes, seen, heat, image.getexif().get(ORIENTATION, 1) != 1)
+    left, top, right, bottom = transform.region(*image.size)
+    is_cropped = left > 0 or top > 0 or right < image.width or bottom < image.height
+    is_turned = image.getexif().get(ORIENTATION, 1) != 1
+    return Look(classes, seen, heat, is_cropped, is_turned)
 
 
 def distinct(names: Sequence[str]) -> list[str]:
@@ -160,21 +173,56 @@ def grad_cam(
     return logits.numpy(), heat.numpy()
 
 
-def seen_html(result: Look) -> str:
-    """Return the pictures of a `Look` with their descriptions."""
+def heat_over(picture: Image.Image, heat: np.ndarray, transform: EvalTransform) -> Image.Image:
+    """Return a picture, RGB, with the map of `grad_cam` over what the network saw of it, and the
+    rest pale, at the picture's own resolution within `SHOWN_PIXELS`.
+
+    All convolutions of stride 2 have odd kernels and the same padding on either side. So position i
+    of the map is centred on the network's pixel 32 i, and the first one on the edge, not on the
+    middle of 32 pixels. Between positions, strengths are interpolated linearly.
+    """
+    left, top, right, bottom = transform.region(*picture.size)
+    longer = min(max(max(picture.size), SHOWN_PIXELS[0]), SHOWN_PIXELS[1])
+    shown = fitted(picture, (longer, longer)) if longer != max(picture.size) else picture
+
+    def along(length: int, shown_length: int, start: float, end: float, positions: int):
+        """For each pixel shown along an axis: the weights of the positions, and whether the network
+        saw it."""
+        place = (np.arange(shown_length) + 0.5) * length / shown_length  # in the picture's pixels
+        place = (place - start) / (end - start) * transform.image_size  # in the network's
+        at = (place - 0.5) / LAST_STRIDE
+        weights = [np.interp(at, np.arange(positions), one) for one in np.eye(positions)]
+        return np.stack(weights, axis=1), (place >= 0) & (place < transform.image_size)
+
+    rows, rows_seen = along(picture.height, shown.height, top, bottom, heat.shape[0])
+    columns, columns_seen = along(picture.width, shown.width, left, right, heat.shape[1])
+    strength = rows @ (heat / max(heat.max(), np.finfo(np.float32).tiny)) @ columns.T
+    return overlay(shown, strength, rows_seen[:, None] & columns_seen)
+
+
+def heat_html(result: Look) -> str:
+    """Return the heat map of a `Look` with its description; nothing where there is none."""
+    if result.heat is None:
+        return ""
     first = html.escape(next(iter(result.classes)))
-    seen = fitted(Image.fromarray(result.seen), (SEEN_PIXELS, SEEN_PIXELS))
-    parts = [
-        _figure(seen, "The picture as the network sees it, resized and cropped", "What it sees")
-    ]
+    alt = f"Heat map over the picture: where the network looks for {first}"
+    caption = f"Where it looks for {first} (Grad-CAM)"
+    if result.is_cropped:
+        caption += "; the pale part lies outside its crop"
+    return _figure(result.heat, alt, caption) + SCALE
+
+
+def seen_html(result: Look) -> str:
+    """Return what the network saw of the picture of a `Look`, with its description."""
+    seen = fitted(Image.fromarray(result.seen), (SHOWN_PIXELS[0], SHOWN_PIXELS[0]))
+    size = f"{result.seen.shape[1]} x {result.seen.shape[0]} pixels"
+    kind = "resized and cropped" if result.is_cropped else "resized"
+    parts = [_figure(seen, "The picture as the network sees it", f"{size}, {kind}")]
     if result.is_turned:
         parts.append(
             "<p>The file asks to be shown turned (its EXIF orientation). The network does not turn "
             "it, as in evaluation, so all pictures here are shown as they are stored.</p>"
         )
-    if result.heat is not None:
-        alt = f"Heat map over the same picture: where the network looks for {first}"
-        parts += [_figure(result.heat, alt, f"Where it looks for {first} (Grad-CAM)"), SCALE]
     return "".join(parts)
 
 
@@ -214,8 +262,11 @@ def describe(model: str, predictor: Predictor) -> tuple[str, str]:
     return name, f"{origin}. {inputs}"
 
 
-def validation_examples(config, class_names: Sequence[str], count: int) -> list[tuple[str, str]]:
-    """Return path and class of at most `count` validation images, evenly spread over the list."""
+def validation_examples(
+    config, class_names: Sequence[str], count: int
+) -> list[tuple[str, str, Image.Image]]:
+    """Return path, class and thumbnail of at most `count` validation images, evenly spread over the
+    list."""
     try:
         dataset = get_dataset(config, is_train=False)
     except (InputError, OSError):  # a model is shown without its data
@@ -226,9 +277,17 @@ def validation_examples(config, class_names: Sequence[str], count: int) -> list[
         with contextlib.suppress(InputError, OSError, UnicodeError):  # not to be read or shown
             full = resolve(dataset.root, path, allow_outside=dataset.allow_outside)
             full.encode()  # as Gradio does, which knows no other names
-            with open_image(full):
-                examples.append((full, class_names[dataset.labels[index]]))
+            examples.append((full, class_names[dataset.labels[index]], thumbnail(full)))
     return examples
+
+
+def thumbnail(path: str) -> Image.Image:
+    """Return the middle of a picture, square and small."""
+    picture = to_rgb(decode(path))
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    square = picture.crop((left, top, left + side, top + side))
+    return fitted(square, (2 * THUMBNAIL_PIXELS, 2 * THUMBNAIL_PIXELS))  # for fine screens
 
 
 # ---- the page
@@ -290,14 +349,22 @@ def build_page(model: str, predictor: Predictor):
 
     def classify(picture):
         if picture is None or picture["path"] is None:
-            return None, ""
+            return None, "", ""
         try:
             result = look(predictor, picture["path"])
         except InputError as error:
             # Not gradio.Error, which would leave the classes of the picture before.
             reason = html.escape(str(error))
-            return None, f'<p role="alert">This file cannot be classified: {reason}</p>'
-        return result.classes, seen_html(result)
+            return None, f'<p role="alert">This file cannot be classified: {reason}</p>', ""
+        return result.classes, heat_html(result), seen_html(result)
+
+    def loader(path: str):
+        """Return the function of an example's button. It has no argument, for requests to give."""
+
+        def load_example():
+            return path, *classify({"path": path})
+
+        return load_example
 
     class Page(gradio.Blocks):
         async def preprocess_data(self, block_fn, inputs, *rest, **named):
@@ -312,7 +379,8 @@ def build_page(model: str, predictor: Predictor):
             return await super().preprocess_data(block_fn, inputs, *rest, **named)
 
     with Page(title=f"RepLKNet: {name}", analytics_enabled=False) as page:
-        gradio.HTML(f"<h1>{html.escape(name)}</h1><p>{html.escape(origin)}</p>")
+        title = re.sub("([_/-])", r"\1<wbr>", html.escape(name))  # where it may break
+        gradio.HTML(f"<h1>{title}</h1><p>{html.escape(origin)}</p>")
         with gradio.Accordion(f"Its {len(names):,} classes", open=False):
             items = "".join(f"<li>{html.escape(name)}</li>" for name in names)
             listed = f'<ol start="0" tabindex="0" aria-label="Classes">{items}</ol>'
@@ -326,19 +394,24 @@ def build_page(model: str, predictor: Predictor):
                     image_mode=None,
                     sources=["upload", "clipboard"],
                     buttons=[],
-                    height=420,
+                    height=PICTURE_HEIGHT,
                 )
+                buttons = []
                 if examples:
-                    shown = gradio.Examples(
-                        [[path] for path, _ in examples],
-                        upload,
-                        label="Validation images, with their true classes",
-                        example_labels=[class_name for _, class_name in examples],
-                        api_visibility="private",
-                    )
+                    gradio.HTML("<p>Validation images, with their true classes:</p>")
+                    with gradio.Row(elem_id="examples"):
+                        for number, (_, class_name, small) in enumerate(examples):
+                            icon = os.path.join(upload.GRADIO_CACHE, f"thumbnail_{number}.png")
+                            os.makedirs(upload.GRADIO_CACHE, exist_ok=True)
+                            small.save(icon)
+                            buttons.append(gradio.Button(class_name, icon=icon, size="sm"))
             with gradio.Column():
-                classes = gradio.Label(label="Classes", num_top_classes=CLASSES_SHOWN)
-                seen = gradio.HTML(elem_id="seen")
+                heat = gradio.HTML(elem_id="heat")
+                classes = gradio.Label(
+                    label="Classes", num_top_classes=CLASSES_SHOWN, elem_id="classes"
+                )
+                with gradio.Accordion("What the network sees", open=False):
+                    seen = gradio.HTML(elem_id="seen")
         if network is None:
             gradio.Markdown(
                 "An exported model gives no heat map; a checkpoint, a run folder or the name of a "
@@ -349,12 +422,20 @@ def build_page(model: str, predictor: Predictor):
                 f"Pictures of {predictor.transform.image_size} pixels become a single position in "
                 "the last stage: there is no heat map to show."
             )
+        answer = [classes, heat, seen]
+        options = {
+            "show_progress": "minimal",
+            "trigger_mode": "always_last",
+            "concurrency_id": "classify",  # one picture at a time, in the order that they came
+        }
         # The file as it came: Gradio's own preprocessing fails on what is not an image.
-        answer = (classify, upload, [classes, seen])
-        options = {"show_progress": "minimal", "preprocess": False, "trigger_mode": "always_last"}
-        gradio.on([upload.upload, upload.clear], *answer, **options)
-        if examples:
-            shown.load_input_event.then(*answer, **options)
+        gradio.on(
+            [upload.upload, upload.clear], classify, upload, answer, preprocess=False, **options
+        )
+        for button, (path, *_) in zip(buttons, examples):
+            copy = upload.move_resource_to_block_cache(path)  # others are not served
+            load = loader(copy)
+            button.click(load, None, [upload, *answer], api_visibility="private", **options)
 
     import fastapi
 

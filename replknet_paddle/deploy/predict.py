@@ -6,7 +6,6 @@ Pictures are preprocessed as in evaluation, bit for bit, by the pipeline that th
 
 import contextlib
 import csv
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,7 +26,7 @@ from replknet_paddle.deploy.backends import Backend, open_backend
 from replknet_paddle.deploy.images import Frame, decode
 from replknet_paddle.model import RepLKNet
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.files import atomic_file, check_file_target
+from replknet_paddle.runtime.files import atomic_file, check_file_target, json_text
 
 BATCH_SIZE = 8  # of a list of images; larger ones gain nothing on a CPU
 MAX_DECODERS = 8  # threads
@@ -283,7 +282,8 @@ def results_file(
 
     Lines of JSON are objects: path, pred_label, pred_class, pred_score, and topk, a list of objects
     with label, class and score; or path and problem. CSV has a row a file: path, label_1, class_1,
-    score_1, and so on to the k-th; and problem.
+    score_1, and so on to the k-th; and problem. Scores have 6 significant digits, as many as
+    float32 is good for.
 
     The file gets the name `path` when the block is left. If an exception leaves the block, `path`
     stays as it was, and what was written until then is in `path`.unfinished; not so if nothing was,
@@ -301,12 +301,12 @@ def results_file(
             record["problem"] = prediction.problem
         else:
             classes = [
-                {"label": label, "class": class_names[label], "score": score}
+                {"label": label, "class": class_names[label], "score": rounded(score)}
                 for label, score in zip(prediction.labels, prediction.scores)
             ]
             record |= {f"pred_{key}": value for key, value in classes[0].items()}
             record["topk"] = classes
-        file.write(json.dumps(record) + "\n")
+        file.write(json_text(record) + "\n")
 
     def write_row(prediction: Prediction) -> None:
         values = [""] * (3 * topk)
@@ -314,13 +314,16 @@ def results_file(
             values = [
                 value
                 for label, score in zip(prediction.labels, prediction.scores)
-                for value in (label, class_names[label], score)
+                for value in (label, class_names[label], rounded(score))
             ]
         # Python's csv quotes a carriage return only where lines end in one.
         rows = quoted if "\r" in prediction.path else plain
         rows.writerow([prediction.path, *values, prediction.problem or ""])
 
-    # Names of files are bytes: those that are not UTF-8 are written as the bytes that they are.
+    def rounded(score: float) -> float:
+        return float(f"{score:.6g}")
+
+    # Names of files are bytes: CSV has those that are not UTF-8 as they are, JSON has them escaped.
     with atomic_file(
         path, keep_partial=is_worth_keeping, errors="surrogateescape", newline=""
     ) as file:

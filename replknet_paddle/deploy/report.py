@@ -85,7 +85,7 @@ def write_report(
     def sections(written: Path) -> list[str]:
         matrix = None
         if len(names) <= MATRIX_CLASSES:
-            matrix = outcomes.confusion_matrix(len(names))
+            matrix = outcomes.confusion_matrix()
         return [
             _classes(written, evaluated),
             matrix_section(written, matrix, names, "image"),
@@ -139,10 +139,10 @@ def write_page(
 def _figures(evaluated: Evaluated) -> dict[str, str]:
     """Return the figures of a classifier's evaluation by their names."""
     outcomes, count = evaluated.outcomes, len(evaluated.class_names)
-    images, right = outcomes.images_per_class(count), outcomes.right_per_class(count)
+    images, right = outcomes.images_per_class(), outcomes.right_per_class()
     there = images > 0
     return {
-        "images": f"{len(outcomes.labels):,}",
+        "image" if outcomes.images == 1 else "images": f"{outcomes.images:,}",
         "top-1": f"{100 * outcomes.is_right.mean():.2f} %",
         "mean of the classes' accuracies": f"{100 * np.mean(right[there] / images[there]):.2f} %",
         "classes with images": f"{there.sum():,} of {count:,}",
@@ -174,10 +174,9 @@ Images: {html_text(printable(data))}<br>
 def _classes(folder: Path, evaluated: Evaluated) -> str:
     """Write per_class.csv; return its section, which has the most frequent mistake as well."""
     outcomes, names = evaluated.outcomes, evaluated.class_names
-    images = outcomes.images_per_class(len(names)).tolist()
-    right = outcomes.right_per_class(len(names)).tolist()
+    images, right = outcomes.images_per_class().tolist(), outcomes.right_per_class().tolist()
     rows = [
-        [label, name, count, good, f"{100 * good / count:.2f}" if count else ""]
+        [label, name, count, good, f"{100 * good / count:.6g}" if count else ""]
         for label, (name, count, good) in enumerate(zip(names, images, right))
     ]
     write_csv(
@@ -282,7 +281,7 @@ def _mistakes(folder: Path, evaluated: Evaluated) -> str:
             height=PICTURE_HEIGHT,
             truth=truth,
         )
-        said = f"{truth}, taken for {texts[0]} ({100 * outcomes.scores[index, 0]:.1f} %)"
+        said = f"is {truth}; taken for {texts[0]} ({100 * outcomes.scores[index, 0]:.1f} %)"
         figures.append(mistake_figure(folder, number, drawn, said, path))
     if not figures:
         return ""
@@ -328,7 +327,9 @@ def _cell(content: str | int) -> str:
 
 def bar(percent: str, absent: str = "no images") -> str:
     """Return a bar of this accuracy, and its number; "" is that of a class that is `absent`."""
-    return f'<meter max="100" value="{percent}"></meter> {percent} %' if percent else absent
+    if not percent:
+        return absent
+    return f'<meter max="100" value="{percent}"></meter> {float(percent):.2f} %'
 
 
 def _image(path: Path, alt: str) -> str:

@@ -47,11 +47,12 @@ def evaluate(
 class OutcomeSums:
     """Sums over the batches of one process; `total` adds up the processes.
 
-    With a `loader` over `EvalBatches`, and the length of the logits, each image's answer is kept as
-    well: every rank fills its share of the rows.
+    With a `loader` over `EvalBatches`, each image's answer is kept as well: every rank fills its
+    share of the rows.
     """
 
-    def __init__(self, loader: Loader | None = None, num_classes: int = 0):
+    def __init__(self, num_classes: int, loader: Loader | None = None):
+        self.num_classes = num_classes
         self.values = np.zeros(4, dtype="float64")  # images, top-1, top-5, loss
         self.rows = None  # label, classes, scores
         if loader is not None:
@@ -80,7 +81,8 @@ class OutcomeSums:
             rows = sum_over_ranks(self.rows)
             labels, classes, scores = np.split(rows, [1, 1 + self.kept], axis=1)
             answers = labels[:, 0].astype("int64"), classes.astype("int64"), scores
-        return Outcomes(int(images), int(top1), int(top5), loss / images, *answers)
+        mean_loss = loss / images
+        return Outcomes(int(images), int(top1), int(top5), mean_loss, self.num_classes, *answers)
 
 
 def top_classes(logits: paddle.Tensor, labels: paddle.Tensor, count: int) -> np.ndarray:

@@ -29,7 +29,13 @@ from replknet_paddle.data.class_names import CLASS_NAMES_FILE
 from replknet_paddle.engine.signals import Stopped
 from replknet_paddle.engine.train import DivergedError
 from replknet_paddle.runtime.errors import OUT_OF_MEMORY, InputError, SystemFault
-from replknet_paddle.runtime.files import append_whole, command_line, path_in_error, write_text
+from replknet_paddle.runtime.files import (
+    append_whole,
+    command_line,
+    json_text,
+    path_in_error,
+    write_text,
+)
 from replknet_paddle.runtime.launch import TERMINAL_VARIABLE, lost_peer
 from replknet_paddle.runtime.machines import is_launched
 from replknet_paddle.runtime.packages import import_extra
@@ -361,11 +367,6 @@ def time_left(
     if progress.epoch < epochs:
         evaluations = epochs // every - progress.epoch // every + (epochs % every != 0)
     return duration(batches * batch_seconds + evaluations * evaluation_seconds)
-
-
-def json_text(record: dict) -> str:
-    """Return JSON of `record`, where a number that is not finite becomes null."""
-    return json.dumps(json.loads(json.dumps(record), parse_constant=lambda _: None))
 
 
 def append_to_log(folder: str, message: str) -> None:

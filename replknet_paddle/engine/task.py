@@ -87,7 +87,7 @@ class ClassificationTask:
         """Return empty sums over batches: `add(outputs, labels)`, and `total()`, which has a
         `score`, a `record(prefix)` and a text. With a `loader`, that of an evaluation, `total()`
         has what a report needs of each image as well."""
-        return OutcomeSums(loader, config.MODEL.NUM_CLASSES)
+        return OutcomeSums(config.MODEL.NUM_CLASSES, loader)
 
 
 CLASSIFICATION = ClassificationTask()

@@ -6,7 +6,9 @@ import errno
 import fcntl
 import glob
 import hashlib
+import json
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -22,6 +24,7 @@ PARTIAL_SUFFIX = ".unfinished"
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _CHUNK_BYTES = 2**20
+_UNWRITABLE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 # The checkout. In an installed package, which has the YAML files inside it, the package.
 PROJECT_FOLDER = next(
@@ -163,6 +166,15 @@ def write_text(path: Path_, text: str) -> None:
     """Write a text file, whole or not at all."""
     with atomic_file(path) as file:
         file.write(text)
+
+
+def json_text(value, indent: int | None = None) -> str:
+    """Return JSON of `value` that people can read: letters are themselves, and a number that is not
+    finite is null. Escaped are halves of letters, which are no UTF-8, and what many programs take
+    for the end of a line."""
+    value = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return _UNWRITABLE.sub(lambda letter: f"\\u{ord(letter[0]):04x}", text)
 
 
 def append_whole(path: Path_, text: str) -> None:

@@ -24,7 +24,7 @@ from PIL import Image
 from tiny import FIXTURES, ROOT, make_data
 
 from replknet_paddle.deploy.drawing import fitted
-from replknet_paddle.deploy.page import look
+from replknet_paddle.deploy.page import look, validation_examples
 from replknet_paddle.deploy.predict import Predictor
 from replknet_paddle.zoo import open_network
 
@@ -39,6 +39,7 @@ ROUTES = [
     *(("POST", path) for path in ("/gradio_api/upload", "/gradio_api/call/classify")),
     ("OPTIONS", "/gradio_api/queue/join"),
 ]
+LABELS_OF_EXAMPLES = [0, 2, 5, 0, 3, 6]  # of pictures 0, 2, 5, 7, 10 and 13 of 14, by turns
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 # Python runs a file of this name at its start: it notes where the server connects to.
@@ -173,12 +174,14 @@ def shown_classes(page):
     return list(zip(names, page.locator("dd").all_inner_texts()))
 
 
-def seen_pictures(page):
-    """What the page shows of what the network saw: the picture and the heat map."""
-    page.wait_for_selector("#seen img")
-    sources = [image.get_attribute("src") for image in page.locator("#seen img").all()]
-    data = [base64.b64decode(source.partition("base64,")[2]) for source in sources]
-    return [Image.open(io.BytesIO(file)).convert("RGB") for file in data]
+def picture_in(page, part):
+    """The picture in a part of the page, "heat" or "seen"; the latter is opened by a click."""
+    image = page.locator(f"#{part} img")
+    if part == "seen" and not image.is_visible():
+        page.get_by_text("What the network sees").click()
+    image.wait_for()
+    data = base64.b64decode(image.get_attribute("src").partition("base64,")[2])
+    return Image.open(io.BytesIO(data)).convert("RGB")
 
 
 def difference(one, other):
@@ -196,18 +199,21 @@ def test_a_dropped_picture_gives_its_classes_and_the_heat_map(page, run_folder, 
     assert [name for name, _ in shown] == list(expected.classes)
     for (_, percent), score in zip(shown, expected.classes.values()):
         assert abs(float(percent.rstrip("%")) - 100 * score) <= 0.51
-    seen, heat = seen_pictures(page)
+    heat = picture_in(page, "heat")
+    assert not page.locator("#seen img").is_visible()
+    seen = picture_in(page, "seen")
     large = fitted(Image.fromarray(expected.seen), (384, 384))
     np.testing.assert_array_equal(np.asarray(seen), np.asarray(large))
     drawn = (np.asarray(picture, int) for picture in (heat, expected.heat))
     np.testing.assert_allclose(*drawn, atol=1)  # where sums differ in their last bits
-    assert difference(heat, seen) > 5
+    with Image.open(picture) as stored:
+        assert heat.size == stored.size and difference(heat, stored) > 5
 
 
 def test_a_turned_photo_is_shown_as_it_is_stored(page):
     """The file's EXIF data ask for a quarter turn, which browsers do of themselves."""
     upload(page, ROTATED)
-    seen_pictures(page)
+    picture_in(page, "seen")
     with Image.open(ROTATED) as file:
         assert file.getexif()[0x0112] == 6
         stored = file.convert("RGB")
@@ -219,6 +225,16 @@ def test_a_turned_photo_is_shown_as_it_is_stored(page):
     shown = without_margins(Image.open(io.BytesIO(preview.screenshot())), stored.size)
     assert difference(shown, stored) < 8 < difference(shown, turned)
     assert "The file asks to be shown turned" in page.locator("#seen").inner_text()
+
+
+def test_the_heat_map_lies_beside_the_picture_at_its_scale(page):
+    upload(page, PICTURE)
+    picture_in(page, "heat")
+    page.wait_for_function("() => document.querySelector('#picture img')?.complete")
+    picture, heat = (page.locator(f"#{part} img").bounding_box() for part in ("picture", "heat"))
+    assert abs(picture["y"] - heat["y"]) < 30 and picture["x"] + picture["width"] < heat["x"]
+    scales = [min(box["width"] / 499, box["height"] / 375) for box in (picture, heat)]
+    assert scales[0] == pytest.approx(scales[1], rel=0.02)
 
 
 def without_margins(shown, size):
@@ -266,22 +282,23 @@ def test_it_works_by_keyboard_alone(page):
 def test_pictures_are_described_in_words_and_fit_a_screen_400_pixels_wide(page):
     page.set_viewport_size({"width": 400, "height": 800})
     upload(page, PICTURE)
-    seen_pictures(page)
-    page.wait_for_function(
-        "() => document.images.length === 3 && [...document.images].every(image => image.alt)"
+    picture_in(page, "heat"), picture_in(page, "seen")
+    page.wait_for_function(  # six thumbnails
+        "() => document.images.length === 9 && [...document.images].every(image => image.alt)"
     )
-    assert page.locator("#seen .scale").get_attribute("aria-label").startswith("Colours of the")
+    assert page.locator("#heat .scale").get_attribute("aria-label").startswith("Colours of the")
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
-    for image in page.locator("#seen img").all():
-        box = image.bounding_box()
+    for part in page.locator("img, h1, figcaption, #classes dt, #examples button").all():
+        box = part.bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 400
+        assert part.evaluate("part => part.scrollWidth <= part.clientWidth")
 
 
 @pytest.mark.parametrize("after_an_example", [False, True])
 def test_a_file_that_is_no_picture_is_reported_until_the_next_one(page, tmp_path, after_an_example):
     """After an example, Gradio has made the component for uploads anew."""
     if after_an_example:
-        page.get_by_role("button", name=CLASSES[0], exact=True).first.click()
+        page.locator("#examples button").first.click()
         shown_classes(page)
     (tmp_path / "photo.jpg").write_text("not a picture")
     upload(page, tmp_path / "photo.jpg")
@@ -296,18 +313,47 @@ def test_a_file_that_is_no_picture_is_reported_until_the_next_one(page, tmp_path
     assert problem.count() == 0 and preview.is_visible()
 
 
-def test_a_picture_in_place_of_another_is_classified_once(page):
+def test_each_picture_is_classified_once(page):
+    """Uploaded, of an example, in place of another; and a removed one not at all."""
     asked = []
     page.on("request", lambda request: "/queue/join" in request.url and asked.append(request))
-    upload(page, PICTURE)
-    shown_classes(page)
-    first = page.locator("#seen img").first.get_attribute("src")
-    upload(page, ROTATED)
-    changed = "first => document.querySelector('#seen img')?.src != first"
-    page.wait_for_function(changed, arg=first)
-    page.wait_for_load_state("networkidle")
+
+    def change(action):
+        heat = page.locator("#heat img")
+        before = heat.get_attribute("src") if heat.count() else None
+        action()
+        changed = "before => (document.querySelector('#heat img')?.src ?? null) != before"
+        page.wait_for_function(changed, arg=before)
+        page.wait_for_load_state("networkidle")
+
+    change(lambda: upload(page, PICTURE))
+    change(lambda: upload(page, ROTATED))
+    change(lambda: page.locator("#examples button").nth(1).click())
+    change(lambda: page.locator("#examples button").nth(2).click())
+    change(lambda: upload(page, PICTURE))
+    change(lambda: page.get_by_role("button", name="Remove Image").click())
     data = [request.post_data_json["data"] for request in asked]
-    assert [Path(picture["path"]).name for (picture,) in data] == [PICTURE.name, ROTATED.name]
+    names = [Path(given[0]["path"]).name if given and given[0] else None for given in data]
+    assert names == [PICTURE.name, ROTATED.name, None, None, PICTURE.name, None]
+    assert data[2] == data[3] == []  # of an example, the server has the path
+    assert page.locator("dd").count() == page.locator("#seen img").count() == 0
+
+
+def test_examples_have_thumbnails_and_show_their_picture(page, run_folder):
+    buttons = page.locator("#examples button")
+    assert buttons.all_inner_texts() == [CLASSES[i] for i in LABELS_OF_EXAMPLES]
+    for image in page.locator("#examples img").all():
+        assert image.evaluate("image => image.naturalWidth") == 192
+        assert image.bounding_box()["width"] == image.bounding_box()["height"] == 96
+    buttons.nth(3).click()
+    heat = picture_in(page, "heat")
+    examples = validation_examples(open_network(run_folder).config, CLASSES, 6)
+    expected = look(Predictor(open_network(run_folder), backend="eager"), examples[3][0])
+    np.testing.assert_allclose(np.asarray(heat, int), np.asarray(expected.heat, int), atol=1)
+    page.wait_for_function(
+        "name => document.querySelector('#picture img')?.src.endsWith(name)",
+        arg=Path(examples[3][0]).name,
+    )
 
 
 @pytest.mark.parametrize(
@@ -367,12 +413,12 @@ def send_upload(server, path):
 def answers(server, picture):
     """{route: answer} of all routes by which a program can name a picture to the two functions of
     the page: to classify one, and to show an example."""
-    functions = {
-        one["api_name"]: one["id"] for one in json.loads(get(server, "config"))["dependencies"]
-    }
-    assert {"classify", "load_example"} <= functions.keys()
+    dependencies = json.loads(get(server, "config"))["dependencies"]
+    functions = {one["api_name"]: one["id"] for one in dependencies}
+    assert functions.keys() - {f"load_example_{i}" for i in range(1, 6)} == FUNCTIONS
     found = {}
-    for name, number in functions.items():
+    for name in FUNCTIONS:
+        number = functions[name]
         call = {"data": [picture], "fn_index": number}
         for route in (f"run/{name}", f"api/{name}"):
             found[route] = send(server, route, call)
@@ -387,6 +433,7 @@ def answers(server, picture):
     return found
 
 
+FUNCTIONS = {"classify", "load_example"}  # of which the latter takes no picture
 META = {"meta": {"_type": "gradio.FileData"}}
 FORMS = {
     "no meta": lambda path: {"path": path},
@@ -428,7 +475,8 @@ def test_a_request_cannot_name_what_was_not_uploaded(server, others, name, form)
     """Neither opened, nor copied to the uploads, nor fetched, which `serving` would see."""
     before = sorted(server.temporary.rglob("*"))
     for route, answer in answers(server, FORMS[form](str(others[name]))).items():
-        assert 'confidences": [{' not in answer and "data:image/png" not in answer, route
+        is_answered = 'confidences": [{' in answer or "data:image/png" in answer
+        assert not is_answered or (route.endswith("load_example") and form == "url alone"), route
     assert sorted(server.temporary.rglob("*")) == before
     assert get(server, f"gradio_api/file={others[name]}") == "error 403"
 

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from replknet_paddle.analysis import plots
+from replknet_paddle.deploy import drawing
 from replknet_paddle.deploy.drawing import (
     BAR,
     RIGHT,
+    TRACK,
     WRONG,
     Drawings,
     annotate,
@@ -85,6 +87,18 @@ def test_right_and_wrong_are_told_apart_by_colours_and_words():
     assert (below[0] != below[1]).sum() > 30
 
 
+@pytest.mark.parametrize(
+    "truth, said",
+    [("Gebäude", ["right"]), ("people", ["is people; taken for Gebäude"]), (None, [])],
+)
+def test_a_mistake_names_both_classes(monkeypatch, truth, said):
+    texts = []
+    monkeypatch.setattr(drawing, "draw_text", lambda _, __, text, *___, **____: texts.append(text))
+    picture, names = Image.new("RGB", (60, 40)), ["Gebäude", "people"]
+    annotate(picture, names, [0.9, 0.1], caption="x.jpg", truth=truth)
+    assert texts == [*said, "x.jpg", "Gebäude", "90.0 %", "people", "10.0 %"]
+
+
 @pytest.mark.parametrize("count, size", [(5, (1440, 320)), (2, (960, 160)), (20, (1440, 640))])
 def test_a_grid_has_each_of_the_first_pictures_in_its_place(tmp_path, count, size):
     drawings = Drawings(["a"], None, str(tmp_path / "grid.png"))
@@ -100,16 +114,17 @@ def test_a_grid_has_each_of_the_first_pictures_in_its_place(tmp_path, count, siz
 
 
 def test_heat_is_where_the_map_is_hot_and_cold_stays_the_picture():
-    pixels = np.full((64, 96, 3), 128, np.uint8)
-    heat = np.zeros((2, 3), np.float32)
-    heat[0, 2] = 5
-    drawn = np.asarray(overlay(pixels, heat)).astype(int)
-    assert drawn.shape == (256, 384, 3)
-    changed = np.abs(drawn - 128).sum(axis=-1)
-    assert changed[20, 370] > 100 and changed[200:, :100].max() == 0
-    np.testing.assert_array_equal(drawn, np.asarray(overlay(pixels, 100 * heat)))
-    pixels = np.random.default_rng(0).integers(0, 256, (400, 400, 3)).astype("uint8")
-    np.testing.assert_array_equal(overlay(pixels, np.zeros((13, 13), np.float32)), pixels)
+    picture = Image.effect_noise((96, 64), 80).convert("RGB")
+    strength = np.zeros((64, 96))
+    strength[:, 90:] = np.linspace(0, 1, 6)
+    is_seen = np.ones((64, 96), bool)
+    is_seen[:8] = False
+    drawn, pixels = np.asarray(overlay(picture, strength, is_seen), int), np.asarray(picture, int)
+    np.testing.assert_array_equal(drawn[8:, :91], pixels[8:, :91])
+    hottest = 0.3 * pixels[8:, -1] + 0.7 * np.array([250, 245, 160])
+    np.testing.assert_allclose(drawn[8:, -1], hottest, atol=0.5)
+    pale = 0.25 * pixels[:8] + 0.75 * np.array(TRACK)
+    np.testing.assert_allclose(drawn[:8], pale, atol=0.5)
 
 
 def test_a_picture_file_appears_when_it_is_whole(tmp_path, monkeypatch):

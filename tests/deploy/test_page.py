@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from tiny import FIXTURES, command, make_data
 
 from replknet_paddle.config import get_config, update_config
 from replknet_paddle.data.transforms import build_eval_transform
+from replknet_paddle.deploy import page
 from replknet_paddle.deploy.drawing import overlay
 from replknet_paddle.deploy.export import ModelInfo, export_model
 from replknet_paddle.deploy.images import decode
@@ -29,9 +31,9 @@ from replknet_paddle.deploy.page import (
     describe,
     distinct,
     grad_cam,
+    heat_html,
     look,
     make_upload_folder,
-    seen_html,
     validation_examples,
 )
 from replknet_paddle.deploy.predict import Predictor, inference_model
@@ -75,12 +77,74 @@ def test_the_classes_are_those_of_inference_model_with_and_without_a_heat_map(
         assert (result.heat is None) == (model is exported)
 
 
-def test_the_heat_map_lies_over_what_the_network_sees(network, predictor):
-    heat = look(predictor, PICTURE).heat
-    with Image.open(PICTURE) as image:
-        array, pixels = predictor.transform(image), predictor.transform.pixels(image)
-    expected = overlay(pixels, grad_cam(network, array[None])[1])
-    np.testing.assert_array_equal(np.asarray(heat), np.asarray(expected))
+@pytest.mark.parametrize("size", [(640, 401), (401, 640)])
+@pytest.mark.parametrize(
+    "mode, crop_pct, is_cropped",
+    [("short_crop", 0.875, True), ("short_crop", 1.25, True), ("warp", 0.875, False)],
+)
+def test_the_peak_of_the_map_lies_on_the_pixel_that_its_position_is_centred_on(
+    predictor, monkeypatch, tmp_path, mode, crop_pct, is_cropped, size
+):
+    """Position (1, 2) of the map belongs to pixel (32, 64) of the network's input. So a dot that is
+    painted where the map peaks over a plain picture is what the network sees at that pixel."""
+    predictor.transform = replace(predictor.transform, image_size=160, mode=mode, crop_pct=crop_pct)
+    heat = np.zeros((5, 5), np.float32)
+    heat[1, 2] = 7
+    monkeypatch.setattr(page, "grad_cam", lambda *_: (np.zeros(9, np.float32), heat))
+
+    def looked(picture):
+        picture.save(tmp_path / "picture.png")
+        return look(predictor, tmp_path / "picture.png")
+
+    result = looked(Image.new("RGB", size, (128, 128, 128)))
+    assert result.heat.size == size and result.is_cropped == is_cropped
+    hottest = np.asarray(overlay(Image.new("RGB", (1, 1), (128,) * 3), np.eye(1), np.eye(1) > 0))
+    distance = np.abs(np.asarray(result.heat, int) - hottest.astype(int)).sum(axis=2)
+    peak = np.unravel_index(distance.argmin(), distance.shape)
+    dot = Image.new("RGB", size)
+    dot.putpixel((int(peak[1]), int(peak[0])), (255, 255, 255))
+    seen = looked(dot).seen.astype(int).sum(axis=2)
+    assert seen.max() > 0 and np.argwhere(seen == seen.max()).tolist() == [[32, 64]]
+
+
+@pytest.mark.parametrize("mode", ["short_crop", "warp"])
+def test_what_the_crop_leaves_out_is_pale_and_nothing_else(predictor, monkeypatch, mode, tmp_path):
+    """A network for 96 pixels sees the middle 87.5 % of the short side's length."""
+    predictor.transform = replace(predictor.transform, image_size=98, mode=mode, crop_pct=0.875)
+    cold = np.zeros(9, np.float32), np.zeros((4, 4), np.float32)
+    monkeypatch.setattr(page, "grad_cam", lambda *_: cold)
+    Image.new("RGB", (800, 448)).save(tmp_path / "black.png")
+    drawn = np.asarray(look(predictor, tmp_path / "black.png").heat).sum(axis=2)
+    rows, columns = np.nonzero(drawn == 0)
+    edges = rows.min(), rows.max() + 1, columns.min(), columns.max() + 1
+    # 448 rows become 112, of which 98 are kept: 7 rows of 4 pixels are cut off at each edge.
+    side = 4 * 98
+    kept = (28, 28 + side, (800 - side) // 2, (800 + side) // 2)
+    assert edges == (kept if mode == "short_crop" else (0, 448, 0, 800))
+    assert (drawn == 0).sum() == (edges[1] - edges[0]) * (edges[3] - edges[2])
+
+
+def test_positions_of_the_map_are_centred_on_every_32nd_pixel(network):
+    """65 pixels mirrored stay the same lattice 0, 32, 64, and with mirrored kernels, so does the
+    map: it would not if a position were centred anywhere else."""
+    for parameter in network.parameters():
+        if parameter.ndim == 4:
+            for axis in (2, 3):
+                parameter.set_value((parameter + parameter.flip([axis])) / 2)
+    image = np.random.default_rng(0).normal(0, 1, (1, 3, 65, 65)).astype("float32")
+    maps = [grad_cam(network, image, label)[1] for label in range(9)]
+    label = int(np.argmax([np.ptp(heat) for heat in maps]))
+    heat = maps[label]
+    assert heat.shape == (3, 3) and np.ptp(heat) > 0.01 * heat.max() > 0
+    for axis in (0, 1):
+        mirrored = grad_cam(network, np.flip(image, axis + 2).copy(), label)[1]
+        np.testing.assert_allclose(np.flip(mirrored, axis), heat, rtol=1e-3)
+
+
+@pytest.mark.parametrize("size, shown", [((30, 20), (384, 256)), ((2000, 1000), (1600, 800))])
+def test_small_pictures_are_enlarged_and_huge_ones_reduced(predictor, tmp_path, size, shown):
+    Image.effect_noise(size, 80).convert("RGB").save(tmp_path / "picture.png")
+    assert look(predictor, tmp_path / "picture.png").heat.size == shown
 
 
 def test_what_cannot_be_classified_is_an_input_error(network, predictor):
@@ -94,7 +158,7 @@ def test_what_cannot_be_classified_is_an_input_error(network, predictor):
 def test_classes_of_one_name_stay_apart_and_are_no_html(network, predictor):
     assert distinct(["crane", "kite", "crane"]) == ["crane (0)", "kite", "crane (2)"]
     predictor.class_names = ['<script>alert("x")</script>'] * 9
-    shown = seen_html(look(predictor, PICTURE))
+    shown = heat_html(look(predictor, PICTURE))
     assert "<script" not in shown and "&lt;script&gt;alert(&quot;x&quot;)" in shown
 
 
@@ -115,26 +179,29 @@ def test_examples_are_spread_over_the_validation_list(tmp_path):
     config = update_config(config, argparse.Namespace(opts=["DATA.DATA_PATH", str(tmp_path)]))
     examples = validation_examples(config, "abcd", 5)
     numbers = [0, 9, 19, 29, 39]
-    assert [(int(Path(path).stem), name) for path, name in examples] == [
+    assert [(int(Path(path).stem), name) for path, name, _ in examples] == [
         (number, "abcd"[number % 4]) for number in numbers
     ]
+    assert {small.size for *_, small in examples} == {(192, 192)}
     (tmp_path / "val_list.txt").write_text("../outside.jpg 0\n")
     assert validation_examples(config, "abcd", 5) == []
 
 
 def test_examples_that_cannot_be_shown_are_left_out(tmp_path):
-    """A missing file, a folder, what is no image, and names that are not UTF-8."""
+    """A missing file, a folder, no image, half of one, and names that are not UTF-8."""
     make_data(tmp_path, train=2, val=1)
     config = get_config(make_run(tmp_path, classes=4) / "config.yaml")
     config = update_config(config, argparse.Namespace(opts=["DATA.DATA_PATH", str(tmp_path)]))
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "text.jpg").write_text("not a picture")
     shutil.copyfile(PICTURE, tmp_path / "good.jpg")
+    (tmp_path / "half.jpg").write_bytes(PICTURE.read_bytes()[:5000])
     shutil.copyfile(PICTURE, os.fsdecode(os.fsencode(tmp_path) + b"/gr\xfcn.jpg"))
     (tmp_path / "val_list.txt").write_bytes(
-        b"missing.jpg 0\nfolder.jpg 0\ntext.jpg 1\ngr\xfcn.jpg 1\ngood.jpg 2\n"
+        b"missing.jpg 0\nfolder.jpg 0\ntext.jpg 1\nhalf.jpg 1\ngr\xfcn.jpg 1\ngood.jpg 2\n"
     )
-    assert validation_examples(config, "abcd", 5) == [(str(tmp_path / "good.jpg"), "c")]
+    shown = validation_examples(config, "abcd", 6)
+    assert [example[:2] for example in shown] == [(str(tmp_path / "good.jpg"), "c")]
 
 
 def hold_uploads(folder, pipe):

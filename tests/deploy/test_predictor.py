@@ -328,6 +328,22 @@ def test_results_are_read_back_as_they_were_whatever_the_names(tmp_path_factory,
     assert read == expected
 
 
+@pytest.mark.parametrize("name", ["r.jsonl", "r.csv"])
+def test_letters_are_themselves_and_scores_have_six_digits(tmp_path, name):
+    score = float(np.float32(1 / 3))  # whose neighbours are 3e-8 away
+    write(tmp_path / name, [Prediction("Äpfel/猫.png", labels=(2, 0), scores=(score, 1.234567e-5))])
+    text = (tmp_path / name).read_text("utf-8")
+    assert "Äpfel/猫.png" in text and "蛇" in text
+    assert "0.333333" in text and "0.3333333" not in text and "1.23457e-05" in text
+
+
+def test_a_line_of_json_is_one_line_of_utf_8_for_any_reader(tmp_path):
+    path = os.fsdecode(b"gr\xfcn\xe2\x80\xa8\xc2\x85.png")  # no UTF-8, U+2028 and U+0085
+    write(tmp_path / "r.jsonl", [Prediction(path, labels=(0, 1), scores=(1.0, 0.0))])
+    (line,) = (tmp_path / "r.jsonl").read_bytes().decode("utf-8").splitlines()
+    assert json.loads(line)["path"] == path
+
+
 def test_the_file_has_its_name_when_it_is_whole_and_replaces_an_older_one(tmp_path):
     (tmp_path / "r.jsonl").write_text("older")
     with results_file(str(tmp_path / "r.jsonl"), NAMES, topk=2) as write_one:

@@ -31,10 +31,10 @@ ANSWERS = [
 ]
 
 
-def outcomes_of(answers) -> Outcomes:
+def outcomes_of(answers, num_classes=5) -> Outcomes:
     values = np.array(answers)
     answers = values[:, 0].astype(int), values[:, 1:3].astype(int), values[:, 3:]
-    return Outcomes(len(values), 0, 0, 0.0, *answers)
+    return Outcomes(len(values), 0, 0, 0.0, num_classes, *answers)
 
 
 def evaluated_of(answers, names=NAMES) -> Evaluated:
@@ -44,7 +44,7 @@ def evaluated_of(answers, names=NAMES) -> Evaluated:
         data="data/val_list.txt",
         metrics="top-1 50.00 %",
         class_names=names,
-        outcomes=outcomes_of(answers),
+        outcomes=outcomes_of(answers, len(names)),
         path=lambda index: f"val/猫 & <x>/{index}.jpg",
         picture=lambda index: Image.new("RGB", (60, 40), (10 * index, 0, 0)),
     )
@@ -94,11 +94,11 @@ def rows_of(path) -> list[list[str]]:
 def test_tables_have_what_counting_by_hand_gives(report):
     assert rows_of(report / "per_class.csv") == [
         ["label", "class", "images", "right", "accuracy_percent"],
-        ["0", NAMES[0], "4", "1", "25.00"],
-        ["1", NAMES[1], "2", "2", "100.00"],
-        ["2", NAMES[2], "1", "0", "0.00"],
+        ["0", NAMES[0], "4", "1", "25"],
+        ["1", NAMES[1], "2", "2", "100"],
+        ["2", NAMES[2], "1", "0", "0"],
         ["3", NAMES[3], "0", "0", ""],
-        ["4", NAMES[4], "1", "1", "100.00"],
+        ["4", NAMES[4], "1", "1", "100"],
     ]
     header, *rows = rows_of(report / "confusion_matrix.csv")
     assert header == ["true class", *NAMES] and [row[0] for row in rows] == NAMES
@@ -133,7 +133,7 @@ def test_the_page_holds_the_files_and_describes_them(report, page):
     files = sorted((report / "mistakes").iterdir())
     assert [path.read_bytes() for path in files] == images[1:] and len(files) == 4
     alts = [attributes["alt"] for attributes in page.attributes("img")]
-    assert alts[1] == "Mäuse <b>, taken for 🐟 (99.0 %)"
+    assert alts[1] == "is Mäuse <b>; taken for 🐟 (99.0 %)"
     assert all(alts)
     text = "".join(page.text)
     for said in ("nano <1>", "50.00 %", "no images", *NAMES, "val/猫 & <x>/3.jpg"):
@@ -184,6 +184,15 @@ def test_all_right_and_no_mistakes(tmp_path):
     text = (tmp_path / "new" / "report.html").read_text("utf-8")
     Page(text)
     assert "every image is right" in text
+
+
+def test_one_image_is_no_images_and_tables_have_six_digits(tmp_path):
+    write_report(tmp_path / "one", evaluated_of([ANSWERS[0]]))
+    assert "<strong>1</strong>image</div>" in (tmp_path / "one" / "report.html").read_text("utf-8")
+    write_report(tmp_path / "three", evaluated_of([ANSWERS[0], ANSWERS[1], ANSWERS[2]]))
+    text = (tmp_path / "three" / "report.html").read_text("utf-8")
+    assert "<strong>3</strong>images</div>" in text and "33.33 %" in text
+    assert rows_of(tmp_path / "three" / "per_class.csv")[1][-1] == "33.3333"
 
 
 def test_a_matrix_of_21841_classes_is_left_out(tmp_path):

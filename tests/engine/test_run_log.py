@@ -2,14 +2,13 @@
 
 import json
 import logging
-import math
 import os
 
 import pytest
 from tiny import flags
 
 from replknet_paddle.config import get_config, update_config
-from replknet_paddle.engine.run_log import RunLog, json_text
+from replknet_paddle.engine.run_log import RunLog
 
 CONFIG = update_config(get_config(), flags(output="elsewhere", resume="some/checkpoint"))
 
@@ -37,12 +36,6 @@ def test_ranks_other_than_0_write_nothing_and_say_which_images_they_cannot_read(
     logging.getLogger("replknet_paddle.data.loader").warning("line 3: cannot read image a.jpg")
     assert not (tmp_path / "run").exists()
     assert capsys.readouterr().out == "line 3: cannot read image a.jpg\n"
-
-
-def test_json_has_no_word_for_a_number_that_is_not_finite():
-    value = {"loss": math.nan, "all": [1.5, -math.inf, [math.inf]], "n": 3, "text": "NaN"}
-    expected = {"loss": None, "all": [1.5, None, [None]], "n": 3, "text": "NaN"}
-    assert json.loads(json_text(value)) == expected
 
 
 def test_metrics_of_epochs_that_are_trained_again_are_dropped(tmp_path):

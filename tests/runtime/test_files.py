@@ -1,6 +1,8 @@
 """Files: relative paths are looked up here, then in the project; writing is whole or not at all."""
 
 import contextlib
+import json
+import math
 import os
 import secrets
 import subprocess
@@ -15,6 +17,7 @@ from replknet_paddle.runtime.files import (
     atomic_folder,
     command_line,
     find_path,
+    json_text,
     locked,
     searched,
     write_text,
@@ -166,3 +169,16 @@ def test_a_file_has_the_permissions_that_the_user_gives_to_new_ones(tmp_path, um
     finally:
         os.umask(previous)
     assert (tmp_path / "made").stat().st_mode & 0o777 == mode
+
+
+def test_json_has_no_word_for_a_number_that_is_not_finite():
+    value = {"loss": math.nan, "all": [1.5, -math.inf, [math.inf]], "n": 3, "text": "NaN"}
+    expected = {"loss": None, "all": [1.5, None, [None]], "n": 3, "text": "NaN"}
+    assert json.loads(json_text(value)) == expected
+
+
+def test_json_has_letters_as_they_are_and_is_utf_8_without_other_ends_of_lines():
+    assert json_text({"Straße": ["猫", "🐟"]}) == '{"Straße": ["猫", "🐟"]}'
+    value = "".join(map(chr, range(0x3000))) + "\udcfc\ud83d"
+    text = json_text(value)
+    assert json.loads(text) == value and len(text.encode("utf-8").decode().splitlines()) == 1

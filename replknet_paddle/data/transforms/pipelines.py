@@ -27,7 +27,7 @@ from PIL import Image
 from replknet_paddle.data.transforms.augment import brightness, color, contrast
 from replknet_paddle.data.transforms.finish import RandomErasing, RawSample
 from replknet_paddle.data.transforms.image import load, normalize, to_rgb
-from replknet_paddle.data.transforms.pixels import Pixels, get_pixels
+from replknet_paddle.data.transforms.pixels import Box, Pixels, Size, get_pixels
 from replknet_paddle.runtime.errors import InputError
 
 MAX_TRIES = 10  # draws of a crop that fits before falling back to the centre
@@ -75,11 +75,7 @@ class EvalTransform:
         load(image)
         image = to_rgb(image)
         wanted = self.image_size
-        if self.mode == "warp":
-            return self._resize(image, (wanted, wanted), (0, 0, wanted, wanted))
-        short_side = math.floor(wanted / self.crop_pct)
-        width, height = short_side_size(*image.size, short_side)
-        left, top = center_offset(width, wanted), center_offset(height, wanted)
+        (width, height), (left, top) = self._placed(*image.size)
         keep = (max(left, 0), max(top, 0), min(left + wanted, width), min(top + wanted, height))
         pixels = self._resize(image, (width, height), keep)
         if pixels.shape[:2] == (wanted, wanted):
@@ -88,6 +84,27 @@ class EvalTransform:
         top, left = keep[1] - top, keep[0] - left
         padded[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
         return padded
+
+    def region(self, width: int, height: int) -> Box:
+        """Return the box (left, top, right, bottom) that the network sees of an image of this size,
+        in the image's pixels. It goes beyond the image where `pixels` pads."""
+        size, (left, top) = self._placed(width, height)
+        right, bottom = left + self.image_size, top + self.image_size
+        return (
+            left * width / size[0],
+            top * height / size[1],
+            right * width / size[0],
+            bottom * height / size[1],
+        )
+
+    def _placed(self, width: int, height: int) -> tuple[Size, tuple[int, int]]:
+        """Return the size that an image of this size is resized to, and left and top of the square
+        that is kept of it."""
+        wanted = self.image_size
+        if self.mode == "warp":
+            return (wanted, wanted), (0, 0)
+        size = short_side_size(width, height, math.floor(wanted / self.crop_pct))
+        return size, (center_offset(size[0], wanted), center_offset(size[1], wanted))
 
     def _resize(self, image: Image.Image, size: tuple[int, int], keep: tuple) -> np.ndarray:
         # Pillow, where it does the work, computes more than `keep`.
