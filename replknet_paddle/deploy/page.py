@@ -466,7 +466,7 @@ def reserve_port(port: int) -> socket.socket:
     except OSError as error:
         raise InputError(
             f"port {port} of {ADDRESS} is not available ({os.strerror(error.errno)}): another "
-            "program, perhaps another page, uses it; give another one by --port"
+            "program, perhaps another page, uses it; give another one by -port"
         ) from None
 
 
