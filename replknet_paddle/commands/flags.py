@@ -158,11 +158,7 @@ def config_from(
     from replknet_paddle.config import check_class_count, get_config, is_yaml, update_config
     from replknet_paddle.zoo import config_of_published, is_published
 
-    named = vars(args).get("pretrained"), vars(args).get("model")
-    if named[1] is not None:
-        if named[0] not in (None, named[1]):
-            raise InputError(f"MODEL {named[1]} and -pretrained {named[0]}; allowed: one of them")
-        checkpoint = args.pretrained = named[1]
+    checkpoint = take_model(args) or checkpoint
     if checkpoint is not None and is_yaml(checkpoint):
         if args.cfg not in (None, checkpoint):
             raise InputError(f"MODEL {checkpoint} and -cfg {args.cfg}; allowed: one configuration")
@@ -170,13 +166,11 @@ def config_from(
     if args.cfg is not None:
         config = get_config(args.cfg)
     elif checkpoint is None:
-        what = "MODEL" if hasattr(args, "model") else "configuration"
-        how = (
-            f"the first argument is a {MODEL_FORMS}"
+        raise InputError(
+            f"no MODEL; the first argument is a {MODEL_FORMS}"
             if hasattr(args, "model")
-            else ("give one by -cfg, e.g. -cfg=configs/replknet_31b.yaml")
+            else "no configuration; give one by -cfg, e.g. -cfg=configs/replknet_31b.yaml"
         )
-        raise InputError(f"no {what}; {how}")
     elif is_published(checkpoint):
         config = config_of_published(checkpoint)
     elif os.path.isfile(os.path.join(checkpoint, EXPORT_FILE_OF_0_2)):
@@ -189,3 +183,19 @@ def config_from(
     if not reads_data:
         check_class_count(config)
     return config
+
+
+def take_model(args: argparse.Namespace) -> str | None:
+    """Return MODEL, and set -pretrained to it; None for a command that has none, or of an
+    evaluation whose MODEL is -pretrained."""
+    if not hasattr(args, "model"):
+        return None
+    if not hasattr(args, "pretrained"):
+        args.model = args.model or args.cfg  # as -cfg alone said in 0.2
+    elif args.model is not None and args.pretrained not in (None, args.model):
+        raise InputError(
+            f"MODEL {args.model} and -pretrained {args.pretrained}; allowed: one of them"
+        )
+    if args.model is not None:
+        args.pretrained = args.model
+    return args.model

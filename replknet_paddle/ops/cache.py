@@ -110,4 +110,6 @@ def cache_weights(model: nn.Layer) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            _caches.pop(layer).close()
+            cache = _caches.pop(layer, None)
+            if cache is not None:  # else the whole network is being collected
+                cache.close()

@@ -222,6 +222,11 @@ def test_a_yaml_file_without_weights_is_refused(command, folder, capfd):
     assert sorted(folder.rglob("*")) == before
 
 
+def test_a_configuration_without_a_model_is_one(folder):
+    assert main(["predict", PICTURE, "-cfg=own.yaml", "-backend=paddle"]) == 0
+    assert main(["predict", PICTURE, "-cfg=fresh.yaml", "-opts", "MODEL.PRETRAINED", "random"]) == 0
+
+
 def test_published_names_are_weights_to_start_from(folder, tmp_path):
     flags = ["-data_path=data", "-epochs=1", f"-output={tmp_path / 'tuned'}", "-nproc=1"]
     assert main(["train", "-cfg=fresh.yaml", f"-pretrained={NAME}", *flags]) == 0
@@ -285,8 +290,13 @@ def test_a_folder_that_is_no_report_is_never_replaced(folder, capfd):
 
 def test_an_evaluation_writes_a_folder_only_where_one_is_named(folder, monkeypatch):
     before = sorted(folder.rglob("*"))
-    for flags in (["-nproc=1"], ["-nproc=2"], ["-nproc=2", "-batch_size=no"]):
-        main(["eval", "run", "-data_path=data", *flags])
+    for flags in (
+        ["-nproc=1"],
+        ["-nproc=2"],
+        ["-nproc=2", "-opts", "MODEL.LAYERS", "[2, 1, 1, 1]"],
+    ):
+        status = main(["eval", "run", "-data_path=data", *flags])
+        assert status == (2 if flags is refused else 0)
         assert sorted(folder.rglob("*")) == before
     assert main(["eval", "run", "-data_path=data", "-nproc=1", "-output=kept"]) == 0
     names = {"lock", "log.txt", "metrics.jsonl", "config.yaml"}

@@ -1,6 +1,8 @@
 """What layers keep of their weights: only while these are declared frozen, and never more."""
 
 import copy
+import gc
+import sys
 
 import numpy as np
 import paddle
@@ -210,3 +212,17 @@ def test_what_does_not_fit_into_the_memory_allowed_is_made_each_time(impl, memor
     assert np.array_equal(first, again)
     assert sizes[0] > 0 == sizes[-1] and sum(sizes) <= memory
     assert case.made == sum(size > 0 for size in sizes)
+
+
+def test_a_network_that_is_collected_within_its_scope_says_nothing(monkeypatch):
+    """As of a predictor that nobody closes."""
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    layer = nn.Conv2D(4, 4, 13, padding=6, groups=4)
+    use_fast_depthwise_conv(layer)
+    scope = cache_weights(layer)
+    scope.__enter__()
+    layer.scope = scope
+    del layer, scope
+    gc.collect()
+    assert not said
