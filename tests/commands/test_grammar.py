@@ -290,11 +290,8 @@ def test_a_folder_that_is_no_report_is_never_replaced(folder, capfd):
 
 def test_an_evaluation_writes_a_folder_only_where_one_is_named(folder, monkeypatch):
     before = sorted(folder.rglob("*"))
-    for flags in (
-        ["-nproc=1"],
-        ["-nproc=2"],
-        ["-nproc=2", "-opts", "MODEL.LAYERS", "[2, 1, 1, 1]"],
-    ):
+    refused = ["-nproc=2", "-opts", "MODEL.LAYERS", "[2, 1, 1, 1]"]
+    for flags in (["-nproc=1"], ["-nproc=2"], refused):
         status = main(["eval", "run", "-data_path=data", *flags])
         assert status == (2 if flags is refused else 0)
         assert sorted(folder.rglob("*")) == before
