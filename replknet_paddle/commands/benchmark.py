@@ -74,13 +74,19 @@ def add_benchmark_inference_flags(parser) -> None:
     add_flag(
         parser,
         "precisions",
-        "(%(default)s)",
+        "by default fp32, fp16, bf16 and int8",
         nargs="+",
         default=["fp32", "fp16", "bf16", "int8"],
         metavar="NAME",
     )
     add_flag(
-        parser, "batch_sizes", "(%(default)s)", nargs="+", type=int, default=[1, 8], metavar="N"
+        parser,
+        "batch_sizes",
+        "by default 1 and 8",
+        nargs="+",
+        type=int,
+        default=[1, 8],
+        metavar="N",
     )
     add_flag(parser, "threads", "by default all cores", type=int, metavar="N")
     add_count(parser, "rounds", 9, "of each")

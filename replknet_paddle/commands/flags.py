@@ -14,9 +14,11 @@ from replknet_paddle.runtime.errors import InputError, did_you_mean
 MODEL_FORMS = (
     "published name, YAML file, checkpoint file, run folder (output/RUN), or export folder"
 )
-OVERWRITE = "replace what -output names"
 
-# What 0.2 called flags, by command; None: a flag that is gone. To be deleted after one release.
+FLAG = re.compile(r"--?([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
+
+# What 0.2 called flags, by command; None: a flag that is gone. To be deleted after one release,
+# with `_in_todays_spelling`.
 MODEL = "MODEL"
 FLAGS_OF_0_2 = {
     "predict": {"out": "output"},
@@ -25,14 +27,13 @@ FLAGS_OF_0_2 = {
     "kernels": {"pretrained": MODEL, "out": "output"},
     "export": {"pretrained": MODEL},
     "merge": {"pretrained": MODEL},
-    "convert": {},
     "check-data": {"report": "output"},
     "model-info": {"cfg": MODEL},
     "benchmark inference": {"pretrained": MODEL, "json": "output", "chart": None},
     "benchmark network": {"cfg": MODEL},
     "benchmark train_loop": {"cfg": MODEL},
 }
-LAST_WORD_WAS_OUTPUT = ("export", "merge", "convert")
+LAST_ARGUMENT_WAS_OUTPUT = ("export", "merge", "convert")
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -46,9 +47,9 @@ class CommandParser(argparse.ArgumentParser):
 
     def parse(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         """Return the values, and the words in today's spelling, for processes to be started."""
-        flags, arguments = self._split(argv)
-        if self.name in LAST_WORD_WAS_OUTPUT and len(arguments) == 2:
-            self._say("the argument DST", "-output")
+        flags, arguments = self._split(self._in_todays_spelling(argv))
+        if self.name in LAST_ARGUMENT_WAS_OUTPUT and len(arguments) == 2:
+            self._say_new("the argument DST", "-output")
             flags.append(f"-output={arguments.pop()}")
         words = [*flags, "--", *arguments] if arguments else flags
         several = {"+": " ...", "*": " ..."}
@@ -60,40 +61,51 @@ class CommandParser(argparse.ArgumentParser):
         """Return the flags, in their own spelling and with their values, and the other words."""
         known = {flag.lstrip("-"): action for flag, action in self._option_string_actions.items()}
         known |= {"o": known["output"]} if "output" in known else {}
-        old = FLAGS_OF_0_2.get(self.name, {})
         flags, arguments, words = [], [], list(argv)
         while words:
             word = words.pop(0)
             if word == "--":
                 return flags, arguments + words
-            match = re.fullmatch(r"--?([A-Za-z][\w-]*)(?:=(.*))?", word, re.DOTALL)
+            match = FLAG.fullmatch(word)
             if match is None:
                 arguments.append(word)
                 continue
             name, value = match[1].replace("-", "_"), match[2]
-            if name in old:
-                is_flag = old[name] not in (MODEL, None)
-                model_now = "MODEL, the first argument" if old[name] else "gone, without effect"
-                self._say(f"-{name}", f"-{old[name]}" if is_flag else model_now)
-                if not is_flag:
-                    given = words[:1] if value is None else [value]
-                    arguments[:0] = given if old[name] else []
-                    words = words[value is None :]
-                    continue
-                name = old[name]
             if name not in known:
                 near = did_you_mean(name, known, "-")
                 self.error(f"unknown flag {word}{near or f'; {self.prog} -h lists the flags'}")
             takes = known[name].nargs  # None: one value
-            if value is None and takes is None and words and not _is_flag(words[0]):
+            if value is None and takes is None and words and not FLAG.match(words[0]):
                 value = words.pop(0)
             spelled = known[name].option_strings[-1]
             flags.append(spelled if value is None else f"{spelled}={value}")
-            while takes == "+" and words and not _is_flag(words[0]):
+            while takes == "+" and words and not FLAG.match(words[0]):
                 flags.append(words.pop(0))
         return flags, arguments
 
-    def _say(self, old: str, new: str) -> None:
+    def _in_todays_spelling(self, argv: list[str]) -> list[str]:
+        """Return a command line of 0.2 as it is spelled now, and say what is new."""
+        old, model, spelled, words = FLAGS_OF_0_2.get(self.name, {}), [], [], list(argv)
+        while words:
+            word = words.pop(0)
+            match = FLAG.fullmatch(word)
+            name = match and match[1].replace("-", "_")
+            if name not in old:
+                spelled.append(word)
+                continue
+            value = match[2] if match[2] is not None or not words else words.pop(0)
+            given = [] if value is None else [value]
+            if old[name] is None:
+                self._say_new(f"-{name}", "gone, without effect")
+            elif old[name] is MODEL:
+                self._say_new(f"-{name}", "MODEL, the first argument")
+                model = given
+            else:
+                self._say_new(f"-{name}", f"-{old[name]}")
+                spelled.append("=".join([f"-{old[name]}", *given]))
+        return [*model, *spelled]
+
+    def _say_new(self, old: str, new: str) -> None:
         print(f"note: {old} of {self.prog} is now {new}; see {self.prog} -h", file=sys.stderr)
 
     def error(self, message: str):
@@ -101,16 +113,14 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def _is_flag(word: str) -> bool:
-    return re.match("--?[A-Za-z]", word) is not None
-
-
 def add_flag(parser, name: str, help_text: str, **options) -> None:
     """Add the flag -NAME."""
     parser.add_argument(f"-{name}", help=help_text, **options)
 
 
-def add_output_flags(parser, help_text: str, *, overwrite: str = OVERWRITE, **options) -> None:
+def add_output_flags(
+    parser, help_text: str, *, overwrite: str = "replace what -output names", **options
+) -> None:
     """Add -output, and -overwrite, without which nothing is replaced."""
     add_flag(parser, "output", help_text, **options)
     add_flag(parser, "overwrite", overwrite, action="store_true")
