@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from replknet_paddle.config import CONFIG_FOLDER
 from replknet_paddle.data.lists import refuse_utf16
-from replknet_paddle.runtime.errors import InputError, counted
+from replknet_paddle.runtime.errors import InputError, counted, did_you_mean
 from replknet_paddle.runtime.files import searched
 
 CLASS_NAMES_FILE = "class_names.txt"
@@ -46,7 +46,8 @@ def names_file(config) -> str | None:
 def read_class_names(path: str, num_classes: int | None = None) -> list[str]:
     """Return the lines of a text file, one name each, as many as `num_classes` if that is given."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"no file of class names {searched(path)}")
+        near = did_you_mean(path, KNOWN_NAMES)
+        raise FileNotFoundError(f"no file of class names {searched(path)}{near}")
     try:
         with open(path, "rb") as file:
             data = file.read()

@@ -23,8 +23,9 @@ def test_class_names_come_from_the_config_or_beside_the_lists_or_the_project(
     other.write_text("a\n\nc\n")
     with pytest.raises(InputError, match="3 lines, 1 of them empty; allowed: .* 4 classes"):
         get_class_names(named)
-    with pytest.raises(FileNotFoundError, match="nothing"):
-        get_class_names(configured(tiny_config_file, tmp_path, "DATA.CLASS_NAMES", "nothing"))
+    for name, near in (("nothing", r"nothing\)$"), ("ade20", r"; did you mean ade20k\?")):
+        with pytest.raises(FileNotFoundError, match=near):
+            get_class_names(configured(tiny_config_file, tmp_path, "DATA.CLASS_NAMES", name))
 
 
 def test_class_names_end_at_line_feeds_only_and_are_read_back(tmp_path):
