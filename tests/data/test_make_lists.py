@@ -189,8 +189,8 @@ def test_each_class_gives_its_share_and_every_image_is_on_one_side(tmp_path, cap
     make_tree(tmp_path, counts)
     assert main([str(tmp_path), "--val", "0.1"]) == 0
     assert capsys.readouterr().out.splitlines()[:2] == [
-        "train_list.txt: 125 lines",
-        "val_list.txt: 16 lines",
+        f"wrote {tmp_path}/train_list.txt: 125 lines",
+        f"wrote {tmp_path}/val_list.txt: 16 lines",
     ]
     train, val = read(tmp_path, "train"), read(tmp_path, "val")
     names = (tmp_path / "class_names.txt").read_text(encoding="utf-8").splitlines()
