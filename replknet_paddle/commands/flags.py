@@ -195,6 +195,13 @@ def config_from(
     return config
 
 
+def config_given(args: argparse.Namespace):
+    """Return the configuration that -cfg and -opts give MODEL; None without both."""
+    if args.model is None or args.cfg is not None or args.opts is not None:
+        return config_from(args)
+    return None
+
+
 def take_model(args: argparse.Namespace) -> str | None:
     """Return MODEL, and set -pretrained to it; None for a command that has none, or of an
     evaluation whose MODEL is -pretrained."""

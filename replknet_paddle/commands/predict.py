@@ -8,7 +8,7 @@ import sys
 import warnings
 from functools import partial
 
-from replknet_paddle.commands.flags import add_flag, add_model, add_output_flags, config_from
+from replknet_paddle.commands.flags import add_flag, add_model, add_output_flags, config_given
 from replknet_paddle.runtime.errors import InputError, counted
 from replknet_paddle.runtime.files import (
     PARTIAL_SUFFIX,
@@ -60,13 +60,6 @@ def add_predict_flags(parser) -> None:
         metavar="NAME",
     )
     add_flag(parser, "batch_size", "images at once (%(default)s)", type=int, default=8, metavar="N")
-
-
-def config_given(args):
-    """Return the configuration that -cfg and -opts give MODEL; None without both."""
-    if args.model is None or args.cfg is not None or args.opts is not None:
-        return config_from(args)
-    return None
 
 
 class Summary:

@@ -1,7 +1,7 @@
 """Semantic segmentation: `replknet segment train`, `eval` and `predict`."""
 
 from replknet_paddle.commands import train
-from replknet_paddle.commands.flags import add_flag, add_model, add_output_flags, config_from
+from replknet_paddle.commands.flags import add_flag, add_model, add_output_flags, config_given
 from replknet_paddle.runtime.errors import InputError
 
 add_segment_train_flags = train.add_train_flags
@@ -65,9 +65,7 @@ def run_segment_predict(args) -> int:
 
     example: replknet segment predict output/shapes photos -output predictions
     """
-    config = None
-    if args.model is None or args.cfg is not None or args.opts is not None:
-        config = config_from(args)
+    config = config_given(args)
 
     from replknet_paddle.deploy.images import ImageFiles
     from replknet_paddle.runtime.files import check_new_folder, find_path
