@@ -3,8 +3,7 @@
     pip install -r requirements/test.txt -r requirements/page.txt scikit-image    # and Chromium
     python docs/draw_pictures.py docs WORK    # WORK: new folder for data and run; three minutes
 
-docs/report.md says what the photographs are and who made them. Each is a class of its own. Training
-crops come from the left of a photograph and validation crops from the right: they share no pixel.
+docs/report.md says what they are. Training crops and validation crops share no pixel.
 """
 
 import os
@@ -19,7 +18,6 @@ from replknet_paddle.commands import main
 from replknet_paddle.data.make_lists import make_lists
 
 CLASSES = ("astronaut", "cat", "coffee", "rocket", "stars", "temple")
-CONFIG = Path(__file__).resolve().parents[1] / "configs" / "replknet_nano_finetune.yaml"
 
 
 def make_crops(folder: Path, photographs: list[np.ndarray]) -> None:
@@ -62,13 +60,14 @@ if __name__ == "__main__":
     from skimage.data import astronaut, chelsea, coffee, hubble_deep_field, rocket
     from sklearn.datasets import load_sample_image
 
-    loaded = [astronaut(), chelsea(), coffee(), rocket(), hubble_deep_field()]
+    photographs = [astronaut(), chelsea(), coffee(), rocket(), hubble_deep_field()]
     docs, work = (Path(name).resolve() for name in sys.argv[1:])
     work.mkdir()
     os.chdir(work)
-    make_crops(Path("data"), [*loaded, load_sample_image("china.jpg")])
+    make_crops(Path("data"), [*photographs, load_sample_image("china.jpg")])
     make_lists("data", train="train", val="val")
-    main(["train", f"-cfg={CONFIG}", "-data_path=data", "-output=run", "-image_size=128"])
+    flags = ["-data_path=data", "-output=run", "-image_size=128"]
+    main(["train", "-cfg=configs/replknet_nano_finetune.yaml", *flags])
     main(["eval", "run", "-data_path=data", "-report=report"])
     crops = [f"data/val/{name}/{i:02d}.jpg" for name in CLASSES for i in (0, 1)]
     main(["predict", "run", *crops, f"-save_grid={docs / 'predictions.png'}", "-overwrite"])
