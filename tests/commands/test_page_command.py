@@ -341,6 +341,10 @@ def test_each_picture_is_classified_once(page):
 
 def test_examples_have_thumbnails_and_show_their_picture(page, run_folder):
     buttons = page.locator("#examples button")
+    page.wait_for_function(
+        "() => { const all = [...document.querySelectorAll('#examples img')];"
+        " return all.length === 6 && all.every(image => image.naturalWidth) }"
+    )
     assert buttons.all_inner_texts() == [CLASSES[i] for i in LABELS_OF_EXAMPLES]
     for image in page.locator("#examples img").all():
         assert image.evaluate("image => image.naturalWidth") == 192
