@@ -347,7 +347,7 @@ class Interrupt:
             signal.raise_signal(signal.SIGINT)
 
 sys.meta_path.insert(0, Interrupt())
-sys.exit(run_command("model-info", ["-cfg=configs/replknet_nano.yaml"]))
+sys.exit(run_command("model-info", ["configs/replknet_nano.yaml"]))
 """
 
 

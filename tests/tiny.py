@@ -4,6 +4,7 @@ Not in conftest.py, for there are several of that name, and forked processes imp
 """
 
 import argparse
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,11 @@ def make_patterns(folder) -> None:
 
 def command(name: str):
     """`replknet NAME` as a function: arguments -> exit status, in this process."""
-    return lambda arguments: main([name, *arguments])
+    return functools.partial(_run, name)
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    return main([name, *arguments])
 
 
 def weights(model) -> dict[str, np.ndarray]:

@@ -52,7 +52,7 @@ def misfit(monkeypatch):
 # message.
 PAIRS = {
     "XL into 31B": ("replknet_xl", {}, {}, [
-        "the file is RepLKNet-XL (train form, 1000 classes)",
+        "the file is RepLKNet-XL (train form, 1,000 classes)",
         "the network is RepLKNet-31B",
         "MODEL.CHANNELS: [256, 512, 1024, 2048]",
         "MODEL.DW_RATIO: 1.5",
@@ -67,7 +67,7 @@ PAIRS = {
         "4 x stem.*.conv.weight, the first: file (192, 3, 3, 3), network (128, 3, 3, 3)",
     ]),
     "22K head into 1K": ("replknet_31b_22k", {}, {}, [
-        "21841 classes",
+        "21,841 classes",
         "set MODEL.NUM_CLASSES: 21841",
         "set MODEL.DROP_HEAD: True",
         "2 of another shape",

@@ -147,7 +147,7 @@ sys.exit(main(sys.argv[2:]))
         (
             "epoch 1/4",
             "train -cfg=CONFIG -data_path=DATA -output=NEW",
-            "to continue: replknet train -resume=NEW",
+            "train -resume=NEW",  # after "replknet", or Python and the package
         ),
     ],
 )

@@ -120,7 +120,7 @@ def test_evaluation_of_best_gives_the_figure_of_training(two_runs, tmp_path, bet
 def predicted_top1(model, data, tmp_path) -> tuple[float, str]:
     """Percent of the validation images that `replknet predict` classifies right, and its text."""
     out = tmp_path / "predictions.jsonl"
-    said = finish([model, data / "*.png", "-output", out], target=command("predict"))
+    said = finish([model, data / "*.png", "-output", out, "-overwrite"], target=command("predict"))
     labels = dict(line.rsplit(" ", 1) for line in (data / "val_list.txt").read_text().splitlines())
     predictions = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(predictions) == len(labels) == 64

@@ -94,7 +94,7 @@ def test_model_of_a_yaml_file_and_of_a_configuration(config_file):
         model = get_model(what, pretrained=FIXTURES / "tiny31_paddlevit.pdparams")
         expected = np.load(FIXTURES / "tiny31_expected.npz")["logits"]
         assert abs(model(images).numpy() - expected).max() <= 1e-4
-    with pytest.raises(InputError, match="pretrained=True is for the published models"):
+    with pytest.raises(InputError, match="no weights: MODEL.PRETRAINED is None; name a checkpoint"):
         get_model(path, pretrained=True)
 
 
