@@ -148,7 +148,10 @@ def run_evaluation(
     seconds = time.perf_counter() - began
     log.write_metrics({"epoch": 0, **metrics.record("val"), "val_seconds": round(seconds, 3)})
     logger.info(
-        "%d images in %.1f s, %.1f images/s", metrics.images, seconds, metrics.images / seconds
+        "%s in %.1f s, %s",
+        counted(metrics.images, "image"),
+        seconds,
+        per_second(metrics.images / seconds, "images"),
     )
     logger.info("%s", metrics)
 
@@ -263,17 +266,18 @@ class Training:
         peak = base_learning_rate(train.BASE_LR, global_batch, train.LINEAR_SCALED_LR)
         images = len(self.train_loader.dataset)
         logger.info(
-            "%d training and %d validation images; global batch %d = %d x %d accumulated "
-            "x %s; %d steps per epoch, which leave %d images out of each epoch; "
-            "peak learning rate %.4g",
-            images,
-            len(self.val_loader.dataset),
+            "%s training and %s validation images; %s steps per epoch, which leave %d out",
+            f"{images:,}",
+            f"{len(self.val_loader.dataset):,}",
+            f"{steps_per_epoch:,}",
+            max(0, images - steps_per_epoch * global_batch),
+        )
+        logger.info(
+            "global batch %d = %d x %d accumulated x %s; peak learning rate %.4g",
             global_batch,
             batch_size,
             train.ACCUM_ITER,
             counted(processes.world_size(), "process"),
-            steps_per_epoch,
-            max(0, images - steps_per_epoch * global_batch),
             peak,
         )
         return peak

@@ -334,8 +334,9 @@ class RunLog:
             return
         trained = "no epoch was left to train"
         if progress.epoch > first_epoch:
-            epochs = f"trained epochs {first_epoch + 1} to {progress.epoch}"
-            trained = f"{epochs} in {duration(seconds)}"
+            count = progress.epoch - first_epoch
+            epochs = f"epochs {first_epoch + 1} to" if count > 1 else "epoch"
+            trained = f"trained {epochs} {progress.epoch} in {duration(seconds)}"
         logger.info("finished: %s", trained)
         best = os.path.join(self.folder, "best")
         match = NAME.fullmatch(progress.best_checkpoint)
