@@ -46,7 +46,7 @@ def names_file(config) -> str | None:
 def read_class_names(path: str, num_classes: int | None = None) -> list[str]:
     """Return the lines of a text file, one name each, as many as `num_classes` if that is given."""
     if not os.path.isfile(path):
-        near = did_you_mean(path, KNOWN_NAMES)
+        near = did_you_mean(str(path), KNOWN_NAMES)
         raise FileNotFoundError(f"no file of class names {searched(path)}{near}")
     try:
         with open(path, "rb") as file:

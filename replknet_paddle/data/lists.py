@@ -326,7 +326,8 @@ def resolve(root: str, path: str, *, allow_outside: bool) -> str:
     if allow_outside:
         return os.path.join(root, path)
     folder, name = os.path.split(path)
-    full = os.path.join(_real_folder(root, folder), name)
+    # By the absolute path: a notebook may go from folder to folder.
+    full = os.path.join(_real_folder(os.path.abspath(root), folder), name)
     # Unlike os.path.islink and a realpath that is not strict, which take any error for "no link".
     if stat.S_ISLNK(os.lstat(full).st_mode):
         full = os.path.realpath(full, strict=True)

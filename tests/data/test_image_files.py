@@ -109,6 +109,15 @@ def test_the_data_folder_itself_may_be_a_link(tmp_path, slash, monkeypatch):
         assert data[0, 0][1] == 0
 
 
+def test_a_relative_data_folder_is_that_of_the_folder_one_is_in(tmp_path, monkeypatch):
+    """As in a notebook, which goes from one folder to another."""
+    for name in ("first", "second"):
+        write_image(tmp_path / name / "data" / "class" / f"{name}.png")
+        (tmp_path / name / "data" / "list.txt").write_text(f"class/{name}.png 0\n")
+        monkeypatch.chdir(tmp_path / name)
+        assert ListDataset("data/list.txt", "data", small, num_classes=1)[0, 0][1] == 0
+
+
 def test_the_root_folder_can_be_the_data_folder(tmp_path):
     write_image(tmp_path / "a.png")
     (tmp_path / "list.txt").write_text(f"{str(tmp_path)[1:]}/a.png 0\n")

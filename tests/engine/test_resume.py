@@ -208,7 +208,7 @@ def test_a_run_finds_its_data_from_any_folder(tiny_config_file, own_data, tmp_pa
     flags = [f"-cfg={tiny_config_file}", "-data_path=data", "-output=run"]
     said = finish([tmp_path, *flags, "-opts", "TRAIN.NUM_EPOCHS", "1"], target=in_folder)
     assert yaml.safe_load((folder / "config.yaml").read_text())["DATA"]["DATA_PATH"] == str(data)
-    assert f"-pretrained={folder / 'best'}" in said  # next
+    assert f"eval {folder} -report=" in said  # next
     evaluate = [elsewhere, "-eval", "-pretrained=../run/best", "-output=eval"]
     said = finish(evaluate, target=in_folder)
     for text in (said, (elsewhere / "eval" / "log.txt").read_text()):

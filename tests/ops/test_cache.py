@@ -191,7 +191,7 @@ def test_the_inner_of_two_scopes_ends_nothing(case):
             case.check()
         case.check()
     assert case.made == 1
-    assert not cache._caches
+    assert cache.cache_of(case.layer) is None
 
 
 def test_a_copy_made_meanwhile_keeps_nothing(case):
