@@ -54,7 +54,7 @@ _README_COLUMNS: tuple[tuple[str, Callable[[PublishedModel], str]], ...] = (
 )
 _CHINESE_HEADINGS = (
     "模型", "预训练数据", "输入", "类别数", "参数量", "乘加次数", "官方 top-1 / top-5 %",
-    "PaddleViT 的数据", "配置",
+    "PaddleViT 精度", "配置",
 )  # fmt: skip
 _CHINESE_COLUMNS = tuple(
     (heading, content) for heading, (_, content) in zip(_CHINESE_HEADINGS, _README_COLUMNS)

@@ -413,14 +413,23 @@ class RepLKNet(nn.Layer):
         return tuple(self.stages[i].norm(maps[i]) for i in indices)
 
     def forward_features(self, x: paddle.Tensor) -> paddle.Tensor:
-        """Return a classifier's last map, normalized: (N, 3, H, W) -> (N, C, H/32, W/32)."""
+        """Return a classifier's last map, normalized: (N, 3, H, W) -> (N, C, H/32, W/32).
+
+        Raises:
+            ValueError: a backbone has no final norm.
+        """
+        self._refuse_backbone()
         return self.norm(self.forward_stages(x)[-1])
 
     def forward_head(self, x: paddle.Tensor, pre_logits: bool = False) -> paddle.Tensor:
         """Return the logits (N, num_classes) of the map that `forward_features` returned.
 
         With `pre_logits`, and where there is no head, these are the pooled features (N, C).
+
+        Raises:
+            ValueError: a backbone has no head.
         """
+        self._refuse_backbone()
         x = x.mean(axis=[2, 3])  # (N, C, H/32, W/32) -> (N, C)
         return x if pre_logits else self.head(x)
 
@@ -430,13 +439,21 @@ class RepLKNet(nn.Layer):
             return self.extract_feat(x)
         return self.forward_head(self.forward_features(x))
 
+    def _refuse_backbone(self) -> None:
+        if self.out_indices is not None:
+            raise ValueError(f"out_indices is {self.out_indices}: a backbone has no head")
+
     def reset_classifier(self, num_classes: int) -> None:
         """Give a classifier a fresh head; 0 takes it away, and `forward` returns pooled features.
 
         The number in `config` changes as well, and what names the classes is forgotten.
+
+        Raises:
+            ValueError: a number below 0, or a backbone, which has no head.
         """
-        if self.out_indices is not None:
-            raise ValueError(f"out_indices is {self.out_indices}: a backbone has no head to reset")
+        self._refuse_backbone()
+        if type(num_classes) is not int or num_classes < 0:
+            raise ValueError(f"num_classes is {num_classes!r}; allowed: an integer >= 0")
         self.head = classifier(self.num_features, num_classes)
         self.class_names = None
         if hasattr(self, "config"):

@@ -71,12 +71,13 @@ def measure(
     num_images: int,
     input_size: int,
     target: str,
+    is_anew: bool = False,
     on_image: Callable[[str, bool, int], None] = lambda name, used, images_used: None,
 ) -> Field:
     """Return the effective receptive field of `model` over the first `num_images` usable images.
 
     `target` is replaced after each image, so a later call with the same arguments goes on where an
-    earlier one was stopped, with the same result to the last bit.
+    earlier one was stopped, with the same result to the last bit; or begins `is_anew`.
 
     `read` gives the normalized image of a name, (3, input_size, input_size) float32. `on_image` is
     called after each image with its name, whether it was used, and how many were.
@@ -84,7 +85,7 @@ def measure(
     if model.training:
         raise ValueError("the network is in training mode; call its eval() first")
     result = Field(np.zeros((input_size, input_size)), network=network_digest(model))
-    if os.path.exists(target):
+    if os.path.exists(target) and not is_anew:
         before = load_field(target)
         _check_same(before, target, result, names, num_images)
         result = before

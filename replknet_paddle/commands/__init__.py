@@ -62,18 +62,25 @@ def main(argv: list[str] | None = None) -> int:
         name = " ".join(argv[:words])
         if name in COMMANDS:
             return run_command(name, argv[words:])
-    if argv in (["--version"], ["-version"]):
-        print(version())
-        return 0
+    return with_messages(lambda: answer(argv))
+
+
+def answer(argv: list[str]) -> int:
+    """Answer a command line without a command; return its exit status."""
     group = [name for name in COMMANDS if name.split()[:-1] == argv[:1]]
-    if argv and argv[-1] in ("-h", "-help", "--help"):
-        print(overview(group or COMMANDS))
-        return 0
-    words = " ".join(word for word in argv[: 2 if group else 1] if not word.startswith("-"))
-    near = did_you_mean(words, group or COMMANDS) or "; `replknet -h` lists the commands"
-    what = f"unknown command {words}{near}" if words else "no command; `replknet -h` lists them"
-    print(f"replknet: error: {what}", file=sys.stderr)
-    return 2
+    if argv in (["--version"], ["-version"]):
+        print(version(), flush=True)
+    elif argv and argv[-1] in ("-h", "-help", "--help"):
+        print(overview(group or COMMANDS), flush=True)
+    elif group and len(argv) == 1:
+        raise InputError(f"{argv[0]} is a group of commands: {', '.join(group)}")
+    else:
+        words = " ".join(word for word in argv[: 2 if group else 1] if not word.startswith("-"))
+        near = did_you_mean(words, group or COMMANDS) or "; `replknet -h` lists the commands"
+        raise InputError(
+            f"unknown command {words}{near}" if words else "no command; `replknet -h` lists them"
+        )
+    return 0
 
 
 def overview(names: Iterable[str]) -> str:
@@ -101,10 +108,15 @@ def version() -> str:
 
 def run_command(name: str, argv: list[str], prog: str | None = None) -> int:
     """Run one command, which the user called as `prog`; return its exit status."""
+    return with_messages(lambda: parse_and_run(name, argv, prog))
+
+
+def with_messages(run: Callable[[], int]) -> int:
+    """Return the exit status that `run` returns, or print the message of what it raises."""
     if not isinstance(sys.stdout, Terminal):
         sys.stdout, sys.stderr = Terminal(sys.stdout), Terminal(sys.stderr)
     try:
-        return parse_and_run(name, argv, prog)
+        return run()
     except BrokenPipeError:  # the reader of the output has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  Python's last flush must not fail
         return 141
@@ -130,9 +142,7 @@ def parse_and_run(name: str, argv: list[str], prog: str | None) -> int:
     )
     command_function(name, "add_{}_flags")(parser)
     args, words = parser.parse(argv)
-    for key, value in vars(args).items():
-        if value == "" or key != "opts" and isinstance(value, list) and "" in value:
-            raise InputError(f"{key} is empty; give a value (is a variable of the shell not set?)")
+    parser.refuse_empty(args)
     args.command, args.words = name.split(), words  # for processes to be started
     silence_paddle()
     os.environ["MPLBACKEND"] = "agg"  # before matplotlib, which fails on a notebook's elsewhere

@@ -4,7 +4,7 @@ import os
 import sys
 
 from replknet_paddle.commands.flags import (
-    MODEL_FORMS,
+    WEIGHTS_FORMS,
     add_flag,
     add_model,
     add_output_flags,
@@ -60,7 +60,7 @@ def run_plot(args) -> int:
 
 
 def add_erf_flags(parser) -> None:
-    add_model(parser, help_text=f"{MODEL_FORMS}; or a .npy file, with others, to compare them")
+    add_model(parser, f"{WEIGHTS_FORMS}; or a .npy file, with others, to compare them")
     parser.add_argument(
         "images", nargs="*", metavar="DIR", help="folder of images; or more .npy files"
     )
@@ -107,15 +107,17 @@ def run_erf(args) -> int:
     from replknet_paddle.analysis.plots import check_figure_target, draw_heat_maps, save_figure
     from replknet_paddle.analysis.receptive_field import load_field, rescaled
 
-    words = [word for word in (args.model, *args.images) if word is not None]
-    if words and all(word.endswith(".npy") for word in words):
+    words, written = [args.model, *args.images], []
+    if all(word.endswith(".npy") for word in words):
         picture = args.output or "erf.png"
         check_figure_target(picture, must_be_new=not args.overwrite)
         fields = {path: load_field(path) for path in words}
     else:
         output = args.output or "erf.npy"
         picture = os.path.splitext(output)[0] + ".png"
-        check_figure_target(picture)
+        written = [output]
+        is_begun = os.path.exists(output)  # and so is its picture
+        check_figure_target(picture, must_be_new=not (is_begun or args.overwrite))
         fields = {output: measure_folder(args, output)}
     names = [os.path.splitext(os.path.basename(path))[0] for path in fields]
     if len(set(names)) < len(names):
@@ -123,7 +125,7 @@ def run_erf(args) -> int:
     print_table(dict(zip(names, fields.values())))
     maps = {name: rescaled(field.scores) for name, field in zip(names, fields.values())}
     save_figure(draw_heat_maps(maps, label="log10(contribution + 1) / its maximum"), picture)
-    print(f"wrote {picture}")
+    print(f"wrote {', '.join([*written, picture])}")
     return 0
 
 
@@ -169,8 +171,6 @@ def measure_folder(args, output: str):
             raise InputError(f"{path}: {error}") from None
 
     model = get_model(config, pretrained=weights_file(config.MODEL.PRETRAINED))
-    if args.overwrite and os.path.exists(output):
-        os.unlink(output)
     build_convolutions(model, config)
     with Bar("receptive field", total=args.num_images, unit="images") as bar:
 
@@ -186,6 +186,7 @@ def measure_folder(args, output: str):
             num_images=args.num_images,
             input_size=args.input_size,
             target=output,
+            is_anew=args.overwrite,
             on_image=on_image,
         )
 
@@ -210,7 +211,7 @@ def print_table(fields) -> None:
 
 
 def add_kernels_flags(parser) -> None:
-    add_model(parser)
+    add_model(parser, WEIGHTS_FORMS)
     add_output_flags(
         parser, "picture to write (%(default)s)", metavar="FILE", default="kernels.png"
     )

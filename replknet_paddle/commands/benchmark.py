@@ -2,7 +2,7 @@
 comparison in one run."""
 
 from replknet_paddle.commands.flags import (
-    MODEL_FORMS,
+    WEIGHTS_FORMS,
     add_config_flags,
     add_flag,
     add_model,
@@ -69,7 +69,8 @@ def run_benchmark_data(args) -> int:
 
 
 def add_benchmark_inference_flags(parser) -> None:
-    add_model(parser, help_text=f"{MODEL_FORMS}; of the first two, with random weights")
+    # 0.2 had -cfg alone.
+    add_model(parser, f"{WEIGHTS_FORMS}; of the first two, with random weights", is_optional=True)
     add_flag(parser, "backends", "by default all that are installed", nargs="+", metavar="NAME")
     add_flag(
         parser,
@@ -100,6 +101,7 @@ def run_benchmark_inference(args) -> int:
     """
     if args.output is not None:
         check_file_target(args.output, [".json"], must_be_new=not args.overwrite)
+    args.model = args.model or args.cfg
     config = config_from(args)
     if is_published(config.MODEL.PRETRAINED):  # no download for a measurement
         config = override(config, MODEL__PRETRAINED=None)

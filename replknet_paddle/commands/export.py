@@ -3,7 +3,13 @@
 import os
 import sys
 
-from replknet_paddle.commands.flags import add_flag, add_model, add_output_flags, config_from
+from replknet_paddle.commands.flags import (
+    WEIGHTS_FORMS,
+    add_flag,
+    add_model,
+    add_output_flags,
+    config_from,
+)
 from replknet_paddle.commands.train import task_of
 from replknet_paddle.runtime.errors import InputError, counted
 from replknet_paddle.runtime.files import check_file_target, file_sha256
@@ -13,7 +19,7 @@ def add_export_flags(parser) -> None:
     def flag(name, help_text, **options):
         add_flag(parser, name, help_text, **options)
 
-    add_model(parser)
+    add_model(parser, WEIGHTS_FORMS)
     flag(
         "output",
         "folder to write; an earlier export there is replaced",
@@ -139,8 +145,14 @@ def compare_with_checkpoint(model, info, target, validation, count: int) -> None
         print(f"INT8 on images of {validation.list_file}: {result}")
 
 
+def check_is_another(source: str, target: str) -> None:
+    """Raise InputError where a checkpoint would be written over itself."""
+    if os.path.exists(target) and os.path.samefile(source, target):
+        raise InputError(f"{target} is the checkpoint itself; name another file")
+
+
 def add_merge_flags(parser) -> None:
-    add_model(parser)
+    add_model(parser, WEIGHTS_FORMS)
     add_output_flags(parser, ".safetensors file to write", metavar="FILE", required=True)
 
 
@@ -164,8 +176,7 @@ def run_merge(args) -> int:
     from replknet_paddle.zoo import open_network, weights_file
 
     source, target = weights_file(config.MODEL.PRETRAINED), args.output
-    if os.path.exists(target) and os.path.samefile(source, target):
-        raise InputError(f"{target} is the checkpoint to merge; name another file")
+    check_is_another(source, target)
     model = open_network(config, pretrained=source)
     # Two images of at most 224 pixels tell: convolutions do not depend on the size.
     forms = compare_forms(model, random_images(2, min(config.DATA.IMAGE_SIZE, 224)))
@@ -182,7 +193,7 @@ def run_merge(args) -> int:
 
 
 def add_convert_flags(parser) -> None:
-    add_model(parser)
+    add_model(parser, WEIGHTS_FORMS)
     add_output_flags(
         parser, ".safetensors or .pdparams file to write", metavar="FILE", required=True
     )
@@ -208,7 +219,8 @@ def run_convert(args) -> int:
 
     example: replknet convert output/RUN -output replknet.safetensors -to mmpretrain
     """
-    check_file_target(args.output, must_be_new=not args.overwrite)
+    suffixes = [".safetensors", ".pdparams"]
+    check_file_target(args.output, suffixes, must_be_new=not args.overwrite)
     config = config_from(args)
     is_segmentation = config.MODEL.TYPE == "UPerNet"
     if is_segmentation and args.to == "mmpretrain":
@@ -217,8 +229,10 @@ def run_convert(args) -> int:
     from replknet_paddle.checkpoints.load import convert_file
     from replknet_paddle.zoo import weights_file
 
+    source = weights_file(config.MODEL.PRETRAINED)
+    check_is_another(source, args.output)
     count = convert_file(
-        weights_file(config.MODEL.PRETRAINED),
+        source,
         args.output,
         config,
         weights=args.weights,

@@ -11,9 +11,8 @@ import sys
 
 from replknet_paddle.runtime.errors import InputError, did_you_mean
 
-MODEL_FORMS = (
-    "published name, YAML file, checkpoint file, run folder (output/RUN), or export folder"
-)
+WEIGHTS_FORMS = "published name, YAML file, checkpoint file, or run folder (output/RUN)"
+MODEL_FORMS = f"{WEIGHTS_FORMS}, or export folder"
 
 FLAG = re.compile(r"--?([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
 
@@ -44,18 +43,32 @@ class CommandParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options
         )
         self.name = name
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's leaves -1e-3 out
 
     def parse(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         """Return the values, and the words in today's spelling, for processes to be started."""
         flags, arguments = self._split(self._in_todays_spelling(argv))
-        if self.name in LAST_ARGUMENT_WAS_OUTPUT and len(arguments) == 2:
-            self._say_new("the argument DST", "-output")
+        is_named = any(flag.startswith("-output=") for flag in flags)
+        if self.name in LAST_ARGUMENT_WAS_OUTPUT and len(arguments) == 2 and not is_named:
+            self._say_new("the argument DST", "now -output")
             flags.append(f"-output={arguments.pop()}")
-        words = [*flags, "--", *arguments] if arguments else flags
         several = {"+": " ...", "*": " ..."}
         places = [f"{a.metavar}{several.get(a.nargs, '')}" for a in self._get_positional_actions()]
         self.usage = " ".join([self.prog, *places, "[FLAG ...]"])
+        if arguments and not places:
+            self.error(f"argument {arguments[0]}; allowed: flags alone, which {self.prog} -h lists")
+        words = [*flags, "--", *arguments] if arguments else flags
         return self.parse_args(words), words
+
+    def refuse_empty(self, args: argparse.Namespace) -> None:
+        """Raise InputError for a value that is empty, by the name that was typed."""
+        for action in self._actions:
+            value = getattr(args, action.dest, None)
+            if value == "" or action.dest != "opts" and isinstance(value, list) and "" in value:
+                name = (action.option_strings or [action.metavar])[-1]
+                raise InputError(
+                    f"{name} is empty; give a value (is a variable of the shell not set?)"
+                )
 
     def _split(self, argv: list[str]) -> tuple[list[str], list[str]]:
         """Return the flags, in their own spelling and with their values, and the other words."""
@@ -78,7 +91,10 @@ class CommandParser(argparse.ArgumentParser):
             if value is None and takes is None and words and not FLAG.match(words[0]):
                 value = words.pop(0)
             spelled = known[name].option_strings[-1]
-            flags.append(spelled if value is None else f"{spelled}={value}")
+            if takes == "+" and value is not None:
+                flags += [spelled, value]
+            else:
+                flags.append(spelled if value is None else f"{spelled}={value}")
             while takes == "+" and words and not FLAG.match(words[0]):
                 flags.append(words.pop(0))
         return flags, arguments
@@ -96,17 +112,17 @@ class CommandParser(argparse.ArgumentParser):
             value = match[2] if match[2] is not None or not words else words.pop(0)
             given = [] if value is None else [value]
             if old[name] is None:
-                self._say_new(f"-{name}", "gone, without effect")
+                self._say_new(f"-{name}", "without effect")
             elif old[name] is MODEL:
-                self._say_new(f"-{name}", "MODEL, the first argument")
+                self._say_new(f"-{name}", "now MODEL, the first argument")
                 model = given
             else:
-                self._say_new(f"-{name}", f"-{old[name]}")
+                self._say_new(f"-{name}", f"now -{old[name]}")
                 spelled.append("=".join([f"-{old[name]}", *given]))
         return [*model, *spelled]
 
     def _say_new(self, old: str, new: str) -> None:
-        print(f"note: {old} of {self.prog} is now {new}; see {self.prog} -h", file=sys.stderr)
+        print(f"note: {old} of {self.prog} is {new}; see {self.prog} -h", file=sys.stderr)
 
     def error(self, message: str):
         """Print one message, without the usage, which can fill a screen, and exit with 2."""
@@ -127,13 +143,19 @@ def add_output_flags(
 
 
 def add_model(
-    parser, *, weights: bool = True, help_text: str = MODEL_FORMS, default: str | None = None
+    parser,
+    help_text: str = MODEL_FORMS,
+    *,
+    weights: bool = True,
+    is_optional: bool = False,
+    default: str | None = None,
 ) -> None:
     """Add MODEL, the first argument, and -opts, which go over its configuration; where its weights
     are read, also -cfg, for those that carry no configuration."""
+    nargs = "?" if is_optional or default is not None else None
     if default is not None:
         help_text += " (%(default)s)"
-    parser.add_argument("model", metavar="MODEL", nargs="?", default=default, help=help_text)
+    parser.add_argument("model", metavar="MODEL", nargs=nargs, default=default, help=help_text)
     if weights:
         without = "needed for a checkpoint that does not carry its configuration"
         add_config_flags(parser, without)
@@ -166,7 +188,8 @@ def config_from(
     one, with the flags over it; MODEL.NUM_CLASSES may be None for what `reads_data`."""
     from replknet_paddle.checkpoints.run_folder import EXPORT_FILE_OF_0_2, config_of
     from replknet_paddle.config import check_class_count, get_config, is_yaml, update_config
-    from replknet_paddle.zoo import config_of_published, is_published
+    from replknet_paddle.runtime.files import find_path
+    from replknet_paddle.zoo import config_of_published, is_published, no_model
 
     checkpoint = take_model(args) or checkpoint
     if checkpoint is not None and is_yaml(checkpoint):
@@ -183,6 +206,8 @@ def config_from(
         )
     elif is_published(checkpoint):
         config = config_of_published(checkpoint)
+    elif not os.path.exists(find_path(checkpoint)):
+        raise FileNotFoundError(no_model(checkpoint))
     elif os.path.isfile(os.path.join(checkpoint, EXPORT_FILE_OF_0_2)):
         from replknet_paddle.deploy.export import read_export
 
@@ -197,22 +222,17 @@ def config_from(
 
 def config_given(args: argparse.Namespace):
     """Return the configuration that -cfg and -opts give MODEL; None without both."""
-    if args.model is None or args.cfg is not None or args.opts is not None:
-        return config_from(args)
-    return None
+    return None if args.cfg is None and args.opts is None else config_from(args)
 
 
 def take_model(args: argparse.Namespace) -> str | None:
     """Return MODEL, and set -pretrained to it; None for a command that has none, or of an
     evaluation whose MODEL is -pretrained."""
-    if not hasattr(args, "model"):
+    if getattr(args, "model", None) is None:
         return None
-    if not hasattr(args, "pretrained"):
-        args.model = args.model or args.cfg  # as -cfg alone said in 0.2
-    elif args.model is not None and args.pretrained not in (None, args.model):
+    if vars(args).get("pretrained") not in (None, args.model):
         raise InputError(
             f"MODEL {args.model} and -pretrained {args.pretrained}; allowed: one of them"
         )
-    if args.model is not None:
-        args.pretrained = args.model
+    args.pretrained = args.model
     return args.model

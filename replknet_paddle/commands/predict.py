@@ -145,6 +145,8 @@ def predict(args) -> int:
         check_new_folder(args.save_pictures, is_kept=args.overwrite)
     if args.save_grid is not None:
         check_file_target(args.save_grid, tuple(PICTURE_FORMATS), must_be_new=is_new)
+        if os.path.exists(args.save_grid):
+            check_is_no_image(args.save_grid, files)
     config = config_given(args)
     args.model = find_path(args.model)
     total = files.count()
@@ -183,6 +185,13 @@ def predict(args) -> int:
     if written:
         print(f"wrote {', '.join(map(printable, written))}", file=sys.stderr)
     return 1 if summary.skipped else 0
+
+
+def check_is_no_image(target: str, files) -> None:
+    """Raise InputError where a picture would be written over one of those to classify."""
+    for path, *_ in files:
+        if os.path.exists(path) and os.path.samefile(path, target):
+            raise InputError(f"{target} is one of the images; name another file")
 
 
 @contextlib.contextmanager

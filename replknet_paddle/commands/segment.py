@@ -42,7 +42,7 @@ def check_task(args) -> None:
 
 
 def add_segment_predict_flags(parser) -> None:
-    add_model(parser)
+    add_model(parser, "YAML file, checkpoint file, run folder (output/RUN), or export folder")
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="file, folder or pattern")
     add_output_flags(
         parser,

@@ -17,7 +17,6 @@ from replknet_paddle.runtime.files import (
     check_new_folder,
     check_place_is_writable,
     command_line,
-    searched_weights,
 )
 from replknet_paddle.runtime.launch import (
     LaunchedRun,
@@ -91,6 +90,17 @@ FLAGS = {
 }
 
 
+# What the flags mean in an evaluation, where that is not all that they mean.
+EVAL_TEXTS = {
+    "batch_size": "images per process",
+    "batch_size_eval": "the same",
+    "pretrained": "the same as MODEL; random for fresh weights",
+    "output": "folder for the log and the figures, which are not kept without it",
+    "report": "new folder for a report: accuracy or IoU of each class, confusion matrix, mistakes",
+    "backend": "what runs the network, auto for the fastest here; docs/deployment.md names them",
+}
+
+
 def add_train_flags(parser) -> None:
     """Add the flags. A flag that is not given leaves the configuration's value."""
     add_config_flags(parser, "not needed for a checkpoint that carries its configuration")
@@ -98,8 +108,14 @@ def add_train_flags(parser) -> None:
 
 
 def add_eval_flags(parser) -> None:
-    add_model(parser)
-    add_groups(parser, {title: rows for title, rows in FLAGS.items() if title != "training"})
+    """Add the flags of `add_train_flags` that an evaluation uses."""
+    add_model(parser, is_optional=True)
+    groups = {
+        title: [(name, value, EVAL_TEXTS.get(name, text)) for name, value, text in rows]
+        for title, rows in FLAGS.items()
+        if title != "training"
+    }
+    add_groups(parser, groups)
     parser.set_defaults(resume=None)
 
 
@@ -191,12 +207,15 @@ def check_flags(args, config) -> None:
             "evaluation without weights; name them by MODEL or -pretrained. -pretrained=random "
             "evaluates a freshly initialized network"
         )
-    for name in ("backend", "report"):
+    for name in ("backend", "report", "overwrite"):
         value = getattr(args, name)
-        if value is not None and not config.EVAL:
-            raise InputError(f"-{name} {value} without -eval; allowed: with -eval")
+        if value and not config.EVAL:
+            given = f"-{name}" if value is True else f"-{name} {value}"
+            raise InputError(f"{given} without -eval; allowed: with -eval")
     if args.report is not None:
-        check_new_folder(args.report, replaces="report.html" if args.overwrite else None)
+        from replknet_paddle.deploy.report import REPORT_FILES
+
+        check_new_folder(args.report, replaces=REPORT_FILES if args.overwrite else None)
 
 
 def run_in_processes(command: list[str], config, where: dict) -> tuple[int, str]:
@@ -379,13 +398,10 @@ def whole_number(name: str, value: str | int, least: int = 0) -> int:
 
 def check_inputs(config) -> None:
     """Check the input once, so that not every process reports the same mistake."""
-    from replknet_paddle.zoo import is_published
+    from replknet_paddle.zoo import is_published, no_model
 
     path = config.MODEL.RESUME or config.MODEL.PRETRAINED
     if path not in (None, "auto", RANDOM) and not (os.path.exists(path) or is_published(path)):
-        raise FileNotFoundError(
-            f"no checkpoint {searched_weights(path)}; docs/model_zoo.md says where the published "
-            "ones are"
-        )
+        raise FileNotFoundError(no_model(path))
     for is_train in [False] if config.EVAL else [True, False]:
         task_of(config).dataset(config, is_train)

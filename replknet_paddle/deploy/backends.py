@@ -46,7 +46,7 @@ from replknet_paddle.model import RepLKNet
 from replknet_paddle.ops import build_convolutions, cache_weights
 from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.errors import InputError
-from replknet_paddle.runtime.files import cache_folder, locked, searched_weights, write_text
+from replknet_paddle.runtime.files import cache_folder, locked, write_text
 from replknet_paddle.runtime.machines import available_cores, core_share, processor_name
 from replknet_paddle.runtime.packages import import_extra, install_command, is_installed
 from replknet_paddle.zoo.records import ModelName
@@ -444,12 +444,11 @@ def check_is_there(source: str | os.PathLike, *, with_config: bool) -> None:
     """Raise FileNotFoundError where nothing is called `source`, and InputError where it brings its
     configuration and gets another one."""
     is_published = zoo.is_published(source)
-    if not is_published and not os.path.exists(source):
-        raise FileNotFoundError(
-            f"no model {searched_weights(source)}; allowed: an exported folder, a run folder, a "
-            f"checkpoint in one, or one of {', '.join(zoo.list_models())}{zoo.nearest(source)}"
-        )
-    if with_config and not is_published and not is_yaml(source) and is_export(source):
+    if is_published or is_yaml(source):
+        return
+    if not os.path.exists(source):
+        raise FileNotFoundError(zoo.no_model(source))
+    if with_config and is_export(source):
         raise InputError(
             f"a configuration (-cfg, -opts) for {source}, an export, which is as it was made; "
             "allowed: for checkpoints, run folders and published models"

@@ -60,6 +60,8 @@ figcaption { color: #555; font-size: .9rem; overflow-wrap: anywhere; }
 """
 
 REPORT_FILE = "report.html"
+# All that a report has, for segmentation as well.
+REPORT_FILES = r"report\.html|per_class\.csv|confusion_matrix\.(csv|png)|mistakes(/\d+\.jpg)?"
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def write_page(
         sections: the folder that is being written -> the HTML below that, once the files that
             belong to it are in the folder.
     """
-    replaces = REPORT_FILE if overwrite else None
+    replaces = REPORT_FILES if overwrite else None
     check_new_folder(folder, replaces=replaces)
     target = Path(os.path.realpath(folder))
     with atomic_folder(target) as written:

@@ -266,11 +266,11 @@ class Training:
         peak = base_learning_rate(train.BASE_LR, global_batch, train.LINEAR_SCALED_LR)
         images = len(self.train_loader.dataset)
         logger.info(
-            "%s training and %s validation images; %s steps per epoch, which leave %d out",
+            "%s training and %s validation images; %s per epoch, %s left out",
             f"{images:,}",
             f"{len(self.val_loader.dataset):,}",
-            f"{steps_per_epoch:,}",
-            max(0, images - steps_per_epoch * global_batch),
+            counted(steps_per_epoch, "step"),
+            counted(max(0, images - steps_per_epoch * global_batch), "image"),
         )
         logger.info(
             "global batch %d = %d x %d accumulated x %s; peak learning rate %.4g",

@@ -260,13 +260,15 @@ def check_file_target(path: Path_, suffixes: Sequence[str] = (), *, must_be_new=
 
 def check_new_folder(path: Path_, *, replaces: str | None = None, is_kept: bool = False) -> None:
     """Raise InputError, before work starts, where `path` is no empty folder and cannot be one; a
-    folder may hold something where it `is_kept`, or has a file `replaces`."""
-    if os.path.isdir(path):
-        is_replaced = replaces is not None and os.path.isfile(os.path.join(path, replaces))
-        if not is_kept and not is_replaced and os.listdir(path):
-            raise InputError(f"folder {path} is not empty; name a new one, or add -overwrite")
-    elif os.path.lexists(path):
+    folder may hold something where it `is_kept`, or files that all match the pattern `replaces`."""
+    if not os.path.isdir(path) and os.path.lexists(path):
         raise InputError(f"{path} is a file; name a new folder")
+    if replaces is not None:
+        for found in Path(path).rglob("*"):
+            if not re.fullmatch(replaces, found.relative_to(path).as_posix()):
+                raise InputError(f"folder {path} has {found}, which would be lost; name another")
+    elif os.path.isdir(path) and os.listdir(path) and not is_kept:
+        raise InputError(f"folder {path} is not empty; name a new one, or add -overwrite")
     check_place_is_writable(path)
 
 
@@ -274,6 +276,8 @@ def check_place_is_writable(path: Path_) -> None:
     """Raise InputError where the folder `path`, or what it would be made in, is read-only."""
     folder = os.fspath(path)
     while not os.path.isdir(folder):
+        if os.path.lexists(folder):
+            raise InputError(f"cannot write {path}: {folder} is a file; name another place")
         folder = os.path.dirname(os.path.abspath(folder))
     if not os.access(folder, os.W_OK):
         raise InputError(f"folder {folder} is not writable; name another one")

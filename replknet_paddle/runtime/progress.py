@@ -182,6 +182,10 @@ class LogLines(logging.StreamHandler):
         with above_bars(self.stream):
             super().emit(record)
 
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):  # else nobody reads the console any more
+            super().handleError(record)
+
 
 def duration(seconds: float) -> str:
     """Return a time as h:mm:ss."""

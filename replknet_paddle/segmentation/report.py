@@ -106,7 +106,7 @@ def _classes(folder: Path, metrics: SegmentationMetrics, names: Sequence[str]) -
     counts = np.stack([confusion.sum(axis=1), confusion.sum(axis=0), np.diag(confusion)], axis=1)
     percents = zip(metrics.class_iou_percent, metrics.class_accuracy_percent)
     rows = [
-        [label, name, *row, *("" if np.isnan(percent) else f"{percent:.2f}" for percent in pair)]
+        [label, name, *row, *("" if np.isnan(percent) else f"{percent:.6g}" for percent in pair)]
         for label, (name, row, pair) in enumerate(zip(names, counts.tolist(), percents))
     ]
     header = ["label", "class", "pixels", "predicted", "right", "iou_percent", "accuracy_percent"]

@@ -23,6 +23,7 @@ from replknet_paddle.config import (
     override,
 )
 from replknet_paddle.runtime.errors import InputError, did_you_mean
+from replknet_paddle.runtime.files import searched_weights
 from replknet_paddle.zoo.records import MODELS, PublishedModel
 
 if TYPE_CHECKING:  # Paddle takes seconds, which `list_models` can do without
@@ -178,6 +179,8 @@ def weights_file(source: str | os.PathLike | None) -> str:
     if is_published(source):
         return os.fspath(fetch(find_record(str(source))))
     path = checkpoint_path(source)
+    if not os.path.exists(path):
+        raise FileNotFoundError(no_model(source))
     if os.path.isdir(path):
         raise InputError(
             f"{path} is a folder without a checkpoint; allowed: a run folder, a checkpoint file, "
@@ -211,6 +214,14 @@ def find_record(name: str) -> PublishedModel:
             f"(and mmpretrain's names for the same){nearest(name)}"
         )
     return record
+
+
+def no_model(source: str | os.PathLike) -> str:
+    """Return the message on a model that is nowhere."""
+    return (
+        f"no model {searched_weights(source)}; allowed: a checkpoint file, a run folder, an export "
+        f"folder, or one of {', '.join(list_models())}{nearest(source)}"
+    )
 
 
 def nearest(name: str | os.PathLike) -> str:

@@ -5,10 +5,13 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 import yaml
 from harness import make_run
+from PIL import Image
 from tiny import FIXTURES, ROOT, make_data
 
 from replknet_paddle.commands import COMMANDS, command_function, help_of, main
@@ -79,16 +82,41 @@ def test_a_mistyped_flag_is_told_the_right_one(command, capsys):
     [
         ("predct x", "unknown command predct; did you mean predict?"),
         ("segment predct x", "unknown command segment predct; did you mean segment predict?"),
-        ("benchmark", "unknown command benchmark; did you mean benchmark"),
+        ("benchmark", "benchmark is a group of commands: benchmark conv, benchmark network"),
+        ("segment", "segment is a group of commands: segment train, segment eval"),
+        ("train run", "argument run; allowed: flags alone"),
+        ("predict run", "the following arguments are required: IMAGE"),
         ("", "no command"),
         ("zzz", "unknown command zzz; `replknet -h` lists"),
         ("-verbose", "no command"),
     ],
 )
 def test_a_mistyped_command_is_told_the_right_one(line, says, capsys):
-    assert main(shlex.split(line)) == 2
+    try:
+        status = main(shlex.split(line))
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
     [said] = capsys.readouterr().err.splitlines()
     assert says in said
+
+
+@pytest.mark.parametrize("line", ["-h", "predict -h", "benchmark -h", "--version"])
+def test_a_reader_that_has_seen_enough_is_no_error(line):
+    command = [sys.executable, "-m", "replknet_paddle", *line.split()]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() in (0, 141)
+
+
+def test_values_of_opts_follow_in_any_form(tmp_path):
+    config = ["-cfg", str(ROOT / "configs" / "replknet_nano.yaml")]
+    for words in (["-opts", "TRAIN.BASE_LR", "1e-3"], ["-opts=TRAIN.BASE_LR", "1e-3"]):
+        args, _ = parser_of("train").parse([*words, *config])
+        assert args.opts == ["TRAIN.BASE_LR", "1e-3"]
+    args, _ = parser_of("train").parse(["-opts", "TRAIN.BASE_LR", "-1e-3", *config])
+    assert args.opts == ["TRAIN.BASE_LR", "-1e-3"]
 
 
 def test_the_version_names_everything_that_a_report_of_a_fault_needs(capsys):
@@ -222,9 +250,20 @@ def test_a_yaml_file_without_weights_is_refused(command, folder, capfd):
     assert sorted(folder.rglob("*")) == before
 
 
-def test_a_configuration_without_a_model_is_one(folder):
-    assert main(["predict", PICTURE, "-cfg=own.yaml", "-backend=paddle"]) == 0
-    assert main(["predict", PICTURE, "-cfg=fresh.yaml", "-opts", "MODEL.PRETRAINED", "random"]) == 0
+def test_random_weights_have_to_be_asked_for(folder):
+    opts = ["-opts", "MODEL.PRETRAINED", "random"]
+    assert main(["predict", "fresh.yaml", PICTURE, "-backend=paddle", *opts]) == 0
+    assert main(["eval", "random", "-cfg=fresh.yaml", "-data_path=data", "-nproc=1"]) == 0
+
+
+@pytest.mark.parametrize("command", ["eval", "predict", *TAKES_WEIGHTS, "model-info"])
+def test_a_model_that_is_nowhere_is_told_the_nearest_name(command, folder, capfd):
+    words = [*command.split(), NAME[:-1], *USES[command].split()]
+    assert main(words) == 2
+    said = capfd.readouterr().err
+    assert f"no model {NAME[:-1]} (tried " in said and f"did you mean {NAME}?" in said
+    assert main([*command.split(), "nowhere.yaml", *USES[command].split()]) == 2
+    assert "no config file nowhere.yaml" in capfd.readouterr().err
 
 
 def test_published_names_are_weights_to_start_from(folder, tmp_path):
@@ -281,11 +320,60 @@ def test_what_is_there_stays_unless_overwrite_is_given(command, folder, capfd):
     assert all(snapshot()[path] != before[path] for path in files)
 
 
-def test_a_folder_that_is_no_report_is_never_replaced(folder, capfd):
-    words = ["eval", "run", "-data_path=data", "-nproc=1", "-report=data", "-overwrite"]
+@pytest.mark.parametrize("name", ["data", "run", "report"])
+def test_a_folder_that_is_no_report_is_never_replaced(name, folder, capfd):
+    """Not even one that has a report as well."""
+    words = ["eval", "run", "-data_path=data", "-nproc=1"]
+    assert main([*words, "-report=report"]) == 0
+    (folder / "report" / "mistakes" / "mine.txt").write_text("precious")
+    shutil.copy(folder / "report" / "report.html", folder / name / "report.htm")
+    (folder / name / "report.htm").rename(folder / name / "report.html")
+    before = {path: path.stat().st_mtime_ns for path in (folder / name).rglob("*")}
+    assert main([*words, f"-report={name}", "-overwrite"]) == 2
+    assert f"folder {name} has {name}/" in capfd.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in (folder / name).rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("merge run -output=run/best", "must end in .safetensors"),
+        ("merge copy.safetensors -output=copy.safetensors", "is the checkpoint itself"),
+        ("convert copy.safetensors -output=copy.safetensors", "is the checkpoint itself"),
+        ("convert copy.safetensors other.safetensors -o x.safetensors", "other.safetensors"),
+        ("export run new -o other", "unrecognized arguments: new"),
+        ("predict run photo.png -save_grid=photo.png", "photo.png is one of the images"),
+        ("predict run photos -save_grid=photos/a.png", "photos/a.png is one of the images"),
+        ("eval run -data_path=data -report=photo.png/x", "photo.png is a file"),
+        ("train -cfg=fresh.yaml -data_path=data", "-overwrite without -eval"),
+    ],
+)
+def test_overwrite_replaces_nothing_that_is_read(line, says, folder, capfd):
+    (folder / "photos").mkdir()
+    for name in ("photo.png", "photos/a.png"):
+        Image.open(PICTURE).resize((40, 30)).save(folder / name)
+    for name in ("copy.safetensors", "other.safetensors"):
+        shutil.copy(folder / "run" / "best", folder / name)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    words = [*line.split(), "-overwrite"] if "export" not in line else line.split()
+    cfg = ["-cfg=run/config.yaml"] if "copy" in line else []
+    try:
+        status = main([*words, *cfg])
+    except SystemExit as stop:  # argparse
+        status = stop.code
+    assert status == 2 and says in capfd.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_receptive_field_replaces_no_picture_of_another(folder, capfd):
+    pytest.importorskip("matplotlib")
+    words = ["erf", "run", "data/val", "-num_images=1", "-image_size=32", "-output=new.npy"]
+    (folder / "new.png").write_text("precious")
     assert main(words) == 2
-    assert "folder data is not empty" in capfd.readouterr().err
-    assert (folder / "data" / "val_list.txt").exists()
+    assert "new.png exists" in capfd.readouterr().err
+    assert main([*words, "-overwrite"]) == 0
+    assert "wrote new.npy, new.png" in capfd.readouterr().out
+    assert main(words) == 0  # goes on, with nothing to do
 
 
 def test_an_evaluation_writes_a_folder_only_where_one_is_named(folder, monkeypatch):
@@ -315,4 +403,3 @@ def test_spellings_of_0_2_are_told_the_new_ones(folder, capfd):
     assert said[0].startswith("note: -pretrained of replknet export is now MODEL, the first argum")
     assert said[1].startswith("note: the argument DST of replknet export is now -output; see ")
     assert (folder / "new" / "export.json").exists()
-    assert ROOT.joinpath("docs").exists()

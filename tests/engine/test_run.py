@@ -161,7 +161,7 @@ def whole_steps_flags(tiny_config_file, folder, *, train: int) -> list[str]:
 def test_a_run_makes_whole_steps_and_says_what_they_leave_out(tiny_config_file, tmp_path):
     flags = whole_steps_flags(tiny_config_file, tmp_path, train=47)
     said = finish(flags)
-    assert "3 steps per epoch, which leave 2 out" in said, said
+    assert "3 steps per epoch, 2 images left out" in said, said
     progress = load_checkpoint(str(tmp_path / "run" / "last")).progress
     assert (progress.step, progress.batches) == (6, 9)
 

@@ -103,7 +103,7 @@ def test_tables_have_what_scikit_learn_counts(reports, maps):
     for i, row in enumerate(rows):
         counts = [np.sum(labels == i), np.sum(predicted == i), wanted[i, i]]
         assert row[:5] == [str(i), NAMES[i], *map(str, counts)]
-        assert row[5:] == [f"{ious[i]:.2f}", f"{accuracies[i]:.2f}"]
+        assert row[5:] == [f"{ious[i]:.6g}", f"{accuracies[i]:.6g}"]
     text = (reports / "report_of3" / "report.html").read_text()
     (record,) = metrics(reports / "of3")
     assert record["val_miou_percent"] == pytest.approx(np.mean(ious))
