@@ -203,7 +203,7 @@ def test_the_source_is_not_overwritten(tmp_path, cfg, capsys, name):
     os.link(source, tmp_path / "link.safetensors")
     before = source.read_bytes()
     assert merge([cfg, str(source), "-output", str(tmp_path / name), "-overwrite", *MERGED]) == 2
-    assert f"{tmp_path / name} is the checkpoint to merge" in capsys.readouterr().err
+    assert f"{tmp_path / name} is the checkpoint itself" in capsys.readouterr().err
     assert source.read_bytes() == before
 
 

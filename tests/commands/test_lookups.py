@@ -25,11 +25,11 @@ EVAL = "eval -data_path=data -output=evaluated"
 
 # Command lines after `replknet`, in a folder with a run `made`, tiny.yaml and data.
 COMMANDS = [
-    "export -pretrained=made/best paddle",
-    "export -pretrained=made/best -format onnx onnx",
-    "export -pretrained=made/best -format onnx -precision int8 -data_path=data int8",
-    "benchmark inference -cfg=tiny.yaml --rounds 1 --batch_sizes 1",
-    "model-info -cfg=tiny.yaml",
+    "export made -output paddle",
+    "export made -output onnx -format onnx",
+    "export made -output int8 -format onnx -precision int8 -data_path=data",
+    "benchmark inference tiny.yaml -rounds 1 -batch_sizes 1",
+    "model-info tiny.yaml",
     "train -cfg=tiny.yaml -data_path=data -output=run -opts TRAIN.NUM_EPOCHS 1 "
     "TRAIN.WARMUP_EPOCHS 0",
     *(f"predict made {PICTURE} -backend={name}" for name in BACKENDS),
@@ -41,11 +41,10 @@ COMMANDS = [
 # In one process, since each import takes seconds.
 PROGRAM = """
 import shlex, sys
-from replknet_paddle.commands import run_command
+from replknet_paddle.commands import main
 for line in sys.argv[1:]:
-    name, *words = shlex.split(line)
     print(line, flush=True)
-    if run_command(name, words):
+    if main(shlex.split(line)):
         sys.exit(1)
 """
 

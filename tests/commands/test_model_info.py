@@ -69,7 +69,6 @@ def test_a_merged_or_single_kernel_network_prints_what_it_is(figures_with):
         (["-opts", "SEED"], "SEED has no value"),
         (["."], "carries no configuration"),
         (["nowhere.yaml"], "no config file nowhere.yaml"),
-        ([], "no MODEL; the first argument is a published name, YAML file"),
     ],
 )
 def test_a_wrong_config_is_one_message(tiny_config_file, capsys, arguments, says):
