@@ -287,11 +287,10 @@ TARGETS = {
     "plot": "run -output=new.png",
     "check-data": "data -workers=1 -output=new.json",
     "benchmark inference": f"run {INFERENCE} -output=new.json",
-    "make-digits": "new",
     "make-shapes": "new -count=5",
     "make-lists": "data",
 }
-OPTIONAL = {"kernels": "matplotlib", "plot": "matplotlib", "make-digits": "sklearn"}
+OPTIONAL = {"kernels": "matplotlib", "plot": "matplotlib"}
 
 
 @pytest.mark.parametrize("command", TARGETS)
