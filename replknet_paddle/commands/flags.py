@@ -142,6 +142,12 @@ def add_output_flags(
     add_flag(parser, "overwrite", overwrite, action="store_true")
 
 
+def add_backend(parser) -> None:
+    """Add -backend, for what runs a network alone."""
+    text = "what runs the network (%(default)s: the fastest that is there, measured once)"
+    add_flag(parser, "backend", text, default="auto", metavar="NAME")
+
+
 def add_model(
     parser,
     help_text: str = MODEL_FORMS,

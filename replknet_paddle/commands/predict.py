@@ -8,7 +8,13 @@ import sys
 import warnings
 from functools import partial
 
-from replknet_paddle.commands.flags import add_flag, add_model, add_output_flags, config_given
+from replknet_paddle.commands.flags import (
+    add_backend,
+    add_flag,
+    add_model,
+    add_output_flags,
+    config_given,
+)
 from replknet_paddle.runtime.errors import InputError, counted
 from replknet_paddle.runtime.files import (
     PARTIAL_SUFFIX,
@@ -52,13 +58,7 @@ def add_predict_flags(parser) -> None:
         default=1.0,
         metavar="SECONDS",
     )
-    add_flag(
-        parser,
-        "backend",
-        "what runs the network (%(default)s: the fastest that is there, measured once)",
-        default="auto",
-        metavar="NAME",
-    )
+    add_backend(parser)
     add_flag(parser, "batch_size", "images at once (%(default)s)", type=int, default=8, metavar="N")
 
 

@@ -1,7 +1,12 @@
 """Semantic segmentation: `replknet segment train`, `eval` and `predict`."""
 
 from replknet_paddle.commands import train
-from replknet_paddle.commands.flags import add_flag, add_model, add_output_flags, config_given
+from replknet_paddle.commands.flags import (
+    add_backend,
+    add_model,
+    add_output_flags,
+    config_given,
+)
 from replknet_paddle.runtime.errors import InputError
 
 add_segment_train_flags = train.add_train_flags
@@ -51,13 +56,7 @@ def add_segment_predict_flags(parser) -> None:
         metavar="DIR",
         required=True,
     )
-    add_flag(
-        parser,
-        "backend",
-        "what runs the network (%(default)s: the fastest that is there, measured once)",
-        default="auto",
-        metavar="NAME",
-    )
+    add_backend(parser)
 
 
 def run_segment_predict(args) -> int:

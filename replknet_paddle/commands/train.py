@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import socket
 import sys
 import tempfile
@@ -13,11 +14,7 @@ from functools import partial
 from replknet_paddle.commands.flags import add_config_flags, add_flag, add_model, config_from
 from replknet_paddle.config import RANDOM, update_config
 from replknet_paddle.runtime.errors import OUT_OF_MEMORY, InputError, PeerLost, SystemFault
-from replknet_paddle.runtime.files import (
-    check_new_folder,
-    check_place_is_writable,
-    command_line,
-)
+from replknet_paddle.runtime.files import check_new_folder, check_place_is_writable, command_line
 from replknet_paddle.runtime.launch import (
     LaunchedRun,
     another_failed,
@@ -224,7 +221,9 @@ def run_in_processes(command: list[str], config, where: dict) -> tuple[int, str]
 
     check_inputs(config)
     with contextlib.ExitStack() as stack:
-        folder = config.SAVE or stack.enter_context(tempfile.TemporaryDirectory(prefix="replknet-"))
+        folder = config.SAVE or tempfile.mkdtemp(prefix="replknet-")
+        if config.SAVE is None:
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
         log_dir = os.path.join(folder, "workers")
         if where["nodes"] > 1:  # the machine of rank 0 locks the folder, and each has its own logs
             log_dir = os.path.join(log_dir, f"{socket.gethostname()}-{os.getpid()}")
@@ -233,6 +232,8 @@ def run_in_processes(command: list[str], config, where: dict) -> tuple[int, str]
             stack.callback(lock.release)
         launched = LaunchedRun(command, log_dir=log_dir, **where)
         status, message = launched.wait(partial(append_to_log, folder))
+        if config.SAVE is None and folder in message:  # which says where the output is
+            stack.pop_all()
     if status in STOPPED and not message:
         message = how_to_resume(config, where["processes"])
     return status, message

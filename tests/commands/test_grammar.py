@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -385,6 +386,25 @@ def test_an_evaluation_writes_a_folder_only_where_one_is_named(folder, monkeypat
     assert main(["eval", "run", "-data_path=data", "-nproc=1", "-output=kept"]) == 0
     names = {"lock", "log.txt", "metrics.jsonl", "config.yaml"}
     assert set(os.listdir(folder / "kept")) - {"class_names.txt"} == names
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_the_output_of_a_killed_process_stays(is_killed, folder, monkeypatch, capfd):
+    seen = []
+
+    class Launched:
+        def __init__(self, command, *, log_dir, **where):
+            seen.append(Path(log_dir))
+            os.makedirs(log_dir)
+
+        def wait(self, note):
+            said = f"a process was killed; the output of each is in {seen[0]}"
+            return (1, said) if is_killed else (0, "")
+
+    monkeypatch.setattr("replknet_paddle.commands.train.LaunchedRun", Launched)
+    assert main(["eval", "run", "-data_path=data", "-nproc=2"]) == int(is_killed)
+    assert (str(seen[0]) in capfd.readouterr().err) == seen[0].exists() == is_killed
+    shutil.rmtree(seen[0].parent, ignore_errors=True)
 
 
 # ---- examples and old spellings
