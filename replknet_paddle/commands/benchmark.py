@@ -122,18 +122,20 @@ def run_benchmark_inference(args) -> int:
 
 
 def add_benchmark_conv_flags(parser) -> None:
-    parser.add_argument(
-        "-shapes",
+    add_flag(
+        parser,
+        "shapes",
+        "the stages of RepLKNet-31B at 224, the grid of the paper's Table 5, or both",
         choices=("stages", "grid", "all"),
         default="all",
-        help="the stages of RepLKNet-31B at 224, the grid of the paper's Table 5, or both",
     )
     add_count(parser, "batch", 1, "images")
-    parser.add_argument(
-        "-dtype",
+    add_flag(
+        parser,
+        "dtype",
+        "of the tensors; half precision on GPU only (%(default)s)",
         choices=("float32", "float16", "bfloat16"),
         default="float32",
-        help="of the tensors; half precision on GPU only (%(default)s)",
     )
     add_count(parser, "rounds", 5, "of each")
 

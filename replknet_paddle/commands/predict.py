@@ -146,7 +146,7 @@ def predict(args) -> int:
     if args.save_grid is not None:
         check_file_target(args.save_grid, tuple(PICTURE_FORMATS), must_be_new=is_new)
         if os.path.exists(args.save_grid):
-            check_is_no_image(args.save_grid, files)
+            check_is_no_image(args.save_grid, ImageFiles(args.images))  # films as files
     config = config_given(args)
     args.model = find_path(args.model)
     total = files.count()

@@ -28,6 +28,7 @@ from replknet_paddle.runtime.machines import STOPPED, is_launched
 # What runs in each process, in the same environment.
 PROGRAM = (sys.executable, "-u", "-m", "replknet_paddle")
 
+OF_EVALUATION = "of an evaluation: "  # begins the texts of flags that go with -eval alone
 
 # By their groups in the help: name, what stands for the value (None: a switch), what it does.
 FLAGS = {
@@ -69,14 +70,14 @@ FLAGS = {
         (
             "report",
             "DIR",
-            "of an evaluation: new folder for a report: accuracy or IoU of each class, confusion "
+            f"{OF_EVALUATION}new folder for a report: accuracy or IoU of each class, confusion "
             "matrix, mistakes",
         ),
         ("overwrite", None, "replace an earlier report in -report"),
         (
             "backend",
             "NAME",
-            "of an evaluation: what runs the network, auto for the fastest here; "
+            f"{OF_EVALUATION}what runs the network, auto for the fastest here; "
             "docs/deployment.md names them",
         ),
     ],
@@ -87,14 +88,12 @@ FLAGS = {
 }
 
 
-# What the flags mean in an evaluation, where that is not all that they mean.
+# What the others mean in an evaluation, where that is not all that they mean.
 EVAL_TEXTS = {
     "batch_size": "images per process",
     "batch_size_eval": "the same",
     "pretrained": "the same as MODEL; random for fresh weights",
     "output": "folder for the log and the figures, which are not kept without it",
-    "report": "new folder for a report: accuracy or IoU of each class, confusion matrix, mistakes",
-    "backend": "what runs the network, auto for the fastest here; docs/deployment.md names them",
 }
 
 
@@ -108,7 +107,10 @@ def add_eval_flags(parser) -> None:
     """Add the flags of `add_train_flags` that an evaluation uses."""
     add_model(parser, is_optional=True)
     groups = {
-        title: [(name, value, EVAL_TEXTS.get(name, text)) for name, value, text in rows]
+        title: [
+            (name, value, EVAL_TEXTS.get(name, text.removeprefix(OF_EVALUATION)))
+            for name, value, text in rows
+        ]
         for title, rows in FLAGS.items()
         if title != "training"
     }
@@ -210,9 +212,11 @@ def check_flags(args, config) -> None:
             given = f"-{name}" if value is True else f"-{name} {value}"
             raise InputError(f"{given} without -eval; allowed: with -eval")
     if args.report is not None:
-        from replknet_paddle.deploy.report import REPORT_FILES
-
-        check_new_folder(args.report, replaces=REPORT_FILES if args.overwrite else None)
+        replaces = None
+        if args.overwrite:
+            # Here because it imports Paddle, which the process that starts others does without.
+            from replknet_paddle.deploy.report import REPORT_FILES as replaces
+        check_new_folder(args.report, replaces=replaces)
 
 
 def run_in_processes(command: list[str], config, where: dict) -> tuple[int, str]:

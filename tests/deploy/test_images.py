@@ -394,6 +394,12 @@ def test_a_film_among_pictures_is_classified_frame_by_frame(film, tmp_path, caps
     assert "classified 4 images, skipped 1" in capsys.readouterr().err
 
 
+def test_a_grid_is_replaced_where_a_film_is_among_the_pictures(film, tmp_path):
+    words = [str(make_run(tmp_path)), film, "-backend=eager", f"-save_grid={tmp_path / 'grid.png'}"]
+    assert main(words) == 0
+    assert main([*words, "-overwrite"]) == 0
+
+
 def test_a_folder_does_not_stand_for_its_films(film, tmp_path):
     os.symlink(film, tmp_path / "film.mp4")
     files = ImageFiles([str(tmp_path)], frame_seconds=1)
