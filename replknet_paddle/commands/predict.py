@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import warnings
+from dataclasses import replace
 from functools import partial
 
 from replknet_paddle.commands.flags import (
@@ -41,6 +42,12 @@ def add_predict_flags(parser) -> None:
         parser,
         "save_pictures",
         "new or empty folder for the pictures with their classes drawn beside",
+        metavar="DIR",
+    )
+    add_flag(
+        parser,
+        "save_heat_maps",
+        "the same with heat maps of where the network looks; on backend eager alone",
         metavar="DIR",
     )
     add_flag(
@@ -124,6 +131,8 @@ def predict(args) -> int:
     """Classify the files; return the exit status."""
     from replknet_paddle.data.make_lists import say_passed_over
     from replknet_paddle.deploy.drawing import PICTURE_FORMATS, PICTURE_HEIGHT, Drawings
+    from replknet_paddle.deploy.export import is_export
+    from replknet_paddle.deploy.gradcam import LAST_STRIDE
     from replknet_paddle.deploy.images import ImageFiles
     from replknet_paddle.deploy.predict import (
         RESULTS_SUFFIXES,
@@ -137,12 +146,21 @@ def predict(args) -> int:
             raise InputError(f"{flag} is {value}; allowed: an integer >= 1")
     if not 0 <= args.every < float("inf"):
         raise InputError(f"-every is {args.every}; allowed: a number of seconds >= 0")
-    files = ImageFiles(args.images, leave_out=args.save_pictures, frame_seconds=args.every)
+    has_maps = args.save_heat_maps is not None
+    if has_maps and (args.backend not in ("auto", "eager") or is_export(find_path(args.model))):
+        raise InputError(
+            f"-save_heat_maps of {args.model} on backend {args.backend}; allowed: of a checkpoint, "
+            "run folder or published model on eager (an export gives outputs alone)"
+        )
+    folders = [path for path in (args.save_pictures, args.save_heat_maps) if path is not None]
+    if len(set(map(os.path.realpath, folders))) < len(folders):
+        raise InputError(f"-save_pictures and -save_heat_maps {folders[0]}; allowed: two folders")
+    files = ImageFiles(args.images, leave_out=folders, frame_seconds=args.every)
     is_new = not args.overwrite
     if args.output is not None:
         check_file_target(args.output, RESULTS_SUFFIXES, must_be_new=is_new)
-    if args.save_pictures is not None:
-        check_new_folder(args.save_pictures, is_kept=args.overwrite)
+    for folder in folders:
+        check_new_folder(folder, is_kept=args.overwrite)
     if args.save_grid is not None:
         check_file_target(args.save_grid, tuple(PICTURE_FORMATS), must_be_new=is_new)
         if os.path.exists(args.save_grid):
@@ -150,19 +168,23 @@ def predict(args) -> int:
     config = config_given(args)
     args.model = find_path(args.model)
     total = files.count()
-    predictor = Predictor(
-        args.model, backend=args.backend, config=config, batch_size=args.batch_size
-    )
+    backend = "eager" if has_maps else args.backend
+    predictor = Predictor(args.model, backend=backend, config=config, batch_size=args.batch_size)
     names, topk = predictor.class_names, min(args.topk, predictor.num_classes)
-    drawings = None
-    if args.save_pictures is not None or args.save_grid is not None:
-        drawings = Drawings(names, args.save_pictures, args.save_grid)
+    if has_maps and predictor.transform.image_size <= LAST_STRIDE:
+        raise InputError(
+            f"-save_heat_maps of a network for {predictor.transform.image_size} pixels, whose map "
+            f"has a single position; allowed: for more than {LAST_STRIDE}"
+        )
+    drawings = Drawings(names, args.save_pictures, args.save_grid)
+    heat_maps = Drawings(names, args.save_heat_maps, None)
     predictions = predict_files(
         predictor,
         files,
         topk=topk,
         batch_size=args.batch_size,
-        picture_pixels=0 if drawings is None else 2 * PICTURE_HEIGHT,
+        picture_pixels=2 * PICTURE_HEIGHT if folders or args.save_grid else 0,
+        heat_maps=has_maps,
     )
     summary = Summary()
     with contextlib.ExitStack() as stack:
@@ -174,14 +196,14 @@ def predict(args) -> int:
             summary.add(prediction)
             bar.show(done)
             write(prediction)
-            if drawings is not None and prediction.problem is None:
-                drawings.add(prediction)
+            if prediction.picture is not None:
+                drawings.add(replace(prediction, heat=None))
+                heat_maps.add(prediction)
         if summary.classified == 0:
             raise InputError("nothing could be classified:\n" + "\n".join(summary.problems))
-    if drawings is not None:
-        drawings.finish()
+    drawings.finish()
     print(summary.text(say_passed_over(files.passed_over)), file=sys.stderr)
-    written = [path for path in (args.output, args.save_pictures, args.save_grid) if path]
+    written = [path for path in (args.output, *folders, args.save_grid) if path]
     if written:
         print(f"wrote {', '.join(map(printable, written))}", file=sys.stderr)
     return 1 if summary.skipped else 0

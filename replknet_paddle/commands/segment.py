@@ -74,7 +74,7 @@ def run_segment_predict(args) -> int:
     check_new_folder(args.output, is_kept=args.overwrite)
     model = find_path(args.model)
     predictor = SegmentationPredictor(model, backend=args.backend, config=config)
-    files, problems = ImageFiles(args.images, leave_out=args.output), 0
+    files, problems = ImageFiles(args.images, leave_out=[args.output]), 0
     with Bar("segmentation", total=files.count(), unit="images") as bar:
         for done, prediction in enumerate(predict_files(predictor, files, args.output), start=1):
             problems += prediction.problem is not None

@@ -289,7 +289,7 @@ def task_of(config):
 
 
 def write_evaluation(
-    folder: str, overwrite: bool, outcomes, *, config, class_names, dataset, infer
+    folder: str, overwrite: bool, outcomes, *, config, class_names, dataset, infer, network
 ) -> None:
     """Write the report of an evaluation, whose `outcomes` have the answers image by image."""
     if config.MODEL.TYPE == "UPerNet":
@@ -299,8 +299,18 @@ def write_evaluation(
         return write_segmentation_report(folder, outcomes, overwrite=overwrite, **evaluation)
 
     from replknet_paddle.data.transforms.image import to_rgb
+    from replknet_paddle.deploy.gradcam import LAST_STRIDE, grad_cam, heat_over, last_features
     from replknet_paddle.deploy.report import Evaluated, write_report
+    from replknet_paddle.model import RepLKNet
 
+    def heat(index: int, picture):
+        """Return the picture with what speaks for the class that it was taken for."""
+        with last_features(network) as features:
+            infer(dataset.transform.pixels(picture))
+        (strengths,) = grad_cam(network, features[0], outcomes.classes[index, :1])
+        return heat_over(picture, strengths, dataset.transform)
+
+    has_maps = isinstance(network, RepLKNet) and config.DATA.IMAGE_SIZE > LAST_STRIDE
     evaluated = Evaluated(
         model=config.MODEL.NAME,
         weights=config.MODEL.PRETRAINED,
@@ -310,6 +320,7 @@ def write_evaluation(
         outcomes=outcomes,
         path=dataset.path,
         picture=lambda index: dataset.read(0, index, lambda image, _: to_rgb(image).copy()),
+        heat=heat if has_maps else None,
     )
     write_report(folder, evaluated, overwrite=overwrite)
 

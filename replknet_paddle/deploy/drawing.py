@@ -56,7 +56,7 @@ class Drawings:
             self.cells.append(self.draw(prediction, GRID_HEIGHT))
 
     def draw(self, prediction, height: int) -> Image.Image:
-        """Return the prediction's picture and its classes, `height` pixels high."""
+        """Return the prediction's picture, heat map if any, and classes, `height` pixels high."""
         folder, name = os.path.split(prediction.path)
         return annotate(
             prediction.picture,
@@ -65,6 +65,7 @@ class Drawings:
             caption=os.path.join(os.path.basename(folder), name),
             height=height,
             truth=None if prediction.truth is None else self.class_names[prediction.truth],
+            heat=prediction.heat,
         )
 
     def finish(self) -> None:
@@ -86,19 +87,23 @@ def annotate(
     caption: str,
     height: int = 240,
     truth: str | None = None,
+    heat: Image.Image | None = None,
 ) -> Image.Image:
     """Return `picture` on the left, and a bar for each class on the right, the first one on top.
 
     The result is `height` pixels high and three times as wide. The picture is as large as fits,
     small ones without smoothing, so that their pixels can be seen. Where the true class is known, a
     frame and a line of text say whether the first of `texts` is right, and else both classes.
+    `heat`, the picture with the heat map of this first one over it, goes between them and makes the
+    result wider.
     """
     margin = MARGIN * height // 240
     small, large = height // 16, height // 13  # of the letters
-    canvas = Image.new("RGB", (3 * height, height), "white")
+    width = int(1.4 * height)
+    wider = 0 if heat is None else width + margin
+    canvas = Image.new("RGB", (3 * height + wider, height), "white")
     draw = ImageDraw.Draw(canvas)
 
-    width = int(1.4 * height)
     lines = 1 if truth is None else 2
     tall = height - 2 * margin - 2 * small - (lines - 1) * (small + margin // 2)
     shown = fitted(picture, (width, tall))
@@ -116,8 +121,12 @@ def annotate(
         place = (middle, height - margin - small - margin // 2)
         draw_text(draw, place, verdict, small, colour, room=width, anchor="ms")
     draw_text(draw, (middle, height - margin), caption, small, GREY, room=width, anchor="ms")
+    if heat is not None:
+        canvas.paste(heat.resize(shown.size, Image.Resampling.BICUBIC), (left + wider, top))
+        place, said = (middle + wider, height - margin), f"where it looks for {texts[0]}"
+        draw_text(draw, place, said, small, GREY, room=width, anchor="ms")
 
-    left, right = width + 2 * margin, canvas.width - margin
+    left, right = width + wider + 2 * margin, canvas.width - margin
     row = (height - 2 * margin) / max(len(texts), 5)
     size = min(large, int(row / 2))
     for i, (text, score) in enumerate(zip(texts, scores)):

@@ -41,7 +41,7 @@ class ImageFiles:
     for the files it matches, in sorted order. A film stands for frames of it, where `frame_seconds`
     is given. Anything else is a file, whatever its name.
 
-    `leave_out` is a folder that is not searched. `frame_seconds` lie between the frames of a film:
+    `leave_out` are folders that are not searched. `frame_seconds` lie between the frames of a film:
     0 for all frames, None for no films. `passed_over` counts the suffixes of what the last
     iteration did not take for images.
     """
@@ -50,11 +50,11 @@ class ImageFiles:
         self,
         arguments: Iterable[str],
         *,
-        leave_out: str | None = None,
+        leave_out: Iterable[str] = (),
         frame_seconds: float | None = None,
     ):
         self.arguments = list(arguments)
-        self.leave_out = leave_out
+        self.leave_out = list(leave_out)
         self.frame_seconds = frame_seconds
         self.passed_over: Counter = Counter()
 
@@ -124,11 +124,8 @@ class ImageFiles:
                     yield path, None
 
     def _is_left_out(self, folder: str) -> bool:
-        return (
-            self.leave_out is not None
-            and os.path.exists(self.leave_out)
-            and os.path.samefile(folder, self.leave_out)
-        )
+        there = filter(os.path.exists, self.leave_out)
+        return any(os.path.samefile(folder, path) for path in there)
 
 
 def decode(source) -> Image.Image:

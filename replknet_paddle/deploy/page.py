@@ -26,18 +26,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import paddle
 from PIL import Image
 
 from replknet_paddle.data.dataset import get_dataset
 from replknet_paddle.data.lists import resolve
 from replknet_paddle.data.transforms.image import to_rgb
-from replknet_paddle.data.transforms.pipelines import EvalTransform
-from replknet_paddle.deploy.backends import evaluation_mode
-from replknet_paddle.deploy.drawing import HEAT_COLOURS, fitted, overlay
+from replknet_paddle.deploy.drawing import HEAT_COLOURS, fitted
+from replknet_paddle.deploy.gradcam import LAST_STRIDE, SHOWN_PIXELS, heat_over
 from replknet_paddle.deploy.images import decode
-from replknet_paddle.deploy.predict import Predictor, probabilities
-from replknet_paddle.model import RepLKNet
+from replknet_paddle.deploy.predict import Predictor
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.packages import import_extra
 from replknet_paddle.zoo import find_record, is_published
@@ -46,10 +43,8 @@ ADDRESS = "127.0.0.1"
 CLASSES_SHOWN = 5
 EXAMPLES = 6
 PICTURE_HEIGHT = 420  # pixels, of which Gradio's buttons take 42
-LAST_STRIDE = 32  # pixels of the network's input for a position of its last stage
 MAX_UPLOAD_BYTES = 200 * 2**20
 ORIENTATION = 0x0112  # EXIF's entry; 1 is upright
-SHOWN_PIXELS = (384, 1600)  # least and most of a heat map's longer side
 THUMBNAIL_PIXELS = 96
 UPLOADS = "replknet-page-{}-uploads"
 
@@ -108,19 +103,16 @@ class Look:
 
 
 def look(predictor: Predictor, path: str) -> Look:
-    """Return the classes of a picture, and where the network looks, unless it is an export.
-    InputError: it cannot be decoded, or the outputs are not finite."""
+    """Return the classes of a picture, and where the network looks, unless it is an export or its
+    map has a single position. InputError: it cannot be decoded, or the outputs are not finite."""
     image = decode(path)
     transform = predictor.transform
     array, seen, heat = transform(image)[None], transform.pixels(image), None
-    network = predictor.backend.network
-    if network is None:
+    if predictor.backend.network is None or transform.image_size <= LAST_STRIDE:
         scores = predictor.scores(array)[0]
     else:
-        logits, strengths = grad_cam(network, array)
-        scores = probabilities(logits[None], "eager")[0]
-        if transform.image_size > LAST_STRIDE:  # else a single position
-            heat = heat_over(to_rgb(image), strengths, transform)
+        (scores,), (strengths,) = predictor.scores_and_heat(array)
+        heat = heat_over(to_rgb(image), strengths, transform)
     names = distinct(predictor.class_names)
     top = np.argsort(-scores, kind="stable")[:CLASSES_SHOWN]
     classes = {names[label]: float(scores[label]) for label in top}
@@ -134,70 +126,6 @@ def distinct(names: Sequence[str]) -> list[str]:
     """Return `names`, with their number where classes share a name, as two of ImageNet's do."""
     counts = Counter(names)
     return [name if counts[name] == 1 else f"{name} ({i})" for i, name in enumerate(names)]
-
-
-@paddle.no_grad()
-def grad_cam(
-    network: RepLKNet, image: np.ndarray, label: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the logits of one image, and what speaks for a class where, by Grad-CAM (arXiv
-    1610.02391) on the output of the last stage.
-
-    Grad-CAM weighs each channel of a map by the mean, over positions, of the gradient of a class's
-    logit, sums the channels and keeps what is positive (equations 1 and 2 of the paper). Behind the
-    last stage there are only batch norm, a mean over positions and a linear layer here, so these
-    gradients are the same for every image and are known: for channel k of a map of h x w positions,
-
-        head.weight[k, class] * norm.weight[k] / sqrt(norm._variance[k] + epsilon) / (h * w)
-
-    No backward pass is needed, and the map costs no more than the prediction.
-
-    Args:
-        network: a classifier; it is used in evaluation mode, and left in the mode it was in.
-        image: (1, 3, H, W) float32, preprocessed.
-        label: the class; None for the one with the largest logit.
-
-    Returns:
-        Logits (num_classes,), and the map (H / 32, W / 32), rounded up: float32, >= 0, in units of
-        the logit; all zeros where nothing speaks for the class.
-    """
-    with evaluation_mode(network):
-        features = network.forward_stages(paddle.to_tensor(image))[-1]  # (1, C, h, w)
-        logits = network.forward_head(network.norm(features))[0]
-    label = int(logits.argmax()) if label is None else label
-    norm = network.norm
-    scale = norm.weight / paddle.sqrt(norm._variance + norm._epsilon)
-    positions = features.shape[2] * features.shape[3]
-    weights = network.head.weight[:, label] * scale / positions  # (C,)
-    heat = paddle.nn.functional.relu((features[0] * weights.reshape([-1, 1, 1])).sum(axis=0))
-    return logits.numpy(), heat.numpy()
-
-
-def heat_over(picture: Image.Image, heat: np.ndarray, transform: EvalTransform) -> Image.Image:
-    """Return a picture, RGB, with the map of `grad_cam` over what the network saw of it, and the
-    rest pale, at the picture's own resolution within `SHOWN_PIXELS`.
-
-    All convolutions of stride 2 have odd kernels and the same padding on either side. So position i
-    of the map is centred on the network's pixel 32 i, and the first one on the edge, not on the
-    middle of 32 pixels. Between positions, strengths are interpolated linearly.
-    """
-    left, top, right, bottom = transform.region(*picture.size)
-    longer = min(max(max(picture.size), SHOWN_PIXELS[0]), SHOWN_PIXELS[1])
-    shown = fitted(picture, (longer, longer)) if longer != max(picture.size) else picture
-
-    def along(length: int, shown_length: int, start: float, end: float, positions: int):
-        """For each pixel shown along an axis: the weights of the positions, and whether the network
-        saw it."""
-        place = (np.arange(shown_length) + 0.5) * length / shown_length  # in the picture's pixels
-        place = (place - start) / (end - start) * transform.image_size  # in the network's
-        at = (place - 0.5) / LAST_STRIDE
-        weights = [np.interp(at, np.arange(positions), one) for one in np.eye(positions)]
-        return np.stack(weights, axis=1), (place >= 0) & (place < transform.image_size)
-
-    rows, rows_seen = along(picture.height, shown.height, top, bottom, heat.shape[0])
-    columns, columns_seen = along(picture.width, shown.width, left, right, heat.shape[1])
-    strength = rows @ (heat / max(heat.max(), np.finfo(np.float32).tiny)) @ columns.T
-    return overlay(shown, strength, rows_seen[:, None] & columns_seen)
 
 
 def heat_html(result: Look) -> str:

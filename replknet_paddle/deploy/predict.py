@@ -23,6 +23,7 @@ from yacs.config import CfgNode
 from replknet_paddle.data.transforms import build_eval_transform
 from replknet_paddle.data.transforms.image import to_rgb
 from replknet_paddle.deploy.backends import Backend, open_backend
+from replknet_paddle.deploy.gradcam import grad_cam, heat_over, last_features
 from replknet_paddle.deploy.images import Frame, decode
 from replknet_paddle.model import RepLKNet
 from replknet_paddle.runtime.errors import InputError
@@ -46,6 +47,7 @@ class Prediction:
         labels: the most probable classes, the first one first.
         scores: their probabilities.
         picture: the picture, RGB, reduced to fit the size that was asked for, if one was.
+        heat: this picture with the heat map of the first class over it, if one was asked for.
         problem: why there is no prediction; None where there is one.
         truth: the class that the file's folder is named as, where the model brings class names.
     """
@@ -54,6 +56,7 @@ class Prediction:
     labels: tuple[int, ...] = ()
     scores: tuple[float, ...] = ()
     picture: Image.Image | None = None
+    heat: Image.Image | None = None
     problem: str | None = None
     truth: int | None = None
 
@@ -134,6 +137,14 @@ class Predictor:
         """Return the probabilities (N, num_classes), float32, of preprocessed images (N, 3, H, W);
         InputError: the network's outputs are not finite."""
         return probabilities(self.backend.run(images), self.backend.name)
+
+    def scores_and_heat(self, images: NDArray[np.float32]) -> tuple[np.ndarray, np.ndarray]:
+        """Return what `scores` returns, and the maps of `grad_cam`, (N, H / 32, W / 32), of each
+        image's most probable class; on the backend `eager` alone."""
+        network = self.backend.network
+        with last_features(network) as features:
+            scores = self.scores(images)
+        return scores, grad_cam(network, features[0], scores.argmax(axis=1))
 
 
 def probabilities(logits: np.ndarray, backend: str) -> np.ndarray:
@@ -216,12 +227,13 @@ def predict_files(
     topk: int,
     batch_size: int = BATCH_SIZE,
     picture_pixels: int = 0,
+    heat_maps: bool = False,
 ) -> Iterator[Prediction]:
     """Yield a `Prediction` of the first `topk` classes for each of any number of `ImageFiles`, in
     their order and in constant memory, with a `problem` for what cannot be read.
 
     Threads decode the next files (Pillow lets go of Python's lock) while the network runs. Pictures
-    are kept with sides of at most `picture_pixels`; 0 for none.
+    are kept with sides of at most `picture_pixels`, 0 for none; `heat_maps` over them need `eager`.
     """
 
     def read(file: tuple[str, str | None] | Frame):
@@ -239,17 +251,25 @@ def predict_files(
 
     def results(batch: list) -> Iterator[Prediction]:
         arrays = [array for _, array in batch if array is not None]
-        scores = iter(predictor.scores(np.stack(arrays)) if arrays else ())
+        scores, maps = (), ()
+        if arrays and heat_maps:
+            scores, maps = predictor.scores_and_heat(np.stack(arrays))
+        elif arrays:
+            scores = predictor.scores(np.stack(arrays))
+        scores, maps = iter(scores), iter(maps)
         for prediction, array in batch:
             if array is None:
                 yield prediction
                 continue
-            of_image = next(scores)
+            of_image, heat = next(scores), None
+            if heat_maps:
+                heat = heat_over(prediction.picture, next(maps), predictor.transform)
             labels = np.argsort(-of_image, kind="stable")[:topk]
             yield replace(
                 prediction,
                 labels=tuple(int(label) for label in labels),
                 scores=tuple(float(of_image[label]) for label in labels),
+                heat=heat,
             )
 
     threads = min(os.cpu_count() or 1, MAX_DECODERS)

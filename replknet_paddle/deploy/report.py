@@ -56,6 +56,7 @@ td:has(meter) { white-space: nowrap; }
 img { max-width: 100%; } figure { margin: 0 0 1rem; }
 .mistakes { display: grid; gap: 1rem;
             grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)); }
+.mistakes.wide { grid-template-columns: repeat(auto-fill, minmax(min(32rem, 100%), 1fr)); }
 figcaption { color: #555; font-size: .9rem; overflow-wrap: anywhere; }
 """
 
@@ -76,6 +77,7 @@ class Evaluated:
     outcomes: Outcomes
     path: Callable[[int], str]  # of the image at an index in the list
     picture: Callable[[int], Image.Image]  # RGB, as the network sees it
+    heat: Callable[[int, Image.Image], Image.Image] | None = None  # the same, under its heat map
 
 
 def write_report(
@@ -275,22 +277,27 @@ def _mistakes(folder: Path, evaluated: Evaluated) -> str:
     for number, index in enumerate(outcomes.confident_mistakes(MISTAKES), start=1):
         truth, path = names[outcomes.labels[index]], evaluated.path(index)
         texts = [names[label] for label in outcomes.classes[index]]
+        picture, heat = evaluated.picture(index), None
+        said = f"is {truth}; taken for {texts[0]} ({100 * outcomes.scores[index, 0]:.1f} %)"
+        if evaluated.heat is not None and np.isfinite(outcomes.scores[index, 0]):
+            heat = evaluated.heat(index, picture)
+            said += f"; beside it, where the network looks for {texts[0]}"
         drawn = annotate(
-            evaluated.picture(index),
+            picture,
             texts,
             outcomes.scores[index].tolist(),
             caption=os.path.basename(path),
             height=PICTURE_HEIGHT,
             truth=truth,
+            heat=heat,
         )
-        said = f"is {truth}; taken for {texts[0]} ({100 * outcomes.scores[index, 0]:.1f} %)"
         figures.append(mistake_figure(folder, number, drawn, said, path))
     if not figures:
         return ""
     return (
         "<h2>Most confident mistakes</h2><p>Look at these first: often the label is wrong. "
         "Pictures are shown as the network sees them.</p>"
-        f'<div class="mistakes">{"".join(figures)}</div>'
+        f'<div class="mistakes{" wide" if evaluated.heat else ""}">{"".join(figures)}</div>'
     )
 
 

@@ -75,9 +75,9 @@ def run(
         task: what the network is for: this one, or another class with its methods.
         open_network: config -> what to evaluate instead of the network in Paddle's eager mode, with
             the weights of MODEL.PRETRAINED: a layer with the network's inputs and outputs.
-        report: (metrics, config=, class_names=, dataset=, infer=), called on rank 0 with what an
-            evaluation found, also of each image in the order of the dataset, and with the function
-            that gives the outputs for pixels (H, W, 3) uint8 once more.
+        report: (metrics, config=, class_names=, dataset=, infer=, network=), called on rank 0 with
+            what an evaluation found, also of each image in the order of the dataset, with what was
+            evaluated, and with the function that gives its outputs for pixels (H, W, 3) uint8.
 
     Raises:
         InputError, FileNotFoundError: what the configuration names cannot be used.
@@ -161,7 +161,8 @@ def run_evaluation(
             return inference(loader.finish(to_device(pixels[None])))
 
     if report is not None and processes.rank() == 0:
-        report(metrics, config=config, class_names=class_names, dataset=loader.dataset, infer=infer)
+        of_run = dict(config=config, class_names=class_names, dataset=loader.dataset)
+        report(metrics, **of_run, infer=infer, network=model)
 
 
 def build_precision(config) -> Precision:

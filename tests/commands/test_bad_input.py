@@ -198,6 +198,13 @@ CASES = [
     ("predict {p} {p}", "{p}"),
     ("predict {f}/exported {p} -cfg={f}/tiny.yaml", "an export, which is as it was made"),
     ("predict {f}/exported {p} -opts SEED 1", "an export, which is as it was made"),
+    ("predict {f}/exported nowhere.png -save_heat_maps=maps", "of {f}/exported on backend auto; "),
+    *[(f"predict {{f}}/made {line}", says) for line, says in (
+        ("nowhere.png -save_heat_maps=maps -backend=onnxruntime", "on backend onnxruntime; "),
+        ("{p} -save_heat_maps=maps", "for 32 pixels, whose map has a single position; "),
+        ("{p} -save_heat_maps=drawn", "-save_pictures and -save_heat_maps drawn; allowed: two"),
+        ("{p} -save_heat_maps=data", "folder data is not empty"),
+    )],
     ("predict {f}/tiny.yaml {p}", "no weights: MODEL.PRETRAINED is None; name a checkpoint, a run"),
     ("predict {f}/tiny.yaml {p} -cfg={f}/other.yaml", "-cfg {f}/other.yaml; allowed: one"),
     ("eval {f}/made -pretrained={f}/other -data_path={f}/data", "allowed: one of them"),

@@ -6,10 +6,15 @@ import re
 
 import numpy as np
 import pytest
-from harness import finish, finish_ranks, metrics
+from harness import finish, finish_ranks, make_run, metrics
+from tiny import command, make_data
 
 from replknet_paddle.checkpoints.files import write_safetensors
 from replknet_paddle.checkpoints.load import load_state
+from replknet_paddle.deploy import Predictor
+from replknet_paddle.deploy.drawing import annotate
+from replknet_paddle.deploy.page import look
+from replknet_paddle.zoo import open_network
 
 pytest_plugins = ["harness"]
 
@@ -82,6 +87,31 @@ def test_two_processes_write_the_same_report(reported, straight, tiny_data, tmp_
         assert one.read_bytes() == two.read_bytes(), name
     pictures = [sorted(os.listdir(f / "report" / "mistakes")) for f in (reported, tmp_path)]
     assert pictures[0] == pictures[1]
+
+
+def test_mistakes_have_the_pages_heat_map_of_what_they_were_taken_for(tmp_path, monkeypatch):
+    make_data(tmp_path, train=4, val=12)
+    run, drawn = make_run(tmp_path, image_size=64), []
+
+    def noting(picture, texts, scores, *, heat, truth, **options):
+        drawn.append((texts[0], truth, heat))
+        return annotate(picture, texts, scores, heat=heat, truth=truth, **options)
+
+    monkeypatch.setattr("replknet_paddle.deploy.report.annotate", noting)
+    flags = [str(run), f"-data_path={tmp_path}", "-nproc=1"]
+    assert command("eval")([*flags, f"-report={tmp_path / 'report'}"]) == 0
+    page = (tmp_path / "report" / "report.html").read_text()
+    paths = re.findall(r"<bdi>(val/class \d/\d+\.jpg)</bdi>", page)
+    assert len(paths) == len(drawn) > 3
+    predictor = Predictor(open_network(run), backend="eager")
+    for (taken_for, truth, heat), path in zip(drawn, paths):
+        looked = look(predictor, tmp_path / path)
+        assert next(iter(looked.classes)) == taken_for != truth
+        assert looked.heat.tobytes() == heat.tobytes() and len(set(heat.getdata())) > 100
+        assert f"; beside it, where the network looks for {taken_for}</bdi>" in page
+    drawn.clear()
+    assert command("eval")([*flags, "-backend=paddle", f"-report={tmp_path / 'outputs'}"]) == 0
+    assert len(drawn) == len(paths) and not any(heat for *_, heat in drawn)
 
 
 def test_other_backends_report_too(reported, straight, tiny_data, tmp_path):

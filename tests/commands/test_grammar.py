@@ -281,6 +281,7 @@ TARGETS = {
     "predict": f"run {PICTURE} -backend=eager -output=new.jsonl",
     "predict ": f"run {PICTURE} -backend=eager -save_grid=new.png",
     "predict  ": f"run {PICTURE} -backend=eager -save_pictures=new",
+    "predict   ": f"run {PICTURE} -save_heat_maps=new -opts DATA.IMAGE_SIZE 64",
     "eval": "run -data_path=data -nproc=1 -report=new",
     "merge": "run -output=new.safetensors",
     "convert": "run -o new.pdparams",

@@ -14,8 +14,11 @@ from PIL import Image
 from tiny import FIXTURES, ROOT, command
 
 from replknet_paddle import deploy
-from replknet_paddle.deploy.drawing import RIGHT, WRONG
+from replknet_paddle.deploy.drawing import RIGHT, WRONG, annotate, save
 from replknet_paddle.deploy.export import ModelInfo
+from replknet_paddle.deploy.gradcam import grad_cam, heat_over, last_features
+from replknet_paddle.deploy.images import decode
+from replknet_paddle.deploy.page import look
 from replknet_paddle.zoo import open_network
 
 main = command("predict")
@@ -154,6 +157,37 @@ def test_saved_pictures_are_one_for_each_and_touch_no_input(run_folder, photos, 
         assert image.size == (3 * 480, 160)
         cells = np.split(np.asarray(image.convert("L")), 3, axis=1)
     assert all(cell[:, :240].std() > 20 for cell in cells)  # pictures, rather than white
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_heat_maps_are_the_pages_and_change_no_prediction(photos, tmp_path, batch_size):
+    run, maps = make_run(tmp_path, image_size=64, classes=9), photos / "maps"
+    for name, flag in (("bare", "-backend=eager"), ("mapped", f"-save_heat_maps={maps}")):
+        flags = [flag, f"-batch_size={batch_size}", f"-output={tmp_path / name}.jsonl"]
+        assert main([str(run), str(photos), *flags]) == 1
+    assert (tmp_path / "bare.jsonl").read_bytes() == (tmp_path / "mapped.jsonl").read_bytes()
+    answers = [one for one in records(tmp_path / "mapped.jsonl") if "pred_label" in one]
+    predictor = deploy.Predictor(run, backend="eager")
+    for number, record in enumerate(answers, start=1):
+        path, picture = Path(record["path"]), decode(record["path"])
+        with last_features(predictor.backend.network) as features:
+            predictor.scores(predictor.preprocess(path)[None])
+        label = np.array([record["pred_label"]])
+        (of_label,) = grad_cam(predictor.backend.network, features[0], label)
+        heat = heat_over(picture.convert("RGB"), of_label, predictor.transform)
+        assert heat.tobytes() == look(predictor, path).heat.tobytes()
+        drawn = annotate(
+            picture,
+            [entry["class"] for entry in record["topk"]],
+            [entry["score"] for entry in record["topk"]],
+            caption=f"{path.parent.name}/{path.name}",
+            height=480,
+            heat=heat,
+        )
+        save(drawn, tmp_path / "expected.jpg")
+        found = (maps / f"{number:06d}_{path.stem}.jpg").read_bytes()
+        assert found == (tmp_path / "expected.jpg").read_bytes()
+    assert number == len(os.listdir(maps)) == 3
 
 
 def test_folders_named_as_classes_say_what_is_right(run_folder, tmp_path, capsys):

@@ -4,7 +4,7 @@ import numpy as np
 import paddle
 import pytest
 
-from replknet_paddle.deploy.page import grad_cam
+from replknet_paddle.deploy.gradcam import grad_cam, last_features
 from replknet_paddle.model import RepLKNet
 
 pytestmark = pytest.mark.paddle_version
@@ -41,6 +41,14 @@ def image():
     return np.random.default_rng(4).normal(0, 1, (1, 3, 96, 64)).astype("float32")
 
 
+def heat_map(network, image, label):
+    """The map of one image and one class."""
+    with last_features(network) as features:
+        network(paddle.to_tensor(image))
+    (heat,) = grad_cam(network, features[0], np.array([label]))
+    return heat
+
+
 def head(network, features):
     """What the network does after its last stage."""
     return network.head(network.norm(features).mean(axis=[2, 3]))
@@ -51,7 +59,7 @@ def assert_same_maps(network, image, expected):
     assert sum(one.max() > 0 for one in expected) >= 2
     assert any(np.ptp(one) > 0.1 * one.max() > 0 for one in expected)
     for label, one in enumerate(expected):
-        heat = grad_cam(network, image, label)[1]
+        heat = heat_map(network, image, label)
         assert heat.shape == (3, 2) and heat.dtype == np.float32
         np.testing.assert_allclose(heat, one, rtol=1e-3, atol=1e-5 * one.max())
 
@@ -91,12 +99,19 @@ def test_its_weights_are_finite_differences_of_the_logit(network, image):
     assert_same_maps(network, image, np.maximum(maps, 0))
 
 
-def test_the_logits_are_the_networks_and_the_class_their_largest(network, image):
-    logits, heat = grad_cam(network, image)
-    with paddle.no_grad():
-        expected = network(paddle.to_tensor(image))[0].numpy()
-    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(heat, grad_cam(network, image, int(expected.argmax()))[1])
+def test_maps_of_a_batch_are_those_of_its_images_each_of_its_own_class(network, image):
+    images = np.concatenate([image, -image, image[..., ::-1]])
+    with last_features(network) as features:
+        network(paddle.to_tensor(images))
+    network(paddle.to_tensor(image))  # which it no longer sees
+    assert len(features) == 1
+    labels = np.array([4, 0, 4])
+    maps = grad_cam(network, features[0], labels)
+    assert maps.shape == (3, 3, 2) and maps[0].max() > 0 and not np.allclose(maps[0], maps[2])
+    for one, alone, label in zip(maps, images, labels):
+        np.testing.assert_allclose(one, heat_map(network, alone[None], label), rtol=1e-4, atol=1e-6)
+    halved = grad_cam(network, features[0].astype("bfloat16"), labels)  # as AMP has them
+    np.testing.assert_allclose(halved, maps, rtol=0.05, atol=0.05 * maps.max())
 
 
 def test_a_class_that_nothing_speaks_for_has_a_map_of_zeros(network, image):
@@ -109,19 +124,6 @@ def test_a_class_that_nothing_speaks_for_has_a_map_of_zeros(network, image):
     against[:, 2] = -sign * one_sign * np.sign(network.norm.weight.numpy())
     network.head.weight.set_value(against)
     try:
-        assert np.array_equal(grad_cam(network, image, 2)[1], np.zeros((3, 2), "float32"))
+        assert np.array_equal(heat_map(network, image, 2), np.zeros((3, 2), "float32"))
     finally:
         network.head.weight.set_value(weight)
-
-
-def test_it_leaves_a_network_in_the_mode_and_state_it_was_in(network, image):
-    before = {name: value.numpy().copy() for name, value in network.state_dict().items()}
-    network.train()
-    try:
-        in_training = grad_cam(network, image, 0)[1]
-        assert network.training and network.norm.training
-    finally:
-        network.eval()
-    np.testing.assert_array_equal(in_training, grad_cam(network, image, 0)[1])
-    for name, value in network.state_dict().items():
-        np.testing.assert_array_equal(value.numpy(), before[name])

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import paddle
 import pytest
 from harness import free_ports, make_run
 from PIL import Image
@@ -22,15 +23,14 @@ from tiny import FIXTURES, command, make_data
 
 from replknet_paddle.config import get_config, update_config
 from replknet_paddle.data.transforms import build_eval_transform
-from replknet_paddle.deploy import page
 from replknet_paddle.deploy.drawing import overlay
 from replknet_paddle.deploy.export import ModelInfo, export_model
+from replknet_paddle.deploy.gradcam import grad_cam, last_features
 from replknet_paddle.deploy.images import decode
 from replknet_paddle.deploy.page import (
     OwnRequestsOnly,
     describe,
     distinct,
-    grad_cam,
     heat_html,
     look,
     make_upload_folder,
@@ -88,9 +88,9 @@ def test_the_peak_of_the_map_lies_on_the_pixel_that_its_position_is_centred_on(
     """Position (1, 2) of the map belongs to pixel (32, 64) of the network's input. So a dot that is
     painted where the map peaks over a plain picture is what the network sees at that pixel."""
     predictor.transform = replace(predictor.transform, image_size=160, mode=mode, crop_pct=crop_pct)
-    heat = np.zeros((5, 5), np.float32)
-    heat[1, 2] = 7
-    monkeypatch.setattr(page, "grad_cam", lambda *_: (np.zeros(9, np.float32), heat))
+    heat = np.zeros((1, 5, 5), np.float32)
+    heat[0, 1, 2] = 7
+    monkeypatch.setattr(predictor, "scores_and_heat", lambda _: (np.zeros((1, 9)), heat))
 
     def looked(picture):
         picture.save(tmp_path / "picture.png")
@@ -111,8 +111,8 @@ def test_the_peak_of_the_map_lies_on_the_pixel_that_its_position_is_centred_on(
 def test_what_the_crop_leaves_out_is_pale_and_nothing_else(predictor, monkeypatch, mode, tmp_path):
     """A network for 96 pixels sees the middle 87.5 % of the short side's length."""
     predictor.transform = replace(predictor.transform, image_size=98, mode=mode, crop_pct=0.875)
-    cold = np.zeros(9, np.float32), np.zeros((4, 4), np.float32)
-    monkeypatch.setattr(page, "grad_cam", lambda *_: cold)
+    cold = np.zeros((1, 9), np.float32), np.zeros((1, 4, 4), np.float32)
+    monkeypatch.setattr(predictor, "scores_and_heat", lambda _: cold)
     Image.new("RGB", (800, 448)).save(tmp_path / "black.png")
     drawn = np.asarray(look(predictor, tmp_path / "black.png").heat).sum(axis=2)
     rows, columns = np.nonzero(drawn == 0)
@@ -132,12 +132,18 @@ def test_positions_of_the_map_are_centred_on_every_32nd_pixel(network):
             for axis in (2, 3):
                 parameter.set_value((parameter + parameter.flip([axis])) / 2)
     image = np.random.default_rng(0).normal(0, 1, (1, 3, 65, 65)).astype("float32")
-    maps = [grad_cam(network, image, label)[1] for label in range(9)]
+
+    def heat_map(pixels, label):
+        with last_features(network) as features:
+            network(paddle.to_tensor(pixels))
+        return grad_cam(network, features[0], np.array([label]))[0]
+
+    maps = [heat_map(image, label) for label in range(9)]
     label = int(np.argmax([np.ptp(heat) for heat in maps]))
     heat = maps[label]
     assert heat.shape == (3, 3) and np.ptp(heat) > 0.01 * heat.max() > 0
     for axis in (0, 1):
-        mirrored = grad_cam(network, np.flip(image, axis + 2).copy(), label)[1]
+        mirrored = heat_map(np.flip(image, axis + 2).copy(), label)
         np.testing.assert_allclose(np.flip(mirrored, axis), heat, rtol=1e-3)
 
 

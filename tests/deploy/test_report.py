@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -148,6 +149,14 @@ def test_pictures_are_what_they_say(report):
         assert min(matrix.size) > 250
     for path in (report / "mistakes").iterdir():
         assert Image.open(path).size == (720, 240)
+
+
+def test_an_answer_that_is_nan_has_no_heat_map(tmp_path):
+    evaluated = evaluated_of([(0, 1, 2, 0.6, 0.3), (0, 2, 1, np.nan, np.nan)])
+    evaluated = replace(evaluated, heat=lambda index, picture: picture.resize((384, 256)))
+    write_report(tmp_path / "new", evaluated)
+    drawn = sorted((tmp_path / "new" / "mistakes").iterdir())
+    assert [Image.open(path).size for path in drawn] == [(720 + 336 + 12, 240), (720, 240)]
 
 
 @pytest.mark.parametrize("classes", [3, 60])
