@@ -120,8 +120,8 @@ class ImageFiles:
         if self.is_list(argument):
             found = "" if first_problem is None else f"; {first_problem}"
             return InputError(
-                f"no image in the list {argument}{found}. A list has a line for each image: its path "
-                "below the list's folder, a space and its label"
+                f"no image in the list {argument}{found}. A list has a line for each image: its "
+                "path below the list's folder, a space and its label"
             )
         if not os.path.isdir(argument):
             if glob.has_magic(argument):
