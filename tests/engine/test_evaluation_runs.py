@@ -51,9 +51,6 @@ def test_evaluation_of_a_checkpoint_gives_what_training_recorded(
     assert metrics(tmp_path / "run")[0]["val_loss"] == metrics(straight)[-1][f"{prefix}_loss"]
 
 
-# ---- the best checkpoint by another figure than top-1
-
-
 @pytest.fixture(scope="module")
 def two_classes(tiny_data, tmp_path_factory):
     """The data with the brightest of its four classes against the rest."""
@@ -77,12 +74,8 @@ def by_auc(two_classes, tiny_config_file, tmp_path_factory):
 def test_best_is_the_checkpoint_of_the_figure_that_is_asked_for(by_auc):
     def best_by(figure: str) -> tuple:
         """The highest value, minus its epoch, whether the weights are raw: the first of equals."""
-        prefixes = ("val", "val_ema")
-        return max(
-            (r[f"{prefix}_{figure}"], -r["epoch"], prefix == "val")
-            for r in metrics(by_auc)
-            for prefix in prefixes
-        )
+        kinds = [(r, prefix) for r in metrics(by_auc) for prefix in ("val", "val_ema")]
+        return max((r[f"{prefix}_{figure}"], -r["epoch"], prefix == "val") for r, prefix in kinds)
 
     auc, epoch, is_raw = best_by("roc_auc")
     assert epoch != best_by("top1_percent")[1]  # so that the flag matters
