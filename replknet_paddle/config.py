@@ -283,6 +283,7 @@ _FLAGS = {
     "pretrained": ["MODEL.PRETRAINED"],
     "resume": ["MODEL.RESUME"],
     "last_epoch": ["TRAIN.LAST_EPOCH"],
+    "best_by": ["TRAIN.BEST_BY"],
     "eval": ["EVAL"],
     "amp": ["AMP"],
 }

@@ -121,6 +121,13 @@ def optional(rule: Rule) -> Rule:
 
 probability = number(0, 1)
 
+# What TRAIN.BEST_BY may be besides top1, as metrics.jsonl has them behind `val_`.
+CLASS_FIGURES = (
+    "balanced_accuracy",
+    *(f"{mean}_{of}" for mean in ("macro", "weighted") for of in ("precision", "recall", "f1")),
+)
+TWO_CLASS_FIGURES = ("roc_auc", "average_precision")
+
 # Keys with one value, which no configuration holds: PaddleViT's, and options of 0.1 and 0.2 that
 # are gone. They are accepted in files and flags, and reported where they ask for something else.
 FIXED_KEYS: dict[str, tuple[Any, Rule]] = {
@@ -212,6 +219,8 @@ KEYS: dict[str, tuple[Any, Rule]] = {
     "TRAIN.OPTIMIZER.BETAS": ([0.9, 0.999], several(number(0, 0.999999), 2)),
     "TRAIN.MODEL_EMA": (True, boolean()),  # keep and evaluate a moving average of the weights
     "TRAIN.MODEL_EMA_DECAY": (0.9999, number(0, 0.9999999)),  # per optimizer step
+    "TRAIN.BEST_BY": ("top1", choice("top1", *CLASS_FIGURES, *TWO_CLASS_FIGURES)),  # (+) figure of
+    # an evaluation by which RUN/best and the better weights are chosen; segmentation has its mIoU
     "TRAIN.CROP_SCALE": ([0.08, 1.0], several(number(1e-4, 1), 2)),  # (+) area of a random crop
     "TRAIN.CROP_RATIO": ([3 / 4, 4 / 3], several(number(0.01, 100), 2)),  # (+) width over height
     "TRAIN.HFLIP_PROB": (0.5, probability),  # (+) horizontal flip
@@ -324,6 +333,7 @@ SEGMENTATION_CONTRADICTIONS: list[Contradiction] = [
     (("MODEL.OUT_INDICES",), lambda stages: stages != [0, 1, 2, 3], f"{_HERE}[0, 1, 2, 3]"),
     (("MODEL.NUM_CLASSES",), lambda count: not 2 <= (count or 0) <= 255, f"{_HERE}2 to 255"),
     (("TRAIN.LAYER_DECAY",), lambda decay: decay is not None, f"{_HERE}None"),
+    (("TRAIN.BEST_BY",), lambda by: by != "top1", f"{_HERE}top1, which stands for the mIoU there"),
     (("TRAIN.WARMUP_EPOCHS",), bool, f"{_HERE}0; SEGMENTATION.WARMUP_STEPS sets the warm-up"),
     (
         ("SEGMENTATION.WARMUP_STEPS", _EPOCHS, "SEGMENTATION.EPOCH_STEPS"),

@@ -308,6 +308,7 @@ UPERNET = "MODEL: {TYPE: UPerNet, OUT_INDICES: [0, 1, 2, 3], NUM_CLASSES: 9, %s}
         ("TRAIN: {CROP_SCALE: [1.0, 0.5]}", "TRAIN.CROP_SCALE is [1.0, 0.5]; allowed: the smaller"),
         ("TRAIN: {CUTMIX_MINMAX: [0.8, 0.2]}", "TRAIN.CUTMIX_MINMAX is [0.8, 0.2]"),
         (UPERNET % ("", "WARMUP_EPOCHS: 0, LAYER_DECAY: 0.9", ""), "LAYER_DECAY is 0.9; allowed"),
+        (UPERNET % ("", "WARMUP_EPOCHS: 0, BEST_BY: macro_f1", ""), "UPerNet: top1, which stands"),
         (UPERNET % ("", "WARMUP_EPOCHS: 1", ""), "UPerNet: 0; SEGMENTATION.WARMUP_STEPS sets"),
         (
             UPERNET.replace("9", "None") % ("", "WARMUP_EPOCHS: 0", ""),
@@ -460,6 +461,7 @@ ALL_FLAGS = {
     "pretrained": ("w.pdparams", {"MODEL.PRETRAINED": "w.pdparams"}),
     "resume": ("run/last", {"MODEL.RESUME": "run/last"}),
     "last_epoch": ("5", {"TRAIN.LAST_EPOCH": 5}),
+    "best_by": ("macro_f1", {"TRAIN.BEST_BY": "macro_f1"}),
     "eval": (True, {"EVAL": True}),
     "amp": (True, {"AMP": True}),
 }

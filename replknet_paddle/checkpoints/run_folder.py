@@ -103,9 +103,9 @@ class Progress:
     batch_size: int = 0  # images of a forward pass on all processes
     accum_iter: int = 0  # forward passes of an optimizer step
     step: int = 0  # optimizer steps done in all, however many an epoch had when they were done
-    best_score: float = -1.0  # best top-1 accuracy (mIoU in segmentation), percent, EMA or not
+    best_score: float = -1.0  # best figure of TRAIN.BEST_BY (mIoU in segmentation), percent
     best_checkpoint: str = ""  # name of the file that had it
-    better_weights: str = "model"  # or "model_ema", by the accuracy in the latest evaluation
+    better_weights: str = "model"  # or "model_ema", by that figure in the latest evaluation
     epoch_sums: tuple[float, float] = (0.0, 0.0)  # loss times images, images; of this epoch so far
     record: dict = field(default_factory=dict)  # of metrics.jsonl, of an epoch yet to be evaluated
 

@@ -52,6 +52,7 @@ FLAGS = {
             "checkpoint or run folder to continue; auto: the newest whole checkpoint of -output",
         ),
         ("last_epoch", "N", "epochs that the -pretrained weights were trained for"),
+        ("best_by", "FIGURE", "by which best is chosen: top1, macro_f1, ...; docs/training.md"),
         ("eval", None, "evaluate -pretrained and stop"),
     ],
     "weights and results": [

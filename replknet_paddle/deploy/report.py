@@ -1,7 +1,7 @@
 """A report of an evaluation: one page of HTML that needs nothing else, and its tables and pictures.
 
 DIR/report.html            everything below in one file, pictures included
-DIR/per_class.csv          images, right ones and accuracy of each class
+DIR/per_class.csv          images, right ones, accuracy, precision and F1 of each class
 DIR/confusion_matrix.csv   images by true class (row) and predicted class (column)
 DIR/confusion_matrix.png
 DIR/mistakes/              the wrong answers of the largest probability, drawn
@@ -21,6 +21,7 @@ from PIL import Image
 
 from replknet_paddle.analysis.outcomes import Outcomes
 from replknet_paddle.analysis.plots import new_figure, readable, save_figure
+from replknet_paddle.config_keys import TWO_CLASS_FIGURES
 from replknet_paddle.deploy.drawing import annotate, save
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import (
@@ -143,12 +144,19 @@ def write_page(
 def _figures(evaluated: Evaluated) -> dict[str, str]:
     """Return the figures of a classifier's evaluation by their names."""
     outcomes, count = evaluated.outcomes, len(evaluated.class_names)
-    images, right = outcomes.images_per_class(), outcomes.right_per_class()
-    there = images > 0
+    there, found = outcomes.images_per_class() > 0, outcomes.figures()
     return {
         "image" if outcomes.images == 1 else "images": f"{outcomes.images:,}",
         "top-1": f"{100 * outcomes.is_right.mean():.2f} %",
-        "mean of the classes' accuracies": f"{100 * np.mean(right[there] / images[there]):.2f} %",
+        "balanced accuracy, the mean of the classes' accuracies": (
+            f"{100 * found['balanced_accuracy']:.2f} %"
+        ),
+        "macro F1": f"{100 * found['macro_f1']:.2f} %",
+        **{
+            title: f"{found[name]:.4f}".replace("nan", "-")
+            for title, name in zip(("ROC AUC", "average precision"), TWO_CLASS_FIGURES)
+            if name in found
+        },
         "classes with images": f"{there.sum():,} of {count:,}",
     }
 
@@ -179,19 +187,24 @@ def _classes(folder: Path, evaluated: Evaluated) -> str:
     """Write per_class.csv; return its section, which has the most frequent mistake as well."""
     outcomes, names = evaluated.outcomes, evaluated.class_names
     images, right = outcomes.images_per_class().tolist(), outcomes.right_per_class().tolist()
-    rows = [
-        [label, name, count, good, f"{100 * good / count:.6g}" if count else ""]
-        for label, (name, count, good) in enumerate(zip(names, images, right))
-    ]
-    write_csv(
-        folder / "per_class.csv", ["label", "class", "images", "right", "accuracy_percent"], rows
-    )
+    of_class, known = outcomes.per_class(), outcomes.is_known
+
+    def percents(figure: str, there: Iterable) -> list[str]:
+        return [
+            f"{100 * x:.6g}" if is_there else "" for x, is_there in zip(of_class[figure], there)
+        ]
+
+    figures = percents("recall", images), percents("precision", known), percents("f1", known)
+    rows = [*zip(range(len(names)), names, images, right, *figures)]
+    columns = ["label", "class", "images", "right"]
+    in_percent = ["accuracy_percent", "precision_percent", "f1_percent"]
+    write_csv(folder / "per_class.csv", [*columns, *in_percent], rows)
     instead = taken_for(outcomes.confusions(len(outcomes.labels)), names)
     table = html_table(
-        ["label", "class", "images", "right", "accuracy", "most often taken for"],
+        [*columns, "accuracy (recall)", "precision", "F1", "most often taken for"],
         (
-            (label, html_text(name), count, good, bar(percent), html_text(instead.get(label, "")))
-            for label, name, count, good, percent in rows
+            (label, html_text(name), n, good, *map(bar, found), html_text(instead.get(label, "")))
+            for label, name, n, good, *found in rows
         ),
     )
     return f'<h2>Accuracy of each class</h2><div class="scroll">{table}</div>'

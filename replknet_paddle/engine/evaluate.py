@@ -1,6 +1,7 @@
-"""The evaluation loop, and a classifier's figures as exact sums over batches and processes."""
+"""The evaluation loop, and a classifier's answers image by image from all processes."""
 
 from collections.abc import Callable
+from itertools import islice
 
 import numpy as np
 import paddle
@@ -12,7 +13,7 @@ from replknet_paddle.engine.precision import Precision
 from replknet_paddle.ops import cache_weights
 from replknet_paddle.runtime.processes import sum_over_ranks, world_size
 
-KEPT_CLASSES = 5  # of each image, where the answers are kept
+KEPT_CLASSES = 5  # of each image
 
 
 @paddle.no_grad()
@@ -45,50 +46,62 @@ def evaluate(
 
 
 class OutcomeSums:
-    """Sums over the batches of one process; `total` adds up the processes.
+    """The answers to the images of one process, by its `loader` over `EvalBatches`; `total` has
+    those of all processes.
 
-    With a `loader` over `EvalBatches`, each image's answer is kept as well: every rank fills its
-    share of the rows.
+    Every rank fills its share of the rows, one for each image, and leaves zeros in the others, so
+    that the sum over the ranks is exact.
     """
 
-    def __init__(self, num_classes: int, loader: Loader | None = None):
-        self.num_classes = num_classes
-        self.values = np.zeros(4, dtype="float64")  # images, top-1, top-5, loss
-        self.rows = None  # label, classes, scores
-        if loader is not None:
-            self.indices = iter(loader.batch_sampler.indices)
-            self.kept = min(KEPT_CLASSES, num_classes)
-            self.rows = np.zeros((len(loader.dataset), 1 + 2 * self.kept))
+    def __init__(self, num_classes: int, loader: Loader, best_by: str = "top1"):
+        self.num_classes, self.best_by = num_classes, best_by
+        self.indices = iter(loader.batch_sampler.indices)
+        self.kept = min(KEPT_CLASSES, num_classes)
+        # Label, rank, loss, margin, classes, scores.
+        self.rows = np.zeros((len(loader.dataset), 4 + 2 * self.kept))
 
     def add(self, logits: paddle.Tensor, labels: paddle.Tensor) -> None:
-        """Count a batch: logits (N, classes), labels (N,) int64."""
+        """Keep the answers of a batch: logits (N, classes), labels (N,) int64."""
         logits = logits.astype("float32")
         ranks = label_ranks(logits, labels).numpy()
         losses = F.cross_entropy(logits, labels, reduction="none").numpy()
-        loss = losses.sum(dtype="float64")
-        self.values += [len(ranks), (ranks < 1).sum(), (ranks < 5).sum(), loss]
-        if self.rows is not None:
-            classes = top_classes(logits, labels, self.kept)
-            scores = np.take_along_axis(F.softmax(logits).numpy(), classes, axis=1)
-            for row in np.concatenate([labels.numpy()[:, None], classes, scores], axis=1):
-                self.rows[next(self.indices)] = row
+        margins = np.zeros(len(ranks))
+        if self.num_classes == 2:
+            # Unlike the probability of class 1, it has no ties where the network is nearly sure.
+            with np.errstate(invalid="ignore"):  # infinity less infinity
+                margins = np.diff(logits.numpy().astype("float64"))
+        classes = top_classes(logits, labels, self.kept)
+        scores = np.take_along_axis(F.softmax(logits).numpy(), classes, axis=1)
+        columns = [labels.numpy(), ranks, losses, margins, classes, scores]
+        self.rows[list(islice(self.indices, len(ranks)))] = np.column_stack(columns)
 
     def total(self) -> Outcomes:
         """Return the outcome over all processes."""
-        images, top1, top5, loss = sum_over_ranks(self.values).tolist()
-        answers = ()
-        if self.rows is not None:
-            rows = sum_over_ranks(self.rows)
-            labels, classes, scores = np.split(rows, [1, 1 + self.kept], axis=1)
-            answers = labels[:, 0].astype("int64"), classes.astype("int64"), scores
-        mean_loss = loss / images
-        return Outcomes(int(images), int(top1), int(top5), mean_loss, self.num_classes, *answers)
+        rows = sum_over_ranks(self.rows)
+        labels, ranks, losses, margins = rows[:, :4].T
+        classes, scores = np.split(rows[:, 4:], 2, axis=1)
+        return Outcomes(
+            self.num_classes,
+            labels.astype("int64"),
+            ranks.astype("int64"),
+            losses,
+            classes.astype("int64"),
+            scores,
+            margins if self.num_classes == 2 else None,
+            self.best_by,
+        )
 
 
 def top_classes(logits: paddle.Tensor, labels: paddle.Tensor, count: int) -> np.ndarray:
     """Return the `count` classes of each sample that rank first, (N, count) int64, in the order of
     `label_ranks`, so that the label stands where that says."""
     values, labels = logits.numpy(), labels.numpy()
+    if np.isfinite(values).all():  # almost always, in a tenth of the time of sorting 1,000 classes
+        order = np.empty((len(values), min(count, values.shape[1])), "int64")
+        for place in range(order.shape[1]):
+            order[:, place] = values.argmax(axis=1)  # of equal ones, the first
+            np.put_along_axis(values, order[:, place, None], -np.inf, axis=1)
+        return order
     is_nan = np.isnan(values)
     is_broken_label = is_nan & (np.arange(values.shape[1]) == labels[:, None])
     # Sorted by the last key first; equal ones stay in the order of their numbers.

@@ -30,6 +30,7 @@ from replknet_paddle.engine.precision import Precision, float32_weights
 from replknet_paddle.engine.run_log import RunLog, time_left
 from replknet_paddle.engine.signals import STOPPING, Stopped, StopSignals
 from replknet_paddle.engine.start import (
+    check_best_by,
     check_labels,
     find_start,
     from_rank_0,
@@ -125,6 +126,7 @@ def run_evaluation(
     start = find_start(config, is_opened=open_network is not None)
     config, class_names = resolve_classes(config, start)
     check_labels(loader.dataset, config.MODEL.NUM_CLASSES)
+    check_best_by(config, loader.dataset)
     precision = build_precision(config)
     if open_network is not None:
         model = open_network(config)
@@ -142,7 +144,7 @@ def run_evaluation(
             inference=inference,
             loader=loader,
             precision=precision,
-            sums=task.metric_sums(config, None if report is None else loader),
+            sums=task.metric_sums(config, loader),
             progress=log.bar,
         )
     seconds = time.perf_counter() - began
@@ -214,6 +216,7 @@ class Training:
         for loader in (self.train_loader, self.val_loader):
             check_labels(loader.dataset, config.MODEL.NUM_CLASSES)
             report_absent_classes(loader.dataset, config.MODEL.NUM_CLASSES, self.class_names)
+        check_best_by(config, self.val_loader.dataset)
         if processes.rank() == 0:
             report_shifted_folders(self.train_loader.dataset, self.val_loader.dataset)
 
@@ -421,7 +424,7 @@ class Training:
                 inference=inference,
                 loader=self.val_loader,
                 precision=state.precision,
-                sums=self.task.metric_sums(self.config),
+                sums=self.task.metric_sums(self.config, self.val_loader),
                 progress=self.log.bar,
             )
 

@@ -57,8 +57,8 @@ POLL_SECONDS = 0.1
 
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
-# What `Progress.best_score` is, by MODEL.TYPE.
-MEASURES = {"RepLKNet": "top-1", "UPerNet": "mIoU"}
+# What `Progress.best_score` is, by MODEL.TYPE or TRAIN.BEST_BY; others have their own names.
+MEASURES = {"UPerNet": "mIoU", "top1": "top-1"}
 
 
 class RunLock:
@@ -342,11 +342,12 @@ class RunLog:
         match = NAME.fullmatch(progress.best_checkpoint)
         if match is None or not os.path.isfile(best):
             return
+        by = config.TRAIN.BEST_BY
         logger.info(
             "best: epoch %d, %s, %s %.2f %%, in %s",
             int(match.group(1)),
             WEIGHTS[CheckpointFile(best).ema_or_raw("auto")],
-            MEASURES[config.MODEL.TYPE],
+            MEASURES.get(config.MODEL.TYPE) or MEASURES.get(by, by),
             progress.best_score,
             best,
         )

@@ -24,7 +24,8 @@ from replknet_paddle.checkpoints.run_folder import (
     load_checkpoint,
     newest_whole_checkpoint,
 )
-from replknet_paddle.config import RANDOM, config_changes, override
+from replknet_paddle.config import RANDOM, config_changes, override, read_yaml
+from replknet_paddle.config_keys import TWO_CLASS_FIGURES
 from replknet_paddle.data.class_names import (
     get_class_names,
     name_differences,
@@ -117,6 +118,13 @@ def find_resumed(config) -> Checkpoint | None:
         raise InputError(
             f"{path} was trained with TRAIN.MODEL_EMA {bool(checkpoint.model_ema)}; "
             f"got {config.TRAIN.MODEL_EMA}"
+        )
+    best_by = read_yaml(checkpoint.config)["TRAIN"].get("BEST_BY", "top1")  # which 0.2 chose by
+    if config.TRAIN.BEST_BY != best_by:
+        raise InputError(
+            f"the best checkpoint of {path} was chosen by {best_by}, with which "
+            f"{config.TRAIN.BEST_BY} cannot be compared; resume it with -best_by {best_by}, or "
+            "start a new run from its weights by -pretrained"
         )
     return checkpoint
 
@@ -256,6 +264,25 @@ def check_labels(dataset, count: int) -> None:
         raise InputError(
             f"{dataset.list_file} has label {largest}, outside [0, {count}): the network has "
             f"{counted(count, 'class')} (MODEL.NUM_CLASSES)"
+        )
+
+
+def check_best_by(config, val) -> None:
+    """Raise InputError for a TRAIN.BEST_BY that needs two classes, where the network has another
+    number of them, or the list by which a run is to choose has images of one class alone."""
+    by = config.TRAIN.BEST_BY
+    if by not in TWO_CLASS_FIGURES:
+        return
+    if config.MODEL.NUM_CLASSES != 2:
+        raise InputError(
+            f"TRAIN.BEST_BY is {by}, which is defined for two classes; the network has "
+            f"{counted(config.MODEL.NUM_CLASSES, 'class')}. Allowed with them: macro_f1 and others "
+            "that docs/training.md names"
+        )
+    if not config.EVAL and len(np.unique(val.labels)) < 2:
+        raise InputError(
+            f"TRAIN.BEST_BY is {by}, which needs images of both classes in {val.list_file}; it has "
+            "those of one. Add some, or choose by top1"
         )
 
 

@@ -83,11 +83,11 @@ class ClassificationTask:
         """Return the function from images to what the metrics are computed from."""
         return model
 
-    def metric_sums(self, config, loader: Loader | None = None) -> OutcomeSums:
-        """Return empty sums over batches: `add(outputs, labels)`, and `total()`, which has a
-        `score`, a `record(prefix)` and a text. With a `loader`, that of an evaluation, `total()`
-        has what a report needs of each image as well."""
-        return OutcomeSums(config.MODEL.NUM_CLASSES, loader)
+    def metric_sums(self, config, loader: Loader) -> OutcomeSums:
+        """Return empty sums over the batches of an evaluation's loader: `add(outputs, labels)`, and
+        `total()`, which has a `score`, a `record(prefix)`, a text, and what a report needs of each
+        image."""
+        return OutcomeSums(config.MODEL.NUM_CLASSES, loader, config.TRAIN.BEST_BY)
 
 
 CLASSIFICATION = ClassificationTask()

@@ -299,9 +299,9 @@ NAMES_OF_FILES = st.binary(min_size=1).map(os.fsdecode)  # any bytes, as Linux h
 def test_results_are_read_back_as_they_were_whatever_the_names(tmp_path_factory, suffix, answers):
     file = tmp_path_factory.mktemp("results") / f"r{suffix}"
     predictions = [
-        Prediction(path, labels=tuple(labels[:2]), scores=(0.75, 0.125))
+        Prediction(path, labels=tuple(labels[:2]), scores=(0.75, 0.125), truth=labels[1])
         if is_image
-        else Prediction(path, problem="no, image")
+        else Prediction(path, problem="no, image", truth=labels[0] or None)
         for path, labels, is_image in answers
     ]
     write(file, predictions)
@@ -324,6 +324,11 @@ def test_results_are_read_back_as_they_were_whatever_the_names(tmp_path_factory,
         else:
             row = {"path": answer.path, "topk": classes}
             row |= {f"pred_{key}": value for key, value in classes[0].items()}
+        if answer.truth is not None:
+            label = str(answer.truth) if suffix == ".CSV" else answer.truth
+            row |= {"true_label": label, "true_class": NAMES[answer.truth]}
+        elif suffix == ".CSV":
+            row |= {"true_label": "", "true_class": ""}
         expected.append(row)
     assert read == expected
 

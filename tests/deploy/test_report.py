@@ -34,8 +34,10 @@ ANSWERS = [
 
 def outcomes_of(answers, num_classes=5) -> Outcomes:
     values = np.array(answers)
-    answers = values[:, 0].astype(int), values[:, 1:3].astype(int), values[:, 3:]
-    return Outcomes(len(values), 0, 0, 0.0, num_classes, *answers)
+    labels, classes, scores = values[:, 0].astype(int), values[:, 1:3].astype(int), values[:, 3:]
+    margins = scores @ [-1, 1] if num_classes == 2 else None
+    nothing = np.zeros(len(values))
+    return Outcomes(num_classes, labels, nothing, nothing, classes, scores, margins)
 
 
 def evaluated_of(answers, names=NAMES) -> Evaluated:
@@ -93,13 +95,15 @@ def rows_of(path) -> list[list[str]]:
 
 
 def test_tables_have_what_counting_by_hand_gives(report):
-    assert rows_of(report / "per_class.csv") == [
-        ["label", "class", "images", "right", "accuracy_percent"],
-        ["0", NAMES[0], "4", "1", "25"],
-        ["1", NAMES[1], "2", "2", "100"],
-        ["2", NAMES[2], "1", "0", "0"],
-        ["3", NAMES[3], "0", "0", ""],
-        ["4", NAMES[4], "1", "1", "100"],
+    header, *rows = rows_of(report / "per_class.csv")
+    percents = ["accuracy_percent", "precision_percent", "f1_percent"]
+    assert header == ["label", "class", "images", "right", *percents]
+    assert rows == [
+        ["0", NAMES[0], "4", "1", "25", "100", "40"],
+        ["1", NAMES[1], "2", "2", "100", "50", "66.6667"],
+        ["2", NAMES[2], "1", "0", "0", "0", "0"],
+        ["3", NAMES[3], "0", "0", "", "", ""],
+        ["4", NAMES[4], "1", "1", "100", "50", "66.6667"],
     ]
     header, *rows = rows_of(report / "confusion_matrix.csv")
     assert header == ["true class", *NAMES] and [row[0] for row in rows] == NAMES
@@ -141,7 +145,17 @@ def test_the_page_holds_the_files_and_describes_them(report, page):
         assert said in text, said
     assert not page.attributes("b") and not page.attributes("x")  # names are text
     mean = (25 + 100 + 0 + 100) / 4
-    assert f"{mean:.2f} %" in text and "4 of 5" in text
+    assert f"{mean:.2f} %balanced accuracy, the mean of the classes' accuracies" in text
+    assert f"{(40 + 2 * 200 / 3 + 0) / 4:.2f} %macro F1" in text and "4 of 5" in text
+
+
+def test_two_classes_have_figures_of_their_own(tmp_path):
+    answers = [(0, 0, 1, 0.9, 0.1), (0, 0, 1, 0.7, 0.3), (1, 0, 1, 0.8, 0.2)]
+    for images, figure in ((3, "0.5000"), (2, "-")):  # two are of one class
+        write_report(tmp_path / f"{images}", evaluated_of(answers[:images], NAMES[:2]))
+        text = (tmp_path / f"{images}" / "report.html").read_text("utf-8")
+        for name in ("ROC AUC", "average precision"):
+            assert f"<strong>{figure}</strong>{name}<" in text
 
 
 def test_pictures_are_what_they_say(report):
@@ -201,7 +215,7 @@ def test_one_image_is_no_images_and_tables_have_six_digits(tmp_path):
     write_report(tmp_path / "three", evaluated_of([ANSWERS[0], ANSWERS[1], ANSWERS[2]]))
     text = (tmp_path / "three" / "report.html").read_text("utf-8")
     assert "<strong>3</strong>images</div>" in text and "33.33 %" in text
-    assert rows_of(tmp_path / "three" / "per_class.csv")[1][-1] == "33.3333"
+    assert rows_of(tmp_path / "three" / "per_class.csv")[1][4] == "33.3333"
 
 
 def test_a_matrix_of_21841_classes_is_left_out(tmp_path):

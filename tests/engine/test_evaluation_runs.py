@@ -1,9 +1,13 @@
 """Evaluation: the same figures for any processes and batch size, and those of training."""
 
+import os
 import re
+import shutil
 
 import pytest
-from harness import finish, finish_ranks, metrics
+from harness import finish, finish_ranks, metrics, progress_of
+
+COUNTED = ["-opts", "MODEL.NUM_CLASSES", "None"]  # the classes, in the lists
 
 
 def evaluation(run_folder, images) -> tuple:
@@ -45,3 +49,68 @@ def test_evaluation_of_a_checkpoint_gives_what_training_recorded(
     finish([*flags, f"-output={tmp_path / 'run'}", "-opts", "MODEL.PRETRAINED_WEIGHTS", weights])
     prefix = "val" if weights == "model" else "val_ema"
     assert metrics(tmp_path / "run")[0]["val_loss"] == metrics(straight)[-1][f"{prefix}_loss"]
+
+
+@pytest.fixture(scope="module")
+def two_classes(tiny_data, tmp_path_factory):
+    """The data with the brightest of its four classes against the rest."""
+    folder = tmp_path_factory.mktemp("two") / "data"
+    shutil.copytree(tiny_data, folder)
+    for path in folder.glob("*_list.txt"):
+        lines = [line.rsplit(" ", 1) for line in path.read_text().splitlines()]
+        path.write_text("".join(f"{name} {int(label == '3')}\n" for name, label in lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_auc(two_classes, tiny_config_file, tmp_path_factory):
+    """The folder of a run whose best checkpoint is the one of the largest area."""
+    folder = tmp_path_factory.mktemp("by_auc") / "run"
+    flags = [f"-cfg={tiny_config_file}", f"-data_path={two_classes}", f"-output={folder}"]
+    finish([*flags, "-best_by=roc_auc", "-seed=3", *COUNTED])
+    return folder
+
+
+def test_best_is_the_checkpoint_of_the_figure_that_is_asked_for(by_auc):
+    def best_by(figure: str) -> tuple:
+        """The highest value, minus its epoch, whether the weights are raw: the first of equals."""
+        kinds = [(r, prefix) for r in metrics(by_auc) for prefix in ("val", "val_ema")]
+        return max((r[f"{prefix}_{figure}"], -r["epoch"], prefix == "val") for r, prefix in kinds)
+
+    auc, epoch, is_raw = best_by("roc_auc")
+    assert epoch != best_by("top1_percent")[1]  # so that the flag matters
+    progress = progress_of(by_auc)
+    assert progress.best_score == 100 * auc
+    assert progress.best_checkpoint.startswith(f"epoch_{-epoch:04d}_")
+    assert os.path.realpath(by_auc / "best").endswith(progress.best_checkpoint)
+    weights = "weights" if is_raw else "EMA weights"
+    log = (by_auc / "log.txt").read_text()
+    assert f"best: epoch {-epoch}, {weights}, roc_auc {100 * auc:.2f} %, in {by_auc}/best" in log
+    assert re.search(rf"epoch {-epoch}, {weights}: top-1 .*, roc_auc {auc:.4f}, loss", log)
+
+
+def test_a_run_is_not_resumed_by_another_figure(by_auc):
+    before = (by_auc / "log.txt").read_text()
+    said = finish([f"-resume={by_auc}", "-best_by=macro_f1"], status=2)
+    assert "was chosen by roc_auc, with which macro_f1 cannot be compared" in said
+    assert (by_auc / "log.txt").read_text() == before
+    finish([f"-resume={by_auc}"])
+
+
+def test_a_figure_of_two_classes_is_refused_where_there_are_not_two(
+    tiny_config_file, tiny_data, two_classes, tmp_path
+):
+    """Before the first step, also where the classes are counted in the lists."""
+    one_class = tmp_path / "data"
+    shutil.copytree(two_classes, one_class)
+    lines = (one_class / "val_list.txt").read_text().splitlines(keepends=True)
+    (one_class / "val_list.txt").write_text("".join(x for x in lines if x.endswith(" 1\n")))
+    flags = [f"-cfg={tiny_config_file}", f"-output={tmp_path / 'run'}"]
+    for data, says in (
+        (tiny_data, "defined for two classes; the network has 4 classes"),
+        (one_class, f"needs images of both classes in {one_class / 'val_list.txt'}"),
+    ):
+        words = [f"-data_path={data}", "-best_by=average_precision", *COUNTED]
+        said = finish([*flags, *words], status=2)
+        assert "TRAIN.BEST_BY is average_precision, which" in said and says in said
+    assert not (tmp_path / "run").exists()

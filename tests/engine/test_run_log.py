@@ -53,7 +53,7 @@ def test_visualdl_gets_every_number_by_epoch(tmp_path):
     config = update_config(CONFIG, flags(opts=["LOG.VISUALDL", "True"]))
     log = opened(tmp_path / "run", config=config)
     log.write_metrics({"epoch": 1, "val_loss": 0.5})
-    log.write_metrics({"epoch": 2, "val_loss": 0.25})
+    log.write_metrics({"epoch": 2, "val_loss": 0.25, "val_roc_auc": float("nan")})
     log.visualdl.close()
     (record,) = (tmp_path / "run" / "visualdl").iterdir()
     points = visualdl.LogReader(file_path=str(record)).get_data("scalar", "val_loss")
