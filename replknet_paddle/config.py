@@ -285,6 +285,7 @@ _FLAGS = {
     "last_epoch": ["TRAIN.LAST_EPOCH"],
     "eval": ["EVAL"],
     "amp": ["AMP"],
+    "fold": ["DATA.FOLD"],
 }
 
 

@@ -29,7 +29,15 @@ import numpy as np
 from replknet_paddle.runtime.errors import InputError, SystemFault
 from replknet_paddle.runtime.terminal import printable
 
-LIST_FILES = {True: "train_list.txt", False: "val_list.txt"}
+
+def list_files(fold: int | None = None) -> dict[bool, str]:
+    """Return the names of the two lists, {whether it is the one to train on: name}: of the whole
+    dataset, or of one of the folds that `make-lists -folds` writes, counted from 1."""
+    end = "" if fold is None else f"_{fold}"
+    return {True: f"train_list{end}.txt", False: f"val_list{end}.txt"}
+
+
+LIST_FILES = list_files()
 LAYOUT = (
     "-data_path takes a folder with train_list.txt and val_list.txt, whose lines are the "
     "path of an image below that folder, a space and the number of its class, e.g. "
@@ -92,6 +100,24 @@ def describe(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return str(error) or type(error).__name__
+
+
+def get_list_path(config, is_train: bool) -> str:
+    """Return the path of the training or the validation list that `config` names; FileNotFoundError
+    where there are lists, but not of DATA.FOLD, or of folds alone."""
+    folder, fold = config.DATA.DATA_PATH, config.DATA.FOLD
+    path = os.path.join(folder, list_files(fold)[is_train])
+    hint = None
+    if fold is not None:
+        hint = (
+            f"DATA.FOLD is {fold}, which reads the lists of that fold (replknet make-lists "
+            "-folds writes them); -opts DATA.FOLD None reads train_list.txt and val_list.txt"
+        )
+    elif os.path.isfile(os.path.join(folder, list_files(1)[is_train])):
+        hint = "the lists there are those of folds, which -fold 1, -fold 2 and so on read"
+    if hint and os.path.isdir(folder) and not os.path.isfile(path):
+        raise FileNotFoundError(f"no list file {path}; {hint}")
+    return path
 
 
 class Line(NamedTuple):

@@ -3,6 +3,7 @@ split, and small ready sets."""
 
 import colorsys
 import functools
+import itertools
 import logging
 import os
 import re
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from replknet_paddle.data.class_names import CLASS_NAMES_FILE, class_names_text
-from replknet_paddle.data.lists import IGNORED, LIST_FILES
+from replknet_paddle.data.lists import IGNORED, LIST_FILES, list_files
 from replknet_paddle.data.transforms.image import FORMATS
 from replknet_paddle.runtime.errors import InputError, counted, did_you_mean
 from replknet_paddle.runtime.files import atomic_file, file_sha256, write_text
@@ -106,8 +107,9 @@ def make_lists(
         val_images = _labelled(root, val, _class_folders(root, val, passed_over), classes)
     else:
         val_images = _ground_truth_images(root, val, classes, devkit, passed_over)
-    written = _write_lists(root, train_images, val_images, classes, overwrite=overwrite)
-    _report(train_images, val_images, classes, passed_over)
+    lists = dict(zip(LIST_FILES.values(), (train_images, val_images)))
+    written = _write_lists(root, lists, classes, overwrite=overwrite)
+    _report(lists, classes, passed_over)
     return written
 
 
@@ -120,6 +122,39 @@ def split_lists(
     and never all. Files with the same bytes stay together, and in training if they are in several
     classes. The choice depends on nothing but the seed, the paths and identical files.
     """
+    images, groups, classes, passed_over = _tree(root, folder)
+    in_val = choose_validation([label for _, label in images], groups, share=share, seed=seed)
+    train = [image for i, image in enumerate(images) if i not in in_val]
+    val = [image for i, image in enumerate(images) if i in in_val]
+    lists = dict(zip(LIST_FILES.values(), (train, val)))
+    written = _write_lists(root, lists, classes, overwrite=overwrite)
+    _report(lists, classes, passed_over, why=" (too few of its images differ)")
+    return written
+
+
+def fold_lists(
+    root: str, *, folder: str, folds: int, seed: int = 0, overwrite: bool = False
+) -> dict[str, int]:
+    """Write the lists of `folds` folds over one tree, as `split_lists`: each image is in one of the
+    validation lists, and in the training lists of the other folds."""
+    images, groups, classes, passed_over = _tree(root, folder)
+    if not 2 <= folds <= len(groups):
+        count = counted(len(groups), "image")
+        raise InputError(f"-folds is {folds}; allowed: from 2 to the {count} that differ")
+    fold_of = choose_folds([label for _, label in images], groups, folds=folds, seed=seed)
+    lists = {
+        name: [image for image, its in zip(images, fold_of) if (its != fold) == is_train]
+        for fold in range(folds)
+        for is_train, name in list_files(fold + 1).items()
+    }
+    written = _write_lists(root, lists, classes, overwrite=overwrite)
+    _report(lists, classes, passed_over, why=" in some fold (too few of its images differ)")
+    return written
+
+
+def _tree(root: str, folder: str) -> tuple[list[Labelled], list[list[int]], list[str], Counter]:
+    """Return the images in one tree of class folders, the groups of identical ones, the classes,
+    and the suffixes of what was passed over."""
     passed_over: Counter = Counter()
     folders = _class_folders(root, folder, passed_over)
     if len(folders) == 1:
@@ -130,14 +165,8 @@ def split_lists(
         )
     classes = _classes(folders)
     images = _labelled(root, folder, folders, classes)
-    labels = [label for _, label in images]
     groups = identical_files([os.path.join(root, path) for path, _ in images])
-    in_val = choose_validation(labels, groups, share=share, seed=seed)
-    train = [image for i, image in enumerate(images) if i not in in_val]
-    val = [image for i, image in enumerate(images) if i in in_val]
-    written = _write_lists(root, train, val, classes, overwrite=overwrite)
-    _report(train, val, classes, passed_over, why=" (too few of its images differ)")
-    return written
+    return images, groups, classes, passed_over
 
 
 def identical_files(paths: list[str]) -> list[list[int]]:
@@ -177,20 +206,37 @@ def choose_validation(
     return chosen
 
 
+def choose_folds(labels: list[int], groups: list[list[int]], *, folds: int, seed: int) -> list[int]:
+    """Return the fold, from 0, in which each image is for validation; none of `groups` is divided.
+
+    Groups go one by one to the fold that has the fewest images of their classes, and of those to
+    the one with the fewest images: those of several classes first, then class by class, large ones
+    first. Where all files differ, so the numbers of images of a class in the folds, and of all
+    images, differ by at most one.
+    """
+    of_class, fold_of = np.zeros((folds, max(labels) + 1), int), np.zeros(len(labels), int)
+    groups = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
+    found = [sorted({labels[i] for i in group}) for group in groups]
+    order = sorted(range(len(groups)), key=lambda i: (-len(found[i]), found[i], -len(groups[i])))
+    for group, classes in ((groups[i], found[i]) for i in order):
+        counts = of_class[:, classes].sum(axis=1)
+        fold_of[group] = np.lexsort((of_class.sum(axis=1), counts))[0]
+        np.add.at(of_class[fold_of[group[0]]], [labels[i] for i in group], 1)
+    return fold_of.tolist()
+
+
 def _write_lists(
-    root: str, train: list[Labelled], val: list[Labelled], classes: list[str], *, overwrite: bool
+    root: str, images: dict[str, list[Labelled]], classes: list[str], *, overwrite: bool
 ) -> dict[str, int]:
-    """Write both lists and, unless they are synsets, the classes; return the lines of each file."""
-    for path, _ in train + val:
+    """Write lists, {name: its images}, and the classes unless they are synsets; return the lines of
+    each file."""
+    for path, _ in itertools.chain(*images.values()):
         if path != path.strip() or "\n" in path or "\r" in path:
             raise InputError(
                 f"{path!r}: a list cannot hold names with line breaks, or white space at "
                 "their start; rename it"
             )
-    lists = {
-        name: [f"{path} {label}" for path, label in images]
-        for name, images in zip(LIST_FILES.values(), (train, val))
-    }
+    lists = {name: [f"{path} {label}" for path, label in listed] for name, listed in images.items()}
     if not _are_synsets(classes):
         for name in classes:
             if len(name.splitlines()) > 1:
@@ -211,10 +257,12 @@ def _write_lists(
 
 
 def _report(
-    train: list[Labelled], val: list[Labelled], classes: list[str], passed_over: Counter, why=""
+    lists: dict[str, list[Labelled]], classes: list[str], passed_over: Counter, why=""
 ) -> None:
-    """Warn of classes without an image for validation, and of files that are in no list."""
-    absent = sorted({label for _, label in train} - {label for _, label in val})
+    """Warn of classes without an image for validation, in any of the pairs of `lists`, to train on
+    and to validate on, and of files that are in no list."""
+    labels = [{label for _, label in images} for images in lists.values()]
+    absent = sorted(set().union(*(train - val for train, val in zip(labels[::2], labels[1::2]))))
     if absent:
         names = _listed([classes[label] for label in absent])
         count = counted(len(absent), "class")
