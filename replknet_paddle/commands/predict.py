@@ -30,7 +30,7 @@ NAMED_PROBLEMS = 10
 
 def add_predict_flags(parser) -> None:
     add_model(parser)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder or pattern")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder, pattern or list")
     add_output_flags(
         parser,
         "results, as .jsonl or .csv by its name; without it they are printed",
@@ -82,15 +82,15 @@ class Summary:
         if self.skipped <= NAMED_PROBLEMS:
             self.problems.append(f"{printable(prediction.path)}: {prediction.problem}")
 
-    def text(self, passed_over: str) -> str:
+    def text(self, passed_over: str, *, has_lists: bool) -> str:
         lines = [f"classified {counted(self.classified, 'image')}, skipped {self.skipped:,}"]
         if passed_over:
             lines[0] += f", {passed_over}"
         if self.with_truth:
-            lines.append(
-                f"right: {self.right:,} of {self.with_truth:,} in folders named as classes "
-                f"({100 * self.right / self.with_truth:.2f} %)"
-            )
+            where = "in folders named as classes"
+            where = "whose class the list or the folder names" if has_lists else where
+            share = f"{100 * self.right / self.with_truth:.2f} %"
+            lines.append(f"right: {self.right:,} of {self.with_truth:,} {where} ({share})")
         lines += [f"  {problem}" for problem in self.problems]
         if self.skipped > len(self.problems):
             lines.append(f"  and {self.skipped - len(self.problems):,} more")
@@ -102,6 +102,7 @@ def run_predict(args) -> int:
 
     A folder stands for the images in and below it, in sorted order; a pattern in quotes, such as
     'photos/**/*.jpg', for the files that it matches. A film (film.mp4) stands for a frame a second.
+    A list (val_list.txt), with lines "path label", stands for its images, and gives their classes.
 
     example: replknet predict output/RUN photos -output results.jsonl -save_pictures drawn
 
@@ -137,7 +138,9 @@ def predict(args) -> int:
             raise InputError(f"{flag} is {value}; allowed: an integer >= 1")
     if not 0 <= args.every < float("inf"):
         raise InputError(f"-every is {args.every}; allowed: a number of seconds >= 0")
-    files = ImageFiles(args.images, leave_out=args.save_pictures, frame_seconds=args.every)
+    files = ImageFiles(
+        args.images, leave_out=args.save_pictures, frame_seconds=args.every, reads_lists=True
+    )
     is_new = not args.overwrite
     if args.output is not None:
         check_file_target(args.output, RESULTS_SUFFIXES, must_be_new=is_new)
@@ -146,13 +149,20 @@ def predict(args) -> int:
     if args.save_grid is not None:
         check_file_target(args.save_grid, tuple(PICTURE_FORMATS), must_be_new=is_new)
         if os.path.exists(args.save_grid):
-            check_is_no_image(args.save_grid, ImageFiles(args.images))  # films as files
+            as_files = ImageFiles(args.images, reads_lists=True)  # films, too
+            check_is_no_image(args.save_grid, as_files)
     config = config_given(args)
     args.model = find_path(args.model)
     total = files.count()
     predictor = Predictor(
         args.model, backend=args.backend, config=config, batch_size=args.batch_size
     )
+    label, path = files.highest
+    if label >= predictor.num_classes:
+        raise InputError(
+            f"{path} has the label {label} in its list; allowed with {args.model}: labels below "
+            f"{predictor.num_classes}, its number of classes"
+        )
     names, topk = predictor.class_names, min(args.topk, predictor.num_classes)
     drawings = None
     if args.save_pictures is not None or args.save_grid is not None:
@@ -180,7 +190,8 @@ def predict(args) -> int:
             raise InputError("nothing could be classified:\n" + "\n".join(summary.problems))
     if drawings is not None:
         drawings.finish()
-    print(summary.text(say_passed_over(files.passed_over)), file=sys.stderr)
+    has_lists = any(map(files.is_list, args.images))
+    print(summary.text(say_passed_over(files.passed_over), has_lists=has_lists), file=sys.stderr)
     written = [path for path in (args.output, args.save_pictures, args.save_grid) if path]
     if written:
         print(f"wrote {', '.join(map(printable, written))}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""People's own pictures and films: finding them in folders, and decoding them.
+"""People's own pictures and films: finding them in folders and lists, and decoding them.
 
 Folders are listed one at a time, so only the names of the files of one folder and those above it
 are in memory. What cannot be listed or decoded is reported where it stands among the others, and
@@ -11,10 +11,12 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from PIL import Image
 
+from replknet_paddle.data.lists import describe, parse_labelled, parse_list, resolve
 from replknet_paddle.data.make_lists import find_images, image_suffixes, say_passed_over
 from replknet_paddle.data.transforms.image import load, open_image
 from replknet_paddle.runtime.errors import InputError
@@ -34,16 +36,22 @@ class Frame:
     pixels: np.ndarray  # (H, W, 3) uint8, RGB
 
 
+# A path, and why it could not be read or None, with the label where a list gives one; or a frame.
+Found = tuple[str, str | None] | tuple[str, str | None, int] | Frame
+
+
 class ImageFiles:
     """The images that command-line arguments stand for, one after the other.
 
     A folder stands for what `find_images` finds in it. A pattern such as 'photos/**/*.jpg' stands
     for the files it matches, in sorted order. A film stands for frames of it, where `frame_seconds`
-    is given. Anything else is a file, whatever its name.
+    is given. A list file (NAME.txt), where `reads_lists`, stands for the images of its lines, whose
+    paths are relative to its folder and stay in it. Anything else is a file, whatever its name.
 
     `leave_out` is a folder that is not searched. `frame_seconds` lie between the frames of a film:
     0 for all frames, None for no films. `passed_over` counts the suffixes of what the last
-    iteration did not take for images.
+    iteration did not take for images. `highest` is the highest label in the lists that `count` has
+    read, and the image that has it.
     """
 
     def __init__(
@@ -52,14 +60,17 @@ class ImageFiles:
         *,
         leave_out: str | None = None,
         frame_seconds: float | None = None,
+        reads_lists: bool = False,
     ):
         self.arguments = list(arguments)
         self.leave_out = leave_out
         self.frame_seconds = frame_seconds
+        self.reads_lists = reads_lists
         self.passed_over: Counter = Counter()
+        self.highest = (-1, "")
 
-    def __iter__(self) -> Iterator[tuple[str, str | None] | Frame]:
-        """Yield pairs of a path and None, or of a path and why it could not be read; or frames."""
+    def __iter__(self) -> Iterator[Found]:
+        """Yield what the arguments stand for."""
         self.passed_over.clear()
         for argument in self.arguments:
             yield from self._files(argument)
@@ -77,14 +88,18 @@ class ImageFiles:
                     total += 1
                 continue
             self.passed_over.clear()
-            found = 0
-            for path, problem in self._files(argument):
+            found, first_problem = 0, None
+            for path, problem, *label in self._files(argument):
+                if label:
+                    self.highest = max(self.highest, (label[0], path))
                 if problem is None:
                     found += 1
                 elif path == argument:
                     raise InputError(f"{argument}: {problem}")
+                else:
+                    first_problem = first_problem or f"{path}: {problem}"
             if not found:
-                raise self._emptiness(argument)
+                raise self._emptiness(argument, first_problem)
             total += found
         return total
 
@@ -96,8 +111,18 @@ class ImageFiles:
             and os.path.isfile(argument)
         )
 
-    def _emptiness(self, argument: str) -> Exception:
+    def is_list(self, argument: str) -> bool:
+        """Return whether an argument is a list file, by its name."""
+        return self.reads_lists and argument.lower().endswith(".txt") and os.path.isfile(argument)
+
+    def _emptiness(self, argument: str, first_problem: str | None) -> Exception:
         """Return the error for an argument that stands for no image."""
+        if self.is_list(argument):
+            found = "" if first_problem is None else f"; {first_problem}"
+            return InputError(
+                f"no image in the list {argument}{found}. A list has a line for each image: its "
+                "path below the list's folder, a space and its label"
+            )
         if not os.path.isdir(argument):
             if glob.has_magic(argument):
                 return FileNotFoundError(f"no file matches {argument}")
@@ -108,12 +133,14 @@ class ImageFiles:
             f"images whose names end in {', '.join(sorted(image_suffixes()))}"
         )
 
-    def _files(self, argument: str) -> Iterator[tuple[str, str | None] | Frame]:
+    def _files(self, argument: str) -> Iterator[Found]:
         if self._is_film(argument):
             try:
                 yield from frames(argument, self.frame_seconds)
             except InputError as error:
                 yield argument, str(error)
+        elif self.is_list(argument):
+            yield from listed_images(argument)
         elif os.path.isdir(argument):
             yield from find_images(argument, self.passed_over, is_left_out=self._is_left_out)
         elif os.path.lexists(argument):
@@ -129,6 +156,25 @@ class ImageFiles:
             and os.path.exists(self.leave_out)
             and os.path.samefile(folder, self.leave_out)
         )
+
+
+def listed_images(list_file: str) -> Iterator[Found]:
+    """Yield what stands in each line of a list file; of a bad line, its place is the path."""
+    folder = os.path.dirname(list_file)
+    # It is `resolve` that keeps paths inside: the parser's message speaks of a key of the data.
+    parse = partial(parse_labelled, num_classes=None, allow_outside=True)
+    for line in parse_list(list_file, parse):
+        if line.problem is not None:
+            yield f"{list_file}, line {line.number}", line.problem
+            continue
+        name, problem = os.fsdecode(line.path), None
+        try:
+            resolve(os.path.abspath(folder), name, allow_outside=False)
+        except InputError:
+            problem = f"line {line.number} of {list_file} leads out of the list's folder"
+        except OSError as error:
+            problem = describe(error)
+        yield os.path.join(folder, name), problem, line.label
 
 
 def decode(source) -> Image.Image:

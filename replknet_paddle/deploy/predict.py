@@ -23,7 +23,7 @@ from yacs.config import CfgNode
 from replknet_paddle.data.transforms import build_eval_transform
 from replknet_paddle.data.transforms.image import to_rgb
 from replknet_paddle.deploy.backends import Backend, open_backend
-from replknet_paddle.deploy.images import Frame, decode
+from replknet_paddle.deploy.images import Found, Frame, decode
 from replknet_paddle.model import RepLKNet
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.runtime.files import atomic_file, check_file_target, json_text
@@ -47,7 +47,8 @@ class Prediction:
         scores: their probabilities.
         picture: the picture, RGB, reduced to fit the size that was asked for, if one was.
         problem: why there is no prediction; None where there is one.
-        truth: the class that the file's folder is named as, where the model brings class names.
+        truth: the class that a list gives; else the one that the file's folder is named as, where
+            the model brings class names.
     """
 
     path: str
@@ -211,7 +212,7 @@ def _name(image, position: int) -> str:
 
 def predict_files(
     predictor: Predictor,
-    files: Iterable[tuple[str, str | None] | Frame],
+    files: Iterable[Found],
     *,
     topk: int,
     batch_size: int = BATCH_SIZE,
@@ -224,17 +225,19 @@ def predict_files(
     are kept with sides of at most `picture_pixels`; 0 for none.
     """
 
-    def read(file: tuple[str, str | None] | Frame):
-        path, problem = (file.path, None) if isinstance(file, Frame) else file
+    def read(file: Found):
+        path, problem, *label = (file.path, None) if isinstance(file, Frame) else file
+        truth = label[0] if label else None
         if problem is not None:
-            return Prediction(path, problem=problem), None
+            return Prediction(path, problem=problem, truth=truth), None
+        if not label:
+            truth = predictor.labels_by_name.get(os.path.basename(os.path.dirname(path)))
         try:
             image = decode(file.pixels if isinstance(file, Frame) else path)
             array = predictor.transform(image)
             picture = _reduced(image, picture_pixels) if picture_pixels else None
         except (InputError, MemoryError) as error:
-            return Prediction(path, problem=str(error) or "out of memory"), None
-        truth = predictor.labels_by_name.get(os.path.basename(os.path.dirname(path)))
+            return Prediction(path, problem=str(error) or "out of memory", truth=truth), None
         return Prediction(path, picture=picture, truth=truth), array
 
     def results(batch: list) -> Iterator[Prediction]:
@@ -281,9 +284,10 @@ def results_file(
     """Open a file of predictions, and yield the function that writes one of them.
 
     Lines of JSON are objects: path, pred_label, pred_class, pred_score, and topk, a list of objects
-    with label, class and score; or path and problem. CSV has a row a file: path, label_1, class_1,
-    score_1, and so on to the k-th; and problem. Scores have 6 significant digits, as many as
-    float32 is good for.
+    with label, class and score; or path and problem; and where the true class is known, true_label
+    and true_class. CSV has a row a file: path, label_1, class_1, score_1, and so on to the k-th;
+    true_label, true_class and problem. Scores have 6 significant digits, as many as float32 is good
+    for.
 
     The file gets the name `path` when the block is left. If an exception leaves the block, `path`
     stays as it was, and what was written until then is in `path`.unfinished; not so if nothing was,
@@ -306,6 +310,9 @@ def results_file(
             ]
             record |= {f"pred_{key}": value for key, value in classes[0].items()}
             record["topk"] = classes
+        if prediction.truth is not None:
+            truth = prediction.truth
+            record |= {"true_label": truth, "true_class": class_names[truth]}
         file.write(json_text(record) + "\n")
 
     def write_row(prediction: Prediction) -> None:
@@ -316,9 +323,11 @@ def results_file(
                 for label, score in zip(prediction.labels, prediction.scores)
                 for value in (label, class_names[label], rounded(score))
             ]
+        truth = prediction.truth
+        true = ["", ""] if truth is None else [truth, class_names[truth]]
         # Python's csv quotes a carriage return only where lines end in one.
         rows = quoted if "\r" in prediction.path else plain
-        rows.writerow([prediction.path, *values, prediction.problem or ""])
+        rows.writerow([prediction.path, *values, *true, prediction.problem or ""])
 
     def rounded(score: float) -> float:
         return float(f"{score:.6g}")
@@ -332,7 +341,7 @@ def results_file(
             plain = csv.writer(file, lineterminator="\n")
             quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
             columns = [f"{w}_{i}" for i in range(1, topk + 1) for w in ("label", "class", "score")]
-            plain.writerow(["path", *columns, "problem"])
+            plain.writerow(["path", *columns, "true_label", "true_class", "problem"])
             started = file.tell()
             yield write_row
         else:

@@ -183,6 +183,51 @@ def test_folders_named_as_classes_say_what_is_right(run_folder, tmp_path, capsys
     assert (pixels == RIGHT).all(axis=-1).sum() > 300 < (pixels == WRONG).all(axis=-1).sum()
 
 
+@pytest.mark.parametrize("name", ["results.jsonl", "results.csv"])
+def test_a_list_brings_the_true_classes(run_folder, tmp_path, monkeypatch, capsys, name):
+    labels = [r["pred_label"] for r in deploy.inference_model(open_network(run_folder), PICTURES)]
+    labels[0] = (labels[0] + 1) % 9
+    for i, path in enumerate(PICTURES):
+        (tmp_path / f"{i}").write_bytes(Path(path).read_bytes())
+    lines = [*(f"{i} {label}\n" for i, label in enumerate(labels)), "gone 4\n", "bad line\n"]
+    (tmp_path / "list.txt").write_text("".join(lines))
+    monkeypatch.chdir(tmp_path)
+    words = [str(run_folder), "list.txt", "-output", name, "-backend=eager"]
+    assert main(words) == 1
+    if name.endswith("csv"):
+        with open(name, newline="") as file:
+            read = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+    else:
+        read = records(Path(name))
+    assert [r["path"] for r in read[:-1]] == [*map(str, range(len(PICTURES))), "gone"]
+    assert [str(r["true_label"]) for r in read[:-1]] == [*map(str, labels), "4"]
+    assert read[-2]["true_class"] == "4" and read[-2]["problem"] == "no such file or directory"
+    assert (
+        read[-1]["path"] == f"list.txt, line {len(PICTURES) + 2}" and "true_label" not in read[-1]
+    )
+    error, count = capsys.readouterr().err, len(PICTURES)
+    share = f"({100 * (count - 1) / count:.2f} %)"
+    assert (
+        f"right: {count - 1} of {count} whose class the list or the folder names {share}" in error
+    )
+    assert "skipped 2" in error
+
+
+def test_a_label_that_the_model_does_not_have_ends_it_before_the_first_image(
+    run_folder, tmp_path, capsys
+):
+    (tmp_path / "list.txt").write_text("0 8\n1 9\n")
+    (tmp_path / "0").write_bytes(Path(PICTURES[0]).read_bytes())
+    words = [str(run_folder), f"{tmp_path}/list.txt", "-output", f"{tmp_path}/r.csv"]
+    assert main([*words, "-backend=eager"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        f"{tmp_path}/1 has the label 9 in its list; allowed with {run_folder}: labels below 9"
+        in said
+    )
+    assert sorted(os.listdir(tmp_path)) == ["0", "list.txt"]
+
+
 def test_numbers_as_names_of_folders_say_nothing(run_folder, photos, capsys):
     """A model without class names has their numbers, which folders of years also are."""
     (photos / "a").rename(photos / "5")

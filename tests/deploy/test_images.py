@@ -73,6 +73,43 @@ def test_what_arguments_stand_for(tree, arguments, names):
     assert found(*(tree / name for name in arguments)) == [str(tree / name) for name in names]
 
 
+def test_a_list_stands_for_the_images_of_its_lines_where_lists_are_read(tree):
+    (tree / "sub" / "up.png").symlink_to(tree / "a.png")
+    lines = [
+        "a.png 3",
+        "no label",
+        "",
+        "../a.png 1",
+        "deep/er/c.JpEg\t12",
+        "gone.png 0",
+        "up.png 2",
+    ]
+    (tree / "sub" / "list.txt").write_text("".join(f"{line}\n" for line in lines))
+    path = str(tree / "sub" / "list.txt")
+    assert list(ImageFiles([path])) == [(path, None)]
+    files = ImageFiles([path], reads_lists=True)
+    problems = [f"line {n} of {path} leads out of the list's folder" for n in (4, 7)]
+    assert list(files) == [
+        (f"{tree}/sub/a.png", None, 3),
+        (f"{path}, line 2", "no label after the path: 'no label' ends with 'label'"),
+        (f"{tree}/sub/../a.png", problems[0], 1),
+        (f"{tree}/sub/deep/er/c.JpEg", None, 12),
+        (f"{tree}/sub/gone.png", "no such file or directory", 0),
+        (f"{tree}/sub/up.png", problems[1], 2),
+    ]
+    assert files.count() == 2 and files.highest == (12, f"{tree}/sub/deep/er/c.JpEg")
+    assert found(tree / "su[b]" / "*.txt", reads_lists=True) == [path]  # of a pattern, a file
+
+
+@pytest.mark.parametrize(
+    "text, says", [("", "list.txt. A list has"), ("a\n", "list.txt, line 1: e")]
+)
+def test_a_list_without_an_image_says_what_lists_have(tmp_path, text, says):
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(InputError, match=f"no image in the list .*{says}"):
+        ImageFiles([str(tmp_path / "list.txt")], reads_lists=True).count()
+
+
 def test_links_to_files_count_and_links_to_folders_do_not(tree):
     (tree / "sub" / "link.png").symlink_to(tree / "a.png")
     (tree / "sub" / "up").symlink_to(tree)  # would never end

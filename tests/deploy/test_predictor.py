@@ -279,7 +279,7 @@ NAMES = ["cat", 'a "big", dog', "蛇"]
 PREDICTIONS = [
     Prediction("a/x.png", labels=(2, 0), scores=(0.75, 0.25)),
     Prediction("a/no, image.txt", problem="not an image"),
-    Prediction("new\nline.png", labels=(1, 2), scores=(0.5, 0.375)),
+    Prediction("new\nline.png", labels=(1, 2), scores=(0.5, 0.375), truth=1),
 ]
 
 
@@ -293,16 +293,26 @@ NAMES_OF_FILES = st.binary(min_size=1).map(os.fsdecode)  # any bytes, as Linux h
 
 
 @settings(max_examples=50, deadline=None)
-@example([("new\r\nline", [0, 1, 2], True)])
-@given(st.lists(st.tuples(NAMES_OF_FILES, st.permutations(range(3)), st.booleans()), min_size=1))
+@example([("new\r\nline", [0, 1, 2], True, 1)])
+@given(
+    st.lists(
+        st.tuples(
+            NAMES_OF_FILES,
+            st.permutations(range(3)),
+            st.booleans(),
+            st.sampled_from([None, 0, 1, 2]),
+        ),
+        min_size=1,
+    )
+)
 @pytest.mark.parametrize("suffix", [".jsonl", ".CSV"])
 def test_results_are_read_back_as_they_were_whatever_the_names(tmp_path_factory, suffix, answers):
     file = tmp_path_factory.mktemp("results") / f"r{suffix}"
     predictions = [
-        Prediction(path, labels=tuple(labels[:2]), scores=(0.75, 0.125))
+        Prediction(path, labels=tuple(labels[:2]), scores=(0.75, 0.125), truth=truth)
         if is_image
-        else Prediction(path, problem="no, image")
-        for path, labels, is_image in answers
+        else Prediction(path, problem="no, image", truth=truth)
+        for path, labels, is_image, truth in answers
     ]
     write(file, predictions)
     with open(file, encoding="utf-8", errors="surrogateescape", newline="") as text:
@@ -324,6 +334,12 @@ def test_results_are_read_back_as_they_were_whatever_the_names(tmp_path_factory,
         else:
             row = {"path": answer.path, "topk": classes}
             row |= {f"pred_{key}": value for key, value in classes[0].items()}
+        if answer.truth is not None:
+            row |= {"true_label": answer.truth, "true_class": NAMES[answer.truth]}
+        elif suffix == ".CSV":
+            row |= {"true_label": "", "true_class": ""}
+        if suffix == ".CSV":
+            row["true_label"] = str(row["true_label"])
         expected.append(row)
     assert read == expected
 
