@@ -20,8 +20,7 @@ def add_make_lists_flags(parser) -> None:
     add_flag(
         parser,
         "train",
-        "folder in DIR with a folder for each class (train; with -folds or a share as -val: DIR "
-        "itself)",
+        "folder in DIR with a folder for each class (train; with -folds or a share: DIR itself)",
         metavar="NAME",
     )
     add_flag(
@@ -46,13 +45,8 @@ def add_make_lists_flags(parser) -> None:
         "ImageNet's development kit, with the validation ground truth",
         metavar="DIR",
     )
-    add_flag(
-        parser,
-        "folds",
-        "write K pairs of lists, train_list_1.txt, val_list_1.txt and so on, for cross-validation",
-        type=int,
-        metavar="K",
-    )
+    text = "write K pairs of lists, train_list_1.txt, val_list_1.txt and so on, for -fold to read"
+    add_flag(parser, "folds", text, type=int, metavar="K")
     add_flag(parser, "overwrite", "replace existing lists", action="store_true")
 
 
@@ -62,26 +56,20 @@ def run_make_lists(args) -> int:
     Classes are folders, numbered in the sorted order of their names, as the published weights have
     ImageNet's synsets. Training and validation images are in folders of their own (`-val NAME`), or
     one set of class folders is split (`-val 0.1`): a tenth of each class goes to validation, chosen
-    by -seed, and identical files never end up on both sides. With `-folds 5` each fifth does so in
-    one of five pairs of lists, which `replknet train -fold N` reads.
+    by -seed, and identical files never end up on both sides. With `-folds 5` each image goes to
+    validation in one of five pairs of lists.
 
     examples:
       replknet make-lists photos -val 0.1         photos/CLASS/...: a tenth to validation
       replknet make-lists data/flowers            data/flowers/train/CLASS/..., val/CLASS/...
       replknet make-lists /dataset/imagenet -devkit /dataset/ILSVRC2012_devkit_t12
     """
-    from replknet_paddle.data.make_lists import fold_lists, make_lists, split_lists
+    from replknet_paddle.data.make_lists import make_lists, split_lists
 
+    share = read_share(args)
     if args.folds is not None and (args.val != "val" or args.devkit is not None):
         raise InputError("-folds validates on each image of one set; leave -val and -devkit out")
-    share = None if args.folds is not None else read_share(args)
-    if args.seed < 0 and (args.folds, share) != (None, None):
-        raise InputError(f"-seed {args.seed}; allowed: an integer >= 0")
-    options = dict(seed=args.seed, overwrite=args.overwrite)
-    if args.folds is not None:
-        folder = args.train or "."
-        written = fold_lists(args.data_path, folder=folder, folds=args.folds, **options)
-    elif share is None:
+    if share is None and args.folds is None:
         written = make_lists(
             args.data_path,
             train=args.train or "train",
@@ -90,7 +78,14 @@ def run_make_lists(args) -> int:
             overwrite=args.overwrite,
         )
     else:
-        written = split_lists(args.data_path, folder=args.train or ".", share=share, **options)
+        written = split_lists(
+            args.data_path,
+            folder=args.train or ".",
+            share=share,
+            folds=args.folds,
+            seed=args.seed,
+            overwrite=args.overwrite,
+        )
     for name, count in written.items():
         print(f"wrote {printable(os.path.join(args.data_path, name))}: {counted(count, 'line')}")
     return 0

@@ -84,9 +84,7 @@ def check_data(
     """
     root, files = config.DATA.DATA_PATH, list_files(config.DATA.FOLD)
     if not any(os.path.isfile(os.path.join(root, name)) for name in files.values()):
-        raise FileNotFoundError(
-            f"no {' or '.join(files.values())} in {root}; -fold N reads a fold's"
-        )
+        raise FileNotFoundError(f"no {' or '.join(files.values())} in {root}")
     problems = []
     num_classes = config.MODEL.NUM_CLASSES
     try:

@@ -31,8 +31,7 @@ from replknet_paddle.runtime.terminal import printable
 
 
 def list_files(fold: int | None = None) -> dict[bool, str]:
-    """Return the names of the two lists, {whether it is the one to train on: name}: of the whole
-    dataset, or of one of the folds that `make-lists -folds` writes, counted from 1."""
+    """Return the names of the lists, {whether to train on it: name}, of a fold or of no folds."""
     end = "" if fold is None else f"_{fold}"
     return {True: f"train_list{end}.txt", False: f"val_list{end}.txt"}
 
@@ -104,19 +103,14 @@ def describe(error: BaseException) -> str:
 
 def get_list_path(config, is_train: bool) -> str:
     """Return the path of the training or the validation list that `config` names; FileNotFoundError
-    where there are lists, but not of DATA.FOLD, or of folds alone."""
-    folder, fold = config.DATA.DATA_PATH, config.DATA.FOLD
-    path = os.path.join(folder, list_files(fold)[is_train])
-    hint = None
-    if fold is not None:
-        hint = (
-            f"DATA.FOLD is {fold}, which reads the lists of that fold (replknet make-lists "
-            "-folds writes them); -opts DATA.FOLD None reads train_list.txt and val_list.txt"
+    where there is none of DATA.FOLD."""
+    fold = config.DATA.FOLD
+    path = os.path.join(config.DATA.DATA_PATH, list_files(fold)[is_train])
+    if fold is not None and not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"no list file {path} for DATA.FOLD {fold}; replknet make-lists -folds writes it, and "
+            "-opts DATA.FOLD None reads train_list.txt and val_list.txt"
         )
-    elif os.path.isfile(os.path.join(folder, list_files(1)[is_train])):
-        hint = "the lists there are those of folds, which -fold 1, -fold 2 and so on read"
-    if hint and os.path.isdir(folder) and not os.path.isfile(path):
-        raise FileNotFoundError(f"no list file {path}; {hint}")
     return path
 
 

@@ -3,7 +3,6 @@ split, and small ready sets."""
 
 import colorsys
 import functools
-import itertools
 import logging
 import os
 import re
@@ -114,47 +113,24 @@ def make_lists(
 
 
 def split_lists(
-    root: str, *, folder: str, share: float, seed: int = 0, overwrite: bool = False
+    root: str,
+    *,
+    folder: str,
+    share: float | None = None,
+    folds: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
 ) -> dict[str, int]:
     """Write the files of `make_lists` over one tree of class folders, `folder` below `root`.
 
     Of each class, `share` (between 0 and 1) of the images goes to validation, rounded, at least one
     and never all. Files with the same bytes stay together, and in training if they are in several
     classes. The choice depends on nothing but the seed, the paths and identical files.
+
+    With `folds` instead, each image goes to validation in one of so many pairs of lists.
     """
-    images, groups, classes, passed_over = _tree(root, folder)
-    in_val = choose_validation([label for _, label in images], groups, share=share, seed=seed)
-    train = [image for i, image in enumerate(images) if i not in in_val]
-    val = [image for i, image in enumerate(images) if i in in_val]
-    lists = dict(zip(LIST_FILES.values(), (train, val)))
-    written = _write_lists(root, lists, classes, overwrite=overwrite)
-    _report(lists, classes, passed_over, why=" (too few of its images differ)")
-    return written
-
-
-def fold_lists(
-    root: str, *, folder: str, folds: int, seed: int = 0, overwrite: bool = False
-) -> dict[str, int]:
-    """Write the lists of `folds` folds over one tree, as `split_lists`: each image is in one of the
-    validation lists, and in the training lists of the other folds."""
-    images, groups, classes, passed_over = _tree(root, folder)
-    if not 2 <= folds <= len(groups):
-        count = counted(len(groups), "image")
-        raise InputError(f"-folds is {folds}; allowed: from 2 to the {count} that differ")
-    fold_of = choose_folds([label for _, label in images], groups, folds=folds, seed=seed)
-    lists = {
-        name: [image for image, its in zip(images, fold_of) if (its != fold) == is_train]
-        for fold in range(folds)
-        for is_train, name in list_files(fold + 1).items()
-    }
-    written = _write_lists(root, lists, classes, overwrite=overwrite)
-    _report(lists, classes, passed_over, why=" in some fold (too few of its images differ)")
-    return written
-
-
-def _tree(root: str, folder: str) -> tuple[list[Labelled], list[list[int]], list[str], Counter]:
-    """Return the images in one tree of class folders, the groups of identical ones, the classes,
-    and the suffixes of what was passed over."""
+    if seed < 0:
+        raise InputError(f"-seed {seed}; allowed: an integer >= 0")
     passed_over: Counter = Counter()
     folders = _class_folders(root, folder, passed_over)
     if len(folders) == 1:
@@ -165,8 +141,20 @@ def _tree(root: str, folder: str) -> tuple[list[Labelled], list[list[int]], list
         )
     classes = _classes(folders)
     images = _labelled(root, folder, folders, classes)
+    labels = [label for _, label in images]
     groups = identical_files([os.path.join(root, path) for path, _ in images])
-    return images, groups, classes, passed_over
+    if folds is None:
+        chosen = {None: choose_validation(labels, groups, share=share, seed=seed)}
+    else:
+        chosen = choose_folds(labels, groups, folds=folds, seed=seed)
+    lists = {
+        name: [image for i, image in enumerate(images) if (i not in in_val) == is_train]
+        for fold, in_val in chosen.items()
+        for is_train, name in list_files(fold).items()
+    }
+    written = _write_lists(root, lists, classes, overwrite=overwrite)
+    _report(lists, classes, passed_over, why=" (too few of its images differ)")
+    return written
 
 
 def identical_files(paths: list[str]) -> list[list[int]]:
@@ -206,31 +194,31 @@ def choose_validation(
     return chosen
 
 
-def choose_folds(labels: list[int], groups: list[list[int]], *, folds: int, seed: int) -> list[int]:
-    """Return the fold, from 0, in which each image is for validation; none of `groups` is divided.
-
-    Groups go one by one to the fold that has the fewest images of their classes, and of those to
-    the one with the fewest images: those of several classes first, then class by class, large ones
-    first. Where all files differ, so the numbers of images of a class in the folds, and of all
-    images, differ by at most one.
-    """
-    of_class, fold_of = np.zeros((folds, max(labels) + 1), int), np.zeros(len(labels), int)
-    groups = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
-    found = [sorted({labels[i] for i in group}) for group in groups]
-    order = sorted(range(len(groups)), key=lambda i: (-len(found[i]), found[i], -len(groups[i])))
-    for group, classes in ((groups[i], found[i]) for i in order):
-        counts = of_class[:, classes].sum(axis=1)
-        fold_of[group] = np.lexsort((of_class.sum(axis=1), counts))[0]
-        np.add.at(of_class[fold_of[group[0]]], [labels[i] for i in group], 1)
-    return fold_of.tolist()
+def choose_folds(
+    labels: list[int], groups: list[list[int]], *, folds: int, seed: int
+) -> dict[int, set[int]]:
+    """Return the indices of the images for validation in each fold, counted from 1; none of
+    `groups` is divided, and where they are single images, the numbers of a class in the folds
+    differ by at most one, as do those of all classes."""
+    if not 2 <= folds <= len(groups):
+        count = counted(len(groups), "image")
+        raise InputError(f"-folds is {folds}; allowed: from 2 to the {count} that differ")
+    chosen = {fold: set() for fold in range(1, folds + 1)}
+    counts = {fold: Counter() for fold in chosen}
+    order = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
+    for group in sorted(order, key=lambda group: (labels[group[0]], -len(group))):
+        own = {labels[i] for i in group}
+        fold = min(chosen, key=lambda f: (sum(counts[f][c] for c in own), len(chosen[f])))
+        chosen[fold].update(group)
+        counts[fold].update(labels[i] for i in group)
+    return chosen
 
 
 def _write_lists(
     root: str, images: dict[str, list[Labelled]], classes: list[str], *, overwrite: bool
 ) -> dict[str, int]:
-    """Write lists, {name: its images}, and the classes unless they are synsets; return the lines of
-    each file."""
-    for path, _ in itertools.chain(*images.values()):
+    """Write the lists and, unless they are synsets, the classes; return the lines of each file."""
+    for path, _ in sum(images.values(), []):
         if path != path.strip() or "\n" in path or "\r" in path:
             raise InputError(
                 f"{path!r}: a list cannot hold names with line breaks, or white space at "
@@ -259,8 +247,7 @@ def _write_lists(
 def _report(
     lists: dict[str, list[Labelled]], classes: list[str], passed_over: Counter, why=""
 ) -> None:
-    """Warn of classes without an image for validation, in any of the pairs of `lists`, to train on
-    and to validate on, and of files that are in no list."""
+    """Warn of classes without an image for validation, and of files that are in no list."""
     labels = [{label for _, label in images} for images in lists.values()]
     absent = sorted(set().union(*(train - val for train, val in zip(labels[::2], labels[1::2]))))
     if absent:
