@@ -286,6 +286,7 @@ _FLAGS = {
     "best_by": ["TRAIN.BEST_BY"],
     "eval": ["EVAL"],
     "amp": ["AMP"],
+    "fold": ["DATA.FOLD"],
 }
 
 

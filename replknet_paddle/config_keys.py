@@ -147,6 +147,8 @@ KEYS: dict[str, tuple[Any, Rule]] = {
     "DATA.BATCH_SIZE": (64, integer(1)),  # training images per process and forward pass
     "DATA.BATCH_SIZE_EVAL": (None, optional(integer(1))),  # likewise in evaluation; None: the same
     "DATA.DATA_PATH": ("/dataset/imagenet/", text()),  # folder of train_list.txt, val_list.txt
+    "DATA.FOLD": (None, optional(integer(1))),  # (+) N: train_list_N.txt and val_list_N.txt
+    # instead, which make-lists -folds writes
     "DATA.IMAGE_SIZE": (224, integer(1)),  # pixels, both sides of the network's input
     "DATA.CROP_PCT": (0.875, number(0.01, 1)),  # evaluation: crop size over resized short side
     "DATA.RESIZE_MODE": ("short_crop", choice("short_crop", "warp")),  # (+) evaluation: short side

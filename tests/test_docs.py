@@ -153,6 +153,10 @@ def test_the_examples_of_help_run(example, workplace):
     if "other.npy" in line:
         run_line("replknet erf output/RUN photos -num_images 1 -image_size 64 -o run.npy")
         shutil.copy("run.npy", "other.npy")
+    if line.startswith("replknet probe"):
+        pytest.importorskip("sklearn")
+        for part in ("train", "val"):
+            run_line(f"replknet embed output/RUN data/digits/{part} -output {part}.npy")
     if line.startswith("replknet make-lists"):
         (listed,) = [word for word in line.split() if word in ("photos", "data/flowers")]
         if listed == "photos":

@@ -46,7 +46,7 @@ def report_data(config, photographs: list[str], *, rounds: int, workers: int, ep
         for name in LIST_FILES.values():
             with open(os.path.join(folder, name), "w", encoding="ascii") as file:
                 file.writelines(f"{os.path.basename(path)} 0\n" for path in paths)
-        config = override(config, DATA__DATA_PATH=folder)
+        config = override(config, DATA__DATA_PATH=folder, DATA__FOLD=None)
         train, val = get_dataset(config, True), get_dataset(config, False)
         kilobytes = sum(map(os.path.getsize, paths)) / len(paths) / 1e3
         print(f"{describe_machine()}, Pillow {PIL.__version__}")

@@ -26,6 +26,8 @@ COMMANDS = {
     "train": "train",
     "eval": "train",
     "predict": "predict",
+    "embed": "predict",
+    "probe": "analyze",
     "page": "predict",
     "export": "export",
     "merge": "export",

@@ -20,7 +20,7 @@ def add_make_lists_flags(parser) -> None:
     add_flag(
         parser,
         "train",
-        "folder in DIR with a folder for each class (train; with a share as -val: DIR itself)",
+        "folder in DIR with a folder for each class (train; with -folds or a share: DIR itself)",
         metavar="NAME",
     )
     add_flag(
@@ -34,7 +34,7 @@ def add_make_lists_flags(parser) -> None:
     add_flag(
         parser,
         "seed",
-        "with a share: of the choice (%(default)s)",
+        "with -folds or a share: of the choice (%(default)s)",
         type=int,
         default=0,
         metavar="N",
@@ -45,6 +45,8 @@ def add_make_lists_flags(parser) -> None:
         "ImageNet's development kit, with the validation ground truth",
         metavar="DIR",
     )
+    text = "write K pairs of lists, train_list_1.txt, val_list_1.txt and so on, for -fold to read"
+    add_flag(parser, "folds", text, type=int, metavar="K")
     add_flag(parser, "overwrite", "replace existing lists", action="store_true")
 
 
@@ -54,7 +56,8 @@ def run_make_lists(args) -> int:
     Classes are folders, numbered in the sorted order of their names, as the published weights have
     ImageNet's synsets. Training and validation images are in folders of their own (`-val NAME`), or
     one set of class folders is split (`-val 0.1`): a tenth of each class goes to validation, chosen
-    by -seed, and identical files never end up on both sides.
+    by -seed, and identical files never end up on both sides. With `-folds 5` each image goes to
+    validation in one of five pairs of lists.
 
     examples:
       replknet make-lists photos -val 0.1         photos/CLASS/...: a tenth to validation
@@ -64,7 +67,9 @@ def run_make_lists(args) -> int:
     from replknet_paddle.data.make_lists import make_lists, split_lists
 
     share = read_share(args)
-    if share is None:
+    if args.folds is not None and (args.val != "val" or args.devkit is not None):
+        raise InputError("-folds validates on each image of one set; leave -val and -devkit out")
+    if share is None and args.folds is None:
         written = make_lists(
             args.data_path,
             train=args.train or "train",
@@ -77,6 +82,7 @@ def run_make_lists(args) -> int:
             args.data_path,
             folder=args.train or ".",
             share=share,
+            folds=args.folds,
             seed=args.seed,
             overwrite=args.overwrite,
         )
@@ -99,8 +105,6 @@ def read_share(args) -> float | None:
         )
     if args.devkit is not None:
         raise InputError("-devkit goes with a folder of validation images; leave -val out")
-    if args.seed < 0:
-        raise InputError(f"-seed {args.seed}; allowed: an integer >= 0")
     return share
 
 
@@ -110,6 +114,7 @@ SHOWN = 20  # problems on the console; the report has them all
 def add_check_data_flags(parser) -> None:
     parser.add_argument("data_path", metavar="DIR", help="folder of train_list.txt, val_list.txt")
     add_config_flags(parser, "without one, the defaults and what the data say")
+    add_flag(parser, "fold", "check train_list_N.txt and val_list_N.txt instead", metavar="N")
     add_flag(
         parser,
         "num_classes",
@@ -155,11 +160,10 @@ def run_check_data(args) -> int:
     if args.cfg is None:
         # Any number of images makes a batch.
         config = get_config(MODEL__NUM_CLASSES=None, DATA__BATCH_SIZE=1, TRAIN__ACCUM_ITER=1)
-        are_pairs = lists_pairs(args.data_path)
     else:
         config = get_config(args.cfg)
-        are_pairs = config.MODEL.TYPE == "UPerNet"
     config = override(update_config(config, args), DATA__NUM_WORKERS=0)
+    are_pairs = lists_pairs(config) if args.cfg is None else config.MODEL.TYPE == "UPerNet"
     if args.num_classes is not None:
         config = override(config, MODEL__NUM_CLASSES=args.num_classes)
     if args.allow_outside:

@@ -134,8 +134,9 @@ def compare_with_checkpoint(model, info, target, validation, count: int) -> None
         print(f"not compared with the checkpoint, since it does not run here: {reason}")
         return
     deviation = largest_deviation(outputs, open_eager(model, info).run(images))
+    what = "logits" if info.config.MODEL.NUM_CLASSES else "features"
     print(
-        f"logits on 2 random images are within {deviation:.2g} of the largest one of the "
+        f"{what} on 2 random images are within {deviation:.2g} of the largest one of the "
         f"checkpoint's (backend {backend.name} against Paddle's eager mode)"
     )
     if validation is not None:

@@ -1,4 +1,4 @@
-"""Pictures of one's own: `replknet predict`, with its lines and summary, and `replknet page`."""
+"""Pictures of one's own: `replknet predict`, with its lines and summary, `embed` and `page`."""
 
 import contextlib
 import logging
@@ -14,6 +14,7 @@ from replknet_paddle.commands.flags import (
     add_flag,
     add_model,
     add_output_flags,
+    config_from,
     config_given,
 )
 from replknet_paddle.runtime.errors import InputError, counted
@@ -89,8 +90,8 @@ class Summary:
         if self.skipped <= NAMED_PROBLEMS:
             self.problems.append(f"{printable(prediction.path)}: {prediction.problem}")
 
-    def text(self, passed_over: str, *, has_lists: bool) -> str:
-        lines = [f"classified {counted(self.classified, 'image')}, skipped {self.skipped:,}"]
+    def text(self, passed_over: str, *, has_lists: bool, verb: str = "classified") -> str:
+        lines = [f"{verb} {counted(self.classified, 'image')}, skipped {self.skipped:,}"]
         if passed_over:
             lines[0] += f", {passed_over}"
         if self.with_truth:
@@ -255,6 +256,70 @@ def print_prediction(class_names, prediction) -> None:
             for label, score in zip(prediction.labels, prediction.scores)
         )
     print_above(f"{printable(prediction.path)}: {said}")
+
+
+# ---- features
+
+
+def add_embed_flags(parser) -> None:
+    add_model(parser)
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder, pattern or list")
+    text = ".npy file to write; beside it goes a .csv file, with the path and label of each row"
+    add_output_flags(parser, text, overwrite="replace both files", metavar="FILE", required=True)
+    add_backend(parser)
+    add_flag(parser, "batch_size", "images at once (%(default)s)", type=int, default=8, metavar="N")
+
+
+def run_embed(args) -> int:
+    """Write the features of pictures, a row for each.
+
+    They are what the network's head gets, in float32. The label of a picture is its number in a
+    list (val_list.txt), or else the name of its folder.
+
+    example: replknet embed output/RUN photos -output photos.npy
+
+    exit status: 0 all were read; 1 some were skipped, which are named at the end; 2 bad input
+    """
+    warnings.filterwarnings("ignore", module="PIL")  # of pictures that it then reads all the same
+
+    import numpy as np
+
+    from replknet_paddle.analysis.probe import save_features
+    from replknet_paddle.config import override
+    from replknet_paddle.data.make_lists import say_passed_over
+    from replknet_paddle.deploy.export import is_export
+    from replknet_paddle.deploy.images import ImageFiles
+    from replknet_paddle.deploy.predict import Predictor, predict_files
+
+    if args.batch_size < 1:
+        raise InputError(f"-batch_size is {args.batch_size}; allowed: an integer >= 1")
+    check_file_target(args.output, (".npy",), must_be_new=not args.overwrite)
+    table = os.path.splitext(args.output)[0] + ".csv"
+    check_file_target(table, must_be_new=not args.overwrite)
+    files, summary = ImageFiles(args.images, reads_lists=True), Summary()
+    total, model = files.count(), find_path(args.model)
+    config = config_given(args) if is_export(model) else config_from(args, reads_data=True)
+    if not is_export(model) and config.MODEL.TYPE == "RepLKNet":
+        config = override(config, MODEL__NUM_CLASSES=0, MODEL__OUT_INDICES=None)
+    options = dict(config=config, batch_size=args.batch_size, has_head=False)
+    predictor = Predictor(model, backend=args.backend, **options)
+    rows, features = [], []
+    with Bar("features", total=total, unit="images") as bar:
+        found = predict_files(predictor, files, topk=0, batch_size=args.batch_size)
+        for done, picture in enumerate(found, start=1):
+            summary.add(picture)
+            bar.show(done)
+            if picture.problem is None:
+                folder = os.path.basename(os.path.dirname(os.path.abspath(picture.path)))
+                rows.append((picture.path, folder if picture.truth is None else picture.truth))
+                features.append(picture.features)
+    if not features:
+        raise InputError("nothing could be embedded:\n" + "\n".join(summary.problems))
+    save_features(args.output, np.stack(features), rows)
+    passed_over = say_passed_over(files.passed_over)
+    print(summary.text(passed_over, has_lists=False, verb="embedded"), file=sys.stderr)
+    print(f"wrote {printable(args.output)}, {printable(table)}", file=sys.stderr)
+    return 1 if summary.skipped else 0
 
 
 # ---- the page

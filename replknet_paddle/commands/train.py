@@ -40,6 +40,7 @@ FLAGS = {
         ("batch_size_eval", "N", "images per process in evaluation"),
         ("image_size", "N", "side of the network input, pixels"),
         ("workers", "N", "processes that read images, for each process of the run"),
+        ("fold", "N", "train_list_N.txt and val_list_N.txt instead, of make-lists -folds"),
     ],
     "training": [
         ("epochs", "N", "epochs of the whole run"),

@@ -16,8 +16,8 @@ from replknet_paddle.config import override
 from replknet_paddle.data.class_names import CLASS_NAMES_FILE, get_class_names
 from replknet_paddle.data.dataset import ListDataset, ListedFiles, get_dataloader
 from replknet_paddle.data.lists import (
-    LIST_FILES,
     Line,
+    list_files,
     parse_labelled,
     parse_list,
     parse_pair,
@@ -53,10 +53,10 @@ DETECTION_LINES = 10  # whose grammar tells lists of pairs from those of labels
 _datasets: list[ListedFiles] = []  # of this process, which workers share by being forked
 
 
-def lists_pairs(root: str) -> bool:
-    """Return whether the first lines of the lists in `root` are images and label images."""
-    for name in LIST_FILES.values():
-        path, kinds = os.path.join(root, name), []
+def lists_pairs(config) -> bool:
+    """Return whether the first lines of the lists in DATA.DATA_PATH are images and label images."""
+    for name in list_files(config.DATA.FOLD).values():
+        path, kinds = os.path.join(config.DATA.DATA_PATH, name), []
         if not os.path.isfile(path):
             continue
         for parse in (partial(parse_labelled, num_classes=None), parse_pair):
@@ -82,9 +82,9 @@ def check_data(
     "problems": [{"kind": one of `KINDS`, "list", "line": 0 for the whole list, "path",
     "message"}]}.
     """
-    root = config.DATA.DATA_PATH
-    if not any(os.path.isfile(os.path.join(root, name)) for name in LIST_FILES.values()):
-        raise FileNotFoundError(f"no {' or '.join(LIST_FILES.values())} in {root}")
+    root, files = config.DATA.DATA_PATH, list_files(config.DATA.FOLD)
+    if not any(os.path.isfile(os.path.join(root, name)) for name in files.values()):
+        raise FileNotFoundError(f"no {' or '.join(files.values())} in {root}")
     problems = []
     num_classes = config.MODEL.NUM_CLASSES
     try:
@@ -96,8 +96,8 @@ def check_data(
     config = override(config, MODEL__NUM_CLASSES=num_classes)
 
     datasets: dict[str, ListedFiles] = {}
-    bad: dict[str, list[Line]] = {name: [] for name in LIST_FILES.values()}
-    for is_train, name in LIST_FILES.items():
+    bad: dict[str, list[Line]] = {name: [] for name in files.values()}
+    for is_train, name in files.items():
         try:
             datasets[name] = get_dataset(config, is_train, problems=bad[name])
             if is_train and not bad[name] and isinstance(datasets[name], ListDataset):
@@ -105,8 +105,8 @@ def check_data(
         except (InputError, FileNotFoundError) as error:
             problems.append(_problem(name, "list", str(error)))
     findings = dict(zip(datasets, _check_all(list(datasets.values()), workers, progress)))
-    problems += _line_problems(datasets, bad, findings)
-    problems += _class_problems(datasets, num_classes)
+    problems += _line_problems(datasets, bad, findings, files[True])
+    problems += _class_problems(datasets, num_classes, *files.values())
     kinds = Counter(problem["kind"] for problem in problems)
     lists: dict[str, dict] = {name: {"images": len(data)} for name, data in datasets.items()}
     for name, data in datasets.items():
@@ -125,7 +125,9 @@ def check_data(
 def _count_labels(config, get_dataset: Callable) -> int:
     """Return the number of classes that the labels of the training list, or else the validation
     list, stand for."""
-    is_train = os.path.isfile(os.path.join(config.DATA.DATA_PATH, LIST_FILES[True]))
+    is_train = os.path.isfile(
+        os.path.join(config.DATA.DATA_PATH, list_files(config.DATA.FOLD)[True])
+    )
     dataset = get_dataset(config, is_train, problems=[])
     if not isinstance(dataset, ListDataset):
         raise InputError(
@@ -192,6 +194,7 @@ def _line_problems(
     datasets: dict[str, ListedFiles],
     bad: dict[str, list[Line]],
     findings: dict[str, list[Finding]],
+    train_name: str,
 ) -> Iterator[dict]:
     """Yield the problems of single lines, list by list."""
     in_train: dict[bytes, int] = {}  # training line of each path and each content
@@ -217,37 +220,39 @@ def _line_problems(
                     f"line {before.number} of {other}"
                 )
                 yield problem("conflict", message)
-            if name == LIST_FILES[True]:
+            if name == train_name:
                 in_train.setdefault(line.path, line.number)
                 in_train.setdefault(content, line.number)
             elif number := in_train.get(line.path) or in_train.get(content):
-                message = f"{path} is also in line {number} of {LIST_FILES[True]}"
+                message = f"{path} is also in line {number} of {train_name}"
                 yield problem("overlap", message)
 
 
-def _class_problems(datasets: dict[str, ListedFiles], num_classes: int) -> Iterator[dict]:
+def _class_problems(
+    datasets: dict[str, ListedFiles], num_classes: int, train_name: str, val_name: str
+) -> Iterator[dict]:
     """Yield the problems of whole classes."""
-    train, val = map(datasets.get, LIST_FILES.values())
+    train, val = map(datasets.get, (train_name, val_name))
     in_train = set(range(num_classes))
     if train is not None:
         absent = train.absent_classes(num_classes)
         in_train.difference_update(absent)
         for label in absent:
-            yield _problem(LIST_FILES[True], "empty class", f"class {label} has no training image")
+            yield _problem(train_name, "empty class", f"class {label} has no training image")
     if train is None or val is None:
         return
     for label in sorted(in_train.intersection(val.absent_classes(num_classes))):
         message = f"class {label} has training images and no validation image"
-        yield _problem(LIST_FILES[False], "no validation", message)
+        yield _problem(val_name, "no validation", message)
     if not isinstance(train, ListDataset):
         return
     labels = (dataset.paths_and_labels() for dataset in (train, val))
     for folder, train_label, val_label in shifted_folders(*labels):
         message = (
             f"the folder {printable(folder)} has label {val_label}, and {train_label} in "
-            f"{LIST_FILES[True]}"
+            f"{train_name}"
         )
-        yield _problem(LIST_FILES[False], "shifted", message, path=os.fsencode(folder))
+        yield _problem(val_name, "shifted", message, path=os.fsencode(folder))
 
 
 def _problem(name: str, kind: str, message: str, *, line: int = 0, path: bytes = b"") -> dict:

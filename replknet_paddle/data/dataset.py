@@ -16,9 +16,9 @@ from yacs.config import CfgNode
 
 from replknet_paddle.data.lists import (
     LAYOUT,
-    LIST_FILES,
     Line,
     describe,
+    get_list_path,
     parse_labelled,
     read_list,
     resolve,
@@ -280,10 +280,9 @@ def get_dataset(
     """Return the training or the validation set that `config` names, by its good lines where the
     bad ones go to `problems`."""
     transform = build_train_transform(config) if is_train else build_eval_transform(config)
-    root = config.DATA.DATA_PATH
     return ListDataset(
-        os.path.join(root, LIST_FILES[is_train]),
-        root,
+        get_list_path(config, is_train),
+        config.DATA.DATA_PATH,
         transform,
         num_classes=config.MODEL.NUM_CLASSES,
         seed=config.SEED,

@@ -29,7 +29,14 @@ import numpy as np
 from replknet_paddle.runtime.errors import InputError, SystemFault
 from replknet_paddle.runtime.terminal import printable
 
-LIST_FILES = {True: "train_list.txt", False: "val_list.txt"}
+
+def list_files(fold: int | None = None) -> dict[bool, str]:
+    """Return the names of the lists, {whether to train on it: name}, of a fold or of no folds."""
+    end = "" if fold is None else f"_{fold}"
+    return {True: f"train_list{end}.txt", False: f"val_list{end}.txt"}
+
+
+LIST_FILES = list_files()
 LAYOUT = (
     "-data_path takes a folder with train_list.txt and val_list.txt, whose lines are the "
     "path of an image below that folder, a space and the number of its class, e.g. "
@@ -92,6 +99,19 @@ def describe(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return str(error) or type(error).__name__
+
+
+def get_list_path(config, is_train: bool) -> str:
+    """Return the path of the training or the validation list that `config` names; FileNotFoundError
+    where there is none of DATA.FOLD."""
+    fold = config.DATA.FOLD
+    path = os.path.join(config.DATA.DATA_PATH, list_files(fold)[is_train])
+    if fold is not None and not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"no list file {path} for DATA.FOLD {fold}; replknet make-lists -folds writes it, and "
+            "-opts DATA.FOLD None reads train_list.txt and val_list.txt"
+        )
+    return path
 
 
 class Line(NamedTuple):

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from replknet_paddle.data.class_names import CLASS_NAMES_FILE, class_names_text
-from replknet_paddle.data.lists import IGNORED, LIST_FILES
+from replknet_paddle.data.lists import IGNORED, LIST_FILES, list_files
 from replknet_paddle.data.transforms.image import FORMATS
 from replknet_paddle.runtime.errors import InputError, counted, did_you_mean
 from replknet_paddle.runtime.files import atomic_file, file_sha256, write_text
@@ -106,20 +106,31 @@ def make_lists(
         val_images = _labelled(root, val, _class_folders(root, val, passed_over), classes)
     else:
         val_images = _ground_truth_images(root, val, classes, devkit, passed_over)
-    written = _write_lists(root, train_images, val_images, classes, overwrite=overwrite)
-    _report(train_images, val_images, classes, passed_over)
+    lists = dict(zip(LIST_FILES.values(), (train_images, val_images)))
+    written = _write_lists(root, lists, classes, overwrite=overwrite)
+    _report(lists, classes, passed_over)
     return written
 
 
 def split_lists(
-    root: str, *, folder: str, share: float, seed: int = 0, overwrite: bool = False
+    root: str,
+    *,
+    folder: str,
+    share: float | None = None,
+    folds: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
 ) -> dict[str, int]:
     """Write the files of `make_lists` over one tree of class folders, `folder` below `root`.
 
     Of each class, `share` (between 0 and 1) of the images goes to validation, rounded, at least one
     and never all. Files with the same bytes stay together, and in training if they are in several
     classes. The choice depends on nothing but the seed, the paths and identical files.
+
+    With `folds` instead, each image goes to validation in one of so many pairs of lists.
     """
+    if seed < 0:
+        raise InputError(f"-seed {seed}; allowed: an integer >= 0")
     passed_over: Counter = Counter()
     folders = _class_folders(root, folder, passed_over)
     if len(folders) == 1:
@@ -132,11 +143,17 @@ def split_lists(
     images = _labelled(root, folder, folders, classes)
     labels = [label for _, label in images]
     groups = identical_files([os.path.join(root, path) for path, _ in images])
-    in_val = choose_validation(labels, groups, share=share, seed=seed)
-    train = [image for i, image in enumerate(images) if i not in in_val]
-    val = [image for i, image in enumerate(images) if i in in_val]
-    written = _write_lists(root, train, val, classes, overwrite=overwrite)
-    _report(train, val, classes, passed_over, why=" (too few of its images differ)")
+    if folds is None:
+        chosen = {None: choose_validation(labels, groups, share=share, seed=seed)}
+    else:
+        chosen = choose_folds(labels, groups, folds=folds, seed=seed)
+    lists = {
+        name: [image for i, image in enumerate(images) if (i not in in_val) == is_train]
+        for fold, in_val in chosen.items()
+        for is_train, name in list_files(fold).items()
+    }
+    written = _write_lists(root, lists, classes, overwrite=overwrite)
+    _report(lists, classes, passed_over, why=" (too few of its images differ)")
     return written
 
 
@@ -177,20 +194,37 @@ def choose_validation(
     return chosen
 
 
+def choose_folds(
+    labels: list[int], groups: list[list[int]], *, folds: int, seed: int
+) -> dict[int, set[int]]:
+    """Return the indices of the images for validation in each fold, counted from 1; none of
+    `groups` is divided, and where they are single images, the numbers of a class in the folds
+    differ by at most one, as do those of all classes."""
+    if not 2 <= folds <= len(groups):
+        count = counted(len(groups), "image")
+        raise InputError(f"-folds is {folds}; allowed: from 2 to the {count} that differ")
+    chosen = {fold: set() for fold in range(1, folds + 1)}
+    counts = {fold: Counter() for fold in chosen}
+    order = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
+    for group in sorted(order, key=lambda group: (labels[group[0]], -len(group))):
+        own = {labels[i] for i in group}
+        fold = min(chosen, key=lambda f: (sum(counts[f][c] for c in own), len(chosen[f])))
+        chosen[fold].update(group)
+        counts[fold].update(labels[i] for i in group)
+    return chosen
+
+
 def _write_lists(
-    root: str, train: list[Labelled], val: list[Labelled], classes: list[str], *, overwrite: bool
+    root: str, images: dict[str, list[Labelled]], classes: list[str], *, overwrite: bool
 ) -> dict[str, int]:
-    """Write both lists and, unless they are synsets, the classes; return the lines of each file."""
-    for path, _ in train + val:
+    """Write the lists and, unless they are synsets, the classes; return the lines of each file."""
+    for path, _ in sum(images.values(), []):
         if path != path.strip() or "\n" in path or "\r" in path:
             raise InputError(
                 f"{path!r}: a list cannot hold names with line breaks, or white space at "
                 "their start; rename it"
             )
-    lists = {
-        name: [f"{path} {label}" for path, label in images]
-        for name, images in zip(LIST_FILES.values(), (train, val))
-    }
+    lists = {name: [f"{path} {label}" for path, label in listed] for name, listed in images.items()}
     if not _are_synsets(classes):
         for name in classes:
             if len(name.splitlines()) > 1:
@@ -211,10 +245,11 @@ def _write_lists(
 
 
 def _report(
-    train: list[Labelled], val: list[Labelled], classes: list[str], passed_over: Counter, why=""
+    lists: dict[str, list[Labelled]], classes: list[str], passed_over: Counter, why=""
 ) -> None:
     """Warn of classes without an image for validation, and of files that are in no list."""
-    absent = sorted({label for _, label in train} - {label for _, label in val})
+    labels = [{label for _, label in images} for images in lists.values()]
+    absent = sorted(set().union(*(train - val for train, val in zip(labels[::2], labels[1::2]))))
     if absent:
         names = _listed([classes[label] for label in absent])
         count = counted(len(absent), "class")

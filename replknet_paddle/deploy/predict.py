@@ -51,6 +51,7 @@ class Prediction:
         problem: why there is no prediction; None where there is one.
         truth: the class that a list gives; else the one that the file's folder is named as, where
             the model brings class names.
+        features: what a network without a head gives, (num_features,), in place of classes.
     """
 
     path: str
@@ -60,6 +61,7 @@ class Prediction:
     heat: Image.Image | None = None
     problem: str | None = None
     truth: int | None = None
+    features: NDArray[np.float32] | None = None
 
     @property
     def is_right(self) -> bool | None:
@@ -86,6 +88,7 @@ class Predictor:
         backend: the name of one, or `auto` for the fastest that is installed.
         config: of a checkpoint, instead of that of its run folder.
         batch_size: images that the network will get at once, for `auto` to measure with.
+        has_head: whether the network must give classes, or features instead.
 
     Attributes:
         backend: the open one.
@@ -104,6 +107,7 @@ class Predictor:
         backend: str = "auto",
         config: CfgNode | None = None,
         batch_size: int = 1,
+        has_head: bool = True,
     ) -> None:
         if isinstance(model, Backend):
             self.backend = model
@@ -116,7 +120,12 @@ class Predictor:
             )
         self.transform = build_eval_transform(info.config)
         self.num_classes: int = info.config.MODEL.NUM_CLASSES
-        if self.num_classes == 0:
+        if self.num_classes and not has_head:
+            raise InputError(
+                f"{model} has a head and gives no features; its checkpoint does, and so does an "
+                "export of that by replknet export -opts MODEL.NUM_CLASSES 0"
+            )
+        if self.num_classes == 0 and has_head:
             raise InputError(
                 "a network without a head (MODEL.NUM_CLASSES is 0) gives features, not classes; "
                 "open_backend(model).run(images) returns them"
@@ -230,8 +239,8 @@ def predict_files(
     picture_pixels: int = 0,
     heat_maps: bool = False,
 ) -> Iterator[Prediction]:
-    """Yield a `Prediction` of the first `topk` classes for each of any number of `ImageFiles`, in
-    their order and in constant memory, with a `problem` for what cannot be read.
+    """Yield a `Prediction` of the first `topk` classes, or of features, for each of any number of
+    `ImageFiles`, in their order and in constant memory, with a `problem` for what cannot be read.
 
     Threads decode the next files (Pillow lets go of Python's lock) while the network runs. Pictures
     are kept with sides of at most `picture_pixels`, 0 for none; `heat_maps` over them need `eager`.
@@ -254,17 +263,21 @@ def predict_files(
 
     def results(batch: list) -> Iterator[Prediction]:
         arrays = [array for _, array in batch if array is not None]
-        scores, maps = (), ()
+        outputs, maps = (), ()
         if arrays and heat_maps:
-            scores, maps = predictor.scores_and_heat(np.stack(arrays))
+            outputs, maps = predictor.scores_and_heat(np.stack(arrays))
         elif arrays:
-            scores = predictor.scores(np.stack(arrays))
-        scores, maps = iter(scores), iter(maps)
+            run = predictor.scores if predictor.num_classes else predictor.backend.run
+            outputs = run(np.stack(arrays))
+        outputs, maps = iter(outputs), iter(maps)
         for prediction, array in batch:
             if array is None:
                 yield prediction
                 continue
-            of_image, heat = next(scores), None
+            of_image, heat = next(outputs), None
+            if predictor.num_classes == 0:
+                yield replace(prediction, features=of_image)
+                continue
             if heat_maps:
                 heat = heat_over(prediction.picture, next(maps), predictor.transform)
             labels = np.argsort(-of_image, kind="stable")[:topk]

@@ -8,7 +8,6 @@ DequantizeLinear operators, which OpenVINO and ONNX Runtime both compute in inte
 """
 
 import logging
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from replknet_paddle.data.dataset import ListDataset, get_dataset
-from replknet_paddle.data.lists import LIST_FILES
+from replknet_paddle.data.lists import get_list_path
 from replknet_paddle.data.transforms import build_eval_transform
 from replknet_paddle.deploy.onnx_graph import INPUT
 from replknet_paddle.runtime.errors import InputError, SampleError
@@ -73,7 +72,7 @@ def quantize(source: Path, target: Path, batches: Iterable[np.ndarray]) -> None:
 def calibration_set(config, list_file: str | None = None) -> ListDataset:
     """Return the images of the training list or another one, preprocessed as in evaluation."""
     return ListDataset(
-        list_file or os.path.join(config.DATA.DATA_PATH, LIST_FILES[True]),
+        list_file or get_list_path(config, is_train=True),
         config.DATA.DATA_PATH,
         build_eval_transform(config),
         num_classes=config.MODEL.NUM_CLASSES,

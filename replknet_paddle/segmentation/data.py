@@ -7,7 +7,6 @@ last two steps are left to `FinishBatch`, on the device. Every random number com
 generator given with the image. Lists of images and labels: `replknet_paddle.data.lists`.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,9 +18,9 @@ from PIL import Image
 from replknet_paddle.data.dataset import EvalBatches, ListedFiles, StepBatches, make_loader
 from replknet_paddle.data.lists import (
     IGNORED,
-    LIST_FILES,
     PAIRS_LAYOUT,
     Line,
+    get_list_path,
     parse_pair,
 )
 from replknet_paddle.data.loader import Loader
@@ -114,13 +113,13 @@ def get_dataset(
 ) -> SegmentationDataset:
     """Return the training or the validation set that `config` names, by its good lines where the
     bad ones go to `problems`."""
-    settings, root = config.SEGMENTATION, config.DATA.DATA_PATH
+    settings = config.SEGMENTATION
     transform = whole_image
     if is_train:
         transform = TrainCrop(crop_size=config.DATA.IMAGE_SIZE, scale=settings.RESIZE)
     return SegmentationDataset(
-        os.path.join(root, LIST_FILES[is_train]),
-        root,
+        get_list_path(config, is_train),
+        config.DATA.DATA_PATH,
         transform,
         num_classes=config.MODEL.NUM_CLASSES,
         zero_is_ignored=settings.ZERO_IS_IGNORED,

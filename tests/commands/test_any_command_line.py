@@ -5,12 +5,14 @@ import io
 import re
 import shutil
 
+import numpy as np
 import pytest
 from harness import make_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import FIXTURES, TINY, make_data
 
+from replknet_paddle.analysis.probe import save_features
 from replknet_paddle.commands import COMMANDS, command_function, run_command
 from replknet_paddle.commands.flags import CommandParser
 from replknet_paddle.config_keys import KEYS
@@ -23,6 +25,8 @@ LINES = {
     "train": TRAIN,
     "eval": [*TRAIN, "run/best"],
     "predict": ["run", PICTURE, "-backend=eager", "-output=new.csv"],
+    "embed": ["run", PICTURE, "-backend=eager", "-output=new.npy"],
+    "probe": ["some.npy", "some.npy", "-k=1"],
     "export": ["run/best", "-output=new", "-validation_images=0"],
     "merge": ["run/best", "-output=new.safetensors"],
     "convert": ["run/best", "-output=new.safetensors"],
@@ -94,6 +98,7 @@ def original(tmp_path_factory):
     (folder / "run").mkdir()
     make_run(folder / "run")
     (folder / "run" / "metrics.jsonl").write_text('{"epoch": 1, "train_loss": 1.0}\n')
+    save_features(folder / "some.npy", np.eye(3, dtype="f"), [("a", 0), ("b", 1), ("c", 1)])
     return folder
 
 
@@ -113,7 +118,10 @@ def test_it_works_or_says_in_one_message_why_not(name, data, original, tmp_path,
         except SystemExit as stop:  # argparse
             status = stop.code
     text = said.getvalue() + out.getvalue()
-    assert status in ((0, 1, 2) if name in ("predict", "check-data") else (0, 2)), (words, text)
+    assert status in ((0, 1, 2) if name in ("predict", "embed", "check-data") else (0, 2)), (
+        words,
+        text,
+    )
     assert "Traceback" not in text
     assert not re.search("[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f]", text)
     if status == 2:

@@ -192,6 +192,7 @@ INFERENCE = "-backends eager -precisions fp32 -batch_sizes 1 -rounds 1"
 USES = {
     "eval": "-data_path=data -nproc=1",
     "predict": f"{PICTURE} -backend=paddle",
+    "embed": f"{PICTURE} -backend=paddle -output=new.npy",
     "page": "-port=7860",
     "export": "-output=new",
     "merge": "-output=new.safetensors",
@@ -227,6 +228,9 @@ def test_a_model_has_five_forms(command, folder, monkeypatch, capfd):
     for form in FORMS:
         status = main([*command.split(), form, *USES[command].split()])
         said = capfd.readouterr()
+        if form == "exported" and command == "embed":
+            assert status == 2 and "exported has a head and gives no features" in said.err
+            continue
         if form == "exported" and command in TAKES_WEIGHTS:
             assert status == 2 and "an export folder runs, but its weights cannot" in said.err
             continue
@@ -234,7 +238,7 @@ def test_a_model_has_five_forms(command, folder, monkeypatch, capfd):
         if command in ("eval", "predict", "model-info"):
             found[form] = re.search("top-1 [^,]*|.*%.*|merged.*", said.out)[0]
         for path in folder.glob("new*"):
-            if command in ("convert", "merge"):
+            if command in ("convert", "merge", "embed"):
                 found[form] = path.read_bytes()[-1000:]  # of the tensors
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert len(set(found.values())) <= 1 and len(found) in (0, 4, 5)
@@ -283,6 +287,7 @@ TARGETS = {
     "predict  ": f"run {PICTURE} -backend=eager -save_pictures=new",
     "predict   ": f"run {PICTURE} -save_heat_maps=new -opts DATA.IMAGE_SIZE 64",
     "eval": "run -data_path=data -nproc=1 -report=new",
+    "embed": f"run {PICTURE} -backend=eager -output=new.npy",
     "merge": "run -output=new.safetensors",
     "convert": "run -o new.pdparams",
     "kernels": "run -output=new.png",
