@@ -118,7 +118,7 @@ def look(predictor: Predictor, path: str) -> Look:
         scores = predictor.scores(array)[0]
     else:
         logits, strengths = grad_cam(network, array)
-        scores = probabilities(logits[None], "eager")[0]
+        scores = probabilities(logits[None], predictor.backend)[0]
         if transform.image_size > LAST_STRIDE:  # else a single position
             heat = heat_over(to_rgb(image), strengths, transform)
     names = distinct(predictor.class_names)

@@ -48,6 +48,7 @@ class Prediction:
         picture: the picture, RGB, reduced to fit the size that was asked for, if one was.
         problem: why there is no prediction; None where there is one.
         truth: the class that the file's folder is named as, where the model brings class names.
+        rejected: whether the first score is too low; None where that was not asked.
     """
 
     path: str
@@ -56,6 +57,7 @@ class Prediction:
     picture: Image.Image | None = None
     problem: str | None = None
     truth: int | None = None
+    rejected: bool | None = None
 
     @property
     def is_right(self) -> bool | None:
@@ -82,6 +84,7 @@ class Predictor:
         backend: the name of one, or `auto` for the fastest that is installed.
         config: of a checkpoint, instead of that of its run folder.
         batch_size: images that the network will get at once, for `auto` to measure with.
+        flip: give the mean of the probabilities of each picture and of its mirror image.
 
     Attributes:
         backend: the open one.
@@ -100,7 +103,9 @@ class Predictor:
         backend: str = "auto",
         config: CfgNode | None = None,
         batch_size: int = 1,
+        flip: bool = False,
     ) -> None:
+        self.flip = flip
         if isinstance(model, Backend):
             self.backend = model
         else:
@@ -133,17 +138,18 @@ class Predictor:
     def scores(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the probabilities (N, num_classes), float32, of preprocessed images (N, 3, H, W);
         InputError: the network's outputs are not finite."""
-        return probabilities(self.backend.run(images), self.backend.name)
+        views = [images, images[..., ::-1]] if self.flip else [images]
+        return np.mean([probabilities(self.backend.run(x), self.backend) for x in views], axis=0)
 
 
-def probabilities(logits: np.ndarray, backend: str) -> np.ndarray:
-    """Return the `softmax` of logits that `backend` gave, if they are finite."""
+def probabilities(logits: np.ndarray, backend: Backend) -> np.ndarray:
+    """Return the `softmax`, at MODEL.TEMPERATURE, of logits of `backend`, if they are finite."""
     if not np.isfinite(logits).all():
         raise InputError(
-            f"the network's outputs on {backend} are not finite numbers: its weights are broken, "
-            "or too large for its precision"
+            f"the network's outputs on {backend.name} are not finite numbers: its weights are "
+            "broken, or too large for its precision"
         )
-    return softmax(logits)
+    return softmax(logits / backend.info.config.MODEL.TEMPERATURE)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -216,12 +222,14 @@ def predict_files(
     topk: int,
     batch_size: int = BATCH_SIZE,
     picture_pixels: int = 0,
+    reject: float | None = None,
 ) -> Iterator[Prediction]:
     """Yield a `Prediction` of the first `topk` classes for each of any number of `ImageFiles`, in
     their order and in constant memory, with a `problem` for what cannot be read.
 
     Threads decode the next files (Pillow lets go of Python's lock) while the network runs. Pictures
-    are kept with sides of at most `picture_pixels`; 0 for none.
+    are kept with sides of at most `picture_pixels`; 0 for none. Those whose first score is below
+    `reject` are rejected.
     """
 
     def read(file: tuple[str, str | None] | Frame):
@@ -250,6 +258,7 @@ def predict_files(
                 prediction,
                 labels=tuple(int(label) for label in labels),
                 scores=tuple(float(of_image[label]) for label in labels),
+                rejected=None if reject is None else bool(of_image.max() < np.float32(reject)),
             )
 
     threads = min(os.cpu_count() or 1, MAX_DECODERS)
@@ -276,14 +285,14 @@ def _reduced(image: Image.Image, pixels: int) -> Image.Image:
 
 @contextlib.contextmanager
 def results_file(
-    path: str, class_names: Sequence[str], topk: int
+    path: str, class_names: Sequence[str], topk: int, *, rejects: bool = False
 ) -> Iterator[Callable[[Prediction], None]]:
     """Open a file of predictions, and yield the function that writes one of them.
 
     Lines of JSON are objects: path, pred_label, pred_class, pred_score, and topk, a list of objects
     with label, class and score; or path and problem. CSV has a row a file: path, label_1, class_1,
-    score_1, and so on to the k-th; and problem. Scores have 6 significant digits, as many as
-    float32 is good for.
+    score_1, and so on to the k-th; and problem. Where it `rejects`, both have `rejected` as well,
+    true or false. Scores have 6 significant digits, as many as float32 is good for.
 
     The file gets the name `path` when the block is left. If an exception leaves the block, `path`
     stays as it was, and what was written until then is in `path`.unfinished; not so if nothing was,
@@ -306,6 +315,7 @@ def results_file(
             ]
             record |= {f"pred_{key}": value for key, value in classes[0].items()}
             record["topk"] = classes
+            record |= {"rejected": prediction.rejected} if rejects else {}
         file.write(json_text(record) + "\n")
 
     def write_row(prediction: Prediction) -> None:
@@ -318,6 +328,8 @@ def results_file(
             ]
         # Python's csv quotes a carriage return only where lines end in one.
         rows = quoted if "\r" in prediction.path else plain
+        if rejects:
+            values.append("" if prediction.rejected is None else str(prediction.rejected).lower())
         rows.writerow([prediction.path, *values, prediction.problem or ""])
 
     def rounded(score: float) -> float:
@@ -332,6 +344,7 @@ def results_file(
             plain = csv.writer(file, lineterminator="\n")
             quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
             columns = [f"{w}_{i}" for i in range(1, topk + 1) for w in ("label", "class", "score")]
+            columns += ["rejected"] if rejects else []
             plain.writerow(["path", *columns, "problem"])
             started = file.tell()
             yield write_row
