@@ -120,6 +120,7 @@ def optional(rule: Rule) -> Rule:
 
 
 probability = number(0, 1)
+TEMPERATURES = (0.01, 100)  # the lowest and the highest that MODEL.TEMPERATURE may be
 
 # What TRAIN.BEST_BY may be besides top1, as metrics.jsonl has them behind `val_`.
 CLASS_FIGURES = (
@@ -204,6 +205,8 @@ KEYS: dict[str, tuple[Any, Rule]] = {
     "MODEL.CONV_MEMORY_MB": (None, optional(integer(1))),  # (+) MiB that the matrix products of a
     # layer may use beside its input and output, and that evaluation and TRAIN.ACCUM_ITER keep of
     # the weights of all layers; None: a 32nd of the GPU's memory, 512 on CPU
+    "MODEL.TEMPERATURE": (1.0, number(*TEMPERATURES)),  # (+) logits are divided by it to make the
+    # probabilities of evaluation and predictions; `replknet calibrate` fits it to the weights
     "TRAIN.LAST_EPOCH": (0, integer(0)),  # epochs already trained, where weights do not tell
     "TRAIN.NUM_EPOCHS": (300, integer(1)),
     "TRAIN.WARMUP_EPOCHS": (10, integer(0)),
@@ -336,6 +339,7 @@ SEGMENTATION_CONTRADICTIONS: list[Contradiction] = [
     (("MODEL.NUM_CLASSES",), lambda count: not 2 <= (count or 0) <= 255, f"{_HERE}2 to 255"),
     (("TRAIN.LAYER_DECAY",), lambda decay: decay is not None, f"{_HERE}None"),
     (("TRAIN.BEST_BY",), lambda by: by != "top1", f"{_HERE}top1, which stands for the mIoU there"),
+    (("MODEL.TEMPERATURE",), lambda temperature: temperature != 1, f"{_HERE}1.0"),
     (("TRAIN.WARMUP_EPOCHS",), bool, f"{_HERE}0; SEGMENTATION.WARMUP_STEPS sets the warm-up"),
     (
         ("SEGMENTATION.WARMUP_STEPS", _EPOCHS, "SEGMENTATION.EPOCH_STEPS"),

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+CONFIDENCE_BINS = 15  # as in the paper
+
 
 @dataclass(frozen=True)
 class Outcomes:
@@ -132,6 +134,23 @@ class Outcomes:
         pairs, counts = np.unique(pairs, axis=0, return_counts=True)
         order = np.argsort(-counts, kind="stable")[:limit]
         return [(int(pairs[i, 0]), int(pairs[i, 1]), int(counts[i])) for i in order]
+
+    def confidence_bins(self) -> np.ndarray:
+        """Return (15, 3) float64 for bins of the first class's probability, ]0, 1/15], ]1/15, 2/15]
+        and so on, 0 in the first: images, and the sums of their probabilities and of right ones. A
+        NaN is in the last."""
+        confidences = self.scores[:, 0]
+        bins = np.searchsorted(np.arange(1, CONFIDENCE_BINS) / CONFIDENCE_BINS, confidences)
+        columns = np.ones(len(bins)), confidences, self.is_right
+        return np.stack([np.bincount(bins, each, CONFIDENCE_BINS) for each in columns], axis=1)
+
+    @property
+    def calibration_error(self) -> float:
+        """The expected calibration error, 0 to 1 (Guo et al., arXiv 1706.04599, equation 3): the
+        distance of a bin's accuracy from its mean probability, on average over the images; NaN
+        where a probability is NaN."""
+        images, confidences, right = self.confidence_bins().T
+        return float(np.abs(right - confidences).sum() / images.sum())
 
     def confident_mistakes(self, limit: int) -> list[int]:
         """Return the indices of wrong images, the one with the largest probability first."""

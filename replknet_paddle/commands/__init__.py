@@ -32,6 +32,7 @@ COMMANDS = {
     "export": "export",
     "merge": "export",
     "convert": "export",
+    "calibrate": "export",
     "make-lists": "data",
     "check-data": "data",
     "make-digits": "data",

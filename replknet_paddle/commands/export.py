@@ -1,10 +1,12 @@
-"""Files for others: exports, merged and converted checkpoints, compiled operators."""
+"""Files for others: exports; merged, converted and calibrated checkpoints; compiled operators."""
 
 import os
 import sys
+from dataclasses import replace
 
 from replknet_paddle.commands.flags import (
     WEIGHTS_FORMS,
+    add_backend,
     add_flag,
     add_model,
     add_output_flags,
@@ -241,6 +243,65 @@ def run_convert(args) -> int:
         build=task_of(config).network,
     )
     print(f"wrote {args.output}: {counted(count, 'tensor')} under {args.to} names")
+    return 0
+
+
+def add_calibrate_flags(parser) -> None:
+    add_model(parser, WEIGHTS_FORMS)
+    add_output_flags(parser, ".safetensors file to write", metavar="FILE", required=True)
+    add_flag(parser, "data_path", "folder of val_list.txt and its images", metavar="DIR")
+    add_backend(parser)
+
+
+def run_calibrate(args) -> int:
+    """Fit a temperature to validation images.
+
+    The logits are divided by it before they become probabilities, of which the labels are then as
+    likely as they can be. The result has the same weights with that MODEL.TEMPERATURE, which
+    evaluation, predictions and exports follow. Runs in this process alone.
+
+    example: replknet calibrate output/RUN -data_path data/digits -output calibrated.safetensors
+    """
+    check_file_target(args.output, [".safetensors"], must_be_new=not args.overwrite)
+    args.eval = True
+    config = config_from(args, reads_data=True)
+    if config.MODEL.TYPE == "UPerNet":
+        raise InputError("calibrate of a segmentation network; allowed: a classifier")
+
+    import numpy as np
+
+    from replknet_paddle.analysis.temperature import fit_temperature, statistics
+    from replknet_paddle.checkpoints.load import convert_file
+    from replknet_paddle.config import override
+    from replknet_paddle.deploy.backends import open_for_evaluation
+    from replknet_paddle.engine.run import run
+    from replknet_paddle.zoo import weights_file
+
+    source, logits, found = weights_file(config.MODEL.PRETRAINED), [], []
+    check_is_another(source, args.output)
+
+    def open_network(config):  # with the number of classes
+        found.append(config)
+        layer = open_for_evaluation(config, args.backend)
+        layer.register_forward_post_hook(lambda *call: logits.append(call[-1].numpy()))
+        return layer
+
+    def keep(outcomes, **_):
+        found.append(outcomes)
+
+    run(override(config, SAVE=None), open_network=open_network, report=keep)
+    (config, outcomes), logits = found, np.concatenate(logits)
+    temperature = fit_temperature(logits, outcomes.labels)
+    for when, each in (("before", config.MODEL.TEMPERATURE), ("after", temperature)):
+        losses, *_, confidences = statistics(logits, outcomes.labels, each)
+        error = replace(outcomes, scores=confidences[:, None]).calibration_error
+        print(
+            f"{when}: temperature {each:.6g}, negative log likelihood {losses.mean():.6f}, "
+            f"expected calibration error {100 * error:.2f} %"
+        )
+    config = override(config, EVAL=False, MODEL__TEMPERATURE=temperature)
+    convert_file(source, args.output, config, weights=config.MODEL.PRETRAINED_WEIGHTS)
+    print(f"wrote {args.output}")
     return 0
 
 

@@ -58,6 +58,10 @@ def add_predict_flags(parser) -> None:
         metavar="FILE",
     )
     add_flag(parser, "topk", "classes to give (%(default)s)", type=int, default=5, metavar="K")
+    text = "mark pictures as rejected whose first class has a probability below P"
+    add_flag(parser, "reject", text, type=float, metavar="P")
+    text = "flip: average the probabilities of each picture and its mirror image"
+    add_flag(parser, "tta", text, choices=("flip",))
     add_flag(
         parser,
         "every",
@@ -73,7 +77,8 @@ def add_predict_flags(parser) -> None:
 class Summary:
     """Counts what was classified, and keeps the first problems, for the report at the end."""
 
-    def __init__(self):
+    def __init__(self, reject: float | None = None):
+        self.reject, self.rejected = reject, 0
         self.classified = 0
         self.skipped = 0
         self.right = 0
@@ -83,8 +88,10 @@ class Summary:
     def add(self, prediction) -> None:
         if prediction.problem is None:
             self.classified += 1
-            self.with_truth += prediction.is_right is not None
-            self.right += bool(prediction.is_right)
+            self.rejected += bool(prediction.rejected)
+            is_right = None if prediction.rejected else prediction.is_right
+            self.with_truth += is_right is not None
+            self.right += bool(is_right)
             return
         self.skipped += 1
         if self.skipped <= NAMED_PROBLEMS:
@@ -92,13 +99,18 @@ class Summary:
 
     def text(self, passed_over: str, *, has_lists: bool, verb: str = "classified") -> str:
         lines = [f"{verb} {counted(self.classified, 'image')}, skipped {self.skipped:,}"]
+        if self.reject is not None:
+            lines[0] += f", rejected {self.rejected:,} below {100 * self.reject:g} %"
         if passed_over:
             lines[0] += f", {passed_over}"
         if self.with_truth:
+            accepted = "" if self.reject is None else "accepted "
             where = "in folders named as classes"
             where = "whose class the list or the folder names" if has_lists else where
             share = f"{100 * self.right / self.with_truth:.2f} %"
-            lines.append(f"right: {self.right:,} of {self.with_truth:,} {where} ({share})")
+            lines.append(
+                f"right: {self.right:,} of {self.with_truth:,} {accepted}{where} ({share})"
+            )
         lines += [f"  {problem}" for problem in self.problems]
         if self.skipped > len(self.problems):
             lines.append(f"  and {self.skipped - len(self.problems):,} more")
@@ -146,6 +158,8 @@ def predict(args) -> int:
     for flag, value in (("-topk", args.topk), ("-batch_size", args.batch_size)):
         if value < 1:
             raise InputError(f"{flag} is {value}; allowed: an integer >= 1")
+    if args.reject is not None and not 0 < args.reject <= 1:
+        raise InputError(f"-reject is {args.reject}; allowed: a probability above 0, at most 1")
     if not 0 <= args.every < float("inf"):
         raise InputError(f"-every is {args.every}; allowed: a number of seconds >= 0")
     has_maps = args.save_heat_maps is not None
@@ -171,8 +185,9 @@ def predict(args) -> int:
     config = config_given(args)
     args.model = find_path(args.model)
     total = files.count()
+    options = dict(config=config, batch_size=args.batch_size, flip=args.tta == "flip")
     backend = "eager" if has_maps else args.backend
-    predictor = Predictor(args.model, backend=backend, config=config, batch_size=args.batch_size)
+    predictor = Predictor(args.model, backend=backend, **options)
     label, path = files.highest
     if label >= predictor.num_classes:
         raise InputError(
@@ -194,12 +209,14 @@ def predict(args) -> int:
         batch_size=args.batch_size,
         picture_pixels=2 * PICTURE_HEIGHT if folders or args.save_grid else 0,
         heat_maps=has_maps,
+        reject=args.reject,
     )
-    summary = Summary()
+    summary = Summary(args.reject)
+    rejects = args.reject is not None
     with contextlib.ExitStack() as stack:
         write = partial(print_prediction, names)
         if args.output is not None:
-            write = stack.enter_context(results_file(args.output, names, topk))
+            write = stack.enter_context(results_file(args.output, names, topk, rejects=rejects))
         bar = stack.enter_context(Bar("prediction", total=total, unit="images"))
         for done, prediction in enumerate(predictions, start=1):
             summary.add(prediction)
@@ -255,7 +272,8 @@ def print_prediction(class_names, prediction) -> None:
             f"{printable(class_names[label])} {100 * score:.1f} %"
             for label, score in zip(prediction.labels, prediction.scores)
         )
-    print_above(f"{printable(prediction.path)}: {said}")
+    mark = "rejected: " if prediction.rejected else ""
+    print_above(f"{printable(prediction.path)}: {mark}{said}")
 
 
 # ---- features

@@ -28,6 +28,8 @@ from replknet_paddle.runtime.machines import STOPPED, is_launched
 # What runs in each process, in the same environment.
 PROGRAM = (sys.executable, "-u", "-m", "replknet_paddle")
 
+CHOICES = {"tta": ("flip",)}  # of flags that have a few
+
 OF_EVALUATION = "of an evaluation: "  # begins the texts of flags that go with -eval alone
 
 # By their groups in the help: name, what stands for the value (None: a switch), what it does.
@@ -82,6 +84,11 @@ FLAGS = {
             f"{OF_EVALUATION}what runs the network, auto for the fastest here; "
             "docs/deployment.md names them",
         ),
+        (
+            "tta",
+            "flip",
+            f"{OF_EVALUATION}flip averages the probabilities of image and mirror image",
+        ),
     ],
     "how": [
         ("amp", None, "automatic mixed precision"),
@@ -124,8 +131,8 @@ def add_groups(parser, groups: dict) -> None:
     for title, rows in groups.items():
         group = parser if title is None else parser.add_argument_group(title)
         for name, value, text in rows:
-            options = {"action": "store_true"} if value is None else {"metavar": value}
-            add_flag(group, name, text, **options)
+            options = {"metavar": value, "choices": CHOICES.get(name)}
+            add_flag(group, name, text, **{"action": "store_true"} if value is None else options)
 
 
 def run_train(args) -> int:
@@ -208,11 +215,14 @@ def check_flags(args, config) -> None:
             "evaluation without weights; name them by MODEL or -pretrained. -pretrained=random "
             "evaluates a freshly initialized network"
         )
-    for name in ("backend", "report", "overwrite"):
+    for name in ("backend", "report", "overwrite", "tta"):
         value = getattr(args, name)
         if value and not config.EVAL:
             given = f"-{name}" if value is True else f"-{name} {value}"
             raise InputError(f"{given} without -eval; allowed: with -eval")
+    if args.tta and config.MODEL.TYPE == "UPerNet":
+        key = "SEGMENTATION.EVAL_FLIP"
+        raise InputError(f"-tta {args.tta} of a segmentation network; allowed: -opts {key} True")
     if args.report is not None:
         replaces = None
         if args.overwrite:
@@ -264,7 +274,8 @@ def run_here(args, config) -> tuple[int, str]:
         open_network = partial(open_for_evaluation, name=backend, build=build)
     report = None if args.report is None else partial(write_evaluation, args.report, args.overwrite)
     try:
-        run_config(config, task=task_of(config), open_network=open_network, report=report)
+        task = task_of(config, flip=args.tta == "flip")
+        run_config(config, task=task, open_network=open_network, report=report)
     except PeerLost as error:
         if another_failed():  # and has said why
             return 1, ""
@@ -279,15 +290,15 @@ def run_here(args, config) -> tuple[int, str]:
     return 0, ""
 
 
-def task_of(config):
-    """Return the task that MODEL.TYPE names."""
+def task_of(config, *, flip: bool = False):
+    """Return the task that MODEL.TYPE names; a classifier's sees mirror images too, to `flip`."""
     if config.MODEL.TYPE == "UPerNet":
         from replknet_paddle.segmentation.task import SEGMENTATION
 
         return SEGMENTATION
-    from replknet_paddle.engine.task import CLASSIFICATION
+    from replknet_paddle.engine.task import ClassificationTask
 
-    return CLASSIFICATION
+    return ClassificationTask(flip=flip)
 
 
 def write_evaluation(

@@ -52,6 +52,7 @@ class Prediction:
         truth: the class that a list gives; else the one that the file's folder is named as, where
             the model brings class names.
         features: what a network without a head gives, (num_features,), in place of classes.
+        rejected: whether the first score is too low; None where that was not asked.
     """
 
     path: str
@@ -62,6 +63,7 @@ class Prediction:
     problem: str | None = None
     truth: int | None = None
     features: NDArray[np.float32] | None = None
+    rejected: bool | None = None
 
     @property
     def is_right(self) -> bool | None:
@@ -89,6 +91,7 @@ class Predictor:
         config: of a checkpoint, instead of that of its run folder.
         batch_size: images that the network will get at once, for `auto` to measure with.
         has_head: whether the network must give classes, or features instead.
+        flip: give the mean of the probabilities of each picture and of its mirror image.
 
     Attributes:
         backend: the open one.
@@ -108,7 +111,9 @@ class Predictor:
         config: CfgNode | None = None,
         batch_size: int = 1,
         has_head: bool = True,
+        flip: bool = False,
     ) -> None:
+        self.flip = flip
         if isinstance(model, Backend):
             self.backend = model
         else:
@@ -146,7 +151,8 @@ class Predictor:
     def scores(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the probabilities (N, num_classes), float32, of preprocessed images (N, 3, H, W);
         InputError: the network's outputs are not finite."""
-        return probabilities(self.backend.run(images), self.backend.name)
+        views = [images, images[..., ::-1]] if self.flip else [images]
+        return np.mean([probabilities(self.backend.run(x), self.backend) for x in views], axis=0)
 
     def scores_and_heat(self, images: NDArray[np.float32]) -> tuple[np.ndarray, np.ndarray]:
         """Return what `scores` returns, and the maps of `grad_cam`, (N, H / 32, W / 32), of each
@@ -157,14 +163,14 @@ class Predictor:
         return scores, grad_cam(network, features[0], scores.argmax(axis=1))
 
 
-def probabilities(logits: np.ndarray, backend: str) -> np.ndarray:
-    """Return the `softmax` of logits that `backend` gave, if they are finite."""
+def probabilities(logits: np.ndarray, backend: Backend) -> np.ndarray:
+    """Return the `softmax`, at MODEL.TEMPERATURE, of logits of `backend`, if they are finite."""
     if not np.isfinite(logits).all():
         raise InputError(
-            f"the network's outputs on {backend} are not finite numbers: its weights are broken, "
-            "or too large for its precision"
+            f"the network's outputs on {backend.name} are not finite numbers: its weights are "
+            "broken, or too large for its precision"
         )
-    return softmax(logits)
+    return softmax(logits / backend.info.config.MODEL.TEMPERATURE)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -238,12 +244,14 @@ def predict_files(
     batch_size: int = BATCH_SIZE,
     picture_pixels: int = 0,
     heat_maps: bool = False,
+    reject: float | None = None,
 ) -> Iterator[Prediction]:
     """Yield a `Prediction` of the first `topk` classes, or of features, for each of any number of
     `ImageFiles`, in their order and in constant memory, with a `problem` for what cannot be read.
 
     Threads decode the next files (Pillow lets go of Python's lock) while the network runs. Pictures
     are kept with sides of at most `picture_pixels`, 0 for none; `heat_maps` over them need `eager`.
+    Those whose first score is below `reject` are rejected.
     """
 
     def read(file: Found):
@@ -286,6 +294,7 @@ def predict_files(
                 labels=tuple(int(label) for label in labels),
                 scores=tuple(float(of_image[label]) for label in labels),
                 heat=heat,
+                rejected=None if reject is None else bool(of_image.max() < np.float32(reject)),
             )
 
     threads = min(os.cpu_count() or 1, MAX_DECODERS)
@@ -312,15 +321,15 @@ def _reduced(image: Image.Image, pixels: int) -> Image.Image:
 
 @contextlib.contextmanager
 def results_file(
-    path: str, class_names: Sequence[str], topk: int
+    path: str, class_names: Sequence[str], topk: int, *, rejects: bool = False
 ) -> Iterator[Callable[[Prediction], None]]:
     """Open a file of predictions, and yield the function that writes one of them.
 
     Lines of JSON are objects: path, pred_label, pred_class, pred_score, and topk, a list of objects
     with label, class and score; or path and problem; and where the true class is known, true_label
     and true_class. CSV has a row a file: path, label_1, class_1, score_1, and so on to the k-th;
-    true_label, true_class and problem. Scores have 6 significant digits, as many as float32 is good
-    for.
+    true_label, true_class and problem. Where it `rejects`, both have `rejected` as well, true or
+    false. Scores have 6 significant digits, as many as float32 is good for.
 
     The file gets the name `path` when the block is left. If an exception leaves the block, `path`
     stays as it was, and what was written until then is in `path`.unfinished; not so if nothing was,
@@ -343,6 +352,7 @@ def results_file(
             ]
             record |= {f"pred_{key}": value for key, value in classes[0].items()}
             record["topk"] = classes
+            record |= {"rejected": prediction.rejected} if rejects else {}
         if prediction.truth is not None:
             truth = prediction.truth
             record |= {"true_label": truth, "true_class": class_names[truth]}
@@ -357,10 +367,12 @@ def results_file(
                 for value in (label, class_names[label], rounded(score))
             ]
         truth = prediction.truth
-        true = ["", ""] if truth is None else [truth, class_names[truth]]
+        rest = ["", ""] if truth is None else [truth, class_names[truth]]
         # Python's csv quotes a carriage return only where lines end in one.
         rows = quoted if "\r" in prediction.path else plain
-        rows.writerow([prediction.path, *values, *true, prediction.problem or ""])
+        if rejects:
+            rest.append("" if prediction.rejected is None else str(prediction.rejected).lower())
+        rows.writerow([prediction.path, *values, *rest, prediction.problem or ""])
 
     def rounded(score: float) -> float:
         return float(f"{score:.6g}")
@@ -374,7 +386,8 @@ def results_file(
             plain = csv.writer(file, lineterminator="\n")
             quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
             columns = [f"{w}_{i}" for i in range(1, topk + 1) for w in ("label", "class", "score")]
-            plain.writerow(["path", *columns, "true_label", "true_class", "problem"])
+            columns += ["true_label", "true_class", *(["rejected"] if rejects else [])]
+            plain.writerow(["path", *columns, "problem"])
             started = file.tell()
             yield write_row
         else:

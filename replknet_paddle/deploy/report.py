@@ -4,6 +4,7 @@ DIR/report.html            everything below in one file, pictures included
 DIR/per_class.csv          images, right ones, accuracy, precision and F1 of each class
 DIR/confusion_matrix.csv   images by true class (row) and predicted class (column)
 DIR/confusion_matrix.png
+DIR/reliability.png        accuracy by the probability of the predicted class
 DIR/mistakes/              the wrong answers of the largest probability, drawn
 """
 
@@ -63,7 +64,10 @@ figcaption { color: #555; font-size: .9rem; overflow-wrap: anywhere; }
 
 REPORT_FILE = "report.html"
 # All that a report has, for segmentation as well.
-REPORT_FILES = r"report\.html|per_class\.csv|confusion_matrix\.(csv|png)|mistakes(/\d+\.jpg)?"
+REPORT_FILES = (
+    r"report\.html|(per_class|confusion_matrix)\.csv|(confusion_matrix|reliability)\.png"
+    r"|mistakes(/\d+\.jpg)?"
+)
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ def write_report(
             _classes(written, evaluated),
             matrix_section(written, matrix, names, "image"),
             confusions_section(outcomes.confusions(CONFUSIONS), names, "image"),
+            _reliability(written, outcomes),
             _mistakes(written, evaluated),
         ]
 
@@ -158,6 +163,7 @@ def _figures(evaluated: Evaluated) -> dict[str, str]:
             if name in found
         },
         "classes with images": f"{there.sum():,} of {count:,}",
+        "expected calibration error": f"{100 * outcomes.calibration_error:.2f} %",
     }
 
 
@@ -270,6 +276,30 @@ def _label(name: str) -> str:
     """Return a class name for an axis."""
     name = readable(name)
     return name if len(name) <= LABEL_LETTERS else name[: LABEL_LETTERS - 3] + "..."
+
+
+def _reliability(folder: Path, outcomes: Outcomes) -> str:
+    """Draw reliability.png; return its section."""
+    title, picture = "<h2>Confidence</h2>", folder / "reliability.png"
+    try:
+        save_figure(draw_reliability(outcomes), picture)
+    except InputError as error:  # as above
+        return f"{title}<p>No picture: {html.escape(str(error))}</p>"
+    said = "Below the dashed line, answers are right less often than they say; dark: many images."
+    return f"{title}<p>{said}</p>{_image(picture, 'Accuracy by the probability of the answer')}"
+
+
+def draw_reliability(outcomes: Outcomes):
+    """Return a figure of the accuracy in each bin of confidence, darker where more images are."""
+    images, _, right = outcomes.confidence_bins().T
+    accuracy, places = right / np.maximum(images, 1), (np.arange(len(images)) + 0.5) / len(images)
+    colours = [(0.1, 0.3, 0.6, 0.1 + 0.9 * share) for share in images / images.max()]
+    with new_figure(6, 5, []) as figure:
+        axes = figure.subplots()
+        axes.bar(places, accuracy, 1 / len(images), edgecolor="black", color=colours)
+        axes.plot([0, 1], [0, 1], "--", color="grey")
+        axes.set(xlabel="probability of the predicted class", ylabel="accuracy", ylim=(0, 1))
+    return figure
 
 
 def confusions_section(

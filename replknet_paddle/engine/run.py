@@ -23,6 +23,7 @@ from replknet_paddle.checkpoints.run_folder import (
     remove_superseded,
     save_checkpoint,
 )
+from replknet_paddle.config import override
 from replknet_paddle.data.loader import Loader
 from replknet_paddle.data.transforms.finish import to_device
 from replknet_paddle.engine.evaluate import evaluate
@@ -211,6 +212,9 @@ class Training:
     def __init__(self, config, task: ClassificationTask, log: RunLog, loaders: dict[bool, Loader]):
         start = find_start(config)
         config, self.class_names = resolve_classes(config, start)
+        if config.MODEL.TEMPERATURE != 1:
+            logger.info("MODEL.TEMPERATURE is 1 from here on: it was fitted to other weights")
+            config = override(config, MODEL__TEMPERATURE=1.0)
         self.config, self.task, self.log = config, task, log
         self.train_loader, self.val_loader = loaders[True], loaders[False]
         for loader in (self.train_loader, self.val_loader):

@@ -1,9 +1,11 @@
 """A classifier's parts of a run. `segmentation.task` has the same methods for segmentation."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
 import paddle
+from paddle.nn import functional as F
 
 from replknet_paddle.checkpoints.checkpoint_file import CheckpointFile
 from replknet_paddle.checkpoints.load import load_pretrained
@@ -22,6 +24,9 @@ from replknet_paddle.runtime.errors import InputError
 
 class ClassificationTask:
     """Builds the parts of a run that tasks do not share, each from the configuration."""
+
+    def __init__(self, *, flip: bool = False) -> None:
+        self.flip = flip  # evaluate the mean probabilities of each image and its mirror image
 
     dataset = staticmethod(get_dataset)  # (config, is_train) -> to find its problems early
     network = staticmethod(build_replknet)  # (config, sync_bn=) -> freshly initialized
@@ -80,8 +85,19 @@ class ClassificationTask:
         return LabelSmoothingCrossEntropy(config.TRAIN.SMOOTHING)
 
     def inference(self, config, model: Callable) -> Callable:
-        """Return the function from images to what the metrics are computed from."""
-        return model
+        """Return the function from images to the logits of the metrics, at MODEL.TEMPERATURE."""
+        temperature = config.MODEL.TEMPERATURE
+        if temperature == 1 and not self.flip:
+            return model
+
+        def calibrated(images: paddle.Tensor) -> paddle.Tensor:
+            views = [images, images.flip(3)] if self.flip else [images]
+            logits = paddle.stack([model(view).astype("float32") for view in views])
+            with paddle.amp.auto_cast(enable=False):  # logarithms: some shares are below float32
+                logs = F.log_softmax(logits / temperature)
+                return paddle.logsumexp(logs, axis=0) - math.log(len(views))
+
+        return calibrated
 
     def metric_sums(self, config, loader: Loader) -> OutcomeSums:
         """Return empty sums over the batches of an evaluation's loader: `add(outputs, labels)`, and

@@ -30,6 +30,7 @@ LINES = {
     "export": ["run/best", "-output=new", "-validation_images=0"],
     "merge": ["run/best", "-output=new.safetensors"],
     "convert": ["run/best", "-output=new.safetensors"],
+    "calibrate": ["run/best", "-data_path=data", "-backend=eager", "-output=new.safetensors"],
     "make-lists": ["data"],
     "check-data": ["data", "-workers=1"],
     "make-shapes": ["new", "-count=5"],

@@ -197,6 +197,7 @@ USES = {
     "export": "-output=new",
     "merge": "-output=new.safetensors",
     "convert": "-output=new.safetensors",
+    "calibrate": "-data_path=data -backend=paddle -output=new.safetensors",
     "erf": "data/val -num_images=1 -image_size=32 -output=new.npy",
     "kernels": "-output=new.png",
     "model-info": "",
@@ -204,7 +205,7 @@ USES = {
     "benchmark network": "-rounds 1 -step_batch 1",
     "benchmark train_loop": "-steps 1 -rounds 1",
 }
-TAKES_WEIGHTS = ("export", "merge", "convert", "erf", "kernels", "benchmark inference")
+TAKES_WEIGHTS = ("export", "merge", "convert", "calibrate", "erf", "kernels", "benchmark inference")
 
 
 def test_each_command_with_a_model_is_here():
@@ -290,6 +291,7 @@ TARGETS = {
     "embed": f"run {PICTURE} -backend=eager -output=new.npy",
     "merge": "run -output=new.safetensors",
     "convert": "run -o new.pdparams",
+    "calibrate": "run -data_path=data -backend=eager -o new.safetensors",
     "kernels": "run -output=new.png",
     "plot": "run -output=new.png",
     "check-data": "data -workers=1 -output=new.json",
@@ -346,6 +348,7 @@ def test_a_folder_that_is_no_report_is_never_replaced(name, folder, capfd):
         ("merge run -output=run/best", "must end in .safetensors"),
         ("merge copy.safetensors -output=copy.safetensors", "is the checkpoint itself"),
         ("convert copy.safetensors -output=copy.safetensors", "is the checkpoint itself"),
+        ("calibrate copy.safetensors -output=copy.safetensors", "is the checkpoint itself"),
         ("convert copy.safetensors other.safetensors -o x.safetensors", "other.safetensors"),
         ("export run new -o other", "unrecognized arguments: new"),
         ("predict run photo.png -save_grid=photo.png", "photo.png is one of the images"),

@@ -136,9 +136,11 @@ def test_the_page_holds_the_files_and_describes_them(report, page):
     ]
     assert images[0] == (report / "confusion_matrix.png").read_bytes()
     files = sorted((report / "mistakes").iterdir())
-    assert [path.read_bytes() for path in files] == images[1:] and len(files) == 4
+    assert images[1] == (report / "reliability.png").read_bytes()
+    assert [path.read_bytes() for path in files] == images[2:] and len(files) == 4
+    written = (report / "report.html").read_text("utf-8")
     alts = [attributes["alt"] for attributes in page.attributes("img")]
-    assert alts[1] == "is Mäuse <b>; taken for 🐟 (99.0 %)"
+    assert alts[2] == "is Mäuse <b>; taken for 🐟 (99.0 %)"
     assert all(alts)
     text = "".join(page.text)
     for said in ("nano <1>", "50.00 %", "no images", *NAMES, "val/猫 & <x>/3.jpg"):
@@ -147,6 +149,9 @@ def test_the_page_holds_the_files_and_describes_them(report, page):
     mean = (25 + 100 + 0 + 100) / 4
     assert f"{mean:.2f} %balanced accuracy, the mean of the classes' accuracies" in text
     assert f"{(40 + 2 * 200 / 3 + 0) / 4:.2f} %macro F1" in text and "4 of 5" in text
+    # By bins: 0.5 right; 0.6 wrong; 0.7 right; 0.8 wrong; 0.9 right; 0.95, 0.99, 1.0, one right.
+    distances = [0.5, 0.6, 0.3, 0.8, 0.1, 0.95 + 0.99 + 1.0 - 1]
+    assert f"{100 * sum(distances) / 8:.2f} %</strong>expected calibration error" in written
 
 
 def test_two_classes_have_figures_of_their_own(tmp_path):
@@ -221,7 +226,8 @@ def test_one_image_is_no_images_and_tables_have_six_digits(tmp_path):
 def test_a_matrix_of_21841_classes_is_left_out(tmp_path):
     names = [str(i) for i in range(21841)]
     write_report(tmp_path / "new", evaluated_of(ANSWERS, names))
-    assert sorted(os.listdir(tmp_path / "new")) == ["mistakes", "per_class.csv", "report.html"]
+    files = ["mistakes", "per_class.csv", "reliability.png", "report.html"]
+    assert sorted(os.listdir(tmp_path / "new")) == files
     assert "more than 1,000 classes" in (tmp_path / "new" / "report.html").read_text()
 
 
@@ -258,6 +264,6 @@ def test_a_browser_without_a_network_shows_all_of_it(report, tmp_path):
         sizes = page.evaluate("[...document.images].map(image => image.naturalWidth)")
         width = page.evaluate("document.documentElement.scrollWidth")
         browser.close()
-    assert len(sizes) == 5 and all(sizes) and complaints == []
+    assert len(sizes) == 6 and all(sizes) and complaints == []
     assert requests.count("file") == 1 and set(requests) <= {"file", "data"}
     assert width <= 400
