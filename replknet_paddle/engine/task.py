@@ -23,6 +23,7 @@ from replknet_paddle.runtime.errors import InputError
 class ClassificationTask:
     """Builds the parts of a run that tasks do not share, each from the configuration."""
 
+    prefix = "val"  # of an evaluation's figures in metrics.jsonl
     dataset = staticmethod(get_dataset)  # (config, is_train) -> to find its problems early
     network = staticmethod(build_replknet)  # (config, sync_bn=) -> freshly initialized
     optimizer = staticmethod(build_optimizer)  # (config, network, lr=, multi_precision=) -> AdamW
@@ -45,7 +46,7 @@ class ClassificationTask:
         """Return this process's loader of the training or the validation set."""
         return get_dataloader(
             config,
-            get_dataset(config, is_train),
+            self.dataset(config, is_train),
             is_train,
             rank=processes.rank(),
             world_size=processes.world_size(),
