@@ -89,6 +89,7 @@ FLAGS = {
             "flip",
             f"{OF_EVALUATION}flip averages the probabilities of image and mirror image",
         ),
+        ("protocol", "NAME", f"{OF_EVALUATION}robustness benchmark; docs/robustness.md"),
     ],
     "how": [
         ("amp", None, "automatic mixed precision"),
@@ -203,6 +204,7 @@ def train_or_evaluate(args) -> tuple[int, str]:
         ), ""
     where = processes_from_environment(args.nproc)
     if where["nodes"] * where["processes"] > 1:
+        check_inputs(config, args.protocol)
         return run_in_processes(command, config, where)
     return run_here(args, config)
 
@@ -215,7 +217,7 @@ def check_flags(args, config) -> None:
             "evaluation without weights; name them by MODEL or -pretrained. -pretrained=random "
             "evaluates a freshly initialized network"
         )
-    for name in ("backend", "report", "overwrite", "tta"):
+    for name in ("backend", "report", "overwrite", "tta", "protocol"):
         value = getattr(args, name)
         if value and not config.EVAL:
             given = f"-{name}" if value is True else f"-{name} {value}"
@@ -224,6 +226,8 @@ def check_flags(args, config) -> None:
         key = "SEGMENTATION.EVAL_FLIP"
         raise InputError(f"-tta {args.tta} of a segmentation network; allowed: -opts {key} True")
     if args.report is not None:
+        if args.protocol in ("imagenet-c", "cue-conflict"):
+            raise InputError(f"-report with -protocol {args.protocol}; allowed: the others")
         replaces = None
         if args.overwrite:
             # Here because it imports Paddle, which the process that starts others does without.
@@ -235,7 +239,6 @@ def run_in_processes(command: list[str], config, where: dict) -> tuple[int, str]
     """Run the command in several processes of this machine, and maybe of others."""
     from replknet_paddle.engine.run_log import LAUNCHER, RunLock, append_to_log
 
-    check_inputs(config)
     with contextlib.ExitStack() as stack:
         folder = config.SAVE or tempfile.mkdtemp(prefix="replknet-")
         if config.SAVE is None:
@@ -267,14 +270,13 @@ def run_here(args, config) -> tuple[int, str]:
     from replknet_paddle.runtime.processes import rank
 
     open_network, backend = None, args.backend
+    task = task_of(config, flip=args.tta == "flip", protocol=args.protocol)
     if backend is None and config.EVAL and config.MODEL.PRETRAINED is not None:
         backend = "auto" if is_export(config.MODEL.PRETRAINED) else None
     if backend is not None:
-        build = task_of(config).network
-        open_network = partial(open_for_evaluation, name=backend, build=build)
+        open_network = partial(open_for_evaluation, name=backend, build=task.network)
     report = None if args.report is None else partial(write_evaluation, args.report, args.overwrite)
     try:
-        task = task_of(config, flip=args.tta == "flip")
         run_config(config, task=task, open_network=open_network, report=report)
     except PeerLost as error:
         if another_failed():  # and has said why
@@ -290,8 +292,13 @@ def run_here(args, config) -> tuple[int, str]:
     return 0, ""
 
 
-def task_of(config, *, flip: bool = False):
-    """Return the task that MODEL.TYPE names; a classifier's sees mirror images too, to `flip`."""
+def task_of(config, *, flip: bool = False, protocol: str | None = None):
+    """Return the task that MODEL.TYPE names, or a robustness benchmark; a classifier's evaluation
+    sees mirror images too, to `flip`."""
+    if protocol is not None:
+        from replknet_paddle.engine.protocols import ProtocolTask
+
+        return ProtocolTask(protocol, config, flip=flip)
     if config.MODEL.TYPE == "UPerNet":
         from replknet_paddle.segmentation.task import SEGMENTATION
 
@@ -425,7 +432,7 @@ def whole_number(name: str, value: str | int, least: int = 0) -> int:
     return number
 
 
-def check_inputs(config) -> None:
+def check_inputs(config, protocol: str | None) -> None:
     """Check the input once, so that not every process reports the same mistake."""
     from replknet_paddle.zoo import is_published, no_model
 
@@ -433,4 +440,4 @@ def check_inputs(config) -> None:
     if path not in (None, "auto", RANDOM) and not (os.path.exists(path) or is_published(path)):
         raise FileNotFoundError(no_model(path))
     for is_train in [False] if config.EVAL else [True, False]:
-        task_of(config).dataset(config, is_train)
+        task_of(config, protocol=protocol).dataset(config, is_train)

@@ -94,10 +94,13 @@ class ListedFiles(paddle.io.Dataset):
         path = os.fsencode(self.path(index))
         return Line(int(self._lines[index]), path, int(self._labels[index]))
 
+    def where(self, index: int) -> str:
+        """Return what names sample `index`: the list and the number of the line."""
+        return f"{self.list_file}, line {self._lines[index]}"
+
     def describe(self, index: int) -> str:
         """Return the path of image `index`, and the line that names it."""
-        where = f"{self.list_file}, line {self._lines[index]}"
-        return f"image {printable(self.path(index))} ({where})"
+        return f"image {printable(self.path(index))} ({self.where(index)})"
 
     def open(self, path: str) -> Image.Image:
         """Open the image file that a line names by `path`."""
@@ -122,8 +125,8 @@ class ListedFiles(paddle.io.Dataset):
             if isinstance(error, OSError) and "\\" in path:
                 hint = "; folders are separated by / in a list, not by a backslash"
             raise SampleError(
-                f"{self.list_file}, line {self._lines[index]}: cannot read "
-                f"{printable(kind + path)}: {printable(describe(error))}{hint}"
+                f"{self.where(index)}: cannot read {printable(kind + path)}: "
+                f"{printable(describe(error))}{hint}"
             ) from error
 
     def rng(self, epoch: int, index: int) -> np.random.Generator:

@@ -99,11 +99,11 @@ def make_lists(
     labels), ImageNet-1K's 50,000 validation images. Return the number of lines of each file.
     """
     passed_over: Counter = Counter()
-    folders = _class_folders(root, train, passed_over)
+    folders = class_folders(root, train, passed_over)
     classes = _classes(folders)
     train_images = _labelled(root, train, folders, classes)
     if devkit is None:
-        val_images = _labelled(root, val, _class_folders(root, val, passed_over), classes)
+        val_images = _labelled(root, val, class_folders(root, val, passed_over), classes)
     else:
         val_images = _ground_truth_images(root, val, classes, devkit, passed_over)
     lists = dict(zip(LIST_FILES.values(), (train_images, val_images)))
@@ -132,7 +132,7 @@ def split_lists(
     if seed < 0:
         raise InputError(f"-seed {seed}; allowed: an integer >= 0")
     passed_over: Counter = Counter()
-    folders = _class_folders(root, folder, passed_over)
+    folders = class_folders(root, folder, passed_over)
     if len(folders) == 1:
         [name] = folders
         raise InputError(
@@ -262,7 +262,7 @@ def _are_synsets(names: Iterable[str]) -> bool:
     return all(re.fullmatch(r"n\d{8}", name) for name in names)
 
 
-def _class_folders(root: str, part: str, passed_over: Counter) -> dict[str, list[str]]:
+def class_folders(root: str, part: str, passed_over: Counter) -> dict[str, list[str]]:
     """Return the images of each folder in `part`, a folder below `root`: sorted paths below it."""
     folder = os.path.normpath(os.path.join(root, part))
     if not os.path.isdir(folder):

@@ -149,7 +149,8 @@ def run_evaluation(
             progress=log.bar,
         )
     seconds = time.perf_counter() - began
-    log.write_metrics({"epoch": 0, **metrics.record("val"), "val_seconds": round(seconds, 3)})
+    figures = {**metrics.record(task.prefix), f"{task.prefix}_seconds": round(seconds, 3)}
+    log.write_metrics({"epoch": 0, **figures})
     logger.info(
         "%s in %.1f s, %s",
         counted(metrics.images, "image"),

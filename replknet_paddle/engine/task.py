@@ -25,6 +25,8 @@ from replknet_paddle.runtime.errors import InputError
 class ClassificationTask:
     """Builds the parts of a run that tasks do not share, each from the configuration."""
 
+    prefix = "val"  # of an evaluation's figures in metrics.jsonl
+
     def __init__(self, *, flip: bool = False) -> None:
         self.flip = flip  # evaluate the mean probabilities of each image and its mirror image
 
@@ -50,7 +52,7 @@ class ClassificationTask:
         """Return this process's loader of the training or the validation set."""
         return get_dataloader(
             config,
-            get_dataset(config, is_train),
+            self.dataset(config, is_train),
             is_train,
             rank=processes.rank(),
             world_size=processes.world_size(),

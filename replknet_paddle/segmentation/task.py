@@ -40,6 +40,7 @@ def parameter_groups(model: nn.Layer, weight_decay: float) -> list[ParameterGrou
 class SegmentationTask:
     """Builds the parts of a run that tasks do not share, each from the configuration."""
 
+    prefix = "val"
     dataset = staticmethod(get_dataset)
     loader = staticmethod(get_dataloader)
     network = staticmethod(build_upernet)
