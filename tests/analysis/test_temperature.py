@@ -16,8 +16,9 @@ CONFIDENCES = st.one_of(EDGES, EDGES.map(lambda c: min(1, np.nextafter(c, 2))), 
 def error_of(images) -> float:
     """The calibration error of (confidence, whether it is right)."""
     confidences, is_right = np.array(images).T
-    answers = np.ones(len(images), int), 2 - is_right[:, None].astype(int), confidences[:, None]
-    return Outcomes(len(images), 0, 0, 0.0, 3, *answers).calibration_error
+    labels, classes = np.ones(len(images), int), 2 - is_right[:, None].astype(int)
+    unused = np.zeros(len(images))
+    return Outcomes(3, labels, unused, unused, classes, confidences[:, None]).calibration_error
 
 
 @given(st.lists(st.tuples(CONFIDENCES, st.booleans()), min_size=1, max_size=60))

@@ -157,7 +157,7 @@ def test_right_ones_are_counted_among_the_accepted():
     summary = Summary(0.5)
     for label, truth, rejected in ((0, 0, False), (1, 0, False), (0, 0, True), (1, None, True)):
         summary.add(Prediction("x", (label,), (0.5,), truth=truth, rejected=rejected))
-    assert summary.text("") == (
+    assert summary.text("", has_lists=False) == (
         "classified 4 images, skipped 0, rejected 2 below 50 %\n"
         "right: 1 of 2 accepted in folders named as classes (50.00 %)"
     )
