@@ -213,7 +213,7 @@ CASES = [
         (" {f}/nowhere.png", "no image, folder or pattern {f}/nowhere.png"),
         (" '{f}/*.gif'", "no file matches {f}/*.gif"),
         (" {f}/empty", "no image in the folder {f}/empty"),
-        (" {f}/names.txt", "names.txt: cannot identify it as any of"),
+        (" {f}/names.txt", "no image in the list {f}/names.txt; {f}/names.txt, line 1: expected a"),
         (" {f}/huge.png", "could be decompression bomb"),
         (" {f}/text.mp4", "OpenCV cannot open it as a film"),
         (" {p} --topk=0", "-topk is 0; allowed: an integer >= 1"),

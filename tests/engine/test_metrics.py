@@ -1,5 +1,4 @@
-"""Ranks of labels, and figures over batches, against scikit-learn, and against Python and numpy
-written the obvious way."""
+"""Ranks of labels and figures, against scikit-learn, and Python and numpy the obvious way."""
 
 import json
 import warnings
