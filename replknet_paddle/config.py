@@ -258,8 +258,10 @@ def check_class_count(config: CfgNode) -> None:
 
 
 def config_changes(before: str, after: str) -> list[str]:
-    """Return the keys in which two dumped configurations differ, a line each."""
-    old, new = (dict(_leaves(read_yaml(text))) for text in (before, after))
+    """Return the keys in which two dumped configurations differ, a line each; one that an older
+    version did not know had its default."""
+    defaults = {key: default for key, (default, _) in KEYS.items()}
+    old, new = (defaults | dict(_leaves(read_yaml(text))) for text in (before, after))
     return [
         f"{key} is {_REPR.repr(new.get(key))}, was {_REPR.repr(old.get(key))}"
         for key in sorted((old.keys() | new.keys()) - FIXED_KEYS.keys())

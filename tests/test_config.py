@@ -447,6 +447,10 @@ def test_keys_with_one_value_are_read_and_reported_together_where_they_ask_for_a
 def test_a_run_of_0_2_is_resumed_without_a_word_on_keys_that_are_gone():
     before = get_config().dump() + "SAVE_MINUTES: 5\n"
     assert config_changes(before, get_config(None, SEED=1).dump()) == ["SEED is 1, was 42"]
+    older = before.replace("  TEMPERATURE: 1.0\n", "")  # of a version without that key
+    assert older != before and config_changes(older, before) == []
+    warm = get_config(None, MODEL__TEMPERATURE=2).dump()
+    assert config_changes(older, warm) == ["MODEL.TEMPERATURE is 2.0, was 1.0"]
 
 
 # ---- flags and -opts
