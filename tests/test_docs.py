@@ -145,6 +145,8 @@ def test_the_examples_of_help_run(example, workplace):
         pytest.skip("takes minutes, or ImageNet")
     for package in ("matplotlib",) if re.search("erf|kernels|plot", line) else ():
         pytest.importorskip(package)
+    if "make-solar-cells" in line:
+        pytest.importorskip("elpv_dataset", reason="optional: requirements/solar.txt")
     if re.search("make-digits|make-shapes", line):
         shutil.rmtree(line.split()[2], ignore_errors=True)
     if "segment" in line:

@@ -164,6 +164,8 @@ class TrainTransform:
     crop_scale: Sequence[float]  # as for `sample_crop`
     crop_ratio: Sequence[float]
     hflip_prob: float  # chance of a left-right flip
+    vflip_prob: float = 0.0  # chance of a top-bottom flip
+    quarter_turns: bool = False  # turn by 0, 90, 180 or 270 degrees, each as likely
     photometric: Callable | None  # (elementary operations, RGB pixels, generator) -> such pixels
     erasing: RandomErasing | None  # applied last, to the normalized image
     mean: Sequence[float]  # per RGB channel, in units of the [0, 1] scale, as `std`
@@ -204,6 +206,11 @@ class TrainTransform:
             box=(box[0] - left, box[1] - top, box[2] - left, box[3] - top),
             flip=rng.random() < self.hflip_prob,
         )
+        # Neither draws a number where it is off: the official recipe has neither.
+        if self.vflip_prob and rng.random() < self.vflip_prob:
+            pixels = np.ascontiguousarray(pixels[::-1])
+        if self.quarter_turns:
+            pixels = np.ascontiguousarray(np.rot90(pixels, rng.integers(4)))
         return self.photometric(self.px, pixels, rng) if self.photometric else pixels
 
 

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from collections import Counter
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -197,6 +198,25 @@ def test_flip_rate(prob):
     rows = [transform.pixels(ramp, rng(seed))[0, :, 0].astype(int) for seed in range(1000)]
     flipped = np.mean([row[0] > row[-1] for row in rows])
     assert flipped == pytest.approx(prob, abs=0.05 if prob == 0.5 else 1e-12)
+
+
+def test_flips_and_turns_are_exact_and_as_likely_as_stated():
+    image, turns, flips = photograph(), Counter(), Counter()
+    for seed in range(400):
+        plain = train_transform().pixels(image, rng(seed))
+        seen = train_transform(quarter_turns=True).pixels(image, rng(seed))
+        turns[[np.array_equal(seen, np.rot90(plain, n)) for n in range(4)].index(True)] += 1
+        seen = train_transform(vflip_prob=0.25).pixels(image, rng(seed))
+        flips[[np.array_equal(seen, wanted) for wanted in (plain, plain[::-1])].index(True)] += 1
+    assert turns == {n: pytest.approx(100, abs=30) for n in range(4)}
+    assert flips == {0: pytest.approx(300, abs=30), 1: pytest.approx(100, abs=30)}
+
+
+def test_vertical_flips_and_turns_that_are_off_draw_no_number():
+    train_transform().pixels(photograph(), drawn := rng(0))
+    sample_crop(*photograph().size, SCALE, RATIO, wanted := rng(0))
+    wanted.random()  # of the left-right flip
+    assert drawn.bit_generator.state == wanted.bit_generator.state
 
 
 def test_global_random_state_is_neither_used_nor_touched():
