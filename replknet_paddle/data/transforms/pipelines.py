@@ -10,10 +10,11 @@ a square of `image_size` pixels, both with Pillow's antialiased bicubic:
 Rounding follows torchvision's Resize and CenterCrop on Pillow images: the long side is
 truncated, and crop offsets are rounded half to even.
 
-Training: random resized crop, flip, one photometric policy, normalize, erase. The steps, their
-order and their distributions are those of the official recipe (timm's `create_transform` with
-bicubic interpolation). Every random number comes from the generator passed with the image, so a
-sample depends on nothing but the seed of that generator.
+Training: random resized crop, flips, one photometric policy, normalize, erase. But for vertical
+flips and quarter turns, which are off by default, the steps, their order and their distributions
+are those of the official recipe (timm's `create_transform` with bicubic interpolation). Every
+random number comes from the generator passed with the image, so a sample depends on nothing but the
+seed of that generator.
 """
 
 import math
@@ -206,7 +207,7 @@ class TrainTransform:
             box=(box[0] - left, box[1] - top, box[2] - left, box[3] - top),
             flip=rng.random() < self.hflip_prob,
         )
-        # Neither draws a number where it is off: the official recipe has neither.
+        # The official recipe has neither, so where they are off they draw no number.
         if self.vflip_prob and rng.random() < self.vflip_prob:
             pixels = np.ascontiguousarray(pixels[::-1])
         if self.quarter_turns:

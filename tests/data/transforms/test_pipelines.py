@@ -200,23 +200,18 @@ def test_flip_rate(prob):
     assert flipped == pytest.approx(prob, abs=0.05 if prob == 0.5 else 1e-12)
 
 
-def test_flips_and_turns_are_exact_and_as_likely_as_stated():
-    image, turns, flips = photograph(), Counter(), Counter()
+def test_vertical_flips_and_turns_are_exact_and_as_likely_as_stated():
+    """Off, they draw no number, or the samples above would not be timm's."""
+    found = Counter()
     for seed in range(400):
-        plain = train_transform().pixels(image, rng(seed))
-        seen = train_transform(quarter_turns=True).pixels(image, rng(seed))
-        turns[[np.array_equal(seen, np.rot90(plain, n)) for n in range(4)].index(True)] += 1
-        seen = train_transform(vflip_prob=0.25).pixels(image, rng(seed))
-        flips[[np.array_equal(seen, wanted) for wanted in (plain, plain[::-1])].index(True)] += 1
-    assert turns == {n: pytest.approx(100, abs=30) for n in range(4)}
-    assert flips == {0: pytest.approx(300, abs=30), 1: pytest.approx(100, abs=30)}
-
-
-def test_vertical_flips_and_turns_that_are_off_draw_no_number():
-    train_transform().pixels(photograph(), drawn := rng(0))
-    sample_crop(*photograph().size, SCALE, RATIO, wanted := rng(0))
-    wanted.random()  # of the left-right flip
-    assert drawn.bit_generator.state == wanted.bit_generator.state
+        plain, flipped, turned = (
+            train_transform(**changed).pixels(photograph(), rng(seed))
+            for changed in ({}, {"vflip_prob": 0.25}, {"quarter_turns": True})
+        )
+        found["flip", [np.array_equal(flipped, p) for p in (plain, plain[::-1])].index(True)] += 1
+        found[[np.array_equal(turned, np.rot90(plain, n)) for n in range(4)].index(True)] += 1
+    wanted = {0: 100, 1: 100, 2: 100, 3: 100, ("flip", 0): 300, ("flip", 1): 100}
+    assert found == {kind: pytest.approx(count, abs=30) for kind, count in wanted.items()}
 
 
 def test_global_random_state_is_neither_used_nor_touched():
