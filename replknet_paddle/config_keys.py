@@ -229,6 +229,9 @@ KEYS: dict[str, tuple[Any, Rule]] = {
     "TRAIN.CROP_SCALE": ([0.08, 1.0], several(number(1e-4, 1), 2)),  # (+) area of a random crop
     "TRAIN.CROP_RATIO": ([3 / 4, 4 / 3], several(number(0.01, 100), 2)),  # (+) width over height
     "TRAIN.HFLIP_PROB": (0.5, probability),  # (+) horizontal flip
+    "TRAIN.VFLIP_PROB": (0.0, probability),  # (+) vertical flip
+    "TRAIN.QUARTER_TURNS": (False, boolean()),  # (+) turn by 0, 90, 180 or 270 degrees, each of
+    # them as likely
     "TRAIN.SMOOTHING": (0.1, number(0, 0.999)),  # label smoothing
     "TRAIN.COLOR_JITTER": (0.4, number(0, 1)),  # where neither augmentation below is on
     "TRAIN.AUTO_AUGMENT": (True, boolean()),
@@ -352,6 +355,10 @@ SEGMENTATION_CONTRADICTIONS: list[Contradiction] = [
         "at most DATA.IMAGE_SIZE ({1}), so that windows leave no gap",
     ),
     (("SEGMENTATION.EVAL_RATIOS",), operator.not_, "at least one ratio"),
+    *(
+        ((key,), bool, f"{_HERE}{off}; its training flips images left to right alone")
+        for key, off in (("TRAIN.VFLIP_PROB", 0.0), ("TRAIN.QUARTER_TURNS", False))
+    ),
     (
         ("SEGMENTATION.PALETTE", "MODEL.NUM_CLASSES"),
         lambda colours, classes: colours and (n := len(colours.split())) != classes and n,

@@ -311,6 +311,11 @@ UPERNET = "MODEL: {TYPE: UPerNet, OUT_INDICES: [0, 1, 2, 3], NUM_CLASSES: 9, %s}
         (UPERNET % ("", "WARMUP_EPOCHS: 0, BEST_BY: macro_f1", ""), "UPerNet: top1, which stands"),
         (UPERNET % ("", "WARMUP_EPOCHS: 1", ""), "UPerNet: 0; SEGMENTATION.WARMUP_STEPS sets"),
         (
+            UPERNET % ("", "WARMUP_EPOCHS: 0, VFLIP_PROB: 0.5", ""),
+            "VFLIP_PROB is 0.5; allowed with",
+        ),
+        (UPERNET % ("", "WARMUP_EPOCHS: 0, QUARTER_TURNS: True", ""), "UPerNet: False; its"),
+        (
             UPERNET.replace("9", "None") % ("", "WARMUP_EPOCHS: 0", ""),
             "MODEL.NUM_CLASSES is None; allowed with MODEL.TYPE UPerNet: 2 to 255",
         ),

@@ -30,7 +30,7 @@ PAGES = sorted(
 # Run by tests of their own: the demo and the tests by hand, installing by test_install.py.
 ELSEWHERE = ("sh run_demo.sh", "sh run_tests.sh", "sh setup_env.sh", ". .venv/bin/activate")
 # Pages that a test of their own runs from the first command to the last.
-OWN_TEST = ("docs/your_own_images.md", "docs/segmentation.md")
+OWN_TEST = ("docs/your_own_images.md", "docs/segmentation.md", "docs/solar_cells.md")
 TRANSLATION, ORIGINAL = "README_zh.md", "README.md"  # one program in two languages: it runs once
 RUN_HERE = [page for page in PAGES if page != TRANSLATION]
 
@@ -145,6 +145,8 @@ def test_the_examples_of_help_run(example, workplace):
         pytest.skip("takes minutes, or ImageNet")
     for package in ("matplotlib",) if re.search("erf|kernels|plot", line) else ():
         pytest.importorskip(package)
+    if "make-solar-cells" in line:
+        pytest.importorskip("elpv_dataset", reason="optional: requirements/solar.txt")
     if re.search("make-digits|make-shapes", line):
         shutil.rmtree(line.split()[2], ignore_errors=True)
     if "segment" in line:

@@ -40,11 +40,11 @@ pytest.importorskip("sklearn", reason="optional: requirements/demo.txt")
 
 
 class Guide:
-    """The guide's commands, one after another, in a folder of its own."""
+    """A guide's commands, one after another, in a folder of its own."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, page: str = GUIDE):
         self.folder = folder
-        self.commands = [shlex.split(line) for line in command_lines(GUIDE)]
+        self.commands = [shlex.split(line) for line in command_lines(page)]
         self.environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
@@ -58,10 +58,10 @@ class Guide:
         assert program == "replknet" and tuple(arguments[: len(expected)]) == expected
         return [sys.executable, "-m", "replknet_paddle", *arguments]
 
-    def run(self, *expected: str, status: int = 0) -> str:
-        """Run the next command; what it prints."""
+    def run(self, *expected: str, status: int = 0, more: tuple[str, ...] = ()) -> str:
+        """Run the next command, with more flags; what it prints."""
         done = subprocess.run(
-            self.next(*expected),
+            [*self.next(*expected), *more],
             cwd=self.folder,
             env=self.environment,
             stdout=subprocess.PIPE,

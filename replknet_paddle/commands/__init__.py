@@ -45,6 +45,7 @@ COMMANDS = {
     "segment eval": "segment",
     "segment predict": "segment",
     "make-shapes": "data",
+    "make-solar-cells": "data",
     "benchmark conv": "benchmark",
     "benchmark network": "benchmark",
     "benchmark train_loop": "benchmark",

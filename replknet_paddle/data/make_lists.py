@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import re
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 
@@ -365,6 +366,43 @@ def make_digits(folder: str) -> None:
         Image.fromarray(grey).save(os.path.join(folder, path))
         lines.append(f"{path} {label}\n")
     _write_ready_lists(folder, lines)
+
+
+SOLAR_CLASSES = ("functional", "defective")
+SOLAR_LISTS = {
+    "train": LIST_FILES[True],
+    "val": LIST_FILES[False],
+    "test": os.path.join("test", LIST_FILES[False]),
+}
+# Where each of eight cells of a kind goes.
+SOLAR_PARTS = ("test", "train", "val", "train", "test", "train", "train", "train")
+
+
+def make_solar_cells(folder: str) -> None:
+    """Copy elpv-dataset's photographs of solar cells below `folder`, and write their lists.
+
+    A cell is defective where its label, the probability of a defect, is above a half. 5/8 of the
+    cells are for training, 1/8 for validation and 2/8 for the test, stratified by that probability
+    and the type of the silicon. The test set is the validation list of a data folder of its own.
+    """
+    source = os.path.join(os.path.dirname(import_extra("elpv_dataset", "solar").__file__), "data")
+    with open(os.path.join(source, "labels.csv"), encoding="utf-8") as file:
+        cells = [line.split() for line in file]  # path, probability, mono or poly
+    shuffled = [cells[i] for i in np.random.default_rng(0).permutation(len(cells))]
+    by_kind = sorted(shuffled, key=lambda cell: cell[1:])
+    images = []
+    for i, (cell, probability, _) in enumerate(by_kind):
+        label, part = int(float(probability) > 0.5), SOLAR_PARTS[i % len(SOLAR_PARTS)]
+        path = os.path.join(part, SOLAR_CLASSES[label], os.path.basename(cell))
+        os.makedirs(os.path.join(folder, os.path.dirname(path)), exist_ok=True)
+        shutil.copyfile(os.path.join(source, cell), os.path.join(folder, path))
+        images.append((part, path, label))
+    for part, name in SOLAR_LISTS.items():
+        data = os.path.dirname(name)
+        lines = [f"{os.path.relpath(path, data)} {y}\n" for p, path, y in images if p == part]
+        names = os.path.join(folder, data, CLASS_NAMES_FILE)
+        write_text(names, class_names_text(SOLAR_CLASSES))
+        write_text(os.path.join(folder, name), "".join(sorted(lines)))
 
 
 SHAPES = ("background", "circle", "square", "triangle")

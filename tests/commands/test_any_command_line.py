@@ -42,7 +42,7 @@ LINES = {
     "segment predict": ["run", PICTURE, "-backend=eager", "-output=new"],
 }
 # Starts a server, builds libraries, measures, trains for long, or takes no flag.
-LEFT_OUT = {"page", "build", "make-digits", "segment train"}
+LEFT_OUT = {"page", "build", "make-digits", "make-solar-cells", "segment train"}
 LEFT_OUT |= {name for name in COMMANDS if name.startswith("benchmark")}
 
 VALUES = st.one_of(

@@ -238,6 +238,7 @@ CASES = [
     ("page {f}/exported --port={port} -opts SEED 1", "an export, which is as it was made"),
     # datasets
     ("make-digits {f}/file/digits", "{f}/file"),
+    ("make-solar-cells {f}/file/cells", "{f}/file"),
     ("make-shapes {f}/run -count 4", "-count is 4; allowed: an integer >= 5"),
 ]  # fmt: skip
 

@@ -68,6 +68,8 @@ def build_train_transform(config) -> TrainTransform:
         crop_scale=train.CROP_SCALE,
         crop_ratio=train.CROP_RATIO,
         hflip_prob=train.HFLIP_PROB,
+        vflip_prob=train.VFLIP_PROB,
+        quarter_turns=train.QUARTER_TURNS,
         photometric=photometric,
         erasing=erasing,
         mean=config.DATA.IMAGENET_MEAN,

@@ -10,10 +10,11 @@ a square of `image_size` pixels, both with Pillow's antialiased bicubic:
 Rounding follows torchvision's Resize and CenterCrop on Pillow images: the long side is
 truncated, and crop offsets are rounded half to even.
 
-Training: random resized crop, flip, one photometric policy, normalize, erase. The steps, their
-order and their distributions are those of the official recipe (timm's `create_transform` with
-bicubic interpolation). Every random number comes from the generator passed with the image, so a
-sample depends on nothing but the seed of that generator.
+Training: random resized crop, flips, one photometric policy, normalize, erase. But for vertical
+flips and quarter turns, which are off by default, the steps, their order and their distributions
+are those of the official recipe (timm's `create_transform` with bicubic interpolation). Every
+random number comes from the generator passed with the image, so a sample depends on nothing but the
+seed of that generator.
 """
 
 import math
@@ -164,6 +165,8 @@ class TrainTransform:
     crop_scale: Sequence[float]  # as for `sample_crop`
     crop_ratio: Sequence[float]
     hflip_prob: float  # chance of a left-right flip
+    vflip_prob: float = 0.0  # chance of a top-bottom flip
+    quarter_turns: bool = False  # turn by 0, 90, 180 or 270 degrees, each as likely
     photometric: Callable | None  # (elementary operations, RGB pixels, generator) -> such pixels
     erasing: RandomErasing | None  # applied last, to the normalized image
     mean: Sequence[float]  # per RGB channel, in units of the [0, 1] scale, as `std`
@@ -204,6 +207,11 @@ class TrainTransform:
             box=(box[0] - left, box[1] - top, box[2] - left, box[3] - top),
             flip=rng.random() < self.hflip_prob,
         )
+        # The official recipe has neither, so where they are off they draw no number.
+        if self.vflip_prob and rng.random() < self.vflip_prob:
+            pixels = np.ascontiguousarray(pixels[::-1])
+        if self.quarter_turns:
+            pixels = np.ascontiguousarray(np.rot90(pixels, rng.integers(4)))
         return self.photometric(self.px, pixels, rng) if self.photometric else pixels
 
 

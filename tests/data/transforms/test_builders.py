@@ -65,10 +65,12 @@ def test_train_transform_takes_its_settings_from_the_config(increasing, names):
     policy = {"RAND_AUGMENT": True, "RAND_AUGMENT_LAYERS": 3, "RAND_AUGMENT_MAGNITUDE": 7}
     policy |= {"RAND_AUGMENT_MAGNITUDE_STD": 0.25, "RAND_AUGMENT_INCREASING": increasing}
     crop = {"CROP_SCALE": [0.5, 0.6], "CROP_RATIO": [0.9, 1.1], "HFLIP_PROB": 0.125}
+    crop |= {"VFLIP_PROB": 0.375, "QUARTER_TURNS": True}
     erasing = {"RANDOM_ERASE_PROB": 0.75, "RANDOM_ERASE_MODE": "rand", "RANDOM_ERASE_COUNT": 2}
     data = {"DATA__IMAGE_SIZE": 40, "DATA__IMAGENET_MEAN": [0.5, 0.25, 0.0]}
     transform = build_train_transform(train_config(**policy, **crop, **erasing, data=data))
     assert (transform.image_size, transform.hflip_prob) == (40, 0.125)
+    assert (transform.vflip_prob, transform.quarter_turns) == (0.375, True)
     assert (transform.crop_scale, transform.crop_ratio) == ([0.5, 0.6], [0.9, 1.1])
     assert list(transform.mean) == [0.5, 0.25, 0.0]
     policy, erasing = transform.photometric, transform.erasing

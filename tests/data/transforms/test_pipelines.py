@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from collections import Counter
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -197,6 +198,20 @@ def test_flip_rate(prob):
     rows = [transform.pixels(ramp, rng(seed))[0, :, 0].astype(int) for seed in range(1000)]
     flipped = np.mean([row[0] > row[-1] for row in rows])
     assert flipped == pytest.approx(prob, abs=0.05 if prob == 0.5 else 1e-12)
+
+
+def test_vertical_flips_and_turns_are_exact_and_as_likely_as_stated():
+    """Off, they draw no number, or the samples above would not be timm's."""
+    found = Counter()
+    for seed in range(400):
+        plain, flipped, turned = (
+            train_transform(**changed).pixels(photograph(), rng(seed))
+            for changed in ({}, {"vflip_prob": 0.25}, {"quarter_turns": True})
+        )
+        found["flip", [np.array_equal(flipped, p) for p in (plain, plain[::-1])].index(True)] += 1
+        found[[np.array_equal(turned, np.rot90(plain, n)) for n in range(4)].index(True)] += 1
+    wanted = {0: 100, 1: 100, 2: 100, 3: 100, ("flip", 0): 300, ("flip", 1): 100}
+    assert found == {kind: pytest.approx(count, abs=30) for kind, count in wanted.items()}
 
 
 def test_global_random_state_is_neither_used_nor_touched():
