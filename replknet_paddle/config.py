@@ -283,6 +283,8 @@ _FLAGS = {
     "pretrained": ["MODEL.PRETRAINED"],
     "resume": ["MODEL.RESUME"],
     "last_epoch": ["TRAIN.LAST_EPOCH"],
+    "freeze": ["TRAIN.FREEZE"],
+    "patience": ["TRAIN.PATIENCE"],
     "eval": ["EVAL"],
     "amp": ["AMP"],
 }

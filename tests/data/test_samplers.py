@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties import same_examples
 
-from replknet_paddle.data.dataset import EvalBatches, StepBatches, TrainBatches
+from replknet_paddle.data.dataset import BalancedBatches, EvalBatches, StepBatches, TrainBatches
 
 LENGTHS, FEW, SEEDS = st.integers(1, 120), st.integers(1, 5), st.integers(0, 9)
 
@@ -47,7 +47,12 @@ def test_ranks_partition_each_global_batch_of_whole_steps(
 @same_examples
 @given(LENGTHS, FEW, FEW, SEEDS, st.data())
 def test_a_resumed_epoch_goes_on_exactly(length, batch_size, world_size, seed, data):
-    for kind, options in ((TrainBatches, {}), (StepBatches, {"batches": 7})):
+    labels = np.arange(length) ** 2 % 7
+    for kind, options in (
+        (TrainBatches, {}),
+        (BalancedBatches, {"labels": labels}),
+        (StepBatches, {"batches": 7}),
+    ):
         whole = ranks(kind, length, batch_size, world_size, seed=seed, **options)[-1]
         resumed = ranks(kind, length, batch_size, world_size, seed=seed, **options)[-1]
         first_batch = data.draw(st.integers(0, len(whole)))
@@ -91,6 +96,48 @@ def test_steps_are_passes_over_all_images_whatever_the_epochs(
         assert len(set(map(tuple, passes))) == len(passes)
         other = StepBatches(length, length, rank=0, world_size=1, seed=seed + 1, batches=1)
         assert not passes or [i for _, i in epoch(other, 0)[0]] != passes[0]
+
+
+@same_examples
+@given(st.lists(st.sampled_from([0, 0, 0, 1, 4]), min_size=20, max_size=120), FEW, FEW, FEW, SEEDS)
+def test_balanced_batches_have_each_class_equally_often(
+    labels, batch_size, world_size, accum_iter, seed
+):
+    """As one rank with the whole global batch would have them; 2, 3 and 5 are never there."""
+    labels = np.array(labels)
+    options = {"seed": seed, "accum_iter": accum_iter, "labels": labels}
+    samplers = ranks(BalancedBatches, len(labels), batch_size, world_size, **options)
+    one = BalancedBatches(len(labels), batch_size * world_size, rank=0, world_size=1, **options)
+    names = []
+    for number in range(3):
+        steps = zip(*(epoch(sampler, number) for sampler in samplers))
+        steps = [[name for batch in step for name in batch] for step in steps]
+        assert steps == epoch(one, number)
+        whole = len(labels) // (batch_size * world_size * accum_iter) * accum_iter
+        assert list(map(len, steps)) == [batch_size * world_size] * whole
+        names.append([name for step in steps for name in step])
+        counts = Counter(labels[index] for _, index in names[-1])
+        assert not counts or max(counts.values()) - min(counts.values(), default=0) <= 1
+    # An image has another random generator each time, and comes again after all of its class.
+    seen = sum(names, [])
+    assert max(Counter(seen).values(), default=1) == 1
+    for label in set(labels):
+        of_class = np.flatnonzero(labels == label)
+        passes = Counter(number for number, index in seen if labels[index] == label)
+        assert all(passes[number] == len(of_class) for number in range(max(passes, default=0)))
+        assert {index for _, index in seen if labels[index] == label} <= {*of_class.tolist()}
+
+
+def test_balanced_epochs_and_seeds_differ():
+    labels = np.repeat([0, 1], [50, 10])
+    orders = set()
+    for seed, number in ((1, 0), (1, 1), (2, 0)):
+        sampler = BalancedBatches(60, 5, rank=0, world_size=1, seed=seed, labels=labels)
+        indices = [index for batch in epoch(sampler, number) for _, index in batch]
+        orders.add(tuple(indices))
+        assert indices != sorted(indices) and np.bincount(labels[indices]).tolist() == [30, 30]
+        assert set(Counter(indices[i] for i in range(60) if indices[i] >= 50).values()) == {3}
+    assert len(orders) == 3
 
 
 @same_examples

@@ -109,6 +109,19 @@ def test_classifier_weights_start_the_backbone(tiny_upernet_file, shapes, tmp_pa
     assert "missing from the file" in text and "decode_head" in text
 
 
+def test_a_frozen_backbone_keeps_its_bits_and_the_heads_train(
+    trained, tiny_upernet_file, shapes, tmp_path
+):
+    start = ["-pretrained", trained / "last", "-freeze", "backbone", "-epochs", "1"]
+    start += ["-opts", "MODEL.PRETRAINED_WEIGHTS", "model"]
+    finish(flags(tiny_upernet_file, shapes, tmp_path / "run", *start))
+    before = load_state(trained / "last", weights="model")
+    for kind in ("model", "model_ema"):
+        after = load_state(tmp_path / "run" / "last", weights=kind)
+        same = {name for name in before if before[name].tobytes() == after[name].tobytes()}
+        assert same == {name for name in before if name.startswith("backbone.")}
+
+
 def test_masks_of_0_and_255_are_not_two_classes(tiny_upernet_file, shapes, tmp_path):
     """The second class never occurs, so that 100 % mIoU would mean nothing."""
     data = tmp_path / "data"
