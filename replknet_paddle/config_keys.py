@@ -209,8 +209,8 @@ KEYS: dict[str, tuple[Any, Rule]] = {
     # the weights of all layers; None: a 32nd of the GPU's memory, 512 on CPU
     "TRAIN.LAST_EPOCH": (0, integer(0)),  # epochs already trained, where weights do not tell
     "TRAIN.NUM_EPOCHS": (300, integer(1)),
-    "TRAIN.PATIENCE": (None, optional(integer(1))),  # (+) epochs without a better checkpoint, after
-    # which an evaluation ends the run
+    "TRAIN.PATIENCE": (None, optional(integer(1))),  # (+) the run ends at the first evaluation that
+    # is so many epochs after that of the best checkpoint
     "TRAIN.WARMUP_EPOCHS": (10, integer(0)),
     "TRAIN.WEIGHT_DECAY": (0.05, number(0)),  # not for 1-D parameters and biases
     "TRAIN.BASE_LR": (4e-3, number(0)),  # peak learning rate

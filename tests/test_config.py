@@ -493,8 +493,6 @@ TYPED = [
     ("TRAIN.BASE_LR", "1e-3", 1e-3),
     ("TRAIN.WEIGHT_DECAY", "1", 1.0),
     ("TRAIN.LAYER_DECAY", "None", None),
-    ("TRAIN.FREEZE", "backbone", ["backbone"]),
-    ("TRAIN.CLASS_WEIGHTS", "[1, 2.5]", [1.0, 2.5]),
     ("MODEL.LARGE_KERNEL_SIZES", "[13,13,13,13]", [13, 13, 13, 13]),
     ("MODEL.CHANNELS", "13, 13, 13, 13", [13, 13, 13, 13]),
     ("TRAIN.OPTIMIZER.BETAS", "(0.9, 0.95)", [0.9, 0.95]),

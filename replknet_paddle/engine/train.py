@@ -114,7 +114,7 @@ def train_epoch(
     """
     model, precision = state.model, state.precision
     model.train()
-    for layer in frozen_layers(model):  # which every evaluation makes forget it
+    for layer in frozen_layers(model):  # `train` has set all layers
         layer.training = False
     loader.batch_sampler.set_epoch(epoch, first_batch)
     total = len(loader.batch_sampler)

@@ -72,8 +72,7 @@ def frozen_step(arguments: list[str]) -> int:
     loader = get_dataloader(config, get_dataset(config, True), True, **ranks)
     recorder = sgd(model)
     criterion = CLASSIFICATION.criterion(config, weigh_classes(config, loader.dataset, None))
-    rates = {"learning_rate": lambda step: 0.1}
-    train(model, loader, recorder, accum_iter=2, criterion=criterion, **rates)
+    train(model, loader, recorder, accum_iter=2, criterion=criterion, learning_rate=lambda _: 0.1)
     names = [name for name, p in model.named_parameters() if not p.stop_gradient]
     values = {
         f"{i}/{name}": gradient

@@ -1,5 +1,3 @@
-import re
-
 import numpy as np
 import paddle
 import pytest
@@ -92,32 +90,17 @@ def test_soft_targets_of_another_shape_are_refused(targets_shape):
 @pytest.mark.parametrize("present", [[0, 1, 2], [1, 4], [3]])
 def test_balanced_weights_are_scikit_learns(present):
     compute = pytest.importorskip("sklearn.utils.class_weight").compute_class_weight
-    labels = np.repeat(present, np.arange(1, 40, 15)[: len(present)])
-    weights = class_weights("balanced", labels, 5)
-    expected = np.zeros(5)
+    labels, expected = np.repeat(present, np.arange(1, 40, 15)[: len(present)]), np.zeros(5)
     expected[present] = compute("balanced", classes=np.array(present), y=labels)
-    np.testing.assert_allclose(weights, expected, rtol=1e-9)
-    assert weights[labels].mean() == pytest.approx(1, abs=1e-12)
+    np.testing.assert_allclose(class_weights("balanced", labels, 5), expected, rtol=1e-9)
 
 
 def test_a_list_of_weights_keeps_its_ratios_and_has_a_mean_of_1_over_the_images():
-    labels = np.array([0, 0, 0, 2])
-    weights = class_weights([1, 5, 4], labels, 3)
-    assert weights[labels].mean() == pytest.approx(1) and weights[2] == pytest.approx(
-        4 * weights[0]
-    )
-
-
-@pytest.mark.parametrize(
-    "wanted, says",
-    [
-        ([1, 2], "has 2 numbers; allowed: balanced, or one for each of the 3"),
-        ([0, 9, 0], "is [0, 9, 0], 0 in all over"),
-    ],
-)
-def test_weights_that_cannot_be_used_are_refused(wanted, says):
-    with pytest.raises(InputError, match=re.escape(says)):
-        class_weights(wanted, np.array([0, 0, 2]), 3)
+    weights = class_weights([1, 5, 4], np.array([0, 0, 0, 2]), 3)
+    np.testing.assert_allclose(weights, np.array([1, 5, 4]) / (7 / 4), rtol=1e-12)
+    for wanted, says in (([1, 2], "has 2 numbers; allowed: bal"), ([0, 9, 0], ", 0 in all over")):
+        with pytest.raises(InputError, match=says):
+            class_weights(wanted, np.array([0, 0, 2]), 3)
 
 
 WEIGHTS = np.array([0.2, 1, 3, 0.7, 0, 1, 9])
@@ -125,10 +108,8 @@ WEIGHTS = np.array([0.2, 1, 3, 0.7, 0, 1, 9])
 
 def test_the_weighted_loss_is_scikit_learns_with_the_images_weighted():
     log_loss = pytest.importorskip("sklearn.metrics").log_loss
-    probabilities = np.exp(log_softmax(LOGITS))
-    total = log_loss(
-        LABELS, probabilities, normalize=False, sample_weight=WEIGHTS[LABELS], labels=range(7)
-    )
+    weighted = {"normalize": False, "sample_weight": WEIGHTS[LABELS], "labels": range(7)}
+    total = log_loss(LABELS, np.exp(log_softmax(LOGITS)), **weighted)
     loss = WeightedCrossEntropy(WEIGHTS, 0.0)(paddle.to_tensor(LOGITS), paddle.to_tensor(LABELS))
     assert loss.dtype == paddle.float32 and float(loss) == pytest.approx(total / 4, rel=1e-6)
 
@@ -137,22 +118,10 @@ def test_the_weighted_loss_is_scikit_learns_with_the_images_weighted():
 @pytest.mark.parametrize("lam", [1.0, 0.3])
 def test_a_mixed_image_loses_what_its_two_labels_do_by_their_shares(smoothing, lam):
     """And labels alone what mixing nothing gives."""
-    losses = -(smoothed_one_hot(smoothing) * log_softmax(LOGITS)).sum(1) * WEIGHTS[LABELS]
-    partners = (
-        -(smoothed_one_hot(smoothing)[::-1] * log_softmax(LOGITS)).sum(1) * WEIGHTS[LABELS[::-1]]
-    )
-    expected = (lam * losses + (1 - lam) * partners).mean()
+    targets = smoothed_one_hot(smoothing) * WEIGHTS[LABELS][:, None]
+    mixed = lam * targets + (1 - lam) * targets[::-1]
+    expected = -(mixed * log_softmax(LOGITS)).sum(1).mean()
     criterion, labels = WeightedCrossEntropy(WEIGHTS, smoothing), paddle.to_tensor(LABELS)
-    targets = [mix_labels(labels, lam, num_classes=7, label_smoothing=smoothing)]
-    for target in targets + [labels] * (lam == 1):
-        assert float(criterion(paddle.to_tensor(LOGITS), target)) == pytest.approx(
-            expected, rel=2e-6
-        )
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_equal_weights_change_nothing(smoothing):
-    logits, labels = paddle.to_tensor(LOGITS), paddle.to_tensor(LABELS)
-    plain = LabelSmoothingCrossEntropy(smoothing)(logits, labels)
-    weighted = WeightedCrossEntropy(class_weights([2] * 7, LABELS, 7), smoothing)(logits, labels)
-    assert float(weighted) == pytest.approx(float(plain), rel=1e-6)
+    soft = mix_labels(labels, lam, num_classes=7, label_smoothing=smoothing)
+    for target in [soft] + [labels] * (lam == 1):
+        assert float(criterion(paddle.to_tensor(LOGITS), target)) == pytest.approx(expected, 2e-6)
