@@ -286,6 +286,8 @@ _FLAGS = {
     "resume": ["MODEL.RESUME"],
     "last_epoch": ["TRAIN.LAST_EPOCH"],
     "best_by": ["TRAIN.BEST_BY"],
+    "freeze": ["TRAIN.FREEZE"],
+    "patience": ["TRAIN.PATIENCE"],
     "eval": ["EVAL"],
     "amp": ["AMP"],
     "fold": ["DATA.FOLD"],

@@ -112,6 +112,18 @@ def several(item: Rule, count: int | None = None) -> Rule:
     return Rule(read, f"{many}, each {item.allowed}")
 
 
+def names() -> Rule:
+    def read(value):
+        value = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+        return list(map(text().read, _valid(value, value and isinstance(value, (list, tuple)))))
+
+    return Rule(read, "names with commas between, or a list of them")
+
+
+def word_or(word: str, rule: Rule) -> Rule:
+    return Rule(lambda v: v if v == word else rule.read(v), f"{word!r}, or {rule.allowed}")
+
+
 def optional(rule: Rule) -> Rule:
     return Rule(
         lambda value: None if decoded(value) is None else rule.read(value),
@@ -209,6 +221,8 @@ KEYS: dict[str, tuple[Any, Rule]] = {
     # probabilities of evaluation and predictions; `replknet calibrate` fits it to the weights
     "TRAIN.LAST_EPOCH": (0, integer(0)),  # epochs already trained, where weights do not tell
     "TRAIN.NUM_EPOCHS": (300, integer(1)),
+    "TRAIN.PATIENCE": (None, optional(integer(1))),  # (+) the run ends at the first evaluation that
+    # is so many epochs after that of the best checkpoint
     "TRAIN.WARMUP_EPOCHS": (10, integer(0)),
     "TRAIN.WEIGHT_DECAY": (0.05, number(0)),  # not for 1-D parameters and biases
     "TRAIN.BASE_LR": (4e-3, number(0)),  # peak learning rate
@@ -216,6 +230,8 @@ KEYS: dict[str, tuple[Any, Rule]] = {
     "TRAIN.END_LR": (1e-6, number(0)),
     "TRAIN.LAYER_DECAY": (None, optional(number(0.01, 1))),  # (+) learning rate ratio of a layer
     # group to the one after it
+    "TRAIN.FREEZE": (None, optional(names())),  # (+) parameters that are not trained: what their
+    # names begin with, or backbone for all but the head
     "TRAIN.GRAD_CLIP": (None, optional(number(1e-9))),  # largest global norm of the gradients
     "TRAIN.ACCUM_ITER": (1, integer(1)),  # forward passes per optimizer step
     "TRAIN.LINEAR_SCALED_LR": (None, optional(integer(1))),  # None: BASE_LR is what is used; else
@@ -233,6 +249,10 @@ KEYS: dict[str, tuple[Any, Rule]] = {
     "TRAIN.QUARTER_TURNS": (False, boolean()),  # (+) turn by 0, 90, 180 or 270 degrees, each of
     # them as likely
     "TRAIN.SMOOTHING": (0.1, number(0, 0.999)),  # label smoothing
+    "TRAIN.CLASS_WEIGHTS": (None, optional(word_or("balanced", several(number(0))))),  # (+) how
+    # much an image of each class counts in the loss; balanced: each class as much as any other
+    "TRAIN.SAMPLER": ("shuffle", choice("shuffle", "balanced")),  # (+) an epoch's images: all of
+    # them, or each class equally often
     "TRAIN.COLOR_JITTER": (0.4, number(0, 1)),  # where neither augmentation below is on
     "TRAIN.AUTO_AUGMENT": (True, boolean()),
     "TRAIN.RAND_AUGMENT": (False, boolean()),  # goes before AUTO_AUGMENT
@@ -343,6 +363,8 @@ SEGMENTATION_CONTRADICTIONS: list[Contradiction] = [
     (("TRAIN.LAYER_DECAY",), lambda decay: decay is not None, f"{_HERE}None"),
     (("TRAIN.BEST_BY",), lambda by: by != "top1", f"{_HERE}top1, which stands for the mIoU there"),
     (("MODEL.TEMPERATURE",), lambda temperature: temperature != 1, f"{_HERE}1.0"),
+    (("TRAIN.CLASS_WEIGHTS",), lambda weights: weights is not None, f"{_HERE}None"),
+    (("TRAIN.SAMPLER",), lambda sampler: sampler != "shuffle", f"{_HERE}shuffle"),
     (("TRAIN.WARMUP_EPOCHS",), bool, f"{_HERE}0; SEGMENTATION.WARMUP_STEPS sets the warm-up"),
     (
         ("SEGMENTATION.WARMUP_STEPS", _EPOCHS, "SEGMENTATION.EPOCH_STEPS"),

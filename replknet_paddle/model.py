@@ -251,7 +251,7 @@ class RepLKNetStage(nn.Layer):
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         for block in self.blocks:
-            x = recompute_block(block, x) if self.recompute and self.training else block(x)
+            x = recompute_block(block, x) if self.recompute and block.training else block(x)
         return x
 
 

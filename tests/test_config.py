@@ -204,6 +204,8 @@ def test_an_unknown_key_is_refused_and_suggests_the_nearest(complaint, text, key
             [-1e-3, float("nan"), float("inf"), "1e999", "1+2j", 10**400],
             "a number >= 0",
         ),
+        ("TRAIN.FREEZE", ["", "stem,", [], ["stem", 1], 3], "names with commas between, or a list"),
+        ("TRAIN.CLASS_WEIGHTS", ["even", [-1]], "'balanced', or a list of values, each a number"),
         ("TRAIN.OPTIMIZER.NAME", ["SGD"], "'AdamW'"),
         ("SEGMENTATION.PALETTE", ["ff00zz", "ff00ff00", " ", "+12345"], "colours of six hexa"),
         ("SEED", [-1, 2**31, {}, {"a": 1}], "an integer from 0 to 2147483647"),
@@ -309,6 +311,8 @@ UPERNET = "MODEL: {TYPE: UPerNet, OUT_INDICES: [0, 1, 2, 3], NUM_CLASSES: 9, %s}
         ("TRAIN: {CUTMIX_MINMAX: [0.8, 0.2]}", "TRAIN.CUTMIX_MINMAX is [0.8, 0.2]"),
         (UPERNET % ("", "WARMUP_EPOCHS: 0, LAYER_DECAY: 0.9", ""), "LAYER_DECAY is 0.9; allowed"),
         (UPERNET % ("", "WARMUP_EPOCHS: 0, BEST_BY: macro_f1", ""), "UPerNet: top1, which stands"),
+        (UPERNET % ("", "WARMUP_EPOCHS: 0, CLASS_WEIGHTS: balanced", ""), "UPerNet: None"),
+        (UPERNET % ("", "WARMUP_EPOCHS: 0, SAMPLER: balanced", ""), "UPerNet: shuffle"),
         (UPERNET % ("", "WARMUP_EPOCHS: 1", ""), "UPerNet: 0; SEGMENTATION.WARMUP_STEPS sets"),
         (
             UPERNET % ("", "WARMUP_EPOCHS: 0, VFLIP_PROB: 0.5", ""),
@@ -471,6 +475,8 @@ ALL_FLAGS = {
     "resume": ("run/last", {"MODEL.RESUME": "run/last"}),
     "last_epoch": ("5", {"TRAIN.LAST_EPOCH": 5}),
     "best_by": ("macro_f1", {"TRAIN.BEST_BY": "macro_f1"}),
+    "freeze": ("stem, stages.0", {"TRAIN.FREEZE": ["stem", "stages.0"]}),
+    "patience": ("5", {"TRAIN.PATIENCE": 5}),
     "eval": (True, {"EVAL": True}),
     "amp": (True, {"AMP": True}),
 }

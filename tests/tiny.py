@@ -114,6 +114,11 @@ def assert_identical(left, right) -> None:
         np.testing.assert_array_equal(left[name], right[name], err_msg=name)
 
 
+def same_bits(left, right) -> set[str]:
+    """The names of arrays that are the same, bit for bit."""
+    return {name for name in left if left[name].tobytes() == right[name].tobytes()}
+
+
 def leaves(node, prefix=""):
     """{dotted key: value} of a config."""
     values = {}

@@ -114,6 +114,12 @@ class Progress:
         """Return the optimizer steps that a run with epochs like this one takes to come as far."""
         return (self.epoch * self.batches + self.batch) // self.accum_iter
 
+    @property
+    def best_epoch(self) -> int | None:
+        """Return the epochs done by the best checkpoint; None before there is one."""
+        moment = _moment(self.best_checkpoint)
+        return None if moment is None else moment[0]
+
 
 _SINCE_0_2 = {"better_weights", "record"}  # which checkpoints of version 0.1 lack
 _BODY = ("config", "progress", "scaler", "class_names", "convolutions")

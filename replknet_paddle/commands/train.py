@@ -50,6 +50,13 @@ FLAGS = {
         ("seed", "N", "of weights, order and augmentation"),
         ("accum_iter", "N", "forward passes per optimizer step"),
         (
+            "freeze",
+            "NAMES",
+            "what keeps its weights: backbone, or names such as stem,stages.0 that those of "
+            "parameters begin with",
+        ),
+        ("patience", "N", "epochs without a better checkpoint, after which the run ends"),
+        (
             "resume",
             "PATH",
             "checkpoint or run folder to continue; auto: the newest whole checkpoint of -output",

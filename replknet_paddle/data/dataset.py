@@ -4,6 +4,7 @@ Samples are named by (epoch, index), and all that is random in one depends on no
 and that name: neither the number of workers nor a restart changes what the network sees.
 """
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass, field
@@ -262,6 +263,41 @@ class StepBatches(TrainBatches):
             yield names
 
 
+@dataclass(eq=False, kw_only=True)
+class BalancedBatches(TrainBatches):
+    """The (pass, index) names of one rank's training batches, of each class equally often.
+
+    The classes that have images take turns over the whole run, and each goes through its images in
+    passes, every pass shuffled anew: no image comes again before all of its class, and none twice
+    under one name. An epoch has its turns in random order; none is left out.
+    """
+
+    labels: np.ndarray  # int64 (length,)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        ends = np.cumsum(np.bincount(self.labels))
+        members = np.split(np.argsort(self.labels, kind="stable"), ends[:-1])  # of each class
+        members = [indices for indices in members if len(indices)]
+
+        @functools.cache
+        def order(turn: int, number: int) -> np.ndarray:
+            # The last number tells this from the generators of samples.
+            rng = np.random.default_rng((self.seed, number, turn, 1))
+            return rng.permutation(members[turn])
+
+        step = self.batch_size * self.world_size
+        used = len(self) * step
+        places = np.random.default_rng((self.seed, self.epoch)).permutation(used)
+        for batch in range(self.first_batch, len(self)):
+            start = batch * step + self.rank * self.batch_size
+            names = []
+            for place in places[start : start + self.batch_size].tolist():
+                taken, turn = divmod(self.epoch * used + place, len(members))
+                number, position = divmod(taken, len(members[turn]))
+                names.append((number, int(order(turn, number)[position])))
+            yield names
+
+
 class EvalBatches(paddle.io.Sampler):
     """The names of one rank's evaluation batches: every image once over all ranks, none twice."""
 
@@ -306,13 +342,11 @@ def get_dataloader(
     if not is_train:
         batch_size = config.DATA.BATCH_SIZE_EVAL or config.DATA.BATCH_SIZE
         return make_loader(config, dataset, EvalBatches(len(dataset), batch_size, **places))
-    batches = TrainBatches(
-        len(dataset),
-        config.DATA.BATCH_SIZE,
-        **places,
-        seed=config.SEED,
-        accum_iter=config.TRAIN.ACCUM_ITER,
-    )
+    order = {"seed": config.SEED, "accum_iter": config.TRAIN.ACCUM_ITER, **places}
+    kind = TrainBatches
+    if config.TRAIN.SAMPLER == "balanced":
+        kind, order["labels"] = BalancedBatches, dataset.labels
+    batches = kind(len(dataset), config.DATA.BATCH_SIZE, **order)
     if len(batches) == 0:
         images = counted(len(dataset), "image")
         raise InputError(

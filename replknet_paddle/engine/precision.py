@@ -57,7 +57,12 @@ class Precision:
         if not self.half_weights:
             return
         # Paddle's depthwise kernels may sum in the type of the weights; matrix products round them.
-        options = dict(level="O2", dtype=self.dtype, excluded_layers=fast_depthwise_layers(model))
+        excluded = fast_depthwise_layers(model)
+        # Frozen weights have no masters, so rounding would change them for good.
+        for layer in model.sublayers():
+            if any(p.stop_gradient for p in layer.parameters(include_sublayers=False)):
+                excluded.append(layer)
+        options = dict(level="O2", dtype=self.dtype, excluded_layers=excluded)
         if optimizer is None:
             paddle.amp.decorate(models=model, **options)
         else:

@@ -39,6 +39,7 @@ from replknet_paddle.engine.start import (
     report_absent_classes,
     report_shifted_folders,
     resolve_classes,
+    weigh_classes,
 )
 from replknet_paddle.engine.task import CLASSIFICATION, ClassificationTask
 from replknet_paddle.engine.train import (
@@ -51,7 +52,7 @@ from replknet_paddle.engine.train import (
 )
 from replknet_paddle.ops import build_convolutions, gpu_choice
 from replknet_paddle.optim.ema import ModelEma
-from replknet_paddle.optim.optimizer import load_optimizer_state, optimizer_state
+from replknet_paddle.optim.optimizer import freeze, load_optimizer_state, optimizer_state
 from replknet_paddle.optim.schedule import base_learning_rate
 from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.errors import InputError, SystemFault, counted
@@ -232,10 +233,16 @@ class Training:
             accum_iter=train.ACCUM_ITER,
         )
         steps_per_epoch = epoch_like["batches"] // train.ACCUM_ITER
-        mixup, criterion = task.mixup(config), task.criterion(config)
+        weights = weigh_classes(config, self.train_loader.dataset, self.class_names)
+        mixup, criterion = task.mixup(config), task.criterion(config, weights)
         sync_bn = synchronizes_batch_norm(config)
         model = build_network(config, task, sync_bn=sync_bn)
         load_start(model, config, task.load_weights, start)
+        if train.FREEZE is not None:
+            freeze(model, train.FREEZE)
+            logger.info("not trained: %s (TRAIN.FREEZE)", ", ".join(train.FREEZE))
+            if start.file is None:
+                logger.warning("TRAIN.FREEZE keeps random weights, for -pretrained names no others")
         learning_rate = task.schedule(config, self.peak_rate(steps_per_epoch), steps_per_epoch)
         precision = build_precision(config)
         optimizer = task.optimizer(
@@ -274,12 +281,15 @@ class Training:
         global_batch = batch_size * train.ACCUM_ITER * processes.world_size()
         peak = base_learning_rate(train.BASE_LR, global_batch, train.LINEAR_SCALED_LR)
         images = len(self.train_loader.dataset)
+        left_out = max(0, images - steps_per_epoch * global_batch)
         logger.info(
-            "%s training and %s validation images; %s per epoch, %s left out",
+            "%s training and %s validation images; %s per epoch, %s",
             f"{images:,}",
             f"{len(self.val_loader.dataset):,}",
             counted(steps_per_epoch, "step"),
-            counted(max(0, images - steps_per_epoch * global_batch), "image"),
+            "each class equally often"
+            if train.SAMPLER == "balanced"
+            else f"{counted(left_out, 'image')} left out",
         )
         logger.info(
             "global batch %d = %d x %d accumulated x %s; peak learning rate %.4g",
@@ -303,6 +313,8 @@ class Training:
             logger.info("epoch %d is trained; its evaluation is next", self.progress.epoch)
         elif self.progress.epoch >= config.TRAIN.NUM_EPOCHS:
             logger.info("all %d epochs of TRAIN.NUM_EPOCHS are done", config.TRAIN.NUM_EPOCHS)
+        elif self.ends_early():
+            logger.info("%s; a higher -patience trains on", self.ends_early())
         elif self.progress.step:
             logger.info(
                 "continuing after epoch %d, step %d", self.progress.epoch, self.progress.step
@@ -316,7 +328,18 @@ class Training:
             if self.progress.step == first_step:
                 raise
             raise SystemFault(str(error)) from error
-        log.log_summary(config, self.progress, first_epoch, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        log.log_summary(config, self.progress, first_epoch, seconds, self.ends_early())
+
+    def ends_early(self) -> str:
+        """Return why TRAIN.PATIENCE ends the run here, after an evaluation; else an empty text."""
+        train, progress = self.config.TRAIN, self.progress
+        is_between = progress.batch or progress.record or progress.epoch >= train.NUM_EPOCHS
+        is_evaluated = not is_between and progress.epoch % self.config.VALIDATE_FREQ == 0
+        if train.PATIENCE is None or progress.best_epoch is None or not is_evaluated:
+            return ""
+        waited = progress.epoch - progress.best_epoch
+        return f"no better for {counted(waited, 'epoch')}" if waited >= train.PATIENCE else ""
 
     def train_epochs(self, signals: StopSignals) -> None:
         """Train, save and evaluate epoch by epoch.
@@ -326,7 +349,7 @@ class Training:
         """
         config = self.config
         is_trained = bool(self.progress.record)  # the epoch that the resumed run did not evaluate
-        while is_trained or self.progress.epoch < config.TRAIN.NUM_EPOCHS:
+        while is_trained or self.progress.epoch < config.TRAIN.NUM_EPOCHS and not self.ends_early():
             if not is_trained:
                 self.train_one_epoch(signals)
             epoch = self.progress.epoch
@@ -343,7 +366,7 @@ class Training:
             if is_due:
                 self.evaluation_seconds = time.monotonic() - began
             is_trained = False
-            if not is_finished:
+            if not is_finished and not self.ends_early():
                 self.stop(processes.sum_over_ranks(signals.requests()))
 
     def train_one_epoch(self, signals: StopSignals) -> None:
@@ -471,12 +494,12 @@ class Training:
     def save(self, *, is_best: bool = False) -> None:
         """Write a checkpoint on rank 0, and delete those that it supersedes. Weights that are not
         finite raise DivergedError instead."""
-        if processes.rank() != 0:
-            return
         folder, state = self.config.SAVE, self.state
         path = path_at(folder, self.progress)
         if is_best:
             self.progress = replace(self.progress, best_checkpoint=os.path.basename(path))
+        if processes.rank() != 0:
+            return
         checkpoint = Checkpoint(
             config=config_text(self.config),
             progress=self.progress,

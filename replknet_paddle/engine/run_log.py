@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 
 from replknet_paddle.checkpoints.checkpoint_file import WEIGHTS, CheckpointFile, config_text
 from replknet_paddle.checkpoints.run_folder import (
-    NAME,
     Progress,
     checkpoints,
     is_same,
@@ -327,9 +326,11 @@ class RunLog:
             text = ", ".join(numbers)
             logger.info("%s, batch %d/%d, %s, %s left", bar.title, batch, bar.total, text, left)
 
-    def log_summary(self, config, progress: Progress, first_epoch: int, seconds: float) -> None:
+    def log_summary(
+        self, config, progress: Progress, first_epoch: int, seconds: float, early: str = ""
+    ) -> None:
         """Log what a finished run says last: how the epochs after `first_epoch` went in `seconds`,
-        its files, what to do next."""
+        why it ended `early`, its files, what to do next."""
         if not self.is_main:
             return
         trained = "no epoch was left to train"
@@ -337,15 +338,14 @@ class RunLog:
             count = progress.epoch - first_epoch
             epochs = f"epochs {first_epoch + 1} to" if count > 1 else "epoch"
             trained = f"trained {epochs} {progress.epoch} in {duration(seconds)}"
-        logger.info("finished: %s", trained)
+        logger.info("finished: %s%s", trained, early and f"; {early}")
         best = os.path.join(self.folder, "best")
-        match = NAME.fullmatch(progress.best_checkpoint)
-        if match is None or not os.path.isfile(best):
+        if progress.best_epoch is None or not os.path.isfile(best):
             return
         by = config.TRAIN.BEST_BY
         logger.info(
             "best: epoch %d, %s, %s %.2f %%, in %s",
-            int(match.group(1)),
+            progress.best_epoch,
             WEIGHTS[CheckpointFile(best).ema_or_raw("auto")],
             MEASURES.get(config.MODEL.TYPE) or MEASURES.get(by, by),
             progress.best_score,

@@ -34,6 +34,7 @@ from replknet_paddle.data.class_names import (
 )
 from replknet_paddle.data.dataset import ListDataset, get_dataset
 from replknet_paddle.data.lists import shifted_folders
+from replknet_paddle.optim.losses import class_weights
 from replknet_paddle.runtime import processes
 from replknet_paddle.runtime.errors import InputError, SystemFault, counted
 from replknet_paddle.runtime.files import file_sha256, searched_weights
@@ -107,6 +108,11 @@ def find_resumed(config) -> Checkpoint | None:
     if config.MODEL.NUM_CLASSES is None:
         config = override(config, MODEL__NUM_CLASSES=checkpoint.file.classes.count)
     for change in config_changes(checkpoint.config, config_text(config)):
+        if change.startswith("TRAIN.FREEZE "):
+            raise InputError(
+                f"{path}: {change}; a resumed run trains what it did before; -pretrained starts "
+                "another one from these weights"
+            )
         logger.warning("other than in the run resumed: %s", change)
     epochs = checkpoint.progress.epoch
     if config.TRAIN.LAST_EPOCH > epochs:
@@ -322,3 +328,26 @@ def report_absent_classes(dataset, count: int, names) -> None:
             ", ".join(shown),
             f" and {more} more" if more else "",
         )
+
+
+def weigh_classes(config, dataset, names) -> np.ndarray | None:
+    """Return the weight of each class in the loss, (classes,), or None without TRAIN.CLASS_WEIGHTS;
+    log the sizes of the classes of a training set where they matter, and the weights."""
+    wanted, weights = config.TRAIN.CLASS_WEIGHTS, None
+    if wanted is None and config.TRAIN.SAMPLER != "balanced":
+        return None
+    count = config.MODEL.NUM_CLASSES
+    sizes = np.bincount(dataset.labels, minlength=count)
+    logger.info("class sizes: %s", class_figures(sizes, names))
+    if wanted is not None:
+        weights = class_weights(wanted, dataset.labels, count)
+        logger.info("class weights: %s", class_figures(weights, names))
+    return weights
+
+
+def class_figures(figures: np.ndarray, names) -> str:
+    """Return the figure of each of a few classes, or the lowest and the highest of many."""
+    is_few = len(figures) <= LISTED_CLASSES
+    shown = range(len(figures)) if is_few else (figures.argmin(), figures.argmax())
+    texts = (f"{figures[i]:.6g} ({names[i] if names else f'class {i}'})" for i in shown)
+    return (", " if is_few else " to ").join(texts)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import paddle
 from paddle.nn import functional as F
 
@@ -15,7 +16,11 @@ from replknet_paddle.data.transforms import build_mixup
 from replknet_paddle.engine.evaluate import OutcomeSums
 from replknet_paddle.engine.start import differing_names
 from replknet_paddle.model import build_replknet
-from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from replknet_paddle.optim.losses import (
+    LabelSmoothingCrossEntropy,
+    SoftTargetCrossEntropy,
+    WeightedCrossEntropy,
+)
 from replknet_paddle.optim.optimizer import build_optimizer
 from replknet_paddle.optim.schedule import get_lr
 from replknet_paddle.runtime import processes
@@ -80,8 +85,10 @@ class ClassificationTask:
             total_steps=train.NUM_EPOCHS * steps_per_epoch,
         )
 
-    def criterion(self, config) -> Callable:
+    def criterion(self, config, class_weights: np.ndarray | None = None) -> Callable:
         """Return the mean loss of (logits, mixed targets or labels)."""
+        if class_weights is not None:
+            return WeightedCrossEntropy(class_weights, config.TRAIN.SMOOTHING)
         if build_mixup(config) is not None:
             return SoftTargetCrossEntropy()
         return LabelSmoothingCrossEntropy(config.TRAIN.SMOOTHING)

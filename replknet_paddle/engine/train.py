@@ -20,7 +20,7 @@ from replknet_paddle.engine.precision import LossScaleError, Precision
 from replknet_paddle.ops import cache_weights
 from replknet_paddle.optim.ema import ModelEma
 from replknet_paddle.optim.gradients import Gradients
-from replknet_paddle.optim.optimizer import master_weights
+from replknet_paddle.optim.optimizer import frozen_layers, master_weights
 from replknet_paddle.runtime.processes import (
     average_over_ranks,
     random_seed,
@@ -114,12 +114,15 @@ def train_epoch(
     """
     model, precision = state.model, state.precision
     model.train()
+    for layer in frozen_layers(model):  # `train` has set all layers
+        layer.training = False
     loader.batch_sampler.set_epoch(epoch, first_batch)
     total = len(loader.batch_sampler)
     gradients = Gradients(model)
     statistics = []
     if state.average_statistics:
-        statistics = [b for b in model.state_dict().values() if b.stop_gradient]
+        norms = [x for x in model.sublayers() if x.training and hasattr(x, "_variance")]
+        statistics = [tensor for norm in norms for tensor in (norm._mean, norm._variance)]
     step = first_step
 
     ahead = Prefetcher(loader)

@@ -25,7 +25,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.errors import InputError, did_you_mean
 
 STAGE2_BLOCKS_PER_GROUP = 4
 LISTED = 20  # problems in one message; another network's state has thousands
@@ -155,6 +155,50 @@ def trainable_parameters(model: nn.Layer) -> dict[str, paddle.Tensor]:
     """Return the parameters that an optimizer changes, by structured name: not frozen ones, nor
     batch norm's running statistics, which Paddle lists among the parameters."""
     return {name: param for name, param in model.named_parameters() if not param.stop_gradient}
+
+
+def freeze(model: nn.Layer, prefixes: Sequence[str]) -> None:
+    """Keep training from changing the parameters whose names begin with one of `prefixes`.
+
+    Prefixes are whole parts of names: `stages.2.blocks.1` does not mean `stages.2.blocks.10`. In a
+    classifier, `backbone` means all but the head. InputError: no name begins so, or nothing is left
+    to train.
+    """
+    params = trainable_parameters(model)
+    words = [name.split(".") for name in params]
+    known = dict.fromkeys(".".join(parts[:n]) for parts in words for n in range(1, len(parts) + 1))
+    frozen = set()
+    for prefix in prefixes:
+        if prefix == "backbone" and prefix not in known:
+            found = [name for name in params if not name.startswith("head.")]
+        else:
+            found = [name for name in params if f"{name}.".startswith(f"{prefix}.")]
+        if not found:
+            raise InputError(
+                f"TRAIN.FREEZE has {prefix!r}, which no name of a parameter begins with; allowed: "
+                f"backbone, {', '.join(name for name in known if '.' not in name)}, and names in "
+                f"them such as {words[0][0]}.{words[0][1]}{did_you_mean(prefix, known)}"
+            )
+        frozen.update(found)
+    if len(frozen) == len(params):
+        raise InputError(f"TRAIN.FREEZE is {', '.join(prefixes)}, which leaves nothing to train")
+    for name in frozen:
+        params[name].stop_gradient = True
+    for layer in frozen_layers(model):
+        if isinstance(layer, nn.SyncBatchNorm):
+            # Paddle's has no backward pass by running statistics.
+            layer.__class__ = nn.BatchNorm2D
+
+
+def frozen_layers(model: nn.Layer) -> list[nn.Layer]:
+    """Return the layers of which nothing is trained, with all layers in them, which stay in
+    evaluation mode: batch norms keep their running statistics, and no path is dropped."""
+    frozen = []
+    for layer in model.sublayers():
+        parameters = layer.parameters()
+        if parameters and all(param.stop_gradient for param in parameters):
+            frozen += layer.sublayers(include_self=True)
+    return frozen
 
 
 def master_weights(

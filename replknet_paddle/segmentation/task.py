@@ -84,7 +84,7 @@ class SegmentationTask:
     def mixup(self, config) -> None:
         """Return None: batches are not mixed."""
 
-    def criterion(self, config) -> Callable:
+    def criterion(self, config, class_weights: None = None) -> Callable:
         """Return the mean loss of (logits of both heads, labels)."""
         return partial(segmentation_loss, align_corners=config.SEGMENTATION.ALIGN_CORNERS)
 

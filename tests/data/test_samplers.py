@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties import same_examples
 
-from replknet_paddle.data.dataset import EvalBatches, StepBatches, TrainBatches
+from replknet_paddle.data.dataset import BalancedBatches, EvalBatches, StepBatches, TrainBatches
 
 LENGTHS, FEW, SEEDS = st.integers(1, 120), st.integers(1, 5), st.integers(0, 9)
 
@@ -47,7 +47,8 @@ def test_ranks_partition_each_global_batch_of_whole_steps(
 @same_examples
 @given(LENGTHS, FEW, FEW, SEEDS, st.data())
 def test_a_resumed_epoch_goes_on_exactly(length, batch_size, world_size, seed, data):
-    for kind, options in ((TrainBatches, {}), (StepBatches, {"batches": 7})):
+    kinds = {TrainBatches: {}, StepBatches: {"batches": 7}}
+    for kind, options in (kinds | {BalancedBatches: {"labels": np.arange(length) % 7}}).items():
         whole = ranks(kind, length, batch_size, world_size, seed=seed, **options)[-1]
         resumed = ranks(kind, length, batch_size, world_size, seed=seed, **options)[-1]
         first_batch = data.draw(st.integers(0, len(whole)))
@@ -91,6 +92,41 @@ def test_steps_are_passes_over_all_images_whatever_the_epochs(
         assert len(set(map(tuple, passes))) == len(passes)
         other = StepBatches(length, length, rank=0, world_size=1, seed=seed + 1, batches=1)
         assert not passes or [i for _, i in epoch(other, 0)[0]] != passes[0]
+
+
+@same_examples
+@given(st.lists(st.sampled_from([0, 0, 0, 1, 4]), min_size=20, max_size=120), FEW, FEW, FEW, SEEDS)
+def test_balanced_batches_have_each_class_equally_often(
+    labels, batch_size, world_size, accum_iter, seed
+):
+    """As one rank with the whole global batch would have them; 2, 3 and 5 are never there."""
+    labels = np.array(labels)
+    options = {"seed": seed, "accum_iter": accum_iter, "labels": labels}
+    samplers = ranks(BalancedBatches, len(labels), batch_size, world_size, **options)
+    one = BalancedBatches(len(labels), batch_size * world_size, rank=0, world_size=1, **options)
+    seen = []
+    for number in range(3):
+        steps = zip(*(epoch(sampler, number) for sampler in samplers))
+        steps = [[name for batch in step for name in batch] for step in steps]
+        assert steps == epoch(one, number)
+        drawn = [name for step in steps for name in step]
+        counts = np.bincount([labels[index] for _, index in drawn], minlength=5)[np.unique(labels)]
+        assert np.ptp(counts) <= 1
+        seen += drawn
+    # An image has another random generator each time, and comes again after all of its class.
+    assert max(Counter(seen).values(), default=1) == 1
+    for label in set(labels):
+        passes = Counter(number for number, index in seen if labels[index] == label)
+        size = np.count_nonzero(labels == label)
+        assert all(passes[number] == size for number in range(max(passes, default=0)))
+
+
+def test_balanced_epochs_and_seeds_differ():
+    labels, orders = np.repeat([0, 1], [50, 10]), set()
+    for seed, number in ((1, 0), (1, 1), (2, 0)):
+        sampler = BalancedBatches(60, 60, rank=0, world_size=1, seed=seed, labels=labels)
+        orders.add(tuple(index for _, index in epoch(sampler, number)[0]))
+    assert len(orders) == 3
 
 
 @same_examples

@@ -17,8 +17,10 @@ from replknet_paddle.checkpoints.run_folder import Checkpoint, load_checkpoint, 
 from replknet_paddle.config import get_config, update_config
 from replknet_paddle.data.dataset import get_dataloader, get_dataset
 from replknet_paddle.engine import run
+from replknet_paddle.engine.start import weigh_classes
+from replknet_paddle.engine.task import CLASSIFICATION
 from replknet_paddle.model import build_replknet
-from replknet_paddle.optim.optimizer import optimizer_state
+from replknet_paddle.optim.optimizer import freeze, optimizer_state
 from replknet_paddle.runtime import processes
 
 # What Paddle says of itself, its compilers and its launcher.
@@ -57,20 +59,20 @@ def test_a_run_started_as_people_start_it_is_the_same(
 def frozen_step(arguments: list[str]) -> int:
     """An epoch on this process's share of global batches of 8, batch norm frozen, whose averaged
     gradients are kept."""
-    cfg, data_path, output = arguments
+    cfg, data_path, output, *more = arguments
     processes.init()
     batch_size = 8 // processes.world_size()
-    config = update_config(
-        get_config(cfg),
-        flags(batch_size=batch_size, opts=["DATA.DATA_PATH", data_path, "MODEL.DROPPATH", "0"]),
-    )
+    opts = ["DATA.DATA_PATH", data_path, "MODEL.DROPPATH", "0", "TRAIN.MIXUP_PROB", "0", *more]
+    config = update_config(get_config(cfg), flags(batch_size=batch_size, opts=opts))
     paddle.seed(0)
     model = build_replknet(config)
     freeze_batch_norm(model)
+    freeze(model, config.TRAIN.FREEZE or [])
     ranks = dict(rank=processes.rank(), world_size=processes.world_size())
     loader = get_dataloader(config, get_dataset(config, True), True, **ranks)
     recorder = sgd(model)
-    train(model, loader, recorder, accum_iter=2, learning_rate=lambda step: 0.1)
+    criterion = CLASSIFICATION.criterion(config, weigh_classes(config, loader.dataset, None))
+    train(model, loader, recorder, accum_iter=2, criterion=criterion, learning_rate=lambda _: 0.1)
     names = [name for name, p in model.named_parameters() if not p.stop_gradient]
     values = {
         f"{i}/{name}": gradient
@@ -81,10 +83,15 @@ def frozen_step(arguments: list[str]) -> int:
     return 0
 
 
+UNEVEN = ["TRAIN.CLASS_WEIGHTS", "[1, 2, 0, 9]", "TRAIN.SAMPLER", "balanced"]
+UNEVEN += ["TRAIN.FREEZE", "stem,stages.2"]
+
+
+@pytest.mark.parametrize("more", [[], UNEVEN])
 def test_gradients_of_two_ranks_are_those_of_one_with_twice_the_batch(
-    tiny_config_file, tiny_data, tmp_path
+    tiny_config_file, tiny_data, tmp_path, more
 ):
-    arguments = [str(tiny_config_file), str(tiny_data), str(tmp_path / "gradients")]
+    arguments = [str(tiny_config_file), str(tiny_data), str(tmp_path / "gradients"), *more]
     finish(arguments, target=frozen_step)
     finish_ranks(arguments, target=frozen_step)
     alone, first, second = (

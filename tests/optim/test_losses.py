@@ -2,7 +2,14 @@ import numpy as np
 import paddle
 import pytest
 
-from replknet_paddle.optim.losses import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from replknet_paddle.data.transforms.mixup import mix_labels
+from replknet_paddle.optim.losses import (
+    LabelSmoothingCrossEntropy,
+    SoftTargetCrossEntropy,
+    WeightedCrossEntropy,
+    class_weights,
+)
+from replknet_paddle.runtime.errors import InputError
 
 pytestmark = pytest.mark.paddle_version
 
@@ -75,3 +82,46 @@ def test_labels_of_another_shape_are_refused(labels_shape):
 def test_soft_targets_of_another_shape_are_refused(targets_shape):
     with pytest.raises(ValueError, match=r"one shape \(N, C\)"):
         SoftTargetCrossEntropy()(paddle.to_tensor(LOGITS), paddle.zeros(targets_shape))
+
+
+# ---- weights of the classes
+
+
+@pytest.mark.parametrize("present", [[0, 1, 2], [1, 4], [3]])
+def test_balanced_weights_are_scikit_learns(present):
+    compute = pytest.importorskip("sklearn.utils.class_weight").compute_class_weight
+    labels, expected = np.repeat(present, np.arange(1, 40, 15)[: len(present)]), np.zeros(5)
+    expected[present] = compute("balanced", classes=np.array(present), y=labels)
+    np.testing.assert_allclose(class_weights("balanced", labels, 5), expected, rtol=1e-9)
+
+
+def test_a_list_of_weights_keeps_its_ratios_and_has_a_mean_of_1_over_the_images():
+    weights = class_weights([1, 5, 4], np.array([0, 0, 0, 2]), 3)
+    np.testing.assert_allclose(weights, np.array([1, 5, 4]) / (7 / 4), rtol=1e-12)
+    for wanted, says in (([1, 2], "has 2 numbers; allowed: bal"), ([0, 9, 0], ", 0 in all over")):
+        with pytest.raises(InputError, match=says):
+            class_weights(wanted, np.array([0, 0, 2]), 3)
+
+
+WEIGHTS = np.array([0.2, 1, 3, 0.7, 0, 1, 9])
+
+
+def test_the_weighted_loss_is_scikit_learns_with_the_images_weighted():
+    log_loss = pytest.importorskip("sklearn.metrics").log_loss
+    weighted = {"normalize": False, "sample_weight": WEIGHTS[LABELS], "labels": range(7)}
+    total = log_loss(LABELS, np.exp(log_softmax(LOGITS)), **weighted)
+    loss = WeightedCrossEntropy(WEIGHTS, 0.0)(paddle.to_tensor(LOGITS), paddle.to_tensor(LABELS))
+    assert loss.dtype == paddle.float32 and float(loss) == pytest.approx(total / 4, rel=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
+@pytest.mark.parametrize("lam", [1.0, 0.3])
+def test_a_mixed_image_loses_what_its_two_labels_do_by_their_shares(smoothing, lam):
+    """And labels alone what mixing nothing gives."""
+    targets = smoothed_one_hot(smoothing) * WEIGHTS[LABELS][:, None]
+    mixed = lam * targets + (1 - lam) * targets[::-1]
+    expected = -(mixed * log_softmax(LOGITS)).sum(1).mean()
+    criterion, labels = WeightedCrossEntropy(WEIGHTS, smoothing), paddle.to_tensor(LABELS)
+    soft = mix_labels(labels, lam, num_classes=7, label_smoothing=smoothing)
+    for target in [soft] + [labels] * (lam == 1):
+        assert float(criterion(paddle.to_tensor(LOGITS), target)) == pytest.approx(expected, 2e-6)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from harness import Run, assert_same_end, finish, finish_ranks, metrics
 from PIL import Image
+from tiny import same_bits
 
 from replknet_paddle.checkpoints.files import write_safetensors
 from replknet_paddle.checkpoints.load import load_state
@@ -107,6 +108,18 @@ def test_classifier_weights_start_the_backbone(tiny_upernet_file, shapes, tmp_pa
     evaluation += ["-data_path", shapes]
     text = finish(evaluation, output=tmp_path / "eval.txt", status=2)
     assert "missing from the file" in text and "decode_head" in text
+
+
+def test_a_frozen_backbone_keeps_its_bits_and_the_heads_train(
+    trained, tiny_upernet_file, shapes, tmp_path
+):
+    start = ["-freeze=backbone", "-epochs=1", "-opts", "MODEL.PRETRAINED_WEIGHTS", "model"]
+    start = [f"-pretrained={trained / 'last'}", *start]
+    finish(flags(tiny_upernet_file, shapes, tmp_path / "run", *start))
+    before = load_state(trained / "last", weights="model")
+    for kind in ("model", "model_ema"):
+        after = load_state(tmp_path / "run" / "last", weights=kind)
+        assert same_bits(before, after) == {n for n in before if n.startswith("backbone.")}
 
 
 def test_masks_of_0_and_255_are_not_two_classes(tiny_upernet_file, shapes, tmp_path):
