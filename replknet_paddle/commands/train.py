@@ -52,8 +52,8 @@ FLAGS = {
         (
             "freeze",
             "NAMES",
-            "what keeps its weights: backbone, or names such as stem,stages.0 that those of "
-            "parameters begin with",
+            "parts that keep their weights: backbone, or what names of parameters begin with, such "
+            "as stem,stages.0",
         ),
         ("patience", "N", "epochs without a better checkpoint, after which the run ends"),
         (

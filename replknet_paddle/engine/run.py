@@ -242,7 +242,7 @@ class Training:
             freeze(model, train.FREEZE)
             logger.info("not trained: %s (TRAIN.FREEZE)", ", ".join(train.FREEZE))
             if start.file is None:
-                logger.warning("TRAIN.FREEZE keeps random weights, for -pretrained names no others")
+                logger.warning("TRAIN.FREEZE without -pretrained: the frozen weights are random")
         learning_rate = task.schedule(config, self.peak_rate(steps_per_epoch), steps_per_epoch)
         precision = build_precision(config)
         optimizer = task.optimizer(

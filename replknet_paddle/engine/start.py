@@ -341,7 +341,7 @@ def weigh_classes(config, dataset, names) -> np.ndarray | None:
     logger.info("class sizes: %s", class_figures(sizes, names))
     if wanted is not None:
         weights = class_weights(wanted, dataset.labels, count)
-        logger.info("class weights: %s", class_figures(weights, names))
+        logger.info("class weights: %s", class_figures(weights.round(6), names))
     return weights
 
 
@@ -349,5 +349,5 @@ def class_figures(figures: np.ndarray, names) -> str:
     """Return the figure of each of a few classes, or the lowest and the highest of many."""
     is_few = len(figures) <= LISTED_CLASSES
     shown = range(len(figures)) if is_few else (figures.argmin(), figures.argmax())
-    texts = (f"{figures[i]:.6g} ({names[i] if names else f'class {i}'})" for i in shown)
+    texts = (f"{figures[i]:.10g} ({names[i] if names else f'class {i}'})" for i in shown)
     return (", " if is_few else " to ").join(texts)

@@ -30,7 +30,7 @@ def test_a_run_with_all_of_it_that_is_killed_in_mid_epoch_ends_with_the_same_bit
     assert "class sizes: 15 (class 0), 15 (class 1), 15 (class 2), 3 (class 3)" in said
     assert "class weights: 0.8 (class 0), 0.8 (class 1), 0.8 (class 2), 4 (class 3)" in said
     assert "3 steps per epoch, each class equally often" in said
-    assert "not trained: stem, stages.0" in said and "TRAIN.FREEZE keeps random weights" in said
+    assert "not trained: stem, stages.0" in said and "the frozen weights are random" in said
     end = progress_of(straight)
     assert end.epoch == end.best_epoch + 1 < 9
     assert re.search(
@@ -51,7 +51,7 @@ def test_frozen_tensors_keep_their_bits_on_three_ranks(straight, uneven, tmp_pat
     flags += [f"-pretrained={straight / 'last'}", f"-output={tmp_path / 'run'}", "-epochs=9"]
     flags += ["-opts", *EVEN, "TRAIN.LAYER_DECAY", "0.9", "MODEL.RECOMPUTE", "True"]
     said = finish_ranks([*flags, "MODEL.PRETRAINED_WEIGHTS", "model"], ranks=3)[0]
-    assert "random weights" not in said and re.search("finished: .*; no better for 1 epoch", said)
+    assert "are random" not in said and re.search("finished: .*; no better for 1 epoch", said)
     before = load_state(straight / "last", weights="model")
     for kind in ("model", "model_ema"):
         after = load_state(tmp_path / "run" / "last", weights=kind)
