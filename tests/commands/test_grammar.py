@@ -245,7 +245,7 @@ def test_a_model_has_five_forms(command, folder, monkeypatch, capfd):
     assert len(set(found.values())) <= 1 and len(found) in (0, 4, 5)
 
 
-@pytest.mark.parametrize("command", ["eval", "predict", *TAKES_WEIGHTS[:-1]])
+@pytest.mark.parametrize("command", ["eval", "predict", "embed", *TAKES_WEIGHTS[:-1]])
 def test_a_yaml_file_without_weights_is_refused(command, folder, capfd):
     if command in ("erf", "kernels"):
         pytest.importorskip("matplotlib")
@@ -262,7 +262,7 @@ def test_random_weights_have_to_be_asked_for(folder):
     assert main(["eval", "random", "-cfg=fresh.yaml", "-data_path=data", "-nproc=1"]) == 0
 
 
-@pytest.mark.parametrize("command", ["eval", "predict", *TAKES_WEIGHTS, "model-info"])
+@pytest.mark.parametrize("command", ["eval", "predict", "embed", *TAKES_WEIGHTS, "model-info"])
 def test_a_model_that_is_nowhere_is_told_the_nearest_name(command, folder, capfd):
     words = [*command.split(), NAME[:-1], *USES[command].split()]
     assert main(words) == 2
