@@ -24,7 +24,7 @@ from replknet_paddle.checkpoints.run_folder import (
     load_checkpoint,
     newest_whole_checkpoint,
 )
-from replknet_paddle.config import RANDOM, config_changes, override, read_yaml
+from replknet_paddle.config import RANDOM, config_changes, override
 from replknet_paddle.config_keys import TWO_CLASS_FIGURES
 from replknet_paddle.data.class_names import (
     get_class_names,
@@ -108,10 +108,11 @@ def find_resumed(config) -> Checkpoint | None:
     if config.MODEL.NUM_CLASSES is None:
         config = override(config, MODEL__NUM_CLASSES=checkpoint.file.classes.count)
     for change in config_changes(checkpoint.config, config_text(config)):
-        if change.startswith("TRAIN.FREEZE "):
+        # The optimizer has no state for what was frozen, and scores by two figures do not compare.
+        if change.startswith(("TRAIN.FREEZE ", "TRAIN.BEST_BY ")):
             raise InputError(
-                f"{path}: {change}; a resumed run trains what it did before; -pretrained starts "
-                "another one from these weights"
+                f"{path}: {change}; allowed: what the run began with, or another run from its "
+                "weights, by -pretrained"
             )
         logger.warning("other than in the run resumed: %s", change)
     epochs = checkpoint.progress.epoch
@@ -124,13 +125,6 @@ def find_resumed(config) -> Checkpoint | None:
         raise InputError(
             f"{path} was trained with TRAIN.MODEL_EMA {bool(checkpoint.model_ema)}; "
             f"got {config.TRAIN.MODEL_EMA}"
-        )
-    best_by = read_yaml(checkpoint.config)["TRAIN"].get("BEST_BY", "top1")  # which 0.2 chose by
-    if config.TRAIN.BEST_BY != best_by:
-        raise InputError(
-            f"the best checkpoint of {path} was chosen by {best_by}, with which "
-            f"{config.TRAIN.BEST_BY} cannot be compared; resume it with -best_by {best_by}, or "
-            "start a new run from its weights by -pretrained"
         )
     return checkpoint
 
