@@ -114,6 +114,7 @@ def several(item: Rule, count: int | None = None) -> Rule:
 
 def names() -> Rule:
     def read(value):
+        value = decoded(value)
         value = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
         return list(map(text().read, _valid(value, value and isinstance(value, (list, tuple)))))
 

@@ -85,7 +85,7 @@ class Outcomes:
         if self.num_classes > 5:  # else every image is right
             figures.append(f"top-5 {self.top5_percent:.2f} % ({self.top5}/{self.images})")
         if self.best_by != "top1":
-            figures.append(f"{self.best_by} {self.figures()[self.best_by]:.4f}")
+            figures.append(f"{self.best_by} {100 * self.figures()[self.best_by]:.2f} %")
         return ", ".join([*figures, f"loss {self.loss:.6f}"])
 
     @property

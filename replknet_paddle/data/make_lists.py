@@ -232,7 +232,11 @@ def _write_lists(
                 raise InputError(f"the folder name {ascii(name)} has a line break; rename it")
         class_names_text(classes)  # refuses other names that it cannot hold
         lists[CLASS_NAMES_FILE] = classes
-    for name in lists:
+    stale = []
+    if LIST_FILES[True] not in images:  # those of more folds would be taken for some of these
+        others = (n for n in os.listdir(root) if re.fullmatch(r"(train|val)_list_\d+\.txt", n))
+        stale = sorted(set(others) - images.keys())
+    for name in [*lists, *stale]:
         if os.path.exists(os.path.join(root, name)) and not overwrite:
             raise InputError(f"{os.path.join(root, name)} is there; -overwrite replaces it")
     for name, lines in lists.items():
@@ -242,19 +246,26 @@ def _write_lists(
     for name, lines in lists.items():
         with atomic_file(os.path.join(root, name), errors="surrogateescape") as file:
             file.writelines(f"{line}\n" for line in lines)
+    for name in stale:
+        os.unlink(os.path.join(root, name))
     return {name: len(lines) for name, lines in lists.items()}
 
 
 def _report(
     lists: dict[str, list[Labelled]], classes: list[str], passed_over: Counter, why=""
 ) -> None:
-    """Warn of classes without an image for validation, and of files that are in no list."""
+    """Warn of classes without an image to train on or to validate with, and of files that are in no
+    list."""
     labels = [{label for _, label in images} for images in lists.values()]
-    absent = sorted(set().union(*(train - val for train, val in zip(labels[::2], labels[1::2]))))
-    if absent:
-        names = _listed([classes[label] for label in absent])
-        count = counted(len(absent), "class")
-        logger.warning("%s without a validation image%s: %s", count, why, names)
+    pairs = list(zip(labels[::2], labels[1::2]))
+    for kind, absent in (
+        ("validation", set().union(*(train - val for train, val in pairs))),
+        ("training", set().union(*(val - train for train, val in pairs))),
+    ):
+        if absent:
+            names = _listed([classes[label] for label in sorted(absent)])
+            count = counted(len(absent), "class")
+            logger.warning("%s without a %s image%s: %s", count, kind, why, names)
     if passed_over:
         logger.warning("%s", say_passed_over(passed_over))
 

@@ -6,7 +6,6 @@ from functools import partial
 
 import numpy as np
 import paddle
-from paddle.nn import functional as F
 
 from replknet_paddle.checkpoints.checkpoint_file import CheckpointFile
 from replknet_paddle.checkpoints.load import load_pretrained
@@ -101,10 +100,13 @@ class ClassificationTask:
 
         def calibrated(images: paddle.Tensor) -> paddle.Tensor:
             views = [images, images.flip(3)] if self.flip else [images]
-            logits = paddle.stack([model(view).astype("float32") for view in views])
-            with paddle.amp.auto_cast(enable=False):  # logarithms: some shares are below float32
-                logs = F.log_softmax(logits / temperature)
-                return paddle.logsumexp(logs, axis=0) - math.log(len(views))
+            logits = [model(view).astype("float32") / temperature for view in views]
+            if not self.flip:
+                return logits[0]
+            with paddle.amp.auto_cast(enable=False):
+                # Paddle's log_softmax ends at -64 on CPU, below which classes would be equal.
+                logs = [z - paddle.logsumexp(z, axis=1, keepdim=True) for z in logits]
+                return paddle.logsumexp(paddle.stack(logs), axis=0) - math.log(2)
 
         return calibrated
 

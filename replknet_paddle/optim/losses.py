@@ -12,7 +12,7 @@ import paddle
 from paddle import nn
 from paddle.nn import functional as F
 
-from replknet_paddle.runtime.errors import InputError
+from replknet_paddle.runtime.errors import InputError, counted
 
 
 class LabelSmoothingCrossEntropy(nn.Layer):
@@ -97,8 +97,8 @@ def class_weights(wanted: str | Sequence[float], labels: np.ndarray, count: int)
         weights = np.divide(1.0, sizes, out=np.zeros(count), where=sizes > 0)
     elif len(wanted) != count:
         raise InputError(
-            f"TRAIN.CLASS_WEIGHTS has {len(wanted)} numbers; allowed: balanced, or one for each of "
-            f"the {count} classes"
+            f"TRAIN.CLASS_WEIGHTS has {counted(len(wanted), 'number')}; allowed: balanced, or one "
+            f"for each of the {count} classes"
         )
     else:
         weights = np.array(wanted, "float64")

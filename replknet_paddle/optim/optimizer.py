@@ -174,10 +174,11 @@ def freeze(model: nn.Layer, prefixes: Sequence[str]) -> None:
         else:
             found = [name for name in params if f"{name}.".startswith(f"{prefix}.")]
         if not found:
+            allowed = dict.fromkeys(["backbone", *known])
             raise InputError(
                 f"TRAIN.FREEZE has {prefix!r}, which no name of a parameter begins with; allowed: "
-                f"backbone, {', '.join(name for name in known if '.' not in name)}, and names in "
-                f"them such as {words[0][0]}.{words[0][1]}{did_you_mean(prefix, known)}"
+                f"{', '.join(name for name in allowed if '.' not in name)}, and names in them such "
+                f"as {words[0][0]}.{words[0][1]}{did_you_mean(prefix, allowed)}"
             )
         frozen.update(found)
     if len(frozen) == len(params):

@@ -15,11 +15,12 @@ from tiny import FIXTURES, TINY, command
 from replknet_paddle.checkpoints.load import load_state
 from replknet_paddle.checkpoints.run_folder import config_of
 from replknet_paddle.commands.predict import Summary
-from replknet_paddle.config import override
+from replknet_paddle.config import get_config, override
 from replknet_paddle.data.dataset import get_dataset
 from replknet_paddle.deploy.backends import BACKENDS
 from replknet_paddle.deploy.page import look
 from replknet_paddle.deploy.predict import Prediction, Predictor, inference_model
+from replknet_paddle.engine.task import ClassificationTask
 from replknet_paddle.zoo import open_network
 
 PICTURES = sorted(map(str, (FIXTURES / "images").glob("[!eR]*")))
@@ -113,6 +114,16 @@ def test_probabilities_are_softmax_of_logits_over_the_temperature(
     (record,), right = metrics(tmp_path / "out"), shares.argmax(axis=1) == labels
     assert record["val_top1_percent"] == pytest.approx(100 * right.mean())
     assert record["val_loss"] == pytest.approx(loss_of(shares, labels), rel=1e-4)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_logits_that_differ_by_hundreds_keep_their_order(flip):
+    """By which AUC and the first five classes are found."""
+    logits = np.random.default_rng(0).normal(0, 300, (50, 8)).astype("float32")
+    config = get_config(MODEL__TEMPERATURE=0.1)
+    infer = ClassificationTask(flip=flip).inference(config, lambda images: images[:, :, 0, 0])
+    found = infer(paddle.to_tensor(logits[:, :, None, None])).numpy()
+    np.testing.assert_allclose(np.diff(found), 10 * np.diff(logits), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.slow

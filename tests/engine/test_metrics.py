@@ -125,7 +125,7 @@ def test_a_record_has_percentages_with_units_in_their_names_and_figures_from_0_t
     assert outcomes.score == outcomes.top1_percent
     assert replace(outcomes, losses=np.array([1.0, np.nan, 1.0])).score == -1
     by_f1 = replace(outcomes, best_by="macro_f1")
-    assert str(by_f1) == "top-1 33.33 % (1/3), top-5 66.67 % (2/3), macro_f1 0.2222, loss 0.500000"
+    assert str(by_f1) == "top-1 33.33 % (1/3), top-5 66.67 % (2/3), macro_f1 22.22 %, loss 0.500000"
     assert by_f1.score == pytest.approx(100 * (0 + 2 / 3 + 0) / 3)
     few = outcomes_of(logits[:, :5], np.array([1, 1, 4]))
     assert str(few).startswith("top-1 33.33 % (1/3), loss")
