@@ -19,13 +19,16 @@ Features = tuple[np.ndarray, np.ndarray]  # float64 (N, D), labels (N,)
 def save_features(path: str, values: np.ndarray, rows: Sequence[tuple]) -> None:
     """Write features (N, D), and the path and label of each, into both files or none."""
     _check(path, values)
-    with atomic_file(Path(path).with_suffix(".csv"), errors="surrogateescape", newline="") as table:
-        # All quoted, for Python's csv lets a carriage return end a row that is not.
-        writer = csv.writer(table, lineterminator="\n", quoting=csv.QUOTE_ALL)
-        writer.writerows([("path", "label"), *rows])
-        table.flush()  # a full disk is found out before the other file is there
-        with atomic_file(path, "wb") as file:
-            np.save(file, values)
+    table_path = Path(path).with_suffix(".csv")
+    with atomic_file(path, "wb") as file:
+        np.save(file, values)
+        file.flush()  # a full disk is found out before the other file is there
+        with atomic_file(table_path, errors="surrogateescape", newline="") as table:
+            # All quoted, for Python's csv lets a carriage return end a row that is not.
+            writer = csv.writer(table, lineterminator="\n", quoting=csv.QUOTE_ALL)
+            writer.writerows([("path", "label"), *rows])
+            table.flush()
+            Path(path).unlink(missing_ok=True)  # or else it might stay with the labels of others
 
 
 def load_features(path: str) -> Features:
@@ -35,7 +38,7 @@ def load_features(path: str) -> Features:
         with open(path, "rb") as file, open(Path(path).with_suffix(".csv"), **options) as table:
             values = np.lib.format.read_array(file, allow_pickle=False)
             labels = [row.get("label") for row in csv.DictReader(table)]
-    except (OSError, ValueError, EOFError, MemoryError, csv.Error) as error:
+    except Exception as error:  # damaged files make NumPy's reader raise almost anything
         raise InputError(
             f"{path}: no .npy file of replknet embed with the .csv file beside it ({error})"
         ) from None
@@ -50,7 +53,7 @@ def load_features(path: str) -> Features:
 
 def _check(path: str, values: np.ndarray) -> None:
     is_matrix = values.ndim == 2 and values.size and values.dtype.kind == "f"
-    if not is_matrix or not np.isfinite(values).all():
+    if not is_matrix or not np.isfinite(values.astype(np.float32)).all():
         raise InputError(
             f"{path}: features are {values.dtype} {values.shape}; allowed: a row for each picture, "
             "of floating-point numbers that are all finite"
@@ -81,21 +84,21 @@ def probe(train: Features, val: Features, *, k: int) -> dict[str, tuple[float, f
     ):
         if is_wrong:
             raise InputError(problem)
-    linear_model, neighbors, pipeline, preprocessing = (
+    linear_model, metrics, neighbors, pipeline, preprocessing = (
         import_extra(f"sklearn.{name}", "demo")
-        for name in ("linear_model", "neighbors", "pipeline", "preprocessing")
+        for name in ("linear_model", "metrics", "neighbors", "pipeline", "preprocessing")
     )
     classifiers = {
         "logistic regression": pipeline.make_pipeline(
             preprocessing.StandardScaler(), linear_model.LogisticRegression(C=1.0, max_iter=1000)
         ),
-        f"{k} nearest neighbours": pipeline.make_pipeline(
-            preprocessing.Normalizer(), neighbors.KNeighborsClassifier(k, algorithm="brute")
+        f"{k} nearest neighbours": neighbors.KNeighborsClassifier(
+            k, algorithm="brute", metric="cosine"
         ),
     }
     found = {}
     for name, classifier in classifiers.items():
-        is_right = classifier.fit(features, labels).predict(val_features) == val_labels
-        shares = [is_right[val_labels == label].mean() for label in np.unique(val_labels)]
-        found[name] = float(is_right.mean()), float(np.mean(shares))
+        answers = val_labels, classifier.fit(features, labels).predict(val_features)
+        balanced = metrics.balanced_accuracy_score(*answers)
+        found[name] = float(metrics.accuracy_score(*answers)), float(balanced)
     return found

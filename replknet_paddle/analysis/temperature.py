@@ -22,8 +22,9 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
         why = "the lower, the better" if lowest <= 0 else "the higher, the better"
         why = "the network's outputs are not finite" if np.isnan(lowest) else why
         raise InputError(
-            f"no temperature in {TEMPERATURES} fits these images: {why}. Allowed: images "
-            "of which the network gets some wrong, yet more right than by chance"
+            f"no temperature from {TEMPERATURES[0]} to {TEMPERATURES[1]} fits these images: {why}. "
+            "Allowed: images of which the network gets some wrong, and whose classes have higher "
+            "logits than others on average"
         )
     high, low, inverse = 1 / TEMPERATURES[0], 1 / TEMPERATURES[1], 1.0
     for _ in range(100):

@@ -280,14 +280,13 @@ def run_calibrate(args) -> int:
     source, logits, found = weights_file(config.MODEL.PRETRAINED), [], []
     check_is_another(source, args.output)
 
-    def open_network(config):  # with the number of classes
-        found.append(config)
+    def open_network(config):
         layer = open_for_evaluation(config, args.backend)
         layer.register_forward_post_hook(lambda *call: logits.append(call[-1].numpy()))
         return layer
 
-    def keep(outcomes, **_):
-        found.append(outcomes)
+    def keep(outcomes, *, config, **_):  # which has the number of classes by now
+        found.extend([config, outcomes])
 
     run(override(config, SAVE=None), open_network=open_network, report=keep)
     (config, outcomes), logits = found, np.concatenate(logits)

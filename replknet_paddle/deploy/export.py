@@ -254,7 +254,7 @@ def write_record(info: ModelInfo, folder: str | os.PathLike) -> None:
 
 def differences(info: ModelInfo, config) -> list[str]:
     """Return what an export has otherwise than `config`, of what inference needs, a line each."""
-    keys = ["MODEL.TYPE", *INFERENCE_KEYS.values()]
+    keys = ["MODEL.TYPE", "MODEL.TEMPERATURE", *INFERENCE_KEYS.values()]
     if config.MODEL.TYPE != "UPerNet":
         keys = [key for key in keys if not key.startswith("SEGMENTATION.")]
     pairs = {key: [attrgetter(key)(each) for each in (info.config, config)] for key in keys}

@@ -97,7 +97,7 @@ class ImageFiles:
                 elif path == argument:
                     raise InputError(f"{argument}: {problem}")
                 else:
-                    first_problem = first_problem or f"{path}: {problem}"
+                    first_problem = first_problem or f"{path}: {problem[:200]}"
             if not found:
                 raise self._emptiness(argument, first_problem)
             total += found
@@ -121,7 +121,7 @@ class ImageFiles:
             found = "" if first_problem is None else f"; {first_problem}"
             return InputError(
                 f"no image in the list {argument}{found}. A list has a line for each image: its "
-                "path below the list's folder, a space and its label"
+                "path below the list's folder, a space and its label. Pictures do not end in .txt"
             )
         if not os.path.isdir(argument):
             if glob.has_magic(argument):
@@ -168,7 +168,10 @@ def listed_images(list_file: str) -> Iterator[Found]:
         try:
             resolve(os.path.abspath(folder), name, allow_outside=False)
         except InputError:
-            problem = f"line {line.number} of {list_file} leads out of the list's folder"
+            problem = (
+                f"line {line.number} of {list_file} leads out of the list's folder, maybe by a "
+                "link; name the images or their folder instead"
+            )
         except OSError as error:
             problem = describe(error)
         yield os.path.join(folder, name), problem, line.label

@@ -75,7 +75,7 @@ def calibration_set(config, list_file: str | None = None) -> ListDataset:
         list_file or get_list_path(config, is_train=True),
         config.DATA.DATA_PATH,
         build_eval_transform(config),
-        num_classes=config.MODEL.NUM_CLASSES,
+        num_classes=config.MODEL.NUM_CLASSES or None,  # without a head, any
         allow_outside=config.DATA.ALLOW_OUTSIDE,
     )
 

@@ -163,7 +163,9 @@ def _figures(evaluated: Evaluated) -> dict[str, str]:
             if name in found
         },
         "classes with images": f"{there.sum():,} of {count:,}",
-        "expected calibration error": f"{100 * outcomes.calibration_error:.2f} %",
+        "expected calibration error": f"{100 * outcomes.calibration_error:.2f} %".replace(
+            "nan", "-"
+        ),
     }
 
 

@@ -15,6 +15,7 @@ from replknet_paddle.checkpoints.files import write_safetensors
 from replknet_paddle.checkpoints.load import load_state
 from replknet_paddle.deploy.backends import BACKENDS
 from replknet_paddle.deploy.predict import Predictor
+from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.zoo import open_network
 
 embed, probe_command = command("embed"), command("probe")
@@ -91,8 +92,6 @@ def test_what_cannot_be_embedded_leaves_no_file(run, capsys):
     flags = ["-output=new.npy", f"-cfg={run}/config.yaml", "-backend=eager"]
     for words, says in (
         ([run, "broken.jpg", "-output=new.npy"], "nothing could be embedded"),
-        ([run, PICTURES[0], "-output=new.csv"], "the name must end in .npy"),
-        ([run, PICTURES[0], "-output=new.npy", "-batch_size=0"], "-batch_size is 0"),
         (["nan.safetensors", PICTURES[0], *flags], "that are all finite"),
     ):
         assert embed(words) == 2
@@ -157,11 +156,14 @@ def test_features_that_cannot_be_compared_are_refused(tmp_path, monkeypatch, cap
         ("flat", good[0], "aab", "flat.npy: features are float32 (3,)"),
         ("none", good[:0], "", "none.npy: features are float32 (0, 3)"),
         ("pickled", np.array([{}]), "a", "pickled.npy: no .npy file of replknet embed"),
+        ("huge", good.astype(float) * 1e200, "aabb", "huge.npy: features are float64 (4, 3)"),
     ):
         save(name, values, labels)
         assert probe_command(["good.npy", f"{name}.npy", "-k=1"]) == 2
         assert says in capsys.readouterr().err
     save("one", good, "aaaa")
+    save("cut", good, "aabb")
+    Path("cut.npy").write_bytes(Path("cut.npy").read_bytes().replace(b"}", b" "))
     os.rename("short.csv", "kept.csv")
     for words, says in (
         (["one.npy", "one.npy"], "one label, a, to learn from; allowed: two or more"),
@@ -170,9 +172,27 @@ def test_features_that_cannot_be_compared_are_refused(tmp_path, monkeypatch, cap
         (["nowhere.npy", "good.npy"], "No such file or directory: 'nowhere.npy'"),
         (["short.npy", "good.npy"], "short.csv"),
         (["kept.csv", "good.npy"], "kept.csv: no .npy file"),
+        (["cut.npy", "good.npy"], "cut.npy: no .npy file"),
     ):
         assert probe_command(words) == 2
         assert says in capsys.readouterr().err
+
+
+def test_features_never_stand_beside_the_labels_of_others(tmp_path, monkeypatch):
+    """Where the second of the two files cannot have its name, there are no features."""
+    path, replace = str(tmp_path / "x.npy"), os.replace
+    save_features(path, np.zeros((1, 2), "f"), [("a", "old")])
+
+    def fail(source, target, **options):
+        if str(target).endswith(".npy"):
+            raise OSError(28, "No space left on device")
+        replace(source, target, **options)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="No space"):
+        save_features(path, np.ones((1, 2), "f"), [("b", "new")])
+    with pytest.raises(InputError, match="no .npy file"):
+        load_features(path)
 
 
 def test_names_of_any_letters_are_read_back(tmp_path):

@@ -81,10 +81,16 @@ def test_the_file_has_the_weights_and_the_best_temperature(run_folder, calibrate
 
 
 @pytest.mark.parametrize("name", ["merge", "convert", "export"])
-def test_what_is_made_of_the_file_keeps_the_temperature(name, calibrated, tmp_path):
+def test_what_is_made_of_the_file_keeps_the_temperature(
+    name, run_folder, calibrated, tiny_data, tmp_path, capsys
+):
     target = tmp_path / ("folder" if name == "export" else "new.safetensors")
     assert command(name)([str(calibrated[0]), f"-output={target}"]) == 0
     assert config_of(target).MODEL.TEMPERATURE == config_of(calibrated[0]).MODEL.TEMPERATURE
+    if name == "export":  # is never evaluated at another one
+        flags = [f"-cfg={run_folder / 'config.yaml'}", f"-data_path={tiny_data}", "-nproc=1"]
+        assert command("eval")([str(target), *flags]) == 2
+        assert "MODEL.TEMPERATURE is " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", BACKENDS)

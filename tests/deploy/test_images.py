@@ -80,7 +80,11 @@ def test_a_list_stands_for_the_images_of_its_lines_where_lists_are_read(tree):
     path = str(tree / "sub" / "list.txt")
     assert list(ImageFiles([path])) == [(path, None)]
     files = ImageFiles([path], reads_lists=True)
-    problems = [f"line {n} of {path} leads out of the list's folder" for n in (4, 7)]
+    problems = [
+        f"line {n} of {path} leads out of the list's folder, maybe by a link; name the images or "
+        "their folder instead"
+        for n in (4, 7)
+    ]
     assert list(files) == [
         (f"{tree}/sub/a.png", None, 3),
         (f"{path}, line 2", "no label after the path: 'no label' ends with 'label'"),
