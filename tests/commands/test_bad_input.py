@@ -25,6 +25,7 @@ NANO = f"-cfg={ROOT}/configs/replknet_nano.yaml"
 CFG = "train -cfg={f}/tiny.yaml -data_path={f}/data"
 RUN = CFG + " -output={f}/run"
 EVAL = " -eval -pretrained=random"
+UPERNET = f"random -cfg={ROOT}/configs/upernet_nano_shapes.yaml"
 EXPORT = "export {f}/made/best"
 INT8 = EXPORT + " -format onnx -precision int8"
 MERGE = "merge -cfg={f}/tiny31.yaml "
@@ -67,9 +68,17 @@ CASES = [
       for value in ("0", "-3", "1.5", "many")],
     (RUN + " -batch_size=31", "60 images", "-batch_size"),
     (RUN + " -eval -resume={f}/run", "MODEL.PRETRAINED"),
-    (RUN + " -backend=paddle", "-backend paddle without -eval; allowed: with -eval"),
-    (RUN + " -report={f}/new", "-report {f}/new without -eval; allowed: with -eval"),
+    *[(RUN + f" -{flag}", f"-{flag} without -eval; allowed: with -eval")
+      for flag in ("backend paddle", "report {f}/new", "tta flip", "protocol imagenet-a")],
     (RUN + EVAL + " -report={f}/theirs", "folder {f}/theirs is not empty"),
+    (RUN + " -freeze=stems", "TRAIN.FREEZE has 'stems'"),
+    *[(RUN + " -best_by=average_precision -opts MODEL.NUM_CLASSES None" + line,
+       "TRAIN.BEST_BY is average_precision, which ", says)  # counted in the lists
+      for line, says in (
+        ("", "defined for two classes; the network has 4 classes"),
+        (" DATA.DATA_PATH {f}/one_class",
+         "needs images of both classes in {f}/one_class/val_list.txt"),
+    )],
     # processes
     *[(RUN + f" -nproc {value}", "-nproc", value) for value in ("0", "-1", "two")],
     *[(f"NNODES=2 MASTER={master} {RUN}", f"NNODES is 2; MASTER must be HOST:PORT of one of these "
@@ -82,6 +91,11 @@ CASES = [
     *[(f"{name}={value} {RUN}", f"{name} is {value}; allowed: an integer >= 1")
       for name in ("NNODES", "NPROC_PER_NODE") for value in ("0", "-2", "two", "")],
     ("MAX_RESTARTS=many " + RUN, "MAX_RESTARTS is many; allowed: an integer >= 0"),
+    # temperatures and mirror images
+    ("eval {f}/made -data_path={f}/data -opts MODEL.TEMPERATURE 0", "a number from 0.01 to 100"),
+    (f"eval {UPERNET} -data_path={{f}}/data -tta=flip", "SEGMENTATION.EVAL_FLIP True"),
+    (f"eval {UPERNET} -opts MODEL.TEMPERATURE 2", "allowed with MODEL.TYPE UPerNet"),
+    (f"calibrate {UPERNET} -o new.safetensors", "calibrate of a segmentation"),
     # what would steer the terminal
     ("train -cfg={f}/steering.yaml", r"unknown key TRAIN.\x1b[2J", r"MODEL.TYPE is '\x1b[31mred"),
     (RUN + " -data_path={f}/steering", r"steering/val_list.txt, line 9: ", r"\x1b]0;owned\x07.jpg"),
@@ -214,8 +228,12 @@ CASES = [
         (" '{f}/*.gif'", "no file matches {f}/*.gif"),
         (" {f}/empty", "no image in the folder {f}/empty"),
         (" {f}/names.txt", "no image in the list {f}/names.txt; {f}/names.txt, line 1: expected a"),
+        (" {f}/empty.txt", "no image in the list {f}/empty.txt. A list has"),
+        (" {f}/large/val_list.txt",
+         "/large/val/a.jpg has the label 4 in its list; allowed with {f}/made: labels below 4"),
         (" {f}/huge.png", "could be decompression bomb"),
         (" {f}/text.mp4", "OpenCV cannot open it as a film"),
+        (" {p} -reject=0", "-reject is 0.0; allowed: a probability above 0"),
         (" {p} --topk=0", "-topk is 0; allowed: an integer >= 1"),
         (" {p} -batch_size=0", "-batch_size is 0; allowed"),
         (" {p} --every=-1", "-every is -1.0; allowed"),
@@ -267,6 +285,7 @@ def folder(tmp_path_factory):
         "full/file": "",
         "weights/p4.pdparams": "",
         "empty.pdparams": "",
+        "empty.txt": "",
         "older.safetensors": "precious",
         "there.png": "precious",
         "text.mp4": "precious",
@@ -305,6 +324,7 @@ def folder(tmp_path_factory):
     checkpoint.parent.mkdir(parents=True)
     checkpoint.write_bytes(b"theirs")
     make_data(folder / "data", train=60, val=8)
+    make_data(folder / "one_class", train=60, val=1, classes=2)
     for name, line in (
         ("no label", "val/a.jpg"),
         ("word", "val/a.jpg cat"),

@@ -10,7 +10,7 @@ import numpy as np
 import paddle
 import pytest
 from harness import finish_ranks, make_run, metrics
-from tiny import FIXTURES, TINY, command
+from tiny import FIXTURES, command
 
 from replknet_paddle.checkpoints.load import load_state
 from replknet_paddle.checkpoints.run_folder import config_of
@@ -178,21 +178,3 @@ def test_right_ones_are_counted_among_the_accepted():
         "classified 4 images, skipped 0, rejected 2 below 50 %\n"
         "right: 1 of 2 accepted in folders named as classes (50.00 %)"
     )
-
-
-@pytest.mark.parametrize(
-    "line, says",
-    [
-        ("predict {run} x.jpg -reject 0", "-reject is 0.0; allowed: a probability above 0"),
-        ("train -cfg {cfg} -data_path {data} -tta flip", "-tta flip without -eval"),
-        ("eval random -cfg {upernet} -data_path {data} -tta flip", "SEGMENTATION.EVAL_FLIP True"),
-        ("eval {run} -data_path {data} -opts MODEL.TEMPERATURE 0", "a number from 0.01 to 100"),
-        ("eval random -cfg {upernet} -opts MODEL.TEMPERATURE 2", "allowed with MODEL.TYPE UPerNet"),
-        ("calibrate random -cfg {upernet} -o new.safetensors", "calibrate of a segmentation"),
-    ],
-)
-def test_bad_input_has_one_message(line, says, run_folder, tiny_data, tmp_path, capsys):
-    (tmp_path / "cfg.yaml").write_text(TINY)
-    places = {"cfg": tmp_path / "cfg.yaml", "upernet": "configs/upernet_nano_shapes.yaml"}
-    name, *words = line.format(run=run_folder, data=tiny_data, **places).split()
-    assert command(name)(words) == 2 and says in capsys.readouterr().err

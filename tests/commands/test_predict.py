@@ -239,18 +239,6 @@ def test_a_list_brings_the_true_classes(run_folder, tmp_path, monkeypatch, capsy
     assert said in capsys.readouterr().err
 
 
-def test_a_label_that_the_model_does_not_have_ends_it_before_the_first_image(
-    run_folder, tmp_path, capsys
-):
-    (tmp_path / "list.txt").write_text("0 8\n1 9\n")
-    (tmp_path / "0").write_bytes(Path(PICTURES[0]).read_bytes())
-    words = [str(run_folder), f"{tmp_path}/list.txt", "-output", f"{tmp_path}/r.csv"]
-    assert main([*words, "-backend=eager"]) == 2
-    said = f"/1 has the label 9 in its list; allowed with {run_folder}: labels below 9"
-    assert said in capsys.readouterr().err
-    assert sorted(os.listdir(tmp_path)) == ["0", "list.txt"]
-
-
 def test_numbers_as_names_of_folders_say_nothing(run_folder, photos, capsys):
     """A model without class names has their numbers, which folders of years also are."""
     (photos / "a").rename(photos / "5")

@@ -97,13 +97,6 @@ def test_a_list_stands_for_the_images_of_its_lines_where_lists_are_read(tree):
     assert found(tree / "su[b]" / "*.txt", reads_lists=True) == [path]  # of a pattern, a file
 
 
-def test_a_list_without_an_image_says_what_lists_have(tmp_path):
-    for text, says in (("", "list.txt. A list has"), ("a\n", "list.txt, line 1: expected a path")):
-        (tmp_path / "list.txt").write_text(text)
-        with pytest.raises(InputError, match=f"no image in the list .*{says}"):
-            ImageFiles([str(tmp_path / "list.txt")], reads_lists=True).count()
-
-
 def test_links_to_files_count_and_links_to_folders_do_not(tree):
     (tree / "sub" / "link.png").symlink_to(tree / "a.png")
     (tree / "sub" / "up").symlink_to(tree)  # would never end

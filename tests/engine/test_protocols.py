@@ -226,8 +226,3 @@ def test_bad_input_gets_one_message(words, parts, benchmarks, network, capfd):
     said = capfd.readouterr().err
     assert said.count("error: ") == 1 and "Traceback" not in said
     assert all(part in said for part in parts), said
-
-
-def test_training_has_no_protocol(network, capfd):
-    assert command("train")([f"-cfg={network[1] / 'config.yaml'}", "-protocol=imagenet-a"]) == 2
-    assert "-protocol imagenet-a without -eval; allowed: with -eval" in capfd.readouterr().err
