@@ -39,6 +39,7 @@ from replknet_paddle.checkpoints.files import write_safetensors
 from replknet_paddle.checkpoints.run_folder import checkpoints, load_checkpoint
 from replknet_paddle.config import get_config
 from replknet_paddle.data.transforms import build_eval_transform
+from replknet_paddle.deploy.gradcam import grad_cam, last_features
 from replknet_paddle.model import build_replknet
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -555,6 +556,14 @@ def make_run(folder, *, image_size=32, classes=4):
         metadata={},
     )
     return folder
+
+
+def heat_map(network, image, label):
+    """The map (H / 32, W / 32) of one image (1, 3, H, W) and one class."""
+    with last_features(network) as features:
+        network(paddle.to_tensor(image))
+    (heat,) = grad_cam(network, features[0], np.array([label]))
+    return heat
 
 
 def calibrated(folder):

@@ -5,6 +5,7 @@ Not in conftest.py, for there are several of that name, and forked processes imp
 
 import argparse
 import functools
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,14 @@ def make_data(folder: Path, *, train: int, val: int, classes: int = 4) -> None:
             Image.fromarray(pixels.astype("uint8")).save(folder / path)
             lines.append(f"{path} {label}\n")
         (folder / f"{split}_list.txt").write_text("".join(lines))
+
+
+def relisted(data: Path, folder: Path, change, lists: str = "*_list.txt") -> Path:
+    """A copy of a data set, each of whose `lists` has the lines that `change` makes of its own."""
+    shutil.copytree(data, folder)
+    for path in folder.glob(lists):
+        path.write_text("".join(change(path.read_text().splitlines(keepends=True))))
+    return folder
 
 
 def make_patterns(folder) -> None:

