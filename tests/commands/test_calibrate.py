@@ -14,12 +14,11 @@ from tiny import FIXTURES, command
 
 from replknet_paddle.checkpoints.load import load_state
 from replknet_paddle.checkpoints.run_folder import config_of
-from replknet_paddle.commands.predict import Summary
 from replknet_paddle.config import get_config, override
 from replknet_paddle.data.dataset import get_dataset
 from replknet_paddle.deploy.backends import BACKENDS
 from replknet_paddle.deploy.page import look
-from replknet_paddle.deploy.predict import Prediction, Predictor, inference_model
+from replknet_paddle.deploy.predict import Predictor, inference_model
 from replknet_paddle.engine.task import ClassificationTask
 from replknet_paddle.zoo import open_network
 
@@ -168,13 +167,3 @@ def test_pictures_below_the_probability_are_rejected(run_folder, tmp_path, capsy
     assert all(record["pred_score"] < limit for record in records if record["rejected"])
     assert predict([*flags, f"-reject={limit}"]) == 0
     assert capsys.readouterr().out.count(": rejected: ") == rejected
-
-
-def test_right_ones_are_counted_among_the_accepted():
-    summary = Summary(0.5)
-    for label, truth, rejected in ((0, 0, False), (1, 0, False), (0, 0, True), (1, None, True)):
-        summary.add(Prediction("x", (label,), (0.5,), truth=truth, rejected=rejected))
-    assert summary.text("", has_lists=False) == (
-        "classified 4 images, skipped 0, rejected 2 below 50 %\n"
-        "right: 1 of 2 accepted in folders named as classes (50.00 %)"
-    )
