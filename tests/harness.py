@@ -33,7 +33,7 @@ import paddle
 import pytest
 import yaml
 from PIL import Image
-from tiny import FIXTURES, ROOT, TINY
+from tiny import PICTURES, ROOT, TINY
 
 from replknet_paddle.checkpoints.files import write_safetensors
 from replknet_paddle.checkpoints.run_folder import checkpoints, load_checkpoint
@@ -572,9 +572,8 @@ def calibrated(folder):
     network = build_replknet(get_config(folder / "config.yaml"))
     rng = np.random.default_rng(0)
     network.train()
-    pictures = sorted((FIXTURES / "images").glob("[!eR]*"))
     transform = build_eval_transform(network.config)
-    images = np.stack([transform(Image.open(path)) for path in pictures])
+    images = np.stack([transform(Image.open(path)) for path in PICTURES])
     for layer in network.sublayers():
         if hasattr(layer, "_momentum"):
             layer._momentum = 0.0  # the statistics of these pictures, in one pass

@@ -4,6 +4,7 @@ Not in conftest.py, for there are several of that name, and forked processes imp
 """
 
 import argparse
+import csv
 import functools
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from replknet_paddle.commands import main
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
+PICTURES = sorted(map(str, (FIXTURES / "images").glob("[!eR]*")))
 
 TINY = """
 DATA:
@@ -100,6 +102,12 @@ def make_patterns(folder) -> None:
         lines.append(f"{i}.png {i % 4}\n")
     for split in ("train", "val"):
         (folder / f"{split}_list.txt").write_text("".join(lines))
+
+
+def table(path) -> list[dict[str, str]]:
+    """The rows of a .csv file."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def command(name: str):

@@ -8,7 +8,7 @@ import numpy as np
 import paddle
 import pytest
 from harness import make_run
-from tiny import FIXTURES, command, make_data
+from tiny import PICTURES, command, make_data
 
 from replknet_paddle.analysis.probe import load_features, probe, save_features
 from replknet_paddle.checkpoints.files import write_safetensors
@@ -19,8 +19,6 @@ from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.zoo import open_network
 
 embed, probe_command = command("embed"), command("probe")
-
-PICTURES = sorted(map(str, (FIXTURES / "images").glob("[!eR]*")))
 
 
 @pytest.fixture

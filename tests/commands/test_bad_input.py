@@ -2,13 +2,14 @@
 
 A row is a command line, as it is typed after `replknet`, and parts of its message. {f} is a folder
 with the files that `folder` makes, {x} that of the fixtures, and {p} a picture; variables of the
-environment may come first.
+environment may come first, and WITHOUT, a package that is then not there.
 """
 
 import os
 import re
 import shlex
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -254,6 +255,11 @@ CASES = [
       for port in (0, -1, 65536)],
     ("page nowhere --port={port}", "no model nowhere (tried "),
     ("page {f}/exported --port={port} -opts SEED 1", "an export, which is as it was made"),
+    # optional packages
+    *[(f"WITHOUT={package} {line}", f"this needs {package}", f"requirements/{extra}.txt")
+      for package, line, extra in (("cv2", PREDICT + " {f}/text.mp4", "video"),
+                                   ("gradio", "page {f}/made --port={port}", "page"),
+                                   ("elpv_dataset", "make-solar-cells {f}/cells", "solar"))],
     # datasets
     ("make-digits {f}/file/digits", "{f}/file"),
     ("make-solar-cells {f}/file/cells", "{f}/file"),
@@ -358,7 +364,7 @@ def snapshot(folder) -> dict:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: re.sub(r"\{f\}/|/\S*/", "", case[0]))
 def test_bad_input_is_one_message_and_nothing_is_written(case, folder, monkeypatch, capfd):
     for word, package in {"make-digits": "sklearn", ".mp4": "cv2", "page ": "gradio"}.items():
-        if word in case[0]:
+        if word in case[0] and "WITHOUT" not in case[0]:
             pytest.importorskip(package, reason="an optional package", exc_type=ImportError)
     for name in ("NNODES", "MASTER", "NPROC_PER_NODE", "PADDLE_TRAINERS_NUM", "MAX_RESTARTS"):
         monkeypatch.delenv(name, raising=False)
@@ -379,7 +385,11 @@ def test_bad_input_is_one_message_and_nothing_is_written(case, folder, monkeypat
     line, *says = case
     words = [filled(word) for word in shlex.split(line)]
     while re.fullmatch("[A-Z_]+=.*", words[0]):
-        monkeypatch.setenv(*words.pop(0).split("=", 1))
+        name, value = words.pop(0).split("=", 1)
+        if name == "WITHOUT":
+            monkeypatch.setitem(sys.modules, value, None)
+        else:
+            monkeypatch.setenv(name, value)
     if words[0] == "predict":  # with every output that it could write
         outputs = {"-output": "r.csv", "--save-pictures": "drawn", "--save-grid": "grid.png"}
         words[3:3] = [f"{flag}={name}" for flag, name in outputs.items() if flag not in line]

@@ -1,7 +1,6 @@
 """Probabilities: `replknet calibrate`, -tta flip and -reject, against numpy on the logits."""
 
 import contextlib
-import csv
 import io
 import json
 import re
@@ -10,7 +9,7 @@ import numpy as np
 import paddle
 import pytest
 from harness import finish_ranks, make_run, metrics
-from tiny import FIXTURES, command
+from tiny import PICTURES, command, table
 
 from replknet_paddle.checkpoints.load import load_state
 from replknet_paddle.checkpoints.run_folder import config_of
@@ -22,7 +21,6 @@ from replknet_paddle.deploy.predict import Predictor, inference_model
 from replknet_paddle.engine.task import ClassificationTask
 from replknet_paddle.zoo import open_network
 
-PICTURES = sorted(map(str, (FIXTURES / "images").glob("[!eR]*")))
 predict = command("predict")
 
 
@@ -159,8 +157,7 @@ def test_pictures_below_the_probability_are_rejected(run_folder, tmp_path, capsy
     for name in ("r.jsonl", "r.csv"):
         assert predict([*flags, f"-reject={limit}", f"-output={tmp_path / name}"]) == 0
         assert f"rejected {rejected} below {100 * limit:g} %" in capsys.readouterr().err
-    with open(tmp_path / "r.csv", newline="") as file:
-        in_rows = [row["rejected"] for row in csv.DictReader(file)]
+    in_rows = [row["rejected"] for row in table(tmp_path / "r.csv")]
     records = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert [json.dumps(record["rejected"]) for record in records] == in_rows
     assert sum(record["rejected"] for record in records) == rejected

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 from harness import finish, finish_ranks, make_run, metrics
-from tiny import command, make_data
+from tiny import command, make_data, table
 
 from replknet_paddle.checkpoints.files import write_safetensors
 from replknet_paddle.checkpoints.load import load_state
@@ -38,8 +38,7 @@ def flags_of(straight, tiny_data, folder) -> list[str]:
 
 
 def test_the_tables_add_up_to_the_accuracy(reported):
-    with open(reported / "report" / "per_class.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = table(reported / "report" / "per_class.csv")
     images, right = (sum(int(row[key]) for row in rows) for key in ("images", "right"))
     [record] = metrics(reported / "eval")
     assert images == 101 and 100 * right / images == pytest.approx(record["val_top1_percent"])
@@ -67,8 +66,7 @@ def test_a_head_whose_logits_tie_or_are_nan_has_one_accuracy(straight, tiny_data
     )
     [record] = metrics(tmp_path / "eval")
     assert record["val_top1_percent"] == pytest.approx(2600 / 101 if broken == "zero" else 0)
-    with open(tmp_path / "report" / "per_class.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = table(tmp_path / "report" / "per_class.csv")
     right = [26, 0, 0, 0] if broken == "zero" else [0, 0, 0, 0]
     assert [int(row["right"]) for row in rows] == right
 

@@ -1,6 +1,5 @@
 """`replknet predict`: results, pictures, statuses, and bad input of every kind."""
 
-import csv
 import json
 import os
 import subprocess
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 from harness import make_run
 from PIL import Image
-from tiny import FIXTURES, ROOT, command
+from tiny import PICTURES, ROOT, command, table
 
 from replknet_paddle import deploy
 from replknet_paddle.deploy.drawing import RIGHT, WRONG, annotate, save
@@ -23,7 +22,6 @@ from replknet_paddle.zoo import open_network
 main = command("predict")
 
 MERGED = ["MODEL.SMALL_KERNEL_MERGED", "True"]
-PICTURES = sorted(map(str, (FIXTURES / "images").glob("[!eR]*")))
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +78,7 @@ def test_results_are_those_of_inference_model(run_folder, tmp_path, capsys):
 def test_an_export_is_all_it_takes_and_brings_the_names_of_the_classes(export, tmp_path):
     out = tmp_path / "results.csv"
     assert main([str(export), PICTURES[0], "-output", str(out), "--topk", "100"]) == 0
-    with open(out, newline="") as file:
-        (row,) = csv.DictReader(file)
+    (row,) = table(out)
     assert sorted(row[f"class_{i}"] for i in range(1, 10)) == [f"class {c}" for c in "abcdefghi"]
     assert "class_10" not in row
     assert sum(float(row[f"score_{i}"]) for i in range(1, 10)) == pytest.approx(1, abs=1e-5)

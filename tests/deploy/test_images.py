@@ -432,11 +432,3 @@ def test_a_folder_does_not_stand_for_its_films(film, tmp_path):
 
 def test_where_films_are_not_asked_for_a_film_is_a_file_like_any_other(film):
     assert list(ImageFiles([film])) == [(film, None)]
-
-
-def test_without_opencv_it_says_what_to_install(tmp_path, monkeypatch, capsys):
-    (tmp_path / "film.mp4").touch()
-    monkeypatch.setitem(sys.modules, "cv2", None)
-    assert main([str(tmp_path), str(tmp_path / "film.mp4")]) == 2
-    error = capsys.readouterr().err
-    assert "needs cv2" in error and "requirements/video.txt" in error

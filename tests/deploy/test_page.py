@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import socket
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -292,13 +291,6 @@ def test_a_port_in_use_is_reported_before_the_model_is_opened(capsys):
     assert capsys.readouterr().err.startswith(
         f"error: port {port} of 127.0.0.1 is not available (Address already in use)"
     )
-
-
-def test_without_gradio_it_says_what_to_install(monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    assert main([str(tmp_path), f"--port={free_ports(1)[0]}"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: this needs gradio") and "requirements/page.txt" in error
 
 
 def test_a_checkpoint_takes_a_configuration(monkeypatch, run_folder):

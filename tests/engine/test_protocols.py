@@ -1,6 +1,5 @@
 """Robustness benchmarks: generated pictures in the real folders, against results by plain numpy."""
 
-import csv
 import re
 import shutil
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ import pytest
 from harness import calibrated, finish, finish_ranks, main_status, make_run, metrics
 from PIL import Image
 from scipy import special
-from tiny import command
+from tiny import command, table
 
 from replknet_paddle.checkpoints.files import write_safetensors
 from replknet_paddle.config import get_config
@@ -130,9 +129,8 @@ def test_figures_are_those_of_the_definition(protocol, ranks, benchmarks, networ
     assert found.pop("loss", 0) == pytest.approx(wanted.pop("loss", 0), rel=1e-4)
     assert found == pytest.approx(wanted, rel=1e-12)
     if has_report:
-        with open(tmp_path / "report" / "per_class.csv", newline="") as file:
-            right = sum(int(row["right"]) for row in csv.DictReader(file))
-        assert right == 2 * wanted["top1_percent"]
+        rows = table(tmp_path / "report" / "per_class.csv")
+        assert sum(int(row["right"]) for row in rows) == 2 * wanted["top1_percent"]
 
 
 def test_classes_are_those_of_the_benchmarks():
