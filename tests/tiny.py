@@ -104,10 +104,16 @@ def make_patterns(folder) -> None:
         (folder / f"{split}_list.txt").write_text("".join(lines))
 
 
-def table(path) -> list[dict[str, str]]:
-    """The rows of a .csv file."""
+def rows_of(path) -> list[list[str]]:
+    """The cells of a .csv file, its header first."""
     with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        return list(csv.reader(file))
+
+
+def table(path) -> list[dict[str, str]]:
+    """The rows of a .csv file below its header, by the names in that."""
+    header, *rows = rows_of(path)
+    return [dict(zip(header, row, strict=True)) for row in rows]
 
 
 def command(name: str):

@@ -9,6 +9,7 @@ import numpy as np
 import paddle
 import pytest
 from harness import finish_ranks, make_run, metrics
+from scipy import special
 from tiny import PICTURES, command, table
 
 from replknet_paddle.checkpoints.load import load_state
@@ -45,8 +46,7 @@ def shares_of(network, images, temperature, *, flip=False) -> np.ndarray:
     for view in (images, images[..., ::-1])[: 1 + flip]:
         with paddle.no_grad():
             logits = network(paddle.to_tensor(np.ascontiguousarray(view))).numpy()
-        shares = np.exp((logits - logits.max(axis=1, keepdims=True)).astype("f8") / temperature)
-        views.append(shares / shares.sum(axis=1, keepdims=True))
+        views.append(special.softmax(logits.astype("f8") / temperature, axis=1))
     return np.mean(views, axis=0)
 
 
