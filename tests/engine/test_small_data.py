@@ -33,7 +33,8 @@ def test_a_run_with_all_of_it_that_is_killed_in_mid_epoch_ends_with_the_same_bit
     assert "not trained: stem, stages.0" in said and "the frozen weights are random" in said
     end = progress_of(straight)
     assert end.epoch == end.best_epoch + 1 < 9
-    assert re.search(f"trained epochs 1 to {end.epoch} in .*; no better for 1 epoch", said)
+    last_line = f"finished: trained epochs 1 to {end.epoch} in .*; no better for 1 epoch"
+    assert re.search(last_line, said)
     flags += ["-output", killed]
     finish(flags, status=-9, fault=("step 5", "SIGKILL"))
     assert (progress_of(killed).epoch, progress_of(killed).batch) == (1, 2)  # of 6 batches
