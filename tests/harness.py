@@ -33,12 +33,13 @@ import paddle
 import pytest
 import yaml
 from PIL import Image
-from tiny import FIXTURES, ROOT, TINY
+from tiny import PICTURES, ROOT, TINY
 
 from replknet_paddle.checkpoints.files import write_safetensors
 from replknet_paddle.checkpoints.run_folder import checkpoints, load_checkpoint
 from replknet_paddle.config import get_config
 from replknet_paddle.data.transforms import build_eval_transform
+from replknet_paddle.deploy.gradcam import grad_cam, last_features
 from replknet_paddle.model import build_replknet
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -557,15 +558,22 @@ def make_run(folder, *, image_size=32, classes=4):
     return folder
 
 
+def heat_map(network, image, label):
+    """The map (H / 32, W / 32) of one image (1, 3, H, W) and one class."""
+    with last_features(network) as features:
+        network(paddle.to_tensor(image))
+    (heat,) = grad_cam(network, features[0], np.array([label]))
+    return heat
+
+
 def calibrated(folder):
     """A network whose running statistics fit photographs, so that it tells them apart."""
     paddle.seed(0)
     network = build_replknet(get_config(folder / "config.yaml"))
     rng = np.random.default_rng(0)
     network.train()
-    pictures = sorted((FIXTURES / "images").glob("[!eR]*"))
     transform = build_eval_transform(network.config)
-    images = np.stack([transform(Image.open(path)) for path in pictures])
+    images = np.stack([transform(Image.open(path)) for path in PICTURES])
     for layer in network.sublayers():
         if hasattr(layer, "_momentum"):
             layer._momentum = 0.0  # the statistics of these pictures, in one pass

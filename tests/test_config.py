@@ -314,10 +314,7 @@ UPERNET = "MODEL: {TYPE: UPerNet, OUT_INDICES: [0, 1, 2, 3], NUM_CLASSES: 9, %s}
         (UPERNET % ("", "WARMUP_EPOCHS: 0, CLASS_WEIGHTS: balanced", ""), "UPerNet: None"),
         (UPERNET % ("", "WARMUP_EPOCHS: 0, SAMPLER: balanced", ""), "UPerNet: shuffle"),
         (UPERNET % ("", "WARMUP_EPOCHS: 1", ""), "UPerNet: 0; SEGMENTATION.WARMUP_STEPS sets"),
-        (
-            UPERNET % ("", "WARMUP_EPOCHS: 0, VFLIP_PROB: 0.5", ""),
-            "VFLIP_PROB is 0.5; allowed with",
-        ),
+        (UPERNET % ("", "WARMUP_EPOCHS: 0, VFLIP_PROB: 0.5", ""), "VFLIP_PROB is 0.5; allowed"),
         (UPERNET % ("", "WARMUP_EPOCHS: 0, QUARTER_TURNS: True", ""), "UPerNet: False; its"),
         (
             UPERNET.replace("9", "None") % ("", "WARMUP_EPOCHS: 0", ""),

@@ -5,7 +5,6 @@ files that check-data names are deleted.
 """
 
 import contextlib
-import csv
 import importlib.util
 import os
 import re
@@ -28,7 +27,7 @@ from photographs import (
 )
 from PIL import Image
 from test_docs import command_lines
-from tiny import ROOT
+from tiny import ROOT, table
 
 GUIDE = "docs/your_own_images.md"
 EACH = 60  # photographs of a class
@@ -74,11 +73,6 @@ class Guide:
         return done.stdout
 
 
-def rows(path) -> list[dict]:
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 @pytest.mark.slow
 def test_the_guide_from_its_first_command_to_its_last(tmp_path):
     make_photographs(tmp_path / "photos", each=EACH, seed=0)
@@ -114,7 +108,7 @@ def test_the_guide_from_its_first_command_to_its_last(tmp_path):
 
 def check_report(folder, names, best_percent) -> None:
     """The report has the accuracy of the run's log, and shows which photograph is mislabelled."""
-    classes = rows(folder / "per_class.csv")
+    classes = table(folder / "per_class.csv")
     assert [row["class"] for row in classes] == names
     assert [int(row["images"]) for row in classes] == [VALIDATION] * 5
     right = sum(int(row["right"]) for row in classes)
@@ -122,7 +116,7 @@ def check_report(folder, names, best_percent) -> None:
     assert f"{100 * right / images:.2f}" == best_percent
     assert right >= 0.8 * images  # six of 30 by chance
 
-    confused = {row["true class"]: row for row in rows(folder / "confusion_matrix.csv")}
+    confused = {row["true class"]: row for row in table(folder / "confusion_matrix.csv")}
     assert int(confused[MISLABELLED.split("/")[0]][SHOWN_IN_MISLABELLED]) >= 1
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert all(name in page for name in names)
@@ -137,7 +131,7 @@ def check_predictions(guide, folder) -> None:
     guide.run("export")
     guide.run("predict", "exported", status=1)
     predictions, exported = (
-        {row["path"]: row for row in rows(folder / name)}
+        {row["path"]: row for row in table(folder / name)}
         for name in ("predictions.csv", "exported_predictions.csv")
     )
     assert len(predictions) == 15 and list(predictions) == list(exported)

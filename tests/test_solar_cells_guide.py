@@ -1,7 +1,8 @@
 """docs/solar_cells.md from its first command to its last, on every twelfth photograph."""
 
 import pytest
-from test_guide import Guide, rows
+from test_guide import Guide
+from tiny import table
 
 pytest.importorskip("elpv_dataset", reason="optional: requirements/solar.txt")
 
@@ -17,7 +18,7 @@ def test_the_guide_from_its_first_command_to_its_last(tmp_path):
     assert "No problems found" in guide.run("check-data", "cells")
     guide.run("train", more=("-epochs=4", "-image_size=64"))
     guide.run("eval", "output/cells", "-data_path", "cells/test")
-    classes = rows(tmp_path / "report" / "per_class.csv")
+    classes = table(tmp_path / "report" / "per_class.csv")
     assert [row["class"] for row in classes] == ["functional", "defective"]
     assert sum(int(row["images"]) for row in classes) == 55
     while guide.commands:

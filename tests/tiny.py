@@ -4,7 +4,9 @@ Not in conftest.py, for there are several of that name, and forked processes imp
 """
 
 import argparse
+import csv
 import functools
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from replknet_paddle.commands import main
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
+PICTURES = sorted(map(str, (FIXTURES / "images").glob("[!eR]*")))
 
 TINY = """
 DATA:
@@ -72,6 +75,14 @@ def make_data(folder: Path, *, train: int, val: int, classes: int = 4) -> None:
         (folder / f"{split}_list.txt").write_text("".join(lines))
 
 
+def relisted(data: Path, folder: Path, change, lists: str = "*_list.txt") -> Path:
+    """A copy of a data set, each of whose `lists` has the lines that `change` makes of its own."""
+    shutil.copytree(data, folder)
+    for path in folder.glob(lists):
+        path.write_text("".join(change(path.read_text().splitlines(keepends=True))))
+    return folder
+
+
 def make_patterns(folder) -> None:
     """64 noisy images of 4 patterns, which no augmentation turns into one another; all are both
     the training and the validation set."""
@@ -91,6 +102,18 @@ def make_patterns(folder) -> None:
         lines.append(f"{i}.png {i % 4}\n")
     for split in ("train", "val"):
         (folder / f"{split}_list.txt").write_text("".join(lines))
+
+
+def rows_of(path) -> list[list[str]]:
+    """The cells of a .csv file, its header first."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+def table(path) -> list[dict[str, str]]:
+    """The rows of a .csv file below its header, by the names in that."""
+    header, *rows = rows_of(path)
+    return [dict(zip(header, row, strict=True)) for row in rows]
 
 
 def command(name: str):

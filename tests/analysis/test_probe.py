@@ -1,6 +1,5 @@
 """`replknet embed` and `replknet probe`: features of pictures, and what they tell apart."""
 
-import csv
 import os
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import numpy as np
 import paddle
 import pytest
 from harness import make_run
-from tiny import FIXTURES, command, make_data
+from tiny import PICTURES, command, make_data, rows_of
 
 from replknet_paddle.analysis.probe import load_features, probe, save_features
 from replknet_paddle.checkpoints.files import write_safetensors
@@ -19,8 +18,6 @@ from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.zoo import open_network
 
 embed, probe_command = command("embed"), command("probe")
-
-PICTURES = sorted(map(str, (FIXTURES / "images").glob("[!eR]*")))
 
 
 @pytest.fixture
@@ -73,8 +70,7 @@ def test_each_row_has_its_path_and_the_label_of_its_list_or_folder(run, monkeypa
     assert embed([run, "data/val_list.txt", "data/train", "-output=a.npy"]) == 1
     said = capsys.readouterr().err
     assert "embedded 24 images, skipped 1" in said and "  data/broken.jpg: " in said
-    with open("a.csv", newline="") as file:
-        rows = list(csv.reader(file))
+    rows = rows_of("a.csv")
     assert rows[0] == ["path", "label"] and len(rows) == 25 == 1 + len(np.load("a.npy"))
     listed = [line.rsplit(" ", 1) for line in Path("data/val_list.txt").read_text().splitlines()]
     assert rows[1:9] == [[f"data/{path}", label] for path, label in listed[:8]]

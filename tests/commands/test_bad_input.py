@@ -2,13 +2,14 @@
 
 A row is a command line, as it is typed after `replknet`, and parts of its message. {f} is a folder
 with the files that `folder` makes, {x} that of the fixtures, and {p} a picture; variables of the
-environment may come first.
+environment may come first, and WITHOUT, a package that is then not there.
 """
 
 import os
 import re
 import shlex
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ NANO = f"-cfg={ROOT}/configs/replknet_nano.yaml"
 CFG = "train -cfg={f}/tiny.yaml -data_path={f}/data"
 RUN = CFG + " -output={f}/run"
 EVAL = " -eval -pretrained=random"
+UPERNET = f"random -cfg={ROOT}/configs/upernet_nano_shapes.yaml"
 EXPORT = "export {f}/made/best"
 INT8 = EXPORT + " -format onnx -precision int8"
 MERGE = "merge -cfg={f}/tiny31.yaml "
@@ -67,9 +69,17 @@ CASES = [
       for value in ("0", "-3", "1.5", "many")],
     (RUN + " -batch_size=31", "60 images", "-batch_size"),
     (RUN + " -eval -resume={f}/run", "MODEL.PRETRAINED"),
-    (RUN + " -backend=paddle", "-backend paddle without -eval; allowed: with -eval"),
-    (RUN + " -report={f}/new", "-report {f}/new without -eval; allowed: with -eval"),
+    *[(RUN + f" -{flag}", f"-{flag} without -eval; allowed: with -eval")
+      for flag in ("backend paddle", "report {f}/new", "tta flip", "protocol imagenet-a")],
     (RUN + EVAL + " -report={f}/theirs", "folder {f}/theirs is not empty"),
+    (RUN + " -freeze=stems", "TRAIN.FREEZE has 'stems'"),
+    *[(RUN + " -best_by=average_precision -opts MODEL.NUM_CLASSES None" + line,
+       "TRAIN.BEST_BY is average_precision, which ", says)  # counted in the lists
+      for line, says in (
+        ("", "defined for two classes; the network has 4 classes"),
+        (" DATA.DATA_PATH {f}/one_class",
+         "needs images of both classes in {f}/one_class/val_list.txt"),
+    )],
     # processes
     *[(RUN + f" -nproc {value}", "-nproc", value) for value in ("0", "-1", "two")],
     *[(f"NNODES=2 MASTER={master} {RUN}", f"NNODES is 2; MASTER must be HOST:PORT of one of these "
@@ -82,6 +92,11 @@ CASES = [
     *[(f"{name}={value} {RUN}", f"{name} is {value}; allowed: an integer >= 1")
       for name in ("NNODES", "NPROC_PER_NODE") for value in ("0", "-2", "two", "")],
     ("MAX_RESTARTS=many " + RUN, "MAX_RESTARTS is many; allowed: an integer >= 0"),
+    # temperatures and mirror images
+    ("eval {f}/made -data_path={f}/data -opts MODEL.TEMPERATURE 0", "a number from 0.01 to 100"),
+    (f"eval {UPERNET} -data_path={{f}}/data -tta=flip", "SEGMENTATION.EVAL_FLIP True"),
+    (f"eval {UPERNET} -opts MODEL.TEMPERATURE 2", "allowed with MODEL.TYPE UPerNet"),
+    (f"calibrate {UPERNET} -o new.safetensors", "calibrate of a segmentation"),
     # what would steer the terminal
     ("train -cfg={f}/steering.yaml", r"unknown key TRAIN.\x1b[2J", r"MODEL.TYPE is '\x1b[31mred"),
     (RUN + " -data_path={f}/steering", r"steering/val_list.txt, line 9: ", r"\x1b]0;owned\x07.jpg"),
@@ -214,8 +229,12 @@ CASES = [
         (" '{f}/*.gif'", "no file matches {f}/*.gif"),
         (" {f}/empty", "no image in the folder {f}/empty"),
         (" {f}/names.txt", "no image in the list {f}/names.txt; {f}/names.txt, line 1: expected a"),
+        (" {f}/empty.txt", "no image in the list {f}/empty.txt. A list has"),
+        (" {f}/large/val_list.txt",
+         "/large/val/a.jpg has the label 4 in its list; allowed with {f}/made: labels below 4"),
         (" {f}/huge.png", "could be decompression bomb"),
         (" {f}/text.mp4", "OpenCV cannot open it as a film"),
+        (" {p} -reject=0", "-reject is 0.0; allowed: a probability above 0"),
         (" {p} --topk=0", "-topk is 0; allowed: an integer >= 1"),
         (" {p} -batch_size=0", "-batch_size is 0; allowed"),
         (" {p} --every=-1", "-every is -1.0; allowed"),
@@ -236,6 +255,11 @@ CASES = [
       for port in (0, -1, 65536)],
     ("page nowhere --port={port}", "no model nowhere (tried "),
     ("page {f}/exported --port={port} -opts SEED 1", "an export, which is as it was made"),
+    # optional packages
+    *[(f"WITHOUT={package} {line}", f"this needs {package}", f"requirements/{extra}.txt")
+      for package, line, extra in (("cv2", PREDICT + " {f}/text.mp4", "video"),
+                                   ("gradio", "page {f}/made --port={port}", "page"),
+                                   ("elpv_dataset", "make-solar-cells {f}/cells", "solar"))],
     # datasets
     ("make-digits {f}/file/digits", "{f}/file"),
     ("make-solar-cells {f}/file/cells", "{f}/file"),
@@ -267,6 +291,7 @@ def folder(tmp_path_factory):
         "full/file": "",
         "weights/p4.pdparams": "",
         "empty.pdparams": "",
+        "empty.txt": "",
         "older.safetensors": "precious",
         "there.png": "precious",
         "text.mp4": "precious",
@@ -305,6 +330,7 @@ def folder(tmp_path_factory):
     checkpoint.parent.mkdir(parents=True)
     checkpoint.write_bytes(b"theirs")
     make_data(folder / "data", train=60, val=8)
+    make_data(folder / "one_class", train=60, val=1, classes=2)
     for name, line in (
         ("no label", "val/a.jpg"),
         ("word", "val/a.jpg cat"),
@@ -338,7 +364,7 @@ def snapshot(folder) -> dict:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: re.sub(r"\{f\}/|/\S*/", "", case[0]))
 def test_bad_input_is_one_message_and_nothing_is_written(case, folder, monkeypatch, capfd):
     for word, package in {"make-digits": "sklearn", ".mp4": "cv2", "page ": "gradio"}.items():
-        if word in case[0]:
+        if word in case[0] and "WITHOUT" not in case[0]:
             pytest.importorskip(package, reason="an optional package", exc_type=ImportError)
     for name in ("NNODES", "MASTER", "NPROC_PER_NODE", "PADDLE_TRAINERS_NUM", "MAX_RESTARTS"):
         monkeypatch.delenv(name, raising=False)
@@ -359,7 +385,11 @@ def test_bad_input_is_one_message_and_nothing_is_written(case, folder, monkeypat
     line, *says = case
     words = [filled(word) for word in shlex.split(line)]
     while re.fullmatch("[A-Z_]+=.*", words[0]):
-        monkeypatch.setenv(*words.pop(0).split("=", 1))
+        name, value = words.pop(0).split("=", 1)
+        if name == "WITHOUT":
+            monkeypatch.setitem(sys.modules, value, None)
+        else:
+            monkeypatch.setenv(name, value)
     if words[0] == "predict":  # with every output that it could write
         outputs = {"-output": "r.csv", "--save-pictures": "drawn", "--save-grid": "grid.png"}
         words[3:3] = [f"{flag}={name}" for flag, name in outputs.items() if flag not in line]

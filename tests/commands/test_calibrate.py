@@ -1,7 +1,6 @@
 """Probabilities: `replknet calibrate`, -tta flip and -reject, against numpy on the logits."""
 
 import contextlib
-import csv
 import io
 import json
 import re
@@ -10,20 +9,19 @@ import numpy as np
 import paddle
 import pytest
 from harness import finish_ranks, make_run, metrics
-from tiny import FIXTURES, TINY, command
+from scipy import special
+from tiny import PICTURES, command, table
 
 from replknet_paddle.checkpoints.load import load_state
 from replknet_paddle.checkpoints.run_folder import config_of
-from replknet_paddle.commands.predict import Summary
 from replknet_paddle.config import get_config, override
 from replknet_paddle.data.dataset import get_dataset
 from replknet_paddle.deploy.backends import BACKENDS
 from replknet_paddle.deploy.page import look
-from replknet_paddle.deploy.predict import Prediction, Predictor, inference_model
+from replknet_paddle.deploy.predict import Predictor, inference_model
 from replknet_paddle.engine.task import ClassificationTask
 from replknet_paddle.zoo import open_network
 
-PICTURES = sorted(map(str, (FIXTURES / "images").glob("[!eR]*")))
 predict = command("predict")
 
 
@@ -48,8 +46,7 @@ def shares_of(network, images, temperature, *, flip=False) -> np.ndarray:
     for view in (images, images[..., ::-1])[: 1 + flip]:
         with paddle.no_grad():
             logits = network(paddle.to_tensor(np.ascontiguousarray(view))).numpy()
-        shares = np.exp((logits - logits.max(axis=1, keepdims=True)).astype("f8") / temperature)
-        views.append(shares / shares.sum(axis=1, keepdims=True))
+        views.append(special.softmax(logits.astype("f8") / temperature, axis=1))
     return np.mean(views, axis=0)
 
 
@@ -160,39 +157,10 @@ def test_pictures_below_the_probability_are_rejected(run_folder, tmp_path, capsy
     for name in ("r.jsonl", "r.csv"):
         assert predict([*flags, f"-reject={limit}", f"-output={tmp_path / name}"]) == 0
         assert f"rejected {rejected} below {100 * limit:g} %" in capsys.readouterr().err
-    with open(tmp_path / "r.csv", newline="") as file:
-        in_rows = [row["rejected"] for row in csv.DictReader(file)]
+    in_rows = [row["rejected"] for row in table(tmp_path / "r.csv")]
     records = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert [json.dumps(record["rejected"]) for record in records] == in_rows
     assert sum(record["rejected"] for record in records) == rejected
     assert all(record["pred_score"] < limit for record in records if record["rejected"])
     assert predict([*flags, f"-reject={limit}"]) == 0
     assert capsys.readouterr().out.count(": rejected: ") == rejected
-
-
-def test_right_ones_are_counted_among_the_accepted():
-    summary = Summary(0.5)
-    for label, truth, rejected in ((0, 0, False), (1, 0, False), (0, 0, True), (1, None, True)):
-        summary.add(Prediction("x", (label,), (0.5,), truth=truth, rejected=rejected))
-    assert summary.text("", has_lists=False) == (
-        "classified 4 images, skipped 0, rejected 2 below 50 %\n"
-        "right: 1 of 2 accepted in folders named as classes (50.00 %)"
-    )
-
-
-@pytest.mark.parametrize(
-    "line, says",
-    [
-        ("predict {run} x.jpg -reject 0", "-reject is 0.0; allowed: a probability above 0"),
-        ("train -cfg {cfg} -data_path {data} -tta flip", "-tta flip without -eval"),
-        ("eval random -cfg {upernet} -data_path {data} -tta flip", "SEGMENTATION.EVAL_FLIP True"),
-        ("eval {run} -data_path {data} -opts MODEL.TEMPERATURE 0", "a number from 0.01 to 100"),
-        ("eval random -cfg {upernet} -opts MODEL.TEMPERATURE 2", "allowed with MODEL.TYPE UPerNet"),
-        ("calibrate random -cfg {upernet} -o new.safetensors", "calibrate of a segmentation"),
-    ],
-)
-def test_bad_input_has_one_message(line, says, run_folder, tiny_data, tmp_path, capsys):
-    (tmp_path / "cfg.yaml").write_text(TINY)
-    places = {"cfg": tmp_path / "cfg.yaml", "upernet": "configs/upernet_nano_shapes.yaml"}
-    name, *words = line.format(run=run_folder, data=tiny_data, **places).split()
-    assert command(name)(words) == 2 and says in capsys.readouterr().err

@@ -1,13 +1,13 @@
 """replknet eval --report: the same figures as the evaluation, in one process and in several."""
 
-import csv
 import os
 import re
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from harness import finish, finish_ranks, make_run, metrics
-from tiny import command, make_data
+from tiny import command, make_data, rows_of, table
 
 from replknet_paddle.checkpoints.files import write_safetensors
 from replknet_paddle.checkpoints.load import load_state
@@ -38,14 +38,12 @@ def flags_of(straight, tiny_data, folder) -> list[str]:
 
 
 def test_the_tables_add_up_to_the_accuracy(reported):
-    with open(reported / "report" / "per_class.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = table(reported / "report" / "per_class.csv")
     images, right = (sum(int(row[key]) for row in rows) for key in ("images", "right"))
     [record] = metrics(reported / "eval")
     assert images == 101 and 100 * right / images == pytest.approx(record["val_top1_percent"])
     assert [int(row["images"]) for row in rows] == [26, 25, 25, 25]
-    with open(reported / "report" / "confusion_matrix.csv", newline="") as file:
-        _, *matrix = csv.reader(file)
+    _, *matrix = rows_of(reported / "report" / "confusion_matrix.csv")
     assert [int(row[1 + i]) for i, row in enumerate(matrix)] == [int(r["right"]) for r in rows]
 
 
@@ -67,8 +65,7 @@ def test_a_head_whose_logits_tie_or_are_nan_has_one_accuracy(straight, tiny_data
     )
     [record] = metrics(tmp_path / "eval")
     assert record["val_top1_percent"] == pytest.approx(2600 / 101 if broken == "zero" else 0)
-    with open(tmp_path / "report" / "per_class.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = table(tmp_path / "report" / "per_class.csv")
     right = [26, 0, 0, 0] if broken == "zero" else [0, 0, 0, 0]
     assert [int(row["right"]) for row in rows] == right
 
@@ -91,27 +88,24 @@ def test_two_processes_write_the_same_report(reported, straight, tiny_data, tmp_
 
 def test_mistakes_have_the_pages_heat_map_of_what_they_were_taken_for(tmp_path, monkeypatch):
     make_data(tmp_path, train=4, val=12)
-    run, drawn = make_run(tmp_path, image_size=64), []
-
-    def noting(picture, texts, scores, *, heat, truth, **options):
-        drawn.append((texts[0], truth, heat))
-        return annotate(picture, texts, scores, heat=heat, truth=truth, **options)
-
-    monkeypatch.setattr("replknet_paddle.deploy.report.annotate", noting)
+    run, drawn = make_run(tmp_path, image_size=64), Mock(wraps=annotate)
+    monkeypatch.setattr("replknet_paddle.deploy.report.annotate", drawn)
     flags = [str(run), f"-data_path={tmp_path}", "-nproc=1"]
     assert command("eval")([*flags, f"-report={tmp_path / 'report'}"]) == 0
     page = (tmp_path / "report" / "report.html").read_text()
     paths = re.findall(r"<bdi>(val/class \d/\d+\.jpg)</bdi>", page)
-    assert len(paths) == len(drawn) > 3
+    assert len(paths) == drawn.call_count > 3
     predictor = Predictor(open_network(run), backend="eager")
-    for (taken_for, truth, heat), path in zip(drawn, paths):
-        looked = look(predictor, tmp_path / path)
-        assert next(iter(looked.classes)) == taken_for != truth
+    for call, path in zip(drawn.call_args_list, paths):
+        looked, heat = look(predictor, tmp_path / path), call.kwargs["heat"]
+        taken_for = next(iter(looked.classes))
+        assert call.args[1][0] == taken_for != call.kwargs["truth"]
         assert looked.heat.tobytes() == heat.tobytes() and len(set(heat.getdata())) > 100
         assert f"; beside it, where the network looks for {taken_for}</bdi>" in page
-    drawn.clear()
+    drawn.reset_mock()
     assert command("eval")([*flags, "-backend=paddle", f"-report={tmp_path / 'outputs'}"]) == 0
-    assert len(drawn) == len(paths) and not any(heat for *_, heat in drawn)
+    assert drawn.call_count == len(paths)
+    assert not any(call.kwargs["heat"] for call in drawn.call_args_list)
 
 
 def test_other_backends_report_too(reported, straight, tiny_data, tmp_path):

@@ -63,13 +63,6 @@ def test_every_cell_is_in_one_part_with_its_label_and_kinds_are_divided_alike(pa
         assert all(abs(counts[kind] - share * count) < 2 for kind, count in KINDS.items())
 
 
-def test_without_the_package_the_message_names_the_extra(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "elpv_dataset", None)
-    assert main([str(tmp_path / "cells")]) == 2
-    assert "requirements/solar.txt" in capsys.readouterr().err
-    assert not (tmp_path / "cells").exists()
-
-
 def test_the_split_of_the_real_cells_is_that_of_the_documented_figures(tmp_path):
     pytest.importorskip("elpv_dataset", reason="optional: requirements/solar.txt")
     assert main([str(tmp_path)]) == 0

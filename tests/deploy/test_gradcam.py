@@ -3,6 +3,7 @@
 import numpy as np
 import paddle
 import pytest
+from harness import heat_map
 
 from replknet_paddle.deploy.gradcam import grad_cam, last_features
 from replknet_paddle.model import RepLKNet
@@ -39,14 +40,6 @@ def network(request):
 @pytest.fixture(scope="module")
 def image():
     return np.random.default_rng(4).normal(0, 1, (1, 3, 96, 64)).astype("float32")
-
-
-def heat_map(network, image, label):
-    """The map of one image and one class."""
-    with last_features(network) as features:
-        network(paddle.to_tensor(image))
-    (heat,) = grad_cam(network, features[0], np.array([label]))
-    return heat
 
 
 def head(network, features):

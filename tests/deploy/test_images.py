@@ -97,13 +97,6 @@ def test_a_list_stands_for_the_images_of_its_lines_where_lists_are_read(tree):
     assert found(tree / "su[b]" / "*.txt", reads_lists=True) == [path]  # of a pattern, a file
 
 
-def test_a_list_without_an_image_says_what_lists_have(tmp_path):
-    for text, says in (("", "list.txt. A list has"), ("a\n", "list.txt, line 1: expected a path")):
-        (tmp_path / "list.txt").write_text(text)
-        with pytest.raises(InputError, match=f"no image in the list .*{says}"):
-            ImageFiles([str(tmp_path / "list.txt")], reads_lists=True).count()
-
-
 def test_links_to_files_count_and_links_to_folders_do_not(tree):
     (tree / "sub" / "link.png").symlink_to(tree / "a.png")
     (tree / "sub" / "up").symlink_to(tree)  # would never end
@@ -439,11 +432,3 @@ def test_a_folder_does_not_stand_for_its_films(film, tmp_path):
 
 def test_where_films_are_not_asked_for_a_film_is_a_file_like_any_other(film):
     assert list(ImageFiles([film])) == [(film, None)]
-
-
-def test_without_opencv_it_says_what_to_install(tmp_path, monkeypatch, capsys):
-    (tmp_path / "film.mp4").touch()
-    monkeypatch.setitem(sys.modules, "cv2", None)
-    assert main([str(tmp_path), str(tmp_path / "film.mp4")]) == 2
-    error = capsys.readouterr().err
-    assert "needs cv2" in error and "requirements/video.txt" in error

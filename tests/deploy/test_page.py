@@ -9,15 +9,13 @@ import os
 import shutil
 import signal
 import socket
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import paddle
 import pytest
-from harness import free_ports, make_run
+from harness import free_ports, heat_map, make_run
 from PIL import Image
 from tiny import FIXTURES, command, make_data
 
@@ -25,7 +23,6 @@ from replknet_paddle.config import get_config, update_config
 from replknet_paddle.data.transforms import build_eval_transform
 from replknet_paddle.deploy.drawing import overlay
 from replknet_paddle.deploy.export import ModelInfo, export_model
-from replknet_paddle.deploy.gradcam import grad_cam, last_features
 from replknet_paddle.deploy.images import decode
 from replknet_paddle.deploy.page import (
     OwnRequestsOnly,
@@ -132,18 +129,12 @@ def test_positions_of_the_map_are_centred_on_every_32nd_pixel(network):
             for axis in (2, 3):
                 parameter.set_value((parameter + parameter.flip([axis])) / 2)
     image = np.random.default_rng(0).normal(0, 1, (1, 3, 65, 65)).astype("float32")
-
-    def heat_map(pixels, label):
-        with last_features(network) as features:
-            network(paddle.to_tensor(pixels))
-        return grad_cam(network, features[0], np.array([label]))[0]
-
-    maps = [heat_map(image, label) for label in range(9)]
+    maps = [heat_map(network, image, label) for label in range(9)]
     label = int(np.argmax([np.ptp(heat) for heat in maps]))
     heat = maps[label]
     assert heat.shape == (3, 3) and np.ptp(heat) > 0.01 * heat.max() > 0
     for axis in (0, 1):
-        mirrored = heat_map(np.flip(image, axis + 2).copy(), label)
+        mirrored = heat_map(network, np.flip(image, axis + 2).copy(), label)
         np.testing.assert_allclose(np.flip(mirrored, axis), heat, rtol=1e-3)
 
 
@@ -300,13 +291,6 @@ def test_a_port_in_use_is_reported_before_the_model_is_opened(capsys):
     assert capsys.readouterr().err.startswith(
         f"error: port {port} of 127.0.0.1 is not available (Address already in use)"
     )
-
-
-def test_without_gradio_it_says_what_to_install(monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    assert main([str(tmp_path), f"--port={free_ports(1)[0]}"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: this needs gradio") and "requirements/page.txt" in error
 
 
 def test_a_checkpoint_takes_a_configuration(monkeypatch, run_folder):

@@ -14,7 +14,7 @@ from harness import make_run
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny import FIXTURES
+from tiny import FIXTURES, PICTURES
 
 from replknet_paddle import deploy
 from replknet_paddle.config import get_config
@@ -31,8 +31,6 @@ from replknet_paddle.deploy.predict import (
 from replknet_paddle.model import RepLKNet
 from replknet_paddle.runtime.errors import InputError
 from replknet_paddle.zoo import get_model, open_network
-
-PICTURES = sorted(map(str, (FIXTURES / "images").glob("[!eR]*")))
 
 
 @pytest.fixture(scope="module")

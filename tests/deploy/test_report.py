@@ -1,7 +1,6 @@
 """The report of an evaluation: the numbers are right, and the page holds all of it."""
 
 import base64
-import csv
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import rows_of
 
 from replknet_paddle.analysis.outcomes import Outcomes
 from replknet_paddle.deploy.report import Evaluated, draw_confusion_matrix, write_report
@@ -87,11 +87,6 @@ def report(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(report):
     return Page((report / "report.html").read_text("utf-8"))
-
-
-def rows_of(path) -> list[list[str]]:
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.reader(file))
 
 
 def test_tables_have_what_counting_by_hand_gives(report):

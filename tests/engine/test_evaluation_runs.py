@@ -2,12 +2,10 @@
 
 import os
 import re
-import shutil
 
 import pytest
 from harness import finish, finish_ranks, metrics, progress_of
-
-COUNTED = ["-opts", "MODEL.NUM_CLASSES", "None"]  # the classes, in the lists
+from tiny import relisted
 
 
 def evaluation(run_folder, images) -> tuple:
@@ -52,23 +50,18 @@ def test_evaluation_of_a_checkpoint_gives_what_training_recorded(
 
 
 @pytest.fixture(scope="module")
-def two_classes(tiny_data, tmp_path_factory):
-    """The data with the brightest of its four classes against the rest."""
-    folder = tmp_path_factory.mktemp("two") / "data"
-    shutil.copytree(tiny_data, folder)
-    for path in folder.glob("*_list.txt"):
-        lines = [line.rsplit(" ", 1) for line in path.read_text().splitlines()]
-        path.write_text("".join(f"{name} {int(label == '3')}\n" for name, label in lines))
-    return folder
+def by_auc(tiny_data, tiny_config_file, tmp_path_factory):
+    """The folder of a run whose best checkpoint is the one of the largest area, on the data with
+    the brightest of its four classes against the rest, which are counted in the lists."""
+    folder = tmp_path_factory.mktemp("by_auc")
 
+    def brightest(lines):
+        return [f"{line[:-2]}{int(line[-2] == '3')}\n" for line in lines]
 
-@pytest.fixture(scope="module")
-def by_auc(two_classes, tiny_config_file, tmp_path_factory):
-    """The folder of a run whose best checkpoint is the one of the largest area."""
-    folder = tmp_path_factory.mktemp("by_auc") / "run"
-    flags = [f"-cfg={tiny_config_file}", f"-data_path={two_classes}", f"-output={folder}"]
-    finish([*flags, "-best_by=roc_auc", "-seed=3", *COUNTED])
-    return folder
+    data = relisted(tiny_data, folder / "data", brightest)
+    flags = [f"-cfg={tiny_config_file}", f"-data_path={data}", f"-output={folder / 'run'}"]
+    finish([*flags, "-best_by=roc_auc", "-seed=3", "-opts", "MODEL.NUM_CLASSES", "None"])
+    return folder / "run"
 
 
 def test_best_is_the_checkpoint_of_the_figure_that_is_asked_for(by_auc):
@@ -86,31 +79,16 @@ def test_best_is_the_checkpoint_of_the_figure_that_is_asked_for(by_auc):
     weights = "weights" if is_raw else "EMA weights"
     log = (by_auc / "log.txt").read_text()
     assert f"best: epoch {-epoch}, {weights}, roc_auc {100 * auc:.2f} %, in {by_auc}/best" in log
-    assert re.search(rf"epoch {-epoch}, {weights}: top-1 .*, roc_auc {auc:.4f}, loss", log)
+    assert re.search(rf"epoch {-epoch}, {weights}: top-1 .*, roc_auc {100 * auc:.2f} %, loss", log)
 
 
-def test_a_run_is_not_resumed_by_another_figure(by_auc):
-    before = (by_auc / "log.txt").read_text()
-    said = finish([f"-resume={by_auc}", "-best_by=macro_f1"], status=2)
-    assert "TRAIN.BEST_BY is 'macro_f1', was 'roc_auc'; allowed: what the run began with" in said
-    assert (by_auc / "log.txt").read_text() == before
-    finish([f"-resume={by_auc}"])
-
-
-def test_a_figure_of_two_classes_is_refused_where_there_are_not_two(
-    tiny_config_file, tiny_data, two_classes, tmp_path
-):
-    """Before the first step, also where the classes are counted in the lists."""
-    one_class = tmp_path / "data"
-    shutil.copytree(two_classes, one_class)
-    lines = (one_class / "val_list.txt").read_text().splitlines(keepends=True)
-    (one_class / "val_list.txt").write_text("".join(x for x in lines if x.endswith(" 1\n")))
-    flags = [f"-cfg={tiny_config_file}", f"-output={tmp_path / 'run'}"]
-    for data, says in (
-        (tiny_data, "defined for two classes; the network has 4 classes"),
-        (one_class, f"needs images of both classes in {one_class / 'val_list.txt'}"),
+def test_a_run_is_not_resumed_by_another_figure_or_with_other_frozen_parts(by_auc):
+    times = {path: path.lstat().st_mtime_ns for path in by_auc.rglob("*") if path.name != "lock"}
+    for flag, says in (
+        ("-best_by=macro_f1", "TRAIN.BEST_BY is 'macro_f1', was 'roc_auc'"),
+        ("-freeze=stem", "TRAIN.FREEZE is ['stem'], was None"),
     ):
-        words = [f"-data_path={data}", "-best_by=average_precision", *COUNTED]
-        said = finish([*flags, *words], status=2)
-        assert "TRAIN.BEST_BY is average_precision, which" in said and says in said
-    assert not (tmp_path / "run").exists()
+        said = finish([f"-resume={by_auc}", flag, "-epochs=5"], status=2)
+        assert f"{says}; allowed: what the run began with" in said and "-pretrained" in said
+    assert all(path.lstat().st_mtime_ns == time for path, time in times.items())
+    finish([f"-resume={by_auc}"])

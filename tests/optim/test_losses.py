@@ -106,14 +106,6 @@ def test_a_list_of_weights_keeps_its_ratios_and_has_a_mean_of_1_over_the_images(
 WEIGHTS = np.array([0.2, 1, 3, 0.7, 0, 1, 9])
 
 
-def test_the_weighted_loss_is_scikit_learns_with_the_images_weighted():
-    log_loss = pytest.importorskip("sklearn.metrics").log_loss
-    weighted = {"normalize": False, "sample_weight": WEIGHTS[LABELS], "labels": range(7)}
-    total = log_loss(LABELS, np.exp(log_softmax(LOGITS)), **weighted)
-    loss = WeightedCrossEntropy(WEIGHTS, 0.0)(paddle.to_tensor(LOGITS), paddle.to_tensor(LABELS))
-    assert loss.dtype == paddle.float32 and float(loss) == pytest.approx(total / 4, rel=1e-6)
-
-
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
 @pytest.mark.parametrize("lam", [1.0, 0.3])
 def test_a_mixed_image_loses_what_its_two_labels_do_by_their_shares(smoothing, lam):
@@ -124,4 +116,5 @@ def test_a_mixed_image_loses_what_its_two_labels_do_by_their_shares(smoothing, l
     criterion, labels = WeightedCrossEntropy(WEIGHTS, smoothing), paddle.to_tensor(LABELS)
     soft = mix_labels(labels, lam, num_classes=7, label_smoothing=smoothing)
     for target in [soft] + [labels] * (lam == 1):
-        assert float(criterion(paddle.to_tensor(LOGITS), target)) == pytest.approx(expected, 2e-6)
+        loss = criterion(paddle.to_tensor(LOGITS), target)
+        assert loss.dtype == paddle.float32 and float(loss) == pytest.approx(expected, rel=2e-6)

@@ -1,6 +1,5 @@
 """The report of a segmentation's evaluation, against scikit-learn and label images."""
 
-import csv
 import html
 import re
 import shutil
@@ -10,6 +9,7 @@ import paddle
 import pytest
 from harness import finish, finish_ranks, metrics
 from PIL import Image
+from tiny import rows_of
 
 from replknet_paddle.commands import main
 from replknet_paddle.config import get_config
@@ -67,11 +67,6 @@ def maps(run_folder, data, tmp_path_factory):
     assert len(predicted) == IMAGES
     paths = zip([data / labels for _, labels in lines], predicted)
     return [tuple(np.array(Image.open(path)) for path in pair) for pair in paths]
-
-
-def rows_of(path) -> list[list[str]]:
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.reader(file))
 
 
 def test_any_number_of_processes_writes_the_same_report(reports):
