@@ -53,7 +53,7 @@ def load_features(path: str) -> Features:
 
 def _check(path: str, values: np.ndarray) -> None:
     is_matrix = values.ndim == 2 and values.size and values.dtype.kind == "f"
-    if not is_matrix or not np.isfinite(values.astype(np.float32)).all():
+    if not is_matrix or not (np.abs(values) <= np.finfo(np.float32).max).all():
         raise InputError(
             f"{path}: features are {values.dtype} {values.shape}; allowed: a row for each picture, "
             "of floating-point numbers that are all finite"
