@@ -66,7 +66,7 @@ if __name__ == "__main__":
     os.chdir(work)
     make_crops(Path("data"), [*photographs, load_sample_image("china.jpg")])
     make_lists("data", train="train", val="val")
-    flags = ["-data_path=data", "-output=run", "-image_size=128"]
+    flags = ["-data_path=data", "-output=run"]
     main(["train", "-cfg=configs/replknet_nano_finetune.yaml", *flags])
     main(["eval", "run", "-data_path=data", "-report=report"])
     crops = [f"data/val/{name}/{i:02d}.jpg" for name in CLASSES for i in (0, 1)]

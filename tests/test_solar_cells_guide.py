@@ -17,6 +17,7 @@ def test_the_guide_from_its_first_command_to_its_last(tmp_path):
         (tmp_path / "cells" / name).write_text("".join(lines[::12]))
     assert "No problems found" in guide.run("check-data", "cells")
     guide.run("train", more=("-epochs=4", "-image_size=64"))
+    guide.run("plot")
     guide.run("eval", "output/cells", "-data_path", "cells/test")
     classes = table(tmp_path / "report" / "per_class.csv")
     assert [row["class"] for row in classes] == ["functional", "defective"]
