@@ -316,9 +316,12 @@ def run_embed(args) -> int:
     check_file_target(table, must_be_new=not args.overwrite)
     files, summary = ImageFiles(args.images, reads_lists=True), Summary()
     total, model = files.count(), find_path(args.model)
-    config = config_given(args) if is_export(model) else config_from(args, reads_data=True)
-    if not is_export(model) and config.MODEL.TYPE == "RepLKNet":
-        config = override(config, MODEL__NUM_CLASSES=0, MODEL__OUT_INDICES=None)
+    if is_export(model):
+        config = config_given(args)
+    else:
+        config = config_from(args, reads_data=True)
+        if config.MODEL.TYPE == "RepLKNet":
+            config = override(config, MODEL__NUM_CLASSES=0, MODEL__OUT_INDICES=None)
     options = dict(config=config, batch_size=args.batch_size, has_head=False)
     predictor = Predictor(model, backend=args.backend, **options)
     rows, features = [], []
