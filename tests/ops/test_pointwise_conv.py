@@ -1,10 +1,15 @@
 """The 1x1 convolution against float64."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import paddle
 import pytest
 from double_precision import conv_and_gradients, relative_error, with_gradients
 from paddle import nn
+from tiny import ROOT
 
 from replknet_paddle.ops import LibraryError, pointwise_conv2d, use_fast_pointwise_conv
 
@@ -34,6 +39,38 @@ def test_half_precision_is_float32_rounded_at_the_end(dtype):
     y = pointwise_conv2d(x, weight)
     assert y.dtype == x.dtype
     assert (y == pointwise_conv2d(x.astype("float32"), weight).astype(dtype)).all()
+
+
+SIGNALLED = """
+import signal, paddle
+from replknet_paddle.ops import pointwise_conv2d
+
+def outputs():
+    y = pointwise_conv2d(x, weight)
+    return [y, *paddle.grad((y * y).sum(), [x, weight])]
+
+def note(*_):
+    global signals
+    signals += 1
+
+x, weight, signals = paddle.randn([4, 24, 48, 48]), paddle.randn([96, 24, 1, 1]), 0
+x.stop_gradient = weight.stop_gradient = False
+before = outputs()
+signal.signal(signal.SIGVTALRM, note)
+signal.setitimer(signal.ITIMER_VIRTUAL, 0.001, 0.001)  # of this process's time on the CPU
+while signals < 100:
+    assert all((a == b).all() for a, b in zip(outputs(), before))
+signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+"""
+
+
+def test_signals_corrupt_nothing():
+    # A process with a corrupt heap may hang.
+    command, environment = [sys.executable, "-c", SIGNALLED], {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_swapped_layer_gives_what_it_gave_before():

@@ -1,6 +1,8 @@
 #include "pointwise.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
+#include <signal.h>
 
 #include <algorithm>
 #include <atomic>
@@ -62,6 +64,22 @@ class SingleThreadedOpenMP {
   int before_[kRuntimes];
 };
 
+// Keeps signals waiting while oneDNN computes.  Up to 3.11.1 its products have the stack pointer in
+// their workspace on the heap (oneDNN's issue 4845), where the frame of a signal would overwrite
+// whatever lies below.
+class SignalsBlocked {
+ public:
+  SignalsBlocked() {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_BLOCK, &all, &before_);
+  }
+  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+
+ private:
+  sigset_t before_;
+};
+
 struct Matrix {
   const float* data;
   int64_t item;    // from one batch item to the next
@@ -107,6 +125,7 @@ struct Product {
     float* out = c + (sum ? 0 : item * rows * columns) + row * columns + column;
     const int64_t first = sum ? 0 : item, last = sum ? batch : item + 1;
     const SingleThreadedOpenMP single;
+    const SignalsBlocked blocked;
     for (int64_t i = first; i < last; ++i) {
       const int failed = sgemm()(a.transposed ? 'T' : 'N', b.transposed ? 'T' : 'N', m, n, inner,
                                  1.0f, a.at(row, 0) + i * a.item, a.stride,
